@@ -1,0 +1,84 @@
+"""The errors a user can meet, each with the exit code of the command line.
+
+    MergeError
+    |- RecipeError        2    the recipe is wrong
+    |- InputError         3    inputs or permissions are missing, incompatible, not finite, or changed meanwhile
+    |- InterruptedMerge   4    failed part-way; the same command continues
+    |- UnavailableError   5    cluster or storage unreachable, throttled, or held by another run
+    `- Cancelled        130/143  a signal ended the run
+
+Anything else that leaves the command line is a defect of ours (exit 1).
+"""
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal, NamedTuple
+
+ErrorKind = Literal["recipe", "input", "interrupted", "unavailable", "cancelled", "defect"]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, said so that its reader can mend it."""
+
+    where: str
+    """The field, file, model or parameter: `models.3.weight`, `s3://m/7: layers.0.q.weight`."""
+    what: str
+    """What was found, and what was expected."""
+    remedy: str = ""
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}; {self.remedy}" if self.remedy else text
+
+
+class MergeError(Exception):
+    """A failure that a user can act on; holds every problem found, not only the first."""
+
+    kind: ClassVar[ErrorKind] = "defect"
+    exit_code: int = 1
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type["MergeError"], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
+
+
+class RecipeError(MergeError, ValueError):
+    """The recipe asks for something that does not exist or contradicts itself."""
+
+    kind = "recipe"
+    exit_code = 2
+
+
+class InputError(MergeError, ValueError):
+    """An input or a permission is missing, incompatible, not finite, or changed since the plan was made."""
+
+    kind = "input"
+    exit_code = 3
+
+
+class InterruptedMerge(MergeError, RuntimeError):
+    """The run failed part-way; what is done is kept, and the same command continues."""
+
+    kind = "interrupted"
+    exit_code = 4
+    retryable = True
+
+
+class UnavailableError(MergeError, OSError):
+    """The cluster or a store can't be reached, throttles, or is held by another run."""
+
+    kind = "unavailable"
+    exit_code = 5
+    retryable = True
+
+
+class Cancelled(MergeError):
+    """A signal ended the run; the same command continues."""
+
+    kind = "cancelled"
+    exit_code = 130
+    retryable = True

@@ -1,0 +1,120 @@
+"""The contract of an input format: which base parameters a model changes, and by what bytes.
+
+A format is pure: it names files and ranges, and never reads. One file here a format.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from ties_ray import plugins
+from ties_ray.errors import Problem
+from ties_ray.safetensors import Header
+from ties_ray.stores import Pin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ties_ray.kernels import Encoded
+
+__path__ = plugins.search_path("formats", list(__path__))
+
+
+class TensorRef(NamedTuple):
+    """Where one stored tensor lies."""
+
+    object: int
+    """Index into the model's `objects`."""
+    start: int
+    """Its first byte in that object."""
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+
+
+class Source(NamedTuple):
+    """What one model stores for one base parameter: a dense tensor, or the factors of its change."""
+
+    tensors: tuple[TensorRef, ...]
+    numbers: tuple[tuple[str, float], ...] = ()
+    """Named constants that belong to it (a scale)."""
+
+
+class Read(NamedTuple):
+    """One range request."""
+
+    object: int
+    start: int
+    stop: int
+    """Exclusive."""
+
+
+class Parameter(NamedTuple):
+    """One named tensor of the base."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it."""
+    merged: bool
+    """False: an integer or boolean tensor, or one excluded by the recipe; copied from the base byte for byte."""
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements (1 for a scalar)."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What the catalog fetched of one input: headers and small files, no weights."""
+
+    uri: str
+    files: tuple[Pin, ...]
+    headers: Mapping[str, Header]
+    """By file name; the pin of the same file in `files` is then a full one."""
+    texts: Mapping[str, bytes]
+    """Small files by name."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a format made of a folder."""
+
+    objects: tuple[Pin, ...] = ()
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    """By base parameter. For the base itself: every tensor it stores."""
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What was let through or left aside and belongs in plan and result."""
+
+
+class Format(ABC):
+    """Pure knowledge of one way to store a model."""
+
+    name: ClassVar[str]
+    """The name of its file; stands in plans."""
+
+    @abstractmethod
+    def recognises(self, names: Sequence[str]) -> bool:
+        """Return whether a folder with these file names is of this format."""
+
+    @abstractmethod
+    def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return (safetensors files whose headers are needed, small files whose text is needed)."""
+
+    @abstractmethod
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None) -> Found:
+        """Return what the model stores, checked against the base's parameters (None: this is the base itself)."""
+
+    @abstractmethod
+    def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
+        """Return the ranges needed for elements [start, stop) of the parameter."""
+
+    @abstractmethod
+    def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> "Encoded":
+        """Return the slice from what the reads brought: one 1-D uint8 tensor a read, not to be written to."""

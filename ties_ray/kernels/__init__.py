@@ -1,0 +1,145 @@
+"""The hot loops behind one signature: `definition.py` (torch, readable), `cpu.py` (compiled), later others.
+
+This folder imports torch, numpy, numba and nothing else of ours, so that it runs alone. All implementations give the
+same bits: fp32, no contraction, no fast maths, models in the order of `terms`.
+
+Names: a *delta* is fp32(model) - fp32(base); a *term* t = weight * scale * kept(delta) is what one model adds to the
+sums, rounded to fp32 after each multiplication; *magnitude bits* are the 31 bits of |delta| as an integer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HIGH_BINS = 65_536
+"""Bins of the first level of a threshold search: magnitude bits >> 15."""
+LOW_BINS = 32_768
+"""Bins of the second level: the low 15 magnitude bits inside one first-level bin."""
+
+
+class Dropout(NamedTuple):
+    """Random dropping of elements (Yu et al. 2024, DARE): Philox4x32-10 decides by position, not by order."""
+
+    key: tuple[int, int]
+    """Two uint32; counter = (low32(e // 4), high32(e // 4), 0, 0) for element e of the parameter, word e % 4."""
+    bound: int
+    """floor(density * 2**32): the element is kept iff its word is below; 2**32 keeps all."""
+    scale: float
+    """1 / density, rounded to fp32; multiplies what is kept."""
+
+
+class Term(NamedTuple):
+    """How one model's delta becomes its term: trim or dropout, then times weight; each step rounds once to fp32."""
+
+    weight: float = 1.0
+    """Rounded to fp32."""
+    threshold: int = 0
+    """Smallest magnitude bits kept; 0 keeps all."""
+    strict: bool = False
+    """True drops elements at the threshold itself (only above it are kept)."""
+    dropout: Dropout | None = None
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """state["sum"] (fp32): the running sum of the terms in model order."""
+
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class SignedSums:
+    """What TIES elects and merges from, in 16 or 20 bytes an element for any number of models (at most 65,535).
+
+    state["sum"]: all terms; ["positive"], ["negative"]: the terms of each sign (fp32, running sums in model order).
+    Unweighted: ["counts"] (int32): models with a positive term in the low 16 bits, with a negative one in the high 16.
+    Weighted: ["positive_weight"], ["negative_weight"] (fp32): running sums of `weight` over the models with a positive
+    or negative term.
+    """
+
+    terms: tuple[Term, ...]
+    weighted: bool = False
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """state["sum"], ["highest"] (largest positive term or 0), ["lowest"] (smallest negative term or 0); fp32."""
+
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """state["count"] (int32): the number of models with |t| > bound * |total - t|, each operation rounded to fp32."""
+
+    terms: tuple[Term, ...]
+    total: "Tensor"
+    """fp32, as long as the slice."""
+    bound: float
+
+
+Op = WeightedSum | SignedSums | Extremes | Agreement
+State = dict[str, "Tensor"]
+
+
+class Encoded(NamedTuple):
+    """One model's slice as it was read: values of the model (`dense`), or a finished fp32 delta (`delta`)."""
+
+    data: "Tensor"
+    """1-D; dense: bf16, fp16, fp32 or fp64; delta: fp32."""
+    kind: Literal["dense", "delta"] = "dense"
+
+
+class Kernels(ABC):
+    """The operations on slices. `base` is 1-D fp32, or fp64 where the base is stored in F64; already decoded.
+
+    A delta that is not finite is counted and taken as +0; what follows from the count is the caller's to decide.
+    With F64 on either side the subtraction is done in fp64 and rounded once to fp32.
+    """
+
+    @abstractmethod
+    def delta(self, source: Encoded, base: "Tensor", out: "Tensor") -> int:
+        """Write the fp32 delta into `out`; return how many elements were not finite."""
+
+    @abstractmethod
+    def start(self, op: Op, length: int) -> State:
+        """Return zeroed state for `length` elements."""
+
+    @abstractmethod
+    def fold(
+        self, op: Op, state: State, base: "Tensor", group: Sequence[tuple[int, Encoded]], offset: int
+    ) -> list[int]:
+        """Add a group of models, given as (index into op.terms, slice), in that order; return non-finite counts.
+
+        `offset` is the position of the slice's first element in its parameter (for dropout).
+        """
+
+    @abstractmethod
+    def count_high(self, source: Encoded, base: "Tensor", table: "Tensor") -> int:
+        """Add to `table` (int64, HIGH_BINS) the first-level bins of the slice; return the non-finite count."""
+
+    @abstractmethod
+    def count_low(self, source: Encoded, base: "Tensor", high: int, table: "Tensor") -> int:
+        """Add to `table` (int64, LOW_BINS) the low bits of elements in first-level bin `high`; as above."""
+
+    @abstractmethod
+    def elect(self, op: Op, state: State, zero_sign: int, factor: float, merge: Literal["mean", "sum", "max"]
+              ) -> "Tensor":
+        """Return the merged fp32 delta of TIES from the state of `SignedSums` (mean, sum) or `Extremes` (max).
+
+        The sign is that of state["sum"]; where that is zero `zero_sign` (-1, 0, 1). mean divides the sum of the elected
+        sign by the count (or the weights) of the models of that sign, IEEE; 0 where there are none; max takes the
+        extreme of that sign. Then times fp32(factor). (Yadav et al. 2023, section 3.2.)
+        """
+
+    @abstractmethod
+    def apply(self, base: "Tensor", merged: "Tensor", out: "Tensor") -> int:
+        """Write cast(base + merged) into `out` (fp32, fp16, bf16 or fp64), cast(base) where merged is zero.
+
+        The sum is in fp64 where `base` or `out` is fp64, else in fp32. Returns how many results are not finite although
+        `base` and `merged` are.
+        """

@@ -1,0 +1,135 @@
+"""The contract of a merge method: the maths of one paper, one file here a method.
+
+A method is a frozen pydantic model of its parameters. It says what it must know about whole models first (`needs`) and
+in which rounds it reads them. It sees one slice of one parameter at a time, and never a store, a worker or a file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from ties_ray import plugins
+from ties_ray.errors import Problem
+from ties_ray.formats import Parameter
+from ties_ray.kernels import Kernels, Op, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__path__ = plugins.search_path("methods", list(__path__))
+
+Unit = Literal["element", "row", "matrix"]
+
+
+class Member(NamedTuple):
+    """One model of the recipe, as a method sees it."""
+
+    id: str
+    """The entry's `id`, else its 0-based position in the expanded list."""
+    weight: float
+    density: float | None
+    """The entry's own density, or None."""
+
+
+class Threshold(NamedTuple):
+    """A need: the exact magnitude of which `densities[i]` of model i's task vector is at or above.
+
+    Kept count k = min(d, max(1, int(density * d) + extra)); the threshold is the k-th largest |delta| (fp32).
+    """
+
+    densities: tuple[float, ...]
+    """One a model; 1 means no trim."""
+    scope: Literal["global", "tensor"] = "global"
+    """Over the whole task vector (the paper), or each parameter for itself."""
+    extra: int = 0
+
+
+class Slice(NamedTuple):
+    """One model's delta in the slice at hand."""
+
+    model: int
+    """Index in recipe order."""
+    delta: "Tensor"
+    """1-D fp32; a buffer that the next slice overwrites."""
+
+
+class Deltas(ABC):
+    """The models' deltas of one slice, in recipe order; may be gone through again if the round says so."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Slice]:
+        """Yield each model's delta: the definition, readable, works for any method."""
+
+    @abstractmethod
+    def fold(self, op: Op) -> State:
+        """Return the op's state over all models, fused where a kernel can; equal bit for bit to iterating."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a round may know about the slice of one parameter."""
+
+    parameter: Parameter
+    start: int
+    stop: int
+    """Elements [start, stop) of the parameter, row-major."""
+    members: tuple[Member, ...]
+    thresholds: tuple[int, ...]
+    """Magnitude bits, one a model, from the method's `Threshold` need; 0 where nothing is trimmed."""
+    statistics: Mapping[str, int]
+    """What earlier rounds of this method gathered, folded over the whole model."""
+    kernels: Kernels
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a round makes of one slice."""
+
+    merged: "Tensor | None" = None
+    """In the last round: the merged delta, 1-D fp32, lambda applied."""
+    statistics: Mapping[str, int] = field(default_factory=dict)
+    """Integers, added over all slices (exactly, hence in any order)."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One reading of the models."""
+
+    name: str
+    run: Callable[[Deltas, Context], Result]
+    unit: Unit = "element"
+    passes: int = 1
+    """How often `run` goes through the models; blocks become small enough to keep all slices, or the plan says that
+    they are read again."""
+
+
+class Method(BaseModel, ABC):
+    """A merge method with its parameters. Subclasses add fields, among them `name: Literal["..."]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    name: str
+    scales: ClassVar[Literal["sum", "mean"]]
+    """What lambda multiplies: equal lambdas of a sum and of a mean are not equal scales."""
+    paper: ClassVar[str]
+    has_density: ClassVar[bool] = False
+    """Whether models may have a density of their own."""
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Return what is wrong with these models' weights and densities for this method."""
+        return []
+
+    def needs(self, members: Sequence[Member]) -> Threshold | None:
+        """Return the threshold that must be known before the first round, if any."""
+        return None
+
+    @abstractmethod
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the method's rounds; the last gives the merged delta."""
+
+    def coefficients(self, members: Sequence[Member]) -> tuple[float, ...] | None:
+        """Return the factor of each model's delta if the method is a weighted sum, else None."""
+        return None
