@@ -1,0 +1,40 @@
+"""Weighted average (Wortsman et al. 2022, "Model Soups"): base + sum(w d) / sum(w)."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from ties_ray.errors import Problem
+from ties_ray.kernels import Term, WeightedSum
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+
+
+class Average(Method):
+    """The mean of the task vectors, added to the base."""
+
+    name: Literal["average"] = "average"
+    scales: ClassVar[Literal["sum", "mean"]] = "mean"
+    paper: ClassVar[str] = "Wortsman et al. 2022, Model Soups (arXiv:2203.05482)"
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse weights that sum to zero: there is no mean of them."""
+        if total_weight(members) == 0:
+            return [Problem("models", "the weights sum to zero, and `average` divides by their sum", "change a weight")]
+        return []
+
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the one round."""
+        return (Round("merge", self._merge),)
+
+    def coefficients(self, members: Sequence[Member]) -> tuple[float, ...] | None:
+        """Return each model's share."""
+        total = total_weight(members)
+        return tuple(member.weight / total for member in members)
+
+    def _merge(self, deltas: Deltas, context: Context) -> Result:
+        total = deltas.fold(WeightedSum(tuple(Term(member.weight) for member in context.members)))["sum"]
+        return Result(merged=total.div_(total_weight(context.members)))
+
+
+def total_weight(members: Sequence[Member]) -> float:
+    """Return the sum of the weights, in double; the division rounds it once to fp32."""
+    return sum(member.weight for member in members)

@@ -1,0 +1,32 @@
+"""Task arithmetic (Ilharco et al. 2023): base + lambda * sum(w d)."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field, FiniteFloat
+
+from ties_ray.kernels import Term, WeightedSum
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+
+
+class TaskArithmetic(Method):
+    """The sum of the task vectors, scaled and added to the base. Lambda scales a sum: with N models start near 1/N."""
+
+    name: Literal["task_arithmetic"] = "task_arithmetic"
+    lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
+    """Factor on the sum."""
+
+    scales: ClassVar[Literal["sum", "mean"]] = "sum"
+    paper: ClassVar[str] = "Ilharco et al. 2023, Editing Models with Task Arithmetic (arXiv:2212.04089)"
+
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the one round."""
+        return (Round("merge", self._merge),)
+
+    def coefficients(self, members: Sequence[Member]) -> tuple[float, ...] | None:
+        """Return lambda times each weight."""
+        return tuple(self.lambda_ * member.weight for member in members)
+
+    def _merge(self, deltas: Deltas, context: Context) -> Result:
+        total = deltas.fold(WeightedSum(tuple(Term(member.weight) for member in context.members)))["sum"]
+        return Result(merged=total.mul_(self.lambda_))

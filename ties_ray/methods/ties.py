@@ -1,0 +1,119 @@
+"""TIES-Merging (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from ties_ray.errors import Problem
+from ties_ray.kernels import Extremes, SignedSums, Term
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, Threshold
+
+ZERO_SIGN = {"none": 0, "positive": 1}
+
+PROFILES: dict[str, dict[str, str]] = {
+    "paper": {},
+    "official": {"trim": "global", "at_threshold": "keep", "zero_sum": "majority"},
+}
+"""What a profile sets; `paper` is the plain defaults, `official` what the authors' published code does."""
+
+
+class Ties(Method):
+    """Keeps the largest values of each task vector, elects a sign per parameter, averages the values that agree.
+
+    Lambda scales a mean. The density counts over the whole task vector, zeros included: where half of a task vector
+    is exactly zero, density 0.2 keeps 40 % of what moved.
+    """
+
+    name: Literal["ties"] = "ties"
+    density: FiniteFloat = Field(default=0.2, gt=0, le=1)
+    """Share of each task vector that trim keeps (the paper's top-k % as a fraction)."""
+    lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
+    """Factor on the merged task vector."""
+    trim: Literal["global", "tensor"] = "global"
+    """One threshold for the whole task vector (the paper), or one for each parameter."""
+    at_threshold: Literal["keep", "drop", "exact"] = "keep"
+    """Values equal to the threshold: keep all, drop all, or exactly as many as the density says (not built yet)."""
+    zero_sum: Literal["none", "majority", "positive"] = "none"
+    """Sign of an element whose values sum to zero: none (delta 0), the sign of most elements, or positive."""
+    merge: Literal["mean", "sum", "max"] = "mean"
+    """What becomes of the values that agree with the elected sign."""
+    denominator: Literal["adapter", "union"] = "adapter"
+    """For adapters: the density counts over what each adapter changes, or over what any changes. No effect on
+    checkpoints, whose task vectors have all parameters of the base."""
+    profile: Literal["paper", "official"] = "paper"
+    """`official`: k = int(density d) + 1 and zero sums by majority, as in the authors' code; no weights."""
+
+    scales: ClassVar[Literal["sum", "mean"]] = "mean"
+    paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging: Resolving Interference When Merging Models (arXiv:2306.01708)"
+    has_density: ClassVar[bool] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _profile(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for field, rule in PROFILES.get(value.get("profile", "paper"), {}).items():
+            if value.get(field, rule) != rule:
+                raise ValueError(f"profile {value['profile']!r} means {field}: {rule}, yet the recipe says {value[field]!r}")
+            value = {**value, field: rule}
+        return value
+
+    @model_validator(mode="after")
+    def _built(self) -> "Ties":
+        if self.at_threshold == "exact":
+            raise ValueError("at_threshold: exact is not built yet; use keep or drop")
+        return self
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse what would make the election or the mean meaningless."""
+        found = []
+        for member in members:
+            if member.weight < 0 and self.merge == "mean":
+                found.append(Problem(f"model {member.id}", f"weight {member.weight} is negative, and `mean` divides by "
+                                     "weights", "use merge: sum, or a positive weight"))
+            if member.weight not in (0, 1) and self.profile == "official":
+                found.append(Problem(f"model {member.id}", f"weight {member.weight}: profile official knows no weights",
+                                     "leave the weight out, or use profile paper"))
+        return found
+
+    def needs(self, members: Sequence[Member]) -> Threshold | None:
+        """Return the densities, the models' own where they have one."""
+        densities = tuple(self.density if member.density is None else member.density for member in members)
+        if all(density == 1 for density in densities):
+            return None
+        return Threshold(densities, scope=self.trim, extra=1 if self.profile == "official" else 0)
+
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the merge, after a count of signs where zero sums go with the majority."""
+        merge = Round("merge", self._merge)
+        return (Round("majority", self._count_signs), merge) if self.zero_sum == "majority" else (merge,)
+
+    def _terms(self, context: Context) -> tuple[Term, ...]:
+        strict = self.at_threshold == "drop"
+        return tuple(
+            Term(member.weight, threshold, strict and threshold > 0)
+            for member, threshold in zip(context.members, context.thresholds, strict=True)
+        )
+
+    def _count_signs(self, deltas: Deltas, context: Context) -> Result:
+        total = deltas.fold(SignedSums(self._terms(context)))["sum"]
+        return Result(statistics={"positive": int((total > 0).sum()), "negative": int((total < 0).sum())})
+
+    def _merge(self, deltas: Deltas, context: Context) -> Result:
+        terms = self._terms(context)
+        if self.merge == "max":
+            op: SignedSums | Extremes = Extremes(terms)
+        else:
+            op = SignedSums(terms, weighted=any(term.weight != 1 for term in terms))
+        state = deltas.fold(op)
+        return Result(merged=context.kernels.elect(op, state, self._zero_sign(context), self.lambda_, self.merge))
+
+    def _zero_sign(self, context: Context) -> int:
+        if self.zero_sum != "majority":
+            return ZERO_SIGN[self.zero_sum]
+        balance = context.statistics["positive"] - context.statistics["negative"]
+        if balance == 0:
+            # The authors' code: a majority of zero falls into the branch that keeps negative values, or, for max, none.
+            return 0 if self.merge == "max" else -1
+        return 1 if balance > 0 else -1

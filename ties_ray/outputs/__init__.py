@@ -1,0 +1,115 @@
+"""The contract of an output kind: which tensors are written, from what, and which files make them loadable.
+
+A kind is a frozen pydantic model of the recipe's `output` section. It is pure: it names tensors and turns bytes into
+bytes; `work.py` writes them and `finalize.py` publishes them. One file here a kind.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
+
+from ties_ray import plugins
+from ties_ray.formats import Parameter
+from ties_ray.kernels import Kernels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__path__ = plugins.search_path("outputs", list(__path__))
+
+PART_ALIGNMENT = 4096
+"""Parts and the first tensor byte of a file are multiples of this, so that a cut never splits an element."""
+DEFAULT_PART = 64 * 2**20
+MIN_PART = 5 * 2**20
+"""Smallest part that S3 accepts (but the last)."""
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""What a recipe may ask for, and how safetensors names it."""
+
+
+def _part_size(value: ByteSize | None) -> ByteSize | None:
+    if value is None:
+        return value
+    if value < MIN_PART or value % PART_ALIGNMENT:
+        raise ValueError(f"should be at least 5MiB and a multiple of {PART_ALIGNMENT} bytes")
+    return value
+
+
+class OutputTensor(NamedTuple):
+    """One tensor to be written."""
+
+    name: str
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    parameter: str
+    """The base parameter it comes from; it has as many elements, in the same order."""
+    copied: bool
+    """True: the base's bytes as they are."""
+
+
+class Placed(NamedTuple):
+    """A tensor at its place in a file."""
+
+    tensor: OutputTensor
+    start: int
+    """First byte in the file."""
+    stop: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file, known to the byte but for the weights themselves."""
+
+    name: str
+    header: str
+    """ASCII: the file's first bytes after the length prefix."""
+    tensors: tuple[Placed, ...]
+    size: int
+
+
+class Output(BaseModel, ABC):
+    """The `output` section of a recipe. Subclasses add fields, among them `kind: Literal["..."]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    path: str
+    """Folder to write; may hold `{run_id}`."""
+    kind: str
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    """Of the merged tensors; None: the base's, tensor by tensor."""
+    file_size: ByteSize = Field(default=ByteSize(5_000_000_000), gt=0)
+    """Largest weight file (a larger tensor gets a file of its own)."""
+    part_size: Annotated[ByteSize | None, AfterValidator(_part_size)] = None
+    """Of an upload part; changes no byte of the result. None: 64MiB, less where the whole output is small."""
+    files_from: str = "base"
+    """Which input gives config, tokenizer and chat template: `base`, or a model's id or path."""
+
+    @abstractmethod
+    def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
+        """Return what is written, in the order in which files are filled."""
+
+    @abstractmethod
+    def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
+        """Write the output's elements of one slice into `out`; return how many finite ones overflow its dtype.
+
+        base: 1-D fp32 or fp64; merged: 1-D fp32; out: 1-D of the output tensor's dtype.
+        """
+
+    @abstractmethod
+    def file_name(self, number: int, count: int) -> str:
+        """Return the name of weight file `number` (from 1) of `count`."""
+
+    @abstractmethod
+    def index(self, files: Sequence[OutputFile]) -> tuple[str, bytes] | None:
+        """Return name and content of the index over several weight files; None where a loader needs none."""
+
+    @abstractmethod
+    def rewrite(self, name: str, data: bytes) -> bytes | None:
+        """Return what a small file of `files_from` becomes in the output; None leaves it out."""
+
+    @abstractmethod
+    def door(self, files: Sequence[OutputFile]) -> str:
+        """Return the file by which a loader finds the weights; it is published last, before the result record."""
