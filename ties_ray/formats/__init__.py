@@ -6,6 +6,7 @@ A format is pure: it names files and ranges, and never reads. One file here a fo
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ties_ray import plugins
@@ -69,6 +70,21 @@ class Parameter(NamedTuple):
         return count
 
 
+class Rules(NamedTuple):
+    """What the recipe lets a model leave out or bring along; all of it becomes a note."""
+
+    exclude: tuple[str, ...] = ()
+    """Patterns of parameters that are the base's business alone; a model may lack them or have its own."""
+    missing: bool = False
+    """A floating-point parameter that the model lacks has delta zero."""
+    extra_rows: bool = False
+    """Rows beyond the base's are left aside."""
+
+    def excludes(self, name: str) -> bool:
+        """Return whether the recipe takes the parameter from the base unchanged."""
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
 @dataclass(frozen=True)
 class Folder:
     """What the catalog fetched of one input: headers and small files, no weights."""
@@ -91,6 +107,8 @@ class Found:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     """What was let through or left aside and belongs in plan and result."""
+    extra_rows: tuple[str, ...] = ()
+    """Base parameters of which the model stores more rows; their common rows must mean the same tokens."""
 
 
 class Format(ABC):
@@ -108,8 +126,11 @@ class Format(ABC):
         """Return (safetensors files whose headers are needed, small files whose text is needed)."""
 
     @abstractmethod
-    def read(self, folder: Folder, base: Mapping[str, Parameter] | None) -> Found:
-        """Return what the model stores, checked against the base's parameters (None: this is the base itself)."""
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
+        """Return what the model stores, checked against the base's parameters (None: this is the base itself).
+
+        Never raises for what an input may hold: all its problems are returned.
+        """
 
     @abstractmethod
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
