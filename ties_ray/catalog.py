@@ -1,9 +1,25 @@
 """What exists: every tensor of every input, with dtype, shape, file and byte range, from headers and configs alone."""
 
+import fnmatch
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
-from ties_ray.formats import Parameter, Source
-from ties_ray.stores import Pin
+from ties_ray import plugins, tokenizers
+from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.expand import BASE, Entry, expand
+from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
+from ties_ray.recipe import Recipe
+from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
+from ties_ray.stores import Listing, Pin, Store, Stores, scheme_of, shown
+from ties_ray.tokenizers import Tokenizer, check_common_ids
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -43,3 +59,361 @@ class Catalog:
     """From the input that `output.files_from` names."""
     notes: tuple[str, ...]
     """What a reader of plan and result should know: differing tokenizers, ties, tensors left aside, weak pins."""
+
+
+HEAD_BYTES = 256 * 2**10
+"""Fetched of a weight file at first; the header of 1000 tensors has about 100 KB."""
+TEXT_BYTES = 16 * 2**20
+"""Largest config or index that is read."""
+README_BYTES = 64 * 2**10
+"""Fetched of a README, for its front matter."""
+SMALL_FILE_BYTES = 256 * 2**20
+"""Largest file that the output takes over."""
+HASH_BYTES = 16 * 2**20
+"""Read at a time where a SHA-256 is verified."""
+THREADS = 32
+"""Requests in flight; what is waited for is the storage's latency."""
+
+README = "README.md"
+
+_TAKEN = (
+    "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "tekken.json", "*.model", "*processor*.json", "image_*config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*.py",
+    "LICENSE*", "LICENCE*", "license*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""What the output takes over from the input that `files_from` names."""
+_LEFT = (".*", "README*", "*.safetensors", "*.safetensors.index.json")
+"""What it does not take, as everybody expects; anything else left aside is a note."""
+_PICKLES = ("holds its weights as pickles, which can run code when opened", "save it as safetensors (save_pretrained)")
+_FOREIGN = {
+    "adapter_config.json": (
+        "is an adapter; this version merges whole checkpoints only",
+        "merge it into its base first (PEFT: merge_and_unload)",
+    ),
+    "*.gguf": ("holds GGUF files, which are made for inference", "give the original safetensors checkpoint"),
+    **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), _PICKLES),
+}
+"""What is wrong with a folder of no known format, and the remedy, by the first pattern that a file of it matches."""
+
+
+def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
+    """Return all inputs of a recipe, pinned and checked against each other; no weight is read.
+
+    One listing a folder, one request a weight file (a second for a header above `HEAD_BYTES`), index, config and
+    README; tokenizer files where their pins differ. Only a file that the recipe pins by `sha256` is read whole.
+    Raises `InputError` with everything that is wrong with the inputs, `RecipeError` for what the recipe contradicts.
+    """
+    threads = ThreadPoolExecutor(THREADS)
+    try:
+        return _read_catalog(recipe, stores, threads)
+    finally:
+        threads.shutdown(cancel_futures=True)  # after an error or a signal nobody waits for the rest
+
+
+def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
+    entries, noted = expand(recipe, stores, threads)
+    files_from = _files_from(recipe, entries)
+    folders, problems = _fetch(entries, stores, threads)
+    rules = Rules(recipe.exclude, recipe.allow.missing == "zero", recipe.allow.extra_rows == "drop")
+
+    found: dict[str, Found] = {}
+    parameters: dict[str, Parameter] = {}
+    for entry in entries:
+        if entry.id not in folders or (entry.id != BASE and not parameters):
+            continue
+        looked, folder = folders[entry.id]
+        found[entry.id] = one = looked.format.read(folder, None if entry.id == BASE else parameters, rules)
+        problems += one.problems
+        if entry.id == BASE and not one.problems:
+            parameters = {name: _parameter(name, source, rules) for name, source in one.sources.items()}
+    if problems:
+        raise InputError(problems)
+
+    longer = [(folders[entry.id][0], found[entry.id].extra_rows) for entry in entries if found[entry.id].extra_rows]
+    base = folders[BASE][0].tokenizer
+    checks = [(base, looked.tokenizer, _rows(parameters, names), stores) for looked, names in longer]
+    problems += [problem for many in threads.map(lambda check: check_common_ids(*check), checks) for problem in many]
+    pinned, wrong = _pins_by_hand(entries, found, stores, threads)
+    if problems or wrong:
+        raise InputError(problems + wrong)
+
+    models = [_model(*folders[entry.id], found[entry.id]) for entry in entries]
+    taken, aside = _small_files(folders[files_from][0], stores, threads)
+    notes = [
+        *noted,
+        *(note for entry in entries for note in found[entry.id].notes),
+        *(f"no parameter of the base is called {pattern!r} (exclude)" for pattern in _idle(recipe.exclude, parameters)),
+        *_weak_pins(models),
+        *pinned,
+        *tokenizers.notes(base, [folders[entry.id][0].tokenizer for entry in entries[1:]], stores, threads),
+        *aside,
+    ]
+    return Catalog(models[0], tuple(models[1:]), tuple(parameters.values()), taken, tuple(notes))
+
+
+class _Looked(NamedTuple):
+    """An input whose folder was listed."""
+
+    entry: Entry
+    listing: Listing
+    format: Format
+
+    @property
+    def files(self) -> dict[str, Pin]:
+        """Return the pins by file name."""
+        return {_name(pin.uri): pin for pin in self.listing.files}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return what is needed to compare its tokens."""
+        return Tokenizer(self.entry.id, self.entry.uri, self.files)
+
+
+def _fetch(
+    entries: Sequence[Entry], stores: Stores, threads: Executor
+) -> tuple[dict[str, tuple[_Looked, Folder]], list[Problem]]:
+    """Return, by id, every input whose headers and texts could be fetched, and what is wrong with the others."""
+    formats = [plugins.load("formats", name, Format)() for name in plugins.names("formats")]
+    problems: list[Problem] = []
+    looked = [one for one in _gather(lambda entry: _look(entry, formats, stores), entries, threads, problems) if one]
+    jobs: list[tuple[_Looked, Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]] = []
+    for one in looked:
+        weights, texts = one.format.wanted(list(one.files))
+        jobs += [(one, one.files[name], _header) for name in weights]
+        jobs += [(one, one.files[name], _text) for name in texts]
+        jobs += [(one, one.files[name], _front) for name in (README,) if name in one.files]
+    fetched = _gather(lambda job: job[2](stores.of(job[1].uri), job[1]), jobs, threads, problems)
+    broken = {one.entry.id for (one, _, _), result in zip(jobs, fetched, strict=True) if result is None}
+    got: dict[str, dict[str, tuple[Pin, Header | bytes]]] = {one.entry.id: {} for one in looked}
+    for (one, pin, _), result in zip(jobs, fetched, strict=True):
+        if result is not None:
+            got[one.entry.id][_name(pin.uri)] = result
+    folders = {one.entry.id: (one, _folder(one, got[one.entry.id])) for one in looked if one.entry.id not in broken}
+    return folders, problems
+
+
+def _folder(looked: _Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -> Folder:
+    return Folder(
+        uri=looked.entry.uri,
+        files=tuple(fetched[name][0] if name in fetched else pin for name, pin in looked.files.items()),
+        headers={name: content for name, (_, content) in fetched.items() if isinstance(content, Header)},
+        texts={name: content for name, (_, content) in fetched.items() if isinstance(content, bytes)},
+    )
+
+
+def _gather(
+    function: Callable[[T], R], jobs: Sequence[T], threads: Executor, problems: list[Problem]
+) -> list[R | None]:
+    """Return what `function` makes of each job, many at a time; None, and a problem, where an input is wrong."""
+
+    def attempt(job: T) -> R | InputError:
+        try:
+            return function(job)
+        except InputError as error:
+            return error
+
+    results = list(threads.map(attempt, jobs))
+    problems += [problem for result in results if isinstance(result, InputError) for problem in result.problems]
+    return [None if isinstance(result, InputError) else result for result in results]
+
+
+def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> _Looked:
+    """List a folder and find its format; raise `InputError` with advice where there is none."""
+    store = stores.of(entry.uri)
+    try:
+        listing = store.list(entry.uri)
+    except InputError:
+        if _is_file(entry.uri, store):
+            raise InputError(_unrecognised(entry, Listing((), ()), store)) from None
+        raise
+    names = [_name(pin.uri) for pin in listing.files]
+    for known in formats:
+        if known.recognises(names):
+            return _Looked(entry, listing, known)
+    raise InputError(_unrecognised(entry, listing, store))
+
+
+def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
+    """Say why a folder is no model, and what to do."""
+    names = [_name(pin.uri) for pin in listing.files]
+    where = f"{entry.place}: {entry.uri}"
+    for pattern, (what, remedy) in _FOREIGN.items():
+        if fnmatch.filter(names, pattern):
+            return Problem(where, what, remedy)
+    if listing.folders and not names:
+        some = ", ".join(_name(uri) for uri in listing.folders[:4])
+        return Problem(where, f"holds only folders ({some}{', ...' * (len(listing.folders) > 4)})", "name one of them")
+    if names:
+        return Problem(
+            where,
+            f"holds no safetensors file ({', '.join(names[:4])}{', ...' * (len(names) > 4)})",
+            "give the folder with the model's weights",
+        )
+    if _is_file(entry.uri, store):
+        return Problem(where, "is a file", "give the folder that holds it")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", entry.uri):
+        name = _name(entry.uri)
+        fetch = f"`hf download {entry.uri} --local-dir {name}` and write ./{name}, or write hf://{entry.uri}@<revision>"
+        return Problem(
+            where, "there is no such folder; it looks like the name of a model on the Hugging Face hub", fetch
+        )
+    return Problem(where, "there is nothing", "check the path, and that it may be listed")
+
+
+def _is_file(uri: str, store: Store) -> bool:
+    try:
+        store.head(uri, 1)
+    except (FileNotFoundError, InputError):
+        return False
+    return True
+
+
+def _header(store: Store, listed: Pin) -> tuple[Pin, Header]:
+    """Return a weight file's full pin and header."""
+    pin, head = _head(store, listed.uri, HEAD_BYTES)
+    where = shown(pin.uri)
+    size = header_bytes(head, pin.size, where)
+    if size > len(head):
+        whole = bytearray(size)
+        whole[: len(head)] = head
+        store.read(pin, len(head), memoryview(whole)[len(head) :])
+        head = bytes(whole)
+    return pin, parse(head, pin.size, where)
+
+
+def _text(store: Store, listed: Pin) -> tuple[Pin, bytes]:
+    pin, data = _head(store, listed.uri, TEXT_BYTES)
+    if pin.size > TEXT_BYTES:
+        what = f"has {pin.size:,} bytes, and at most {TEXT_BYTES:,} were expected"
+        raise InputError(Problem(shown(pin.uri), what, "check that this is the right file"))
+    return pin, data
+
+
+def _front(store: Store, listed: Pin) -> tuple[Pin, bytes]:
+    return _head(store, listed.uri, README_BYTES)
+
+
+def _head(store: Store, uri: str, nbytes: int) -> tuple[Pin, bytes]:
+    try:
+        return store.head(uri, nbytes)
+    except FileNotFoundError:
+        raise InputError(Problem(shown(uri), "is gone although it was listed", "keep inputs unchanged")) from None
+
+
+def _parameter(name: str, source: Source, rules: Rules) -> Parameter:
+    tensor = source.tensors[0]
+    return Parameter(name, tensor.shape, tensor.dtype, tensor.dtype in MERGEABLE and not rules.excludes(name))
+
+
+def _model(looked: _Looked, folder: Folder, found: Found) -> Model:
+    entry = looked.entry
+    return Model(
+        uri=entry.uri,
+        id=entry.id,
+        format=looked.format.name,
+        objects=found.objects,
+        sources=dict(found.sources),
+        weight=entry.weight,
+        density=entry.density,
+        licence=_licence(folder.texts.get(README, b"")),
+    )
+
+
+def _licence(readme: bytes) -> str:
+    """Return the licence that the front matter of a model card names, with its own name and link if it has them."""
+    front = re.match(r"---\s*\n(.*?)\n---", readme.decode(errors="replace").replace("\r\n", "\n"), re.DOTALL)
+    if not front:
+        return ""
+    given: dict[str, str] = {}
+    # A plain scalar or a list; a YAML parser takes 10 ms for the widgets of one card.
+    for key, scalar, items in re.findall(r"^(license\w*):[ \t]*(.*)((?:\n[ \t]*- .*)*)", front[1], re.MULTILINE):
+        values = [scalar, *(item.strip().removeprefix("- ") for item in items.split("\n"))]
+        given[key] = ", ".join(value.strip(" '\"[]") for value in values if value.strip())
+    return " ".join(given[key] for key in ("license", "license_name", "license_link") if given.get(key))
+
+
+def _rows(parameters: Mapping[str, Parameter], names: Sequence[str]) -> int:
+    return max(parameters[name].shape[0] for name in names)
+
+
+def _pins_by_hand(
+    entries: Sequence[Entry], found: Mapping[str, Found], stores: Stores, threads: Executor
+) -> tuple[list[str], list[Problem]]:
+    """Verify the versions and hashes that the recipe gives; return notes and problems."""
+    notes: list[str] = []
+    problems: list[Problem] = []
+    jobs: list[tuple[Pin, str]] = []
+    for entry in entries:
+        pins = {_name(pin.uri): pin for pin in found[entry.id].objects}
+        strange = sorted({*entry.sha256, *entry.version_id} - pins.keys())
+        if strange:
+            known = ", ".join(pins)
+            problems.append(Problem(entry.place, f"pins {', '.join(strange)}, its weight files are {known}", ""))
+        for name, version in entry.version_id.items():
+            if name in pins and pins[name].version != version:
+                what = f"is at version {pins[name].version or 'none'}, the recipe pins {version}"
+                problems.append(Problem(shown(pins[name].uri), what, "restore that version, or pin the current one"))
+        jobs += [(pins[name], wanted) for name, wanted in entry.sha256.items() if name in pins]
+    if jobs:
+        size = sum(pin.size for pin, _ in jobs)
+        notes.append(f"{len(jobs)} files pinned by sha256 were read whole while planning: {size:,} bytes")
+    _gather(lambda job: _verify(stores.of(job[0].uri), *job), jobs, threads, problems)
+    return notes, problems
+
+
+def _verify(store: Store, pin: Pin, wanted: str) -> None:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(HASH_BYTES, pin.size)))
+    for start in range(0, pin.size, HASH_BYTES):
+        piece = buffer[: min(HASH_BYTES, pin.size - start)]
+        store.read(pin, start, piece)
+        digest.update(piece)
+    if digest.hexdigest() != wanted.lower():
+        what = f"has the SHA-256 {digest.hexdigest()}, the recipe pins {wanted}"
+        raise InputError(Problem(shown(pin.uri), what, "use the file that was pinned, or pin this one"))
+
+
+def _files_from(recipe: Recipe, entries: Sequence[Entry]) -> str:
+    """Return the id of the input that `output.files_from` names by id or path."""
+    wanted = recipe.output.files_from
+    for entry in entries:
+        if wanted == entry.id or wanted.rstrip("/") == entry.uri:
+            return entry.id
+    what = f"{wanted!r} is neither the id nor the path of an input"
+    raise RecipeError(Problem("output.files_from", what, "write `base`, or a model's id, position or path"))
+
+
+def _small_files(looked: _Looked, stores: Stores, threads: Executor) -> tuple[tuple[SmallFile, ...], list[str]]:
+    """Return what the output takes over beside the weights, pinned, and a note on what it leaves."""
+    wanted = {
+        name: pin
+        for name, pin in looked.files.items()
+        if _matches(name, _TAKEN) and not _matches(name, _LEFT) and pin.size <= SMALL_FILE_BYTES
+    }
+    left = [name for name in looked.files if name not in wanted and not _matches(name, _LEFT)]
+    left += [f"{_name(uri)}/" for uri in looked.listing.folders if not _name(uri).startswith(".")]
+    pins = threads.map(lambda pin: _head(stores.of(pin.uri), pin.uri, 1)[0], wanted.values())
+    files = tuple(SmallFile(name, pin) for name, pin in zip(wanted, pins, strict=True))
+    return files, [f"not taken over from {looked.entry.uri}: {', '.join(left)}"] if left else []
+
+
+def _idle(patterns: Sequence[str], parameters: Collection[str]) -> list[str]:
+    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters)]
+
+
+def _weak_pins(models: Sequence[Model]) -> list[str]:
+    """Say where a read can't be tied to the planned content."""
+    weak = Counter(scheme_of(pin.uri) for model in models for pin in model.objects if not pin.etag)
+    return [
+        f"{count} files under {scheme}:// are pinned by their size alone: a change that keeps it goes unseen"
+        for scheme, count in sorted(weak.items())
+    ]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]

@@ -8,7 +8,7 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ties_ray.errors import InputError, Problem
@@ -55,6 +55,7 @@ MAX_DIMENSIONS = 64
 ALIGNMENT = 4096
 """Where we let the data begin: a page, so that parts are cut on element borders and direct I/O is possible."""
 _METADATA = "__metadata__"
+_RANK = {dtype: index for index, dtype in enumerate(DTYPE_BITS)}
 _SHOWN = 8
 """Problems shown of one header; the rest is counted."""
 
@@ -132,13 +133,12 @@ def build(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def canonical_order(tensors: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Return tensors as the format's own writer orders them: wide dtypes first, then by name.
+def canonical_order(dtype: str, name: str) -> tuple[int, str]:
+    """Return the key that sorts tensors as the format's own writer orders them: wide dtypes first, then by name.
 
     Every tensor then begins at a multiple of its element size.
     """
-    rank = {dtype: index for index, dtype in enumerate(DTYPE_BITS)}
-    return sorted(tensors, key=lambda tensor: (-rank[tensor[1]], tensor[0]))
+    return -_RANK[dtype], name
 
 
 def _json(text: bytes, where: str) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+"""Which folders a recipe means: globs, tables and plain paths become a list of models, in recipe order."""
+
+import csv
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from pydantic import ValidationError
+
+from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.recipe import ModelEntry, Recipe
+from ties_ray.stores import Stores, scheme_of
+
+TABLE_BYTES = 4 * 2**20
+"""Largest table of models that is read."""
+COLUMNS = ("path", "weight", "density")
+BASE = "base"
+"""The base's id."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the expanded list, or the base."""
+
+    place: str
+    """Where it stands in the recipe, for messages: `models.3`."""
+    uri: str
+    id: str = ""
+    """Until the list is complete: empty where the recipe gives none."""
+    weight: float = 1.0
+    density: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    version_id: Mapping[str, str] = field(default_factory=dict)
+
+
+def expand(recipe: Recipe, stores: Stores, threads: Executor) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """Return the base and then the models, each with an id, and notes; one listing a folder that a glob looks into.
+
+    Raises `RecipeError` for what the recipe contradicts, `InputError` for what is not there, with every problem.
+    """
+    entries: list[Entry] = []
+    notes: list[str] = []
+    wrong: list[Problem] = []
+    missing: list[Problem] = []
+    for number, asked in enumerate(recipe.models):
+        place = f"models.{number}"
+        try:
+            found = list(_entries(asked, place, stores, threads, notes))
+        except RecipeError as error:
+            wrong += error.problems
+        except InputError as error:
+            missing += error.problems
+        else:
+            entries += found
+            if len(found) < (asked.at_least or 0):
+                what = f"{asked.path or asked.table} yields {len(found)} models, at_least is {asked.at_least}"
+                missing.append(Problem(place, what, "look for models that were not written"))
+    everything = [Entry(BASE, recipe.base.rstrip("/") or "/", BASE), *entries]
+    wrong += [*_repeated(everything), *_overlapping(recipe.output.path, everything)]
+    named = [replace(entry, id=entry.id or str(position - 1)) for position, entry in enumerate(everything)]
+    wrong += [
+        Problem("models", f"{count} models have the id {name!r}", "give each its own; by default it is the position")
+        for name, count in Counter(entry.id for entry in named).items()
+        if count > 1
+    ]
+    if wrong:
+        raise RecipeError(wrong + missing)
+    if missing:
+        raise InputError(missing)
+    return tuple(named), tuple(notes)
+
+
+def overlaps(one: str, other: str) -> bool:
+    """Return whether two folders are the same or one lies in the other (links of a local path followed)."""
+    first, second = _real(one) + "/", _real(other) + "/"
+    return first.startswith(second) or second.startswith(first)
+
+
+def _real(uri: str) -> str:
+    if scheme_of(uri) == "local":
+        return os.path.realpath(uri.removeprefix("file://")).rstrip("/")
+    return uri.rstrip("/")
+
+
+def _entries(asked: ModelEntry, place: str, stores: Stores, threads: Executor, notes: list[str]) -> Iterator[Entry]:
+    if asked.table is not None:
+        yield from (entry for entry in _table(asked, place, stores) if not _left_out(entry.uri, asked.not_))
+        return
+    path = asked.path or ""
+    if not _is_glob(path):
+        yield Entry(
+            place, path.rstrip("/") or "/", asked.id or "", asked.weight, asked.density, asked.sha256, asked.version_id
+        )
+        return
+    matched, checkpoints = _match(path, place, stores, threads)
+    if checkpoints:
+        notes.append(
+            f"{path}: {len(checkpoints)} checkpoint-* folders are not taken as models unless the glob names them"
+        )
+    found = [uri for uri in matched if not _left_out(uri, asked.not_)]
+    if not found:
+        what = f"no folder matches {path}" if not matched else f"`not` leaves out all {len(matched)} matches of {path}"
+        hint = f"name them: {path.rstrip('/')}/checkpoint-*" if checkpoints else "check the path and its permissions"
+        raise InputError(Problem(place, what, hint))
+    for uri in found:
+        yield Entry(place, uri, weight=asked.weight, density=asked.density)
+
+
+def _is_glob(path: str) -> bool:
+    return any(char in path for char in "*?[")
+
+
+def _match(path: str, place: str, stores: Stores, threads: Executor) -> tuple[list[str], list[str]]:
+    """Return the folders that match, sorted by the bytes of their URIs, and `checkpoint-*` folders passed over."""
+    scheme, separator, rest = path.partition("://") if "://" in path else ("", "", path)
+    segments = rest.rstrip("/").split("/")
+    first = next(index for index, segment in enumerate(segments) if _is_glob(segment))
+    if "**" in segments:
+        raise RecipeError(Problem(place, f"`**` in {path} is not supported", "write one `*` for each level of folders"))
+    if separator and scheme != "file" and first == 0:
+        raise RecipeError(Problem(place, f"{path} has a glob for the bucket", "name the bucket"))
+    level = [scheme + separator + "/".join(segments[:first]) or ("/" if path.startswith("/") else ".")]
+    passed_over: list[str] = []
+    for segment in segments[first:]:
+        below = [uri for listing in threads.map(lambda uri: stores.of(uri).list(uri), level) for uri in listing.folders]
+        matched = [uri for uri in below if fnmatchcase(_last(uri), segment)]
+        matched = [uri for uri in matched if segment.startswith(".") or not _last(uri).startswith(".")]
+        # A trainer leaves its intermediate states beside the model, in folders that look like models.
+        states = [uri for uri in matched if _last(uri).startswith("checkpoint-") and "checkpoint" not in segment]
+        passed_over += states
+        level = [uri for uri in matched if uri not in states]
+    return sorted(level), passed_over  # code points sort as their UTF-8 bytes do
+
+
+def _left_out(uri: str, patterns: Sequence[str]) -> bool:
+    """Return whether a pattern matches the path, or as many of its last segments as the pattern has."""
+    segments = uri.split("/")
+    return any(
+        fnmatchcase(uri, pattern) or fnmatchcase("/".join(segments[-pattern.count("/") - 1 :]), pattern)
+        for pattern in (pattern.rstrip("/") for pattern in patterns)
+    )
+
+
+def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
+    table = asked.table or ""
+    try:
+        _, data = stores.of(table).get(table, TABLE_BYTES)
+        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True))
+    except FileNotFoundError:
+        raise InputError(Problem(place, f"there is no table {table}", "check the path")) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(Problem(table, f"is not a CSV file in UTF-8 ({error})", "save it again")) from None
+    columns = set[str | None]().union(*rows)
+    if "path" not in columns or not columns <= set(COLUMNS):
+        what = f"needs a header row and at least one model; columns: {', '.join(COLUMNS)}, the last two optional"
+        raise InputError(Problem(table, f"{what}; it has {', '.join(map(str, columns)) or 'none'}"))
+    entries, problems = [], []
+    for line, row in enumerate(rows, start=2):
+        given = {key: value.strip() for key, value in row.items() if value and value.strip()}
+        try:
+            model = ModelEntry.model_validate({"weight": asked.weight, "density": asked.density, **given})
+        except ValidationError as error:
+            problems += [Problem(f"{table}:{line}", _message(item)) for item in error.errors(include_url=False)]
+            continue
+        if model.path is None or _is_glob(model.path):
+            problems.append(Problem(f"{table}:{line}", "has a glob as its path", "write one folder a row"))
+            continue
+        entries.append(Entry(f"{table}:{line}", model.path.rstrip("/"), weight=model.weight, density=model.density))
+    if problems:
+        raise InputError(problems)
+    return entries
+
+
+def _repeated(entries: Sequence[Entry]) -> Iterator[Problem]:
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        other = first.setdefault(_real(entry.uri), entry)
+        if other is not entry and not (entry.id and other.id):
+            remedy = "give each an `id` if this is meant" if other.id != BASE else "leave it out: its change is zero"
+            yield Problem(entry.place, f"{entry.uri} stands in the recipe twice, first as {other.place}", remedy)
+
+
+def _overlapping(output: str, entries: Sequence[Entry]) -> Iterator[Problem]:
+    for entry in entries:
+        if overlaps(output, entry.uri):
+            what = f"{output} and the input {entry.uri} ({entry.place}) lie in each other"
+            yield Problem("output.path", what, "write to a folder of its own")
+
+
+def _message(item: Mapping[str, object]) -> str:
+    loc = item["loc"]
+    name = ".".join(map(str, loc)) if isinstance(loc, tuple) else ""
+    return f"{name}: {str(item['msg']).removeprefix('Value error, ')}" if name else str(item["msg"])
+
+
+def _last(uri: str) -> str:
+    return uri.rpartition("/")[2]

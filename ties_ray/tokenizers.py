@@ -1,0 +1,142 @@
+"""Do the inputs speak the same tokens? Compared as far as it is cheap; what differs becomes a note of the catalog."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+from ties_ray.errors import InputError, Problem
+from ties_ray.stores import Pin, Stores, scheme_of
+
+VOCABULARY = (
+    "tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
+    "vocab.txt", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+MOST_BYTES = 64 * 2**20
+"""Largest file that is read; a large vocabulary has 20 MB."""
+REMOTE_BYTES = 2**20
+"""Largest file that is fetched to be compared; beyond it two files differ where their ETags do."""
+
+Files = Mapping[str, Pin]
+"""What lies beside the weights of one input, by name, as listed."""
+Fetch = Callable[[Pin], bytes]
+
+
+class Tokenizer(NamedTuple):
+    """The files of one input that may be a tokenizer's."""
+
+    id: str
+    uri: str
+    files: Files
+
+
+def notes(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads: Executor) -> list[str]:
+    """Say in what the models' vocabularies, special tokens and chat templates differ from the base's."""
+    read_base = lru_cache(maxsize=None)(partial(_fetch, stores))
+    compare = partial(_differences, base.files, read_base, fetch=partial(_fetch, stores))
+    who: dict[str, list[str]] = {}
+    for model, differences in zip(models, threads.map(compare, [model.files for model in models]), strict=True):
+        for what in differences:
+            who.setdefault(what, []).append(model.id)
+    return [f"{'models' if len(ids) > 1 else 'model'} {', '.join(ids)}: {what}" for what, ids in sorted(who.items())]
+
+
+def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Stores) -> list[Problem]:
+    """Return what forbids to line up the first `rows` embedding rows of the two: ids that mean different tokens."""
+    fetch = partial(_fetch, stores)
+    ours, theirs = _tokens(base.files, fetch), _tokens(model.files, fetch)
+    if ours is None or theirs is None:
+        lacking = base.uri if ours is None else model.uri
+        what = "has more embedding rows than the base, and without a vocabulary (tokenizer.json, vocab.json or"
+        what += f" vocab.txt) in {lacking} it can't be shown that the common rows mean the same tokens"
+        return [Problem(model.uri, what, "add the tokenizer's files, or drop the model")]
+    differ = sorted(
+        number for number in ours.keys() & theirs.keys() if number < rows and ours[number] != theirs[number]
+    )
+    if not differ:
+        return []
+    first = differ[0]
+    what = f"has more embedding rows than the base, and {len(differ)} of the common ids mean other tokens"
+    what += f" (id {first}: {theirs[first]!r} where the base has {ours[first]!r})"
+    return [Problem(model.uri, what, "its embedding does not line up with the base's: drop the model")]
+
+
+def _differences(base: Files, read_base: Fetch, model: Files, *, fetch: Fetch) -> list[str]:
+    """Return what differs between two inputs; files that a fine-tune left out are no difference."""
+    found = []
+    for name in VOCABULARY:
+        if name in base and name in model and not _same(base[name], model[name]):
+            pins = base[name], model[name]
+            near = all(scheme_of(pin.uri) == "local" for pin in pins)
+            small = pins[0].size == pins[1].size <= (MOST_BYTES if near else REMOTE_BYTES)
+            if not small or read_base(pins[0]) != fetch(pins[1]):
+                found.append(f"{name} differs from the base's")
+    mine = [name for name in SETTINGS if name in model]
+    if mine and not all(name in base and _same(base[name], model[name]) for name in mine):
+        ours, theirs = _settings(base, read_base), _settings(model, fetch)
+        if ours.get("chat_template") != theirs.get("chat_template"):
+            found.append("the chat template differs from the base's")
+        tokens = [key for key in SPECIAL if ours.get(key) != theirs.get(key)]
+        if tokens:
+            found.append(f"{', '.join(tokens)} differ{'' if len(tokens) > 1 else 's'} from the base's")
+    return found
+
+
+def _settings(files: Files, fetch: Fetch) -> dict[str, object]:
+    """Return special tokens and chat template as they take effect: a template's own file wins over the config."""
+    found: dict[str, object] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json", "chat_template.json"):
+        if name in files and isinstance(value := _json(fetch(files[name])), dict):
+            found |= {key: value[key] for key in (*SPECIAL, "chat_template") if value.get(key) is not None}
+    if "chat_template.jinja" in files:
+        found["chat_template"] = fetch(files["chat_template.jinja"]).decode(errors="replace")
+    return {key: value.get("content") if isinstance(value, dict) else value for key, value in found.items()}
+
+
+def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
+    """Return the token of every id; None where the files do not tell."""
+    tokens: dict[int, str] = {}
+    if "tokenizer.json" in files:
+        whole = _json(fetch(files["tokenizer.json"]))
+        model = whole.get("model") if isinstance(whole, dict) else None
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the place
+            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
+        added = whole.get("added_tokens") if isinstance(whole, dict) else None
+        extra = {token["content"]: token["id"] for token in added or ()}
+    else:
+        vocabulary, extra = None, {}
+        if "vocab.json" in files:
+            vocabulary = _json(fetch(files["vocab.json"]))
+        elif "vocab.txt" in files:
+            lines = fetch(files["vocab.txt"]).decode(errors="replace").splitlines()
+            vocabulary = {token: number for number, token in enumerate(lines)}
+        if "added_tokens.json" in files:
+            extra = _json(fetch(files["added_tokens.json"])) or {}
+    if not isinstance(vocabulary, dict):
+        return None
+    tokens |= {number: token for token, number in vocabulary.items()}
+    return tokens | {number: token for token, number in extra.items()}
+
+
+def _same(one: Pin, other: Pin) -> bool:
+    """Return whether the pins alone show equal content; of local files only links of one file do."""
+    return bool(one.etag) and (one.size, one.etag) == (other.size, other.etag)
+
+
+def _fetch(stores: Stores, pin: Pin) -> bytes:
+    try:
+        return stores.of(pin.uri).get(pin.uri, MOST_BYTES)[1]
+    except FileNotFoundError:
+        raise InputError(Problem(pin.uri, "is gone although it was listed", "keep inputs unchanged")) from None
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
