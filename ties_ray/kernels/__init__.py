@@ -7,14 +7,18 @@ Names: a *delta* is fp32(model) - fp32(base); a *term* t = weight * scale * kept
 sums, rounded to fp32 after each multiplication; *magnitude bits* are the 31 bits of |delta| as an integer.
 """
 
+import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ARITHMETIC = "exact-1"
+"""Name and version of the arithmetic; part of a run's identity. Changes whenever any result bit may change."""
 HIGH_BINS = 65_536
 """Bins of the first level of a threshold search: magnitude bits >> 15."""
 LOW_BINS = 32_768
@@ -38,10 +42,15 @@ class Term(NamedTuple):
     weight: float = 1.0
     """Rounded to fp32."""
     threshold: int = 0
-    """Smallest magnitude bits kept; 0 keeps all."""
+    """Smallest magnitude bits kept; 0 keeps all, whatever `strict` says."""
     strict: bool = False
     """True drops elements at the threshold itself (only above it are kept)."""
     dropout: Dropout | None = None
+
+    @property
+    def lowest(self) -> int:
+        """The smallest magnitude bits that survive the trim."""
+        return self.threshold + (self.strict and self.threshold > 0)
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,27 @@ Op = WeightedSum | SignedSums | Extremes | Agreement
 State = dict[str, "Tensor"]
 
 
+def state_dtypes(op: Op) -> Mapping[str, Literal["float32", "int32"]]:
+    """Return the names and dtypes of an op's state; every entry takes 4 bytes an element."""
+    match op:
+        case WeightedSum():
+            return {"sum": "float32"}
+        case SignedSums(weighted=True):
+            floats = ("sum", "positive", "negative", "positive_weight", "negative_weight")
+            return dict.fromkeys(floats, "float32")
+        case SignedSums():
+            return {"sum": "float32", "positive": "float32", "negative": "float32", "counts": "int32"}
+        case Extremes():
+            return {"sum": "float32", "highest": "float32", "lowest": "float32"}
+        case Agreement():
+            return {"count": "int32"}
+
+
 class Encoded(NamedTuple):
     """One model's slice as it was read: values of the model (`dense`), or a finished fp32 delta (`delta`)."""
 
     data: "Tensor"
-    """1-D; dense: bf16, fp16, fp32 or fp64; delta: fp32."""
+    """1-D, contiguous, never written to; dense: bf16, fp16, fp32 or fp64; delta: fp32."""
     kind: Literal["dense", "delta"] = "dense"
 
 
@@ -98,7 +123,8 @@ class Kernels(ABC):
     """The operations on slices. `base` is 1-D fp32, or fp64 where the base is stored in F64; already decoded.
 
     A delta that is not finite is counted and taken as +0; what follows from the count is the caller's to decide.
-    With F64 on either side the subtraction is done in fp64 and rounded once to fp32.
+    With F64 on either side the subtraction is done in fp64 and rounded once to fp32. A source of kind `delta` needs no
+    base but its length. Tensors are contiguous. Threads may call at once, with outputs of their own.
     """
 
     @abstractmethod
@@ -127,19 +153,41 @@ class Kernels(ABC):
         """Add to `table` (int64, LOW_BINS) the low bits of elements in first-level bin `high`; as above."""
 
     @abstractmethod
-    def elect(self, op: Op, state: State, zero_sign: int, factor: float, merge: Literal["mean", "sum", "max"]
-              ) -> "Tensor":
+    def elect(
+        self, op: Op, state: State, zero_sign: int, factor: float, merge: Literal["mean", "sum", "max"]
+    ) -> "Tensor":
         """Return the merged fp32 delta of TIES from the state of `SignedSums` (mean, sum) or `Extremes` (max).
 
         The sign is that of state["sum"]; where that is zero `zero_sign` (-1, 0, 1). mean divides the sum of the elected
         sign by the count (or the weights) of the models of that sign, IEEE; 0 where there are none; max takes the
-        extreme of that sign. Then times fp32(factor). (Yadav et al. 2023, section 3.2.)
+        extreme of that sign. Then times fp32(factor). (Yadav et al. 2023, section 3.2.) NaN where the sum is NaN (it
+        overflowed), so that `apply` sees it.
         """
 
     @abstractmethod
     def apply(self, base: "Tensor", merged: "Tensor", out: "Tensor") -> int:
         """Write cast(base + merged) into `out` (fp32, fp16, bf16 or fp64), cast(base) where merged is zero.
 
-        The sum is in fp64 where `base` or `out` is fp64, else in fp32. Returns how many results are not finite although
-        `base` and `merged` are.
+        The sum is in fp64 where `base` or `out` is fp64, else in fp32; the cast rounds once, to nearest even. Returns
+        how many results are not finite although `base` is: sums that overflowed on the way are counted here too.
         """
+
+
+def load(name: Literal["definition", "cpu"]) -> Kernels:
+    """Return the implementation of that name; imports torch, and for `cpu` numba, which compiles if it must (5 s)."""
+    if name == "definition":
+        from ties_ray.kernels.definition import Definition
+
+        return Definition()
+    from ties_ray.kernels.cpu import Cpu
+
+    return Cpu()
+
+
+def flushes_to_zero() -> bool:
+    """Return whether this thread's floating-point unit takes or gives zero for denormal numbers.
+
+    The mode belongs to a thread, so ask on the one that does the work (libraries built with fast maths may set it).
+    """
+    smallest_normal, smallest = sys.float_info.min, math.ulp(0.0)
+    return smallest_normal * 0.5 == 0.0 or smallest * 2.0**60 == 0.0

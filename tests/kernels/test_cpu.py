@@ -1,0 +1,76 @@
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import ties_ray
+from ties_ray.kernels import Kernels, cpu, load
+from ties_ray.testing import KernelContract
+
+
+class TestCpu(KernelContract):
+    @pytest.fixture
+    def kernels(self) -> Kernels:
+        return load("cpu")
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Compile a copy of the kernels where neither package nor home can be written to; return what it says of itself.
+
+    A file stands where each folder should be: modes would prove nothing to root, who may write anywhere.
+    """
+    root = tmp_path_factory.mktemp("fresh")
+    package = root / "site" / "ties_ray"
+    (package / "kernels").mkdir(parents=True)
+    for file in (Path(ties_ray.__file__).parent / "kernels").glob("*.py"):
+        (package / "kernels" / file.name).write_bytes(file.read_bytes())
+    (package / "__init__.py").touch()
+    (package / "kernels" / "__pycache__").touch()
+    (root / "home").touch()
+    (root / "tmp").mkdir()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(root / "site"),
+        "HOME": str(root / "home"),
+        "TMPDIR": str(root / "tmp"),
+    }
+    done = subprocess.run([sys.executable, "-c", REPORT], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {"root": str(root), **json.loads(done.stdout)}
+
+
+REPORT = """
+import json, numba
+from ties_ray.kernels import cpu
+loops = [value for value in vars(cpu).values() if hasattr(value, "inspect_asm") and value.stats.cache_path]
+assembly = [text for loop in loops for text in loop.inspect_asm().values()]
+print(json.dumps({"file": cpu.__file__, "cache": numba.config.CACHE_DIR, "assembly": "".join(assembly)}))
+"""
+
+
+def test_kernels_work_where_neither_package_nor_home_is_writable(fresh: dict[str, str]) -> None:
+    assert fresh["file"].startswith(f"{fresh['root']}/site/")
+    assert Path(fresh["cache"]).parent == Path(fresh["root"], "tmp")
+    assert list(Path(fresh["cache"]).rglob("*.nbc"))
+
+
+def test_no_compiled_loop_holds_a_fused_multiply_add(fresh: dict[str, str]) -> None:
+    """With either spelling: fmadd, fmsub, fmla, fmls."""
+    assert "_signed_sums" in fresh["assembly"]
+    assert re.findall(r"\bv?fn?m(?:add|sub|la|ls)\w*", fresh["assembly"]) == []
+
+
+def test_a_cache_folder_of_someone_else_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path / f"ties_ray-{os.getuid()}"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cpu._shared_cache() != shared
+    shared.chmod(0o700)
+    assert cpu._shared_cache() == shared

@@ -1,0 +1,571 @@
+"""Contract suites: a third party's implementation inherits one and has the tests of ours.
+
+Each class is one contract of the package; its docstring says which fixture a subclass provides.
+"""
+
+import itertools
+import pickle
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from ties_ray.errors import InputError, MergeError, Problem
+from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
+from ties_ray.kernels import (
+    HIGH_BINS,
+    LOW_BINS,
+    Agreement,
+    Dropout,
+    Encoded,
+    Extremes,
+    Kernels,
+    Op,
+    SignedSums,
+    Term,
+    WeightedSum,
+    state_dtypes,
+)
+from ties_ray.kernels.definition import Definition
+from ties_ray.stores import Listing, Part, Store, join
+
+
+class KernelContract:
+    """What every implementation of `Kernels` does: the same bits as the definition, however a slice is cut.
+
+    Inherit, and provide a fixture `kernels`. Values are mixed: ordinary numbers, few distinct ones (ties, both zeros),
+    and any bits at all (denormals, infinities, NaN). A NaN equals any NaN: which one comes is the processor's business.
+    """
+
+    LENGTH = 40_003
+    """Odd, and more than two tiles of any implementation so far."""
+    DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+    @pytest.fixture
+    def kernels(self) -> Kernels:
+        """Return the implementation under test."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_deltas_and_counts_are_those_of_the_definition(
+        self, kernels: Kernels, dtype: torch.dtype, base_dtype: torch.dtype
+    ) -> None:
+        base = mixed_values(base_dtype, self.LENGTH, seed=1)
+        source = Encoded(near(base, dtype, seed=2))
+        deltas, highs, lows = [], [], []
+        for each in (Definition(), kernels):
+            delta = torch.full_like(base, 7, dtype=torch.float32)
+            high = torch.arange(HIGH_BINS)
+            numbers = [each.delta(source, base, delta), each.count_high(source, base, high)]
+            fullest = int((high - torch.arange(HIGH_BINS))[1:].argmax()) + 1
+            low = torch.arange(LOW_BINS)
+            numbers.append(each.count_low(source, base, fullest, low))
+            assert len(set(numbers)) == 1
+            assert numbers[0] > 0
+            deltas.append(delta)
+            highs.append(high)
+            lows.append(low)
+        assert same_bits(*deltas)
+        assert torch.equal(*highs)
+        assert torch.equal(*lows)
+        assert int(highs[1].sum() - torch.arange(HIGH_BINS).sum()) == self.LENGTH
+
+    def test_counting_twice_counts_double(self, kernels: Kernels) -> None:
+        base = torch.zeros(1000)
+        source = Encoded(mixed_values(torch.float32, 1000, seed=1))
+        once, twice = torch.zeros(2, HIGH_BINS, dtype=torch.int64)
+        low_once, low_twice = torch.zeros(2, LOW_BINS, dtype=torch.int64)
+        for table, low in ((once, low_once), (twice, low_twice), (twice, low_twice)):
+            kernels.count_high(source, base, table)
+            kernels.count_low(source, base, 0, low)
+        assert torch.equal(twice, 2 * once)
+        assert torch.equal(low_twice, 2 * low_once)
+        assert low_once.sum() == once[0]
+
+    @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("how", ["plain", "weights", "trim", "strict", "dropout", "all"])
+    @pytest.mark.parametrize("name", ["weighted_sum", "signed_sums", "signed_sums_weighted", "extremes", "agreement"])
+    def test_folds_are_those_of_the_definition(
+        self, kernels: Kernels, name: str, how: str, base_dtype: torch.dtype
+    ) -> None:
+        base, group = a_group(base_dtype, self.LENGTH)
+        op = an_op(name, how, self.LENGTH)
+        states, counts = [], []
+        for each in (Definition(), kernels):
+            state = each.start(op, self.LENGTH)
+            counts.append(each.fold(op, state, base, group, offset=2**34 + 3))
+            states.append(state)
+        assert counts[0] == counts[1]
+        assert states[0].keys() == states[1].keys() == state_dtypes(op).keys()
+        for key, expected in states[0].items():
+            assert same_bits(expected, states[1][key]), key
+            assert expected.count_nonzero() > self.LENGTH // 100, key
+
+    @pytest.mark.parametrize("name", ["signed_sums", "signed_sums_weighted", "agreement"])
+    def test_cuts_and_groups_change_no_bit(self, kernels: Kernels, name: str) -> None:
+        base, group = a_group(torch.float32, self.LENGTH)
+        op = an_op(name, "all", self.LENGTH)
+        whole = kernels.start(op, self.LENGTH)
+        counts = kernels.fold(op, whole, base, group, offset=5)
+        cuts = [0, 0, 1, 6, 4097, 16_384, 32_771, self.LENGTH]
+        states = []
+        summed = [0] * len(group)
+        for start, stop in itertools.pairwise(cuts):
+            part = replace(op, total=op.total[start:stop]) if isinstance(op, Agreement) else op
+            state = kernels.start(part, stop - start)
+            cut = [(model, Encoded(source.data[start:stop], source.kind)) for model, source in group]
+            found = []
+            for few in (cut[:0], cut[:1], cut[1:4], cut[4:]):
+                found += kernels.fold(part, state, base[start:stop], few, offset=5 + start)
+            summed = [a + b for a, b in zip(summed, found, strict=True)]
+            states.append(state)
+        assert summed == counts
+        for key, expected in whole.items():
+            assert same_bits(expected, torch.cat([state[key] for state in states])), key
+
+    @pytest.mark.parametrize("zero_sign", [-1, 0, 1])
+    @pytest.mark.parametrize(
+        ("name", "merge"),
+        [
+            ("signed_sums", "mean"),
+            ("signed_sums_weighted", "mean"),
+            ("signed_sums", "sum"),
+            ("signed_sums_weighted", "sum"),
+            ("extremes", "max"),
+        ],
+    )
+    def test_elections_are_those_of_the_definition(
+        self, kernels: Kernels, name: str, merge: Literal["mean", "sum", "max"], zero_sign: int
+    ) -> None:
+        base, group = a_group(torch.float32, self.LENGTH)
+        op = an_op(name, "trim", self.LENGTH)
+        state = Definition().start(op, self.LENGTH)
+        Definition().fold(op, state, base, group, offset=0)
+        positive, negative = list(state.values())[1:3]
+        assert ((state["sum"] == 0) & (positive > 0) & (negative < 0)).any()
+        expected = Definition().elect(op, state, zero_sign, 0.3, merge)
+        assert same_bits(expected, kernels.elect(op, state, zero_sign, 0.3, merge))
+
+    @pytest.mark.parametrize("out_dtype", DTYPES)
+    @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
+    def test_results_are_those_of_the_definition(
+        self, kernels: Kernels, base_dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> None:
+        base = mixed_values(base_dtype, self.LENGTH, seed=1)
+        merged = mixed_values(torch.float32, self.LENGTH, seed=2)
+        expected, out = torch.empty(2, self.LENGTH, dtype=out_dtype)
+        assert Definition().apply(base, merged, expected) == kernels.apply(base, merged, out) > 0
+        assert same_bits(expected, out)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_where_nothing_merges_the_base_keeps_its_bits(self, kernels: Kernels, dtype: torch.dtype) -> None:
+        stored = mixed_values(dtype, self.LENGTH, seed=1)
+        stored = torch.where(stored.isnan(), torch.tensor(float("nan"), dtype=dtype), stored)
+        out = torch.empty_like(stored)
+        base = stored if dtype == torch.float64 else stored.float()
+        assert kernels.apply(base, torch.zeros(self.LENGTH), out) == 0
+        assert torch.equal(as_integers(stored), as_integers(out))
+
+    def test_nothing_is_contracted(self, kernels: Kernels) -> None:
+        first, second = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1))
+        op = WeightedSum((Term(weight=0.7), Term(weight=0.7)))
+        state = kernels.start(op, 1000)
+        kernels.fold(op, state, torch.zeros(1000), [(0, Encoded(first)), (1, Encoded(second))], offset=0)
+        weight = torch.tensor(0.7)
+        separate = first * weight + second * weight
+        contracted = ((first * weight).double() + second.double() * weight.double()).float()
+        assert not torch.equal(separate, contracted)
+        assert torch.equal(state["sum"], separate)
+
+    def test_inputs_are_left_as_they_are(self, kernels: Kernels) -> None:
+        base, group = a_group(torch.float32, 1000)
+        before = [base.clone(), *(source.data.clone() for _, source in group)]
+        op = an_op("signed_sums", "all", 1000)
+        kernels.fold(op, kernels.start(op, 1000), base, group, offset=0)
+        kernels.count_high(group[0][1], base, torch.zeros(HIGH_BINS, dtype=torch.int64))
+        for old, new in zip(before, [base, *(source.data for _, source in group)], strict=True):
+            assert torch.equal(as_integers(old), as_integers(new))
+
+    def test_an_empty_slice_is_no_work(self, kernels: Kernels) -> None:
+        base, group = a_group(torch.float32, 0)
+        op = an_op("signed_sums", "dropout", 0)
+        state = kernels.start(op, 0)
+        assert kernels.fold(op, state, base, group, offset=12) == [0] * len(group)
+        assert kernels.elect(op, state, 0, 1.0, "mean").shape == (0,)
+        assert kernels.count_high(group[0][1], base, torch.zeros(HIGH_BINS, dtype=torch.int64)) == 0
+        assert kernels.apply(base, torch.empty(0), torch.empty(0, dtype=torch.bfloat16)) == 0
+
+    def test_calls_may_overlap_in_threads(self, kernels: Kernels) -> None:
+        base, group = a_group(torch.float32, self.LENGTH)
+        op = an_op("weighted_sum", "all", self.LENGTH)
+
+        def run(_: int) -> torch.Tensor:
+            state = kernels.start(op, self.LENGTH)
+            kernels.fold(op, state, base, group, offset=0)
+            return state["sum"]
+
+        expected = run(0)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(same_bits(expected, found) for found in pool.map(run, range(12)))
+
+
+def mixed_values(dtype: torch.dtype, length: int, seed: int) -> torch.Tensor:
+    """Return ordinary numbers, few distinct ones and random bits, a third each, mixed."""
+    source = torch.Generator().manual_seed(seed)
+    integers = as_integers(torch.empty(0, dtype=dtype)).dtype
+    limits = torch.iinfo(integers)
+    ordinary = torch.randn(length, generator=source, dtype=torch.float64).mul(0.02).to(dtype)
+    few = torch.tensor([0.0, -0.0, 0.5, -0.5, 0.25, 2.0**-14, -(2.0**-24)], dtype=dtype)
+    few = few[torch.randint(len(few), (length,), generator=source)]
+    any_bits = torch.randint(limits.min, limits.max, (length,), generator=source, dtype=integers).view(dtype)
+    kind = torch.randint(3, (length,), generator=source)
+    return torch.where(kind == 0, ordinary, torch.where(kind == 1, few, any_bits))
+
+
+def near(base: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Return a model of `dtype`: half a fine-tune of `base`, half values that have nothing to do with it."""
+    source = torch.Generator().manual_seed(seed)
+    tuned = base + 1e-3 * torch.randn(len(base), generator=source, dtype=base.dtype)
+    chosen = torch.randint(2, (len(base),), generator=source) == 0
+    return torch.where(chosen, tuned.to(dtype), mixed_values(dtype, len(base), seed))
+
+
+def a_group(base_dtype: torch.dtype, length: int) -> tuple[torch.Tensor, list[tuple[int, Encoded]]]:
+    """Return a base and six of the seven models of `an_op`, of every encoding."""
+    base = mixed_values(base_dtype, length, seed=1)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bfloat16)
+    group = [(model, Encoded(near(base, dtype, seed=10 + model))) for model, dtype in enumerate(dtypes)]
+    return base, [*group, (6, Encoded(mixed_values(torch.float32, length, seed=20), "delta"))]
+
+
+def an_op(name: str, how: str, length: int) -> Op:
+    """Return an op over seven models with the terms that `how` names."""
+    a_half = torch.tensor(0.5).view(torch.int32).item()
+    terms = []
+    for model in range(7):
+        dropout = Dropout((model + 1, 0xFFFF_FFF0 + model), 2**31 + model, 1 / 0.3)
+        terms.append(
+            Term(
+                weight=0.3 + 0.2 * model if how in ("weights", "all") else 1.0,
+                threshold=int(a_half) - model % 2 if how in ("trim", "strict", "all") else 0,
+                strict=how in ("strict", "all"),
+                dropout=dropout if how in ("dropout", "all") else None,
+            )
+        )
+    ops: dict[str, Op] = {
+        "weighted_sum": WeightedSum(tuple(terms)),
+        "signed_sums": SignedSums(tuple(terms)),
+        "signed_sums_weighted": SignedSums(tuple(terms), weighted=True),
+        "extremes": Extremes(tuple(terms)),
+        "agreement": Agreement(tuple(terms), mixed_values(torch.float32, length, seed=30), 0.4),
+    }
+    return ops[name]
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor's memory as integers of the same width."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    """Return whether two tensors have one dtype and the same bits, any NaN being as good as any other."""
+    if expected.dtype != found.dtype or expected.shape != found.shape:
+        return False
+    equal = as_integers(expected) == as_integers(found)
+    return bool((equal | (expected.isnan() & found.isnan())).all())
+
+
+class StoreContract:
+    """What every store keeps; a subclass gives the fixture `place`: a store and the URI of an empty folder.
+
+    Parts are 5 MiB, the least that S3 takes, so that one upload in the suite costs 11 MiB.
+    """
+
+    part_bytes = 5 << 20
+
+    @pytest.fixture
+    def place(self) -> tuple[Store, str]:
+        """Return a store and the URI of an empty folder in it."""
+        raise NotImplementedError("a subclass says where")
+
+    def test_a_small_object_comes_back_whole_with_the_pin_that_put_returned(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        uri = join(root, "a/small.json")
+        pin = store.put(uri, b"hello world")
+        assert store.get(uri, 100) == (pin, b"hello world")
+        assert (pin.uri, pin.size) == (uri, 11)
+        assert pin.etag
+
+    def test_head_returns_no_more_than_there_is(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        pin = store.put(join(root, "x"), b"0123456789")
+        assert store.head(pin.uri, 4) == (pin, b"0123")
+        assert store.head(pin.uri, 10) == (pin, b"0123456789")
+        assert store.head(pin.uri, 4096) == (pin, b"0123456789")
+        assert store.head(pin.uri, 0) == (pin, b"")
+
+    def test_an_empty_object_has_a_pin(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        pin = store.put(join(root, "empty"), b"")
+        assert store.head(pin.uri, 100) == (pin, b"")
+
+    def test_an_object_above_the_limit_is_refused(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        store.put(join(root, "x"), b"0123456789")
+        with pytest.raises(InputError, match=r"10 bytes.*at most 9"):
+            store.get(join(root, "x"), 9)
+
+    def test_a_missing_object_is_not_found(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            store.head(join(root, "nothing"), 10)
+
+    def test_a_range_lands_in_the_callers_buffer_and_is_counted(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        data = bytes(range(256)) * 4096
+        pin = store.put(join(root, "x"), data)
+        before = replace(store.meter)
+        for start, stop in [(0, 1), (0, len(data)), (1000, 700_001), (len(data) - 1, len(data))]:
+            buffer = bytearray(b"\xee" * (stop - start + 2))
+            store.read(pin, start, memoryview(buffer)[1:-1])
+            assert buffer == b"\xee" + data[start:stop] + b"\xee"
+        assert store.meter.requests - before.requests == 4
+        assert store.meter.bytes_read - before.bytes_read == 2 + len(data) + 699_001
+
+    def test_many_threads_read_at_once(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        data = bytes(range(256)) * 256
+        pin = store.put(join(root, "x"), data)
+
+        def read(start: int) -> bytes:
+            buffer = bytearray(4096)
+            store.read(pin, start, memoryview(buffer))
+            return bytes(buffer)
+
+        starts = range(0, 61_440, 1000)
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(read, starts)) == [data[start : start + 4096] for start in starts]
+
+    def test_a_replaced_object_is_refused_even_at_the_same_size(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        pin = store.put(join(root, "x"), b"old content")
+        store.put(join(root, "x"), b"new content")
+        buffer = bytearray(3)
+        with pytest.raises(InputError, match=r"/x: changed since the plan"):
+            store.read(pin, 0, memoryview(buffer))
+
+    def test_a_deleted_object_is_refused(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        pin = store.put(join(root, "x"), b"old content")
+        store.delete(pin.uri)
+        store.delete(pin.uri)  # nothing happens
+        with pytest.raises(InputError, match=r"/x: changed since the plan"):
+            store.read(pin, 0, memoryview(bytearray(3)))
+
+    def test_a_listing_is_sorted_and_one_level_deep(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        for name in ["b", "a/2", "Z", "a/1", "c/d/e", "caf\u00e9", "with space"]:
+            store.put(join(root, name), name.encode())
+        found = store.list(root)
+        assert [pin.uri for pin in found.files] == [join(root, name) for name in ["Z", "b", "caf\u00e9", "with space"]]
+        assert [pin.size for pin in found.files] == [1, 1, 5, 10]
+        assert found.folders == (join(root, "a"), join(root, "c"))
+        assert store.list(root + "/") == found
+        assert [pin.uri for pin in store.list(found.folders[0]).files] == [join(root, "a/1"), join(root, "a/2")]
+
+    def test_a_missing_folder_is_empty(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        assert store.list(join(root, "nowhere")) == Listing((), ())
+
+    def test_parts_make_an_object_in_any_order_and_the_last_writing_wins(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        uri, data = join(root, "out/model.safetensors"), self._data()
+        upload = store.begin_upload(uri, len(data))
+        self._write(store, uri, upload, 1, b"\x00" * len(data))
+        parts = [self._write(store, uri, upload, number, data) for number in (3, 1, 2)]
+        listed = store.list_parts(uri, upload)
+        assert listed is not None
+        assert listed == () or [(p.number, p.size, p.etag) for p in listed] == sorted(p[:3] for p in parts)
+        assert store.list(join(root, "out")) == Listing((), ())  # nothing half-made is visible
+        pin = store.complete_upload(uri, upload, parts)
+        assert store.get(uri, len(data)) == (pin, data)
+        assert store.list_parts(uri, upload) is None
+
+    def test_completing_twice_is_completing_once(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        uri, data = join(root, "x"), self._data()
+        upload = store.begin_upload(uri, len(data))
+        parts = [self._write(store, uri, upload, number, data) for number in (1, 2, 3)]
+        pin = store.complete_upload(uri, upload, parts)
+        assert store.complete_upload(uri, upload, parts) == pin
+
+    def test_an_upload_does_not_take_anothers_object_for_its_own(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        uri, data = join(root, "x"), self._data()
+        upload = store.begin_upload(uri, len(data))
+        parts = [self._write(store, uri, upload, number, data) for number in (1, 2, 3)]
+        store.abort_upload(uri, upload)
+        store.put(uri, data)
+        with pytest.raises(InputError, match="upload"):
+            store.complete_upload(uri, upload, parts)
+
+    def test_an_aborted_upload_leaves_nothing(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        uri, data = join(root, "x"), self._data()
+        upload = store.begin_upload(uri, len(data))
+        part = self._write(store, uri, upload, 1, data)
+        store.abort_upload(uri, upload)
+        store.abort_upload(uri, upload)  # nothing happens
+        assert store.list_parts(uri, upload) is None
+        with pytest.raises(InputError, match="upload"):
+            store.complete_upload(uri, upload, [part])
+        with pytest.raises(InputError, match="upload"):
+            self._write(store, uri, upload, 1, data)
+        assert store.list(root) == Listing((), ())
+
+    def test_a_store_is_not_pickled(self, place: tuple[Store, str]) -> None:
+        with pytest.raises(TypeError, match="in the process that uses it"):
+            pickle.dumps(place[0])
+
+    def _data(self) -> bytes:
+        return bytes(range(251)) * ((2 * self.part_bytes + 1000) // 251)
+
+    def _write(self, store: Store, uri: str, upload: str, number: int, data: bytes) -> Part:
+        start = (number - 1) * self.part_bytes
+        return store.write_part(uri, upload, number, start, memoryview(data)[start : start + self.part_bytes])
+
+
+class ExecutorContract:
+    """What every executor promises; a subclass gives `executor` and may change `loss`."""
+
+    executor: type[Executor]
+    """The class under test."""
+    loss = "die"
+    """The message on which `EchoHost` loses its worker; `kill` where workers are processes."""
+    stop_seconds = 2.0
+
+    @contextmanager
+    def started(self, workers: int = 1, setup: str = "s", **needs: Any) -> Iterator[Executor]:
+        """Start workers with an `EchoHost`, and end them."""
+        executor = self.executor()
+        try:
+            assert executor.start("ties_ray.echo:EchoHost", setup, Needs(workers, 2**20, **needs)) == workers
+            yield executor
+        finally:
+            executor.stop()
+
+    def events(self, executor: Executor, count: int = 1) -> list[Event]:
+        """Wait for `count` events."""
+        found: list[Event] = []
+        end = time.monotonic() + 60
+        while len(found) < count:
+            assert time.monotonic() < end, f"only {found}"
+            found += executor.wait(1.0)
+        return found
+
+    def test_a_worker_handles_its_messages_in_order_with_one_host(self) -> None:
+        with self.started() as executor:
+            for ticket in range(20):
+                executor.submit(0, ticket, f"m{ticket}")
+            expected = [Answered(0, ticket, f"{ticket + 1}:s:m{ticket}") for ticket in range(20)]
+            assert self.events(executor, 20) == expected
+
+    def test_workers_work_at_the_same_time(self, tmp_path: Path) -> None:
+        with self.started(2) as executor:
+            executor.submit(0, 1, f"meet {tmp_path / 'a'} {tmp_path / 'b'}")
+            executor.submit(1, 2, f"meet {tmp_path / 'b'} {tmp_path / 'a'}")
+            found = self.events(executor, 2)
+            assert {(type(event), event.worker) for event in found} == {(Answered, 0), (Answered, 1)}
+
+    def test_waiting_for_nothing_ends_in_time(self) -> None:
+        with self.started() as executor:
+            begun = time.monotonic()
+            assert executor.wait(0.2) == []
+            executor.submit(0, 1, "sleep 3")
+            assert executor.wait(0.2) == []
+            assert 0.39 < time.monotonic() - begun < 2.0
+
+    def test_what_a_host_raises_arrives_as_a_refusal_and_the_worker_goes_on(self) -> None:
+        with self.started() as executor:
+            for ticket, message in enumerate(("input", "boom", "long", "fine")):
+                executor.submit(0, ticket, message)
+            gone, accident, long, fine = self.events(executor, 4)
+            assert isinstance(gone, Refused)
+            assert isinstance(accident, Refused)
+            assert isinstance(long, Refused)
+            assert (gone.ticket, gone.kind) == (0, "input")
+            assert gone.problems == (
+                Problem("s3://m/7", "is gone", "bring it back"),
+                Problem("s3://m/8", "is not finite"),
+            )
+            assert (accident.ticket, accident.kind) == (1, "defect")
+            assert accident.problems == (Problem("", "ZeroDivisionError: an accident"),)
+            assert "in run" in accident.traceback
+            assert (long.ticket, long.kind) == (2, "defect")
+            assert fine == Answered(0, 3, "4:s:fine")
+
+    @pytest.mark.parametrize("how", ["die", "loss"])
+    def test_a_lost_worker_is_told_once_and_comes_back_with_a_new_host(self, how: str) -> None:
+        with self.started(2) as executor:
+            executor.submit(0, 1, "first")
+            assert self.events(executor) == [Answered(0, 1, "1:s:first")]
+            executor.submit(0, 2, self.loss if how == "loss" else how)
+            executor.submit(0, 3, "queued behind it")
+            executor.submit(1, 4, "the other one")
+            found = self.events(executor, 2)
+            lost = next(event for event in found if isinstance(event, Lost))
+            assert (lost.worker, lost.ticket) == (0, 2)
+            assert lost.reason
+            assert Answered(1, 4, "1:s:the other one") in found
+            executor.submit(0, 5, "dropped")
+            assert executor.wait(0.3) == []
+            executor.revive(0)
+            executor.revive(0)
+            assert self.events(executor) == [Ready(0)]
+            executor.submit(0, 6, "again")
+            assert self.events(executor) == [Answered(0, 6, "1:s:again")]
+
+    def test_reviving_a_healthy_worker_changes_nothing(self) -> None:
+        with self.started() as executor:
+            executor.submit(0, 1, "first")
+            self.events(executor)
+            executor.revive(0)
+            executor.submit(0, 2, "second")
+            assert self.events(executor) == [Answered(0, 2, "2:s:second")]
+
+    def test_stopping_a_busy_worker_is_quick_and_may_be_repeated(self) -> None:
+        with self.started() as executor:
+            executor.submit(0, 1, "sleep 30")
+            executor.submit(0, 2, "sleep 30")
+            assert executor.wait(0.3) == []
+            begun = time.monotonic()
+            executor.stop()
+            executor.stop()
+            assert time.monotonic() - begun < self.stop_seconds
+
+    def test_an_executor_that_never_started_can_be_stopped(self) -> None:
+        self.executor().stop()
+
+    def test_a_broken_setup_is_told_at_the_start(self) -> None:
+        with pytest.raises(InputError, match="setup: is broken"), self.started(setup="broken"):
+            pass
+
+    def test_a_factory_that_does_not_exist_is_told_at_the_start(self) -> None:
+        executor = self.executor()
+        with pytest.raises(MergeError, match="no attribute 'nothing_there'"):
+            executor.start("ties_ray.echo:nothing_there", "", Needs(1, 2**20))
+        executor.stop()
+
+    def test_a_worker_with_another_version_is_refused_with_the_command_that_mends_it(self) -> None:
+        with (
+            pytest.raises(InputError, match=r"torch .*0\.0.*pip install torch==0\.0"),
+            self.started(versions=(("torch", "0.0"),)),
+        ):
+            pass
