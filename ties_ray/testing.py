@@ -6,7 +6,7 @@ Each class is one contract of the package; its docstring says which fixture a su
 import itertools
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +15,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
+from ties_ray import safetensors
 from ties_ray.errors import InputError, MergeError, Problem
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
+from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
 from ties_ray.kernels import (
     HIGH_BINS,
     LOW_BINS,
@@ -33,7 +36,7 @@ from ties_ray.kernels import (
     state_dtypes,
 )
 from ties_ray.kernels.definition import Definition
-from ties_ray.stores import Listing, Part, Store, join
+from ties_ray.stores import Listing, Part, Pin, Store, join
 
 
 class KernelContract:
@@ -44,7 +47,7 @@ class KernelContract:
     """
 
     LENGTH = 40_003
-    """Odd, and more than two tiles of any implementation so far."""
+    """Odd, and more than a tile of any implementation so far."""
     DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
     @pytest.fixture
@@ -411,8 +414,8 @@ class StoreContract:
         uri, data = join(root, "x"), self._data()
         upload = store.begin_upload(uri, len(data))
         parts = [self._write(store, uri, upload, number, data) for number in (1, 2, 3)]
-        store.abort_upload(uri, upload)
         store.put(uri, data)
+        store.abort_upload(uri, upload)
         with pytest.raises(InputError, match="upload"):
             store.complete_upload(uri, upload, parts)
 
@@ -569,3 +572,122 @@ class ExecutorContract:
             self.started(versions=(("torch", "0.0"),)),
         ):
             pass
+
+
+class FormatContract:
+    """What every input format does: names exact ranges and decodes them, however a parameter is cut.
+
+    Inherit, and provide the fixtures `format`, `files` (one model in this format, by file name), `parameters` (those of
+    its base) and `expected` (by base parameter, what `encoded` must hold for it, 1-D).
+    """
+
+    @pytest.fixture
+    def format(self) -> Format:
+        """Return the implementation under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def files(self) -> dict[str, bytes]:
+        """Return a small model, with at least one parameter of a few hundred elements."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def parameters(self) -> dict[str, Parameter]:
+        """Return the base's parameters."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def expected(self) -> dict[str, torch.Tensor]:
+        """Return what every source decodes to."""
+        raise NotImplementedError
+
+    def test_it_knows_its_own_folders_only(self, format: Format, files: dict[str, bytes]) -> None:
+        assert format.recognises(list(files))
+        assert not format.recognises([])
+        assert not format.recognises(["README.md", "config.json"])
+
+    def test_it_wants_files_that_are_there(self, format: Format, files: dict[str, bytes]) -> None:
+        weights, texts = format.wanted([*files, "notes.txt"])
+        assert weights
+        assert {*weights, *texts} <= files.keys()
+
+    def test_every_source_decodes_to_what_was_stored(
+        self,
+        format: Format,
+        files: dict[str, bytes],
+        parameters: dict[str, Parameter],
+        expected: dict[str, torch.Tensor],
+    ) -> None:
+        found = self.found(format, files, parameters)
+        assert {name for name in found.sources if parameters[name].merged} == expected.keys()
+        for name, wanted in expected.items():
+            got = self.decoded(format, files, found, name, 0, parameters[name].numel)
+            assert got.data.dtype == wanted.dtype
+            assert same_bits(got.data, wanted), name
+
+    def test_slices_are_cut_from_the_whole(
+        self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
+    ) -> None:
+        found = self.found(format, files, parameters)
+        name = max((name for name in found.sources if parameters[name].merged), key=lambda key: parameters[key].numel)
+        numel = parameters[name].numel
+        whole = self.decoded(format, files, found, name, 0, numel).data
+        for start, stop in itertools.pairwise([0, 1, 2, numel // 3, numel // 3, numel // 2 + 1, numel]):
+            piece = self.decoded(format, files, found, name, start, stop).data
+            assert same_bits(piece, whole[start:stop]), (start, stop)
+
+    def test_an_empty_slice_needs_no_read(
+        self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
+    ) -> None:
+        found = self.found(format, files, parameters)
+        for name, source in found.sources.items():
+            assert format.reads(source, 0, 0) == ()
+            if parameters[name].merged:
+                assert format.encoded(source, 0, 0, ()).data.numel() == 0
+
+    def test_sources_survive_json(
+        self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
+    ) -> None:
+        sources = dict(self.found(format, files, parameters).sources)
+        adapter = TypeAdapter(dict[str, Source])
+        assert adapter.validate_json(adapter.dump_json(sources)) == sources
+
+    @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+    def test_a_broken_small_file_is_a_problem_and_no_crash(
+        self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter], text: bytes
+    ) -> None:
+        for name in format.wanted(list(files))[1]:
+            folder = folder_of(format, {**files, name: text})
+            assert format.read(folder, parameters, Rules()).problems, name
+
+    def found(self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]) -> Found:
+        """Return what the format makes of the model; it has no problems."""
+        folder = folder_of(format, files)
+        found = format.read(folder, parameters, Rules())
+        assert found.problems == ()
+        assert set(found.objects) <= set(folder.files)
+        assert found.sources.keys() <= parameters.keys()
+        return found
+
+    def decoded(
+        self, format: Format, files: dict[str, bytes], found: Found, name: str, start: int, stop: int
+    ) -> Encoded:
+        """Return a slice from buffers that begin at an odd address, and check that they were not written to."""
+        buffers = []
+        for read in format.reads(found.sources[name], start, stop):
+            data = files[found.objects[read.object].uri.rpartition("/")[2]]
+            assert 0 <= read.start < read.stop <= len(data)
+            buffers.append(torch.frombuffer(bytearray(b"\0" + data[read.start : read.stop]), dtype=torch.uint8)[1:])
+        before = [buffer.clone() for buffer in buffers]
+        encoded = format.encoded(found.sources[name], start, stop, buffers)
+        assert all(torch.equal(buffer, copy) for buffer, copy in zip(buffers, before, strict=True))
+        assert encoded.data.shape == (stop - start,)
+        return Encoded(encoded.data.clone(), encoded.kind)
+
+
+def folder_of(format: Format, files: Mapping[str, bytes], uri: str = "memory://model") -> Folder:
+    """Return what the catalog would have fetched of a folder with these files."""
+    pins = {name: Pin(join(uri, name), len(data), "etag") for name, data in files.items()}
+    weights, texts = format.wanted(list(files))
+    headers = {name: safetensors.parse(files[name], len(files[name]), join(uri, name)) for name in weights}
+    return Folder(uri, tuple(pins.values()), headers, {name: files[name] for name in texts})

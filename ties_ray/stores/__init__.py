@@ -4,16 +4,24 @@ A store is built in the process that uses it and is never pickled. Nothing above
 paths of a disk. URIs are plain strings: `s3://bucket/key`, `/folder/file` or `file:///folder/file`, `memory://x/y`.
 """
 
+import os
+import re
+import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+import tenacity
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ties_ray import plugins
+from ties_ray.errors import InputError, Problem, RecipeError, UnavailableError
 
 __path__ = plugins.search_path("stores", list(__path__))
+
+T = TypeVar("T")
 
 
 class Pin(NamedTuple):
@@ -23,7 +31,8 @@ class Pin(NamedTuple):
     size: int
     """In bytes."""
     etag: str = ""
-    """What identifies the content: an S3 ETag; for a local file `mtime_ns-inode`; empty where the scheme has none."""
+    """What identifies the content: an S3 ETag without its quotes; for a local file `mtime_ns-inode`; empty where the
+    scheme has none, so that only the size is pinned: whoever plans must say so."""
     version: str = ""
     """The version id, where the store keeps versions."""
 
@@ -45,6 +54,12 @@ class Part(NamedTuple):
     size: int
     etag: str
     """As the store named it (S3), or the CRC32C of the bytes in hex (local)."""
+    checksum: str = ""
+    """What was sent along to prove the bytes, in the store's own form; to be handed back at completion."""
+
+
+_METER = threading.Lock()
+"""One for all meters, so that a meter stays a plain value that can be copied and sent."""
 
 
 @dataclass
@@ -57,19 +72,27 @@ class Meter:
     bytes_written: int = 0
     retries: int = 0
 
+    def add(self, *, requests: int = 0, bytes_read: int = 0, bytes_written: int = 0, retries: int = 0) -> None:
+        """Count; from any thread."""
+        with _METER:
+            self.requests += requests
+            self.bytes_read += bytes_read
+            self.bytes_written += bytes_written
+            self.retries += retries
+
 
 class NoOptions(BaseModel):
     """The options of a store that has none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class Store(ABC):
     """Reads ranges, and writes one object from many processes.
 
-    Errors are those of `ties_ray.errors`: `InputError` for what is missing, forbidden or changed (message: the URI, what
-    was asked, what came), `UnavailableError` when the one retry budget is spent. Methods may be called from several
-    threads at once.
+    Errors are those of `ties_ray.errors`: `InputError` for what is missing, forbidden or changed (message: the URI,
+    what was asked, what came), `UnavailableError` when the one retry budget is spent. Methods may be called from
+    several threads at once.
     """
 
     options: ClassVar[type[BaseModel]] = NoOptions
@@ -80,6 +103,9 @@ class Store(ABC):
 
     def __init__(self, options: BaseModel) -> None:
         self.meter = Meter()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a store holds connections and credentials: build it in the process that uses it")
 
     @abstractmethod
     def list(self, uri: str) -> Listing:
@@ -98,6 +124,17 @@ class Store(ABC):
 
         Raises `InputError` if the object is gone or no longer the pinned one; nothing is returned from another content.
         """
+
+    def get(self, uri: str, limit: int) -> tuple[Pin, bytes]:
+        """Return a small object whole, in one request; raise `InputError` if it has more than `limit` bytes.
+
+        Raises `FileNotFoundError` where there is no such object.
+        """
+        pin, data = self.head(uri, limit)
+        if pin.size > limit:
+            found = f"has {pin.size:,} bytes, and at most {limit:,} were expected"
+            raise InputError(Problem(shown(uri), found, "check that this is the right file"))
+        return pin, data
 
     def put(self, uri: str, data: bytes) -> Pin:
         """Write a small object whole and atomically, replacing what is there."""
@@ -137,6 +174,11 @@ def scheme_of(uri: str) -> str:
     return "local" if not separator or scheme == "file" else scheme
 
 
+def absolute(uri: str) -> str:
+    """Return the URI as any process of this machine understands it: a local path made absolute, `~` expanded."""
+    return os.path.abspath(os.path.expanduser(uri)) if scheme_of(uri) == "local" and "://" not in uri else uri
+
+
 def join(folder: str, name: str) -> str:
     """Return the URI of `name` inside `folder`."""
     return f"{folder.rstrip('/')}/{name}"
@@ -149,14 +191,16 @@ class Stores:
         """`options` is the recipe's `storage` section as JSON."""
         self._options = options
         self._open: dict[str, Store] = {}
+        self._opening = threading.Lock()
 
     def of(self, uri: str) -> Store:
         """Return the store that serves `uri`."""
         scheme = scheme_of(uri)
-        if scheme not in self._open:
-            kind = store_class(scheme)
-            self._open[scheme] = kind(kind.options.model_validate(self._options.get(scheme, {})))
-        return self._open[scheme]
+        with self._opening:
+            if scheme not in self._open:
+                options = options_of(scheme, self._options.get(scheme, {}))
+                self._open[scheme] = store_class(scheme)(options)
+            return self._open[scheme]
 
     def opened(self) -> tuple[Store, ...]:
         """Return the stores used so far."""
@@ -165,4 +209,103 @@ class Stores:
 
 def store_class(scheme: str) -> type[Store]:
     """Return the class that serves a scheme: its own file, or the generic one."""
-    return plugins.load("stores", scheme if scheme in plugins.names("stores") else "fsspec", Store)
+    return plugins.load("stores", scheme if scheme in plugins.names("stores") else "fsspec", Store)  # type: ignore[type-abstract]
+
+
+def options_of(scheme: str, given: Mapping[str, object]) -> BaseModel:
+    """Return the checked options of a scheme; raise `RecipeError` with all that is wrong, and no value in it."""
+    try:
+        return store_class(scheme).options.model_validate(dict(given))
+    except ValidationError as error:
+        raise RecipeError(
+            Problem(".".join(map(str, ("storage", scheme, *one["loc"]))), one["msg"].removeprefix("Value error, "))
+            for one in error.errors(include_input=False, include_url=False)
+        ) from None
+
+
+_SECRET = re.compile(
+    r"secret|token|passw|passphrase|credential|signature|authorization|cookie|connection_?string"
+    r"|(api|access|account|private|sas|shared)_?key|^(key|auth|sas|user|username)$"
+)
+_USER_IN_URL = re.compile(r"^[\w+.-]+://[^/@]*@")
+
+
+def refuse_secrets(given: object) -> object:
+    """Return `given`, the options of a store, unless a key or a URL in it looks like a credential: then ValueError.
+
+    What stands in a recipe ends up in plans, logs and Ray's arguments.
+    """
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            if value is not None and not isinstance(value, bool) and _SECRET.search(str(key).lower()):
+                raise ValueError(
+                    f"{key!r} looks like a secret, and a recipe never holds one: credentials come from the environment,"
+                    " a profile or a role"
+                )
+            refuse_secrets(value)
+    elif isinstance(given, list | tuple):
+        for value in given:
+            refuse_secrets(value)
+    elif isinstance(given, str) and _USER_IN_URL.match(given):
+        raise ValueError("a URL with a user or password in it is a secret, and a recipe never holds one")
+    return given
+
+
+def shown(text: object) -> str:
+    """Return a URI or another's message fit for a log: without the query of a URL, user, password or signature."""
+    text = re.sub(r"([\w+.-]+://)[^/\s@]*@", r"\1", str(text))
+    text = re.sub(r"(://[^\s?'\"]+)\?[^\s'\")>]*", r"\1?...", text)
+    return re.sub(r"(?i)((?:x-amz-\w*|signature|credential|authorization|token|secret)[=:]\s*)\S+", r"\1...", text)
+
+
+class Transient(Exception):
+    """A request failed in a way that a repetition may mend; a store raises it inside `persist`."""
+
+    def __init__(self, cause: object, attempts: int | None = None) -> None:
+        super().__init__(shown(cause) or type(cause).__name__)
+        self.attempts = attempts
+        """Give up after so many; None: when the time is spent."""
+
+
+def persist(attempt: Callable[[], T], *, meter: Meter, uri: str, doing: str, seconds: Callable[[], float]) -> T:
+    """Return `attempt()`, repeated after `Transient` with growing, random pauses: the one retry layer.
+
+    Raises `UnavailableError` when `seconds()` have passed; asked anew each time, since a store that has answered
+    before deserves more patience than one that never did. `doing` says what was asked, for the message.
+    """
+
+    def spent(state: tenacity.RetryCallState) -> bool:
+        cause = state.outcome.exception() if state.outcome else None
+        limit = cause.attempts if isinstance(cause, Transient) else None
+        late = (state.seconds_since_start or 0.0) + state.upcoming_sleep > seconds()
+        return late or (limit is not None and state.attempt_number >= limit)
+
+    started = time.monotonic()
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Transient),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=15),
+        stop=spent,
+        before_sleep=lambda _: meter.add(retries=1),
+        reraise=True,
+    )
+    try:
+        return retrying(attempt)
+    except Transient as error:
+        count, passed = retrying.statistics["attempt_number"], time.monotonic() - started
+        what = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
+        raise UnavailableError(Problem(shown(uri), what, "run the same command again later")) from None
+
+
+def changed(pin: Pin, found: str) -> InputError:
+    """Return the error of a read that met another content than the pinned one."""
+    what = f"changed since the plan was made: {found}"
+    return InputError(Problem(shown(pin.uri), what, "keep inputs unchanged during a merge, and run it anew"))
+
+
+def crc32c(data: memoryview) -> str:
+    """Return the CRC32C of the bytes, 8 hex digits; 16 GB/s on one core with SSE 4.2."""
+    # both imported here: the command line reads this file to check a recipe, and takes neither for it
+    import google_crc32c
+    import numpy as np
+
+    return f"{google_crc32c.value(np.frombuffer(data, np.uint8)):08x}"  # it takes an array in place, a memoryview not

@@ -1,0 +1,499 @@
+"""Objects of S3 and of what speaks its protocol, through s3fs, but with a strict reader of our own.
+
+s3fs brings sessions, credentials and an event loop in a thread of its own; requests go straight to its client, because
+its own wrappers retry, translate errors and trust responses in ways that lose data: asked for 1 MiB, they returned half
+of it, or the whole object, without a word. Here a response is checked for status, Content-Range, length and ETag.
+"""
+
+import asyncio
+import hashlib
+import re
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
+from ties_ray.stores import (
+    Listing,
+    Part,
+    Pin,
+    Store,
+    Transient,
+    changed,
+    crc32c,
+    persist,
+    refuse_secrets,
+    shown,
+)
+
+T = TypeVar("T")
+
+_CHUNK = 1 << 18
+"""Bytes handed to or taken from a socket at a time."""
+_LEAST_RATE = 1 << 18
+"""Bytes a second below which a transfer counts as hung, after 60 s of grace."""
+
+
+class S3Options(BaseModel):
+    """`storage.s3` of a recipe. Credentials are found as every AWS tool finds them: environment, profile, role."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    endpoint_url: str | None = None
+    """Where the service listens, if it is not AWS."""
+    region: str | None = None
+    profile: str | None = None
+    """A profile in the AWS configuration, which every worker must have."""
+    ca: str | None = None
+    """Path of a file with the certificates to trust, on every worker."""
+    proxy: str | None = None
+    """URL of an HTTP proxy."""
+    requester_pays: bool = False
+    kms_key_id: str | None = None
+    """Encrypt what is written with this KMS key."""
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    """Whether the bucket stands in the path or in the host name."""
+    checksums: Literal["when_required", "when_supported"] | None = None
+    """What proves the bytes that are written: Content-MD5, or CRC32C, which some services other than AWS refuse; by
+    default MD5 where `endpoint_url` is given, else CRC32C."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, given: object) -> object:
+        return refuse_secrets(given)
+
+
+class S3(Store):
+    """`s3://bucket/key`. Requests run in the one event loop thread of fsspec; callers wait in threads of their own."""
+
+    options = S3Options
+    pinned_by = "ETag, and version where the bucket keeps versions"
+    writable = True
+    patience: float = 120.0
+    """Seconds that one call may go on repeating itself."""
+    first_patience: float = 20.0
+    """The same while nothing at the endpoint has ever answered: it is likely a wrong address."""
+
+    def __init__(self, options: BaseModel) -> None:
+        super().__init__(options)
+        assert isinstance(options, S3Options)
+        if options.ca and not Path(options.ca).is_file():
+            raise InputError(Problem("storage.s3.ca", f"there is no file {options.ca}", "every worker needs it"))
+        import s3fs  # half a second, which checking a recipe should not cost
+
+        self._crc = (
+            options.checksums or ("when_required" if options.endpoint_url else "when_supported")
+        ) != "when_required"
+        self._payer = {"RequestPayer": "requester"} if options.requester_pays else {}
+        self._sealed = (
+            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": options.kms_key_id} if options.kms_key_id else {}
+        )
+        self._answered = False
+        self._ask_version = True
+        self._files = s3fs.S3FileSystem(
+            endpoint_url=options.endpoint_url,
+            client_kwargs=_given(region_name=options.region, verify=options.ca),
+            config_kwargs={
+                "retries": {"total_max_attempts": 1, "mode": "standard"},
+                "connect_timeout": 10,
+                "read_timeout": 30,
+                "max_pool_connections": 64,
+                "tcp_keepalive": True,
+                "s3": {"addressing_style": options.addressing},
+                "request_checksum_calculation": "when_required",  # write_part and put send their own
+                "response_checksum_validation": "when_required",  # some send the whole object's checksum with a range
+                **_given(proxies={"http": options.proxy, "https": options.proxy} if options.proxy else None),
+            },
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            **_given(profile=options.profile),
+        )
+
+    def list(self, uri: str) -> Listing:
+        """Return what lies directly in the folder, page by page of up to 1000 keys."""
+        bucket, key = _split(uri)
+        prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+        where = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+        files: list[Pin] = []
+        folders: list[str] = []
+        more = True
+        while more:
+            page = self._ask(uri, "listing it", "list_objects_v2", **where)
+            files += [
+                Pin(f"s3://{bucket}/{one['Key']}", one["Size"], _bare(one.get("ETag")))
+                for one in page.get("Contents", ())
+                if one["Key"] != prefix  # a marker that some tools leave for an empty folder
+            ]
+            folders += [f"s3://{bucket}/{one['Prefix'].rstrip('/')}" for one in page.get("CommonPrefixes", ())]
+            more = page.get("IsTruncated", False)
+            where["ContinuationToken"] = page.get("NextContinuationToken", "")
+        return Listing(tuple(sorted(files, key=lambda pin: pin.uri.encode())), tuple(sorted(folders, key=str.encode)))
+
+    def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
+        """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second."""
+        wanted = max(nbytes, 1)
+
+        async def get(client: Any) -> tuple[Pin, bytes]:
+            self.meter.add(requests=1)
+            try:
+                response = await client.get_object(Range=f"bytes=0-{wanted - 1}", **_object(uri), **self._payer)
+            except Exception as error:
+                if _answer(error)[0] != 416:
+                    raise
+                self.meter.add(requests=1)
+                response = await client.get_object(**_object(uri), **self._payer)
+            async with response["Body"] as body:
+                size = _whole_size(response, wanted)
+                data = bytearray(min(wanted, size))
+                await self._fill(body, memoryview(data))
+            return _pin(uri, size, response), bytes(data[:nbytes])
+
+        return self._repeat(uri, f"reading its first {wanted:,} bytes", get, wanted)
+
+    def read(self, pin: Pin, start: int, into: memoryview) -> None:
+        """Read a range of the pinned object: If-Match is always sent, and the answer's ETag compared as well."""
+        into = into.cast("B")
+        if not into:
+            return
+        wanted = f"bytes {start}-{start + len(into) - 1}/{pin.size}"
+        arguments = {"Range": f"bytes={start}-{start + len(into) - 1}", **_object(pin.uri), **self._payer}
+        if pin.etag and not pin.etag.startswith("W/"):  # a weak ETag never satisfies If-Match
+            arguments["IfMatch"] = f'"{pin.etag}"'
+
+        async def get(client: Any) -> None:
+            version = {"VersionId": pin.version} if pin.version and self._ask_version else {}
+            self.meter.add(requests=1)
+            try:
+                response = await client.get_object(**arguments, **version)
+            except Exception as error:
+                status, code, _ = _answer(error)
+                if status in (404, 412, 416) and code != "NoSuchBucket":
+                    raise changed(pin, f"the store says {code}") from error
+                if version and status == 403:  # a role may read objects, but no versions by id: the ETag pins as well
+                    self._ask_version = False
+                    raise Transient("no permission to read a version by its id") from error
+                raise
+            async with response["Body"] as body:
+                _demand(response, wanted, len(into), pin)
+                await self._fill(body, into)
+
+        self._repeat(pin.uri, f"reading bytes {start:,} to {start + len(into):,}", get, len(into))
+
+    async def _fill(self, body: Any, into: memoryview) -> None:
+        filled = 0
+        try:
+            while chunk := await body.read(_CHUNK):
+                if len(chunk) > len(into) - filled:
+                    raise Transient(f"the answer goes on after {len(into):,} bytes", attempts=4)
+                into[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+        finally:
+            self.meter.add(bytes_read=filled)
+        if filled < len(into):
+            raise Transient(f"the answer ended after {filled:,} of {len(into):,} bytes")
+
+    def put(self, uri: str, data: bytes) -> Pin:
+        """Write an object by one request."""
+        proof, _ = self._proof(memoryview(data))
+        done = self._ask(
+            uri, "writing it", "put_object", **_object(uri), Body=memoryview(data), **proof, **self._sealed
+        )
+        return _pin(uri, len(data), done)
+
+    def delete(self, uri: str) -> None:
+        """Remove the object."""
+        self._ask(uri, "deleting it", "delete_object", **_object(uri))
+
+    def begin_upload(self, uri: str, size: int) -> str:
+        """Start a multipart upload."""
+        algorithm = {"ChecksumAlgorithm": "CRC32C"} if self._crc else {}
+        begun = self._ask(
+            uri, "starting an upload", "create_multipart_upload", **_object(uri), **algorithm, **self._sealed
+        )
+        return str(begun["UploadId"])
+
+    def write_part(self, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
+        """Send one part, with the checksum by which the service proves what it got."""
+        data = data.cast("B")
+        proof, checksum = self._proof(data)
+        done = self._ask(
+            uri,
+            f"writing part {number}",
+            "upload_part",
+            **_object(uri),
+            UploadId=upload,
+            PartNumber=number,
+            Body=data,
+            **proof,
+        )
+        return Part(number, len(data), _bare(done.get("ETag")), checksum)
+
+    def _proof(self, data: memoryview) -> tuple[dict[str, str], str]:
+        """Return the argument that proves the bytes, and the checksum as a `Part` keeps it."""
+        if self._crc:
+            checksum = b64encode(bytes.fromhex(crc32c(data))).decode()
+            return {"ChecksumCRC32C": checksum}, checksum
+        digest = hashlib.md5(data, usedforsecurity=False)
+        return {"ContentMD5": b64encode(digest.digest()).decode()}, digest.hexdigest()
+
+    def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
+        """Return the parts which the service has, page by page of up to 1000."""
+        parts: list[Part] = []
+        marker, more = 0, True
+        while more:
+            page = self._ask_upload(uri, "listing parts", "list_parts", upload, PartNumberMarker=marker)
+            if page is None:
+                return None
+            parts += [
+                Part(one["PartNumber"], one["Size"], _bare(one["ETag"]), one.get("ChecksumCRC32C", ""))
+                for one in page.get("Parts", ())
+            ]
+            more, marker = page.get("IsTruncated", False), page.get("NextPartNumberMarker", 0)
+        return tuple(sorted(parts))
+
+    def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
+        """Join the parts, and look whether the object is what they must give.
+
+        Its size always; its ETag where the parts' ETags are the MD5 of what was sent (not with KMS). With CRC32C the
+        service itself compares. Where the upload is gone, an object that is what the parts give is its work.
+        """
+        parts = sorted(parts)
+        entries: list[dict[str, int | str]] = [{"PartNumber": one.number, "ETag": f'"{one.etag}"'} for one in parts]
+        if self._crc:
+            for entry, part in zip(entries, parts, strict=True):
+                entry["ChecksumCRC32C"] = part.checksum
+        done = None
+        if self.list_parts(uri, upload) is not None:  # some services answer 500 about an upload they don't know
+            done = self._ask_upload(
+                uri, "completing an upload", "complete_multipart_upload", upload, MultipartUpload={"Parts": entries}
+            )
+        try:
+            pin, _ = self.head(uri, 0)
+        except FileNotFoundError:
+            raise _no_upload(uri, "and there is no object") from None
+        is_md5 = all(part.etag == part.checksum for part in parts)
+        etag = _joined(parts)
+        likely = pin.etag == etag or (not is_md5 and (done is not None or pin.etag.endswith(f"-{len(parts)}")))
+        if likely and pin.size == sum(part.size for part in parts):
+            return pin
+        if done is None:
+            raise _no_upload(uri, "and the object is another")
+        what = f"the completed object has {pin.size:,} bytes and ETag {pin.etag}, but its parts give {etag}"
+        raise UnavailableError(Problem(uri, what, "delete it, and run the merge with --fresh"))
+
+    def abort_upload(self, uri: str, upload: str) -> None:
+        """Forget the upload."""
+        self._ask_upload(uri, "aborting an upload", "abort_multipart_upload", upload)
+
+    def _ask_upload(self, uri: str, doing: str, operation: str, upload: str, **arguments: Any) -> Any:
+        """Return the answer of a request about an upload; None if the service does not know it."""
+        try:
+            return self._ask(uri, doing, operation, **_object(uri), UploadId=upload, **arguments)
+        except _NoUpload:
+            return None
+
+    def _ask(self, uri: str, doing: str, operation: str, **arguments: Any) -> Any:
+        """Return the answer of one request that brings no body; `Body` is what to send."""
+        data = arguments.pop("Body", None)
+
+        async def ask(client: Any) -> Any:
+            body = {} if data is None else {"Body": _Body(data)}
+            answer = await getattr(client, operation)(**arguments, **body, **self._payer)
+            self.meter.add(bytes_written=0 if data is None else len(data))
+            return answer
+
+        return self._repeat(uri, doing, ask, 0 if data is None else len(data))
+
+    def _repeat(self, uri: str, doing: str, request: Callable[[Any], Coroutine[Any, Any, T]], nbytes: int) -> T:
+        def attempt() -> T:
+            future = asyncio.run_coroutine_threadsafe(self._once(uri, doing, request, nbytes), self._files.loop)
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()  # else it would go on filling a buffer that its owner believes to be free
+                raise
+
+        return persist(
+            attempt,
+            meter=self.meter,
+            uri=uri,
+            doing=doing,
+            seconds=lambda: self.patience if self._answered else self.first_patience,
+        )
+
+    async def _once(self, uri: str, doing: str, request: Callable[[Any], Coroutine[Any, Any, T]], nbytes: int) -> T:
+        try:
+            async with asyncio.timeout(60 + nbytes / _LEAST_RATE):
+                result = await request(await self._files.set_session())
+        except (MergeError, Transient):
+            self._answered = True
+            raise
+        except Exception as error:
+            self._answered = self._answered or _answer(error)[0] > 0
+            raise _explained(error, uri, doing) from error
+        self._answered = True
+        return result
+
+
+class _NoUpload(InputError):
+    """The service does not know an upload."""
+
+
+class _Body:
+    """What botocore takes for a file and aiohttp for a stream: the caller's memory, sent without a copy."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._at = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, size: int = -1) -> memoryview:
+        """Return the next bytes, for the signature."""
+        start, self._at = self._at, len(self._data) if size < 0 else min(self._at + size, len(self._data))
+        return self._data[start : self._at]
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place, as a file does."""
+        self._at = offset + (0, self._at, len(self._data))[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._at
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for start in range(0, len(self._data), _CHUNK):
+            yield self._data[start : start + _CHUNK]
+
+
+def _given(**arguments: object) -> dict[str, Any]:
+    """Return the arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _object(uri: str) -> dict[str, Any]:
+    bucket, key = _split(uri)
+    if not bucket or not key:
+        raise InputError(Problem(uri, "names no object", "write s3://bucket/key"))
+    return {"Bucket": bucket, "Key": key}
+
+
+def _bare(etag: str | None) -> str:
+    """Return an ETag without its quotes."""
+    return (etag or "").strip('"')
+
+
+def _pin(uri: str, size: int, response: Mapping[str, Any]) -> Pin:
+    version = response.get("VersionId", "")
+    return Pin(uri, size, _bare(response.get("ETag")), "" if version == "null" else version)
+
+
+def _joined(parts: Sequence[Part]) -> str:
+    """Return the ETag of an object joined from parts whose ETags are their MD5; empty if they can't be."""
+    if not all(re.fullmatch("[0-9a-f]{32}", part.etag) for part in parts):
+        return ""
+    digest = hashlib.md5(b"".join(bytes.fromhex(part.etag) for part in parts), usedforsecurity=False)
+    return f"{digest.hexdigest()}-{len(parts)}"
+
+
+def _status(response: Mapping[str, Any]) -> int:
+    return int(response["ResponseMetadata"]["HTTPStatusCode"])
+
+
+def _whole_size(response: Mapping[str, Any], wanted: int) -> int:
+    """Return the size of the object whose first `wanted` bytes were asked for, if the answer is a sound one."""
+    status, found, length = _status(response), response.get("ContentRange"), response.get("ContentLength")
+    if status == 200 and found is None and length is not None and length <= wanted:
+        return int(length)
+    ranged = re.fullmatch(r"bytes 0-(\d+)/(\d+)", found or "")
+    if status == 206 and ranged and int(ranged[1]) + 1 == min(wanted, int(ranged[2])) and length == int(ranged[1]) + 1:
+        return int(ranged[2])
+    raise Transient(f"asked for bytes 0-{wanted - 1}, {_told(response)}", attempts=4)
+
+
+def _demand(response: Mapping[str, Any], wanted: str, count: int, pin: Pin) -> None:
+    """Raise unless the answer announces just the range that was asked for, of the pinned object."""
+    etag, found = _bare(response.get("ETag")), response.get("ContentRange")
+    if etag != pin.etag:
+        raise changed(pin, f"ETag {pin.etag or 'none'}, now {etag or 'none'}")
+    whole = _status(response) == 200 and found is None and count == pin.size
+    ranged = _status(response) == 206 and found == wanted
+    if not (whole or ranged) or response.get("ContentLength") != count:
+        raise Transient(f"asked for {wanted}, {_told(response)}", attempts=4)
+
+
+def _told(response: Mapping[str, Any]) -> str:
+    found = response.get("ContentRange", "no Content-Range")
+    return f"got status {_status(response)} with {found} and {response.get('ContentLength')} bytes"
+
+
+def _no_upload(uri: str, found: str) -> InputError:
+    return InputError(Problem(uri, f"the store does not know the upload, {found}", "run the merge with --fresh"))
+
+
+def _answer(error: Exception) -> tuple[int, str, str]:
+    """Return HTTP status, code and message of an error that the service sent; (0, "", "") if it sent none."""
+    response = getattr(error, "response", None)
+    if not isinstance(response, Mapping):
+        return 0, "", ""
+    told = response.get("Error", {})
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status, str(told.get("Code", status)), str(told.get("Message", ""))
+
+
+def _explained(error: Exception, uri: str, doing: str) -> Exception:
+    """Return what to raise for an error of the service or of the client; the error itself if it is a defect of ours."""
+    status, code, message = _answer(error)
+    told = f"{code}: {shown(message)}" if message else code
+    if not status:
+        return _explained_client(error, uri, doing)
+    if (status >= 500 and status != 501) or status in (408, 409, 429) or code in ("RequestTimeout", "SlowDown"):
+        return Transient(f"{status} {told}")
+    if code == "NoSuchBucket":
+        return InputError(Problem(uri, "there is no such bucket", "check the name, storage.s3.endpoint_url and region"))
+    if code == "NoSuchUpload":
+        return _NoUpload(Problem(uri, f"{doing}: the store does not know the upload", "run the merge with --fresh"))
+    if status == 404:
+        return FileNotFoundError(uri)
+    if status in (401, 403):
+        remedy = "check the credentials and their permissions; a missing object looks so too without s3:ListBucket"
+        return InputError(Problem(uri, f"{doing} was refused ({told})", remedy))
+    return InputError(Problem(uri, f"{doing} failed ({status} {told})", "check storage.s3, its region above all"))
+
+
+def _explained_client(error: Exception, uri: str, doing: str) -> Exception:
+    """Return what to raise for an error that happened on our side of the wire."""
+    import aiohttp
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+
+    what = f"{doing} failed: {shown(error)}"
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.s3.profile, or a role, on every node"
+        return InputError(Problem(uri, what, remedy))
+    if isinstance(error, boto.SSLError) and "CERTIFICATE" in str(error).upper():
+        return InputError(Problem(uri, what, "set storage.s3.ca to the certificates to trust"))
+    passing = (
+        boto.HTTPClientError,
+        boto.CredentialRetrievalError,
+        boto.IncompleteReadError,
+        boto.ResponseStreamingError,
+        aiohttp.ClientError,
+        ResponseParserError,
+        OSError,
+    )
+    if isinstance(error, passing):
+        return Transient(error)
+    if isinstance(error, boto.BotoCoreError | ValueError):
+        return InputError(Problem(uri, what, "check the URI and storage.s3"))
+    return error
