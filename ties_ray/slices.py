@@ -1,6 +1,5 @@
 """The models' slices of one block: what a merge method sees of them (the contract `Deltas`)."""
 
-import collections
 import itertools
 from collections.abc import Iterator
 
@@ -38,6 +37,7 @@ class Slices(Deltas):
         self._coming = coming
         self._passes = passes
         self._pass = 0
+        self._taken = 0
         self._resident = resident
         self._together = together
         self._held: list[Fetched | None] = []
@@ -71,18 +71,23 @@ class Slices(Deltas):
             return
         if self._pass > self._passes:
             raise RuntimeError("the method goes through its models more often than its round's `passes` says")
-        self._release()
+        self._skip_to((self._pass - 1) * self._num_models)
         for model in range(self._num_models):
             if not self._resident and len(self._held) == hold:
                 self._release()
             self._held.append(next(self._coming))
+            self._taken += 1
             yield model, self._held[-1]
 
     def close(self) -> None:
-        """Take in the passes that the method left out, and give all buffers back."""
-        while self._pass < self._passes:
-            collections.deque(self.models(), maxlen=0)
+        """Give all buffers back, and those of slices that the method did not ask for."""
+        self._skip_to(self._passes * self._num_models)
+
+    def _skip_to(self, position: int) -> None:
         self._release()
+        for fetched in itertools.islice(self._coming, position - self._taken):
+            self._reads.release(fetched)
+        self._taken = position
 
     def _note(self, model: int, count: int) -> None:
         if self._pass == 1:

@@ -209,7 +209,7 @@ class Stores:
 
 def store_class(scheme: str) -> type[Store]:
     """Return the class that serves a scheme: its own file, or the generic one."""
-    return plugins.load("stores", scheme if scheme in plugins.names("stores") else "fsspec", Store)  # type: ignore[type-abstract]
+    return plugins.load("stores", scheme if scheme in plugins.names("stores") else "fsspec", Store)
 
 
 def options_of(scheme: str, given: Mapping[str, object]) -> BaseModel:
