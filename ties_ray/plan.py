@@ -1,4 +1,4 @@
-"""What will be done, worked out in advance from recipe and catalog alone: files, headers, rounds, shards, reads, memory.
+"""What will be done, worked out in advance from recipe and catalog: files, headers, rounds, shards, reads, memory.
 
 Four sizes change no byte of the result: a *part* (one upload part), a *shard* (the unit of scheduling: a run of whole
 parts), a *block* (what a worker merges at a time, one range read a model), and the kernels' tiles. Shards are computed
@@ -160,7 +160,9 @@ class Layout:
         self.num_elements = self._ends[-1] if self._ends else 0
         """The d of every checkpoint's task vector."""
         self._range = min(MAX_RANGE, max(MIN_RANGE, -(-self.num_elements // SHARDS_AT_LEAST)))
-        self._parts_a_shard = max(1, min(MAX_SHARD, sum(file.size for file in files) // SHARDS_AT_LEAST) // self.part_size)
+        self._parts_a_shard = max(
+            1, min(MAX_SHARD, sum(file.size for file in files) // SHARDS_AT_LEAST) // self.part_size
+        )
         shards = [-(-self.num_parts(index) // self._parts_a_shard) for index in range(len(files))]
         self._shard_ends = list(itertools.accumulate(shards))
         self._starts = [[placed.start for placed in file.tensors] for file in files]
@@ -321,7 +323,7 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
 
 def formats_of(models: Sequence[Model]) -> dict[str, Format]:
     """Return the formats of some models by name."""
-    return {name: plugins.load("formats", name, Format)() for name in {model.format for model in models}}  # type: ignore[type-abstract]
+    return {name: plugins.load("formats", name, Format)() for name in {model.format for model in models}}
 
 
 def _rounds(recipe: Recipe, catalog: Catalog, result: PlannedResult, layout: Layout) -> Iterator[PlannedRound]:
@@ -346,7 +348,9 @@ def _rounds(recipe: Recipe, catalog: Catalog, result: PlannedResult, layout: Lay
             yield PlannedRound(round_.name, "gather", position, layout.num_ranges, passes, block, num_bytes, requests)
         else:
             num_bytes, requests = cost.merging(block, passes)
-            yield PlannedRound(round_.name, "merge", position, layout.num_merge_shards, passes, block, num_bytes, requests)
+            yield PlannedRound(
+                round_.name, "merge", position, layout.num_merge_shards, passes, block, num_bytes, requests
+            )
 
 
 def _widest(catalog: Catalog) -> int:
@@ -378,15 +382,18 @@ def _block(recipe: Recipe, catalog: Catalog, result: PlannedResult, *, resident:
     elements = room // _element_bytes(catalog, _slices(result, resident))
     if not resident and elements < 2**16:
         raise RecipeError(
-            Problem("run.memory", f"{recipe.run.memory.human_readable()} is too little for parts of "
-                    f"{part // 2**20} MiB", "raise it, or lower output.part_size")
+            Problem(
+                "run.memory",
+                f"{recipe.run.memory.human_readable()} is too little for parts of {part // 2**20} MiB",
+                "raise it, or lower output.part_size",
+            )
         )
     return max(1, min(MAX_BLOCK, elements - elements % 4096))
 
 
 def _memory(recipe: Recipe, catalog: Catalog, result: PlannedResult, round_: PlannedRound, layout: Layout) -> int:
     """Return a worker's peak in one round, in bytes beyond its imports."""
-    resident = round_.passes == 1 and recipe.method.rounds()[round_.position].passes > 1 and round_.kind in ("merge", "gather")
+    resident = is_resident(recipe, round_)
     largest = max(parameter.numel for parameter in catalog.parameters)
     block = min(round_.block, largest) * _element_bytes(catalog, _slices(result, resident))
     parts = 2 * min(layout.part_size, max(file.size for file in result.files)) if round_.kind == "merge" else 0
@@ -471,6 +478,11 @@ def elements_in(layout: Layout, file: int, number: int) -> Iterator[tuple[Placed
         first = (max(start, placed.start) - placed.start) // size
         last = (min(stop, placed.stop) - placed.start) // size
         yield placed, first, last
+
+
+def is_resident(recipe: Recipe, round_: PlannedRound) -> bool:
+    """Return whether a worker keeps all models' slices of a block, because the method goes through them again."""
+    return round_.kind in ("merge", "gather") and round_.passes < method_round(recipe, round_).passes
 
 
 def method_round(recipe: Recipe, round_: PlannedRound) -> Round:

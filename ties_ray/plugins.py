@@ -40,8 +40,13 @@ def names(folder: str) -> list[str]:
 def load(folder: str, name: str, contract: type[T]) -> type[T]:
     """Return the extension called `name`; raise `RecipeError` with the known names if there is none."""
     if name not in names(folder):
-        raise RecipeError(Problem("", unknown(name, names(folder), folder.removesuffix("s")), "see `ties-ray methods`"
-                                  if folder == "methods" else ""))
+        raise RecipeError(
+            Problem(
+                "",
+                unknown(name, names(folder), folder.removesuffix("s")),
+                "see `ties-ray methods`" if folder == "methods" else "",
+            )
+        )
     for point in entry_points(group=f"ties_ray.{folder}", name=name):
         found = point.load()
         if not (inspect.isclass(found) and issubclass(found, contract)):

@@ -17,7 +17,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ties_ray import plugins
 from ties_ray.errors import Problem, RecipeError
@@ -164,7 +165,7 @@ def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> R
     try:
         data = YAML(typ="safe", pure=True).load(text.replace("\t", "  ") if text.lstrip().startswith("{") else text)
     except YAMLError as error:
-        raise RecipeError(Problem(source, " ".join(str(error).split()), "mend the YAML")) from None
+        raise RecipeError(_syntax(error, source)) from None
     if not isinstance(data, dict):
         raise RecipeError(Problem(source, "is not a mapping of keys", "start from the example in the README"))
     for override in overrides:
@@ -178,6 +179,13 @@ def validate(data: Json) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError([_problem(item, data) for item in error.errors(include_url=False)]) from None
+
+
+def _syntax(error: YAMLError, source: str) -> Problem:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return Problem(source, f"is neither YAML nor JSON: {error}")
+    where = f"{source}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return Problem(where, " ".join(str(error.problem).split()), "mend the YAML")
 
 
 def _override(data: Json, override: str) -> None:
@@ -233,4 +241,3 @@ def _known_keys(place: tuple[int | str, ...], data: Json) -> list[str]:
     else:
         section = sections[str(place[0])]
     return sorted(field.alias or name for name, field in section.model_fields.items())
-

@@ -75,8 +75,9 @@ def kept_count(need: Threshold, member: int, size: int) -> int:
     return min(size, max(1, int(need.densities[member] * size) + need.extra))
 
 
-def pick_high(need: Threshold, sizes: Mapping[int, int], scopes: Sequence[Scope], sums: Mapping[Scope, NDArray[np.int64]]
-              ) -> list[Pick]:
+def pick_high(
+    need: Threshold, sizes: Mapping[int, int], scopes: Sequence[Scope], sums: Mapping[Scope, NDArray[np.int64]]
+) -> list[Pick]:
     """Return the level-1 bin of each scope. sizes: elements by parameter index (WHOLE: d)."""
     return [_pick_high(scope, kept_count(need, scope[0], sizes[scope[1]]), sums.get(scope)) for scope in scopes]
 
@@ -115,7 +116,7 @@ def _descend(table: NDArray[np.int64], rank: int) -> tuple[int, int]:
     return len(table) - 1 - position, int(from_top[position - 1]) if position else 0
 
 
-def _deflate(values: NDArray[np.signedinteger]) -> str:  # type: ignore[type-arg]
+def _deflate(values: NDArray[np.signedinteger]) -> str:
     return base64.b64encode(zlib.compress(values.tobytes(), 1)).decode()
 
 

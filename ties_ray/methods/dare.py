@@ -34,8 +34,11 @@ class Dare(Method):
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights where the mean divides by weights."""
         return [
-            Problem(f"model {member.id}", f"weight {member.weight} is negative, and `combine: ties` divides by weights",
-                    "use combine: linear, or a positive weight")
+            Problem(
+                f"model {member.id}",
+                f"weight {member.weight} is negative, and `combine: ties` divides by weights",
+                "use combine: linear, or a positive weight",
+            )
             for member in members
             if member.weight < 0 and self.combine == "ties"
         ]

@@ -45,7 +45,7 @@ class Ties(Method):
     """`official`: k = int(density d) + 1 and zero sums by majority, as in the authors' code; no weights."""
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
-    paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging: Resolving Interference When Merging Models (arXiv:2306.01708)"
+    paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging (arXiv:2306.01708)"
     has_density: ClassVar[bool] = True
 
     @model_validator(mode="before")
@@ -55,7 +55,9 @@ class Ties(Method):
             return value
         for field, rule in PROFILES.get(value.get("profile", "paper"), {}).items():
             if value.get(field, rule) != rule:
-                raise ValueError(f"profile {value['profile']!r} means {field}: {rule}, yet the recipe says {value[field]!r}")
+                raise ValueError(
+                    f"profile {value['profile']!r} means {field}: {rule}, yet the recipe says {value[field]!r}"
+                )
             value = {**value, field: rule}
         return value
 
@@ -70,11 +72,21 @@ class Ties(Method):
         found = []
         for member in members:
             if member.weight < 0 and self.merge == "mean":
-                found.append(Problem(f"model {member.id}", f"weight {member.weight} is negative, and `mean` divides by "
-                                     "weights", "use merge: sum, or a positive weight"))
+                found.append(
+                    Problem(
+                        f"model {member.id}",
+                        f"weight {member.weight} is negative, and `mean` divides by weights",
+                        "use merge: sum, or a positive weight",
+                    )
+                )
             if member.weight not in (0, 1) and self.profile == "official":
-                found.append(Problem(f"model {member.id}", f"weight {member.weight}: profile official knows no weights",
-                                     "leave the weight out, or use profile paper"))
+                found.append(
+                    Problem(
+                        f"model {member.id}",
+                        f"weight {member.weight}: profile official knows no weights",
+                        "leave the weight out, or use profile paper",
+                    )
+                )
         return found
 
     def needs(self, members: Sequence[Member]) -> Threshold | None:

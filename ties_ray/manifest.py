@@ -1,0 +1,119 @@
+"""What has been done, durable, beside the output: `<output>/.ties-ray/<run_id>/<generation>/`.
+
+    plan.json.gz        the stored plan; a resumed run uses it
+    uploads.json        upload id of each weight file
+    records/<round>/    what workers have finished, one object a batch, written after the data is durable
+    folded/<round>/     what a barrier made of the records: thresholds, a method's statistics
+
+Losing a record costs a redo, never a byte.
+"""
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from ties_ray.errors import InputError, Problem
+from ties_ray.plan import Plan
+from ties_ray.statistics import Counts, Pick
+from ties_ray.stores import Part, Stores, join
+
+FOLDER = ".ties-ray"
+"""Name of the manifest's folder in an output."""
+LIMIT = 2**30
+"""Bytes: no manifest object is larger."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One batch of a worker: shards of one round, finished."""
+
+    round: int
+    shards: tuple[int, ...]
+    parts: tuple[tuple[int, Part], ...] = ()
+    """(file index, part) of what the shards wrote."""
+    counts: tuple[Counts, ...] = ()
+    statistics: dict[str, int] = field(default_factory=dict)
+    zeroed: tuple[tuple[int, str, int], ...] = ()
+    """(member, parameter, values) that were not finite and counted as zero, because the recipe allows it."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a barrier knows: of one group of models (thresholds) or of all (a method's statistics)."""
+
+    picks: tuple[Pick, ...] = ()
+    statistics: dict[str, int] = field(default_factory=dict)
+
+
+_RECORD = TypeAdapter(Record)
+_FOLDED = TypeAdapter(Folded)
+
+
+class Manifest:
+    """One generation of one run."""
+
+    def __init__(self, stores: Stores, folder: str) -> None:
+        """`folder` is the URI of the generation's folder."""
+        self.folder = folder
+        self._stores = stores
+        self._store = stores.of(folder)
+
+    @staticmethod
+    def folder_of(output: str, run_id: str, generation: int = 1) -> str:
+        """Return the URI of a generation's folder."""
+        return join(join(join(output, FOLDER), run_id), str(generation))
+
+    def write_plan(self, plan: Plan) -> None:
+        """Store the plan; its presence makes the run one that can be continued."""
+        self._store.put(join(self.folder, "plan.json.gz"), gzip.compress(plan.to_json(), 1, mtime=0))
+
+    def read_plan(self) -> Plan | None:
+        """Return the stored plan, None where there is none."""
+        data = self._get("plan.json.gz")
+        return None if data is None else Plan.from_json(gzip.decompress(data))
+
+    def write_uploads(self, uploads: dict[str, str]) -> None:
+        """Store the upload id of each weight file."""
+        self._store.put(join(self.folder, "uploads.json"), json.dumps(uploads).encode())
+
+    def read_uploads(self) -> dict[str, str]:
+        """Return the upload ids by file name; empty where none were begun."""
+        data = self._get("uploads.json")
+        return {} if data is None else {str(name): str(upload) for name, upload in json.loads(data).items()}
+
+    def write_record(self, name: str, record: Record) -> None:
+        """Store one batch; `name` is unique among all workers of all attempts."""
+        self._store.put(join(self._records(record.round), name), _RECORD.dump_json(record))
+
+    def record_names(self, round_: int) -> list[str]:
+        """Return the names of a round's records, sorted."""
+        return [pin.uri.rsplit("/", 1)[-1] for pin in self._store.list(self._records(round_)).files]
+
+    def read_record(self, round_: int, name: str) -> Record:
+        """Return one record."""
+        uri = join(self._records(round_), name)
+        try:
+            return _RECORD.validate_json(self._store.get(uri, LIMIT)[1])
+        except FileNotFoundError as error:
+            raise InputError(Problem(uri, "the record has gone", "run the same command again")) from error
+
+    def write_folded(self, round_: int, group: int, folded: Folded) -> None:
+        """Store what the barrier after a round knows of a group."""
+        self._store.put(join(self.folder, f"folded/{round_}/{group}.json"), _FOLDED.dump_json(folded))
+
+    def read_folded(self, round_: int, groups: Sequence[int]) -> dict[int, Folded]:
+        """Return what is known after a round, by group; groups not folded yet are missing."""
+        found = {group: self._get(f"folded/{round_}/{group}.json") for group in groups}
+        return {group: _FOLDED.validate_json(data) for group, data in found.items() if data is not None}
+
+    def _records(self, round_: int) -> str:
+        return join(self.folder, f"records/{round_}")
+
+    def _get(self, name: str) -> bytes | None:
+        try:
+            return self._store.get(join(self.folder, name), LIMIT)[1]
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,525 @@
+"""One worker: joins store, format, method and kernels. An executor merely hosts it.
+
+A worker loads the stored plan once and then handles orders: a shard of a round, a fold at a barrier, a flush. Models
+are read ahead by a few threads into reused buffers, merged in recipe order, and parts are written behind.
+"""
+
+import itertools
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from ties_ray import kernels
+from ties_ray.errors import InputError, Problem
+from ties_ray.formats import Parameter
+from ties_ray.kernels import HIGH_BINS, LOW_BINS, flushes_to_zero
+from ties_ray.manifest import Folded, Manifest, Record
+from ties_ray.methods import Context, Threshold
+from ties_ray.outputs import Placed
+from ties_ray.plan import (
+    AHEAD,
+    MODEL_GROUP,
+    TOGETHER,
+    Plan,
+    PlannedRound,
+    Segment,
+    Shard,
+    elements_in,
+    formats_of,
+    is_resident,
+    method_round,
+)
+from ties_ray.safetensors import DTYPE_BITS
+from ties_ray.slices import Slices
+from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
+from ties_ray.stores import Part, Stores, join, scheme_of
+from ties_ray.transfer import ReadAhead, Wanted, WriteBehind
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+RECORD_SHARDS = 256
+RECORD_SECONDS = 10.0
+"""A record is written after this many shards or seconds, whichever comes first: what a lost worker costs at most."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is built from; holds no secret."""
+
+    folder: str
+    """URI of the manifest's generation."""
+    storage: dict[str, dict[str, object]]
+    """The recipe's `storage` section."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One message to a worker."""
+
+    action: Literal["hello", "shard", "flush", "fold"]
+    round: int = 0
+    index: int = 0
+    """Of the shard, or of the group of models to fold."""
+    records: tuple[str, ...] = ()
+    """Names of the records to fold."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the worker did since its last answer."""
+
+    record: str = ""
+    """Name of the record written, if one was..."""
+    round: int = 0
+    shards: tuple[int, ...] = ()
+    """...and the shards of that round which are durable by it."""
+    bytes_read: int = 0
+    """Of inputs; so are the requests. What the plan promises."""
+    bytes_written: int = 0
+    requests: int = 0
+    retries: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
+
+
+class Block(NamedTuple):
+    """What is merged at a time: a run of elements of one parameter, its base and the models' slices."""
+
+    parameter: int
+    start: int
+    stop: int
+    base: Tensor
+    """1-D fp32, or fp64 where the base is stored in F64."""
+    slices: Slices
+
+
+class Batch:
+    """What is finished but not yet in a record; one shard's work joins it whole or, if it fails, not at all."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+        self.shards: list[int] = []
+        self.parts: list[tuple[int, Part]] = []
+        self.counts: list[Counts] = []
+        self.tables: dict[Scope, Tensor] = {}
+        self.statistics: Counter[str] = Counter()
+        self.zeroed: Counter[tuple[int, str]] = Counter()
+
+    def table(self, scope: Scope, bins: int) -> Tensor:
+        """Return the dense counts of a scope, zero at first."""
+        if scope not in self.tables:
+            self.tables[scope] = torch.zeros(bins, dtype=torch.int64)
+        return self.tables[scope]
+
+    def harvest(self) -> None:
+        """Turn the dense counts into sparse ones."""
+        self.counts.extend(filter(None, (pack(scope, table.numpy()) for scope, table in self.tables.items())))
+        self.tables.clear()
+
+    def absorb(self, shard: "Batch") -> None:
+        """Add the work of a finished shard."""
+        self.shards += shard.shards
+        self.parts += shard.parts
+        self.counts += shard.counts
+        self.statistics.update(shard.statistics)
+        self.zeroed.update(shard.zeroed)
+        for scope, table in shard.tables.items():
+            self.table(scope, len(table)).add_(table)
+
+    def record(self, round_: int) -> Record:
+        """Return the batch as it is stored."""
+        self.harvest()
+        return Record(
+            round=round_,
+            shards=tuple(self.shards),
+            parts=tuple(self.parts),
+            counts=tuple(self.counts),
+            statistics=dict(self.statistics),
+            zeroed=tuple((member, name, count) for (member, name), count in self.zeroed.items()),
+        )
+
+
+ORDER = TypeAdapter(Order)
+ANSWER = TypeAdapter(Answer)
+SETUP = TypeAdapter(Setup)
+
+
+def make_worker(setup: str) -> "Worker":
+    """Return the worker of a setup in JSON: the factory that executors are given."""
+    return Worker(SETUP.validate_json(setup))
+
+
+class Worker:
+    """Handles orders, one at a time; keeps clients, buffers and counts between them."""
+
+    def __init__(self, setup: Setup) -> None:
+        torch.set_num_threads(1)  # one thread a worker: two that spin can be 20 times slower than one
+        self._stores = Stores(setup.storage)
+        self._manifest = Manifest(self._stores, setup.folder)
+        found = self._manifest.read_plan()
+        if found is None:
+            raise InputError(
+                Problem(
+                    setup.folder,
+                    "this worker does not see the output folder",
+                    "use a folder that all nodes share, or a bucket",
+                )
+            )
+        self._plan: Plan = found
+        self._result = found.result
+        self._models = [found.catalog.models[index] for index in found.result.models]
+        self._uploads = self._manifest.read_uploads()
+        self._kernels = kernels.load("cpu")
+        self._formats = formats_of((found.catalog.base, *self._models))
+        self._reads = ReadAhead(self._stores, self._formats, AHEAD)
+        self._writes = WriteBehind(self._stores)
+        self._known: dict[int, dict[int, Folded]] = {}
+        self._token = uuid.uuid4().hex[:12]
+        self._num_records = 0
+        self._round = 0
+        self._batch = Batch()
+        self._totals = (0, 0, 0, 0, 0.0, 0.0)
+
+    def run(self, message: str) -> str:
+        """Handle an order in JSON and return the answer in JSON."""
+        order = ORDER.validate_json(message)
+        started = time.monotonic()
+        answer = Answer()
+        if order.action == "hello":
+            self._check_sight()
+        elif order.action == "fold":
+            self._fold(order)
+        elif order.action == "flush":
+            answer = self._flush()
+        else:
+            if self._batch.shards and self._kind_of(self._round, self._batch.shards[0]) != self._kind_of(
+                order.round, order.index
+            ):
+                answer = self._flush()
+            self._round = order.round
+            self._shard(order)
+            full = len(self._batch.shards) >= RECORD_SHARDS or time.monotonic() - self._batch.since >= RECORD_SECONDS
+            if full and not answer.record:
+                answer = self._flush()
+        return ANSWER.dump_json(self._metered(answer, time.monotonic() - started)).decode()
+
+    # -- what a barrier knows
+
+    def _folded(self, round_: int, groups: Iterable[int]) -> dict[int, Folded]:
+        known = self._known.setdefault(round_, {})
+        missing = [group for group in groups if group not in known]
+        if missing:
+            known.update(self._manifest.read_folded(round_, missing))
+        return known
+
+    def _groups(self) -> range:
+        return range(-(-len(self._models) // MODEL_GROUP))
+
+    def _picks(self, kind: str, groups: Iterable[int]) -> dict[Scope, Pick]:
+        """Return the picks that the round of this kind led to."""
+        for index, round_ in enumerate(self._result.rounds):
+            if round_.kind == kind:
+                folded = self._folded(index, groups)
+                return {(pick.member, pick.parameter): pick for part in folded.values() for pick in part.picks}
+        return {}
+
+    def _statistics(self) -> dict[str, int]:
+        """Return what the method's own rounds have gathered."""
+        return {
+            name: value
+            for index, round_ in enumerate(self._result.rounds[: self._round])
+            if round_.kind == "gather"
+            for name, value in self._folded(index, [0])[0].statistics.items()
+        }
+
+    def _need(self) -> Threshold:
+        need = self._plan.recipe.method.needs(self._result.members)
+        assert need, "only a threshold has counting rounds"
+        return need
+
+    # -- orders
+
+    def _check_sight(self) -> None:
+        """Show that this worker computes as the arithmetic says, and that its node sees the local inputs as planned."""
+        if flushes_to_zero():
+            raise InputError(
+                Problem(
+                    "this worker's CPU",
+                    "flushes denormal numbers to zero, which changes results",
+                    "unset what asks for it (DAZ/FTZ)",
+                )
+            )
+        for model in (self._plan.catalog.base, *self._models):
+            for pin in model.objects[:1]:
+                if scheme_of(pin.uri) == "local":
+                    self._stores.of(pin.uri).read(pin, 0, memoryview(bytearray(8)))
+
+    def _shard(self, order: Order) -> None:
+        round_ = self._result.rounds[order.round]
+        shard = self._plan.layout.shard(round_, order.index, len(self._models))
+        work = {"merge": self._merge, "gather": self._gather}.get(round_.kind, self._count)
+        done = Batch()
+        try:
+            work(round_, shard, done)
+        except BaseException:
+            self._writes.abandon()
+            raise
+        done.shards.append(order.index)
+        self._batch.absorb(done)
+
+    def _fold(self, order: Order) -> None:
+        """Add up the counts of a group of models, and store where their thresholds lie."""
+        round_ = self._result.rounds[order.round]
+        records = (self._manifest.read_record(order.round, name) for name in order.records)
+        if round_.kind == "gather":
+            totals: dict[str, int] = defaultdict(int)
+            for record in records:
+                for name, value in record.statistics.items():
+                    totals[name] += value
+            folded = Folded(statistics=dict(totals))
+        else:
+            counts = [count for record in records for count in record.counts]
+            folded = Folded(picks=tuple(self._pick(round_, order.index, counts)))
+        self._manifest.write_folded(order.round, order.index, folded)
+
+    def _pick(self, round_: PlannedRound, group: int, counts: Sequence[Counts]) -> Iterator[Pick]:
+        need = self._need()
+        by_scope: dict[Scope, list[Counts]] = defaultdict(list)
+        for count in counts:
+            by_scope[count.member, count.parameter].append(count)
+        members = range(group * MODEL_GROUP, min((group + 1) * MODEL_GROUP, len(self._models)))
+        parameters = self._plan.catalog.parameters
+        merged = [index for index, parameter in enumerate(parameters) if parameter.merged]
+        sizes = {index: parameters[index].numel for index in merged} | {WHOLE: self._plan.layout.num_elements}
+        scopes = [WHOLE] if need.scope == "global" else merged
+        first = self._picks("count_high", [group])
+        for scope in itertools.product((member for member in members if need.densities[member] < 1), scopes):
+            if round_.kind == "count_high":
+                yield from pick_high(need, sizes, [scope], add(by_scope[scope], HIGH_BINS))
+            else:
+                yield from pick_low([first[scope]], add(by_scope[scope], LOW_BINS))
+
+    # -- shards
+
+    def _blocks(
+        self, round_: PlannedRound, segments: Iterable[Segment], members: Sequence[int], done: Batch
+    ) -> Generator[Block, None, None]:
+        """Yield the blocks of some segments with the slices of some members; each is gone when the next comes."""
+        resident = is_resident(self._plan.recipe, round_)
+        blocks = [
+            (parameter, start, min(start + round_.block, stop))
+            for parameter, begin, stop in segments
+            for start in range(begin, stop, round_.block)
+        ]
+        wanted = (item for block in blocks for item in self._wanted(block, members, round_.passes))
+        with closing(self._reads.stream(wanted)) as coming:
+            for parameter, start, stop in blocks:
+                fetched = next(coming)
+                assert fetched, "the base has every parameter"
+                wide = fetched.encoded.data.dtype == torch.float64
+                base = fetched.encoded.data.to(torch.float64 if wide else torch.float32, copy=True)
+                self._reads.release(fetched)
+                self._demand_finite_base(base, self._plan.catalog.parameters[parameter])
+                slices = Slices(
+                    self._kernels, self._reads, base, start, len(members), coming,
+                    passes=round_.passes, resident=resident, together=TOGETHER,
+                )  # fmt: skip
+                yield Block(parameter, start, stop, base, slices)
+                slices.close()
+                self._judge(slices.not_finite, members, parameter, done)
+
+    def _wanted(self, block: tuple[int, int, int], members: Sequence[int], passes: int) -> Iterator[Wanted | None]:
+        parameter, start, stop = block
+        name = self._plan.catalog.parameters[parameter].name
+        base = self._plan.catalog.base
+        yield Wanted(base, base.sources[name], start, stop)
+        for _ in range(passes):
+            for member in members:
+                model = self._models[member]
+                source = model.sources.get(name)
+                yield Wanted(model, source, start, stop) if source else None
+
+    def _count(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
+        need = self._need()
+        members = [member for member in range(*shard.models) if need.densities[member] < 1]
+        low = round_.kind == "count_low"
+        picks = self._picks("count_high", [shard.models[0] // MODEL_GROUP]) if low else {}
+        counted = WHOLE
+        with closing(self._blocks(round_, shard.segments, members, done)) as blocks:
+            for block in blocks:
+                if need.scope == "tensor" and block.parameter != counted:
+                    done.harvest()
+                    counted = block.parameter
+                for position, fetched in block.slices.models():
+                    if fetched is None:
+                        continue  # a delta of zero lies in the lowest bin, and ranks count from the top
+                    scope = (members[position], counted)
+                    if not low:
+                        table = done.table(scope, HIGH_BINS)
+                        bad = self._kernels.count_high(fetched.encoded, block.base, table)
+                    elif picks[scope].high >= 0:
+                        table = done.table(scope, LOW_BINS)
+                        bad = self._kernels.count_low(fetched.encoded, block.base, picks[scope].high, table)
+                    else:
+                        continue
+                    block.slices.not_finite[position] += bad
+
+    def _gather(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
+        own = method_round(self._plan.recipe, round_)
+        with closing(self._blocks(round_, shard.segments, range(*shard.models), done)) as blocks:
+            for block in blocks:
+                done.statistics.update(own.run(block.slices, self._context(block)).statistics)
+
+    def _merge(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
+        layout = self._plan.layout
+        file = self._result.files[shard.file]
+        uri = join(self._plan.output, file.name)
+        header = len(file.header).to_bytes(8, "little") + file.header.encode("ascii")
+        parts = {number: list(elements_in(layout, shard.file, number)) for number in range(*shard.parts)}
+        segments = [
+            Segment(layout.by_name[placed.tensor.parameter], first, last)
+            for pieces in parts.values()
+            for placed, first, last in pieces
+            if not placed.tensor.copied
+        ]
+        with closing(self._blocks(round_, segments, range(*shard.models), done)) as blocks:
+            for number, pieces in parts.items():
+                start, stop = layout.part(shard.file, number)
+                part = self._writes.buffer(stop - start)
+                head = header[start:stop]
+                part.numpy()[: len(head)] = list(head)
+                for placed, first, last in pieces:
+                    begin, size = placed.start - start, DTYPE_BITS[placed.tensor.dtype] // 8
+                    self._fill(blocks, placed, first, last, part[begin + first * size : begin + last * size])
+                self._writes.write(part, stop - start, shard.file, uri, self._uploads[file.name], number + 1, start)
+            next(blocks, None)  # a block is judged when the next is asked for
+        done.parts += self._writes.drain()
+
+    def _fill(self, blocks: Iterator[Block], placed: Placed, first: int, last: int, out: Tensor) -> None:
+        """Write elements [first, last) of a tensor into its bytes of a part."""
+        if placed.tensor.copied:
+            base = self._plan.catalog.base
+            source = base.sources[placed.tensor.parameter]
+            (read,) = self._formats[base.format].reads(source, first, last)
+            self._reads.read(base.objects[read.object], read.start, out)
+            return
+        values = out.view(TORCH_DTYPES[placed.tensor.dtype])
+        while first < last:
+            block = next(blocks)
+            length = block.stop - block.start
+            self._merge_block(block, placed, values[:length])
+            values = values[length:]
+            first += length
+
+    def _merge_block(self, block: Block, placed: Placed, out: Tensor) -> None:
+        own = method_round(self._plan.recipe, self._result.rounds[-1])
+        merged = own.run(block.slices, self._context(block)).merged
+        if merged is None or merged.dtype != torch.float32 or merged.shape != block.base.shape:
+            raise TypeError(f"method {self._plan.recipe.method.name}: the last round owes the merged delta, fp32, 1-D")
+        overflow = self._plan.recipe.output.values(block.base, merged, out, self._kernels)
+        if overflow:
+            raise InputError(Problem(
+                placed.tensor.name, f"{overflow} merged values are finite but overflow {placed.tensor.dtype}",
+                "choose a wider output.dtype, or a smaller lambda",
+            ))  # fmt: skip
+
+    def _context(self, block: Block) -> Context:
+        picks = self._picks("count_low", self._groups())
+        parameter = self._plan.catalog.parameters[block.parameter]
+        return Context(
+            parameter=parameter,
+            start=block.start,
+            stop=block.stop,
+            members=self._result.members,
+            thresholds=tuple(
+                (picks.get((member, WHOLE)) or picks.get((member, block.parameter)) or _NO_PICK).bits
+                for member in range(len(self._models))
+            ),
+            statistics=self._statistics(),
+            kernels=self._kernels,
+        )
+
+    # -- what is not finite
+
+    def _demand_finite_base(self, base: Tensor, parameter: Parameter) -> None:
+        if not bool(torch.isfinite(base).all()):
+            count = int((~torch.isfinite(base)).sum())
+            where = f"{self._plan.catalog.base.uri}: {parameter.name}"
+            remedy = "repair the base, or exclude the parameter"
+            raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
+
+    def _judge(self, counts: Sequence[int], members: Sequence[int], parameter: int, done: Batch) -> None:
+        """Refuse values that are not finite, with the count over the whole parameter, or note what was zeroed."""
+        for member, count in zip(members, counts, strict=True):
+            if count and self._plan.recipe.allow.nan is None:
+                model, known = self._models[member], self._plan.catalog.parameters[parameter]
+                total = self._count_not_finite(member, parameter)
+                raise InputError(Problem(
+                    f"model {model.id} ({model.uri}): {known.name}", f"{total} values are NaN or Inf",
+                    "repair or drop the model, or allow: {nan: zero}",
+                ))  # fmt: skip
+            if count:
+                done.zeroed[member, self._plan.catalog.parameters[parameter].name] += count
+
+    def _count_not_finite(self, member: int, parameter: int) -> int:
+        known = self._plan.catalog.parameters[parameter]
+        total = 0
+        step = self._result.rounds[-1].block
+        cuts = [(parameter, start, min(start + step, known.numel)) for start in range(0, known.numel, step)]
+        coming = self._reads.stream(item for cut in cuts for item in self._wanted(cut, [member], 1))
+        for base, model in zip(coming, coming, strict=True):
+            assert base
+            assert model
+            delta = model.encoded.data.to(torch.float64) - base.encoded.data.to(torch.float64)
+            total += int((~torch.isfinite(delta.to(torch.float32))).sum())
+            self._reads.release(base)
+            self._reads.release(model)
+        return total
+
+    # -- records
+
+    def _kind_of(self, round_: int, shard: int) -> tuple[int, int]:
+        """Return what all shards of a record share: the round and, where it counts, the group of models."""
+        counting = self._result.rounds[round_].kind in ("count_high", "count_low")
+        return round_, shard // self._plan.layout.num_ranges if counting else 0
+
+    def _flush(self) -> Answer:
+        """Write what is done into a record."""
+        batch, self._batch = self._batch, Batch()
+        if not batch.shards:
+            return Answer()
+        name = f"{batch.shards[0]:08d}-{self._token}-{self._num_records:06d}.json"
+        self._num_records += 1
+        self._manifest.write_record(name, batch.record(self._round))
+        return Answer(record=name, round=self._round, shards=tuple(batch.shards))
+
+    def _metered(self, answer: Answer, seconds: float) -> Answer:
+        meters = [store.meter for store in self._stores.opened()]
+        totals = (
+            self._reads.bytes_read,
+            sum(meter.bytes_written for meter in meters),
+            self._reads.requests,
+            sum(meter.retries for meter in meters),
+            self._reads.waited,
+            self._writes.waited,
+        )
+        since = [now - then for now, then in zip(totals, self._totals, strict=True)]
+        self._totals = totals
+        return replace(
+            answer,
+            bytes_read=int(since[0]),
+            bytes_written=int(since[1]),
+            requests=int(since[2]),
+            retries=int(since[3]),
+            seconds={"work": seconds, "wait_read": since[4], "wait_write": since[5]},
+        )
+
+
+_NO_PICK = Pick(member=0, parameter=WHOLE, high=-1, rank=0, kept_above=0)
