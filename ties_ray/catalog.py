@@ -108,7 +108,7 @@ def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
     try:
         return _read_catalog(recipe, stores, threads)
     finally:
-        threads.shutdown(cancel_futures=True)  # after an error or a signal nobody waits for the rest
+        threads.shutdown(wait=False, cancel_futures=True)  # after an error or a signal nobody waits for the rest
 
 
 def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:

@@ -8,12 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.recipe import ModelEntry, Recipe
 from ties_ray.stores import Stores, scheme_of
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 TABLE_BYTES = 4 * 2**20
 """Largest table of models that is read."""
@@ -191,10 +195,8 @@ def _overlapping(output: str, entries: Sequence[Entry]) -> Iterator[Problem]:
             yield Problem("output.path", what, "write to a folder of its own")
 
 
-def _message(item: Mapping[str, object]) -> str:
-    loc = item["loc"]
-    name = ".".join(map(str, loc)) if isinstance(loc, tuple) else ""
-    return f"{name}: {str(item['msg']).removeprefix('Value error, ')}" if name else str(item["msg"])
+def _message(item: "ErrorDetails") -> str:
+    return ": ".join([*map(str, item["loc"]), item["msg"].removeprefix("Value error, ")])
 
 
 def _last(uri: str) -> str:

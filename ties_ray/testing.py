@@ -429,9 +429,15 @@ class StoreContract:
         assert store.list_parts(uri, upload) is None
         with pytest.raises(InputError, match="upload"):
             store.complete_upload(uri, upload, [part])
+        assert store.list(root) == Listing((), ())
+
+    def test_a_part_of_an_unknown_upload_is_refused(self, place: tuple[Store, str]) -> None:
+        store, root = place
+        uri, data = join(root, "x"), self._data()
+        upload = store.begin_upload(uri, len(data))
+        store.abort_upload(uri, upload)
         with pytest.raises(InputError, match="upload"):
             self._write(store, uri, upload, 1, data)
-        assert store.list(root) == Listing((), ())
 
     def test_a_store_is_not_pickled(self, place: tuple[Store, str]) -> None:
         with pytest.raises(TypeError, match="in the process that uses it"):

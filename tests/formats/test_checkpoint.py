@@ -1,0 +1,298 @@
+import json
+from collections.abc import Mapping
+from typing import ClassVar
+
+import pytest
+import torch
+
+from tests.families import CONFIG, file_bytes
+from ties_ray.formats import Format, Found, Parameter, Rules, Source, TensorRef
+from ties_ray.formats.checkpoint import Checkpoint
+from ties_ray.safetensors import MERGEABLE
+from ties_ray.testing import FormatContract, folder_of
+
+Config = Mapping[str, object]
+BASE = {
+    "model.embed_tokens.weight": torch.zeros(4, 2, dtype=torch.bfloat16),
+    "model.norm.weight": torch.zeros(2, dtype=torch.bfloat16),
+    "model.ids": torch.arange(3),
+}
+TIED = {**CONFIG, "tie_word_embeddings": True}
+
+
+def files_of(tensors: Mapping[str, torch.Tensor], config: Config = CONFIG) -> dict[str, bytes]:
+    return {"config.json": json.dumps(config).encode(), "model.safetensors": file_bytes(tensors)}
+
+
+def sharded(*shards: Mapping[str, torch.Tensor], **weight_map: object) -> dict[str, bytes]:
+    """Return a checkpoint of several files; `weight_map` replaces entries of the index."""
+    files = {f"model-{number}.safetensors": tensors for number, tensors in enumerate(shards)}
+    index = {name: file for file, tensors in files.items() for name in tensors}
+    return {
+        "config.json": json.dumps(CONFIG).encode(),
+        "model.safetensors.index.json": json.dumps({"weight_map": {**index, **weight_map}}).encode(),
+        **{file: file_bytes(tensors) for file, tensors in files.items()},
+    }
+
+
+def read(
+    files: dict[str, bytes],
+    base: dict[str, Parameter] | None = None,
+    rules: Rules = Rules(),  # noqa: B008
+) -> Found:
+    return Checkpoint().read(folder_of(Checkpoint(), files), base, rules)
+
+
+def base_of(
+    tensors: Mapping[str, torch.Tensor] = BASE, config: Config = CONFIG, exclude: tuple[str, ...] = ()
+) -> dict[str, Parameter]:
+    found = read(files_of(tensors, config))
+    assert found.problems == ()
+    refs = {name: source.tensors[0] for name, source in found.sources.items()}
+    return {
+        name: Parameter(name, ref.shape, ref.dtype, ref.dtype in MERGEABLE and name not in exclude)
+        for name, ref in refs.items()
+    }
+
+
+def problems(found: Found) -> list[str]:
+    return [str(problem) for problem in found.problems]
+
+
+class TestCheckpoint(FormatContract):
+    TENSORS: ClassVar = {
+        "a.weight": torch.randn(20, 21, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16),
+        "b.weight": torch.randn(7, generator=torch.Generator().manual_seed(2)),
+        "double": torch.tensor([1.5, -0.0], dtype=torch.float64),
+        "scalar": torch.tensor(3.0, dtype=torch.float16),
+        "empty": torch.zeros(0, 5),
+    }
+
+    @pytest.fixture
+    def format(self) -> Format:
+        return Checkpoint()
+
+    @pytest.fixture
+    def files(self) -> dict[str, bytes]:
+        names = sorted(self.TENSORS)
+        return sharded(
+            {name: self.TENSORS[name] for name in names[:2]}, {name: self.TENSORS[name] for name in names[2:]}
+        )
+
+    @pytest.fixture
+    def parameters(self) -> dict[str, Parameter]:
+        return base_of(self.TENSORS)
+
+    @pytest.fixture
+    def expected(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.reshape(-1) for name, tensor in self.TENSORS.items()}
+
+
+def test_an_aligned_slice_is_not_copied() -> None:
+    source = Source((TensorRef(0, 4096, "BF16", (4,)),))
+    buffer = torch.arange(8, dtype=torch.uint8)
+    assert Checkpoint().encoded(source, 0, 4, [buffer]).data.data_ptr() == buffer.data_ptr()
+
+
+def test_the_base_gives_every_tensor_in_the_order_of_files_and_offsets() -> None:
+    found = read(sharded({"z": torch.zeros(2), "i": torch.arange(2)}, {"a": torch.zeros(1)}))
+    assert list(found.sources) == ["i", "z", "a"]
+    assert found.sources["a"].tensors[0] == TensorRef(1, 4096, "F32", (1,))
+    assert [pin.uri for pin in found.objects] == [f"memory://model/model-{number}.safetensors" for number in (0, 1)]
+
+
+def test_a_fine_tune_may_lack_the_bases_integers_and_store_other_float_widths() -> None:
+    model = {"model.embed_tokens.weight": torch.zeros(4, 2), "model.norm.weight": torch.zeros(2, dtype=torch.float64)}
+    found = read(files_of(model), base_of())
+    assert problems(found) == []
+    assert found.notes == ()
+    assert {name: source.tensors[0].dtype for name, source in found.sources.items()} == {
+        "model.norm.weight": "F64",
+        "model.embed_tokens.weight": "F32",
+    }
+
+
+def test_integers_that_the_base_lacks_are_left_aside_with_a_note() -> None:
+    found = read(files_of({**BASE, "model.new_ids": torch.arange(2)}), base_of())
+    assert "model.new_ids" not in found.sources
+    assert found.notes == ("memory://model: left aside, the base has no such tensors: model.new_ids",)
+
+
+def test_a_float_that_the_base_lacks_is_refused_unless_it_is_excluded() -> None:
+    files = files_of({**BASE, "score.weight": torch.zeros(2)})
+    assert problems(read(files, base_of())) == [
+        "memory://model: holds 1 floating-point tensors that the base lacks: score.weight; is it a fine-tune of this"
+        " base? else name them in `exclude`"
+    ]
+    found = read(files, base_of(), Rules(exclude=("score.*",)))
+    assert (problems(found), "score.weight" in found.sources) == ([], False)
+    assert found.notes == ("memory://model: left aside, the base has no such tensors: score.weight",)
+
+
+def test_a_missing_float_is_refused_unless_it_is_allowed_or_excluded() -> None:
+    files = files_of({"model.norm.weight": BASE["model.norm.weight"]})
+    assert problems(read(files, base_of())) == [
+        "memory://model: lacks 1 of the base's 2 merged parameters: model.embed_tokens.weight; is it a fine-tune of"
+        " this base? `allow: {missing: zero}` takes their change as zero"
+    ]
+    allowed = read(files, base_of(), Rules(missing=True))
+    assert (list(allowed.sources), len(allowed.notes)) == (["model.norm.weight"], 1)
+    assert "whose change is taken as zero: model.embed_tokens.weight" in allowed.notes[0]
+    assert read(files, base_of(exclude=("model.embed_tokens.weight",))).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 3), "another shape: model.embed_tokens.weight [4, 3] where the base has [4, 2]"),
+        ((3, 2), "another shape: model.embed_tokens.weight [3, 2]"),
+        ((7, 2), "another shape: model.embed_tokens.weight [7, 2]"),
+        ((2, 4), "another shape: model.embed_tokens.weight [2, 4]"),
+        ((8,), "another shape: model.embed_tokens.weight [8]"),
+        ((6, 2), "more embedding rows than the base: model.embed_tokens.weight [6, 2] where the base has [4, 2]"),
+    ],
+)
+def test_another_shape_is_refused(shape: tuple[int, ...], message: str) -> None:
+    model = {**BASE, "model.embed_tokens.weight": torch.zeros(shape)}
+    (problem,) = problems(read(files_of(model, {**CONFIG, "vocab_size": 6}), base_of()))
+    assert message in problem
+
+
+def test_extra_embedding_rows_are_dropped_where_that_is_allowed() -> None:
+    model = {**BASE, "model.embed_tokens.weight": torch.arange(12.0).reshape(6, 2)}
+    files = files_of(model, {**CONFIG, "vocab_size": 6})
+    found = read(files, base_of(), Rules(extra_rows=True))
+    assert (problems(found), found.extra_rows) == ([], ("model.embed_tokens.weight",))
+    assert "rows beyond the base's are left aside" in found.notes[0]
+    (whole,) = Checkpoint().reads(found.sources["model.embed_tokens.weight"], 0, 8)
+    data = files["model.safetensors"][whole.start : whole.stop]
+    assert torch.frombuffer(bytearray(data), dtype=torch.float32).tolist() == list(range(8))
+
+
+def test_integers_in_the_place_of_floats_are_refused() -> None:
+    model = {**BASE, "model.norm.weight": torch.zeros(2, dtype=torch.int32)}
+    (problem,) = problems(read(files_of(model), base_of()))
+    assert (
+        "integers where the base holds floating-point numbers: model.norm.weight (I32 where the base has BF16)"
+        in problem
+    )
+
+
+@pytest.mark.parametrize("as_base", [True, False])
+def test_8_bit_floats_are_refused_by_name_and_reason(as_base: bool) -> None:
+    model = {**BASE, "model.norm.weight": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    (problem,) = problems(read(files_of(model), None if as_base else base_of()))
+    assert "stores 1 tensors as F8_E4M3, and 8-bit floats mean nothing without the scales" in problem
+    assert "model.norm.weight" in problem
+
+
+def test_a_quantised_model_is_refused() -> None:
+    found = read(files_of(BASE, {**CONFIG, "quantization_config": {"quant_method": "gptq"}}), base_of())
+    assert "is quantised" in problems(found)[0]
+
+
+def test_all_problems_of_a_model_are_told_at_once() -> None:
+    model = {
+        "model.norm.weight": torch.zeros(3),
+        "extra": torch.zeros(1),
+        "eight": torch.zeros(1).to(torch.float8_e4m3fn),
+    }
+    found = problems(read(files_of(model), base_of()))
+    assert len(found) == 4
+    for part in ("F8_E4M3", "that the base lacks: extra", "lacks 1 of", "another shape"):
+        assert any(part in problem for problem in found), part
+
+
+def test_a_tied_head_that_is_stored_twice_is_merged_once() -> None:
+    head = {"lm_head.weight": BASE["model.embed_tokens.weight"]}
+    found = read(files_of({**BASE, **head}, TIED))
+    assert "lm_head.weight" not in found.sources
+    assert found.notes == (
+        "memory://model: lm_head.weight is tied to model.embed_tokens.weight: merged once, not written again",
+    )
+    assert "lm_head.weight" in read(files_of({**BASE, **head})).sources
+
+
+def test_a_head_of_its_own_shape_is_not_tied() -> None:
+    found = read(files_of({**BASE, "lm_head.weight": torch.zeros(5, 2)}, TIED))
+    assert "lm_head.weight" in found.sources
+
+
+@pytest.mark.parametrize(
+    ("model_type", "embedding", "head"),
+    [
+        ("gpt2", "transformer.wte.weight", "lm_head.weight"),
+        ("bert", "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("t5", "shared.weight", "decoder.embed_tokens.weight"),
+        ("t5", "shared.weight", "lm_head.weight"),
+    ],
+)
+def test_some_architectures_tie_without_saying_so(model_type: str, embedding: str, head: str) -> None:
+    tensors = {embedding: torch.zeros(4, 2), head: torch.zeros(4, 2)}
+    assert list(read(files_of(tensors, {"model_type": model_type})).sources) == [embedding]
+    untied = {"model_type": "llama", "tie_word_embeddings": False}
+    kept = {embedding} if head == "decoder.embed_tokens.weight" else {embedding, head}
+    assert read(files_of(tensors, untied)).sources.keys() == kept
+
+
+def test_a_multimodal_config_ties_in_its_text_part() -> None:
+    tensors = {"model.language_model.embed_tokens.weight": torch.zeros(4, 2), "lm_head.weight": torch.zeros(4, 2)}
+    config = {"model_type": "any", "text_config": {"tie_word_embeddings": True}}
+    assert list(read(files_of(tensors, config)).sources) == ["model.language_model.embed_tokens.weight"]
+
+
+def test_a_fine_tunes_tied_copy_is_left_aside_and_an_untied_one_refused() -> None:
+    model = {**BASE, "lm_head.weight": BASE["model.embed_tokens.weight"]}
+    found = read(files_of(model, TIED), base_of(config=TIED))
+    assert problems(found) == []
+    assert found.notes == ("memory://model: lm_head.weight is tied to model.embed_tokens.weight: left aside",)
+    assert "that the base lacks: lm_head.weight" in problems(read(files_of(model, CONFIG), base_of(config=TIED)))[0]
+
+
+def test_a_fine_tune_that_stores_only_the_tied_copy_is_read_from_it() -> None:
+    model = {**BASE, "lm_head.weight": torch.ones(4, 2)}
+    del model["model.embed_tokens.weight"]
+    found = read(files_of(model, TIED), base_of(config=TIED))
+    assert problems(found) == []
+    assert found.sources["model.embed_tokens.weight"].tensors[0].dtype == "F32"
+
+
+@pytest.mark.parametrize(
+    "file", ["../model-0.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "https://h/x", ".."]
+)
+def test_an_index_can_not_leave_its_folder(file: str) -> None:
+    assert "names files outside its folder" in problems(read(sharded({"a": torch.zeros(1)}, a=file)))[0]
+
+
+def test_an_index_must_agree_with_its_files() -> None:
+    one, two = {"a": torch.zeros(1)}, {"b": torch.zeros(1)}
+    cases = {
+        "names 1 files that are not there: gone.safetensors": sharded(one, two, c="gone.safetensors"),
+        "names 1 tensors that their files lack: c": sharded(one, two, c="model-1.safetensors"),
+        "holds 1 tensors in more than one file: a": sharded({**one, "a2": torch.zeros(1)}, {**two, **one}),
+        "has no weight_map from tensor names to file names": sharded(one, a=1),
+    }
+    for message, files in cases.items():
+        assert any(message in problem for problem in problems(read(files))), message
+    files = sharded(one, two)
+    files["model-1.safetensors"] = file_bytes({**two, "c": torch.zeros(1)})
+    assert "does not name 1 tensors of its files: c" in problems(read(files))[0]
+
+
+def test_files_outside_the_index_are_left_aside_with_a_note() -> None:
+    files = {**sharded({"a": torch.zeros(1)}), "consolidated.safetensors": file_bytes({"x": torch.zeros(1)})}
+    found = read(files)
+    assert list(found.sources) == ["a"]
+    assert found.notes == ("memory://model: left aside, not part of the model: consolidated.safetensors",)
+
+
+def test_one_weight_file_needs_no_special_name_but_several_need_an_index() -> None:
+    assert list(read({"weights.safetensors": file_bytes({"a": torch.zeros(1)})}).sources) == ["a"]
+    files = {f"{name}.safetensors": file_bytes({name: torch.zeros(1)}) for name in "ab"}
+    assert "has 2 safetensors files and no index" in problems(read(files))[0]
+    both = {**sharded({"a": torch.zeros(1)}), "model.safetensors": file_bytes({"a": torch.zeros(1)})}
+    assert "has both model.safetensors and model.safetensors.index.json" in problems(read(both))[0]
+
+
+def test_an_adapter_is_not_taken_for_a_checkpoint() -> None:
+    assert not Checkpoint().recognises(["adapter_config.json", "adapter_model.safetensors"])
