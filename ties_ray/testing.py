@@ -42,8 +42,8 @@ from ties_ray.stores import Listing, Part, Pin, Store, join
 class KernelContract:
     """What every implementation of `Kernels` does: the same bits as the definition, however a slice is cut.
 
-    Inherit, and provide a fixture `kernels`. Values are mixed: ordinary numbers, few distinct ones (ties, both zeros),
-    and any bits at all (denormals, infinities, NaN). A NaN equals any NaN: which one comes is the processor's business.
+    Inherit, and provide a fixture `kernels`. Values are mixed: ordinary numbers, few distinct ones (ties, both zeros,
+    numbers midway between two of a narrower dtype), and any bits at all (denormals, infinities, NaN). A NaN equals any NaN: which one comes is the processor's business.
     """
 
     LENGTH = 40_003
@@ -225,7 +225,10 @@ def mixed_values(dtype: torch.dtype, length: int, seed: int) -> torch.Tensor:
     integers = as_integers(torch.empty(0, dtype=dtype)).dtype
     limits = torch.iinfo(integers)
     ordinary = torch.randn(length, generator=source, dtype=torch.float64).mul(0.02).to(dtype)
-    few = torch.tensor([0.0, -0.0, 0.5, -0.5, 0.25, 2.0**-14, -(2.0**-24)], dtype=dtype)
+    zeros_and_ties = [0.0, 0.0, -0.0, -0.0, 0.5, 0.5, -0.5, -0.5, 0.25, 2.0**-14, -(2.0**-24)]
+    midway = [1 + odd * 2.0**-digits for odd in (1, 3) for digits in (8, 11, 24)]  # between bf16, fp16, fp32 neighbours
+    beside = [1 + 2.0**-8 + 2.0**-40, -1 - 2.0**-11 + 2.0**-40]
+    few = torch.tensor([*zeros_and_ties, *midway, *beside], dtype=dtype)
     few = few[torch.randint(len(few), (length,), generator=source)]
     any_bits = torch.randint(limits.min, limits.max, (length,), generator=source, dtype=integers).view(dtype)
     kind = torch.randint(3, (length,), generator=source)
@@ -253,7 +256,8 @@ def an_op(name: str, how: str, length: int) -> Op:
     a_half = torch.tensor(0.5).view(torch.int32).item()
     terms = []
     for model in range(7):
-        dropout = Dropout((model + 1, 0xFFFF_FFF0 + model), 2**31 + model, 1 / 0.3)
+        # A scale below 1, which no density gives, would show a trim that comes after it.
+        dropout = Dropout((model + 1, 0xFFFF_FFF0 + model), 2**31 + model, 1 / 0.3 if model % 3 else 0.7)
         terms.append(
             Term(
                 weight=0.3 + 0.2 * model if how in ("weights", "all") else 1.0,

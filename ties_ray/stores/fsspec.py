@@ -1,0 +1,183 @@
+"""Every scheme without a file of its own, through fsspec: gs, az, hf (with @revision), http, github, ...; read only."""
+
+import posixpath
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.registry import known_implementations
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from ties_ray.errors import InputError, MergeError, Problem, RecipeError
+from ties_ray.stores import Listing, Pin, Store, Transient, changed, persist, refuse_secrets, scheme_of, shown
+
+T = TypeVar("T")
+
+_MARKS = (
+    *("ETag", "etag", "sha256", "sha", "blob_id", "generation", "version", "version_id", "versionId"),
+    *("md5Hash", "content_md5", "Content-MD5", "crc32c", "checksum"),
+    *("mtime", "Last-Modified", "last_modified", "LastModified", "updated", "modified", "created"),
+)
+"""What file systems show of a file that changes with its content, the best first."""
+
+
+class FsspecOptions(BaseModel):
+    """`storage.<scheme>` of a recipe: handed to the file system of that scheme; never a secret."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, given: object) -> object:
+        return refuse_secrets(given)
+
+
+class Fsspec(Store):
+    """Reads ranges by `cat_file`, and looks at the file again after each, since few file systems can be asked for a
+    certain content: one small request more a read. A pin whose `etag` is empty holds the size alone.
+    """
+
+    options = FsspecOptions
+    pinned_by = (
+        "what the scheme shows of a file, looked at after each read: ETag or checksum, else time, else size alone"
+    )
+    patience: float = 60.0
+    """Seconds that one call may go on repeating itself."""
+
+    def __init__(self, options: BaseModel) -> None:
+        super().__init__(options)
+        self._given = options.model_dump()
+
+    def list(self, uri: str) -> Listing:
+        """Return what lies directly in the folder."""
+
+        def listed() -> Listing:
+            files, path = self._at(uri)
+            files.invalidate_cache()
+            entries = files.ls(path, detail=True)
+            if [entry["name"] for entry in entries if entry["type"] == "file"] == [path]:
+                return Listing((), ())  # a file, asked for as a folder
+            inside = {name: entry for entry in entries if (name := _name_in(path, entry["name"]))}
+            pins = [_pin(join_uri(uri, name), entry) for name, entry in inside.items() if entry["type"] == "file"]
+            folders = [join_uri(uri, name) for name, entry in inside.items() if entry["type"] == "directory"]
+            return Listing(
+                tuple(sorted(pins, key=lambda pin: pin.uri.encode())), tuple(sorted(folders, key=str.encode))
+            )
+
+        try:
+            return self._repeat(uri, "listing it", listed)
+        except FileNotFoundError:
+            return Listing((), ())
+
+    def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
+        """Return pin and first bytes; one request for each."""
+
+        def get() -> tuple[Pin, bytes]:
+            pin = self._look(uri)
+            return pin, self._bytes(uri, 0, min(nbytes, pin.size))
+
+        return self._repeat(uri, f"reading its first {nbytes:,} bytes", get)
+
+    def read(self, pin: Pin, start: int, into: memoryview) -> None:
+        """Read a range, then look whether the file is still the pinned one."""
+        into = into.cast("B")
+
+        def get() -> None:
+            into[:] = self._bytes(pin.uri, start, start + len(into))
+            now = self._look(pin.uri)
+            if now != pin:
+                raise changed(pin, f"{pin.size:,} bytes with {pin.etag}, now {now.size:,} with {now.etag}")
+
+        try:
+            self._repeat(pin.uri, f"reading bytes {start:,} to {start + len(into):,}", get)
+        except FileNotFoundError:
+            raise changed(pin, "the file is gone") from None
+
+    def _bytes(self, uri: str, start: int, stop: int) -> bytes:
+        if start == stop:
+            return b""
+        files, path = self._at(uri)
+        self.meter.add(requests=1)
+        data: bytes = files.cat_file(path, start=start, end=stop)
+        self.meter.add(bytes_read=len(data))
+        if len(data) != stop - start:
+            raise Transient(f"asked for {stop - start:,} bytes, {len(data):,} came", attempts=4)
+        return data
+
+    def _look(self, uri: str) -> Pin:
+        files, path = self._at(uri)
+        files.invalidate_cache(path)
+        found = files.info(path)
+        if found["type"] != "file":
+            raise FileNotFoundError(shown(uri))
+        if not isinstance(found.get("size"), int):
+            raise InputError(Problem(shown(uri), "the server does not tell its size", "copy it to another store"))
+        return _pin(uri, found)
+
+    def _at(self, uri: str) -> tuple[Any, str]:
+        """Return the file system that serves `uri`, which fsspec keeps for the next call, and the path in it."""
+        scheme = scheme_of(uri)
+        try:
+            files, path = fsspec.core.url_to_fs(uri, **self._given)
+        except ImportError as error:
+            package = (error.name or known_implementations[scheme]["class"].partition(".")[0]).replace("_", "-")
+            remedy = f"run `pip install {package}` on every node"
+            raise InputError(Problem(shown(uri), f"reading {scheme}:// needs another package", remedy)) from error
+        except ValueError as error:
+            if scheme in fsspec.available_protocols():
+                raise
+            raise RecipeError(Problem(shown(uri), f"unknown scheme {scheme!r}", "check the URI")) from error
+        except TypeError as error:
+            raise RecipeError(Problem(f"storage.{scheme}", shown(error), "see fsspec's documentation")) from error
+        return files, path
+
+    def _repeat(self, uri: str, doing: str, attempt: Callable[[], T]) -> T:
+        """Return `attempt()`; the errors of any file system become ours."""
+
+        def once() -> T:
+            try:
+                return attempt()
+            except (MergeError, Transient):
+                raise
+            except FileNotFoundError:
+                raise FileNotFoundError(shown(uri)) from None
+            except Exception as error:
+                status = _status(error)
+                if isinstance(error, PermissionError) or status in (401, 403):
+                    remedy = f"check the credentials that {scheme_of(uri)}:// finds, and their permissions"
+                    raise InputError(Problem(shown(uri), f"{doing} was refused ({shown(error)})", remedy)) from error
+                if 400 <= status < 500 and status not in (408, 429):
+                    what = f"{doing} failed ({shown(error)})"
+                    raise InputError(Problem(shown(uri), what, "check the URI and its storage options")) from error
+                raise Transient(f"{type(error).__name__}: {error}") from error
+
+        return persist(once, meter=self.meter, uri=uri, doing=doing, seconds=lambda: self.patience)
+
+
+def join_uri(folder: str, name: str) -> str:
+    """Return the URI of `name` in `folder`, of which the first may be a chain (`zip://a::http://b`)."""
+    first, chained, rest = folder.partition("::")
+    return f"{first.rstrip('/')}/{name}{chained}{rest}"
+
+
+def _name_in(path: str, name: str) -> str:
+    """Return the last part of an entry's name; empty for what does not lie directly in the folder `path`."""
+    inside = name.rstrip("/").removeprefix(path.rstrip("/")).strip("/")
+    return "" if "/" in inside and name.startswith(path) else posixpath.basename(inside)
+
+
+def _pin(uri: str, found: Mapping[str, Any]) -> Pin:
+    lfs = found.get("lfs")  # Hugging Face: of a large file, the SHA-256
+    marks = {**found, **({"sha256": lfs["sha256"]} if isinstance(lfs, Mapping) and "sha256" in lfs else {})}
+    mark = next((name for name in _MARKS if marks.get(name)), "")
+    return Pin(uri, found["size"] or 0, f"{mark} {marks[mark]}" if mark else "")
+
+
+def _status(error: Exception) -> int:
+    """Return the HTTP status that an error of some client library carries; 0 without."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status", "status_code", "code"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int | str) and str(value).isdigit():
+                return int(value)
+    return 0
