@@ -43,7 +43,8 @@ class KernelContract:
     """What every implementation of `Kernels` does: the same bits as the definition, however a slice is cut.
 
     Inherit, and provide a fixture `kernels`. Values are mixed: ordinary numbers, few distinct ones (ties, both zeros,
-    numbers midway between two of a narrower dtype), and any bits at all (denormals, infinities, NaN). A NaN equals any NaN: which one comes is the processor's business.
+    numbers midway between two of a narrower dtype), and any bits at all (denormals, infinities, NaN). A NaN equals any
+    NaN: which one comes is the processor's business.
     """
 
     LENGTH = 40_003

@@ -179,9 +179,11 @@ def load(name: Literal["definition", "cpu"]) -> Kernels:
         from ties_ray.kernels.definition import Definition
 
         return Definition()
-    from ties_ray.kernels.cpu import Cpu
+    if name == "cpu":
+        from ties_ray.kernels.cpu import Cpu
 
-    return Cpu()
+        return Cpu()
+    raise ValueError(f"unknown kernels {name!r}; known: definition, cpu")
 
 
 def flushes_to_zero() -> bool:

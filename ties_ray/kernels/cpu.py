@@ -34,8 +34,8 @@ from ties_ray.kernels import (
     state_dtypes,
 )
 
-TILE = 16_384
-"""Elements; with 20 bytes of state, base, delta and data half a MiB."""
+TILE = 32_768
+"""Elements; with 16 bytes of state, base, delta and bf16 data 0.85 MiB."""
 LANES = 4
 """Tables counted side by side: neighbours often fall into one bin, and must not wait for each other's store."""
 
@@ -255,27 +255,27 @@ def _drop(delta: Array, words: Array, bound: int, lowest: int, scale: float) -> 
 
 @_compiled(void(F32, I32))
 def _count_high(delta: Array, tables: Array) -> None:
-    """Count the high bits, elements going to the tables in turn."""
-    width = len(tables) // LANES
+    """Count the high bits, elements going to the tables in turn. (Unsigned indices spare a test for negative ones.)"""
     for i in range(len(delta)):
-        tables[i % LANES * width + ((_bits(delta[i]) & MAGNITUDE) >> 15)] += 1
+        high = np.uint64(_bits(delta[i]) & MAGNITUDE) >> np.uint64(15)
+        tables[np.uint64((i & (LANES - 1)) * HIGH_BINS) + high] += 1
 
 
 @_compiled(void(F32, i64, I32))
 def _count_low(delta: Array, high: int, tables: Array) -> None:
-    """Count the low bits; what is in another bin goes to the last place of a table: a branch would be guessed wrong."""
-    width = len(tables) // LANES
+    """Count the low bits; what is in another bin goes to a bin behind the last: a branch would be guessed wrong."""
+    wanted, outside = np.uint64(high), np.uint64(LOW_BINS)
     for i in range(len(delta)):
-        bits = np.int64(_bits(delta[i]) & MAGNITUDE)
-        tables[i % LANES * width + (bits & (LOW_BINS - 1) if bits >> 15 == high else LOW_BINS)] += 1
+        bits = np.uint64(_bits(delta[i]) & MAGNITUDE)
+        low = bits & np.uint64(LOW_BINS - 1) if bits >> np.uint64(15) == wanted else outside
+        tables[np.uint64((i & (LANES - 1)) * HIGH_BINS) + low] += 1
 
 
 @_compiled(void(I64, I32))
 def _empty_into(table: Array, tables: Array) -> None:
     """Add the tables to the lasting one and clear them."""
-    width = len(tables) // LANES
     for lane in range(LANES):
-        part = tables[lane * width : lane * width + len(table)]
+        part = tables[lane * HIGH_BINS : lane * HIGH_BINS + len(table)]
         for i in range(len(table)):
             table[i] += part[i]
             part[i] = 0
@@ -412,7 +412,7 @@ class _Scratch(threading.local):
         self.delta = np.empty(TILE, np.float32)
         self.words = np.empty(TILE + 8, np.uint32)
         self.high = np.zeros(LANES * HIGH_BINS, np.int32)
-        self.low = np.zeros(LANES * (LOW_BINS + 1), np.int32)
+        self.low = np.zeros(LANES * HIGH_BINS, np.int32)
 
 
 class Cpu(Kernels):
