@@ -15,7 +15,8 @@ from ties_ray.errors import InputError, RecipeError
 from ties_ray.expand import overlaps
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.recipe import Recipe, validate
-from ties_ray.stores import Store, Stores, join
+from ties_ray.stores import NoOptions, Pin, Store, Stores, join
+from ties_ray.stores.memory import Memory
 
 TENSORS = {"model.embed_tokens.weight": torch.ones(4, 2), "model.ids": torch.arange(3)}
 CONFIG_4 = {**CONFIG, "vocab_size": 4}
@@ -341,6 +342,9 @@ def test_extra_rows_are_dropped_only_where_the_tokenizers_agree(stores: Stores, 
     )
     store.delete(f"{root}/m/tokenizer.json")
     assert f"a vocabulary (tokenizer.json, vocab.json or vocab.txt) in {root}/m" in refused(recipe, stores)[0]
+    store.put(f"{root}/m/tokenizer.json", b'{"model": {"vocab": [[]]}}')
+    assert f"vocab.txt) in {root}/m it can't be shown" in refused(recipe, stores)[0]
+    store.delete(f"{root}/m/tokenizer.json")
     store.put(f"{root}/m/vocab.txt", b"<t0>\n<t1>\n<t2>\n<t3>\n<new>\n")
     assert len(read_catalog(recipe, stores).models) == 1
     assert "has more embedding rows than the base" in refused(recipe_of(root, "m"), stores)[0]
@@ -415,3 +419,41 @@ def test_a_file_that_changes_after_the_plan_is_not_read(stores: Stores, tmp_path
     stores.of("/").put(join(family.models[0], "model.safetensors"), file_bytes(family.model_tensors[0]))
     with pytest.raises(InputError, match="changed since the plan was made"):
         stores.of("/").read(pin, 0, memoryview(bytearray(8)))
+
+
+class _SizesOnly(Memory):
+    """A store that shows nothing of a file but its size."""
+
+    def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
+        pin, data = super().head(uri, nbytes)
+        return pin._replace(etag=""), data
+
+
+class _WeakStores(Stores):
+    def of(self, uri: str) -> Store:
+        return _SizesOnly(NoOptions())
+
+
+def test_pins_that_hold_the_size_alone_are_noted(store: Store, root: str) -> None:
+    write_small(store, root, "base", "m")
+    notes = read_catalog(recipe_of(root, "m"), _WeakStores({})).notes
+    assert notes == ("2 files under memory:// are pinned by their size alone: a change that keeps it goes unseen",)
+
+
+def test_a_family_has_what_real_ones_have(stores: Stores, tmp_path: Path) -> None:
+    family = make_family(stores.of("/"), str(tmp_path))
+    again = make_family(stores.of("/"), str(tmp_path / "again"))
+    assert all(torch.equal(family.model_tensors[2][name], tensor) for name, tensor in again.model_tensors[2].items())
+    assert family.base_tensors.keys() - family.model_tensors[0].keys() == {"embed.position_ids"}
+    still = "model.never_changes.weight"
+    assert raw_bytes(family.base_tensors[still])[:2] == b"\x00\x80"
+    assert all(raw_bytes(tensors[still]) == raw_bytes(family.base_tensors[still]) for tensors in family.model_tensors)
+    names = [name for name, tensor in family.model_tensors[0].items() if tensor.is_floating_point()]
+    deltas = [
+        torch.cat([(tensors[name].float() - family.base_tensors[name].float()).flatten() for name in names])
+        for tensors in family.model_tensors
+    ]
+    magnitudes = deltas[0].abs().sort(descending=True).values
+    kept = len(magnitudes) // 5
+    assert (magnitudes == magnitudes[kept - 1]).sum() > 5
+    assert ((deltas[0] + deltas[1] == 0) & (deltas[0] != 0)).sum() > 50

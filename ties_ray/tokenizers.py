@@ -99,28 +99,23 @@ def _settings(files: Files, fetch: Fetch) -> dict[str, object]:
 
 def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
     """Return the token of every id; None where the files do not tell."""
-    tokens: dict[int, str] = {}
-    if "tokenizer.json" in files:
-        whole = _json(fetch(files["tokenizer.json"]))
-        model = whole.get("model") if isinstance(whole, dict) else None
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the place
-            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-        added = whole.get("added_tokens") if isinstance(whole, dict) else None
-        extra = {token["content"]: token["id"] for token in added or ()}
-    else:
-        vocabulary, extra = None, {}
-        if "vocab.json" in files:
-            vocabulary = _json(fetch(files["vocab.json"]))
-        elif "vocab.txt" in files:
-            lines = fetch(files["vocab.txt"]).decode(errors="replace").splitlines()
-            vocabulary = {token: number for number, token in enumerate(lines)}
-        if "added_tokens.json" in files:
-            extra = _json(fetch(files["added_tokens.json"])) or {}
-    if not isinstance(vocabulary, dict):
+    try:
+        if "tokenizer.json" in files:
+            whole = json.loads(fetch(files["tokenizer.json"]))
+            vocabulary = whole["model"]["vocab"]
+            if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the place
+                vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
+            added = {token["content"]: token["id"] for token in whole.get("added_tokens") or ()}
+        else:
+            if "vocab.json" in files:
+                vocabulary = json.loads(fetch(files["vocab.json"]))
+            else:
+                lines = fetch(files["vocab.txt"]).decode(errors="replace").replace("\r\n", "\n").split("\n")
+                vocabulary = {token: number for number, token in enumerate(lines)}
+            added = json.loads(fetch(files["added_tokens.json"])) if "added_tokens.json" in files else {}
+        return {int(number): str(token) for token, number in (*vocabulary.items(), *added.items())}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    tokens |= {number: token for token, number in vocabulary.items()}
-    return tokens | {number: token for token, number in extra.items()}
 
 
 def _same(one: Pin, other: Pin) -> bool:

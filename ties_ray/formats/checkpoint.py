@@ -224,7 +224,7 @@ def _refused(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str]]:
 
 def _tied(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return groups of names that share storage in a model of this config; the first is where it is kept."""
-    default = config.get("model_type") in TIED_BY_DEFAULT
+    default = str(config.get("model_type")) in TIED_BY_DEFAULT
     heads = HEADS if _setting(config, "tie_word_embeddings", default) is True else ()
     return [*((*names, *heads) for names in EMBEDDINGS), *TIED_BIASES]
 
