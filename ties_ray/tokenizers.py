@@ -110,7 +110,8 @@ def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
             if "vocab.json" in files:
                 vocabulary = json.loads(fetch(files["vocab.json"]))
             else:
-                lines = fetch(files["vocab.txt"]).decode(errors="replace").replace("\r\n", "\n").split("\n")
+                text = fetch(files["vocab.txt"]).decode(errors="replace").replace("\r\n", "\n")
+                lines = text.removesuffix("\n").split("\n")  # splitlines would split at tokens like U+2028
                 vocabulary = {token: number for number, token in enumerate(lines)}
             added = json.loads(fetch(files["added_tokens.json"])) if "added_tokens.json" in files else {}
         return {int(number): str(token) for token, number in (*vocabulary.items(), *added.items())}
