@@ -4,21 +4,33 @@ An executor hosts one `Host` a worker and knows nothing of merging. Which messag
 the business of `schedule.py`. One file here an executor; the same conformance suite (`ties_ray.testing`) runs on each.
 """
 
+import importlib
+import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol, cast
 
-from ties_ray import plugins
-from ties_ray.errors import ErrorKind, Problem
+from ties_ray import errors, plugins
+from ties_ray.errors import ErrorKind, MergeError, Problem
 
 __path__ = plugins.search_path("executors", list(__path__))
+
+MESSAGE_BYTES = 2**20
+"""No message and no answer is longer."""
+
+
+class WorkerDied(BaseException):
+    """Raised by a host whose process is of no use any more (its CUDA context is gone, say): the worker is lost.
+
+    Not an `Exception`, so that no retry on the way out holds it back.
+    """
 
 
 class Host(Protocol):
     """What runs in a worker; built there by the factory that `Executor.start` names."""
 
     def run(self, message: str) -> str:
-        """Handle one message and return the answer; both small (below 1 MiB) and usually JSON."""
+        """Handle one message and return the answer; both small (up to 1 MiB) and usually JSON."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Needs:
     deadline: float = 300.0
     """Seconds to wait for workers before giving up."""
     versions: tuple[tuple[str, str], ...] = ()
-    """(package, version) that every worker must have; what differs is refused before any work."""
+    """(package, version) that every worker must have, of which more may follow a "+"; what differs is refused."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker died or can't be reached; the message may or may not have been handled."""
+    """The worker died or can't be reached, once a loss; none of its open messages will be answered.
+
+    They may or may not have been handled.
+    """
 
     worker: int
     ticket: int | None
+    """Its oldest open message, the one it was handling if any."""
     reason: str
 
 
@@ -89,12 +105,15 @@ class Executor(ABC):
         """Start workers whose host is `module:function` called with `setup`; return how many there are.
 
         Raises `UnavailableError` if none can be had within the deadline, `InputError` if a worker's versions differ
-        (naming what differs, where, and the command that mends it).
+        (naming what differs, where, and the command that mends it), and what the factory raises as its `MergeError`.
         """
 
     @abstractmethod
     def submit(self, worker: int, ticket: int, message: str) -> None:
-        """Hand a message to a worker without waiting; a worker handles its messages in order."""
+        """Hand a message to a worker without waiting; a worker handles its messages in order.
+
+        What a worker is given between its loss and its `Ready` is dropped, as the loss has told already.
+        """
 
     @abstractmethod
     def wait(self, timeout: float) -> list[Event]:
@@ -102,8 +121,52 @@ class Executor(ABC):
 
     @abstractmethod
     def revive(self, worker: int) -> None:
-        """Begin to bring a lost worker back; a `Ready` (or another `Lost`) follows."""
+        """Begin to bring a lost worker back; a `Ready` (or another `Lost`) follows; a healthy one is left alone."""
 
     @abstractmethod
     def stop(self) -> None:
         """End all workers at once, whatever they do; idempotent, within a second or two."""
+
+
+class Refusal(NamedTuple):
+    """What a host raised, in a form that travels."""
+
+    kind: ErrorKind
+    problems: tuple[Problem, ...]
+    traceback: str
+
+    def error(self) -> MergeError:
+        """Return the exception of `ties_ray.errors` that says the same; for a defect its traceback is a note."""
+        classes = (errors.RecipeError, errors.InputError, errors.InterruptedMerge, errors.UnavailableError,
+                   errors.Cancelled)  # fmt: skip
+        error = next((c for c in classes if c.kind == self.kind), MergeError)(self.problems)
+        if self.kind == "defect":
+            error.add_note(self.traceback)
+        return error
+
+
+def build(factory: str, setup: str) -> Host | Refusal:
+    """Call the factory `module:function` in this process."""
+    try:
+        module, _, function = factory.partition(":")
+        return cast(Host, getattr(importlib.import_module(module), function)(setup))
+    except (Exception, WorkerDied) as error:
+        return _refusal(error)
+
+
+def handle(host: Host, message: str) -> str | Refusal:
+    """Let the host handle a message; only `WorkerDied` and its like get through."""
+    try:
+        answer = host.run(message)
+        if len(answer) > MESSAGE_BYTES:
+            raise ValueError(f"an answer of {len(answer):,} characters, more than {MESSAGE_BYTES:,}")
+        return answer
+    except Exception as error:
+        return _refusal(error)
+
+
+def _refusal(error: BaseException) -> Refusal:
+    text = traceback.format_exc()
+    if isinstance(error, MergeError):
+        return Refusal(error.kind, error.problems, text)
+    return Refusal("defect", (Problem("", f"{type(error).__name__}: {error}"),), text)

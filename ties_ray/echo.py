@@ -1,0 +1,47 @@
+"""A host that echoes, to try an executor with; apart from `testing` so that a worker has it without importing torch."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from ties_ray import executors
+from ties_ray.errors import InputError, Problem
+
+
+class EchoHost:
+    """A host for tests: answers how many messages it has had and the message, or does what the message says."""
+
+    def __init__(self, setup: str) -> None:
+        if setup == "broken":
+            raise InputError(Problem("setup", "is broken"))
+        if setup == "slow":
+            time.sleep(1)
+        self._setup = setup
+        self._count = 0
+
+    def run(self, message: str) -> str:
+        """Return `count:setup:message`; `pid`, `sleep S`, `meet FILE OTHER`, `input`, `boom`, `long`, `die`, `kill`."""
+        self._count += 1
+        command, *words = message.split()
+        if command == "pid":
+            return str(os.getpid())
+        if command == "sleep":
+            time.sleep(float(words[0]))
+        elif command == "meet":  # another host, which must be at work at the same time
+            Path(words[0]).touch()
+            end = time.monotonic() + 60
+            while not Path(words[1]).exists():
+                assert time.monotonic() < end, "nobody came"
+                time.sleep(0.01)
+        elif command == "input":
+            raise InputError([Problem("s3://m/7", "is gone", "bring it back"), Problem("s3://m/8", "is not finite")])
+        elif command == "boom":
+            raise ZeroDivisionError("an accident")
+        elif command == "long":
+            return "x" * (executors.MESSAGE_BYTES + 1)
+        elif command == "die":
+            raise executors.WorkerDied("its device is gone")
+        elif command == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f"{self._count}:{self._setup}:{message}"

@@ -1,0 +1,457 @@
+"""Workers as Ray actors; the only file that imports ray.
+
+A worker that is lost is replaced by a new actor (`max_restarts=0`): an actor that Ray restarts by itself has forgotten
+its answers and could pass for the one that gave them. Ray waits for ever for what can't be, so every wait has a
+deadline here. Only short strings travel.
+
+`_Worker` and its helpers are pickled by value: they run, and say what is wrong, where ties_ray is missing (hence no
+annotation here may be evaluated).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, cast
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from ties_ray.errors import ErrorKind, InputError, Problem, UnavailableError
+from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor, Lost, Needs, Ready, Refusal, Refused
+from ties_ray.plugins import PLUGIN_FOLDER
+
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+_OWN_CLUSTER = {
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else ray.init writes one into the user's home
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour Ray announces; without it Ray warns
+}
+_STORE_BYTES = 100 * 2**20
+"""Ray's object store: nothing of ours goes through it; Ray asks for 75 MiB at least."""
+_SLICE = 0.2
+"""Seconds that one call of Ray may keep the main thread from its signals."""
+_GRACE = 30.0
+"""Seconds the other workers get once one is there, if the user named no number of them."""
+
+
+_Plain = tuple[str, list[tuple[str, ...]], str]
+"""A `Refusal` in builtins: kind, problems, traceback."""
+
+# --------------------------------------------------------------------------- on the worker, pickled by value
+
+
+def _digest(folder: str | None) -> str:
+    """Return a digest of a folder's Python files, or `nothing`."""
+    if not folder or not os.path.isdir(folder):
+        return "nothing"
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "nothing"
+
+
+def _facts(packages: Sequence[str], plugins: str, plugins_digest: str) -> dict[str, str]:
+    """Return what this process would run with, without importing any of it; point it at its copy of the plugins."""
+    spec = importlib.util.find_spec("ties_ray")
+    facts = {name: _installed(name) for name in packages}
+    facts["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
+    facts["ties_ray"] = _digest(os.path.dirname(spec.origin) if spec and spec.origin else None)
+    if plugins:
+        shipped = [os.path.join(entry, os.path.basename(plugins)) for entry in sys.path]
+        same = [folder for folder in (plugins, *shipped) if _digest(folder) == plugins_digest]
+        os.environ["TIES_RAY_PLUGINS"] = (same or [plugins])[0]
+        facts["plugins"] = _digest(os.environ["TIES_RAY_PLUGINS"])
+    return facts
+
+
+class _Begun(TypedDict):
+    """What a new worker tells: builtins only, which need no import to be read."""
+
+    node: str
+    differs: dict[str, str]
+    refusal: _Plain | None
+
+
+class _Worker:
+    """The actor: its one group of one thread handles messages in order, beside the main thread, which only waits."""
+
+    def begin(self, expected: dict[str, str], plugins: str, factory: str, setup: str) -> tuple[str, _Begun]:
+        """Build the host if this place is as expected; say where this is, and what is not as it should be."""
+        self._dead = False
+        packages = [name for name in expected if name not in ("python", "ties_ray", "plugins")]
+        found = _facts(packages, plugins, expected.get("plugins", ""))
+        differs = {name: found[name] for name, wanted in expected.items() if not _fits(found[name], wanted)}
+        told: _Begun = {"node": ray.util.get_node_ip_address(), "differs": differs, "refusal": None}
+        if not differs:
+            from ties_ray import executors
+
+            self._host = executors.build(factory, setup)
+            if isinstance(self._host, executors.Refusal):
+                told["refusal"] = _plain(self._host)
+        return "begun", told
+
+    def run(self, message: str) -> tuple[Any, ...]:
+        """Return ("answered", text), ("refused", kind, problems, traceback) or ("died", reason)."""
+        from ties_ray import executors
+
+        if self._dead:
+            return ("died", "its host was dead already")
+        assert not isinstance(self._host, executors.Refusal)
+        try:
+            outcome = executors.handle(self._host, message)
+        except executors.WorkerDied as error:
+            self._dead = True
+            return ("died", f"WorkerDied: {error}")
+        return ("answered", outcome) if isinstance(outcome, str) else ("refused", *_plain(outcome))
+
+
+def _fits(found: str, wanted: str) -> bool:
+    """Whether a version will do: 2.6.0+cu126 is a 2.6.0, and "any" is whatever is there."""
+    return found != "nothing" if wanted == "any" else wanted in (found, found.partition("+")[0])
+
+
+def _plain(refusal: Refusal) -> _Plain:
+    return refusal.kind, [tuple(problem) for problem in refusal.problems], refusal.traceback
+
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+_Actor = ray.remote(concurrency_groups={"work": 1})(_Worker)
+
+
+# --------------------------------------------------------------------------- on the driver
+
+
+class _Message(NamedTuple):
+    """What an open call to an actor is for."""
+
+    worker: int
+    ticket: int | None
+    """None: to begin."""
+    since: float
+
+
+class RayExecutor(Executor):
+    """One actor a worker, spread over the nodes, each with one CPU, its memory and its GPUs."""
+
+    name = "ray"
+
+    def __init__(self) -> None:
+        self._actors: list[Any] = []
+        self._healthy: list[bool] = []
+        self._open: dict[Any, _Message] = {}
+        self._owns_connection = False
+        self._environment: dict[str, str] = {}
+
+    def start(self, factory: str, setup: str, needs: Needs) -> int:
+        """Connect, start actors, check what each of them runs with, build the hosts.
+
+        ties_ray and the plugin folder are shipped to nodes that lack them or have others, if the connection is ours;
+        on a connection that the caller opened (`ray.init`) that is refused, with what to do.
+        """
+        self._factory, self._setup, self._needs = factory, setup, needs
+        try:
+            self._connect(())
+            answers = self._begin_all()
+            shipped = {"ties_ray": _package_folder(), "plugins": _plugin_folder()}
+            missing = {name for answer in answers for name in answer["differs"]}
+            if missing and missing <= shipped.keys() and self._owns_connection:
+                self.stop()
+                self._connect([shipped[name] for name in sorted(missing)])
+                answers = self._begin_all()
+            for answer in answers:
+                if answer["refusal"]:
+                    raise _refusal(answer["refusal"]).error()
+            problems = dict.fromkeys(problem for answer in answers for problem in self._wrong(answer))
+            if problems:
+                raise InputError(problems)
+        except BaseException:
+            self.stop()
+            raise
+        return len(self._actors)
+
+    def submit(self, worker: int, ticket: int, message: str) -> None:
+        """Call the actor."""
+        assert len(message) <= MESSAGE_BYTES
+        if self._healthy[worker]:
+            call = self._actors[worker].run.options(concurrency_group="work").remote(message)
+            self._open[call] = _Message(worker, ticket, time.monotonic())
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Return what the open calls have come to."""
+        end = time.monotonic() + timeout
+        while True:
+            events = self._read(self._done(end)) + self._overdue()
+            if events or time.monotonic() >= end:
+                return events
+
+    def revive(self, worker: int) -> None:
+        """Ask for a new actor in the place of a lost one."""
+        if not self._healthy[worker] and all(message.worker != worker for message in self._open.values()):
+            self._actors[worker] = self._new_actor()
+            self._begin(worker)
+
+    def stop(self) -> None:
+        """Kill the actors; leave the cluster if we joined it, end it if we started it."""
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor, no_restart=True)
+            if self._owns_connection:
+                ray.shutdown()
+        for name in self._environment:
+            os.environ.pop(name, None)
+        self._actors, self._healthy, self._open, self._owns_connection, self._environment = [], [], {}, False, {}
+
+    # ----- connection
+
+    def _connect(self, modules: Sequence[str]) -> None:
+        if ray.is_initialized():
+            return
+        address = self._needs.address or os.environ.get("RAY_ADDRESS") or "local"
+        options: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if modules:
+            options["runtime_env"] = {"py_modules": list(modules), "excludes": ["**/__pycache__"]}
+        self._owns_connection = True
+        if address == "local":
+            options |= {"num_cpus": self._needs.num_workers, "object_store_memory": _STORE_BYTES}
+            self._environment = {name: value for name, value in _OWN_CLUSTER.items() if name not in os.environ}
+            os.environ.update(self._environment)  # until the end, for the processes that Ray starts
+            self._init(address, options | {"include_dashboard": False})
+            self._check_room()
+        else:
+            _reach(address, min(20.0, self._needs.deadline))
+            self._init(address, options)
+
+    def _init(self, address: str, options: Mapping[str, object]) -> None:
+        """Call `ray.init`, which has to be in the main thread (else later calls hang) and takes SIGTERM there."""
+        handler = signal.getsignal(signal.SIGTERM)
+        terminated = False
+        try:
+            ray.init(**options)
+        except SystemExit:  # what Ray makes of a SIGTERM
+            terminated = True
+        except Exception as error:
+            if "Version mismatch" in str(error):
+                remedy = f"pip install ray=={ray.__version__} there, or the cluster's versions here"
+                raise InputError(Problem(f"Ray at {address}", str(error), remedy)) from error
+            what = f"{type(error).__name__}: {error}"
+            raise UnavailableError(Problem(f"Ray at {address}", what, "see `ray status` there")) from error
+        finally:
+            if threading.current_thread() is threading.main_thread() and handler is not None:
+                signal.signal(signal.SIGTERM, handler)
+        if terminated:
+            signal.raise_signal(signal.SIGTERM)
+
+    def _check_room(self) -> None:
+        """Refuse at once what this machine will never have; a cluster may grow."""
+        wanted, room = self._needs.num_workers or 1, _room(self._needs)
+        if room < wanted:
+            what = f"{wanted} workers of {self._each()} are asked for, and there is room for {room}"
+            raise UnavailableError(Problem("this machine", what, "lower run.workers or run.memory"))
+
+    def _each(self) -> str:
+        gpus = f", {self._needs.gpus:g} GPU" if self._needs.gpus else ""
+        return f"1 CPU, {self._needs.memory / 2**30:.2f} GiB{gpus}"
+
+    # ----- workers
+
+    def _new_actor(self) -> Any:
+        plugins = _plugin_folder()
+        env = _ONE_THREAD | ({PLUGIN_FOLDER: plugins} if plugins else {})
+        return _Actor.options(
+            num_cpus=1,
+            num_gpus=self._needs.gpus,
+            memory=self._needs.memory,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",  # the network is a node's; packing would put all readers behind one card
+            runtime_env={"env_vars": env},
+        ).remote()
+
+    def _begin(self, worker: int) -> None:
+        order = (self._expected(), _plugin_folder(), self._factory, self._setup)
+        call = self._actors[worker].begin.options(concurrency_group="work").remote(*order)
+        self._open[call] = _Message(worker, None, time.monotonic())
+
+    def _expected(self) -> dict[str, str]:
+        """Return what every worker must have; an empty version means any."""
+        expected = {"ray": ray.__version__, "torch": "any", "numba": "any"} | dict(self._needs.versions)
+        plugins = _plugin_folder()
+        return expected | _facts((), plugins, _digest(plugins))
+
+    def _begin_all(self) -> list[_Begun]:
+        """Start the workers and return what they told; those that are not there by the deadline are let go."""
+        wanted = self._needs.num_workers or max(1, _room(self._needs))
+        self._actors = [self._new_actor() for _ in range(wanted)]
+        self._healthy = [False] * wanted
+        for worker in range(wanted):
+            self._begin(worker)
+        calls, self._open = list(self._open), {}
+        answers: dict[int, _Begun] = {}
+        failure = "none has answered"
+        end = time.monotonic() + self._needs.deadline
+        open_calls = calls
+        while open_calls and time.monotonic() < end:
+            done, open_calls = ray.wait(open_calls, num_returns=len(open_calls), timeout=_SLICE)
+            for call in done:
+                try:
+                    answers[calls.index(call)] = ray.get(call)[1]
+                except RayError as error:
+                    failure = _reason(error)
+            if answers and self._needs.num_workers is None:
+                end = min(end, time.monotonic() + _GRACE)
+        for worker, actor in enumerate(self._actors):
+            if worker not in answers:
+                ray.kill(actor, no_restart=True)
+        if not answers:
+            nodes = ", ".join(_describe(node) for node in ray.nodes() if node["Alive"])
+            what = f"no worker of {self._each()} within {self._needs.deadline:g} s ({failure}); nodes: {nodes}"
+            raise UnavailableError(Problem("Ray", what, "wait for room, or lower run.memory or run.gpus_per_worker"))
+        self._actors = [self._actors[worker] for worker in sorted(answers)]
+        self._healthy = [True] * len(answers)
+        return list(answers.values())
+
+    def _wrong(self, answer: _Begun) -> list[Problem]:
+        """Return what a new worker's node lacks, or what its factory raised."""
+        expected = self._expected()
+        problems = [
+            Problem(
+                f"node {answer['node']}",
+                f"{name} {found} is there, not {expected[name]}",
+                _remedy(name, expected[name]),
+            )
+            for name, found in answer["differs"].items()
+        ]
+        return problems or list(_refusal(answer["refusal"]).problems if answer["refusal"] else ())
+
+    # ----- events
+
+    def _done(self, end: float) -> list[Any]:
+        """Return the calls that are done, in the order they were made; the first moment there is one, or at `end`."""
+        left = min(_SLICE, max(0.0, end - time.monotonic()))
+        if not self._open:
+            time.sleep(left)
+            return []
+        calls = list(self._open)
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+        if not done:
+            done, _ = ray.wait(calls, num_returns=1, timeout=left)
+        return sorted(done, key=calls.index) if len(done) > 1 else done
+
+    def _read(self, calls: Sequence[Any]) -> list[Event]:
+        """Turn done calls into events: first what was handled, then who was lost."""
+        events: list[Event] = []
+        losses: dict[int, str] = {}
+        for call in calls:
+            worker, ticket, _ = self._open[call]
+            try:
+                told = ray.get(call)
+            except RayError as error:  # also our own actor's: what the host raises comes as a value
+                told = ("died", _reason(error))
+            if ticket is None and told[0] == "begun":
+                told = ("died", "; ".join(map(str, self._wrong(told[1])))) if self._wrong(told[1]) else told
+            if told[0] == "died":
+                losses.setdefault(worker, told[1])
+                continue
+            del self._open[call]
+            if ticket is None:
+                self._healthy[worker] = True
+                events.append(Ready(worker))
+            elif told[0] == "answered":
+                events.append(Answered(worker, ticket, told[1]))
+            else:
+                events.append(Refused(worker, ticket, *_refusal(told[1:])))
+        return events + [self._lose(worker, reason) for worker, reason in losses.items()]
+
+    def _overdue(self) -> list[Event]:
+        """Give up on new actors that Ray found no place for."""
+        late = time.monotonic() - self._needs.deadline
+        workers = [message.worker for message in self._open.values() if message.ticket is None and message.since < late]
+        return [self._lose(worker, f"no new worker within {self._needs.deadline:g} s") for worker in workers]
+
+    def _lose(self, worker: int, reason: str) -> Lost:
+        mine = [call for call, message in self._open.items() if message.worker == worker]
+        tickets = [self._open.pop(call).ticket for call in mine]
+        self._healthy[worker] = False
+        ray.kill(self._actors[worker], no_restart=True)
+        return Lost(worker, min((ticket for ticket in tickets if ticket is not None), default=None), reason)
+
+
+def _refusal(plain: _Plain) -> Refusal:
+    kind, problems, traceback = plain
+    return Refusal(cast(ErrorKind, kind), tuple(Problem(*problem) for problem in problems), traceback)
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error of Ray in one line: its texts are pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayTaskError) else 0] if lines else ''}"
+
+
+def _remedy(name: str, wanted: str) -> str:
+    if name == "python":
+        return f"run the cluster with Python {wanted}, or this command with the cluster's Python"
+    if name == "ties_ray":
+        return f"pip install ties-ray=={_installed('ties-ray')} there, or let ties_ray call ray.init to ship its own"
+    if name == "plugins":
+        return f"put the folder of {PLUGIN_FOLDER} there, or let ties_ray call ray.init to ship it"
+    return f"pip install {name}" if wanted == "any" else f"pip install {name}=={wanted}"
+
+
+def _package_folder() -> str:
+    return str(Path(__file__).resolve().parents[1])
+
+
+def _plugin_folder() -> str:
+    folder = os.environ.get(PLUGIN_FOLDER)
+    return str(Path(folder).resolve()) if folder else ""
+
+
+def _room(needs: Needs) -> int:
+    """Return how many workers the nodes that are there could hold if they were idle."""
+    each = {"CPU": 1.0, "memory": float(needs.memory), "GPU": needs.gpus}
+    return sum(
+        int(min(node["Resources"].get(name, 0.0) / amount for name, amount in each.items() if amount > 0))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+def _describe(node: Mapping[str, Any]) -> str:
+    has = node["Resources"]
+    gpus = f", {has['GPU']:g} GPU" if "GPU" in has else ""
+    return f"{node['NodeManagerAddress']} ({has.get('CPU', 0):g} CPU, {has.get('memory', 0) / 2**30:.2f} GiB{gpus})"
+
+
+def _reach(address: str, timeout: float) -> None:
+    """Raise `UnavailableError` where no cluster answers: `ray.init` would try for minutes, and write about it."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not (separator and port.isdigit()) or address.startswith("ray://"):
+        return  # "auto", or something for Ray to judge
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", "--address", address]
+    remedy = "start the cluster, or correct run.address or RAY_ADDRESS"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+        subprocess.run(command, check=True, capture_output=True, timeout=timeout)
+    except (OSError, subprocess.SubprocessError) as error:
+        what = f"no Ray cluster answers ({error if isinstance(error, OSError) else 'something else does'})"
+        raise UnavailableError(Problem(f"Ray at {address}", what, remedy)) from error
