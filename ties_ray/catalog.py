@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from ties_ray import plugins, tokenizers
@@ -15,7 +15,7 @@ from ties_ray.expand import BASE, Entry, expand
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
-from ties_ray.stores import Listing, Pin, Store, Stores, scheme_of, shown
+from ties_ray.stores import Listing, Pin, Store, Stores, absolute, scheme_of, shown
 from ties_ray.tokenizers import Tokenizer, check_common_ids
 
 T = TypeVar("T")
@@ -221,8 +221,9 @@ def _gather(
 def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> _Looked:
     """List a folder and find its format; raise `InputError` with advice where there is none."""
     store = stores.of(entry.uri)
+    found = replace(entry, uri=absolute(entry.uri))  # workers have other working directories
     try:
-        listing = store.list(entry.uri)
+        listing = store.list(found.uri)
     except InputError:
         if _is_file(entry.uri, store):
             raise InputError(_unrecognised(entry, Listing((), ()), store)) from None
@@ -230,7 +231,7 @@ def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> _Looked:
     names = [_name(pin.uri) for pin in listing.files]
     for known in formats:
         if known.recognises(names):
-            return _Looked(entry, listing, known)
+            return _Looked(found, listing, known)
     raise InputError(_unrecognised(entry, listing, store))
 
 
