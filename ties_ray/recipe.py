@@ -32,7 +32,9 @@ Json = dict[str, Any]
 class Strict(BaseModel):
     """A section of a recipe: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, use_attribute_docstrings=True
+    )
 
 
 class ModelEntry(Strict):
@@ -168,9 +170,14 @@ def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> R
         raise RecipeError(_syntax(error, source)) from None
     if not isinstance(data, dict):
         raise RecipeError(Problem(source, "is not a mapping of keys", "start from the example in the README"))
-    for override in overrides:
-        _override(data, override)
+    override(data, overrides)
     return validate(data)
+
+
+def override(data: Json, overrides: Sequence[str]) -> None:
+    """Set fields of plain data: `a.b=value` each, values in YAML. Raises `RecipeError` where there is no such place."""
+    for one in overrides:
+        _override(data, one)
 
 
 def validate(data: Json) -> Recipe:

@@ -109,7 +109,9 @@ class Round:
 class Method(BaseModel, ABC):
     """A merge method with its parameters. Subclasses add fields, among them `name: Literal["..."]`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, use_attribute_docstrings=True
+    )
 
     name: str
     scales: ClassVar[Literal["sum", "mean"]]

@@ -73,7 +73,9 @@ class OutputFile:
 class Output(BaseModel, ABC):
     """The `output` section of a recipe. Subclasses add fields, among them `kind: Literal["..."]`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, use_attribute_docstrings=True
+    )
 
     path: str
     """Folder to write; may hold `{run_id}`."""
