@@ -1,10 +1,14 @@
+import multiprocessing
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.stores import NoOptions, Store, join
+from ties_ray.stores import NoOptions, Part, Store
 from ties_ray.stores.local import Local
 from ties_ray.testing import StoreContract
 
@@ -23,3 +27,133 @@ class TestLocalByUri(StoreContract):
     @pytest.fixture
     def place(self, tmp_path: Path) -> tuple[Store, str]:
         return Local(NoOptions()), f"file://{tmp_path}"
+
+
+@pytest.fixture
+def store() -> Local:
+    return Local(NoOptions())
+
+
+def test_a_file_written_in_place_is_refused(store: Local, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    pin, _ = store.head(str(path), 0)
+    with path.open("r+b") as file:
+        file.write(b"9")
+    os.utime(path, ns=(0, int(pin.etag.partition("-")[0]) + 1))  # as a coarse clock may not have moved
+    with pytest.raises(InputError, match="changed since the plan"):
+        store.read(pin, 0, memoryview(bytearray(4)))
+
+
+def test_a_file_cut_short_is_refused(store: Local, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    pin, _ = store.head(str(path), 0)
+    os.truncate(path, 3)
+    with pytest.raises(InputError, match=r"10 bytes with mark .*, now 3 with"):
+        store.read(pin, 0, memoryview(bytearray(10)))
+
+
+def test_links_are_followed_and_a_dangling_one_is_refused(store: Local, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/0123").write_bytes(b"weights")
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot/model.safetensors"
+    link.symlink_to("../blobs/0123")
+    assert [pin.uri for pin in store.list(f"{tmp_path}/snapshot").files] == [str(link)]
+    assert store.get(str(link), 100) == (store.list(f"{tmp_path}/snapshot").files[0], b"weights")
+    (tmp_path / "blobs/0123").unlink()
+    with pytest.raises(InputError, match=r"model.safetensors: a link that leads nowhere"):
+        store.list(f"{tmp_path}/snapshot")
+
+
+def test_what_it_writes_has_the_permissions_of_any_new_file(store: Local, tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        store.put(f"{tmp_path}/small", b"x")
+        upload = store.begin_upload(f"{tmp_path}/large", 1)
+        store.complete_upload(f"{tmp_path}/large", upload, [_write(store, f"{tmp_path}/large", upload, 0, b"x")])
+    finally:
+        os.umask(old)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("small", "large")] == [0o640, 0o640]
+
+
+def test_an_unfinished_upload_is_hidden_beside_its_target_and_has_the_final_size(store: Local, tmp_path: Path) -> None:
+    store.begin_upload(f"{tmp_path}/out", 12_345)
+    (hidden,) = tmp_path.iterdir()
+    assert hidden.name.startswith(".out.")
+    assert hidden.stat().st_size == 12_345
+    assert store.list(str(tmp_path)).files == ()
+
+
+def test_parts_that_do_not_fill_the_file_are_refused(store: Local, tmp_path: Path) -> None:
+    upload = store.begin_upload(f"{tmp_path}/out", 10)
+    with pytest.raises(InputError, match=r"the upload has 10 bytes, its parts 4"):
+        store.complete_upload(f"{tmp_path}/out", upload, [_write(store, f"{tmp_path}/out", upload, 0, b"0123")])
+
+
+def test_a_disk_that_is_too_small_is_known_at_the_start(store: Local, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"No space|bytes wanted.*; free space"):
+        store.begin_upload(f"{tmp_path}/out", 1 << 60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_forbidden_is_an_input_error(store: Local) -> None:
+    with tempfile.TemporaryDirectory() as folder, _same_user_afterwards():
+        os.chmod(folder, 0o755)
+        Path(folder, "x").write_bytes(b"0")
+        os.chmod(f"{folder}/x", 0)
+        os.chmod(folder, 0o555)
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # nothing is forbidden to root
+        with pytest.raises(InputError, match=r"/x: can't read it: Permission denied; give"):
+            store.head(f"{folder}/x", 1)
+        with pytest.raises(InputError, match=r"/y: can't write it: Permission denied; give"):
+            store.put(f"{folder}/y", b"")
+
+
+def test_a_path_through_a_file_is_an_input_error(store: Local, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"0")
+    with pytest.raises(InputError, match=r"can't read it: Not a directory; check the path"):
+        store.head(f"{tmp_path}/x/y", 1)
+    with pytest.raises(InputError, match="absolute path"):
+        store.head("file://x/y", 1)
+
+
+def test_a_folder_is_no_object(store: Local, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        store.head(str(tmp_path), 1)
+
+
+def test_a_failed_put_leaves_nothing_behind(store: Local, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(InputError, match="can't write it: Is a directory"):
+        store.put(f"{tmp_path}/taken", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_several_processes_write_one_file(store: Local, tmp_path: Path) -> None:
+    uri, data = f"{tmp_path}/out", bytes(range(200)) * 1000
+    upload = store.begin_upload(uri, len(data))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        parts = pool.starmap(_write_elsewhere, [(uri, upload, start, data) for start in range(0, len(data), 50_000)])
+    store.complete_upload(uri, upload, parts)
+    assert Path(uri).read_bytes() == data
+
+
+@contextmanager
+def _same_user_afterwards() -> Iterator[None]:
+    user = os.geteuid()
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def _write(store: Store, uri: str, upload: str, start: int, data: bytes) -> Part:
+    return store.write_part(uri, upload, 1, start, memoryview(data))
+
+
+def _write_elsewhere(uri: str, upload: str, start: int, data: bytes) -> Part:
+    part = memoryview(data)[start : start + 50_000]
+    return Local(NoOptions()).write_part(uri, upload, start // 50_000 + 1, start, part)

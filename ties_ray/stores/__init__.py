@@ -180,8 +180,9 @@ def absolute(uri: str) -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """Return the URI of `name` inside `folder`."""
-    return f"{folder.rstrip('/')}/{name}"
+    """Return the URI of `name` inside `folder`; of a chain (`zip://a::http://b/c.zip`) the first link is the folder."""
+    first, chained, rest = folder.partition("::") if "://" in folder else (folder, "", "")
+    return f"{first.rstrip('/')}/{name}{chained}{rest}"
 
 
 class Stores:

@@ -9,7 +9,7 @@ from fsspec.registry import known_implementations
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from ties_ray.errors import InputError, MergeError, Problem, RecipeError
-from ties_ray.stores import Listing, Pin, Store, Transient, changed, persist, refuse_secrets, scheme_of, shown
+from ties_ray.stores import Listing, Pin, Store, Transient, changed, join, persist, refuse_secrets, scheme_of, shown
 
 T = TypeVar("T")
 
@@ -58,8 +58,8 @@ class Fsspec(Store):
             if [entry["name"] for entry in entries if entry["type"] == "file"] == [path]:
                 return Listing((), ())  # a file, asked for as a folder
             inside = {name: entry for entry in entries if (name := _name_in(path, entry["name"]))}
-            pins = [_pin(join_uri(uri, name), entry) for name, entry in inside.items() if entry["type"] == "file"]
-            folders = [join_uri(uri, name) for name, entry in inside.items() if entry["type"] == "directory"]
+            pins = [_pin(join(uri, name), entry) for name, entry in inside.items() if entry["type"] == "file"]
+            folders = [join(uri, name) for name, entry in inside.items() if entry["type"] == "directory"]
             return Listing(
                 tuple(sorted(pins, key=lambda pin: pin.uri.encode())), tuple(sorted(folders, key=str.encode))
             )
@@ -152,12 +152,6 @@ class Fsspec(Store):
                 raise Transient(f"{type(error).__name__}: {error}") from error
 
         return persist(once, meter=self.meter, uri=uri, doing=doing, seconds=lambda: self.patience)
-
-
-def join_uri(folder: str, name: str) -> str:
-    """Return the URI of `name` in `folder`, of which the first may be a chain (`zip://a::http://b`)."""
-    first, chained, rest = folder.partition("::")
-    return f"{first.rstrip('/')}/{name}{chained}{rest}"
 
 
 def _name_in(path: str, name: str) -> str:

@@ -40,7 +40,7 @@ _LEAST_RATE = 1 << 18
 class S3Options(BaseModel):
     """`storage.s3` of a recipe. Credentials are found as every AWS tool finds them: environment, profile, role."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     endpoint_url: str | None = None
     """Where the service listens, if it is not AWS."""
@@ -485,6 +485,7 @@ def _explained_client(error: Exception, uri: str, doing: str) -> Exception:
         return InputError(Problem(uri, what, "set storage.s3.ca to the certificates to trust"))
     passing = (
         boto.HTTPClientError,
+        boto.ConnectionError,
         boto.CredentialRetrievalError,
         boto.IncompleteReadError,
         boto.ResponseStreamingError,

@@ -1,0 +1,92 @@
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from ties_ray.errors import RecipeError, UnavailableError
+from ties_ray.stores import Meter, Stores, Transient, join, options_of, persist, scheme_of, shown
+from ties_ray.stores.local import Local
+from ties_ray.stores.memory import Memory
+
+
+def test_the_scheme_chooses_the_store_and_each_is_opened_once() -> None:
+    stores = Stores({})
+    assert isinstance(stores.of("/a/b"), Local)
+    assert stores.of("file:///a/b") is stores.of("relative/path")
+    assert isinstance(stores.of("memory://a"), Memory)
+    assert len(stores.opened()) == 2
+    assert [scheme_of(uri) for uri in ("s3://a/b", "zip://x::s3://a/b", "a:b")] == ["s3", "zip", "local"]
+
+
+def test_names_are_joined_to_folders_and_to_the_first_link_of_a_chain() -> None:
+    assert join("s3://a/b/", "c") == "s3://a/b/c"
+    assert join("/a::b", "c") == "/a::b/c"
+    assert join("zip://m::http://h/a.zip", "x") == "zip://m/x::http://h/a.zip"
+
+
+def test_wrong_options_are_all_named_without_their_values() -> None:
+    with pytest.raises(RecipeError, match=r"storage\.s3\.bucket: Extra inputs") as caught:
+        options_of("s3", {"bucket": "hidden", "addressing": "sideways"})
+    assert [problem.where for problem in caught.value.problems] == ["storage.s3.addressing", "storage.s3.bucket"]
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "secret", "aws_secret_access_key", "access_key_id", "session_token", "password"]
+)
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name!r} looks like a secret.*environment, a profile or a role") as caught:
+        options_of("s3", {name: "0123abcd"})
+    assert "0123abcd" not in str(caught.value)
+
+
+def test_a_password_inside_a_url_is_refused() -> None:
+    with pytest.raises(RecipeError, match="user or password") as caught:
+        options_of("s3", {"proxy": "http://me:0123abcd@proxy:8080"})
+    assert "0123abcd" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("s3://bucket/a key", "s3://bucket/a key"),
+        ("at https://h/x?X-Amz-Signature=0123abcd&a=b: 403", "at https://h/x?... 403"),
+        ("http://me:0123abcd@proxy:80/x", "http://proxy:80/x"),
+        ("header Authorization: 0123abcd", "header Authorization: ..."),
+    ],
+)
+def test_a_message_shows_no_signature_and_no_password(text: str, safe: str) -> None:
+    assert shown(text) == safe
+
+
+def test_a_transient_failure_is_repeated_and_counted() -> None:
+    meter, left = Meter(), [Transient("once"), Transient("twice")]
+
+    def attempt() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert persist(attempt, meter=meter, uri="s3://a/b", doing="reading", seconds=lambda: 10.0) == "done"
+    assert asdict(meter) == asdict(Meter(retries=2))
+
+
+def test_a_spent_budget_names_the_object_the_request_and_the_last_cause() -> None:
+    def attempt() -> None:
+        raise Transient("503 SlowDown")
+
+    message = r"s3://a/b: reading bytes 1 to 2 failed \d+ times in 0 s, last: 503 SlowDown; run the same"
+    with pytest.raises(UnavailableError, match=message):
+        persist(attempt, meter=Meter(), uri="s3://a/b", doing="reading bytes 1 to 2", seconds=lambda: 0.2)
+
+
+def test_checking_the_options_of_s3_imports_no_client() -> None:
+    code = (
+        "import sys; from ties_ray.stores import options_of; options_of('s3', {'region': 'x'});"
+        "sys.exit([name for name in ('s3fs', 'botocore', 'aiohttp', 'torch', 'numpy') if name in sys.modules] or 0)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
