@@ -7,8 +7,8 @@ import importlib.metadata
 import platform
 import struct
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from ties_ray import plugins
 from ties_ray.catalog import Catalog, Model, read_catalog
@@ -18,7 +18,7 @@ from ties_ray.finalize import complete_uploads, publish_documents, publish_resul
 from ties_ray.manifest import FOLDER, Manifest, Record
 from ties_ray.plan import MODEL_GROUP, Plan, PlannedRound, make_plan
 from ties_ray.recipe import Recipe
-from ties_ray.report import RESULT_NAME, InputProvenance, MergeResult, Provenance, TrimReport
+from ties_ray.report import RESULT_NAME, InputProvenance, MergeResult, Progress, Provenance, TrimReport, Watch
 from ties_ray.schedule import Failure, Schedule
 from ties_ray.statistics import WHOLE
 from ties_ray.stores import Part, Stores, absolute, join
@@ -28,23 +28,6 @@ PACKAGES = ("ties-ray", "torch", "numpy", "numba")
 """What must be of one version on all workers: the arithmetic rests on these."""
 DEPTH = 2
 """Shards a worker has at a time: one to do, one to follow at once."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is; given to the caller after every event."""
-
-    stage: str
-    """`start`, a round's name, or `publish`."""
-    done: int
-    total: int
-    """Shards of this stage."""
-    bytes_read: int
-    """So far, of all stages."""
-    bytes_planned: int
-
-
-Watch = Callable[[Progress], None]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -64,14 +47,18 @@ def merge(recipe: Recipe, *, fresh: bool = False, watch: Watch = lambda progress
     fresh: forget what the output holds of earlier runs. Raises a `MergeError`; what is done is kept.
     """
     started = time.monotonic()
-    stores = Stores(recipe.storage)
-    wanted = plan(recipe)
+    return carry_out(plan(recipe), started=started, fresh=fresh, watch=watch)
+
+
+def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch) -> MergeResult:
+    """Do what a plan of this process says, as `merge` does; started: when the call began, by the monotonic clock."""
+    stores = Stores(wanted.recipe.storage)
     watch(Progress("start", 0, 0, 0, wanted.bytes_read))
     run = _open(wanted, stores, fresh=fresh)
     if isinstance(run, MergeResult):
         return run
     run.watch = watch
-    run.execute(_executor(recipe))
+    run.execute(_executor(wanted.recipe))
     return run.publish(started)
 
 
@@ -489,6 +476,7 @@ def _error(failure: Failure, stage: str) -> MergeError:
     where = stage if failure.task is None else f"{stage}, shard {failure.task}"
     problems = [Problem(where, str(problem), "run again to continue") for problem in failure.problems]
     error = InterruptedMerge(problems)
+    error.shard = failure.task
     if failure.traceback:
         error.add_note(failure.traceback)
     return error

@@ -37,6 +37,8 @@ class MergeError(Exception):
     kind: ClassVar[ErrorKind] = "defect"
     exit_code: int = 1
     retryable: ClassVar[bool] = False
+    shard: int | None = None
+    """The shard that could not be done, where it is one shard's failure."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)

@@ -1,15 +1,39 @@
-"""What happened: the result record, and plan, progress and result as text for people."""
+"""What is told: progress, and the records of a plan and of a result as machines read them; `text.py` is for people."""
 
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ties_ray.errors import ErrorKind
+from ties_ray.catalog import Model
+from ties_ray.errors import ErrorKind, MergeError
+from ties_ray.formats import Source
+from ties_ray.plan import Plan
 
 RESULT_NAME = "ties-ray.result.json"
 """The last object written into an output; its presence means that the merge is whole."""
 RECIPE_NAME = "ties-ray.recipe.yaml"
 RESULT_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; given to the caller after every event."""
+
+    stage: str
+    """`start`, a round's name, or `publish`."""
+    done: int
+    total: int
+    """Shards of this stage."""
+    bytes_read: int
+    """So far, of all stages."""
+    bytes_planned: int
+
+
+Watch = Callable[[Progress], None]
 
 
 class _Record(BaseModel):
@@ -65,6 +89,11 @@ class Failure(_Record):
     message: str
     retryable: bool
 
+    @staticmethod
+    def of(error: MergeError) -> "Failure":
+        """Return the record of an error, one line a problem."""
+        return Failure(kind=error.kind, shard=error.shard, message=str(error), retryable=error.retryable)
+
 
 class WrittenFile(_Record):
     """One weight file of the output."""
@@ -111,3 +140,126 @@ class MergeResult(_Record):
     notes: list[str] = []
     provenance: Provenance | None = None
     error: Failure | None = None
+
+
+class PlannedInput(_Record):
+    """One input as it will be merged."""
+
+    id: str
+    uri: str
+    format: str
+    weight: float
+    density: float | None
+    licence: str
+    parameters: int
+    """Elements it stores of the base's parameters."""
+    dtypes: dict[str, int]
+    """Elements by dtype, as safetensors names it."""
+    size: int
+    """Bytes of its weight files."""
+
+
+class PlannedFile(_Record):
+    """One weight file that will be written."""
+
+    name: str
+    size: int
+    tensors: int
+
+
+class PlannedRoundRecord(_Record):
+    """One reading of the models."""
+
+    name: str
+    kind: str
+    shards: int
+    passes: int
+    bytes_read: int
+    requests: int
+
+
+class PlanRecord(_Record):
+    """What a merge will do; the stored plan says it to the byte, this says it at a glance."""
+
+    schema_version: int = RESULT_SCHEMA_VERSION
+    run_id: str
+    arithmetic: str
+    method: dict[str, object]
+    paper: str
+    scales: Literal["sum", "mean"]
+    """What lambda multiplies."""
+    base: PlannedInput
+    models: list[PlannedInput]
+    merged: int
+    """Elements of the parameters that are merged: the size of a whole task vector."""
+    output: str
+    files: list[PlannedFile]
+    rounds: list[PlannedRoundRecord]
+    shards: int
+    bytes_read: int
+    """Of all rounds; so are the requests."""
+    bytes_written: int
+    requests: int
+    memory: int
+    """Peak of a worker beyond its imports, in bytes."""
+    notes: list[str]
+
+
+def plan_record(plan: Plan) -> PlanRecord:
+    """Return the plan at a glance."""
+    method = plan.recipe.method
+    rounds = [
+        PlannedRoundRecord(
+            name=one.name,
+            kind=one.kind,
+            shards=one.num_shards,
+            passes=one.passes,
+            bytes_read=one.bytes_read,
+            requests=one.requests,
+        )
+        for one in plan.result.rounds
+    ]
+    files = [PlannedFile(name=one.name, size=one.size, tensors=len(one.tensors)) for one in plan.result.files]
+    return PlanRecord(
+        run_id=plan.run_id,
+        arithmetic=plan.arithmetic,
+        method=method.model_dump(mode="json"),
+        paper=method.paper,
+        scales=method.scales,
+        base=_planned_input(plan.catalog.base),
+        models=[_planned_input(model) for model in plan.catalog.models],
+        merged=plan.layout.num_elements,
+        output=plan.output,
+        files=files,
+        rounds=rounds,
+        shards=sum(one.shards for one in rounds),
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        requests=sum(one.requests for one in rounds),
+        memory=plan.memory,
+        notes=list(plan.notes),
+    )
+
+
+def _planned_input(model: Model) -> PlannedInput:
+    dtypes = elements_by_dtype(model.sources.values())
+    return PlannedInput(
+        id=model.id,
+        uri=model.uri,
+        format=model.format,
+        weight=model.weight,
+        density=model.density,
+        licence=model.licence,
+        parameters=sum(dtypes.values()),
+        dtypes=dtypes,
+        size=sum(pin.size for pin in model.objects),
+    )
+
+
+def elements_by_dtype(sources: Iterable[Source]) -> dict[str, int]:
+    """Return how many elements of each dtype are stored, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for source in sources:
+        for tensor in source.tensors:
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    return dict(counts.most_common())
