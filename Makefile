@@ -1,0 +1,33 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both install into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: demo test check format bench clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies
+	$(BIN)/python -m benchmarks.demo .demo
+
+test: $(VENV)/installed  ## all tests
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/installed  ## what is looked at besides tests: style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info
