@@ -18,7 +18,7 @@ _HIDDEN = ".ties-ray-part"
 class Local(Store):
     """Paths and `file://` URIs: `preadv` into the caller's buffer, `pwrite` into a file beside its target.
 
-    A file is opened anew for each read: 5 us on a disk, one round trip on NFS, and never the wrong descriptor.
+    A file is opened anew for each read: 10 us on a disk, one round trip on NFS, and never the wrong descriptor.
     """
 
     pinned_by = "size, time of change and inode"

@@ -31,7 +31,7 @@ from ties_ray.stores import (
 
 T = TypeVar("T")
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 20
 """Bytes handed to or taken from a socket at a time."""
 _LEAST_RATE = 1 << 18
 """Bytes a second below which a transfer counts as hung, after 60 s of grace."""
