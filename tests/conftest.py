@@ -1,18 +1,26 @@
 """Servers and other real things that several test files share."""
 
+import functools
 import os
 import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import boto3
 import pytest
+
+# Ray reads it when it is first imported, by whatever test file; else a start would write a token into the user's home.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+from tests.families import Family, make_family
+from ties_ray.stores import Stores
 
 
 class Bucket(NamedTuple):
@@ -108,3 +116,37 @@ def _bucket(endpoint: str) -> Bucket:
     name = f"b{secrets.token_hex(6)}"
     boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=name)
     return Bucket(f"s3://{name}", {"s3": {"endpoint_url": endpoint}})
+
+
+@pytest.fixture(scope="session")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Family]:
+    """Return `make_family` on this disk, which makes each family once; the tests that share it only read it."""
+    root, store = tmp_path_factory.mktemp("families"), Stores({}).of("/")
+
+    @functools.cache
+    def make(**how: Any) -> Family:
+        return make_family(store, str(root / secrets.token_hex(4)), **how)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Be connected to a local Ray of four CPUs and two GPUs that are a matter of counting; one for the whole session."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=2,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    yield
+    ray.shutdown()

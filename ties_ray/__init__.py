@@ -1,0 +1,144 @@
+"""Merge many models into one, exactly as the papers define it, on a Ray cluster, at the speed of the storage.
+
+    import ties_ray
+
+    recipe = ties_ray.load_recipe("recipe.yaml", ["method.density=0.3"])
+    print(ties_ray.plan(recipe).bytes_read)
+    result = ties_ray.merge(recipe)
+    print(result.output, result.seconds)
+
+The command line `ties-ray` does the same. Importing this package takes neither torch nor ray.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ties_ray.errors import (
+    Cancelled,
+    InputError,
+    InterruptedMerge,
+    MergeError,
+    Problem,
+    RecipeError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    from ties_ray.plan import Plan
+    from ties_ray.recipe import Recipe
+    from ties_ray.report import MergeResult, Progress
+
+__all__ = [
+    "Cancelled",
+    "InputError",
+    "InterruptedMerge",
+    "MergeError",
+    "MergeResult",
+    "Plan",
+    "Problem",
+    "Progress",
+    "Recipe",
+    "RecipeError",
+    "UnavailableError",
+    "load_recipe",
+    "merge",
+    "plan",
+]
+
+_LAZY = {
+    "Plan": "ties_ray.plan",
+    "Recipe": "ties_ray.recipe",
+    "MergeResult": "ties_ray.report",
+    "Progress": "ties_ray.report",
+}
+RECIPE_BYTES = 16 * 2**20
+"""No recipe is larger."""
+
+
+def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Recipe":
+    """Return the recipe in a YAML or JSON file, a path or a URI.
+
+    overrides: `field=value` each, as in `method.density=0.3`. Raises `RecipeError` with every problem and its place,
+    `InputError` if there is no such file.
+    """
+    from ties_ray.recipe import parse
+    from ties_ray.stores import Stores
+
+    uri = os.fspath(source)
+    if Path(uri).is_dir():
+        raise InputError(Problem(uri, "is a folder", "give the recipe's file"))
+    try:
+        _, data = Stores({}).of(uri).get(uri, RECIPE_BYTES)
+    except FileNotFoundError:
+        raise InputError(Problem(uri, "there is no such recipe", "check the path")) from None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(Problem(uri, f"is not text in UTF-8 ({error})", "save it again")) from None
+    return parse(text, uri, overrides)
+
+
+def plan(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Plan":
+    """Return what a merge would do; reads headers only.
+
+    recipe: a `Recipe`, the mapping that a recipe's file holds, or that file's path or URI.
+    Raises `RecipeError` and `InputError`, each with every problem found.
+    """
+    from ties_ray import drive
+
+    return drive.plan(_recipe(recipe))
+
+
+def merge(
+    recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]",
+    *,
+    fresh: bool = False,
+    watch: "Callable[[Progress], None]" = lambda progress: None,
+) -> "MergeResult":
+    """Merge, or continue an interrupted merge, or recognise a finished one; return the result record.
+
+    recipe: as for `plan`. fresh: forget what the output folder holds of earlier merges. watch: called after every
+    event, from this thread. Raises a `MergeError`; what is done is kept, and the same call continues.
+    """
+    from ties_ray import drive
+
+    return drive.merge(_recipe(recipe), fresh=fresh, watch=watch)
+
+
+def _recipe(given: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":
+    from ties_ray.recipe import Recipe, validate
+
+    if isinstance(given, Recipe):
+        return given
+    return validate(dict(given)) if isinstance(given, Mapping) else load_recipe(given)
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """This package, whose `plan` stays the function above: importing the module of that name would replace it."""
+
+    @property
+    def plan(self) -> "Callable[[Recipe], Plan]":
+        return _plan
+
+    @plan.setter
+    def plan(self, module: ModuleType) -> None:
+        pass
+
+
+_plan = plan
+sys.modules[__name__].__class__ = _Package

@@ -4,9 +4,12 @@ Each class is one contract of the package; its docstring says which fixture a su
 """
 
 import itertools
+import json
+import math
 import pickle
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +18,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ties_ray import safetensors
 from ties_ray.errors import InputError, MergeError, Problem
@@ -31,11 +34,16 @@ from ties_ray.kernels import (
     Kernels,
     Op,
     SignedSums,
+    State,
     Term,
     WeightedSum,
+    load,
     state_dtypes,
 )
 from ties_ray.kernels.definition import Definition
+from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
+from ties_ray.outputs import Output, OutputFile, Placed
+from ties_ray.statistics import kept_count
 from ties_ray.stores import Listing, Part, Pin, Store, join
 
 
@@ -702,3 +710,252 @@ def folder_of(format: Format, files: Mapping[str, bytes], uri: str = "memory://m
     weights, texts = format.wanted(list(files))
     headers = {name: safetensors.parse(files[name], len(files[name]), join(uri, name)) for name in weights}
     return Folder(uri, tuple(pins.values()), headers, {name: files[name] for name in texts})
+
+
+class MethodContract:
+    """What every merge method does: the same bits however slices are cut, whoever computes, and nothing from nothing.
+
+    Inherit, and provide a fixture `method`, which may be merged with weights 1.
+    """
+
+    LENGTHS = (1, 0, 2_000, 777)
+    """Elements of the parameters that are merged."""
+
+    @pytest.fixture
+    def method(self) -> Method:
+        """Return the method under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def deltas(self) -> dict[str, list[torch.Tensor]]:
+        """Return task vectors of five models, by parameter: few distinct sizes, zeros, exact cancellation."""
+        generator = torch.Generator().manual_seed(7)
+        made = {}
+        for number, length in enumerate(self.LENGTHS):
+            steps = torch.randint(-3, 4, (5, length), generator=generator).float() * 2.0**-10
+            steps[0] *= torch.rand(length, generator=generator) + 0.5
+            steps[2, ::3] = -steps[1, ::3]
+            made[f"parameter.{number}"] = list(steps)
+        return made
+
+    def test_the_method_survives_json_and_can_not_be_changed(self, method: Method) -> None:
+        assert type(method).model_validate_json(method.model_dump_json()) == method
+        with pytest.raises(ValidationError, match="frozen"):
+            method.name = "another"
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            type(method).model_validate({**method.model_dump(), "no_such_parameter": 1})
+
+    def test_what_lambda_scales_and_the_paper_are_told(self, method: Method) -> None:
+        assert method.scales in ("sum", "mean")
+        assert method.paper
+
+    def test_the_last_round_gives_a_finite_delta_that_is_not_zero(
+        self, method: Method, deltas: dict[str, list[torch.Tensor]]
+    ) -> None:
+        merged = merge_held(method, deltas)
+        assert merged.keys() == deltas.keys()
+        assert all(bool(value.isfinite().all()) for value in merged.values())
+        assert any(bool(value.any()) for value in merged.values())
+
+    def test_cuts_change_no_bit(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
+        whole = merge_held(method, deltas)
+        for step in (1_999, 300, 64):
+            cut = merge_held(method, deltas, step=step)
+            assert all(same_bits(whole[name], cut[name]) for name in whole), step
+
+    def test_the_compiled_kernels_and_the_definition_agree(
+        self, method: Method, deltas: dict[str, list[torch.Tensor]]
+    ) -> None:
+        compiled, defined = merge_held(method, deltas), merge_held(method, deltas, kernels=Definition())
+        assert all(same_bits(compiled[name], defined[name]) for name in deltas)
+
+    def test_where_no_model_moves_nothing_merges(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
+        still = {name: [torch.zeros_like(one) for one in many] for name, many in deltas.items()}
+        assert not any(bool(value.any()) for value in merge_held(method, still).values())
+
+    def test_the_models_are_left_as_they_are(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
+        before = {name: [one.clone() for one in many] for name, many in deltas.items()}
+        merge_held(method, deltas)
+        for name, many in deltas.items():
+            assert all(same_bits(old, new) for old, new in zip(before[name], many, strict=True))
+
+    def test_the_coefficients_are_those_of_the_weighted_sum(
+        self, method: Method, deltas: dict[str, list[torch.Tensor]]
+    ) -> None:
+        factors = method.coefficients(held_members(5))
+        if factors is None:
+            return
+        for name, merged in merge_held(method, deltas).items():
+            wanted = sum(factor * delta.double() for factor, delta in zip(factors, deltas[name], strict=True))
+            torch.testing.assert_close(merged.double(), wanted, rtol=1e-6, atol=1e-8)
+
+
+class Held(Deltas):
+    """Deltas in memory; refuses to be gone through more often than the round says."""
+
+    def __init__(self, deltas: Sequence[torch.Tensor], kernels: Kernels, start: int, passes: int) -> None:
+        self._deltas = deltas
+        self._kernels = kernels
+        self._start = start
+        self._left = passes
+
+    def __iter__(self) -> Iterator[Slice]:
+        self._pass()
+        yield from (Slice(model, delta.clone()) for model, delta in enumerate(self._deltas))
+
+    def fold(self, op: Op) -> State:
+        """Return the op's state over all models."""
+        self._pass()
+        length = len(self._deltas[0])
+        state = self._kernels.start(op, length)
+        group = [(model, Encoded(delta, "delta")) for model, delta in enumerate(self._deltas)]
+        self._kernels.fold(op, state, torch.zeros(length), group, self._start)
+        return state
+
+    def _pass(self) -> None:
+        assert self._left > 0, "the method goes through its models more often than its round's `passes` says"
+        self._left -= 1
+
+
+def held_members(count: int) -> tuple[Member, ...]:
+    """Return so many members, all of weight 1 and without a density."""
+    return tuple(Member(str(number), 1.0, None) for number in range(count))
+
+
+def merge_held(
+    method: Method, deltas: Mapping[str, Sequence[torch.Tensor]], *, step: int = 10**9, kernels: Kernels | None = None
+) -> dict[str, torch.Tensor]:
+    """Return what a method makes of task vectors in memory (fp32, by parameter), `step` elements at a time."""
+    kernels = kernels or load("cpu")
+    members = held_members(len(next(iter(deltas.values()))))
+    need = method.needs(members)
+    statistics: Counter[str] = Counter()
+    merged = {}
+    rounds = method.rounds()
+    for position, round_ in enumerate(rounds):
+        gathered: Counter[str] = Counter()
+        for name, many in deltas.items():
+            length = len(many[0])
+            pieces = []
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                context = Context(
+                    parameter=Parameter(name, (length,), "F32", True),
+                    start=start,
+                    stop=stop,
+                    members=members,
+                    thresholds=_sorted_thresholds(need, deltas, name),
+                    statistics=dict(statistics),
+                    kernels=kernels,
+                )
+                result = round_.run(Held([one[start:stop] for one in many], kernels, start, round_.passes), context)
+                gathered.update(result.statistics)
+                if position == len(rounds) - 1:
+                    assert result.merged is not None, "the last round owes the merged delta"
+                    assert (result.merged.dtype, result.merged.shape) == (torch.float32, (stop - start,))
+                    pieces.append(result.merged)
+            merged[name] = torch.cat(pieces) if pieces else torch.empty(0)
+        statistics.update(gathered)
+    return merged
+
+
+def _sorted_thresholds(
+    need: Threshold | None, deltas: Mapping[str, Sequence[torch.Tensor]], name: str
+) -> tuple[int, ...]:
+    """Return each model's threshold by sorting, as magnitude bits."""
+    bits = []
+    for model in range(len(deltas[name])):
+        of = [deltas[name][model]] if need and need.scope == "tensor" else [many[model] for many in deltas.values()]
+        ordered = torch.cat(of).abs().sort(descending=True).values
+        if need is None or need.densities[model] == 1 or not len(ordered):
+            bits.append(0)
+        else:
+            kept = kept_count(need, model, len(ordered))
+            bits.append(int(ordered[kept - 1].view(torch.int32)))
+    return tuple(bits)
+
+
+class OutputContract:
+    """What every output kind does: names what it writes, and writes the same bits however slices are cut.
+
+    Inherit, and provide the fixtures `output` (with any path) and `parameters` (of a small base).
+    """
+
+    @pytest.fixture
+    def output(self) -> Output:
+        """Return the output section under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Return the base's parameters: some merged, one copied, one without elements."""
+        return (
+            Parameter("a.weight", (40, 7), "BF16", True),
+            Parameter("b.scalar", (), "F32", True),
+            Parameter("c.empty", (0, 3), "F16", True),
+            Parameter("d.ids", (9,), "I64", False),
+        )
+
+    def test_the_section_survives_json_and_can_not_be_changed(self, output: Output) -> None:
+        assert type(output).model_validate_json(output.model_dump_json()) == output
+        with pytest.raises(ValidationError, match="frozen"):
+            output.path = "/elsewhere"
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            type(output).model_validate({**output.model_dump(), "no_such_key": 1})
+
+    def test_every_tensor_has_the_elements_of_a_parameter(
+        self, output: Output, parameters: tuple[Parameter, ...]
+    ) -> None:
+        known = {parameter.name: parameter for parameter in parameters}
+        tensors = output.tensors(parameters)
+        assert tensors
+        assert len({tensor.name for tensor in tensors}) == len(tensors)
+        for tensor in tensors:
+            source = known[tensor.parameter]
+            assert math.prod(tensor.shape) == source.numel
+            assert tensor.dtype in safetensors.DTYPE_BITS
+            assert not tensor.copied or tensor.dtype == source.dtype
+            assert tensor.copied or source.merged, "a parameter that is not merged can only be copied"
+
+    def test_weight_files_have_names_of_their_own(self, output: Output) -> None:
+        for count in (1, 2, 3):
+            names = [output.file_name(number, count) for number in range(1, count + 1)]
+            assert len(set(names)) == count
+            assert all(name.endswith(".safetensors") and "/" not in name for name in names)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_a_loader_finds_every_file_through_the_door(
+        self, output: Output, parameters: tuple[Parameter, ...], count: int
+    ) -> None:
+        groups = [[tensor] for tensor in output.tensors(parameters)[:count]]
+        files = tuple(
+            OutputFile(output.file_name(number, len(groups)), "{}", (Placed(tensor, 0, 8),), 8)
+            for number, (tensor,) in enumerate(groups, start=1)
+        )
+        door, index = output.door(files), output.index(files)
+        assert door
+        assert door not in {file.name for file in files}
+        if index is not None:
+            name, data = index
+            mapped = json.loads(data)["weight_map"]
+            assert name not in {file.name for file in files}
+            assert mapped == {file.tensors[0].tensor.name: file.name for file in files}
+
+    def test_cuts_change_no_bit_of_the_values(self, output: Output) -> None:
+        base, merged = torch.randn(2, 1_001, generator=torch.Generator().manual_seed(3))
+        merged[::5] = 0
+        for dtype in (torch.float32, torch.bfloat16):
+            whole, cut = torch.empty(2, 1_001, dtype=dtype)
+            assert output.values(base, merged, whole, load("cpu")) == 0
+            for start, stop in itertools.pairwise((0, 1, 64, 500, 1_001)):
+                assert output.values(base[start:stop], merged[start:stop], cut[start:stop], load("cpu")) == 0
+            assert same_bits(whole, cut)
+
+    def test_what_overflows_is_counted(self, output: Output) -> None:
+        out = torch.empty(3, dtype=torch.float16)
+        assert output.values(torch.zeros(3), torch.tensor([1.0, 1e6, -1e6]), out, load("cpu")) == 2
+
+    def test_rewriting_a_small_file_is_stable(self, output: Output) -> None:
+        for name, data in (("config.json", b'{"torch_dtype": "float32"}'), ("tokenizer.json", b"{}")):
+            once = output.rewrite(name, data)
+            assert once is None or output.rewrite(name, once) == once

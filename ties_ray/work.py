@@ -407,8 +407,8 @@ class Worker:
         if placed.tensor.copied:
             base = self._plan.catalog.base
             source = base.sources[placed.tensor.parameter]
-            (read,) = self._formats[base.format].reads(source, first, last)
-            self._reads.read(base.objects[read.object], read.start, out)
+            for read in self._formats[base.format].reads(source, first, last):  # none where there are no elements
+                self._reads.read(base.objects[read.object], read.start, out)
             return
         values = out.view(TORCH_DTYPES[placed.tensor.dtype])
         while first < last:

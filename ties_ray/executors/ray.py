@@ -26,6 +26,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
+# ruff: noqa: E402
+# Ray prints a page of advice on the user's stdout for each lost worker, whatever is said about logs, and reads this
+# variable when it is imported; here a loss is an event.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
+
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -447,7 +452,15 @@ def _reach(address: str, timeout: float) -> None:
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if not (separator and port.isdigit()) or address.startswith("ray://"):
         return  # "auto", or something for Ray to judge
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", "--address", address]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "health-check",
+        "--skip-version-check",
+        "--address",
+        address,
+    ]
     remedy = "start the cluster, or correct run.address or RAY_ADDRESS"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
