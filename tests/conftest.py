@@ -132,7 +132,7 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Family]
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Be connected to a local Ray of four CPUs and two GPUs that are a matter of counting; one for the whole session."""
+    """Be connected to a local Ray of four CPUs and two GPUs (only counted), one for the whole session."""
     import ray
 
     with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():

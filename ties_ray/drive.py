@@ -15,7 +15,7 @@ from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
-from ties_ray.manifest import FOLDER, Manifest, Record
+from ties_ray.manifest import FOLDER, Manifest, Record, find_result, find_runs
 from ties_ray.plan import MODEL_GROUP, Plan, PlannedRound, make_plan
 from ties_ray.recipe import Recipe
 from ties_ray.report import RESULT_NAME, InputProvenance, MergeResult, Progress, Provenance, TrimReport, Watch
@@ -67,25 +67,6 @@ def _executor(recipe: Recipe) -> Executor:
 
 
 # -- what the output holds already
-
-
-def find_result(stores: Stores, output: str) -> MergeResult | None:
-    """Return the result record of a folder, None where there is none."""
-    try:
-        data = stores.of(output).get(join(output, RESULT_NAME), 2**30)[1]
-    except FileNotFoundError:
-        return None
-    return MergeResult.model_validate_json(data)
-
-
-def find_runs(stores: Stores, output: str) -> list[tuple[str, int]]:
-    """Return (run_id, generation) of what the output's manifest folder holds, sorted."""
-    store = stores.of(output)
-    return sorted(
-        (folder.rsplit("/", 1)[-1], int(generation.rsplit("/", 1)[-1]))
-        for folder in store.list(join(output, FOLDER)).folders
-        for generation in store.list(folder).folders
-    )
 
 
 def _open(wanted: Plan, stores: Stores, *, fresh: bool) -> "MergeRun | MergeResult":

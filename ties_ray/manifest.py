@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.plan import Plan
+from ties_ray.report import RESULT_NAME, MergeResult
 from ties_ray.statistics import Counts, Pick
 from ties_ray.stores import Part, Stores, join
 
@@ -117,3 +118,22 @@ class Manifest:
             return self._store.get(join(self.folder, name), LIMIT)[1]
         except FileNotFoundError:
             return None
+
+
+def find_result(stores: Stores, output: str) -> MergeResult | None:
+    """Return the result record of a folder, None where there is none."""
+    try:
+        data = stores.of(output).get(join(output, RESULT_NAME), 2**30)[1]
+    except FileNotFoundError:
+        return None
+    return MergeResult.model_validate_json(data)
+
+
+def find_runs(stores: Stores, output: str) -> list[tuple[str, int]]:
+    """Return (run_id, generation) of what the output's manifest folder holds, sorted."""
+    store = stores.of(output)
+    return sorted(
+        (folder.rsplit("/", 1)[-1], int(generation.rsplit("/", 1)[-1]))
+        for folder in store.list(join(output, FOLDER)).folders
+        for generation in store.list(folder).folders
+    )

@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
-# ruff: noqa: E402
 # Ray prints a page of advice on the user's stdout for each lost worker, whatever is said about logs, and reads this
 # variable when it is imported; here a loss is an event.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
@@ -293,19 +292,20 @@ class RayExecutor(Executor):
         ).remote()
 
     def _begin(self, worker: int) -> None:
-        order = (self._expected(), _plugin_folder(), self._factory, self._setup)
+        order = (self._expected, _plugin_folder(), self._factory, self._setup)
         call = self._actors[worker].begin.options(concurrency_group="work").remote(*order)
         self._open[call] = _Message(worker, None, time.monotonic())
 
-    def _expected(self) -> dict[str, str]:
-        """Return what every worker must have; an empty version means any."""
-        expected = {"ray": ray.__version__, "torch": "any", "numba": "any"} | dict(self._needs.versions)
+    def _find_expected(self) -> dict[str, str]:
+        """Return what every worker must have, as this process has it now."""
         plugins = _plugin_folder()
-        return expected | _facts((), plugins, _digest(plugins))
+        versions = {"ray": ray.__version__, "torch": "any", "numba": "any"} | dict(self._needs.versions)
+        return versions | _facts((), plugins, _digest(plugins))
 
     def _begin_all(self) -> list[_Begun]:
         """Start the workers and return what they told; those that are not there by the deadline are let go."""
         wanted = self._needs.num_workers or max(1, _room(self._needs))
+        self._expected = self._find_expected()
         self._actors = [self._new_actor() for _ in range(wanted)]
         self._healthy = [False] * wanted
         for worker in range(wanted):
@@ -337,7 +337,7 @@ class RayExecutor(Executor):
 
     def _wrong(self, answer: _Begun) -> list[Problem]:
         """Return what a new worker's node lacks, or what its factory raised."""
-        expected = self._expected()
+        expected = self._expected
         problems = [
             Problem(
                 f"node {answer['node']}",
@@ -360,7 +360,7 @@ class RayExecutor(Executor):
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         if not done:
             done, _ = ray.wait(calls, num_returns=1, timeout=left)
-        return sorted(done, key=calls.index) if len(done) > 1 else done
+        return sorted(done, key=lambda call: self._open[call].since)
 
     def _read(self, calls: Sequence[Any]) -> list[Event]:
         """Turn done calls into events: first what was handled, then who was lost."""

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 __path__ = plugins.search_path("methods", list(__path__))
 
-Unit = Literal["element", "row", "matrix"]
-
-
 class Member(NamedTuple):
     """One model of the recipe, as a method sees it."""
 
@@ -100,7 +97,6 @@ class Round:
 
     name: str
     run: Callable[[Deltas, Context], Result]
-    unit: Unit = "element"
     passes: int = 1
     """How often `run` goes through the models; blocks become small enough to keep all slices, or the plan says that
     they are read again."""
