@@ -1,0 +1,99 @@
+"""What the tests of whole merges share: run one, read what it wrote, compare it."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tests.families import Family
+from ties_ray import drive
+from ties_ray.recipe import Recipe, validate
+from ties_ray.report import MergeResult
+
+LOCAL = {"executor": "local"}
+INDEX = "model.safetensors.index.json"
+MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
+SMALLEST = {torch.bfloat16: -133, torch.float16: -24, torch.float32: -149, torch.float64: -1074}
+"""Exponents of the smallest denormal numbers."""
+
+
+def recipe_of(
+    family: Family,
+    output: object,
+    method: object,
+    *,
+    weights: Sequence[float] | None = None,
+    densities: Sequence[float | None] | None = None,
+    **more: Any,
+) -> Recipe:
+    """Return the recipe of a whole family; `output` is a path or a mapping, without a word locally."""
+    entries: list[dict[str, object]] = [{"path": uri} for uri in family.models]
+    for entry, weight in zip(entries, weights or (), strict=False):
+        entry["weight"] = weight
+    for entry, density in zip(entries, densities or (), strict=False):
+        entry["density"] = density
+    written = output if isinstance(output, Mapping) else {"path": str(output)}
+    data = {"base": family.base, "models": entries, "method": method, "output": written, "run": LOCAL}
+    return validate(data | more)
+
+
+def merge(family: Family, output: object, method: object, **more: Any) -> MergeResult:
+    return drive.merge(recipe_of(family, output, method, **more))
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Return the weight files that a loader would open, by way of the index if there is one."""
+    folder = Path(folder)
+    if not (folder / INDEX).exists():
+        return [folder / "model.safetensors"]
+    return sorted({folder / name for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()})
+
+
+def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint, read with the safetensors library."""
+    found = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def digests(folder: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of every weight file and of the index."""
+    paths = [*weight_files(folder), *Path(folder).glob(INDEX)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal in dtype, shape and every bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def quantum(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the distance of neighbouring numbers of `dtype` around fp64 `values`."""
+    exponents = torch.frexp(values).exponent - 1 - MANTISSA[dtype]
+    return torch.ldexp(torch.ones_like(values), exponents.clamp(min=SMALLEST[dtype]))
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return fp64 `values` rounded once to nearest even."""
+    if dtype == torch.float64:
+        return values
+    step = quantum(values, dtype)
+    exact = torch.where(values == 0, values, (values / step).round() * step)
+    result = exact.to(dtype)
+    assert torch.equal(result.double(), exact), "an overflow, which no test here means"
+    return result
+
+
+def fp32(value: float) -> float:
+    """Return a number rounded to fp32."""
+    assert math.isfinite(value)
+    return float(torch.tensor(value, dtype=torch.float32))

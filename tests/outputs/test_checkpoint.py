@@ -1,0 +1,68 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.families import Family
+from tests.merging import INDEX, digests, merge, read_tensors
+from ties_ray.errors import InputError
+from ties_ray.outputs.checkpoint import Checkpoint
+from ties_ray.testing import OutputContract
+
+MakeFamily = Callable[..., Family]
+
+
+class TestCheckpoint(OutputContract):
+    @pytest.fixture
+    def output(self) -> Checkpoint:
+        return Checkpoint(path="/out")
+
+
+class TestCheckpointOfAnotherDtype(OutputContract):
+    @pytest.fixture
+    def output(self) -> Checkpoint:
+        return Checkpoint(path="/out", dtype="float16")
+
+
+def test_files_are_cut_by_size_and_the_index_says_what_is_where(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3)
+    merge(family, tmp_path / "one", "average")
+    result = merge(family, {"path": str(tmp_path / "many"), "file_size": "4KB"}, "average")
+    assert len(result.files) > 2
+    assert all((tmp_path / "many" / file.name).stat().st_size == file.size for file in result.files)
+    index = json.loads((tmp_path / "many" / INDEX).read_bytes())
+    whole, cut = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "many")
+    assert index["weight_map"].keys() == whole.keys() == cut.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    assert not (tmp_path / "one" / INDEX).exists()
+
+
+def test_the_config_names_the_dtype_that_was_written(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3)
+    merge(family, tmp_path / "same", "average")
+    merge(family, {"path": str(tmp_path / "other"), "dtype": "float32"}, "average")
+    original = (Path(family.base) / "config.json").read_bytes()
+    assert (tmp_path / "same" / "config.json").read_bytes() == original
+    assert json.loads((tmp_path / "other" / "config.json").read_bytes()) == {
+        **json.loads(original), "torch_dtype": "float32",
+    }  # fmt: skip
+
+
+def test_what_overflows_the_outputs_dtype_stops_the_merge(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3, dtype="F32", exact=True)
+    with pytest.raises(InputError, match=r"merged values are finite but overflow F16; choose a wider output\.dtype"):
+        merge(family, {"path": str(tmp_path / "out"), "dtype": "float16"}, {"name": "task_arithmetic", "lambda": 1e6})
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_files_come_from_the_input_that_the_recipe_names(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3)
+    merge(family, {"path": str(tmp_path / "out"), "files_from": "1"}, "average")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "ties-ray.result.json"} <= names
+    copied = (Path(family.models[1]) / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == copied
+    assert digests(tmp_path / "out").keys() == {"model.safetensors"}
