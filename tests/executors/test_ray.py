@@ -1,0 +1,189 @@
+import os
+import shutil
+import site
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_port
+from ties_ray.errors import UnavailableError
+from ties_ray.executors import Answered, Lost, Needs, Ready
+from ties_ray.executors.ray import RayExecutor, _digest, _facts
+from ties_ray.testing import ExecutorContract
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestRayExecutor(ExecutorContract):
+    executor = RayExecutor
+    loss = "kill"
+
+    def test_a_worker_is_a_process_and_a_lost_one_comes_back_as_another(self) -> None:
+        with self.started(2) as executor:
+            executor.submit(0, 0, "pid")
+            executor.submit(1, 1, "pid")
+            first = {
+                event.worker: int(event.answer) for event in self.events(executor, 2) if isinstance(event, Answered)
+            }
+            assert len({os.getpid(), *first.values()}) == 3
+            os.kill(first[0], 9)  # while it is idle: seen at the next message, never passed over
+            time.sleep(0.5)
+            executor.submit(0, 2, "pid")
+            assert [(type(e).__name__, e.worker) for e in self.events(executor)] == [("Lost", 0)]
+            executor.revive(0)
+            assert self.events(executor) == [Ready(0)]
+            executor.submit(0, 3, "pid")
+            [event] = self.events(executor)
+            assert isinstance(event, Answered)
+            assert int(event.answer) not in first.values()
+
+    def test_the_default_is_a_worker_for_each_cpu_there_is_room_for(self) -> None:
+        executor = RayExecutor()
+        assert executor.start("ties_ray.echo:EchoHost", "s", Needs(None, 2**20, gpus=1)) == 2
+        executor.stop()
+
+    def test_what_no_node_has_is_refused_in_time_with_what_there_is(self) -> None:
+        executor = RayExecutor()
+        begun = time.monotonic()
+        with pytest.raises(
+            UnavailableError,
+            match=r"no worker of 1 CPU, 0\.00 GiB, 64 GPU within 1 s .*nodes: .*4 CPU, .* GiB, 2 GPU\)",
+        ):
+            executor.start("ties_ray.echo:EchoHost", "s", Needs(1, 2**20, gpus=64, deadline=1))
+        assert time.monotonic() - begun < 10
+
+    def test_a_lost_worker_for_which_there_is_no_place_any_more_is_lost_again(self) -> None:
+        with self.started(2) as executor:
+            assert isinstance(executor, RayExecutor)
+            executor.submit(0, 0, "kill")
+            self.events(executor)
+            with self.started(3):
+                executor._needs = replace(executor._needs, deadline=0.5)
+                executor.revive(0)
+                assert self.events(executor) == [Lost(0, None, "no new worker within 0.5 s")]
+            executor._needs = replace(executor._needs, deadline=60)
+            executor.revive(0)
+            assert self.events(executor) == [Ready(0)]
+
+
+def test_a_worker_finds_the_plugins_where_they_were_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine" / "methods").mkdir(parents=True)
+    (tmp_path / "mine" / "methods" / "my.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TIES_RAY_PLUGINS", "/driver/mine")
+    digest = _digest(str(tmp_path / "mine"))
+    assert _facts((), "/driver/mine", digest)["plugins"] == digest
+    assert os.environ["TIES_RAY_PLUGINS"] == str(tmp_path / "mine")
+    assert _facts((), "/driver/mine", "another digest")["plugins"] == "nothing"
+
+
+def driver(code: str, *, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that is no part of this session's cluster."""
+    program = "from ties_ray.executors import *\nfrom ties_ray.executors.ray import RayExecutor\n" + textwrap.dedent(
+        code
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env=os.environ | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def start(needs: str, factory: str = "ties_ray.echo:EchoHost") -> str:
+    return f"""
+    executor = RayExecutor()
+    try:
+        executor.start("{factory}", "s", Needs({needs}))
+        executor.submit(0, 1, "hello")
+        print(executor.wait(30))
+        executor.submit(0, 2, "kill")
+        executor.wait(30)
+    except Exception as error:
+        print(type(error).__name__, error)
+    executor.stop()
+    """
+
+
+def test_it_starts_a_ray_of_its_own_without_a_word_and_leaves_nothing_in_the_home(tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": ""}
+    code = "import signal\nmine = lambda *_: None\nsignal.signal(signal.SIGTERM, mine)\n"
+    code += textwrap.dedent(start("1, 2**20"))
+    code += "assert signal.getsignal(signal.SIGTERM) is mine\n"  # ray.init takes it for itself
+    done = driver(code, cwd=tmp_path, **environment)
+    assert done.stdout == "[Answered(worker=0, ticket=1, answer='1:s:hello')]\n"
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_this_machine_will_never_have_is_refused_at_once(tmp_path: Path) -> None:
+    done = driver(start("2, 2**60"), cwd=tmp_path, RAY_ADDRESS="")
+    assert "UnavailableError this machine: 2 workers of 1 CPU, 1073741824.00 GiB are asked for" in done.stdout
+    assert "there is room for 0; lower run.workers or run.memory" in done.stdout
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_an_address_where_no_cluster_is_gets_an_error_that_names_it(listening: bool, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1] if listening else free_port()}"
+        begun = time.monotonic()
+        done = driver(start(f"1, 2**20, address={address!r}, deadline=4"), cwd=tmp_path)
+        assert time.monotonic() - begun < 20
+    assert done.stdout.startswith(f"UnavailableError Ray at {address}: no Ray cluster answers (")
+    assert done.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def bare_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of a Ray whose Python has every package of this one but ties_ray."""
+    folder, port = Path("/tmp") / f"ray-{os.getpid()}", free_port()  # Ray's sockets want a short path
+    python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    environment = os.environ | {"PYTHONPATH": site.getsitepackages()[0], "RAY_USAGE_STATS_ENABLED": "0"}
+    ports = [f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")]
+    command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", *ports]
+    command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}"]
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    log = cwd / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=out, stderr=out, start_new_session=True)
+    try:
+        end = time.monotonic() + 60
+        while "Ray runtime started" not in log.read_text():
+            assert time.monotonic() < end, log.read_text()
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_ties_ray_is_shipped_to_a_cluster_without_it_and_uses_the_plugins(bare_cluster: str, tmp_path: Path) -> None:
+    plugins = tmp_path / "my_plugins"
+    (plugins / "methods").mkdir(parents=True)
+    (plugins / "methods" / "mine.py").write_text("from ties_ray.echo import EchoHost as Mine\n")
+    code = start(f"1, 2**20, address={bare_cluster!r}", factory="ties_ray.methods.mine:Mine")
+    done = driver(code, cwd=tmp_path, TIES_RAY_PLUGINS=str(plugins))
+    assert done.stdout == "[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", done.stderr
+    assert done.stderr == ""
+
+
+def test_on_a_connection_of_the_callers_a_missing_ties_ray_is_refused_with_what_to_do(
+    bare_cluster: str, tmp_path: Path
+) -> None:
+    code = f"import ray\nray.init({bare_cluster!r}, log_to_driver=False, logging_level='ERROR')\n"
+    done = driver(code + textwrap.dedent(start("1, 2**20")), cwd=tmp_path)
+    assert "InputError node " in done.stdout, done.stderr
+    assert "ties_ray nothing is there, not " in done.stdout
+    assert "pip install ties-ray==" in done.stdout
