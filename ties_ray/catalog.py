@@ -114,7 +114,7 @@ def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
 def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     entries, noted = expand(recipe, stores, threads)
     files_from = _files_from(recipe, entries)
-    folders, problems = _fetch(entries, stores, threads)
+    folders, problems = fetch(entries, stores, threads)
     rules = Rules(recipe.exclude, recipe.allow.missing == "zero", recipe.allow.extra_rows == "drop")
 
     found: dict[str, Found] = {}
@@ -152,7 +152,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     return Catalog(models[0], tuple(models[1:]), tuple(parameters.values()), taken, tuple(notes))
 
 
-class _Looked(NamedTuple):
+class Looked(NamedTuple):
     """An input whose folder was listed."""
 
     entry: Entry
@@ -170,14 +170,14 @@ class _Looked(NamedTuple):
         return Tokenizer(self.entry.id, self.entry.uri, self.files)
 
 
-def _fetch(
+def fetch(
     entries: Sequence[Entry], stores: Stores, threads: Executor
-) -> tuple[dict[str, tuple[_Looked, Folder]], list[Problem]]:
+) -> tuple[dict[str, tuple[Looked, Folder]], list[Problem]]:
     """Return, by id, every input whose headers and texts could be fetched, and what is wrong with the others."""
     formats = [plugins.load("formats", name, Format)() for name in plugins.names("formats")]
     problems: list[Problem] = []
     looked = [one for one in _gather(lambda entry: _look(entry, formats, stores), entries, threads, problems) if one]
-    jobs: list[tuple[_Looked, Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]] = []
+    jobs: list[tuple[Looked, Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]] = []
     for one in looked:
         weights, texts = one.format.wanted(list(one.files))
         jobs += [(one, one.files[name], _header) for name in weights]
@@ -193,7 +193,7 @@ def _fetch(
     return folders, problems
 
 
-def _folder(looked: _Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -> Folder:
+def _folder(looked: Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -> Folder:
     return Folder(
         uri=looked.entry.uri,
         files=tuple(fetched[name][0] if name in fetched else pin for name, pin in looked.files.items()),
@@ -218,7 +218,7 @@ def _gather(
     return [None if isinstance(result, InputError) else result for result in results]
 
 
-def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> _Looked:
+def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> Looked:
     """List a folder and find its format; raise `InputError` with advice where there is none."""
     store = stores.of(entry.uri)
     found = replace(entry, uri=absolute(entry.uri))  # workers have other working directories
@@ -231,7 +231,7 @@ def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> _Looked:
     names = [_name(pin.uri) for pin in listing.files]
     for known in formats:
         if known.recognises(names):
-            return _Looked(found, listing, known)
+            return Looked(found, listing, known)
     raise InputError(_unrecognised(entry, listing, store))
 
 
@@ -307,7 +307,7 @@ def _parameter(name: str, source: Source, rules: Rules) -> Parameter:
     return Parameter(name, tensor.shape, tensor.dtype, tensor.dtype in MERGEABLE and not rules.excludes(name))
 
 
-def _model(looked: _Looked, folder: Folder, found: Found) -> Model:
+def _model(looked: Looked, folder: Folder, found: Found) -> Model:
     entry = looked.entry
     return Model(
         uri=entry.uri,
@@ -317,11 +317,11 @@ def _model(looked: _Looked, folder: Folder, found: Found) -> Model:
         sources=dict(found.sources),
         weight=entry.weight,
         density=entry.density,
-        licence=_licence(folder.texts.get(README, b"")),
+        licence=licence_of(folder.texts.get(README, b"")),
     )
 
 
-def _licence(readme: bytes) -> str:
+def licence_of(readme: bytes) -> str:
     """Return the licence that the front matter of a model card names, with its own name and link if it has them."""
     front = re.match(r"---\s*\n(.*?)\n---", readme.decode(errors="replace").replace("\r\n", "\n"), re.DOTALL)
     if not front:
@@ -385,7 +385,7 @@ def _files_from(recipe: Recipe, entries: Sequence[Entry]) -> str:
     raise RecipeError(Problem("output.files_from", what, "write `base`, or a model's id, position or path"))
 
 
-def _small_files(looked: _Looked, stores: Stores, threads: Executor) -> tuple[tuple[SmallFile, ...], list[str]]:
+def _small_files(looked: Looked, stores: Stores, threads: Executor) -> tuple[tuple[SmallFile, ...], list[str]]:
     """Return what the output takes over beside the weights, pinned, and a note on what it leaves."""
     wanted = {
         name: pin

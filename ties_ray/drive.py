@@ -15,10 +15,19 @@ from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
-from ties_ray.manifest import FOLDER, Manifest, Record, find_result, find_runs
+from ties_ray.manifest import FOLDER, Manifest, Record, find_runs
 from ties_ray.plan import MODEL_GROUP, Plan, PlannedRound, make_plan
 from ties_ray.recipe import Recipe
-from ties_ray.report import RESULT_NAME, InputProvenance, MergeResult, Progress, Provenance, TrimReport, Watch
+from ties_ray.report import (
+    RESULT_NAME,
+    InputProvenance,
+    MergeResult,
+    Progress,
+    Provenance,
+    TrimReport,
+    Watch,
+    find_result,
+)
 from ties_ray.schedule import Failure, Schedule
 from ties_ray.statistics import WHOLE
 from ties_ray.stores import Part, Stores, absolute, join

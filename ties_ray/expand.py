@@ -53,7 +53,7 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> tuple[tuple[Ent
     for number, asked in enumerate(recipe.models):
         place = f"models.{number}"
         try:
-            found = list(_entries(asked, place, stores, threads, notes))
+            found = list(entries_of(asked, place, stores, threads, notes))
         except RecipeError as error:
             wrong += error.problems
         except InputError as error:
@@ -90,7 +90,8 @@ def _real(uri: str) -> str:
     return uri.rstrip("/")
 
 
-def _entries(asked: ModelEntry, place: str, stores: Stores, threads: Executor, notes: list[str]) -> Iterator[Entry]:
+def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor, notes: list[str]) -> Iterator[Entry]:
+    """Yield the models that one line of `models` means; what a reader should know is added to `notes`."""
     if asked.table is not None:
         yield from (entry for entry in _table(asked, place, stores) if not _left_out(entry.uri, asked.not_))
         return

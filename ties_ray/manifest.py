@@ -17,7 +17,6 @@ from pydantic import TypeAdapter
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.plan import Plan
-from ties_ray.report import RESULT_NAME, MergeResult
 from ties_ray.statistics import Counts, Pick
 from ties_ray.stores import Part, Stores, join
 
@@ -118,15 +117,6 @@ class Manifest:
             return self._store.get(join(self.folder, name), LIMIT)[1]
         except FileNotFoundError:
             return None
-
-
-def find_result(stores: Stores, output: str) -> MergeResult | None:
-    """Return the result record of a folder, None where there is none."""
-    try:
-        data = stores.of(output).get(join(output, RESULT_NAME), 2**30)[1]
-    except FileNotFoundError:
-        return None
-    return MergeResult.model_validate_json(data)
 
 
 def find_runs(stores: Stores, output: str) -> list[tuple[str, int]]:

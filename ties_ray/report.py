@@ -12,6 +12,7 @@ from ties_ray.catalog import Model
 from ties_ray.errors import ErrorKind, MergeError
 from ties_ray.formats import Source
 from ties_ray.plan import Plan
+from ties_ray.stores import Stores, join
 
 RESULT_NAME = "ties-ray.result.json"
 """The last object written into an output; its presence means that the merge is whole."""
@@ -263,3 +264,12 @@ def elements_by_dtype(sources: Iterable[Source]) -> dict[str, int]:
         for tensor in source.tensors:
             counts[tensor.dtype] += math.prod(tensor.shape)
     return dict(counts.most_common())
+
+
+def find_result(stores: Stores, output: str) -> MergeResult | None:
+    """Return the result record of a folder, None where there is none."""
+    try:
+        data = stores.of(output).get(join(output, RESULT_NAME), 2**30)[1]
+    except FileNotFoundError:
+        return None
+    return MergeResult.model_validate_json(data)

@@ -1,0 +1,465 @@
+"""The command line. Nothing heavy is imported until a command needs it: `--help` takes neither torch nor ray."""
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from ties_ray.errors import Cancelled, InputError, MergeError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from ties_ray.plan import Plan
+    from ties_ray.recipe import Recipe
+    from ties_ray.report import MergeResult, Progress, Watch
+    from ties_ray.stores import Stores
+
+PATIENCE = 2.5
+"""Seconds after a signal in which the run may end by itself; then the process leaves at once."""
+EXIT_CODES = """\b
+Exit codes:
+  0        done (also when it was done before)
+  1        a defect of ties_ray
+  2        the recipe or the command line is wrong
+  3        inputs or permissions are missing, incompatible, not finite, or changed
+  4        interrupted or failed part-way: run the same command again, it continues
+  5        cluster or storage unreachable, throttled or held by another run: retry later
+  130, 143 cancelled by SIGINT, SIGTERM
+"""
+_ERRORS_SHOWN = 50
+
+
+class _Signal(KeyboardInterrupt):
+    """A signal that ends the command; raised in the main thread, wherever it is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def main() -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+    code = 0
+    try:
+        commands(prog_name="ties-ray")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except _Signal as caught:  # before or after a command's own handling
+        code = 128 + caught.number
+    if threading.active_count() > 1:  # a thread that waits for storage would keep the interpreter from ending
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _on_signal(number: int, _: FrameType | None) -> None:
+    """Raise in the main thread; leave for good after `PATIENCE`, or at a second signal."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, lambda number, _: os._exit(128 + number))
+    watchdog = threading.Timer(PATIENCE, os._exit, [128 + number])
+    watchdog.daemon = True
+    watchdog.start()
+    raise _Signal(number)
+
+
+# -- what all commands share
+
+
+class _Desk:
+    """How a command talks: to people or to machines, and what becomes of an error."""
+
+    def __init__(self, *, json: bool, quiet: bool, debug: bool) -> None:
+        self.json, self.quiet, self.debug = json, quiet, debug
+        self.started = time.monotonic()
+        self.on_failure: Callable[[MergeError], None] = self._error_as_json
+
+    def _error_as_json(self, error: MergeError) -> None:
+        if self.json:
+            import json
+
+            from ties_ray.report import Failure
+
+            click.echo(json.dumps({"error": Failure.of(error).model_dump(mode="json")}, indent=2))
+
+    def run(self, command: Callable[[], int]) -> int:
+        """Return the command's exit code; every failure is told, one line a problem."""
+        try:
+            return command()
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as caught:
+            error = _as_merge_error(caught)
+            if self.debug:
+                traceback.print_exception(caught)
+            for problem in error.problems[:_ERRORS_SHOWN]:
+                click.echo(f"error: {problem}", err=True)
+            if len(error.problems) > _ERRORS_SHOWN:
+                click.echo(f"error: and {len(error.problems) - _ERRORS_SHOWN} more problems", err=True)
+            self.on_failure(error)
+            return error.exit_code
+
+    def tell(self, record: "BaseModel", *things: Any) -> None:
+        """Print the record for machines, or the texts and tables for people."""
+        if self.json:
+            click.echo(record.model_dump_json(indent=2))
+        elif not self.quiet:
+            from ties_ray import text
+
+            text.show(*things)
+
+    @contextlib.contextmanager
+    def progress(self) -> "Any":
+        """Yield what is to be called with each `Progress`."""
+        if self.quiet:
+            yield lambda progress: None
+            return
+        from ties_ray import text
+
+        with text.Bar(sys.stderr) if sys.stderr.isatty() else text.Lines(sys.stderr) as watch:
+            yield watch
+
+
+def _as_merge_error(caught: BaseException) -> MergeError:
+    if isinstance(caught, MergeError):
+        if caught.kind == "defect":
+            caught.problems = tuple(map(_defect, caught.problems))
+        return caught
+    if isinstance(caught, KeyboardInterrupt):
+        number = caught.number if isinstance(caught, _Signal) else signal.SIGINT
+        what = f"cancelled by {signal.Signals(number).name}"
+        error = Cancelled(Problem("", what, "what is done is kept, and the same command continues"))
+        error.exit_code = 128 + number
+        return error
+    return MergeError(_defect(Problem("", f"{type(caught).__name__}: {caught}")))
+
+
+def _defect(problem: Problem) -> Problem:
+    return problem._replace(remedy="a defect of ties_ray: run again with --debug, and please report it")
+
+
+def _command(function: Callable[..., int]) -> click.Command:
+    """Return the click command of a function `(desk, ...) -> exit code`, with the options that all have."""
+
+    @functools.wraps(function)
+    @click.pass_context
+    def run(context: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
+        desk = _Desk(json=as_json, quiet=quiet, debug=debug)
+        context.exit(desk.run(lambda: function(desk, **given)))
+
+    options = (
+        click.option("--json", "as_json", is_flag=True, help="Print what machines read on standard output."),
+        click.option("--quiet", is_flag=True, help="No progress and no summary; errors only."),
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    )
+    decorated: Any = run
+    for option in options:
+        decorated = option(decorated)
+    return commands.command(function.__name__.strip("_"))(decorated)
+
+
+_RECIPE = click.argument("recipe")
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field, as in method.density=0.3."
+)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="""\b
+Examples:
+  ties-ray plan recipe.yaml
+  ties-ray merge recipe.yaml --set method.density=0.3 --set output.path=s3://merged/d03
+  ties-ray merge recipe.yaml --json --quiet --result result.json
+  ties-ray inspect 's3://models/llama-*'
+
+\b
+Shell completion:
+  eval "$(_TIES_RAY_COMPLETE=bash_source ties-ray)"      (or zsh_source, fish_source)
+
+"""
+    + EXIT_CODES,
+)
+@click.version_option(package_name="ties-ray")
+def commands() -> None:
+    """Merge many models into one, exactly as the papers define it, on a Ray cluster, at the speed of the storage.
+
+    RECIPE is a file in YAML or JSON: a path, a URI (s3://...), or - for standard input.
+    """
+
+
+# -- commands
+
+
+@_command
+@_RECIPE
+@_SET
+@click.option("--full", is_flag=True, help="With --json: the whole stored plan, every tensor and its place.")
+def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool) -> int:
+    """Say what a merge would read, write and need; reads headers only.
+
+    \b
+    Examples:
+      ties-ray plan recipe.yaml
+      ties-ray plan recipe.yaml --json | jq .bytes_read
+    """
+    asked = _load(recipe, overrides)
+    from ties_ray import drive
+    from ties_ray.report import plan_record
+
+    made = drive.plan(asked)
+    if full and desk.json:
+        click.echo(made.to_json().decode())
+        return 0
+    record = plan_record(made)
+    if desk.json:
+        desk.tell(record)
+        return 0
+    from ties_ray import text
+
+    desk.tell(record, *text.of_plan(record))
+    return 0
+
+
+@_command
+@_RECIPE
+@_SET
+@click.option("--result", "result_uri", metavar="PATH|URI", help="Write the result record here, also on failure.")
+@click.option("--fresh", is_flag=True, help="Forget what the output folder holds of earlier merges.")
+def _merge(desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str | None, fresh: bool) -> int:
+    """Merge. Interrupted, the same command continues; finished, it says so and does nothing.
+
+    \b
+    Examples:
+      ties-ray merge recipe.yaml
+      ties-ray merge recipe.yaml --set run.executor=local
+      ties-ray merge s3://recipes/nightly.yaml --json --quiet --result s3://recipes/nightly.result.json
+    """
+    from ties_ray import drive, text
+
+    job = _Job(desk, result_uri)
+    desk.on_failure = job.failed
+    asked = _load(recipe, overrides)
+    job.storage = asked.storage
+    with desk.progress() as watch:
+        if not desk.quiet:
+            click.echo("plan: reading headers", err=True)
+        job.plan = drive.plan(asked)
+        result = drive.carry_out(job.plan, started=desk.started, fresh=fresh, watch=job.watching(watch))
+    desk.on_failure = desk._error_as_json  # from here on, what fails is the record's own delivery
+    job.write(result)
+    desk.tell(result, *text.of_result(result, recipe))
+    return 0
+
+
+@_command
+@click.argument("output")
+@_SET
+def _status(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
+    """Say what an OUTPUT folder holds: a finished merge, or unfinished ones and how far they are.
+
+    OUTPUT is the folder, or the recipe file that names it.
+
+    \b
+    Examples:
+      ties-ray status s3://merged/math-code
+      ties-ray status s3://merged/math-code --set storage.s3.endpoint_url=https://minio:9000
+      ties-ray status recipe.yaml
+    """
+    stores, folder = _place(output, overrides)
+    from ties_ray import text
+    from ties_ray.status import status
+
+    found = status(stores, folder)
+    desk.tell(found, *text.of_status(found))
+    return 0
+
+
+@_command
+@click.argument("output")
+@_SET
+def _verify(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
+    """Re-read a finished OUTPUT: headers, index, every part's checksum, values that are not finite.
+
+    OUTPUT is the folder, or the recipe file that names it. Exits with 3 if anything is not as it was written.
+
+    \b
+    Example:
+      ties-ray verify s3://merged/math-code
+    """
+    stores, folder = _place(output, overrides)
+    from ties_ray import text
+    from ties_ray.verify import verify
+
+    with desk.progress() as watch:
+        found = verify(stores, folder, watch)
+    desk.tell(found, *text.of_verification(found))
+    return _report(found.findings)
+
+
+@_command
+@click.argument("uri")
+@_SET
+def _inspect(desk: _Desk, uri: str, overrides: Sequence[str]) -> int:
+    """Say what an input folder holds, before any recipe: tensors, config, tokenizer, licence, and what is wrong.
+
+    URI may be a glob (quote it). Exits with 3 if a folder could not be merged.
+
+    \b
+    Examples:
+      ties-ray inspect s3://models/llama-3.1-8b
+      ties-ray inspect './checkpoints/*'
+    """
+    stores = _stores(overrides)
+    from ties_ray import text
+    from ties_ray.inspection import Inspections, inspect
+
+    found = inspect(stores, uri)
+    desk.tell(Inspections(folders=found), *text.of_inspections(found))
+    return _report([problem for one in found for problem in one.problems])
+
+
+@_command
+@click.argument("name", required=False)
+def _methods(desk: _Desk, name: str | None) -> int:
+    """List the merge methods, or say all about one: its parameters, defaults and paper.
+
+    \b
+    Examples:
+      ties-ray methods
+      ties-ray methods ties
+    """
+    from ties_ray import plugins, text
+    from ties_ray.methods import Method
+    from ties_ray.schema import MethodDocs, method_doc
+
+    names = [name] if name else plugins.names("methods")
+    docs = [method_doc(one, plugins.load("methods", one, Method)) for one in names]
+    desk.tell(MethodDocs(methods=docs), *(text.of_method(docs[0]) if name else text.of_methods(docs)))
+    return 0
+
+
+@_command
+def _schema(desk: _Desk) -> int:
+    """Print the JSON schema of a recipe, for editors and for programs that write recipes.
+
+    \b
+    Example, for the YAML language server of an editor:
+      ties-ray schema > recipe.schema.json
+      and as the recipe's first line   # yaml-language-server: $schema=recipe.schema.json
+    """
+    import json
+
+    from ties_ray.schema import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+    return 0
+
+
+# -- parts
+
+
+class _Job:
+    """One merge as the command line sees it, so that a failure too leaves a result record."""
+
+    def __init__(self, desk: _Desk, result_uri: str | None) -> None:
+        self.storage: Mapping[str, Mapping[str, object]] = {}
+        self.plan: Plan | None = None
+        self._desk = desk
+        self._uri = result_uri
+        self._bytes_read = 0
+
+    def watching(self, watch: "Watch") -> "Watch":
+        """Return a watch that also remembers how far the merge came."""
+
+        def remember(progress: "Progress") -> None:
+            self._bytes_read = progress.bytes_read
+            watch(progress)
+
+        return remember
+
+    def write(self, result: "MergeResult") -> None:
+        """Write the record where `--result` says."""
+        if self._uri:
+            from ties_ray.stores import Stores, absolute
+
+            uri = absolute(self._uri)
+            Stores(self.storage).of(uri).put(uri, (result.model_dump_json(indent=2) + "\n").encode())
+
+    def failed(self, error: MergeError) -> None:
+        """Tell the failure as a result record."""
+        from ties_ray.report import Failure, MergeResult
+
+        result = MergeResult(
+            status="failed",
+            run_id=self.plan.run_id if self.plan else "",
+            output=self.plan.output if self.plan else "",
+            bytes_read=self._bytes_read,
+            seconds=round(time.monotonic() - self._desk.started, 3),
+            error=Failure.of(error),
+        )
+        if self._desk.json:
+            click.echo(result.model_dump_json(indent=2))
+        try:
+            self.write(result)
+        except Exception as second:
+            click.echo(f"error: --result: {second}", err=True)
+
+
+def _load(source: str, overrides: Sequence[str]) -> "Recipe":
+    """Return the recipe of a path, a URI or standard input."""
+    if source == "-":
+        from ties_ray.recipe import parse
+
+        return parse(sys.stdin.read(), "standard input", overrides)
+    import ties_ray
+
+    return ties_ray.load_recipe(source, overrides)
+
+
+def _stores(overrides: Sequence[str]) -> "Stores":
+    """Return the stores with the options that `--set storage....` gives."""
+    from ties_ray.recipe import override
+    from ties_ray.stores import Stores, options_of
+
+    data: dict[str, Any] = {}
+    override(data, overrides)
+    if data.keys() - {"storage"} or not isinstance(data.get("storage", {}), dict):
+        raise RecipeError(Problem("--set", "without a recipe, only `storage` has a meaning here"))
+    storage = data.get("storage", {})
+    for scheme, options in storage.items():
+        options_of(scheme, options)
+    return Stores(storage)
+
+
+def _place(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
+    """Return the folder that is meant, and the stores to read it with."""
+    from ties_ray.stores import Stores, absolute
+
+    if not output.endswith((".yaml", ".yml", ".json")):
+        return _stores(overrides), absolute(output).rstrip("/")
+    recipe = _load(output, overrides)
+    if "{run_id}" in recipe.output.path:
+        what = "the recipe's output holds {run_id}"
+        raise InputError(Problem(output, what, "give the folder itself; `ties-ray plan` names it"))
+    return Stores(recipe.storage), absolute(recipe.output.path).rstrip("/")
+
+
+def _report(findings: Sequence[Any]) -> int:
+    """Print findings as errors; return the exit code."""
+    for one in findings:
+        click.echo(f"error: {Problem(one.where, one.what, one.remedy)}", err=True)
+    return InputError.exit_code if findings else 0

@@ -1,0 +1,334 @@
+"""Is a finished output still what the merge wrote? Re-reads every weight file and compares it with plan and records."""
+
+import hashlib
+import json
+import re
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from ties_ray.errors import InputError, Problem
+from ties_ray.manifest import Manifest, find_runs
+from ties_ray.outputs import DEFAULT_PART
+from ties_ray.plan import Plan
+from ties_ray.report import RESULT_NAME, MergeResult, Progress, Watch, find_result
+from ties_ray.safetensors import DTYPE_BITS, Header, header_bytes, parse
+from ties_ray.stores import Part, Pin, Stores, crc32c, join
+
+AGAIN = "merge again with --fresh"
+THREADS = 4
+"""Parts read at a time, one buffer each."""
+EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
+"""Bits of the exponent; a value is not finite where all of them are set."""
+ELEMENTS = 2**20
+"""Looked at together for values that are not finite: what a mask of them takes stays small."""
+INDEX_BYTES = 2**27
+"""Largest index that is read."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileCheck(_Record):
+    """What re-reading one weight file found."""
+
+    name: str
+    size: int
+    tensors: int
+    parts: int
+    parts_proved: int
+    """Parts whose bytes have the checksum that was recorded when they were written."""
+    nan: int
+    infinite: int
+
+
+class Finding(_Record):
+    """One thing that is not as it should be."""
+
+    where: str
+    what: str
+    remedy: str
+
+
+class Verification(_Record):
+    """What re-reading an output found; whole if there are no findings."""
+
+    output: str
+    run_id: str
+    files: list[FileCheck]
+    findings: list[Finding]
+    notes: list[str]
+    """What could not be checked, and what is odd but not wrong."""
+
+
+class _Piece(NamedTuple):
+    """A run of bytes of one file: a part, where the parts are known."""
+
+    file: int
+    start: int
+    stop: int
+    part: Part | None
+
+
+class _Seen(NamedTuple):
+    """What one piece holds."""
+
+    proved: bool | None
+    """None: nothing recorded tells."""
+    nan: dict[str, int]
+    infinite: dict[str, int]
+    """By tensor."""
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """One weight file as it lies there now."""
+
+    pin: Pin
+    head: bytes
+    header: Header
+
+    @property
+    def name(self) -> str:
+        return self.pin.uri.rpartition("/")[2]
+
+
+def verify(stores: Stores, output: str, watch: Watch = lambda progress: None) -> Verification:
+    """Return what is wrong with a finished output; reads all its weights once.
+
+    Raises `InputError` where no finished merge lies.
+    """
+    result = find_result(stores, output)
+    if result is None:
+        raise InputError(Problem(output, f"holds no {RESULT_NAME}: no finished merge", "see `ties-ray status`"))
+    problems: list[Problem] = []
+    notes: list[str] = []
+    plan, manifest = _plan_of(stores, output, result, notes)
+    files = _files(stores, output, result, problems)
+    problems += _strangers(stores, output, result)
+    if plan:
+        problems += _against_plan(plan, files)
+    problems += _against_index(stores, output, files)
+    parts = _parts(plan, manifest) if plan and manifest else {}
+    pieces = [piece for number, file in enumerate(files) for piece in _cut(number, file, plan, parts)]
+    seen = _look(stores, files, pieces, watch)
+    checks = [_check(number, file, pieces, seen) for number, file in enumerate(files)]
+    problems += _broken(files, pieces, seen) + _not_finite(files, plan, pieces, seen, notes)
+    unproved = sum(one.proved is None for one in seen)
+    if unproved:
+        notes.append(f"{unproved} of {len(seen)} pieces were read, but nothing recorded tells whether they changed")
+    findings = [Finding(where=one.where, what=one.what, remedy=one.remedy) for one in problems]
+    return Verification(output=output, run_id=result.run_id, files=checks, findings=findings, notes=notes)
+
+
+def _plan_of(stores: Stores, output: str, result: MergeResult, notes: list[str]) -> tuple[Plan | None, Manifest | None]:
+    """Return the plan and manifest by which the result was made; None, and a note, where they were removed."""
+    generations = [generation for run_id, generation in find_runs(stores, output) if run_id == result.run_id]
+    for generation in reversed(generations):
+        manifest = Manifest(stores, Manifest.folder_of(output, result.run_id, generation))
+        plan = manifest.read_plan()
+        if plan:
+            return plan, manifest
+    notes.append("the run's plan and records are not there: headers and checksums can't be compared with them")
+    return None, None
+
+
+def _files(stores: Stores, output: str, result: MergeResult, problems: list[Problem]) -> list[_Weights]:
+    """Return the files that the result names and whose headers can be read."""
+    store = stores.of(output)
+    found = []
+    for file in result.files:
+        uri = join(output, file.name)
+        try:
+            pin, head = store.head(uri, 8)
+            if pin.size != file.size:
+                what = f"has {pin.size:,} bytes, {file.size:,} were written"
+                problems.append(Problem(file.name, what, AGAIN))
+            whole = bytearray(header_bytes(head, pin.size, file.name))
+            store.read(pin, 0, memoryview(whole))
+            found.append(_Weights(pin, bytes(whole), parse(bytes(whole), pin.size, file.name)))
+        except FileNotFoundError:
+            problems.append(Problem(file.name, "is not there", "put it back, or merge again with --fresh"))
+        except InputError as error:
+            problems += error.problems
+    return found
+
+
+def _strangers(stores: Stores, output: str, result: MergeResult) -> list[Problem]:
+    """Return the weight files that the merge did not write: a loader may take them for the model's."""
+    own = {file.name for file in result.files}
+    names = [pin.uri.rpartition("/")[2] for pin in stores.of(output).list(output).files]
+    strange = [name for name in names if name.endswith(".safetensors") and name not in own]
+    return [Problem(name, "was not written by this merge", "remove it") for name in strange]
+
+
+def _against_plan(plan: Plan, files: Sequence[_Weights]) -> list[Problem]:
+    planned = {file.name: len(file.header).to_bytes(8, "little") + file.header.encode() for file in plan.result.files}
+    return [
+        Problem(file.name, "its header is not the planned one", AGAIN)
+        for file in files
+        if file.head != planned.get(file.name)
+    ]
+
+
+def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> list[Problem]:
+    """Compare the index, where there is one, with the headers."""
+    names = [pin.uri.rpartition("/")[2] for pin in stores.of(output).list(output).files]
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    if not indices:
+        what = f"there are {len(files)} weight files and no index"
+        return [Problem(output, what, AGAIN)] if len(files) > 1 else []
+    name = indices[0]
+    try:
+        index: Any = json.loads(stores.of(output).get(join(output, name), INDEX_BYTES)[1])
+        stated, total = index["weight_map"], index["metadata"]["total_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [Problem(name, f"is not an index ({type(error).__name__}: {error})", AGAIN)]
+    stored = {tensor: file.name for file in files for tensor in file.header.tensors}
+    differ = sorted(key for key in stored.keys() | stated.keys() if stored.get(key) != stated.get(key))
+    problems = []
+    if differ:
+        what = f"disagrees with the files' headers about {len(differ)} tensors: {', '.join(differ[:4])}"
+        problems.append(Problem(name, what, AGAIN))
+    size = sum(info.stop - info.start for file in files for info in file.header.tensors.values())
+    if total != size:
+        problems.append(Problem(name, f"says {total:,} bytes, the headers {size:,}", AGAIN))
+    return problems
+
+
+def _parts(plan: Plan, manifest: Manifest) -> dict[str, dict[int, Part]]:
+    """Return the recorded parts by file name and number; what was written twice has the same bytes."""
+    last = len(plan.result.rounds) - 1
+    found: dict[str, dict[int, Part]] = {}
+    for name in manifest.record_names(last):
+        for file, part in manifest.read_record(last, name).parts:
+            found.setdefault(plan.result.files[file].name, {})[part.number] = part
+    return found
+
+
+def _cut(number: int, file: _Weights, plan: Plan | None, parts: dict[str, dict[int, Part]]) -> Sequence[_Piece]:
+    """Return the pieces in which a file is read; none splits an element of a file that we wrote."""
+    size = plan.layout.part_size if plan else DEFAULT_PART
+    known = parts.get(file.name, {})
+    return [
+        _Piece(number, start, min(start + size, file.pin.size), known.get(start // size + 1))
+        for start in range(0, file.pin.size, size)
+    ]
+
+
+def _look(stores: Stores, files: Sequence[_Weights], pieces: Sequence[_Piece], watch: Watch) -> list[_Seen]:
+    total = sum(piece.stop - piece.start for piece in pieces)
+    read = 0
+
+    def look(piece: _Piece) -> _Seen:
+        file = files[piece.file]
+        data = memoryview(bytearray(piece.stop - piece.start))
+        stores.of(file.pin.uri).read(file.pin, piece.start, data)
+        return _Seen(_proved(piece.part, data), *_count(file.header, piece.start, data))
+
+    seen = []
+    threads = ThreadPoolExecutor(THREADS)
+    try:
+        for piece, one in zip(pieces, threads.map(look, pieces), strict=True):
+            seen.append(one)
+            read += piece.stop - piece.start
+            watch(Progress("verify", len(seen), len(pieces), read, total))
+    finally:
+        threads.shutdown(cancel_futures=True)
+    return seen
+
+
+def _proved(part: Part | None, data: memoryview) -> bool | None:
+    """Return whether the bytes have the checksum of the part; None where it has none that we can compute."""
+    if part is None:
+        return None
+    proofs: dict[str, Callable[[memoryview], str]] = {
+        "[0-9a-f]{32}": lambda data: hashlib.md5(data, usedforsecurity=False).hexdigest(),
+        "[0-9a-f]{8}": crc32c,
+        "[A-Za-z0-9+/]{6}==": lambda data: b64encode(bytes.fromhex(crc32c(data))).decode(),
+    }
+    for mark in (part.checksum, part.etag):
+        for form, proof in proofs.items():
+            if re.fullmatch(form, mark):
+                return part.size == len(data) and proof(data) == mark
+    return None
+
+
+def _count(header: Header, offset: int, data: memoryview) -> tuple[dict[str, int], dict[str, int]]:
+    """Return how many values of each tensor are NaN, and how many infinite, in the bytes from `offset` on."""
+    nan: dict[str, int] = {}
+    infinite: dict[str, int] = {}
+    for name, info in header.tensors.items():
+        start, stop = max(info.start, offset), min(info.stop, offset + len(data))
+        if info.dtype not in EXPONENTS or start >= stop:
+            continue
+        width = DTYPE_BITS[info.dtype] // 8
+        start += (info.start - start) % width  # whole elements only, in a file that was cut otherwise
+        bits = np.frombuffer(data[start - offset : stop - offset - (stop - start) % width], f"<u{width}")
+        mask = EXPONENTS[info.dtype]
+        sign = 1 << (8 * width - 1)
+        for begin in range(0, len(bits), ELEMENTS):
+            magnitude = bits[begin : begin + ELEMENTS] & (sign - 1)
+            wrong = int((magnitude >= mask).sum())
+            if wrong:
+                endless = int((magnitude == mask).sum())
+                nan[name] = nan.get(name, 0) + wrong - endless
+                infinite[name] = infinite.get(name, 0) + endless
+    return nan, infinite
+
+
+def _check(number: int, file: _Weights, pieces: Sequence[_Piece], seen: Sequence[_Seen]) -> FileCheck:
+    own = [one for piece, one in zip(pieces, seen, strict=True) if piece.file == number]
+    return FileCheck(
+        name=file.name,
+        size=file.pin.size,
+        tensors=len(file.header.tensors),
+        parts=len(own),
+        parts_proved=sum(one.proved is True for one in own),
+        nan=sum(sum(one.nan.values()) for one in own),
+        infinite=sum(sum(one.infinite.values()) for one in own),
+    )
+
+
+def _broken(files: Sequence[_Weights], pieces: Sequence[_Piece], seen: Sequence[_Seen]) -> list[Problem]:
+    return [
+        Problem(
+            files[piece.file].name,
+            f"the bytes [{piece.start:,}, {piece.stop:,}) are not those that were written",
+            AGAIN,
+        )
+        for piece, one in zip(pieces, seen, strict=True)
+        if one.proved is False
+    ]
+
+
+def _not_finite(
+    files: Sequence[_Weights],
+    plan: Plan | None,
+    pieces: Sequence[_Piece],
+    seen: Sequence[_Seen],
+    notes: list[str],
+) -> list[Problem]:
+    """Return the merged tensors that hold NaN or infinity; in one copied from the base they are the base's: a note."""
+    planned = plan.result.files if plan else ()
+    copied = {placed.tensor.name for file in planned for placed in file.tensors if placed.tensor.copied}
+    counts: dict[tuple[str, str], list[int]] = {}
+    for piece, one in zip(pieces, seen, strict=True):
+        for name in one.nan:
+            count = counts.setdefault((files[piece.file].name, name), [0, 0])
+            count[0] += one.nan[name]
+            count[1] += one.infinite[name]
+    problems = []
+    for (file, name), (nan, infinite) in counts.items():
+        what = f"holds {nan:,} NaN and {infinite:,} infinite values"
+        if name in copied:
+            notes.append(f"{file}: {name} {what}, as in the base")
+        else:
+            problems.append(Problem(f"{file}: {name}", what, AGAIN))
+    return problems
