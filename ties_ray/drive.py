@@ -7,10 +7,10 @@ import importlib.metadata
 import platform
 import struct
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from ties_ray import plugins
+from ties_ray import lease, plugins
 from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
@@ -63,12 +63,17 @@ def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch) -> Mer
     """Do what a plan of this process says, as `merge` does; started: when the call began, by the monotonic clock."""
     stores = Stores(wanted.recipe.storage)
     watch(Progress("start", 0, 0, 0, wanted.bytes_read))
-    run = _open(wanted, stores, fresh=fresh)
-    if isinstance(run, MergeResult):
-        return run
-    run.watch = watch
-    run.execute(_executor(wanted.recipe))
-    return run.publish(started)
+    finished = None if fresh else find_result(stores, wanted.output)
+    if finished is not None and finished.run_id == wanted.run_id:
+        _demand_files(stores, wanted.output, finished)
+        return finished.model_copy(update={"reused": True})
+    taken_over: list[str] = []
+    with lease.acquire(stores, wanted.output, taken_over.append) as held:
+        run = _open(wanted, stores, fresh=fresh)
+        run.add_notes(taken_over)
+        run.watch = watch
+        run.execute(_executor(wanted.recipe))
+        return run.publish(started, held.check)
 
 
 def _executor(recipe: Recipe) -> Executor:
@@ -78,8 +83,8 @@ def _executor(recipe: Recipe) -> Executor:
 # -- what the output holds already
 
 
-def _open(wanted: Plan, stores: Stores, *, fresh: bool) -> "MergeRun | MergeResult":
-    """Return a new run, one to continue, or the result of a finished one; refuse a folder that holds something else."""
+def _open(wanted: Plan, stores: Stores, *, fresh: bool) -> "MergeRun":
+    """Return a new run, or one to continue; refuse a folder that holds something else."""
     output = wanted.output
     runs = find_runs(stores, output)
     mine = [generation for run_id, generation in runs if run_id == wanted.run_id]
@@ -87,9 +92,6 @@ def _open(wanted: Plan, stores: Stores, *, fresh: bool) -> "MergeRun | MergeResu
         _forget(stores, output, runs)
         return _begin(wanted, stores, max(mine, default=0) + 1)
     result = find_result(stores, output)
-    if result is not None and result.run_id == wanted.run_id:
-        _demand_files(stores, output, result)
-        return result.model_copy(update={"reused": True})
     others = sorted({run_id for run_id, _ in runs if run_id != wanted.run_id})
     remedy = "choose another folder (a path with {run_id} gives each merge its own), or replace it with --fresh"
     if result is not None:
@@ -194,6 +196,10 @@ class MergeRun:
         self._workers_lost = 0
         self._uploads: dict[str, str] = {}
         self._phase = 0
+
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Add what happened on the way to the notes of the result."""
+        self._plan = replace(self._plan, notes=(*self._plan.notes, *notes))
 
     def execute(self, executor: Executor) -> None:
         """Do all rounds; every one leaves its records and what the barrier makes of them in the manifest."""
@@ -325,8 +331,11 @@ class MergeRun:
 
     # -- after the last round
 
-    def publish(self, started: float) -> MergeResult:
-        """Complete the uploads and write everything else; return the result record, which is written last."""
+    def publish(self, started: float, check: Callable[[], None]) -> MergeResult:
+        """Complete the uploads and write everything else; return the result record, which is written last.
+
+        check: raises if the output is no longer ours; asked before anything becomes visible.
+        """
         self.watch(Progress("publish", 0, 1, self._totals.bytes_read, self._plan.bytes_read))
         last = len(self._plan.result.rounds) - 1
         parts: list[tuple[int, Part]] = []
@@ -337,7 +346,7 @@ class MergeRun:
             for member, parameter, count in record.zeroed:
                 key = f"{self._plan.result.members[member].id}: {parameter}"
                 zeroed[key] = zeroed.get(key, 0) + count
-        files = complete_uploads(self._plan, self._stores, self._uploads, parts)
+        files = complete_uploads(self._plan, self._stores, self._uploads, parts, check)
         result = MergeResult(
             status="done",
             run_id=self._plan.run_id,
@@ -359,8 +368,10 @@ class MergeRun:
             notes=list(self._plan.notes),
             provenance=provenance(self._plan),
         )
+        check()
         publish_documents(self._plan, self._stores, result)
         result = result.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+        check()
         publish_result(self._plan, self._stores, result)
         self.watch(Progress("publish", 1, 1, self._totals.bytes_read, self._plan.bytes_read))
         return result

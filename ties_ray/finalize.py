@@ -4,7 +4,7 @@ Every step may be done twice, so that a kill anywhere is mended by the same comm
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ruamel.yaml import YAML
 
@@ -19,9 +19,16 @@ LARGEST_SMALL_FILE = 256 * 2**20
 
 
 def complete_uploads(
-    plan: Plan, stores: Stores, uploads: dict[str, str], parts: Sequence[tuple[int, Part]]
+    plan: Plan,
+    stores: Stores,
+    uploads: dict[str, str],
+    parts: Sequence[tuple[int, Part]],
+    check: Callable[[], None],
 ) -> list[WrittenFile]:
-    """Make the weight files visible, and return them. Raises `InterruptedMerge` if a part is missing."""
+    """Make the weight files visible, and return them. Raises `InterruptedMerge` if a part is missing.
+
+    check: raises if another run holds the output now; asked before each file.
+    """
     store = stores.of(plan.output)
     written = []
     for index, file in enumerate(plan.result.files):
@@ -30,6 +37,7 @@ def complete_uploads(
         if missing:
             raise InterruptedMerge(Problem(file.name, f"{missing} parts are not recorded", "run again to continue"))
         ordered = [own[number] for number in sorted(own)]
+        check()
         pin = store.complete_upload(join(plan.output, file.name), uploads[file.name], ordered)
         written.append(WrittenFile(name=file.name, size=pin.size, etag=pin.etag))
     return written

@@ -140,6 +140,17 @@ class Store(ABC):
         """Write a small object whole and atomically, replacing what is there."""
         raise NotImplementedError
 
+    def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
+        """Write a small object if the one there still has this ETag ("": if there is none); None if not.
+
+        This one is best effort: another writer may come between look and write. Stores that can do better override it.
+        """
+        try:
+            now = self.head(uri, 0)[0].etag
+        except FileNotFoundError:
+            now = ""
+        return self.put(uri, data) if now == etag else None
+
     def delete(self, uri: str) -> None:
         """Remove an object; nothing happens where there is none."""
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """Files of a disk or of a network file system that every node mounts."""
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -93,6 +94,15 @@ class Local(Store):
                 raise
             _sync_folder(path.parent)
         return pin
+
+    def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
+        """Compare and write under a lock of the folder, which all processes of this machine see."""
+        folder = _path(uri).parent
+        with _explained(uri, "write"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _opened(folder, os.O_RDONLY) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                return super().swap(uri, data, etag)
 
     def _write(self, file: int, offset: int, data: memoryview) -> None:
         data = data.cast("B")

@@ -25,6 +25,7 @@ class _Upload:
 
 
 _LOCK = threading.Lock()
+_SWAP = threading.Lock()
 _OBJECTS: dict[str, _Object] = {}
 _UPLOADS: dict[str, _Upload] = {}
 _GENERATIONS = itertools.count(1)
@@ -69,6 +70,11 @@ class Memory(Store):
         """Set the object."""
         self.meter.add(bytes_written=len(data))
         return _pin(uri, _set(uri, bytes(data)))
+
+    def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
+        """Compare and write under a lock."""
+        with _SWAP:
+            return super().swap(uri, data, etag)
 
     def delete(self, uri: str) -> None:
         """Remove the object."""

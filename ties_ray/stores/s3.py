@@ -203,6 +203,31 @@ class S3(Store):
         )
         return _pin(uri, len(data), done)
 
+    def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
+        """Write with If-Match or If-None-Match; where the server ignores those, look before."""
+        condition = {"IfMatch": f'"{etag}"'} if etag else {"IfNoneMatch": "*"}
+        proof, _ = self._proof(memoryview(data))
+        try:
+            if self.head(uri, 0)[0].etag != etag:
+                return None
+        except FileNotFoundError:
+            if etag:
+                return None
+        try:
+            done = self._ask(
+                uri,
+                "writing it",
+                "put_object",
+                **_object(uri),
+                Body=memoryview(data),
+                **condition,
+                **proof,
+                **self._sealed,
+            )
+        except _Unmet:
+            return None
+        return _pin(uri, len(data), done)
+
     def delete(self, uri: str) -> None:
         """Remove the object."""
         self._ask(uri, "deleting it", "delete_object", **_object(uri))
@@ -342,6 +367,10 @@ class _NoUpload(InputError):
     """The service does not know an upload."""
 
 
+class _Unmet(InputError):
+    """The condition of a write does not hold."""
+
+
 class _Body:
     """What botocore takes for a file and aiohttp for a stream: the caller's memory, sent without a copy."""
 
@@ -465,6 +494,8 @@ def _explained(error: Exception, uri: str, doing: str) -> Exception:
         return _NoUpload(Problem(uri, f"{doing}: the store does not know the upload", "run the merge with --fresh"))
     if status == 404:
         return FileNotFoundError(uri)
+    if status == 412:
+        return _Unmet(Problem(uri, f"{doing}: another writer was there first", "run again"))
     if status in (401, 403):
         remedy = "check the credentials and their permissions; a missing object looks so too without s3:ListBucket"
         return InputError(Problem(uri, f"{doing} was refused ({told})", remedy))
