@@ -135,9 +135,7 @@ class _Desk:
 
 def _as_merge_error(caught: BaseException) -> MergeError:
     if isinstance(caught, MergeError):
-        if caught.kind == "defect":
-            caught.problems = tuple(map(_defect, caught.problems))
-        return caught
+        return MergeError(map(_defect, caught.problems)) if caught.kind == "defect" else caught
     if isinstance(caught, KeyboardInterrupt):
         number = caught.number if isinstance(caught, _Signal) else signal.SIGINT
         what = f"cancelled by {signal.Signals(number).name}"
@@ -248,12 +246,12 @@ def _merge(desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str |
       ties-ray merge recipe.yaml --set run.executor=local
       ties-ray merge s3://recipes/nightly.yaml --json --quiet --result s3://recipes/nightly.result.json
     """
-    from ties_ray import drive, text
-
     job = _Job(desk, result_uri)
     desk.on_failure = job.failed
     asked = _load(recipe, overrides)
     job.storage = asked.storage
+    from ties_ray import drive, text
+
     with desk.progress() as watch:
         if not desk.quiet:
             click.echo("plan: reading headers", err=True)
