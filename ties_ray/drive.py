@@ -475,8 +475,10 @@ def _error(failure: Failure, stage: str) -> MergeError:
     if kind:
         return kind(failure.problems)
     where = stage if failure.task is None else f"{stage}, shard {failure.task}"
-    problems = [Problem(where, str(problem), "run again to continue") for problem in failure.problems]
-    error = InterruptedMerge(problems)
+    is_ours = failure.kind == "defect"
+    remedy = "a defect of ties_ray or of a plugin: --debug shows where" if is_ours else "run again to continue"
+    problems = [Problem(where, str(problem), remedy) for problem in failure.problems]
+    error = MergeError(problems) if is_ours else InterruptedMerge(problems)
     error.shard = failure.task
     if failure.traceback:
         error.add_note(failure.traceback)
