@@ -29,6 +29,8 @@ from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
 SCHEMA_VERSION = 1
 MODEL_GROUP = 32
 """Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""
+TABLES = 2 * MODEL_GROUP * 65_536 * 8
+"""Bytes: a shard's own tables, and those they are added to."""
 MAX_SHARD = 64 * 2**20
 """Bytes: a shard of the merge holds as many whole parts as fit in this, at least one."""
 MAX_RANGE = 32 * 2**20
@@ -332,17 +334,18 @@ def _rounds(recipe: Recipe, catalog: Catalog, result: PlannedResult, layout: Lay
     if need:
         trimmed = [index for index, density in zip(result.models, need.densities, strict=True) if density < 1]
         groups = -(-len(result.models) // MODEL_GROUP)
-        block = _block(recipe, catalog, result, resident=False)
+        block = _block(recipe, catalog, result, beside=TABLES, resident=False)
         for name, kind in (("threshold, high bits", "count_high"), ("threshold, low bits", "count_low")):
             num_bytes, requests = cost.counting(trimmed, block)
             yield PlannedRound(name, kind, 0, groups * layout.num_ranges, 1, block, num_bytes, requests)  # type: ignore[arg-type]
     own = recipe.method.rounds()
+    parts = 2 * part_size(recipe, result.files)
     for position, round_ in enumerate(own):
         resident = round_.passes > 1
-        block = _block(recipe, catalog, result, resident=resident)
+        block = _block(recipe, catalog, result, beside=parts, resident=resident)
         passes = 1
         if resident and block < MIN_RESIDENT_BLOCK:
-            block, passes = _block(recipe, catalog, result, resident=False), round_.passes
+            block, passes = _block(recipe, catalog, result, beside=parts, resident=False), round_.passes
         if position < len(own) - 1:
             num_bytes, requests = cost.gathering(block, passes)
             yield PlannedRound(round_.name, "gather", position, layout.num_ranges, passes, block, num_bytes, requests)
@@ -373,18 +376,18 @@ def _element_bytes(catalog: Catalog, slices: int) -> int:
 
 def _slices(result: PlannedResult, resident: bool) -> int:
     """Return how many slices are in memory at a time: read ahead, merged together, or all of them."""
-    return len(result.models) + 1 if resident else AHEAD + TOGETHER
+    return len(result.models) + AHEAD if resident else AHEAD + TOGETHER
 
 
-def _block(recipe: Recipe, catalog: Catalog, result: PlannedResult, *, resident: bool) -> int:
-    part = part_size(recipe, result.files)
-    room = int(recipe.run.memory) - OVERHEAD - 2 * part
+def _block(recipe: Recipe, catalog: Catalog, result: PlannedResult, *, beside: int, resident: bool) -> int:
+    """Return how many elements a worker can hold of all slices; beside: bytes of its tables or parts."""
+    room = int(recipe.run.memory) - OVERHEAD - beside
     elements = room // _element_bytes(catalog, _slices(result, resident))
     if not resident and elements < 2**16:
         raise RecipeError(
             Problem(
                 "run.memory",
-                f"{recipe.run.memory.human_readable()} is too little for parts of {part // 2**20} MiB",
+                f"{recipe.run.memory.human_readable()} is too little beside {beside // 2**20} MiB of parts or tables",
                 "raise it, or lower output.part_size",
             )
         )
@@ -397,7 +400,7 @@ def _memory(recipe: Recipe, catalog: Catalog, result: PlannedResult, round_: Pla
     largest = max(parameter.numel for parameter in catalog.parameters)
     block = min(round_.block, largest) * _element_bytes(catalog, _slices(result, resident))
     parts = 2 * min(layout.part_size, max(file.size for file in result.files)) if round_.kind == "merge" else 0
-    tables = MODEL_GROUP * 65_536 * 8 * 2 if round_.kind in ("count_high", "count_low") else 0
+    tables = TABLES if round_.kind in ("count_high", "count_low") else 0
     return OVERHEAD + block + parts + tables
 
 
