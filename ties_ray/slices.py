@@ -6,9 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import Kernels, Op, State
+from ties_ray.kernels import Encoded, Kernels, Op, State
 from ties_ray.methods import Deltas, Slice
-from ties_ray.transfer import Fetched, ReadAhead
 
 
 class Slices(Deltas):
@@ -17,11 +16,10 @@ class Slices(Deltas):
     def __init__(
         self,
         kernels: Kernels,
-        reads: ReadAhead,
         base: Tensor,
         offset: int,
         num_models: int,
-        coming: Iterator[Fetched | None],
+        coming: Iterator[Encoded | None],
         *,
         passes: int,
         resident: bool,
@@ -30,7 +28,6 @@ class Slices(Deltas):
         """`coming` yields the models' slices, `passes` times over; resident: keep them for further passes."""
         self.not_finite = [0] * num_models
         self._kernels = kernels
-        self._reads = reads
         self._base = base
         self._offset = offset
         self._num_models = num_models
@@ -40,31 +37,33 @@ class Slices(Deltas):
         self._taken = 0
         self._resident = resident
         self._together = together
-        self._held: list[Fetched | None] = []
+        self._held: list[Encoded | None] = []
 
     def __iter__(self) -> Iterator[Slice]:
         delta = torch.empty(len(self._base), dtype=torch.float32)
-        for model, fetched in self.models():
-            if fetched:
-                self._note(model, self._kernels.delta(fetched.encoded, self._base, delta))
+        for model, encoded in self.models():
+            if encoded:
+                self._note(model, self._kernels.delta(encoded, self._base, delta))
             else:
                 delta.zero_()
+            del encoded
             yield Slice(model, delta)
 
     def fold(self, op: Op) -> State:
         """Return the op's state over all models; a model that lacks the parameter adds nothing."""
         state = self._kernels.start(op, len(self._base))
-        models = self.models(hold=self._together)
+        models = self.models()
         while group := list(itertools.islice(models, self._together)):
-            encoded = [(model, fetched.encoded) for model, fetched in group if fetched]
+            encoded = [(model, one) for model, one in group if one]
+            members = [model for model, one in group if one]
             counts = self._kernels.fold(op, state, self._base, encoded, self._offset)
-            for (model, _), count in zip(encoded, counts, strict=True):
+            del group, encoded  # their memory is for the slices to come
+            for model, count in zip(members, counts, strict=True):
                 self._note(model, count)
         return state
 
-    def models(self, hold: int = 1) -> Iterator[tuple[int, Fetched | None]]:
-        """Yield (model, slice) in recipe order; a slice is valid until `hold` later ones were taken or the pass after
-        it begins; always, if all are resident."""
+    def models(self) -> Iterator[tuple[int, Encoded | None]]:
+        """Yield (model, slice) in recipe order; who holds on to slices holds their memory."""
         self._pass += 1
         if self._resident and self._pass > 1:
             yield from enumerate(self._held)
@@ -73,27 +72,23 @@ class Slices(Deltas):
             raise RuntimeError("the method goes through its models more often than its round's `passes` says")
         self._skip_to((self._pass - 1) * self._num_models)
         for model in range(self._num_models):
-            if not self._resident and len(self._held) == hold:
-                self._release()
-            self._held.append(next(self._coming))
             self._taken += 1
-            yield model, self._held[-1]
+            if self._resident:
+                self._held.append(next(self._coming))
+                yield model, self._held[-1]
+            else:
+                yield model, next(self._coming)
 
     def close(self) -> None:
-        """Give all buffers back, and those of slices that the method did not ask for."""
+        """Let go of all slices, and take those that the method did not ask for."""
         self._skip_to(self._passes * self._num_models)
 
     def _skip_to(self, position: int) -> None:
-        self._release()
-        for fetched in itertools.islice(self._coming, position - self._taken):
-            self._reads.release(fetched)
+        self._held.clear()
+        for _ in range(position - self._taken):
+            next(self._coming)
         self._taken = position
 
     def _note(self, model: int, count: int) -> None:
         if self._pass == 1:
             self.not_finite[model] += count
-
-    def _release(self) -> None:
-        for fetched in self._held:
-            self._reads.release(fetched)
-        self._held.clear()

@@ -1,4 +1,4 @@
-"""Bytes on their way: slices are read ahead of the merge, parts are written behind it, through buffers used again."""
+"""Bytes on their way: slices are read ahead of the merge, parts are written behind it, in memory that is used again."""
 
 import collections
 import itertools
@@ -14,6 +14,7 @@ from torch import Tensor
 from ties_ray.catalog import Model
 from ties_ray.formats import Format, Source
 from ties_ray.kernels import Encoded
+from ties_ray.kernels.buffers import Buffers
 from ties_ray.stores import Part, Pin, Stores
 
 
@@ -26,22 +27,15 @@ class Wanted(NamedTuple):
     stop: int
 
 
-class Fetched(NamedTuple):
-    """A slice in memory; its buffers go back to the pool by `ReadAhead.release`."""
-
-    encoded: Encoded
-    buffers: tuple[Tensor, ...]
-
-
 class ReadAhead:
-    """Reads slices in the order asked for, at most `ahead` of them in flight, into buffers that are used again."""
+    """Reads slices in the order asked for, at most `ahead` of them in flight."""
 
     def __init__(self, stores: Stores, formats: Mapping[str, Format], ahead: int) -> None:
         self._stores = stores
         self._formats = formats
         self._ahead = ahead
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
-        self._free: list[Tensor] = []
+        self._buffers = Buffers()
         self._lock = threading.Lock()
         self.waited = 0.0
         """Seconds that the merge has waited for bytes."""
@@ -49,9 +43,12 @@ class ReadAhead:
         self.requests = 0
         """Reads of inputs; what the plan promises."""
 
-    def stream(self, wanted: Iterable[Wanted | None]) -> Generator[Fetched | None, None, None]:
-        """Yield the slices in order; None for None (a parameter that the model lacks)."""
-        coming: collections.deque[Future[Fetched] | None] = collections.deque()
+    def stream(self, wanted: Iterable[Wanted | None]) -> Generator[Encoded | None, None, None]:
+        """Yield the slices in order; None for None (a parameter that the model lacks).
+
+        A slice's memory is used again as soon as nobody refers to the slice.
+        """
+        coming: collections.deque[Future[Encoded] | None] = collections.deque()
         remaining = iter(wanted)
         try:
             while True:
@@ -59,21 +56,16 @@ class ReadAhead:
                     coming.append(item and self._threads.submit(self._fetch, item))
                 if not coming:
                     return
-                future = coming.popleft()
-                started = time.monotonic()
-                fetched = future.result() if future else None
-                self.waited += time.monotonic() - started
-                yield fetched
+                yield self._await(coming.popleft())
         finally:
-            for future in filter(None, coming):
-                if not future.cancel() and not future.exception():
-                    self.release(future.result())
+            wait([future for future in coming if future and not future.cancel()])
 
-    def release(self, fetched: Fetched | None) -> None:
-        """Give a slice's buffers back."""
-        if fetched:
-            with self._lock:
-                self._free.extend(fetched.buffers)
+    def _await(self, future: Future[Encoded] | None) -> Encoded | None:
+        started = time.monotonic()
+        try:
+            return future.result() if future else None
+        finally:
+            self.waited += time.monotonic() - started
 
     def read(self, pin: Pin, start: int, into: Tensor) -> None:
         """Fill `into` (1-D uint8) with an input's bytes from `start` on."""
@@ -82,55 +74,38 @@ class ReadAhead:
             self.bytes_read += len(into)
             self.requests += 1
 
-    def _fetch(self, wanted: Wanted) -> Fetched:
-        buffers, views = [], []
+    def _fetch(self, wanted: Wanted) -> Encoded:
         form = self._formats[wanted.model.format]
+        views = []
         for read in form.reads(wanted.source, wanted.start, wanted.stop):
-            buffer = self._buffer(read.stop - read.start)
-            view = buffer[: read.stop - read.start]
-            pin = wanted.model.objects[read.object]
-            self.read(pin, read.start, view)
-            buffers.append(buffer)
-            views.append(view)
-        return Fetched(form.encoded(wanted.source, wanted.start, wanted.stop, views), tuple(buffers))
-
-    def _buffer(self, size: int) -> Tensor:
-        with self._lock:
-            for index, buffer in enumerate(self._free):
-                if len(buffer) >= size:
-                    return self._free.pop(index)
-            if self._free:  # too small, all of them: replace one instead of growing the pool
-                self._free.pop()
-        return torch.empty(size, dtype=torch.uint8)
+            views.append(self._buffers.empty(read.stop - read.start, torch.uint8))
+            self.read(wanted.model.objects[read.object], read.start, views[-1])
+        return form.encoded(wanted.source, wanted.start, wanted.stop, views)
 
 
 class WriteBehind:
-    """Writes parts from two buffers: one is on its way while the other is filled."""
+    """Writes parts: one is on its way while the next is filled."""
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._free: list[Tensor] = []
-        self._going: collections.deque[tuple[Tensor, int, Future[Part]]] = collections.deque()
+        self._buffers = Buffers()
+        self._going: collections.deque[tuple[int, Future[Part]]] = collections.deque()
         self._written: list[tuple[int, Part]] = []
         self.waited = 0.0
         """Seconds that the merge has waited for a write."""
 
     def buffer(self, size: int) -> Tensor:
-        """Return a buffer of at least `size` bytes, waiting for the older of two writes if need be."""
+        """Return memory for `size` bytes, waiting for the older of two writes if need be."""
         while len(self._going) > 1:
             self._finish()
-        while self._free:
-            buffer = self._free.pop()
-            if len(buffer) >= size:
-                return buffer
-        return torch.empty(size, dtype=torch.uint8)
+        return self._buffers.empty(size, torch.uint8)
 
-    def write(self, buffer: Tensor, size: int, file: int, uri: str, upload: str, number: int, offset: int) -> None:
-        """Begin to write the first `size` bytes of a buffer as part `number` (from 1) of weight file `file`."""
-        data = buffer[:size].numpy().data
-        store = self._stores.of(uri)
-        self._going.append((buffer, file, self._thread.submit(store.write_part, uri, upload, number, offset, data)))
+    def write(self, part: Tensor, file: int, uri: str, upload: str, number: int, offset: int) -> None:
+        """Begin to write part `number` (from 1) of weight file `file`."""
+        write_part = self._stores.of(uri).write_part
+        going = self._thread.submit(write_part, uri, upload, number, offset, part.numpy().data)
+        self._going.append((file, going))
 
     def drain(self) -> list[tuple[int, Part]]:
         """Wait until everything is durable; return (file, part) of what was written since the last call."""
@@ -141,16 +116,14 @@ class WriteBehind:
 
     def abandon(self) -> None:
         """Wait for writes under way, whatever becomes of them, and forget them."""
-        wait([future for _, _, future in self._going])
-        self._free.extend(buffer for buffer, _, _ in self._going)
+        wait([future for _, future in self._going])
         self._going.clear()
         self._written.clear()
 
     def _finish(self) -> None:
-        buffer, file, future = self._going[0]
+        file, future = self._going[0]
         started = time.monotonic()
         part = future.result()
         self.waited += time.monotonic() - started
         self._going.popleft()
-        self._free.append(buffer)
         self._written.append((file, part))

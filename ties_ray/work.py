@@ -20,7 +20,8 @@ from torch import Tensor
 from ties_ray import kernels
 from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Parameter
-from ties_ray.kernels import HIGH_BINS, LOW_BINS, flushes_to_zero
+from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, flushes_to_zero
+from ties_ray.kernels.buffers import Buffers
 from ties_ray.manifest import Folded, Manifest, Record
 from ties_ray.methods import Context, Threshold
 from ties_ray.outputs import Placed
@@ -180,6 +181,7 @@ class Worker:
         self._formats = formats_of((found.catalog.base, *self._models))
         self._reads = ReadAhead(self._stores, self._formats, AHEAD)
         self._writes = WriteBehind(self._stores)
+        self._bases = Buffers()
         self._known: dict[int, dict[int, Folded]] = {}
         self._token = uuid.uuid4().hex[:12]
         self._num_records = 0
@@ -321,19 +323,26 @@ class Worker:
         wanted = (item for block in blocks for item in self._wanted(block, members, round_.passes))
         with closing(self._reads.stream(wanted)) as coming:
             for parameter, start, stop in blocks:
-                fetched = next(coming)
-                assert fetched, "the base has every parameter"
-                wide = fetched.encoded.data.dtype == torch.float64
-                base = fetched.encoded.data.to(torch.float64 if wide else torch.float32, copy=True)
-                self._reads.release(fetched)
-                self._demand_finite_base(base, self._plan.catalog.parameters[parameter])
+                base = self._decoded(next(coming), self._plan.catalog.parameters[parameter])
                 slices = Slices(
-                    self._kernels, self._reads, base, start, len(members), coming,
+                    self._kernels, base, start, len(members), coming,
                     passes=round_.passes, resident=resident, together=TOGETHER,
                 )  # fmt: skip
                 yield Block(parameter, start, stop, base, slices)
                 slices.close()
                 self._judge(slices.not_finite, members, parameter, done)
+
+    def _decoded(self, encoded: Encoded | None, parameter: Parameter) -> Tensor:
+        """Return a slice of the base as fp32, or fp64 where it is stored in F64; refuse what is not finite."""
+        assert encoded, "the base has every parameter"
+        stored = encoded.data
+        if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():  # NaN and Inf come through; nothing is copied
+            count = int((~torch.isfinite(stored)).sum())
+            where = f"{self._plan.catalog.base.uri}: {parameter.name}"
+            remedy = "repair the base, or exclude the parameter"
+            raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
+        wide = stored.dtype == torch.float64
+        return self._bases.empty(len(stored), torch.float64 if wide else torch.float32).copy_(stored)
 
     def _wanted(self, block: tuple[int, int, int], members: Sequence[int], passes: int) -> Iterator[Wanted | None]:
         parameter, start, stop = block
@@ -349,6 +358,8 @@ class Worker:
     def _count(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
         need = self._need()
         members = [member for member in range(*shard.models) if need.densities[member] < 1]
+        if not members:
+            return  # nor is the base read, as the plan says
         low = round_.kind == "count_low"
         picks = self._picks("count_high", [shard.models[0] // MODEL_GROUP]) if low else {}
         counted = WHOLE
@@ -357,16 +368,16 @@ class Worker:
                 if need.scope == "tensor" and block.parameter != counted:
                     done.harvest()
                     counted = block.parameter
-                for position, fetched in block.slices.models():
-                    if fetched is None:
+                for position, encoded in block.slices.models():
+                    if encoded is None:
                         continue  # a delta of zero lies in the lowest bin, and ranks count from the top
                     scope = (members[position], counted)
                     if not low:
                         table = done.table(scope, HIGH_BINS)
-                        bad = self._kernels.count_high(fetched.encoded, block.base, table)
+                        bad = self._kernels.count_high(encoded, block.base, table)
                     elif picks[scope].high >= 0:
                         table = done.table(scope, LOW_BINS)
-                        bad = self._kernels.count_low(fetched.encoded, block.base, picks[scope].high, table)
+                        bad = self._kernels.count_low(encoded, block.base, picks[scope].high, table)
                     else:
                         continue
                     block.slices.not_finite[position] += bad
@@ -398,7 +409,7 @@ class Worker:
                 for placed, first, last in pieces:
                     begin, size = placed.start - start, DTYPE_BITS[placed.tensor.dtype] // 8
                     self._fill(blocks, placed, first, last, part[begin + first * size : begin + last * size])
-                self._writes.write(part, stop - start, shard.file, uri, self._uploads[file.name], number + 1, start)
+                self._writes.write(part, shard.file, uri, self._uploads[file.name], number + 1, start)
             next(blocks, None)  # a block is judged when the next is asked for
         done.parts += self._writes.drain()
 
@@ -448,13 +459,6 @@ class Worker:
 
     # -- what is not finite
 
-    def _demand_finite_base(self, base: Tensor, parameter: Parameter) -> None:
-        if not bool(torch.isfinite(base).all()):
-            count = int((~torch.isfinite(base)).sum())
-            where = f"{self._plan.catalog.base.uri}: {parameter.name}"
-            remedy = "repair the base, or exclude the parameter"
-            raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
-
     def _judge(self, counts: Sequence[int], members: Sequence[int], parameter: int, done: Batch) -> None:
         """Refuse values that are not finite, with the count over the whole parameter, or note what was zeroed."""
         for member, count in zip(members, counts, strict=True):
@@ -477,10 +481,8 @@ class Worker:
         for base, model in zip(coming, coming, strict=True):
             assert base
             assert model
-            delta = model.encoded.data.to(torch.float64) - base.encoded.data.to(torch.float64)
+            delta = model.data.to(torch.float64) - base.data.to(torch.float64)
             total += int((~torch.isfinite(delta.to(torch.float32))).sum())
-            self._reads.release(base)
-            self._reads.release(model)
         return total
 
     # -- records

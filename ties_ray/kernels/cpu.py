@@ -33,6 +33,7 @@ from ties_ray.kernels import (
     WeightedSum,
     state_dtypes,
 )
+from ties_ray.kernels.buffers import Buffers
 
 TILE = 32_768
 """Elements; with 16 bytes of state, base, delta and bf16 data 0.85 MiB."""
@@ -420,6 +421,7 @@ class Cpu(Kernels):
 
     def __init__(self) -> None:
         self._scratch = _Scratch()
+        self._buffers = Buffers()
 
     def delta(self, source: Encoded, base: Tensor, out: Tensor) -> int:
         """See `Kernels.delta`."""
@@ -427,7 +429,8 @@ class Cpu(Kernels):
 
     def start(self, op: Op, length: int) -> State:
         """See `Kernels.start`."""
-        return {name: torch.zeros(length, dtype=getattr(torch, dtype)) for name, dtype in state_dtypes(op).items()}
+        dtypes = {name: getattr(torch, dtype) for name, dtype in state_dtypes(op).items()}
+        return {name: self._buffers.empty(length, dtype).zero_() for name, dtype in dtypes.items()}
 
     def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Encoded]], offset: int) -> list[int]:
         """See `Kernels.fold`."""
@@ -462,7 +465,7 @@ class Cpu(Kernels):
         self, op: Op, state: State, zero_sign: int, factor: float, merge: Literal["mean", "sum", "max"]
     ) -> Tensor:
         """See `Kernels.elect`."""
-        out = torch.empty_like(state["sum"])
+        out = self._buffers.empty(len(state["sum"]), torch.float32)
         arrays = [_array(state[name]) for name in state_dtypes(op)]
         constants = np.float32(zero_sign), np.float32(factor)
         if merge != "mean":

@@ -1,0 +1,54 @@
+"""Memory that is used again: a fresh page costs a fault (up to 2 us for 4 KiB), more than the work on what it holds."""
+
+import collections
+import mmap
+import weakref
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 * 2**20
+"""Sizes are multiples of this; what is not touched takes no memory."""
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+
+class Buffers:
+    """Lends tensors on a few buffers of one size, the largest asked for; threads may ask at once.
+
+    A buffer comes back when the last tensor or array on it is gone. malloc would use memory again too, but how much of
+    it lies in fragments, one heap a thread, can't be planned.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._free: collections.deque[Bytes] = collections.deque()
+
+    def empty(self, length: int, dtype: torch.dtype) -> Tensor:
+        """Return a 1-D tensor of any content."""
+        wanted = length * dtype.itemsize
+        if wanted > self._size:
+            self._size = -(-wanted // HUGE_PAGE) * HUGE_PAGE
+        lent = (whole := self._take(wanted))[:wanted]
+        weakref.finalize(lent, self._give_back, whole).atexit = False  # the tensor holds `lent` as long as it lives
+        return torch.from_numpy(lent).view(dtype)
+
+    def _take(self, wanted: int) -> Bytes:
+        while self._free:
+            try:
+                whole = self._free.pop()
+            except IndexError:  # another thread was quicker
+                break
+            if len(whole) >= wanted:
+                return whole
+        memory = mmap.mmap(-1, max(self._size, HUGE_PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, np.uint8)
+
+    def _give_back(self, whole: Bytes) -> None:
+        if len(whole) == self._size:
+            self._free.append(whole)
