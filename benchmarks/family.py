@@ -1,6 +1,8 @@
 """Make families shaped like real ones: Llama-style checkpoints in bf16, sharded, with fine-tunes of a few ulps.
 
     python benchmarks/family.py FOLDER --models 8 --size 20M
+
+A third of the values of each fine-tune differ from the base. What is there already is not made again.
 """
 
 import json
@@ -85,7 +87,7 @@ def write_model(folder: Path, shape: Shape, model: int | None, num_files: int) -
     (folder / "config.json").write_text(json.dumps(config_of(shape), indent=2) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nSynthetic weights for trying out a merge.\n")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(dealt(shape, num_files), start=1):
         file = f"model-{number:05d}-of-{num_files:05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
