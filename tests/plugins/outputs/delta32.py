@@ -1,0 +1,44 @@
+"""The merged task vector itself, in fp32, under an index of its own."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ties_ray.formats import Parameter
+from ties_ray.kernels import Kernels
+from ties_ray.outputs import Output, OutputFile, OutputTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Delta32(Output):
+    """What is merged and nothing else, before the base is added."""
+
+    kind: Literal["delta32"] = "delta32"
+    prefix: str = "delta."
+    """Before every name."""
+
+    def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
+        return tuple(
+            OutputTensor(self.prefix + parameter.name, "F32", parameter.shape, parameter.name, copied=False)
+            for parameter in parameters
+            if parameter.merged
+        )
+
+    def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
+        out.copy_(merged)
+        return int((merged.isfinite() & ~out.isfinite()).sum())
+
+    def file_name(self, number: int, count: int) -> str:
+        return f"delta-{number:05d}.safetensors"
+
+    def index(self, files: Sequence[OutputFile]) -> tuple[str, bytes]:
+        weight_map = {placed.tensor.name: file.name for file in files for placed in file.tensors}
+        return "delta.json", json.dumps({"weight_map": weight_map}).encode()
+
+    def rewrite(self, name: str, data: bytes) -> bytes | None:
+        return None
+
+    def door(self, files: Sequence[OutputFile]) -> str:
+        return "delta.json"

@@ -1,0 +1,102 @@
+"""A store of one file: local folders under `frail://`, whose process is killed at a chosen point, once."""
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ties_ray.stores import Listing, Part, Pin
+from ties_ray.stores.local import Local
+
+SCHEME = "frail://"
+
+
+class Point(BaseModel):
+    """Where to die; nowhere if `marker` is empty or there already."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    when: Literal["before", "after"] = "before"
+    what: str = ""
+    """A method of the store."""
+    uri: str = "*"
+    """A pattern of its URI."""
+    count: int = 1
+    """At the n-th such call of a process."""
+    marker: str = ""
+    """The file that remembers the death."""
+
+
+class Frail(Local):
+    """Local files by another name."""
+
+    options: ClassVar[type[BaseModel]] = Point
+
+    def __init__(self, options: BaseModel) -> None:
+        super().__init__(options)
+        assert isinstance(options, Point)
+        self._point = options
+        self._calls = 0
+        self._counting = threading.Lock()
+
+    def list(self, uri: str) -> Listing:
+        found = super().list(_path(uri))
+        return Listing(tuple(map(_named, found.files)), tuple(SCHEME + folder for folder in found.folders))
+
+    def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
+        pin, data = super().head(_path(uri), nbytes)
+        return _named(pin), data
+
+    def read(self, pin: Pin, start: int, into: memoryview) -> None:
+        self._step("before", "read", pin.uri)
+        super().read(pin._replace(uri=_path(pin.uri)), start, into)
+
+    def put(self, uri: str, data: bytes) -> Pin:
+        return _named(self._around("put", uri, data))
+
+    def delete(self, uri: str) -> None:
+        self._around("delete", uri)
+
+    def begin_upload(self, uri: str, size: int) -> str:
+        return str(self._around("begin_upload", uri, size))
+
+    def write_part(self, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
+        return Part(*self._around("write_part", uri, upload, number, offset, data))
+
+    def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
+        return super().list_parts(_path(uri), upload)
+
+    def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
+        return _named(self._around("complete_upload", uri, upload, parts))
+
+    def abort_upload(self, uri: str, upload: str) -> None:
+        super().abort_upload(_path(uri), upload)
+
+    def _around(self, what: str, uri: str, *rest: object) -> Any:
+        self._step("before", what, uri)
+        result = getattr(super(), what)(_path(uri), *rest)
+        self._step("after", what, uri)
+        return result
+
+    def _step(self, when: str, what: str, uri: str) -> None:
+        point = self._point
+        if (when, what) != (point.when, point.what) or not fnmatch(uri, point.uri) or not point.marker:
+            return
+        with self._counting:
+            self._calls += 1
+            if self._calls == point.count and not Path(point.marker).exists():
+                Path(point.marker).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _path(uri: str) -> str:
+    return uri.removeprefix(SCHEME)
+
+
+def _named(pin: Pin) -> Pin:
+    return pin._replace(uri=SCHEME + pin.uri)

@@ -1,0 +1,400 @@
+"""The promises of the design (section 2), each by a merge that could break it."""
+
+import gzip
+import importlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Bucket
+from tests.families import Family, write_checkpoint
+from tests.merging import LOCAL, digests, merge, recipe_of
+from ties_ray import drive, work
+from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor
+from ties_ray.executors.local import LocalExecutor
+from ties_ray.executors.ray import RayExecutor
+from ties_ray.plan import Plan
+from ties_ray.report import MergeResult, Progress
+from ties_ray.stores import Pin, Store, Stores, join
+from ties_ray.stores.local import Local
+from ties_ray.stores.s3 import S3
+
+planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
+MakeFamily = Callable[..., Family]
+METHODS: dict[str, dict[str, Any]] = {
+    "official": {"name": "ties", "profile": "official", "lambda": 0.7},
+    "tensor_max": {"name": "ties", "trim": "tensor", "merge": "max"},
+    "dare": {"name": "dare", "density": 0.3, "combine": "ties"},
+    "consensus": {"name": "consensus", "lambda": 0.3},
+}
+
+
+@pytest.fixture(scope="session")
+def large(family_of: MakeFamily) -> Family:
+    """Return three fine-tunes of 21 MB."""
+    return family_of(hidden=1024, shards=3)
+
+
+@pytest.fixture(scope="session")
+def wanted(large: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Return the digests of the large family's merges by method: one local worker, two files, one part a file."""
+    folder = tmp_path_factory.mktemp("wanted")
+    for name, method in METHODS.items():
+        merge(large, output_in(folder, name, "64MiB"), method)
+    return {name: digests(folder / name) for name in METHODS}
+
+
+def output_in(folder: Path, name: str, part_size: str = "5MiB") -> dict[str, object]:
+    return {"path": str(folder / name), "file_size": "15MB", "part_size": part_size}
+
+
+# 1. Same recipe, same bytes.
+
+
+def test_the_large_family_has_several_files_and_parts(large: Family, wanted: dict[str, dict[str, str]]) -> None:
+    made = drive.plan(recipe_of(large, output_in(Path("/nowhere"), "out"), METHODS["official"]))
+    assert [made.layout.num_parts(file) for file in range(len(made.result.files))] == [3, 2]
+    assert all(len(files) == 3 for files in wanted.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("part_size", "workers", "memory"),
+    [("5MiB", 3, "512MiB"), ("7MiB", 2, "128MiB"), ("5MiB", 1, "4GiB")],
+)
+def test_part_sizes_workers_and_memory_change_no_byte(
+    name: str,
+    part_size: str,
+    workers: int,
+    memory: str,
+    large: Family,
+    wanted: dict[str, dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    run = {**LOCAL, "workers": workers, "memory": memory}
+    merge(large, output_in(tmp_path, "out", part_size), METHODS[name], run=run)
+    assert digests(tmp_path / "out") == wanted[name]
+
+
+def test_inputs_and_outputs_in_a_bucket_give_the_same_bytes(
+    large: Family, wanted: dict[str, dict[str, str]], tmp_path: Path, s3_bucket: Bucket
+) -> None:
+    stores, local = Stores(s3_bucket.storage), Stores({})
+    uploaded = copy_family(large, local, stores, s3_bucket.uri)
+    output = {**output_in(tmp_path, "x"), "path": f"{s3_bucket.uri}/out"}
+    recipe = recipe_of(uploaded, output, METHODS["official"], storage=s3_bucket.storage, run={**LOCAL, "workers": 2})
+    made = drive.plan(recipe)
+    with reads_counted() as counted:
+        result = drive.merge(recipe)
+    assert_as_planned(result, counted, uploaded, workers=0, made=made)  # only local files need a look
+    copy_folder(stores, f"{s3_bucket.uri}/out", local, str(tmp_path / "back"))
+    assert digests(tmp_path / "back") == wanted["official"]
+
+
+def test_a_method_that_iterates_gives_the_bits_of_the_fused_one(
+    large: Family, tmp_path: Path, plugged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(large, tmp_path / "fused", {"name": "ties", "density": 0.3})
+    merge(large, tmp_path / "plain", {"name": "plain_ties", "density": 0.3})
+    assert digests(tmp_path / "plain") == digests(tmp_path / "fused")
+
+
+@pytest.mark.parametrize("name", ["consensus", "plain_ties"])
+def test_reading_twice_gives_the_bits_of_keeping_all_slices(
+    name: str, large: Family, tmp_path: Path, plugged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = merge(large, tmp_path / "resident", name)
+    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", 2**40)
+    planned = drive.plan(recipe_of(large, tmp_path / "again", name))
+    again = merge(large, tmp_path / "again", name)
+    assert digests(tmp_path / "again") == digests(tmp_path / "resident")
+    assert again.bytes_read == planned.bytes_read
+    assert again.bytes_read - resident.bytes_read == sum(
+        tensor.nbytes for tensors in large.model_tensors for tensor in tensors.values() if tensor.is_floating_point()
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_bytes(
+    seed: int, family_of: MakeFamily, tmp_path: Path, plugged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes below which a cut is invisible, drawn at random and small, on a family of all dtypes."""
+    draw = random.Random(seed)
+    family = family_of(num_models=5, mixed=True, shards=2)
+    method = draw.choice([*METHODS.values(), {"name": "plain_ties"}, {"name": "ties", "zero_sum": "majority"}])
+    whole = merge(family, {"path": str(tmp_path / "whole"), "file_size": "9KB"}, method)
+
+    part = draw.choice([4096, 8192, 16_384])
+    monkeypatch.setattr(planning, "part_size", lambda recipe, files: part)
+    monkeypatch.setattr(planning, "MAX_SHARD", part * draw.randint(1, 3))
+    monkeypatch.setattr(planning, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
+    monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 1001, 4096]))
+    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
+    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
+    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4])
+    for module in (planning, work, drive):
+        monkeypatch.setattr(module, "MODEL_GROUP", group)
+    for module in (planning, work):
+        monkeypatch.setattr(module, "AHEAD", ahead)
+        monkeypatch.setattr(module, "TOGETHER", together)
+    monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
+    run = {**LOCAL, "workers": draw.choice([1, 2, 3])}
+    recipe = recipe_of(family, {"path": str(tmp_path / "cut"), "file_size": "9KB"}, method, run=run)
+    assert drive.plan(recipe).layout.num_merge_shards > 1
+
+    events = draw.randint(1, 60)
+    with reads_counted() as counted:
+        result = interrupted_after(events, recipe) or drive.merge(recipe)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    assert result.trims == whole.trims
+    if not result.resumed:
+        assert_as_planned(result, counted, family, workers=run["workers"], made=drive.plan(recipe))
+
+
+def interrupted_after(events: int, recipe: Any) -> MergeResult | None:
+    """Merge until so many events have been seen; return the result if there were fewer."""
+    seen = 0
+
+    def watch(progress: Progress) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == events:
+            raise KeyboardInterrupt
+
+    try:
+        return drive.merge(recipe, watch=watch)
+    except KeyboardInterrupt:
+        return None
+
+
+# 2. Memory does not grow with the number of models.
+
+SCRIPT = """
+import sys
+from ties_ray import drive, work, kernels
+from ties_ray.recipe import parse
+from ties_ray.executors.local import LocalExecutor
+kernels.load("cpu")
+recipe = parse(open(sys.argv[1]).read())
+print("ready", flush=True)
+sys.stdin.readline()
+drive.merge(recipe)
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Return the anonymous memory of a process, as the kernel counts it."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no such line")
+
+
+def peak_of(recipe_file: Path) -> int:
+    """Return what a merge in a process of its own takes beyond its imports, in bytes, sampled from outside."""
+    command = [sys.executable, "-c", SCRIPT, str(recipe_file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        before = peak = anonymous_bytes(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        os.set_blocking(process.stdout.fileno(), False)
+        while process.stdout.readline() != "done\n":
+            assert process.poll() is None, "the merge failed"
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.005)
+        process.stdin.write("\n")
+    return peak - before
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Return 16 models of 25 MB over one base; their files are links to three, since only their number matters."""
+    root = tmp_path_factory.mktemp("many")
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 6_000_000, generator=generator).to(torch.bfloat16)
+    store = Stores({}).of("/")
+    for number in range(4):
+        noise = torch.randint(-2, 3, values.shape, generator=generator, dtype=torch.int16)
+        changed = (values.view(torch.int16) + noise * (number > 0)).view(torch.bfloat16)
+        write_checkpoint(store, str(root / str(number)), {"a.weight": changed[0], "b.weight": changed[1]})
+    for number in range(4, 17):
+        (root / str(number)).mkdir()
+        for file in (root / str(number % 3 + 1)).iterdir():
+            os.link(file, root / str(number) / file.name)
+    return Family(str(root / "0"), tuple(str(root / str(number)) for number in range(1, 17)), {}, ())
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "counts"),
+    [("average", "128MiB", (4, 16)), ("ties", "384MiB", (8, 16))],  # ties: fewer than 8 models need fewer tables
+)
+def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
+    method: str, memory: str, counts: tuple[int, int], many: Family, tmp_path: Path
+) -> None:
+    peaks, planned = [], set()
+    for count in counts:
+        family = replace(many, models=many.models[:count])
+        run = {**LOCAL, "workers": 1, "memory": memory}
+        recipe = recipe_of(family, tmp_path / f"out-{count}", method, run=run)
+        made = drive.plan(recipe)
+        (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
+        peaks.append(peak_of(tmp_path / "recipe.json"))
+        planned.add(made.memory)
+        assert 20 * 2**20 < peaks[-1] <= made.memory <= recipe.run.memory, f"{peaks[-1]:,} bytes for {count} models"
+    assert len(planned) == 1
+    assert peaks[1] <= 1.1 * peaks[0] + 8 * 2**20
+
+
+def test_a_method_that_keeps_all_slices_keeps_to_its_memory_too(many: Family, tmp_path: Path) -> None:
+    run = {**LOCAL, "workers": 1, "memory": "192MiB"}
+    recipe = recipe_of(many, tmp_path / "out", "consensus", run=run)
+    made = drive.plan(recipe)
+    assert made.result.rounds[-1].passes == 1, "the slices of 16 models fit"
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
+    assert peak_of(tmp_path / "recipe.json") <= made.memory <= recipe.run.memory
+
+
+# 4. No tensor passes through the driver or through Ray's object store.
+
+
+@pytest.mark.parametrize("executor", [LocalExecutor, RayExecutor])
+def test_only_short_messages_travel_and_every_executor_gives_the_same_bytes(
+    executor: type[Executor],
+    large: Family,
+    wanted: dict[str, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ray_cluster: None,
+) -> None:
+    sizes: list[int] = []
+    start, submit, wait = executor.start, executor.submit, executor.wait
+
+    def started(self: Executor, factory: str, setup: str, needs: Any) -> int:
+        sizes.append(len(setup) + len(factory))
+        return start(self, factory, setup, needs)
+
+    def submitted(self: Executor, worker: int, ticket: int, message: str) -> None:
+        sizes.append(len(message))
+        submit(self, worker, ticket, message)
+
+    def waited(self: Executor, timeout: float) -> list[Event]:
+        events = wait(self, timeout)
+        sizes.extend(len(event.answer) for event in events if isinstance(event, Answered))
+        return events
+
+    for name, instead in (("start", started), ("submit", submitted), ("wait", waited)):
+        monkeypatch.setattr(executor, name, instead)
+    run = {"executor": executor.name, "workers": 2}
+    result = merge(large, output_in(tmp_path, "out"), METHODS["official"], run=run)
+    assert digests(tmp_path / "out") == wanted["official"]
+    assert result.bytes_read > 200 * 2**20
+    assert len(sizes) > 2 * result.shards
+    assert max(sizes) < 10_000 < MESSAGE_BYTES
+
+
+# 5. Reads are planned, and the plan holds.
+
+
+@pytest.mark.parametrize("how", [{"num_models": 3}, {"num_models": 40, "layers": 1, "hidden": 8}], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS.values(), {"name": "ties"}, {"name": "ties", "density": 1.0}, {"name": "average"}],
+    ids=lambda method: "-".join(map(str, method.values())),
+)
+def test_the_plans_bytes_and_requests_are_those_that_the_store_counts(
+    method: dict[str, Any], how: dict[str, Any], family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family = family_of(**how)
+    with reads_counted() as counted:
+        result = merge(family, tmp_path / "out", method, exclude=["lm_head.*", "*.o_proj.*"])
+    assert_as_planned(result, counted, family)
+
+
+def test_models_that_are_not_trimmed_are_not_read_for_a_threshold(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=40, layers=1, hidden=8)
+    densities = [0.1, 1.0, *[0.3] * 20, *[1.0] * 18]  # none of the second group of 32 has a threshold
+    with reads_counted() as counted:
+        result = merge(family, tmp_path / "out", "ties", densities=densities)
+    assert_as_planned(result, counted, family)
+
+
+def test_a_large_plan_holds_with_several_blocks_a_part(large: Family, tmp_path: Path) -> None:
+    run = {**LOCAL, "workers": 2, "memory": "128MiB"}
+    for name, method in METHODS.items():
+        with reads_counted() as counted:
+            result = merge(large, output_in(tmp_path, name, "7MiB"), method, run=run)
+        assert_as_planned(result, counted, large, workers=2)
+
+
+def test_a_finished_merge_is_recognised_and_reads_no_weights(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3)
+    first = merge(family, tmp_path / "out", "ties")
+    with reads_counted() as counted:
+        second = merge(family, tmp_path / "out", "ties")
+    assert counted == []
+    assert second == first.model_copy(update={"reused": True})
+
+
+@contextmanager
+def reads_counted() -> Iterator[list[tuple[str, int, int]]]:
+    """Collect (URI, start, bytes) of every range that any store of this process reads meanwhile."""
+    counted: list[tuple[str, int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for store in (Local, S3):
+
+            def read(self: Store, pin: Pin, start: int, into: memoryview, original: Any = store.read) -> None:
+                before = self.meter.bytes_read
+                original(self, pin, start, into)
+                counted.append((pin.uri, start, len(into)))
+                assert self.meter.bytes_read >= before + len(into), "the meter counts every byte"
+
+            patch.setattr(store, "read", read)
+        yield counted
+
+
+def assert_as_planned(
+    result: MergeResult,
+    counted: list[tuple[str, int, int]],
+    family: Family,
+    *,
+    workers: int = 1,
+    made: Plan | None = None,
+) -> None:
+    """Bytes and requests are the same in plan, result and store; `workers` looked at each input's first 8 bytes."""
+    if made is None:
+        (stored,) = Path(result.output).glob(".ties-ray/*/*/plan.json.gz")
+        made = Plan.from_json(gzip.decompress(stored.read_bytes()))
+    rounds = made.result.rounds
+    assert result.bytes_read == sum(round_.bytes_read for round_ in rounds) == made.bytes_read
+    assert result.requests == sum(round_.requests for round_ in rounds)
+    of_inputs = [item for item in counted if item[0].startswith((family.base, *family.models))]
+    looks = workers * (1 + len(made.result.members))
+    assert sum(item[2] for item in of_inputs) == result.bytes_read + 8 * looks
+    assert len(of_inputs) == result.requests + looks
+
+
+def copy_family(family: Family, source: Stores, target: Stores, folder: str) -> Family:
+    uris = [join(folder, uri.rpartition("/")[2]) for uri in (family.base, *family.models)]
+    for old, new in zip((family.base, *family.models), uris, strict=True):
+        copy_folder(source, old, target, new)
+    return replace(family, base=uris[0], models=tuple(uris[1:]))
+
+
+def copy_folder(source: Stores, old: str, target: Stores, new: str) -> None:
+    for pin in source.of(old).list(old).files:
+        target.of(new).put(join(new, pin.uri.rpartition("/")[2]), source.of(old).get(pin.uri, 2**30)[1])
