@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.plan import Plan
@@ -71,9 +71,18 @@ class Manifest:
         self._store.put(join(self.folder, "plan.json.gz"), gzip.compress(plan.to_json(), 1, mtime=0))
 
     def read_plan(self) -> Plan | None:
-        """Return the stored plan, None where there is none."""
+        """Return the stored plan, None where there is none.
+
+        Raises `InputError` where it is of another version of ties_ray, or of a plugin that this process lacks.
+        """
         data = self._get("plan.json.gz")
-        return None if data is None else Plan.from_json(gzip.decompress(data))
+        try:
+            return None if data is None else Plan.from_json(gzip.decompress(data))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            what = f"this ties_ray can't read the stored plan ({first['msg']})"
+            remedy = "use the version and the plugins that made it, or delete the folder"
+            raise InputError(Problem(self.folder, what, remedy)) from error
 
     def write_uploads(self, uploads: dict[str, str]) -> None:
         """Store the upload id of each weight file."""

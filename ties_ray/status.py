@@ -1,11 +1,14 @@
 """What lies in an output folder: a finished merge, or unfinished ones and how far they are."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ties_ray.manifest import Manifest, find_runs
+from ties_ray import lease
+from ties_ray.errors import InputError
+from ties_ray.lease import Holder
+from ties_ray.manifest import FOLDER, Manifest, find_runs
 from ties_ray.plan import PlannedRound
 from ties_ray.report import MergeResult, find_result
-from ties_ray.stores import Stores
+from ties_ray.stores import Stores, join
 
 
 class _Record(BaseModel):
@@ -30,12 +33,16 @@ class RunStatus(_Record):
     """Empty where no plan is stored."""
     uploads: list[str] = []
     """Weight files whose upload was begun."""
+    problem: str = ""
+    """Why its plan can't be read."""
 
 
 class Status(_Record):
     """What an output folder holds."""
 
     output: str
+    holder: Holder | None
+    """Who holds the output's lease: a merge at work, or one that was killed less than a minute ago."""
     result: MergeResult | None
     runs: list[RunStatus]
 
@@ -43,18 +50,30 @@ class Status(_Record):
 def status(stores: Stores, output: str) -> Status:
     """Return what the folder holds; reads the manifest, one request a record."""
     runs = [_run(stores, output, run_id, generation) for run_id, generation in find_runs(stores, output)]
-    return Status(output=output, result=find_result(stores, output), runs=runs)
+    return Status(output=output, holder=_holder(stores, output), result=find_result(stores, output), runs=runs)
+
+
+def _holder(stores: Stores, output: str) -> Holder | None:
+    try:
+        data = stores.of(output).get(join(join(output, FOLDER), lease.NAME), lease.LIMIT)[1]
+        return Holder.model_validate_json(data)
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def _run(stores: Stores, output: str, run_id: str, generation: int) -> RunStatus:
     manifest = Manifest(stores, Manifest.folder_of(output, run_id, generation))
-    plan = manifest.read_plan()
+    uploads = list(manifest.read_uploads())
+    try:
+        plan = manifest.read_plan()
+    except InputError as error:
+        return RunStatus(run_id=run_id, generation=generation, uploads=uploads, problem=str(error))
     rounds = plan.result.rounds if plan else ()
     return RunStatus(
         run_id=run_id,
         generation=generation,
         rounds=[_round(manifest, index, round_) for index, round_ in enumerate(rounds)],
-        uploads=list(manifest.read_uploads()),
+        uploads=uploads,
     )
 
 

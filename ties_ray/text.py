@@ -249,10 +249,15 @@ def of_status(status: Status) -> Iterator[RenderableType]:
     if status.result:
         size = sum(file.size for file in status.result.files)
         yield f"finished: {status.output}, run {status.result.run_id} ({_files(len(status.result.files), size)})"
+    if status.holder:
+        yield f"held by {status.holder.host}, process {status.holder.process}: at work, or killed a moment ago"
     for run in status.runs:
         if status.result and run.run_id == status.result.run_id:
             continue
         yield f"unfinished: {status.output}, run {run.run_id}, generation {run.generation}"
+        if run.problem:
+            yield f"  {run.problem}"
+            continue
         if not run.rounds:
             yield "  no plan is stored: nothing was begun"
             continue

@@ -132,10 +132,14 @@ def _plan_of(stores: Stores, output: str, result: MergeResult, notes: list[str])
     generations = [generation for run_id, generation in find_runs(stores, output) if run_id == result.run_id]
     for generation in reversed(generations):
         manifest = Manifest(stores, Manifest.folder_of(output, result.run_id, generation))
-        plan = manifest.read_plan()
+        try:
+            plan = manifest.read_plan()
+        except InputError as error:
+            notes.append(str(error))
+            break
         if plan:
             return plan, manifest
-    notes.append("the run's plan and records are not there: headers and checksums can't be compared with them")
+    notes.append("without the run's plan, headers and checksums can't be compared with them")
     return None, None
 
 
@@ -187,7 +191,7 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
     name = indices[0]
     try:
         index: Any = json.loads(stores.of(output).get(join(output, name), INDEX_BYTES)[1])
-        stated, total = index["weight_map"], index["metadata"]["total_size"]
+        stated, total = dict(index["weight_map"]), index["metadata"]["total_size"]
     except (ValueError, KeyError, TypeError) as error:
         return [Problem(name, f"is not an index ({type(error).__name__}: {error})", AGAIN)]
     stored = {tensor: file.name for file in files for tensor in file.header.tensors}
@@ -198,7 +202,7 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
         problems.append(Problem(name, what, AGAIN))
     size = sum(info.stop - info.start for file in files for info in file.header.tensors.values())
     if total != size:
-        problems.append(Problem(name, f"says {total:,} bytes, the headers {size:,}", AGAIN))
+        problems.append(Problem(name, f"says {total} bytes, the headers {size}", AGAIN))
     return problems
 
 
