@@ -44,7 +44,7 @@ from ties_ray.kernels.definition import Definition
 from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
 from ties_ray.outputs import Output, OutputFile, Placed
 from ties_ray.statistics import kept_count
-from ties_ray.stores import Listing, Part, Pin, Store, join
+from ties_ray.stores import Listing, NoUpload, Part, Pin, Store, join
 
 
 class KernelContract:
@@ -440,7 +440,7 @@ class StoreContract:
         store.abort_upload(uri, upload)
         store.abort_upload(uri, upload)  # nothing happens
         assert store.list_parts(uri, upload) is None
-        with pytest.raises(InputError, match="upload"):
+        with pytest.raises(NoUpload, match="does not know the upload"):
             store.complete_upload(uri, upload, [part])
         assert store.list(root) == Listing((), ())
 
@@ -449,7 +449,7 @@ class StoreContract:
         uri, data = join(root, "x"), self._data()
         upload = store.begin_upload(uri, len(data))
         store.abort_upload(uri, upload)
-        with pytest.raises(InputError, match="upload"):
+        with pytest.raises(NoUpload, match="does not know the upload"):
             self._write(store, uri, upload, 1, data)
 
     def test_a_store_is_not_pickled(self, place: tuple[Store, str]) -> None:

@@ -5,6 +5,7 @@ paths of a disk. URIs are plain strings: `s3://bucket/key`, `/folder/file` or `f
 """
 
 import os
+import random
 import re
 import threading
 import time
@@ -17,7 +18,7 @@ import tenacity
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ties_ray import plugins
-from ties_ray.errors import InputError, Problem, RecipeError, UnavailableError
+from ties_ray.errors import InputError, InterruptedMerge, Problem, RecipeError, UnavailableError
 
 __path__ = plugins.search_path("stores", list(__path__))
 
@@ -273,18 +274,80 @@ def shown(text: object) -> str:
 class Transient(Exception):
     """A request failed in a way that a repetition may mend; a store raises it inside `persist`."""
 
-    def __init__(self, cause: object, attempts: int | None = None) -> None:
+    def __init__(self, cause: object, attempts: int | None = None, throttled: bool = False) -> None:
         super().__init__(shown(cause) or type(cause).__name__)
         self.attempts = attempts
         """Give up after so many; None: when the time is spent."""
+        self.throttled = throttled
+        """The store asks for fewer requests."""
 
 
-def persist(attempt: Callable[[], T], *, meter: Meter, uri: str, doing: str, seconds: Callable[[], float]) -> T:
+class Brake:
+    """Slows down all requests of a store, whatever the number of threads, after it said that they are too many.
+
+    While it is on, requests start one by one with a gap between them; a refusal doubles the gap, up to `largest`
+    seconds, and a success halves it, until the brake is off. So a worker sends a store that only refuses no more than
+    about one request in `largest` seconds.
+    """
+
+    smallest: ClassVar[float] = 0.1
+    largest: ClassVar[float] = 2.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._gap = 0.0
+        self._next = 0.0
+        self._doubled = 0.0
+
+    def delay(self) -> float:
+        """Return the seconds to wait before a request, and keep its place free."""
+        with self._lock:
+            if not self._gap:
+                return 0.0
+            now = time.monotonic()
+            self._next = max(now, self._next) + self._gap * random.uniform(0.5, 1.5)  # so that workers drift apart
+            return self._next - now
+
+    def refused(self, sent: float) -> None:
+        """Note a refusal of a request that was sent at `sent`, by the monotonic clock."""
+        with self._lock:
+            if sent >= self._doubled:  # else it was on its way before the last refusal was heard
+                self._gap = min(max(2 * self._gap, self.smallest), self.largest)
+                self._doubled = time.monotonic()
+
+    def served(self) -> None:
+        """Note a success."""
+        with self._lock:
+            self._gap = self._gap / 2 if self._gap > self.smallest else 0.0
+
+
+def persist(
+    attempt: Callable[[], T],
+    *,
+    meter: Meter,
+    uri: str,
+    doing: str,
+    seconds: Callable[[], float],
+    brake: Brake | None = None,
+) -> T:
     """Return `attempt()`, repeated after `Transient` with growing, random pauses: the one retry layer.
 
     Raises `UnavailableError` when `seconds()` have passed; asked anew each time, since a store that has answered
-    before deserves more patience than one that never did. `doing` says what was asked, for the message.
+    before deserves more patience than one that never did. `doing` says what was asked, for the message. `brake` is
+    shared by all requests that should slow down together.
     """
+    brake = brake or Brake()
+
+    def once() -> T:
+        sent = time.monotonic()
+        try:
+            result = attempt()
+        except Transient as cause:
+            if cause.throttled:
+                brake.refused(sent)
+            raise
+        brake.served()
+        return result
 
     def spent(state: tenacity.RetryCallState) -> bool:
         cause = state.outcome.exception() if state.outcome else None
@@ -293,19 +356,31 @@ def persist(attempt: Callable[[], T], *, meter: Meter, uri: str, doing: str, sec
         return late or (limit is not None and state.attempt_number >= limit)
 
     started = time.monotonic()
+    time.sleep(min(brake.delay(), seconds()))
+    backoff = tenacity.wait_random_exponential(multiplier=0.2, max=15)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=15),
+        wait=lambda state: max(backoff(state), brake.delay()),
         stop=spent,
         before_sleep=lambda _: meter.add(retries=1),
         reraise=True,
     )
     try:
-        return retrying(attempt)
+        return retrying(once)
     except Transient as error:
         count, passed = retrying.statistics["attempt_number"], time.monotonic() - started
         what = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
         raise UnavailableError(Problem(shown(uri), what, "run the same command again later")) from None
+
+
+class NoUpload(InterruptedMerge):
+    """The store does not know an upload (any more): the same command begins another, and does its shards again."""
+
+
+def no_upload(uri: str, doing: str) -> NoUpload:
+    """Return the error of a part or a completion whose upload was forgotten, as a lifecycle rule does."""
+    what = f"{doing}: the store does not know the upload (any more)"
+    return NoUpload(Problem(shown(uri), what, "run the same command again: it begins another upload"))
 
 
 def changed(pin: Pin, found: str) -> InputError:

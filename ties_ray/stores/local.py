@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Store, changed, crc32c, join
+from ties_ray.stores import Listing, Part, Pin, Store, changed, crc32c, join, no_upload
 
 _HIDDEN = ".ties-ray-part"
 """The names of our unfinished files begin with a dot and end so; a listing leaves them out, as S3 does."""
@@ -139,7 +139,7 @@ class Local(Store):
                 self._write(file, offset, data)
                 os.fdatasync(file)
         except FileNotFoundError:
-            raise _no_upload(uri) from None
+            raise no_upload(uri, f"writing part {number}") from None
         return Part(number, data.nbytes, crc32c(data))
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
@@ -159,8 +159,10 @@ class Local(Store):
                     os.fsync(file)
                 os.replace(_unfinished(uri, upload), path)
             except FileNotFoundError:
+                if not path.exists():
+                    raise no_upload(uri, "completing an upload") from None
                 if not _is_from(path, upload, size):
-                    raise _no_upload(uri) from None
+                    raise _not_ours(uri) from None
             _sync_folder(path.parent)
             return _pin(uri, os.stat(path))
 
@@ -218,8 +220,8 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(file)
 
 
-def _no_upload(uri: str) -> InputError:
-    what = "the unfinished file of this upload is gone"
+def _not_ours(uri: str) -> InputError:
+    what = "the unfinished file of this upload is gone, and the file is another"
     return InputError(Problem(uri, what, "leave the hidden files beside an output alone; run the merge with --fresh"))
 
 

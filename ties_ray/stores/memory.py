@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.stores import Listing, Part, Pin, Store, changed, crc32c
+from ties_ray.stores import Listing, Part, Pin, Store, changed, crc32c, no_upload
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Memory(Store):
         """Keep a copy of the part."""
         with _LOCK:
             if upload not in _UPLOADS:
-                raise _no_upload(uri)
+                raise no_upload(uri, f"writing part {number}")
             _UPLOADS[upload].parts[number] = offset, bytes(data)
         self.meter.add(bytes_written=data.nbytes)
         return Part(number, data.nbytes, crc32c(data))
@@ -111,8 +111,11 @@ class Memory(Store):
             found = _UPLOADS.get(upload)
             there = _OBJECTS.get(uri)
         if found is None:
-            if there is None or there.upload != upload:
-                raise _no_upload(uri)
+            if there is None:
+                raise no_upload(uri, "completing an upload")
+            if there.upload != upload:
+                what = "this upload does not exist, and the object is another"
+                raise InputError(Problem(uri, what, "run the merge with --fresh"))
             return _pin(uri, there)
         kept = [_part(number, data) for number, (_, data) in sorted(found.parts.items())]
         if kept != sorted(parts) or sum(part.size for part in parts) != found.size:
@@ -141,7 +144,3 @@ def _pin(uri: str, found: _Object) -> Pin:
 
 def _part(number: int, data: bytes) -> Part:
     return Part(number, len(data), crc32c(memoryview(data)))
-
-
-def _no_upload(uri: str) -> InputError:
-    return InputError(Problem(uri, "this upload does not exist", "run the merge with --fresh"))

@@ -17,13 +17,16 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import (
+    Brake,
     Listing,
+    NoUpload,
     Part,
     Pin,
     Store,
     Transient,
     changed,
     crc32c,
+    no_upload,
     persist,
     refuse_secrets,
     shown,
@@ -35,6 +38,7 @@ _CHUNK = 1 << 20
 """Bytes handed to or taken from a socket at a time."""
 _LEAST_RATE = 1 << 18
 """Bytes a second below which a transfer counts as hung, after 60 s of grace."""
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 
 
 class S3Options(BaseModel):
@@ -75,7 +79,10 @@ class S3(Store):
     patience: float = 120.0
     """Seconds that one call may go on repeating itself."""
     first_patience: float = 20.0
-    """The same while nothing at the endpoint has ever answered: it is likely a wrong address."""
+    """The same while nothing at the endpoint has ever answered, for it is likely a wrong address; and from when a call
+    gave up until the next success, so that a run whose storage is down ends soon."""
+    silence: float = 30.0
+    """Seconds without a byte after which a connection counts as dead."""
 
     def __init__(self, options: BaseModel) -> None:
         super().__init__(options)
@@ -92,6 +99,11 @@ class S3(Store):
             {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": options.kms_key_id} if options.kms_key_id else {}
         )
         self._answered = False
+        self._given_up = False
+        self._brake = Brake()
+        self._etags_are_md5 = False
+        self._expired: Any = None
+        """The client whose credentials have run out."""
         self._ask_version = True
         self._files = s3fs.S3FileSystem(
             endpoint_url=options.endpoint_url,
@@ -99,7 +111,7 @@ class S3(Store):
             config_kwargs={
                 "retries": {"total_max_attempts": 1, "mode": "standard"},
                 "connect_timeout": 10,
-                "read_timeout": 30,
+                "read_timeout": self.silence,
                 "max_pool_connections": 64,
                 "tcp_keepalive": True,
                 "s3": {"addressing_style": options.addressing},
@@ -197,16 +209,12 @@ class S3(Store):
 
     def put(self, uri: str, data: bytes) -> Pin:
         """Write an object by one request."""
-        proof, _ = self._proof(memoryview(data))
-        done = self._ask(
-            uri, "writing it", "put_object", **_object(uri), Body=memoryview(data), **proof, **self._sealed
-        )
+        done, _ = self._send(uri, "writing it", "put_object", memoryview(data), **self._sealed)
         return _pin(uri, len(data), done)
 
     def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
         """Write with If-Match or If-None-Match; where the server ignores those, look before."""
         condition = {"IfMatch": f'"{etag}"'} if etag else {"IfNoneMatch": "*"}
-        proof, _ = self._proof(memoryview(data))
         try:
             if self.head(uri, 0)[0].etag != etag:
                 return None
@@ -214,18 +222,10 @@ class S3(Store):
             if etag:
                 return None
         try:
-            done = self._ask(
-                uri,
-                "writing it",
-                "put_object",
-                **_object(uri),
-                Body=memoryview(data),
-                **condition,
-                **proof,
-                **self._sealed,
-            )
+            done, _ = self._send(uri, "writing it", "put_object", memoryview(data), **condition, **self._sealed)
         except _Unmet:
-            return None
+            pin, there = self.head(uri, len(data) + 1)
+            return pin if there == data else None  # ours, if only the answer to it was lost
         return _pin(uri, len(data), done)
 
     def delete(self, uri: str) -> None:
@@ -243,26 +243,36 @@ class S3(Store):
     def write_part(self, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
         """Send one part, with the checksum by which the service proves what it got."""
         data = data.cast("B")
-        proof, checksum = self._proof(data)
-        done = self._ask(
-            uri,
-            f"writing part {number}",
-            "upload_part",
-            **_object(uri),
-            UploadId=upload,
-            PartNumber=number,
-            Body=data,
-            **proof,
+        done, checksum = self._send(
+            uri, f"writing part {number}", "upload_part", data, UploadId=upload, PartNumber=number
         )
         return Part(number, len(data), _bare(done.get("ETag")), checksum)
 
-    def _proof(self, data: memoryview) -> tuple[dict[str, str], str]:
-        """Return the argument that proves the bytes, and the checksum as a `Part` keeps it."""
+    def _send(self, uri: str, doing: str, operation: str, data: memoryview, **arguments: Any) -> tuple[Any, str]:
+        """Send bytes with the checksum that proves them; return the answer, and the checksum as a `Part` keeps it.
+
+        Not every service compares; so its ETag is compared here, once ETags have proved to be the MD5.
+        """
         if self._crc:
             checksum = b64encode(bytes.fromhex(crc32c(data))).decode()
-            return {"ChecksumCRC32C": checksum}, checksum
-        digest = hashlib.md5(data, usedforsecurity=False)
-        return {"ContentMD5": b64encode(digest.digest()).decode()}, digest.hexdigest()
+            proof = {"ChecksumCRC32C": checksum}
+        else:
+            digest = hashlib.md5(data, usedforsecurity=False)
+            checksum = digest.hexdigest()
+            proof = {"ContentMD5": b64encode(digest.digest()).decode()}
+
+        async def send(client: Any) -> Any:
+            answer = await getattr(client, operation)(
+                Body=_Body(data), **_object(uri), **arguments, **proof, **self._payer
+            )
+            self.meter.add(bytes_written=len(data))
+            stored = answer.get("ChecksumCRC32C", checksum) if self._crc else _bare(answer.get("ETag"))
+            self._etags_are_md5 = self._etags_are_md5 or (not self._crc and stored == checksum)
+            if stored != checksum and (self._crc or self._etags_are_md5):
+                raise Transient(f"other bytes arrived than were sent: {stored}, not {checksum}", attempts=4)
+            return answer
+
+        return self._repeat(uri, doing, send, len(data)), checksum
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
         """Return the parts which the service has, page by page of up to 1000."""
@@ -298,14 +308,15 @@ class S3(Store):
         try:
             pin, _ = self.head(uri, 0)
         except FileNotFoundError:
-            raise _no_upload(uri, "and there is no object") from None
+            raise no_upload(uri, "completing an upload") from None
         is_md5 = all(part.etag == part.checksum for part in parts)
         etag = _joined(parts)
         likely = pin.etag == etag or (not is_md5 and (done is not None or pin.etag.endswith(f"-{len(parts)}")))
         if likely and pin.size == sum(part.size for part in parts):
             return pin
         if done is None:
-            raise _no_upload(uri, "and the object is another")
+            found = "the store does not know the upload, and the object is another"
+            raise InputError(Problem(uri, found, "run the merge with --fresh"))
         what = f"the completed object has {pin.size:,} bytes and ETag {pin.etag}, but its parts give {etag}"
         raise UnavailableError(Problem(uri, what, "delete it, and run the merge with --fresh"))
 
@@ -317,20 +328,16 @@ class S3(Store):
         """Return the answer of a request about an upload; None if the service does not know it."""
         try:
             return self._ask(uri, doing, operation, **_object(uri), UploadId=upload, **arguments)
-        except _NoUpload:
+        except NoUpload:
             return None
 
     def _ask(self, uri: str, doing: str, operation: str, **arguments: Any) -> Any:
-        """Return the answer of one request that brings no body; `Body` is what to send."""
-        data = arguments.pop("Body", None)
+        """Return the answer of one request without a body either way."""
 
         async def ask(client: Any) -> Any:
-            body = {} if data is None else {"Body": _Body(data)}
-            answer = await getattr(client, operation)(**arguments, **body, **self._payer)
-            self.meter.add(bytes_written=0 if data is None else len(data))
-            return answer
+            return await getattr(client, operation)(**arguments, **self._payer)
 
-        return self._repeat(uri, doing, ask, 0 if data is None else len(data))
+        return self._repeat(uri, doing, ask, 0)
 
     def _repeat(self, uri: str, doing: str, request: Callable[[Any], Coroutine[Any, Any, T]], nbytes: int) -> T:
         def attempt() -> T:
@@ -341,30 +348,36 @@ class S3(Store):
                 future.cancel()  # else it would go on filling a buffer that its owner believes to be free
                 raise
 
-        return persist(
-            attempt,
-            meter=self.meter,
-            uri=uri,
-            doing=doing,
-            seconds=lambda: self.patience if self._answered else self.first_patience,
-        )
+        def seconds() -> float:
+            return self.patience if self._answered and not self._given_up else self.first_patience
+
+        try:
+            result = persist(attempt, meter=self.meter, uri=uri, doing=doing, seconds=seconds, brake=self._brake)
+        except UnavailableError:
+            self._given_up = True
+            raise
+        self._given_up = False
+        return result
 
     async def _once(self, uri: str, doing: str, request: Callable[[Any], Coroutine[Any, Any, T]], nbytes: int) -> T:
+        client = None
         try:
             async with asyncio.timeout(60 + nbytes / _LEAST_RATE):
-                result = await request(await self._files.set_session())
+                client = await self._files.set_session()
+                if client is self._expired:
+                    client = await self._files.set_session(refresh=True)  # which looks for credentials anew
+                result = await request(client)
         except (MergeError, Transient):
             self._answered = True
             raise
         except Exception as error:
-            self._answered = self._answered or _answer(error)[0] > 0
+            status, code, _ = _answer(error)
+            self._answered = self._answered or status > 0
+            if code in _EXPIRED:
+                self._expired = client
             raise _explained(error, uri, doing) from error
         self._answered = True
         return result
-
-
-class _NoUpload(InputError):
-    """The service does not know an upload."""
 
 
 class _Unmet(InputError):
@@ -466,10 +479,6 @@ def _told(response: Mapping[str, Any]) -> str:
     return f"got status {_status(response)} with {found} and {response.get('ContentLength')} bytes"
 
 
-def _no_upload(uri: str, found: str) -> InputError:
-    return InputError(Problem(uri, f"the store does not know the upload, {found}", "run the merge with --fresh"))
-
-
 def _answer(error: Exception) -> tuple[int, str, str]:
     """Return HTTP status, code and message of an error that the service sent; (0, "", "") if it sent none."""
     response = getattr(error, "response", None)
@@ -487,11 +496,13 @@ def _explained(error: Exception, uri: str, doing: str) -> Exception:
     if not status:
         return _explained_client(error, uri, doing)
     if (status >= 500 and status != 501) or status in (408, 409, 429) or code in ("RequestTimeout", "SlowDown"):
-        return Transient(f"{status} {told}")
+        return Transient(f"{status} {told}", throttled=status in (429, 503) or code == "SlowDown")
+    if code in _EXPIRED:
+        return Transient(f"{status} {told}, and so again after the credentials were looked up anew", attempts=4)
     if code == "NoSuchBucket":
         return InputError(Problem(uri, "there is no such bucket", "check the name, storage.s3.endpoint_url and region"))
     if code == "NoSuchUpload":
-        return _NoUpload(Problem(uri, f"{doing}: the store does not know the upload", "run the merge with --fresh"))
+        return no_upload(uri, doing)
     if status == 404:
         return FileNotFoundError(uri)
     if status == 412:
@@ -514,6 +525,8 @@ def _explained_client(error: Exception, uri: str, doing: str) -> Exception:
         return InputError(Problem(uri, what, remedy))
     if isinstance(error, boto.SSLError) and "CERTIFICATE" in str(error).upper():
         return InputError(Problem(uri, what, "set storage.s3.ca to the certificates to trust"))
+    if isinstance(error, boto.UnauthorizedSSOTokenError | boto.SSOTokenLoadError | boto.TokenRetrievalError):
+        return UnavailableError(Problem(uri, what, "log in again, and run the same command again"))
     passing = (
         boto.HTTPClientError,
         boto.ConnectionError,
