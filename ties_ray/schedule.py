@@ -162,6 +162,14 @@ class Schedule:
                 given.append(self._give(worker, task))
         return given
 
+    def idle(self) -> tuple[int, ...]:
+        """Return the ready workers that have nothing to run while others still do: they may `repeat` a slow task."""
+        return tuple(self._room[0]) if not self.num_pending and self._tickets else ()
+
+    def repeat(self, ticket: int, worker: int) -> Assignment:
+        """Give a running task to an idle worker as well; who is first counts. Only for tasks that may be done twice."""
+        return self._issue(worker, self._tickets[ticket][1])
+
     def task_of(self, ticket: int) -> int | None:
         """Return the task under a ticket, None if it was given back or is done."""
         entry = self._tickets.get(ticket)
@@ -173,6 +181,7 @@ class Schedule:
             worker, task = self._release(ticket)
             if self._state[task] is _State.RUNNING:
                 self._state[task] = _State.ANSWERED
+                self._owner[task] = worker
                 self._held[worker].add(task)
 
     def recorded(self, worker: int, tasks: Iterable[int]) -> None:
@@ -197,7 +206,7 @@ class Schedule:
         if ticket not in self._tickets:
             return
         worker, task = self._release(ticket)
-        if self._state[task] is not _State.RUNNING:
+        if not self._is_left_over(task):
             return
         self._give_back(task)
         self._refused_by.setdefault(task, set()).add(worker)
@@ -216,7 +225,7 @@ class Schedule:
         suspect = self._tickets[tickets[0]][1] if tickets else None  # workers go in order, so this one was being run
         for ticket in tickets:
             _, task = self._release(ticket)
-            if self._state[task] is _State.RUNNING:
+            if self._is_left_over(task):
                 self._give_back(task)
         for task in sorted(self._held[worker]):
             self._give_back(task)
@@ -285,16 +294,23 @@ class Schedule:
             self._left[worker] -= self._costs[task] + 1
         else:
             del self._returned[task]
+        self._state[task] = _State.RUNNING
+        self._owner[task] = worker
+        self.num_pending -= 1
+        return self._issue(worker, task)
+
+    def _issue(self, worker: int, task: int) -> Assignment:
         ticket = self._next_ticket
         self._next_ticket += 1
         self._tickets[ticket] = (worker, task)
-        self._state[task] = _State.RUNNING
-        self._owner[task] = worker
         self._running[worker][ticket] = None
         self._bytes += self._costs[task]
-        self.num_pending -= 1
         self._seat(worker)
         return Assignment(worker, ticket, task)
+
+    def _is_left_over(self, task: int) -> bool:
+        """Whether a task that was running runs nowhere any more."""
+        return self._state[task] is _State.RUNNING and all(task != other for _, other in self._tickets.values())
 
     def _release(self, ticket: int) -> tuple[int, int]:
         worker, task = self._tickets.pop(ticket)

@@ -120,6 +120,10 @@ class Executor(ABC):
         """Return what happened, at least one event, or [] after `timeout` seconds."""
 
     @abstractmethod
+    def give_up(self, worker: int) -> None:
+        """Have done with a worker that gives no answer, hung or cut off: as if `Lost`, without the event."""
+
+    @abstractmethod
     def revive(self, worker: int) -> None:
         """Begin to bring a lost worker back; a `Ready` (or another `Lost`) follows; a healthy one is left alone."""
 

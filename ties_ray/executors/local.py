@@ -67,8 +67,17 @@ class LocalExecutor(Executor):
                 return []
             while not self._events.empty():
                 told.append(self._events.get())
-            events = [event for worker, event in told if worker is self._workers[worker.number]]
+            events = [
+                event
+                for worker, event in told
+                if worker is self._workers[worker.number] and (not worker.gone or isinstance(event, Lost))
+            ]
         return events
+
+    def give_up(self, worker: int) -> None:
+        """Let go of the thread: it can't be ended, but nothing it tells is listened to any more."""
+        self._workers[worker].gone = True
+        self._workers[worker].messages.put(None)
 
     def revive(self, worker: int) -> None:
         """Start a new thread with a new host where the old one has ended."""
