@@ -1,8 +1,11 @@
 """What the user asks: base, models, method, output, limits. Frozen, with an exact JSON form, and no work in it."""
 
 import difflib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,16 +20,34 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from ties_ray import plugins
 from ties_ray.errors import Problem, RecipeError
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.stores import store_class
+from ties_ray.stores import shown, store_class
 
 Json = dict[str, Any]
+
+MAX_CHARACTERS = 4 * 2**20
+"""Of a recipe's text: 40,000 models, one a line. More of them belong in a table."""
+MAX_TEXT = 4096
+"""Of one text in it: the longest path that Linux takes. pydantic reads a size in time that grows with the square."""
+MAX_VALUES = 500_000
+"""Of a recipe, with every alias written out."""
+MAX_DEPTH = 32
+MAX_WORKERS = 100_000
+"""More is a slip of the keyboard; Ray clusters have some thousand nodes."""
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
+_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""Characters that no sane path or name has, or that no JSON can hold."""
+MAX_UNFIT = 8
+"""Texts with such characters that are shown."""
 
 
 class Strict(BaseModel):
@@ -93,15 +114,17 @@ class Run(Strict):
     """`ray`, or `local`: in this process, without Ray."""
     address: str | None = None
     """The Ray cluster (`auto`, `host:port`, `ray://...`); None: RAY_ADDRESS, else a local one that starts by itself."""
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=MAX_WORKERS)
     """None: one a CPU core of the cluster."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: FiniteFloat = Field(default=0, ge=0)
     device: Literal["cpu"] = "cpu"
     arithmetic: Literal["exact"] = "exact"
     memory: ByteSize = Field(default=ByteSize(512 * 2**20), ge=128 * 2**20)
     """Of a worker, beyond its imports."""
     deadline: FiniteFloat = Field(default=300.0, gt=0)
     """Seconds to wait for the cluster's workers."""
+    patience: FiniteFloat = Field(default=1800.0, gt=0)
+    """Seconds in which a worker must finish a shard; one that does not is replaced."""
 
 
 def _method(value: Any) -> Any:
@@ -148,8 +171,16 @@ class Recipe(Strict):
     @field_validator("storage")
     @classmethod
     def _storage(cls, value: dict[str, Json]) -> dict[str, Json]:
+        wrong: list[InitErrorDetails] = []
         for scheme, options in value.items():
-            store_class(scheme).options.model_validate(options)
+            try:
+                store_class(scheme).options.model_validate(options)
+            except ValidationError as error:
+                for one in error.errors(include_url=False):  # again, each with its scheme in its place
+                    place = (scheme, *one["loc"])
+                    wrong.append({"type": one["type"], "loc": place, "input": one["input"], "ctx": one.get("ctx", {})})
+        if wrong:
+            raise ValidationError.from_exception_data("storage", wrong, hide_input=True)
         return value
 
     @model_validator(mode="after")
@@ -164,10 +195,7 @@ def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> R
 
     overrides: `a.b=value` each, applied to the text's fields first; values are YAML.
     """
-    try:
-        data = YAML(typ="safe", pure=True).load(text.replace("\t", "  ") if text.lstrip().startswith("{") else text)
-    except YAMLError as error:
-        raise RecipeError(_syntax(error, source)) from None
+    data = _plain(text.replace("\t", "  ") if text.lstrip().startswith("{") else text, source)
     if not isinstance(data, dict):
         raise RecipeError(Problem(source, "is not a mapping of keys", "start from the example in the README"))
     override(data, overrides)
@@ -182,10 +210,59 @@ def override(data: Json, overrides: Sequence[str]) -> None:
 
 def validate(data: Json) -> Recipe:
     """Return the recipe of plain data; raise `RecipeError` with every problem and its place (`models.3.weight`)."""
+    unfit = list(itertools.islice(_unfit(data), MAX_UNFIT))
+    if unfit:
+        raise RecipeError(unfit)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError([_problem(item, data) for item in error.errors(include_url=False)]) from None
+
+
+def _plain(text: str, source: str) -> Any:
+    """Return the plain data of a YAML text; raise `RecipeError`, whatever the text is made to do to its reader."""
+    try:
+        what = f"has {len(text):,} characters" if len(text) > MAX_CHARACTERS else _too_much(text)
+        if what is None:
+            return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise RecipeError(_syntax(error, source)) from None
+    except ValueError as error:  # a date or a number that is none
+        raise RecipeError(Problem(source, f"holds a value that can't be read: {error}", "put it in quotes")) from None
+    limits = f"at most {MAX_CHARACTERS:,} characters ({MAX_TEXT:,} in one text), {MAX_VALUES:,} values,"
+    limits += f" {MAX_DEPTH} levels, and no tags"
+    raise RecipeError(Problem(source, what, f"a recipe has {limits}; put a long list of models into a table"))
+
+
+def _too_much(text: str) -> str | None:
+    """Say what in the events of a YAML text would take too much to build; aliases count as what they stand for."""
+    sizes: dict[str, int] = {}
+    open_: list[tuple[str | None, int]] = []
+    count = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if isinstance(event, AliasEvent):
+            count += sizes.get(event.anchor, 0)
+        elif isinstance(event, ScalarEvent | CollectionStartEvent):
+            if isinstance(event, ScalarEvent) and len(event.value) > MAX_TEXT:
+                return f"holds a text of {len(event.value):,} characters"
+            if event.tag is not None:
+                return f"holds the tag {event.tag[:80]}"
+            if event.anchor in sizes:
+                return f"has the anchor {event.anchor[:80]} twice"
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = 1 if isinstance(event, ScalarEvent) else MAX_VALUES  # until it ends: in itself
+        if isinstance(event, CollectionStartEvent):
+            open_.append((event.anchor, count))
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor:
+                sizes[anchor] = count - before + 1
+        if count > MAX_VALUES:
+            return f"stands for more than {MAX_VALUES:,} values"
+        if len(open_) > MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} levels deep"
+    return None
 
 
 def _syntax(error: YAMLError, source: str) -> Problem:
@@ -203,19 +280,33 @@ def _override(data: Json, override: str) -> None:
     target: Any = data
     try:
         for step in parents:
-            if isinstance(target, list):
-                target = target[int(step)]
-            else:
-                if isinstance(target.get(step), str):  # `method: ties` is short for `method: {name: ties}`
-                    target[step] = {{"method": "name"}.get(step, "path"): target[step]}
-                target = target.setdefault(step, {})
-        value = YAML(typ="safe", pure=True).load(text)
+            key: Any = int(step) if isinstance(target, list) else step
+            if isinstance(target, dict):
+                target.setdefault(key, {})
+            if isinstance(target[key], str):  # `method: ties` is short for `method: {name: ties}`
+                target[key] = {{"method": "name"}.get(step, "path"): target[key]}
+            target = target[key]
+        value = _plain(text, "--set")
         if isinstance(target, list):
             target[int(last)] = value
         else:
             target[last] = value
-    except (ValueError, IndexError, AttributeError, TypeError, YAMLError):
+    except (ValueError, IndexError, AttributeError, TypeError):
         raise RecipeError(Problem("--set", f"the recipe has no place {path!r}, or {text!r} is no value")) from None
+
+
+def _unfit(data: object) -> Iterator[Problem]:
+    """Yield a problem for each text, keys included, that holds what no path and no name has."""
+    left: list[tuple[str, object]] = [("", data)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, str) and _UNFIT.search(value):
+            yield Problem(place, f"{reprlib.repr(value)} holds a control character or half a character")
+        elif isinstance(value, Mapping):
+            left += [(place, key) for key in value]
+            left += [(f"{place}.{key}".removeprefix("."), item) for key, item in value.items() if isinstance(key, str)]
+        elif isinstance(value, list | tuple):
+            left += [(f"{place}.{number}", item) for number, item in enumerate(value)]
 
 
 def _problem(error: Any, data: Json) -> Problem:
@@ -229,9 +320,19 @@ def _problem(error: Any, data: Json) -> Problem:
     if error["type"] == "missing":
         return Problem(where, "is missing")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    shown = error.get("input")
-    got = f", not {json.dumps(shown)}" if isinstance(shown, str | int | float | bool) else ""
-    return Problem(where, f"{message[0].lower()}{message[1:]}{'' if 'Value error' in error['msg'] else got}")
+    silent = "Value error" in error["msg"] or place[0] == "storage"  # what stands there may be a secret
+    got = "" if silent else _got(error.get("input"))
+    return Problem(where, f"{message[0].lower()}{message[1:]}{got}")
+
+
+def _got(value: object) -> str:
+    """Return a value as the end of a message; nothing where it is no scalar."""
+    if isinstance(value, int) and value.bit_length() > 64:  # longer ones can't even be printed
+        return f", not a number of {value.bit_length()} bits"
+    if not isinstance(value, str | int | float):
+        return ""
+    text = shown(json.dumps(value))
+    return f", not {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'}"
 
 
 def _known_keys(place: tuple[int | str, ...], data: Json) -> list[str]:

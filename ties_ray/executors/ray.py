@@ -22,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -208,6 +209,10 @@ class RayExecutor(Executor):
             if events or time.monotonic() >= end:
                 return events
 
+    def give_up(self, worker: int) -> None:
+        """Kill the actor."""
+        self._lose(worker, "given up")
+
     def revive(self, worker: int) -> None:
         """Ask for a new actor in the place of a lost one."""
         if not self._healthy[worker] and all(message.worker != worker for message in self._open.values()):
@@ -239,7 +244,8 @@ class RayExecutor(Executor):
             options |= {"num_cpus": self._needs.num_workers, "object_store_memory": _STORE_BYTES}
             self._environment = {name: value for name, value in _OWN_CLUSTER.items() if name not in os.environ}
             os.environ.update(self._environment)  # until the end, for the processes that Ray starts
-            self._init(address, options | {"include_dashboard": False})
+            with _loopback():
+                self._init(address, options | {"include_dashboard": False})
             self._check_room()
         else:
             _reach(address, min(20.0, self._needs.deadline))
@@ -424,6 +430,21 @@ def _remedy(name: str, wanted: str) -> str:
 
 def _package_folder() -> str:
     return str(Path(__file__).resolve().parents[1])
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Have Ray take 127.0.0.1 for this machine's address, as it does on macOS: it then listens nowhere else.
+
+    By default all its ports are open to the network. Ray turns `_node_ip_address="127.0.0.1"` into the address that
+    others see, unless this constant says that the machine is alone.
+    """
+    constants = ray._private.ray_constants
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _plugin_folder() -> str:
