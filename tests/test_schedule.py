@@ -115,6 +115,35 @@ def test_a_record_that_comes_late_still_counts() -> None:
     assert schedule.num_running == 0
 
 
+def test_an_idle_worker_may_repeat_a_running_task_and_the_first_answer_counts() -> None:
+    schedule = Schedule([1, 1], 2, bytes_in_flight=1000, depth=1)
+    (_, slow, task), (fast_worker, fast, other) = schedule.assignments()
+    assert schedule.idle() == ()
+    schedule.answered(fast)
+    schedule.recorded(fast_worker, [other])
+    assert schedule.idle() == (fast_worker,)
+    again = schedule.repeat(slow, fast_worker)
+    assert again.task == task
+    schedule.answered(again.ticket)
+    schedule.recorded(fast_worker, [task])
+    assert schedule.finished
+    schedule.answered(slow)  # too late, and harmless
+    assert schedule.holding() == ()
+    assert schedule.recorded_by[fast_worker] == 2
+
+
+def test_a_repeated_task_is_given_back_only_when_nobody_runs_it_any_more() -> None:
+    schedule = Schedule([1, 1], 2, bytes_in_flight=1000, depth=1)
+    (slow_worker, slow, task), (fast_worker, fast, other) = schedule.assignments()
+    schedule.answered(fast)
+    schedule.recorded(fast_worker, [other])
+    again = schedule.repeat(slow, fast_worker)
+    schedule.lost(slow_worker)
+    assert (schedule.num_pending, schedule.num_running) == (0, 1)
+    schedule.refused(again.ticket, "unavailable", GONE)
+    assert schedule.num_pending == 1
+
+
 def test_a_lost_worker_works_again_when_it_is_ready() -> None:
     schedule = Schedule([1], 1, bytes_in_flight=100)
     schedule.assignments()
