@@ -24,7 +24,7 @@ TIES: dict[str, object] = {"name": "ties", "density": 0.3}
 SLOW = '''
 import os, time
 from typing import ClassVar, Literal
-from ties_ray.kernels import WeightedSum
+from ties_ray.kernels import Term, WeightedSum
 from ties_ray.methods import Method, Result, Round
 
 class Slow(Method):
@@ -48,7 +48,7 @@ class Slow(Method):
     def _merge(self, deltas, context):
         while os.path.exists(os.environ["SLOW_WHILE"]):
             time.sleep(0.1)
-        return Result(merged=deltas.fold(WeightedSum(tuple(1.0 for _ in context.members)))["sum"])
+        return Result(merged=deltas.fold(WeightedSum(tuple(Term(1.0) for _ in context.members)))["sum"])
 '''
 
 
@@ -332,12 +332,15 @@ def slow(family_of: Callable[..., Family], tmp_path: Path) -> tuple[Path, dict[s
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "executor"), [(signal.SIGTERM, "local"), (signal.SIGINT, "local"), (signal.SIGTERM, "ray")]
+)
 def test_a_signal_ends_a_busy_merge_within_seconds_and_the_same_command_continues(
-    slow: tuple[Path, dict[str, str]], tmp_path: Path, number: signal.Signals
+    slow: tuple[Path, dict[str, str]], tmp_path: Path, number: signal.Signals, executor: str
 ) -> None:
     recipe, environment = slow
-    words = ("merge", recipe, "--json", "--result", tmp_path / "record.json")
+    words = ("merge", recipe, "--json", "--result", tmp_path / "record.json",
+             "--set", f"run.executor={executor}", "--set", "run.workers=1")  # fmt: skip
     process = start(*words, **environment)
     assert process.stderr
     seen = _read_until(process.stderr, "merge: ")

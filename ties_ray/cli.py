@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,12 +39,8 @@ Exit codes:
 _ERRORS_SHOWN = 50
 
 
-class _Signal(KeyboardInterrupt):
-    """A signal that ends the command; raised in the main thread, wherever it is."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+_signals: list[int] = []
+"""Those that ended this process: Ray's C++ turns whatever a handler raises into a plain KeyboardInterrupt."""
 
 
 def main() -> NoReturn:
@@ -56,8 +52,8 @@ def main() -> NoReturn:
         commands(prog_name="ties-ray")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except _Signal as caught:  # before or after a command's own handling
-        code = 128 + caught.number
+    except KeyboardInterrupt:  # before or after a command's own handling
+        code = 128 + _signals[0]
     if threading.active_count() > 1:  # a thread that waits for storage would keep the interpreter from ending
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -68,12 +64,13 @@ def main() -> NoReturn:
 
 def _on_signal(number: int, _: FrameType | None) -> None:
     """Raise in the main thread; leave for good after `PATIENCE`, or at a second signal."""
+    _signals.append(number)
     for again in (signal.SIGINT, signal.SIGTERM):
         signal.signal(again, lambda number, _: os._exit(128 + number))
     watchdog = threading.Timer(PATIENCE, os._exit, [128 + number])
     watchdog.daemon = True
     watchdog.start()
-    raise _Signal(number)
+    raise KeyboardInterrupt
 
 
 # -- what all commands share
@@ -106,9 +103,9 @@ class _Desk:
             if self.debug:
                 traceback.print_exception(caught)
             for problem in error.problems[:_ERRORS_SHOWN]:
-                click.echo(f"error: {problem}", err=True)
+                _complain(problem)
             if len(error.problems) > _ERRORS_SHOWN:
-                click.echo(f"error: and {len(error.problems) - _ERRORS_SHOWN} more problems", err=True)
+                _complain(Problem("", f"and {len(error.problems) - _ERRORS_SHOWN:,} more problems"))
             self.on_failure(error)
             return error.exit_code
 
@@ -122,7 +119,7 @@ class _Desk:
             text.show(*things)
 
     @contextlib.contextmanager
-    def progress(self) -> "Any":
+    def progress(self) -> "Iterator[Watch]":
         """Yield what is to be called with each `Progress`."""
         if self.quiet:
             yield lambda progress: None
@@ -133,15 +130,25 @@ class _Desk:
             yield watch
 
 
+def _complain(problem: Problem) -> None:
+    """Print a problem as one line that no file name or header can break or colour."""
+    line = "".join(char if char.isprintable() else " " for char in str(problem))
+    click.echo(f"error: {line}", err=True)
+
+
 def _as_merge_error(caught: BaseException) -> MergeError:
     if isinstance(caught, MergeError):
-        return MergeError(map(_defect, caught.problems)) if caught.kind == "defect" else caught
-    if isinstance(caught, KeyboardInterrupt):
-        number = caught.number if isinstance(caught, _Signal) else signal.SIGINT
-        what = f"cancelled by {signal.Signals(number).name}"
-        error = Cancelled(Problem("", what, "what is done is kept, and the same command continues"))
-        error.exit_code = 128 + number
+        if caught.kind != "defect":
+            return caught
+        error = MergeError(map(_defect, caught.problems))
+        error.shard = caught.shard
         return error
+    if isinstance(caught, KeyboardInterrupt):
+        number = _signals[0] if _signals else signal.SIGINT
+        what = f"cancelled by {signal.Signals(number).name}"
+        cancelled = Cancelled(Problem("", what, "what is done is kept, and the same command continues"))
+        cancelled.exit_code = 128 + number
+        return cancelled
     return MergeError(_defect(Problem("", f"{type(caught).__name__}: {caught}")))
 
 
@@ -222,12 +229,9 @@ def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool) -> int
     if full and desk.json:
         click.echo(made.to_json().decode())
         return 0
-    record = plan_record(made)
-    if desk.json:
-        desk.tell(record)
-        return 0
     from ties_ray import text
 
+    record = plan_record(made)
     desk.tell(record, *text.of_plan(record))
     return 0
 
@@ -414,7 +418,7 @@ class _Job:
         try:
             self.write(result)
         except Exception as second:
-            click.echo(f"error: --result: {second}", err=True)
+            _complain(Problem("--result", str(second)))
 
 
 def _load(source: str, overrides: Sequence[str]) -> "Recipe":
@@ -459,5 +463,5 @@ def _place(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
 def _report(findings: Sequence[Any]) -> int:
     """Print findings as errors; return the exit code."""
     for one in findings:
-        click.echo(f"error: {Problem(one.where, one.what, one.remedy)}", err=True)
+        _complain(Problem(one.where, one.what, one.remedy))
     return InputError.exit_code if findings else 0
