@@ -457,3 +457,14 @@ def test_a_family_has_what_real_ones_have(stores: Stores, tmp_path: Path) -> Non
     kept = len(magnitudes) // 5
     assert (magnitudes == magnitudes[kept - 1]).sum() > 5
     assert ((deltas[0] + deltas[1] == 0) & (deltas[0] != 0)).sum() > 50
+
+
+def test_models_stored_alike_share_their_sources_in_memory_and_in_json(store: Store, stores: Stores, root: str) -> None:
+    make_family(store, root, num_models=3)
+    catalog = read_catalog(recipe_of(root, "model-0", "model-1", "model-2"), stores)
+    form = TypeAdapter(Catalog)
+    stored = form.dump_json(catalog)
+    again = form.validate_json(stored)
+    assert again == catalog
+    assert all(model.sources is again.models[0].sources for model in again.models)
+    assert stored.count(b'"lm_head.weight":') == 2  # of the base, and of the models

@@ -4,10 +4,12 @@ import fnmatch
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
 from ties_ray import plugins, tokenizers
 from ties_ray.errors import InputError, Problem, RecipeError
@@ -40,11 +42,27 @@ class Model:
     format: str
     objects: tuple[Pin, ...]
     sources: dict[str, Source]
-    """By base parameter; a parameter that is missing here has delta zero (the recipe allowed it)."""
+    """By base parameter; a parameter that is missing here has delta zero (the recipe allowed it). Models that store
+    theirs alike, as fine-tunes of one base do, share one dictionary, in memory and in JSON."""
     weight: float = 1.0
     density: float | None = None
     licence: str = ""
     """From the front matter of its README; empty where it says none."""
+
+
+def _write_models(models: Sequence[Model], write: SerializerFunctionWrapHandler) -> list[dict[str, object]]:
+    """Return the JSON form of models; instead of sources written before it has the number of that model."""
+    first: dict[int, int] = {}
+    same = [first.setdefault(id(model.sources), number) for number, model in enumerate(models)]
+    plain = write(tuple(model if same[n] == n else replace(model, sources={}) for n, model in enumerate(models)))
+    return [one if same[n] == n else {**one, "sources": same[n]} for n, one in enumerate(plain)]
+
+
+def _read_models(plain: Any, read: ValidatorFunctionWrapHandler) -> tuple[Model, ...]:
+    """Return the models of a JSON form that `_write_models` has made."""
+    same = [one["sources"] if isinstance(one["sources"], int) else n for n, one in enumerate(plain)]
+    models = read([one if same[n] == n else {**one, "sources": {}} for n, one in enumerate(plain)])
+    return tuple(replace(model, sources=models[same[n]].sources) for n, model in enumerate(models))
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class Catalog:
     """All inputs of a merge, checked against each other."""
 
     base: Model
-    models: tuple[Model, ...]
+    models: Annotated[tuple[Model, ...], WrapSerializer(_write_models), WrapValidator(_read_models)]
     parameters: tuple[Parameter, ...]
     """Of the base, in the order of its files and offsets; a tied alias of another parameter is not among them."""
     small_files: tuple[SmallFile, ...]
@@ -138,7 +156,8 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     if problems or wrong:
         raise InputError(problems + wrong)
 
-    models = [_model(*folders[entry.id], found[entry.id]) for entry in entries]
+    known: dict[Hashable, dict[str, Source]] = {}
+    models = [_model(*folders[entry.id], found[entry.id], known) for entry in entries]
     taken, aside = _small_files(folders[files_from][0], stores, threads)
     notes = [
         *noted,
@@ -307,14 +326,14 @@ def _parameter(name: str, source: Source, rules: Rules) -> Parameter:
     return Parameter(name, tensor.shape, tensor.dtype, tensor.dtype in MERGEABLE and not rules.excludes(name))
 
 
-def _model(looked: Looked, folder: Folder, found: Found) -> Model:
+def _model(looked: Looked, folder: Folder, found: Found, known: dict[Hashable, dict[str, Source]]) -> Model:
     entry = looked.entry
     return Model(
         uri=entry.uri,
         id=entry.id,
         format=looked.format.name,
         objects=found.objects,
-        sources=dict(found.sources),
+        sources=known.setdefault(tuple(found.sources.items()), dict(found.sources)),
         weight=entry.weight,
         density=entry.density,
         licence=licence_of(folder.texts.get(README, b"")),

@@ -47,7 +47,9 @@ AHEAD = 4
 TOGETHER = 4
 """Slices merged together, so that the sums stay in the CPU's cache for several models."""
 OVERHEAD = 64 * 2**20
-"""Bytes a worker needs beside blocks, parts and tables: client buffers, the plan, allocator slack (measured)."""
+"""Bytes a worker needs beside blocks, parts, tables and the plan: clients, records, what malloc keeps (measured)."""
+ENTRY_BYTES = 2**10
+"""What the plan in a worker takes for each pinned object, and for each tensor of models not stored alike (measured)."""
 STATE_BYTES = 20 + 4 + 4
 """Bytes an element of a block: the largest state of a kernel, the merged delta, one fp32 scratch."""
 
@@ -381,7 +383,7 @@ def _slices(result: PlannedResult, resident: bool) -> int:
 
 def _block(recipe: Recipe, catalog: Catalog, result: PlannedResult, *, beside: int, resident: bool) -> int:
     """Return how many elements a worker can hold of all slices; beside: bytes of its tables or parts."""
-    room = int(recipe.run.memory) - OVERHEAD - beside
+    room = int(recipe.run.memory) - _overhead(catalog) - beside
     elements = room // _element_bytes(catalog, _slices(result, resident))
     if not resident and elements < 2**16:
         raise RecipeError(
@@ -401,7 +403,14 @@ def _memory(recipe: Recipe, catalog: Catalog, result: PlannedResult, round_: Pla
     block = min(round_.block, largest) * _element_bytes(catalog, _slices(result, resident))
     parts = 2 * min(layout.part_size, max(file.size for file in result.files)) if round_.kind == "merge" else 0
     tables = TABLES if round_.kind in ("count_high", "count_low") else 0
-    return OVERHEAD + block + parts + tables
+    return _overhead(catalog) + block + parts + tables
+
+
+def _overhead(catalog: Catalog) -> int:
+    """Return what a worker needs in every round."""
+    models = (catalog.base, *catalog.models)
+    layouts = {id(model.sources): len(model.sources) for model in models}
+    return OVERHEAD + ENTRY_BYTES * (sum(layouts.values()) + sum(len(model.objects) for model in models))
 
 
 class _Cost:
