@@ -59,6 +59,11 @@ def test_thresholds_by_tensor_are_one_line_a_model() -> None:
     assert "20.00%" in told
 
 
+def test_zeros_are_not_kept_even_where_the_threshold_is_zero() -> None:
+    trims = [TrimReport(model="a", parameter=None, threshold=0, kept=100, tied=45, size=100)]
+    assert "55.00%" in shown(*text.of_result(result(trims), "r.yaml"))
+
+
 def test_a_summary_tells_what_was_lost_repeated_zeroed_and_noted() -> None:
     done = result(
         resumed=True, shards=9, shards_done_before=4, workers_lost=2, retries=7, zeroed={"3: a.weight": 5},

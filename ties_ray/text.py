@@ -188,7 +188,8 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
         yield f"done: {result.output} ({_files(len(result.files), size)}) in {duration(result.seconds)}{continued}"
         yield "  " + _effort(result)
     if result.trims:
-        yield from _trims(result.trims)
+        method = result.provenance.method if result.provenance else {}
+        yield from _trims(result.trims, drop=method.get("at_threshold") == "drop")
     for name, value in result.statistics.items():
         yield f"  {name}: {value:,}"
     for where, count in list(result.zeroed.items())[:FEW]:
@@ -213,15 +214,19 @@ def _effort(result: MergeResult) -> str:
     return ", ".join(told)
 
 
-def _trims(trims: Sequence[TrimReport]) -> Iterator[RenderableType]:
-    """Yield a row a model; where trim went by tensor, the model's tensors together."""
+def _trims(trims: Sequence[TrimReport], *, drop: bool) -> Iterator[RenderableType]:
+    """Yield a row a model; where trim went by tensor, the model's tensors together.
+
+    drop: values at the threshold were not kept; zeros never are, even where the threshold is zero.
+    """
     by_model: dict[str, list[TrimReport]] = {}
     for trim in trims:
         by_model.setdefault(trim.model, []).append(trim)
     table = _table("model", "threshold >", "kept >", "at the threshold >")
     for model, own in list(by_model.items())[:FEW]:
         low, high = min(trim.threshold for trim in own), max(trim.threshold for trim in own)
-        size, kept, tied = (sum(getattr(trim, name) for trim in own) for name in ("size", "kept", "tied"))
+        size, tied = sum(trim.size for trim in own), sum(trim.tied for trim in own)
+        kept = sum(trim.kept - (trim.tied if drop or trim.threshold == 0 else 0) for trim in own)
         threshold = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         table.add_row(model, threshold, f"{kept / max(1, size):.2%}", f"{tied / max(1, size):.2%}")
     yield table
