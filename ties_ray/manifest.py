@@ -4,6 +4,7 @@
     uploads.json        upload id of each weight file
     records/<round>/    what workers have finished, one object a batch, written after the data is durable
     folded/<round>/     what a barrier made of the records: thresholds, a method's statistics
+    seen/<shard>.json   checksums of what the first round has read, which later rounds must read again
 
 Losing a record costs a redo, never a byte.
 """
@@ -12,6 +13,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -48,7 +50,18 @@ class Folded:
     statistics: dict[str, int] = field(default_factory=dict)
 
 
+class Seen(NamedTuple):
+    """The bytes [start, stop) of an object when they were first read."""
+
+    uri: str
+    start: int
+    stop: int
+    sums: str
+    """base64 of little-endian uint32: the CRC32C of each piece, cut as `transfer.Ledger` says."""
+
+
 _RECORD = TypeAdapter(Record)
+_SEEN = TypeAdapter(tuple[Seen, ...])
 _FOLDED = TypeAdapter(Folded)
 
 
@@ -117,6 +130,15 @@ class Manifest:
         """Return what is known after a round, by group; groups not folded yet are missing."""
         found = {group: self._get(f"folded/{round_}/{group}.json") for group in groups}
         return {group: _FOLDED.validate_json(data) for group, data in found.items() if data is not None}
+
+    def write_seen(self, shard: int, seen: Sequence[Seen]) -> None:
+        """Store what a shard of the first round has read."""
+        self._store.put(join(self.folder, f"seen/{shard}.json"), _SEEN.dump_json(tuple(seen)))
+
+    def read_seen(self, shard: int) -> tuple[Seen, ...]:
+        """Return what a shard of the first round has read; nothing if it is not done yet."""
+        data = self._get(f"seen/{shard}.json")
+        return () if data is None else _SEEN.validate_json(data)
 
     def _records(self, round_: int) -> str:
         return join(self.folder, f"records/{round_}")

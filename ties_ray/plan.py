@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -220,6 +220,14 @@ class Layout:
             start = ends
             position += 1
         return tuple(segments)
+
+    def ranges_over(self, segments: Iterable[Segment]) -> set[int]:
+        """Return the indices of the ranges that hold any of these elements."""
+        found: set[int] = set()
+        for parameter, start, stop in segments:
+            begins = self._ends[bisect.bisect_left(self._merged, parameter)] - self.parameters[parameter].numel
+            found.update(range((begins + start) // self._range, -(-(begins + stop) // self._range)))
+        return found
 
     def shard(self, round_: PlannedRound, index: int, num_models: int) -> Shard:
         """Return what shard `index` of a round covers."""

@@ -1,21 +1,31 @@
 """Bytes on their way: slices are read ahead of the merge, parts are written behind it, in memory that is used again."""
 
+import base64
 import collections
 import itertools
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import google_crc32c
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ties_ray.catalog import Model
+from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Format, Source
 from ties_ray.kernels import Encoded
 from ties_ray.kernels.buffers import Buffers
-from ties_ray.stores import Part, Pin, Stores
+from ties_ray.manifest import Seen
+from ties_ray.stores import Part, Pin, Stores, shown
+
+T = TypeVar("T")
+PIECE = 64 * 2**10
+"""Bytes: 64 bytes of checksums a MiB, and the edges of a block of 8 MiB are less than a hundredth of it."""
 
 
 class Wanted(NamedTuple):
@@ -25,6 +35,69 @@ class Wanted(NamedTuple):
     source: Source
     start: int
     stop: int
+
+
+class Ledger:
+    """The CRC32C of every piece that was read; a piece that is read again must have the same.
+
+    Pieces end at multiples of `PIECE` of their object, or where the read did that brought them first. A later read is
+    compared in all pieces that it holds whole, however it is cut; so of a range that is read twice but cut differently,
+    less than a piece at each end is not.
+    """
+
+    def __init__(self, known: Iterable[Seen] = (), *, keeps: bool = False) -> None:
+        """keeps: note what is read now, too."""
+        self.compared = 0
+        """Bytes that were read again and were the same."""
+        self.new: list[Seen] = []
+        """What was read here first."""
+        self._keeps = keeps
+        self._lock = threading.Lock()
+        self._known: dict[str, dict[tuple[int, int], NDArray[np.uint32]]] = {}
+        for seen in known:
+            sums = np.frombuffer(base64.b64decode(seen.sums), "<u4")
+            before = self._known.setdefault(seen.uri, {}).setdefault((seen.start, seen.stop), sums)
+            if not np.array_equal(before, sums):  # two groups of models have each read this of the base
+                raise differs(seen.uri, seen.start, seen.stop)
+
+    def mismatch(self, uri: str, start: int, data: NDArray[np.uint8]) -> tuple[int, int] | None:
+        """Return the first piece [start, stop) that is not as it was; None if there is none, and take note."""
+        stop = start + len(data)
+        with self._lock:
+            known = list(self._known.get(uri, {}).items())
+        compared = 0
+        for (first, last), sums in known:
+            if first >= stop or last <= start:
+                continue
+            cuts = _cuts(first, last)
+            begin, end = cuts.searchsorted(start), cuts.searchsorted(stop, "right") - 1
+            for piece in range(begin, end):
+                low, high = int(cuts[piece]), int(cuts[piece + 1])
+                if google_crc32c.value(data[low - start : high - start]) != sums[piece]:
+                    return low, high
+                compared += high - low
+        with self._lock:
+            self.compared += compared
+            if self._keeps and (start, stop) not in self._known.setdefault(uri, {}):
+                pieces = itertools.pairwise(_cuts(start, stop) - start)
+                sums = np.array([google_crc32c.value(data[low:high]) for low, high in pieces], "<u4")
+                self._known[uri][start, stop] = sums
+                self.new.append(Seen(uri, start, stop, base64.b64encode(sums.tobytes()).decode()))
+        return None
+
+
+def _cuts(start: int, stop: int) -> NDArray[np.int64]:
+    """Return where the pieces of a range begin, and its end."""
+    return np.array([start, *range(start - start % PIECE + PIECE, stop, PIECE), stop])
+
+
+def differs(uri: str, start: int, stop: int) -> InputError:
+    """Return the error of bytes that are not what they were, under the same ETag."""
+    what = f"bytes {start:,} to {stop:,} are not those that this merge read first, though its ETag is the same"
+    remedy = (
+        "keep inputs unchanged during a merge; run again with --fresh, since the first reading may be the wrong one"
+    )
+    return InputError(Problem(shown(uri), what, remedy))
 
 
 class ReadAhead:
@@ -42,6 +115,12 @@ class ReadAhead:
         self.bytes_read = 0
         self.requests = 0
         """Reads of inputs; what the plan promises."""
+        self.ledger = Ledger()
+        """What was read before; of the shard that is worked on."""
+
+    def each(self, function: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+        """Return the function's results in order, several calls at a time."""
+        return self._threads.map(function, items)
 
     def stream(self, wanted: Iterable[Wanted | None]) -> Generator[Encoded | None, None, None]:
         """Yield the slices in order; None for None (a parameter that the model lacks).
@@ -69,10 +148,18 @@ class ReadAhead:
 
     def read(self, pin: Pin, start: int, into: Tensor) -> None:
         """Fill `into` (1-D uint8) with an input's bytes from `start` on."""
-        self._stores.of(pin.uri).read(pin, start, into.numpy().data)
-        with self._lock:
-            self.bytes_read += len(into)
-            self.requests += 1
+        store, data = self._stores.of(pin.uri), into.numpy()
+        for again in (False, True):
+            store.read(pin, start, data.data)
+            with self._lock:
+                self.bytes_read += len(into)
+                self.requests += 1
+            mismatch = self.ledger.mismatch(pin.uri, start, data)
+            if mismatch is None:
+                return
+            if again:
+                raise differs(pin.uri, *mismatch)
+            store.meter.add(retries=1)  # read it once more: they may have changed on the way here only
 
     def _fetch(self, wanted: Wanted) -> Encoded:
         form = self._formats[wanted.model.format]

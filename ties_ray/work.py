@@ -22,7 +22,7 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Parameter
 from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
-from ties_ray.manifest import Folded, Manifest, Record
+from ties_ray.manifest import Folded, Manifest, Record, Seen
 from ties_ray.methods import Context, Threshold
 from ties_ray.outputs import Placed
 from ties_ray.plan import (
@@ -42,7 +42,7 @@ from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.slices import Slices
 from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
 from ties_ray.stores import Part, Stores, join, scheme_of
-from ties_ray.transfer import ReadAhead, Wanted, WriteBehind
+from ties_ray.transfer import Ledger, ReadAhead, Wanted, WriteBehind
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RECORD_SHARDS = 256
@@ -85,6 +85,8 @@ class Answer:
     """Of inputs; so are the requests. What the plan promises."""
     bytes_written: int = 0
     requests: int = 0
+    bytes_compared: int = 0
+    """Of the bytes read: what an earlier reading had shown already, and was the same."""
     retries: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
@@ -183,11 +185,13 @@ class Worker:
         self._writes = WriteBehind(self._stores)
         self._bases = Buffers()
         self._known: dict[int, dict[int, Folded]] = {}
+        self._seen: dict[int, tuple[Seen, ...]] = {}
         self._token = uuid.uuid4().hex[:12]
         self._num_records = 0
         self._round = 0
         self._batch = Batch()
-        self._totals = (0, 0, 0, 0, 0.0, 0.0)
+        self._bytes_compared = 0
+        self._totals = (0, 0, 0, 0, 0, 0.0, 0.0)
 
     def run(self, message: str) -> str:
         """Handle an order in JSON and return the answer in JSON."""
@@ -268,13 +272,42 @@ class Worker:
         shard = self._plan.layout.shard(round_, order.index, len(self._models))
         work = {"merge": self._merge, "gather": self._gather}.get(round_.kind, self._count)
         done = Batch()
+        first = order.round == 0 and len(self._result.rounds) > 1
+        known = self._manifest.read_seen(order.index) if first else self._seen_before(shard)
+        self._reads.ledger = Ledger(known, keeps=first or round_.passes > 1)
         try:
             work(round_, shard, done)
         except BaseException:
             self._writes.abandon()
             raise
+        if first and self._reads.ledger.new:
+            self._manifest.write_seen(order.index, (*known, *self._reads.ledger.new))
+        self._bytes_compared += self._reads.ledger.compared
         done.shards.append(order.index)
         self._batch.absorb(done)
+
+    def _seen_before(self, shard: Shard) -> tuple[Seen, ...]:
+        """Return what the first round has read of what a shard of a later one reads."""
+        if len(self._result.rounds) == 1:
+            return ()
+        layout, first = self._plan.layout, self._result.rounds[0]
+        counting = first.kind in ("count_high", "count_low")
+        groups = range(shard.models[0] // MODEL_GROUP, -(-shard.models[1] // MODEL_GROUP)) if counting else (0,)
+        ranges = layout.ranges_over(shard.segments or self._merged_in(shard))
+        wanted = [group * layout.num_ranges + one for group in groups for one in sorted(ranges)]
+        missing = [index for index in wanted if index not in self._seen]
+        found = dict(zip(missing, self._reads.each(self._manifest.read_seen, missing), strict=True))
+        self._seen = {index: found[index] if index in found else self._seen[index] for index in wanted}
+        return tuple(itertools.chain.from_iterable(self._seen.values()))
+
+    def _merged_in(self, shard: Shard) -> list[Segment]:
+        """Return what the parts of a shard hold of merged parameters."""
+        return [
+            Segment(self._plan.layout.by_name[placed.tensor.parameter], first, last)
+            for number in range(*shard.parts)
+            for placed, first, last in elements_in(self._plan.layout, shard.file, number)
+            if not placed.tensor.copied
+        ]
 
     def _fold(self, order: Order) -> None:
         """Add up the counts of a group of models, and store where their thresholds lie."""
@@ -394,13 +427,7 @@ class Worker:
         uri = join(self._plan.output, file.name)
         header = len(file.header).to_bytes(8, "little") + file.header.encode("ascii")
         parts = {number: list(elements_in(layout, shard.file, number)) for number in range(*shard.parts)}
-        segments = [
-            Segment(layout.by_name[placed.tensor.parameter], first, last)
-            for pieces in parts.values()
-            for placed, first, last in pieces
-            if not placed.tensor.copied
-        ]
-        with closing(self._blocks(round_, segments, range(*shard.models), done)) as blocks:
+        with closing(self._blocks(round_, self._merged_in(shard), range(*shard.models), done)) as blocks:
             for number, pieces in parts.items():
                 start, stop = layout.part(shard.file, number)
                 part = self._writes.buffer(stop - start)
@@ -508,6 +535,7 @@ class Worker:
             self._reads.bytes_read,
             sum(meter.bytes_written for meter in meters),
             self._reads.requests,
+            self._bytes_compared,
             sum(meter.retries for meter in meters),
             self._reads.waited,
             self._writes.waited,
@@ -519,8 +547,9 @@ class Worker:
             bytes_read=int(since[0]),
             bytes_written=int(since[1]),
             requests=int(since[2]),
-            retries=int(since[3]),
-            seconds={"work": seconds, "wait_read": since[4], "wait_write": since[5]},
+            bytes_compared=int(since[3]),
+            retries=int(since[4]),
+            seconds={"work": seconds, "wait_read": since[5], "wait_write": since[6]},
         )
 
 
