@@ -5,40 +5,35 @@ recipe -> catalog -> plan -> rounds (shards | barrier) ... -> finalize -> result
 
 import importlib.metadata
 import platform
-import statistics
 import struct
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from ties_ray import lease, plugins
+from ties_ray import lease, plugins, resume
 from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
-from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
+from ties_ray.executors import Executor, Needs
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
-from ties_ray.manifest import FOLDER, Manifest, Record, find_runs
+from ties_ray.manifest import Manifest, Record
 from ties_ray.plan import MODEL_GROUP, Plan, PlannedRound, make_plan
 from ties_ray.recipe import Recipe
 from ties_ray.report import (
-    RESULT_NAME,
     InputProvenance,
     MergeResult,
     Progress,
     Provenance,
     TrimReport,
     Watch,
-    find_result,
 )
 from ties_ray.schedule import Failure, Schedule
+from ties_ray.stage import Stage
 from ties_ray.statistics import WHOLE
 from ties_ray.stores import Part, Stores, absolute, join
-from ties_ray.work import ANSWER, ORDER, SETUP, Answer, Order, Setup
+from ties_ray.work import SETUP, Answer, Order, Setup
 
 PACKAGES = ("ties-ray", "torch", "numpy", "numba")
 """What must be of one version on all workers: the arithmetic rests on these."""
-SLOW_FACTOR = 3.0
-SLOW_SECONDS = 5.0
-"""A shard that takes so many times as long as the median, and so much longer, is given to an idle worker as well."""
 DEPTH = 2
 """Shards a worker has at a time: one to do, one to follow at once."""
 
@@ -67,15 +62,14 @@ def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch) -> Mer
     """Do what a plan of this process says, as `merge` does; started: when the call began, by the monotonic clock."""
     stores = Stores(wanted.recipe.storage)
     watch(Progress("start", 0, 0, 0, wanted.bytes_read))
-    finished = None if fresh else find_result(stores, wanted.output)
-    if finished is not None and finished.run_id == wanted.run_id:
-        _demand_files(stores, wanted.output, finished)
-        return finished.model_copy(update={"reused": True})
+    finished = None if fresh else resume.finished(wanted, stores)
+    if finished:
+        return finished
     taken_over: list[str] = []
     with lease.acquire(stores, wanted.output, taken_over.append) as held:
-        run = _open(wanted, stores, fresh=fresh)
-        run.add_notes(taken_over)
-        run.watch = watch
+        opened, manifest, resumed = resume.open_run(wanted, stores, fresh=fresh)
+        opened = replace(opened, notes=(*opened.notes, *taken_over))
+        run = MergeRun(opened, stores, manifest, resumed=resumed, watch=watch)
         run.execute(_executor(wanted.recipe))
         return run.publish(started, held.check)
 
@@ -84,111 +78,14 @@ def _executor(recipe: Recipe) -> Executor:
     return plugins.load("executors", recipe.run.executor, Executor)()
 
 
-# -- what the output holds already
-
-
-def _open(wanted: Plan, stores: Stores, *, fresh: bool) -> "MergeRun":
-    """Return a new run, or one to continue; refuse a folder that holds something else."""
-    output = wanted.output
-    runs = find_runs(stores, output)
-    mine = [generation for run_id, generation in runs if run_id == wanted.run_id]
-    if fresh:
-        _forget(stores, output, runs)
-        return _begin(wanted, stores, max(mine, default=0) + 1)
-    result = find_result(stores, output)
-    others = sorted({run_id for run_id, _ in runs if run_id != wanted.run_id})
-    remedy = "choose another folder (a path with {run_id} gives each merge its own), or replace it with --fresh"
-    if result is not None:
-        raise InputError(Problem(output, f"holds the result of another merge, run {result.run_id}", remedy))
-    if others:
-        changed = _what_changed(wanted, Manifest(stores, Manifest.folder_of(output, *runs[-1])).read_plan())
-        what = f"holds an unfinished merge, run {others[-1]}, which differs from this one: {changed}"
-        raise InputError(Problem(output, what, remedy))
-    if mine:
-        manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, mine[-1]))
-        stored = manifest.read_plan()
-        if stored:
-            return MergeRun(_with_run_settings(stored, wanted), stores, manifest, resumed=True)
-    else:
-        listing = stores.of(output).list(output)
-        names = [uri.rsplit("/", 1)[-1] for uri in (*(pin.uri for pin in listing.files), *listing.folders)]
-        foreign = [name for name in names if name != FOLDER]
-        if foreign:
-            raise InputError(Problem(output, f"holds something else: {', '.join(foreign[:5])}", remedy))
-    return _begin(wanted, stores, max(mine, default=0) + 1)
-
-
-def _begin(wanted: Plan, stores: Stores, generation: int) -> "MergeRun":
-    manifest = Manifest(stores, Manifest.folder_of(wanted.output, wanted.run_id, generation))
-    manifest.write_plan(wanted)
-    return MergeRun(wanted, stores, manifest, resumed=False)
-
-
-def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:
-    sizes = {pin.uri.rsplit("/", 1)[-1]: pin.size for pin in stores.of(output).list(output).files}
-    gone = [file.name for file in result.files if sizes.get(file.name) != file.size]
-    if gone:
-        what = f"the result record is there, but not as it says: {', '.join(gone[:5])}"
-        raise InputError(Problem(output, what, "put the files back, or merge again with --fresh"))
-
-
-def _forget(stores: Stores, output: str, runs: Sequence[tuple[str, int]]) -> None:
-    """Remove earlier runs: first what makes their result look whole, then their uploads and manifests."""
-    store = stores.of(output)
-    store.delete(join(output, RESULT_NAME))
-    for run_id, generation in runs:
-        manifest = Manifest(stores, Manifest.folder_of(output, run_id, generation))
-        stored = manifest.read_plan()
-        if stored:
-            store.delete(join(output, stored.recipe.output.door(stored.result.files)))
-        for name, upload in manifest.read_uploads().items():
-            store.abort_upload(join(output, name), upload)
-        _delete_all(stores, manifest.folder)
-
-
-def _delete_all(stores: Stores, folder: str) -> None:
-    listing = stores.of(folder).list(folder)
-    for inner in listing.folders:
-        _delete_all(stores, inner)
-    for pin in listing.files:
-        stores.of(folder).delete(pin.uri)
-
-
-def _what_changed(wanted: Plan, stored: Plan | None) -> str:
-    if stored is None:
-        return "its plan is not there"
-    changes = []
-    if stored.arithmetic != wanted.arithmetic:
-        changes.append(f"arithmetic {stored.arithmetic} there, {wanted.arithmetic} here")
-    fields = ("method", "exclude", "allow", "output")
-    changes += [f"`{field}`" for field in fields if getattr(stored.recipe, field) != getattr(wanted.recipe, field)]
-    before = {pin.uri: pin for model in (stored.catalog.base, *stored.catalog.models) for pin in model.objects}
-    now = {pin.uri: pin for model in (wanted.catalog.base, *wanted.catalog.models) for pin in model.objects}
-    changes += [f"input {uri}" for uri in sorted(before.keys() | now.keys()) if before.get(uri) != now.get(uri)][:3]
-    return "; ".join(changes) or "models, weights or ids"
-
-
-def _with_run_settings(stored: Plan, wanted: Plan) -> Plan:
-    """Return the stored plan with this call's cluster settings; say which other settings are ignored."""
-    ignored = [
-        f"run.{name}" for name in ("memory",) if getattr(stored.recipe.run, name) != getattr(wanted.recipe.run, name)
-    ]
-    if stored.recipe.output.part_size != wanted.recipe.output.part_size:
-        ignored.append("output.part_size")
-    run = wanted.recipe.run.model_copy(update={"memory": stored.recipe.run.memory})
-    recipe = stored.recipe.model_copy(update={"run": run, "storage": wanted.recipe.storage})
-    notes = (*stored.notes, *(f"continued with the stored plan: {name} of this call is ignored" for name in ignored))
-    return replace(stored, recipe=recipe, notes=notes)
-
-
 # -- one run
 
 
 class MergeRun:
     """A merge under way: rounds on an executor, barriers, publication."""
 
-    def __init__(self, run_plan: Plan, stores: Stores, manifest: Manifest, *, resumed: bool) -> None:
-        self.watch: Watch = lambda progress: None
+    def __init__(self, run_plan: Plan, stores: Stores, manifest: Manifest, *, resumed: bool, watch: Watch) -> None:
+        self.watch = watch
         self._plan = run_plan
         self._stores = stores
         self._manifest = manifest
@@ -200,10 +97,6 @@ class MergeRun:
         self._workers_lost = 0
         self._uploads: dict[str, str] = {}
         self._phase = 0
-
-    def add_notes(self, notes: Sequence[str]) -> None:
-        """Add what happened on the way to the notes of the result."""
-        self._plan = replace(self._plan, notes=(*self._plan.notes, *notes))
 
     def execute(self, executor: Executor) -> None:
         """Do all rounds; every one leaves its records and what the barrier makes of them in the manifest."""
@@ -231,6 +124,9 @@ class MergeRun:
         """Return the upload of each weight file; begin those that are not there, or no longer known to the store."""
         store = self._stores.of(self._plan.output)
         uploads = self._manifest.read_uploads()
+        for uri, upload in store.list_uploads(self._plan.output):
+            if upload not in uploads.values():
+                store.abort_upload(uri, upload)  # begun just before a kill, and not yet noted
         self._forgotten = set()
         for index, file in enumerate(self._plan.result.files):
             uri = join(self._plan.output, file.name)
@@ -311,7 +207,7 @@ class MergeRun:
         """
         schedule = Schedule(costs, self._num_workers, bytes_in_flight=sum(costs) + 1, done=done, depth=DEPTH)
         self._phase += 1
-        stage = _Stage(
+        stage = Stage(
             schedule,
             self._executor,
             orders,
@@ -420,120 +316,6 @@ class MergeRun:
         for index, _ in self._folded("gather"):
             found |= self._manifest.read_folded(index, [0])[0].statistics
         return found
-
-
-class _Stage:
-    """One stage's orders on their way: what the schedule says goes to the executor, what happens goes back to it."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        executor: Executor,
-        orders: Sequence[Order],
-        *,
-        first_ticket: int,
-        records: bool,
-        repeats: bool,
-        patience: float,
-    ) -> None:
-        self.shards_by_record: dict[str, tuple[int, ...]] = {}
-        self._schedule = schedule
-        self._executor = executor
-        self._orders = orders
-        self._first = first_ticket  # so that late news of an earlier stage is not mistaken for ours
-        self._records = records
-        self._repeats = repeats
-        self._patience = patience
-        self._since: dict[int, tuple[int, float]] = {}
-        """Worker and time of submission of every open ticket, oldest first."""
-        self._signs: dict[int, float] = {}
-        """When a worker last answered."""
-        self._seconds: list[float] = []
-        """How long the orders took."""
-        self._repeated: set[int] = set()
-        self._next_flush = -1
-        self._flushing: dict[int, int] = {}
-        """Workers asked to write a record, by ticket."""
-
-    def step(self) -> list[Answer]:
-        """Submit what can be, wait a moment, and take in what happened; return the answers."""
-        for worker, ticket, task in self._schedule.assignments():
-            self._submit(worker, ticket, self._orders[task])
-        for worker in self._schedule.holding() if self._records else ():
-            if worker not in self._flushing.values():
-                self._flushing[self._next_flush] = worker
-                self._submit(worker, self._next_flush, Order("flush"))
-                self._next_flush -= 1
-        self._overtake()
-        self._give_up_hung()
-        return [answer for event in self._executor.wait(1.0) if (answer := self._take(event))]
-
-    def _overtake(self) -> None:
-        """Give orders that take far longer than others did to idle workers as well."""
-        if not self._repeats or len(self._seconds) < 3:
-            return
-        usual = statistics.median(self._seconds)
-        late = time.monotonic() - SLOW_FACTOR * usual - SLOW_SECONDS
-        slow = [
-            (ticket, task)
-            for ticket, (_, since) in self._since.items()
-            if since < late and (task := self._schedule.task_of(ticket)) is not None and task not in self._repeated
-        ]
-        for worker, (ticket, task) in zip(self._schedule.idle(), slow, strict=False):
-            self._repeated.add(task)
-            self._submit(*self._schedule.repeat(ticket, worker)[:2], self._orders[task])
-
-    def _give_up_hung(self) -> None:
-        late = time.monotonic() - self._patience
-        waiting = {worker: since for worker, since in reversed(list(self._since.values()))}
-        for worker, since in waiting.items():
-            if max(since, self._signs.get(worker, 0.0)) < late:
-                self._executor.give_up(worker)
-                self._lost(worker, f"no answer within {self._patience:g} s (run.patience)")
-
-    def _lost(self, worker: int, reason: str) -> None:
-        self._flushing = {known: other for known, other in self._flushing.items() if other != worker}
-        self._since = {known: entry for known, entry in self._since.items() if entry[0] != worker}
-        self._schedule.lost(worker, reason)
-        self._executor.revive(worker)
-
-    def _submit(self, worker: int, ticket: int, order: Order) -> None:
-        self._since[ticket] = (worker, time.monotonic())
-        self._executor.submit(worker, self._first + ticket, ORDER.dump_json(order).decode())
-
-    def _take(self, event: Event) -> Answer | None:
-        schedule = self._schedule
-        match event:
-            case Answered():
-                return self._answered(event.worker, event.ticket - self._first, ANSWER.validate_json(event.answer))
-            case Refused():
-                ticket = event.ticket - self._first
-                self._since.pop(ticket, None)
-                if self._flushing.pop(ticket, None) is not None:  # no record, so what it holds is as good as lost
-                    schedule.lost(event.worker, "; ".join(map(str, event.problems)))
-                    schedule.ready(event.worker)
-                schedule.refused(ticket, event.kind, event.problems, event.traceback)
-            case Lost():
-                self._lost(event.worker, event.reason)
-            case Ready():
-                schedule.ready(event.worker)
-        return None
-
-    def _answered(self, worker: int, ticket: int, answer: Answer) -> Answer:
-        self._signs[worker] = time.monotonic()
-        submitted = self._since.pop(ticket, None)
-        if submitted and ticket >= 0:
-            self._seconds.append(time.monotonic() - submitted[1])
-        task = self._schedule.task_of(ticket)
-        if task is None and self._flushing.pop(ticket, None) is None:
-            return answer  # of a worker that was given up: its shards are done again, and its record is not used
-        self._schedule.answered(ticket)
-        if answer.record:
-            self.shards_by_record[answer.record] = answer.shards
-            self._schedule.recorded(worker, answer.shards)
-        if task is not None and not self._records:
-            self._schedule.recorded(worker, [task])
-        return answer
 
 
 def _error(failure: Failure, stage: str) -> MergeError:

@@ -171,6 +171,10 @@ class Store(ABC):
         """
         raise NotImplementedError
 
+    def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
+        """Return (object's URI, upload id) of the unfinished uploads of objects directly in a folder, sorted."""
+        raise NotImplementedError
+
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Make the object visible, whole; does nothing more if just this upload was completed before."""
         raise NotImplementedError

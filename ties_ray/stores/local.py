@@ -9,24 +9,52 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import Listing, Part, Pin, Store, changed, crc32c, join, no_upload
 
 _HIDDEN = ".ties-ray-part"
 """The names of our unfinished files begin with a dot and end so; a listing leaves them out, as S3 does."""
+_READ = os.O_RDONLY | os.O_NONBLOCK
+"""Not to wait for the other end of what turns out to be a pipe."""
+
+
+class LocalOptions(BaseModel):
+    """What a recipe may say about local files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
+
+    follow_links: bool = False
+    """Whether a file of a folder may be a link that leads out of it."""
 
 
 class Local(Store):
     """Paths and `file://` URIs: `preadv` into the caller's buffer, `pwrite` into a file beside its target.
 
     A file is opened anew for each read: 10 us on a disk, one round trip on NFS, and never the wrong descriptor.
+
+    A model is somebody else's work, and a link in it could name any file that the workers may read. So a link to a
+    file has to stay in its folder, or to lead from `snapshots/<revision>` of a Hugging Face cache to that repository's
+    own `blobs`; else the listing is refused, unless `storage.local.follow_links` is set. What the user names (a
+    folder, a recipe, a table) may be a link to anywhere.
     """
+
+    options = LocalOptions
 
     pinned_by = "size, time of change and inode"
     writable = True
 
+    def __init__(self, options: BaseModel) -> None:
+        super().__init__(options)
+        assert isinstance(options, LocalOptions)
+        self._follow_links = options.follow_links
+
     def list(self, uri: str) -> Listing:
-        """Return what lies directly in the folder; links count as what they lead to."""
+        """Return what lies directly in the folder; links count as what they lead to.
+
+        Raises `InputError` for a link that leads nowhere or out of the folder, and for a name that is not UTF-8.
+        """
         files, folders = [], []
         with _explained(uri, "list"):
             try:
@@ -34,6 +62,8 @@ class Local(Store):
             except FileNotFoundError:
                 return Listing((), ())
             for entry in entries:
+                if not entry.name.isascii():
+                    _demand_utf8(uri, entry.name)
                 if entry.is_dir():
                     folders.append(join(uri, entry.name))
                 elif not (entry.name.startswith(".") and entry.name.endswith(_HIDDEN)):
@@ -42,13 +72,15 @@ class Local(Store):
                     except FileNotFoundError:
                         if entry.is_symlink():
                             raise _dangling(join(uri, entry.name)) from None
+                    if entry.is_symlink() and not self._follow_links:
+                        _demand_inside(join(uri, entry.name))
         return Listing(
             tuple(sorted(files, key=lambda pin: os.fsencode(pin.uri))), tuple(sorted(folders, key=os.fsencode))
         )
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return the file's pin and its first bytes."""
-        with _explained(uri, "read"), _opened(_path(uri), os.O_RDONLY) as file:
+        with _explained(uri, "read"), _opened(_path(uri), _READ) as file:
             pin = _pin(uri, _regular(file, uri))
             data = bytearray(min(nbytes, pin.size))
             self._fill(file, 0, memoryview(data))
@@ -58,7 +90,7 @@ class Local(Store):
     def read(self, pin: Pin, start: int, into: memoryview) -> None:
         """Fill `into`, then look whether the file is still the pinned one: what was changed meanwhile shows as well."""
         try:
-            with _explained(pin.uri, "read"), _opened(_path(pin.uri), os.O_RDONLY) as file:
+            with _explained(pin.uri, "read"), _opened(_path(pin.uri), _READ) as file:
                 self._fill(file, start, into)
                 self._unchanged(file, pin)
         except FileNotFoundError:
@@ -147,6 +179,20 @@ class Local(Store):
         with _explained(uri, "read"):
             return () if _unfinished(uri, upload).exists() else None
 
+    def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
+        """Return our hidden files; of a `put` that was killed, too."""
+        with _explained(folder, "list"):
+            try:
+                entries = list(os.scandir(_path(folder)))
+            except FileNotFoundError:
+                return ()
+            found = []
+            for entry in entries:
+                if entry.name.startswith(".") and entry.name.endswith(_HIDDEN):
+                    name, _, token = entry.name[1 : -len(_HIDDEN)].rpartition(".")
+                    found.append((join(folder, name), f"{token}-{entry.inode()}"))
+        return tuple(sorted(found))
+
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Flush, rename, flush the folder."""
         path, size = _path(uri), sum(part.size for part in parts)
@@ -173,6 +219,8 @@ class Local(Store):
 
 
 def _path(uri: str) -> Path:
+    if "\0" in uri:
+        raise InputError(Problem(repr(uri), "no path holds a NUL", "check the path"))
     if uri.startswith("file://") and not uri.startswith("file:///"):
         raise InputError(Problem(uri, "a file URI names an absolute path", "write file:///folder/file"))
     return Path(uri.removeprefix("file://"))
@@ -223,6 +271,24 @@ def _sync_folder(folder: Path) -> None:
 def _not_ours(uri: str) -> InputError:
     what = "the unfinished file of this upload is gone, and the file is another"
     return InputError(Problem(uri, what, "leave the hidden files beside an output alone; run the merge with --fresh"))
+
+
+def _demand_inside(uri: str) -> None:
+    """Raise `InputError` where a link leads out of its folder, but to the blobs of the same Hugging Face repository."""
+    path = _path(uri)
+    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"][:1]
+    if not any(target.is_relative_to(place) for place in (folder, *blobs)):
+        what = f"is a link that leads out of its folder, to {target}"
+        remedy = "put the file itself there, or set `storage: {local: {follow_links: true}}` if you trust the folder"
+        raise InputError(Problem(uri, what, remedy))
+
+
+def _demand_utf8(folder: str, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(Problem(folder, f"holds a file whose name is not UTF-8: {name!r}", "rename it")) from None
 
 
 def _dangling(uri: str) -> InputError:

@@ -105,6 +105,12 @@ class Memory(Store):
                 return None
             return tuple(_part(number, data) for number, (_, data) in sorted(found.parts.items()))
 
+    def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
+        """Return the uploads that were begun and neither completed nor aborted."""
+        with _LOCK:
+            begun = [(upload.uri, number) for number, upload in _UPLOADS.items()]
+        return tuple(sorted((uri, number) for uri, number in begun if uri.rpartition("/")[0] == folder.rstrip("/")))
+
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Join the parts."""
         with _LOCK:

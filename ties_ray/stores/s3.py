@@ -289,6 +289,25 @@ class S3(Store):
             more, marker = page.get("IsTruncated", False), page.get("NextPartNumberMarker", 0)
         return tuple(sorted(parts))
 
+    def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
+        """Return the multipart uploads under the prefix, page by page of up to 1000."""
+        bucket, key = _split(folder)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        found: list[tuple[str, str]] = []
+        marker: dict[str, str] = {}
+        while True:
+            page = self._ask(
+                folder, "listing uploads", "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
+            )
+            found += [
+                (f"s3://{bucket}/{one['Key']}", one["UploadId"])
+                for one in page.get("Uploads", ())
+                if "/" not in one["Key"][len(prefix) :]
+            ]
+            if not page.get("IsTruncated"):
+                return tuple(sorted(found))
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Join the parts, and look whether the object is what they must give.
 
