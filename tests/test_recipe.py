@@ -253,7 +253,9 @@ def test_of_two_overrides_the_later_holds() -> None:
     assert parse(YAML, overrides=["method.density=0.4", "method.density=0.5"]).method.model_dump()["density"] == 0.5
 
 
-@pytest.mark.parametrize("one", ["method.density", "=3", "models.7.weight=1", "models.x.weight=1", "method.density.x=1"])
+@pytest.mark.parametrize(
+    "one", ["method.density", "=3", "models.7.weight=1", "models.x.weight=1", "method.density.x=1"]
+)
 def test_an_override_without_a_place_is_refused(one: str) -> None:
     with pytest.raises(RecipeError, match=r"--set: .*"):
         parse(YAML, overrides=[one])

@@ -134,7 +134,7 @@ def test_an_idle_worker_may_repeat_a_running_task_and_the_first_answer_counts() 
 
 def test_a_repeated_task_is_given_back_only_when_nobody_runs_it_any_more() -> None:
     schedule = Schedule([1, 1], 2, bytes_in_flight=1000, depth=1)
-    (slow_worker, slow, task), (fast_worker, fast, other) = schedule.assignments()
+    (slow_worker, slow, _), (fast_worker, fast, other) = schedule.assignments()
     schedule.answered(fast)
     schedule.recorded(fast_worker, [other])
     again = schedule.repeat(slow, fast_worker)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __path__ = plugins.search_path("methods", list(__path__))
 
+
 class Member(NamedTuple):
     """One model of the recipe, as a method sees it."""
 
