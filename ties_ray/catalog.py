@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
 from ties_ray import plugins, tokenizers
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
 from ties_ray.recipe import Recipe
@@ -60,7 +60,7 @@ def _write_models(models: Sequence[Model], write: SerializerFunctionWrapHandler)
 
 def _read_models(plain: Any, read: ValidatorFunctionWrapHandler) -> tuple[Model, ...]:
     """Return the models of a JSON form that `_write_models` has made."""
-    same = [one["sources"] if isinstance(one["sources"], int) else n for n, one in enumerate(plain)]
+    same = [one["sources"] if isinstance(one.get("sources"), int) else n for n, one in enumerate(plain)]
     models = read([one if same[n] == n else {**one, "sources": {}} for n, one in enumerate(plain)])
     return tuple(replace(model, sources=models[same[n]].sources) for n, model in enumerate(models))
 
@@ -342,7 +342,7 @@ def _model(looked: Looked, folder: Folder, found: Found, known: dict[Hashable, d
 
 def licence_of(readme: bytes) -> str:
     """Return the licence that the front matter of a model card names, with its own name and link if it has them."""
-    front = re.match(r"---\s*\n(.*?)\n---", readme.decode(errors="replace").replace("\r\n", "\n"), re.DOTALL)
+    front = re.match(r"---[^\S\n]*\n(.*?)\n---", readme.decode(errors="replace").replace("\r\n", "\n"), re.DOTALL)
     if not front:
         return ""
     given: dict[str, str] = {}
@@ -415,7 +415,7 @@ def _small_files(looked: Looked, stores: Stores, threads: Executor) -> tuple[tup
     left += [f"{_name(uri)}/" for uri in looked.listing.folders if not _name(uri).startswith(".")]
     pins = threads.map(lambda pin: _head(stores.of(pin.uri), pin.uri, 1)[0], wanted.values())
     files = tuple(SmallFile(name, pin) for name, pin in zip(wanted, pins, strict=True))
-    return files, [f"not taken over from {looked.entry.uri}: {', '.join(left)}"] if left else []
+    return files, [f"not taken over from {looked.entry.uri}: {printable(', '.join(left))}"] if left else []
 
 
 def _idle(patterns: Sequence[str], parameters: Collection[str]) -> list[str]:

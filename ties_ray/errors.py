@@ -31,6 +31,20 @@ class Problem(NamedTuple):
         return f"{text}; {self.remedy}" if self.remedy else text
 
 
+def printable(text: str) -> str:
+    """Return a text from somebody else's file with all that is not plainly visible in it escaped.
+
+    A tensor may be called anything: a terminal's colours, text that runs backwards, half a character.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
 class MergeError(Exception):
     """A failure that a user can act on; holds every problem found, not only the first."""
 
@@ -41,7 +55,8 @@ class MergeError(Exception):
     """The shard that could not be done, where it is one shard's failure."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
-        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        given = (problems,) if isinstance(problems, Problem) else problems
+        self.problems = tuple(Problem(*map(_lines, problem)) for problem in given)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["MergeError"], tuple[tuple[Problem, ...]]]:

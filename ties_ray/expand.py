@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TABLE_BYTES = 4 * 2**20
 """Largest table of models that is read."""
+LINES_SHOWN = 20
+"""Problems shown of one table; the rest is counted."""
 COLUMNS = ("path", "weight", "density")
 BASE = "base"
 """The base's id."""
@@ -175,6 +177,9 @@ def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
             problems.append(Problem(f"{table}:{line}", "has a glob as its path", "write one folder a row"))
             continue
         entries.append(Entry(f"{table}:{line}", model.path.rstrip("/"), weight=model.weight, density=model.density))
+    if len(problems) > LINES_SHOWN:
+        more = Problem(table, f"and {len(problems) - LINES_SHOWN:,} more problems")
+        problems = [*problems[:LINES_SHOWN], more]
     if problems:
         raise InputError(problems)
     return entries

@@ -115,7 +115,7 @@ def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
                 vocabulary = {token: number for number, token in enumerate(lines)}
             added = json.loads(fetch(files["added_tokens.json"])) if "added_tokens.json" in files else {}
         return {int(number): str(token) for token, number in (*vocabulary.items(), *added.items())}
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.stores import NoOptions, Part, Store
-from ties_ray.stores.local import Local
+from ties_ray.stores import Part, Store
+from ties_ray.stores.local import Local, LocalOptions
 from ties_ray.testing import StoreContract
 
 
@@ -18,7 +18,7 @@ class TestLocal(StoreContract):
 
     @pytest.fixture
     def place(self, tmp_path: Path) -> tuple[Store, str]:
-        return Local(NoOptions()), str(tmp_path)
+        return Local(LocalOptions()), str(tmp_path)
 
 
 class TestLocalByUri(StoreContract):
@@ -26,12 +26,12 @@ class TestLocalByUri(StoreContract):
 
     @pytest.fixture
     def place(self, tmp_path: Path) -> tuple[Store, str]:
-        return Local(NoOptions()), f"file://{tmp_path}"
+        return Local(LocalOptions()), f"file://{tmp_path}"
 
 
 @pytest.fixture
 def store() -> Local:
-    return Local(NoOptions())
+    return Local(LocalOptions())
 
 
 def test_a_file_written_in_place_is_refused(store: Local, tmp_path: Path) -> None:
@@ -55,16 +55,66 @@ def test_a_file_cut_short_is_refused(store: Local, tmp_path: Path) -> None:
 
 
 def test_links_are_followed_and_a_dangling_one_is_refused(store: Local, tmp_path: Path) -> None:
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs/0123").write_bytes(b"weights")
-    (tmp_path / "snapshot").mkdir()
-    link = tmp_path / "snapshot/model.safetensors"
-    link.symlink_to("../blobs/0123")
-    assert [pin.uri for pin in store.list(f"{tmp_path}/snapshot").files] == [str(link)]
-    assert store.get(str(link), 100) == (store.list(f"{tmp_path}/snapshot").files[0], b"weights")
-    (tmp_path / "blobs/0123").unlink()
+    (tmp_path / "weights").write_bytes(b"weights")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to("weights")
+    assert [pin.uri for pin in store.list(str(tmp_path)).files] == [str(link), f"{tmp_path}/weights"]
+    assert store.get(str(link), 100) == (store.list(str(tmp_path)).files[0], b"weights")
+    (tmp_path / "weights").unlink()
     with pytest.raises(InputError, match=r"model.safetensors: a link that leads nowhere"):
-        store.list(f"{tmp_path}/snapshot")
+        store.list(str(tmp_path))
+
+
+def _downloaded(cache: Path) -> Path:
+    """Lay out a file as the Hugging Face cache does; return the folder that users name."""
+    snapshot = cache / "models--a--b/snapshots/4f1e"
+    snapshot.mkdir(parents=True)
+    (cache / "models--a--b/blobs").mkdir()
+    (cache / "models--a--b/blobs/0123").write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
+    return snapshot
+
+
+def test_links_of_a_hugging_face_cache_lead_to_its_blobs(store: Local, tmp_path: Path) -> None:
+    snapshot = _downloaded(tmp_path)
+    (pin,) = store.list(str(snapshot)).files
+    assert store.get(pin.uri, 100) == (pin, b"weights")
+
+
+@pytest.mark.parametrize("target", ["{tmp}/secret", "../../../secret", "../../blobs/../../secret", "../other"])
+def test_a_link_that_leads_out_of_a_folder_is_refused_unless_the_recipe_trusts_it(
+    store: Local, tmp_path: Path, target: str
+) -> None:
+    snapshot = _downloaded(tmp_path)
+    for secret in (tmp_path / "secret", snapshot.parent / "other"):
+        secret.write_bytes(b"not yours")
+    (snapshot / "config.json").symlink_to(target.format(tmp=tmp_path))
+    with pytest.raises(InputError, match=r"config.json: is a link that leads out of its folder, to .*follow_links"):
+        store.list(str(snapshot))
+    trusting = Local(LocalOptions(follow_links=True))
+    pin = trusting.list(str(snapshot)).files[0]
+    assert trusting.get(pin.uri, 100)[1] == b"not yours"
+
+
+def test_a_folder_that_the_user_names_may_be_a_link_to_anywhere(store: Local, tmp_path: Path) -> None:
+    snapshot = _downloaded(tmp_path / "cache")
+    (tmp_path / "mine").symlink_to(snapshot)
+    (pin,) = store.list(f"{tmp_path}/mine").files
+    assert pin.uri == f"{tmp_path}/mine/model.safetensors"
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_other_end(store: Local, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        store.head(f"{tmp_path}/model.safetensors", 8)
+
+
+def test_names_that_are_no_text_are_refused(store: Local, tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))).touch()
+    with pytest.raises(InputError, match=r"holds a file whose name is not UTF-8: 'caf\\udce9'; rename it"):
+        store.list(str(tmp_path))
+    with pytest.raises(InputError, match="no path holds a NUL"):
+        store.head(f"{tmp_path}/a\0b", 8)
 
 
 def test_what_it_writes_has_the_permissions_of_any_new_file(store: Local, tmp_path: Path) -> None:
@@ -156,4 +206,4 @@ def _write(store: Store, uri: str, upload: str, start: int, data: bytes) -> Part
 
 def _write_elsewhere(uri: str, upload: str, start: int, data: bytes) -> Part:
     part = memoryview(data)[start : start + 50_000]
-    return Local(NoOptions()).write_part(uri, upload, start // 50_000 + 1, start, part)
+    return Local(LocalOptions()).write_part(uri, upload, start // 50_000 + 1, start, part)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ties_ray.errors import Problem
+from ties_ray.errors import Problem, printable
 from ties_ray.formats import Folder, Format, Found, Parameter, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded
 from ties_ray.safetensors import COPYABLE, DTYPE_BITS, MERGEABLE
@@ -224,7 +224,8 @@ def _refused(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str]]:
 
 def _tied(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return groups of names that share storage in a model of this config; the first is where it is kept."""
-    default = str(config.get("model_type")) in TIED_BY_DEFAULT
+    kind = config.get("model_type")
+    default = isinstance(kind, str) and kind in TIED_BY_DEFAULT
     heads = HEADS if _setting(config, "tie_word_embeddings", default) is True else ()
     return [*((*names, *heads) for names in EMBEDDINGS), *TIED_BIASES]
 
@@ -339,5 +340,5 @@ def _shapes(names: Sequence[str], kept: Mapping[str, TensorRef], base: Mapping[s
 
 def _listed(names: Iterator[str] | Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
-    every = list(names)
+    every = [printable(name) for name in names]
     return ", ".join(every[:4]) + (f" and {len(every) - 4} more" if len(every) > 4 else "")
