@@ -154,6 +154,16 @@ def test_a_lost_worker_works_again_when_it_is_ready() -> None:
     assert [task for _, _, task in schedule.assignments()] == [0]
 
 
+def test_a_worker_lost_in_an_earlier_round_gets_nothing_until_it_is_ready() -> None:
+    before = Schedule([1, 1], 2, bytes_in_flight=9)
+    before.lost(1)
+    schedule = Schedule([1] * 4, 2, bytes_in_flight=9, lost=before.quarantined)
+    assert {given.worker for given in schedule.assignments()} == {0}
+    schedule.ready(1)
+    assert {given.worker for given in schedule.assignments()} == {1}
+    assert (schedule.num_losses, schedule.quarantined) == (0, frozenset())
+
+
 @pytest.mark.parametrize("kind", ["input", "recipe", "cancelled"])
 def test_an_error_that_no_retry_mends_ends_the_run_at_once(kind: str) -> None:
     schedule = Schedule([1] * 3, 1, bytes_in_flight=100)

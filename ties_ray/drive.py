@@ -95,6 +95,7 @@ class MergeRun:
         self._shards_done_before = 0
         self._shards_again = 0
         self._workers_lost = 0
+        self._quarantined: frozenset[int] = frozenset()
         self._uploads: dict[str, str] = {}
         self._phase = 0
 
@@ -205,7 +206,9 @@ class MergeRun:
         records: an order is finished when a record holds it, else as soon as it is answered.
         repeats: an order may be carried out twice, so that an idle worker can overtake a slow one.
         """
-        schedule = Schedule(costs, self._num_workers, bytes_in_flight=sum(costs) + 1, done=done, depth=DEPTH)
+        schedule = Schedule(
+            costs, self._num_workers, bytes_in_flight=sum(costs) + 1, done=done, lost=self._quarantined, depth=DEPTH
+        )
         self._phase += 1
         stage = Stage(
             schedule,
@@ -224,6 +227,7 @@ class MergeRun:
                 raise _error(schedule.failure, name)
         self._shards_again += schedule.num_retries
         self._workers_lost += schedule.num_losses
+        self._quarantined = schedule.quarantined
         self._watch(name, schedule)
         return stage.shards_by_record
 

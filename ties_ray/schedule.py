@@ -58,13 +58,14 @@ class Schedule:
         *,
         bytes_in_flight: int,
         done: Collection[int] = (),
+        lost: Collection[int] = (),
         prefer: Sequence[int | None] | None = None,
         depth: int = 2,
         attempts: int = 3,
         kills: int = 3,
         losses: int | None = None,
     ) -> None:
-        """Plan the tasks that are not `done` for workers 0, 1, ..., all of them ready.
+        """Plan the tasks that are not `done` for workers 0, 1, ...; those that are `lost` get none until they are ready.
 
         `costs`: bytes each task has in flight; their sum stays within `bytes_in_flight`, except that one task may run
         alone. `depth`: tasks a worker has at a time. `prefer`: the worker a task should go to, such as the `owners` of
@@ -92,9 +93,9 @@ class Schedule:
         self._owner: list[int | None] = [None] * len(costs)
         self._running: list[dict[int, None]] = [{} for _ in range(workers)]  # tickets, oldest first
         self._held: list[set[int]] = [set() for _ in range(workers)]
-        self._lost: set[int] = set()
+        self._lost = set(lost)
         self._room: list[dict[int, None]] = [{} for _ in range(depth)]  # ready workers by how many tasks they run
-        self._room[0] = dict.fromkeys(range(workers))
+        self._room[0] = {worker: None for worker in range(workers) if worker not in self._lost}
         self._segments: list[deque[int]] = [deque() for _ in range(workers)]
         self._left = [0] * workers  # of each segment: bytes, plus one a task so that tasks without bytes count too
         self._returned: OrderedDict[int, None] = OrderedDict()
@@ -135,6 +136,11 @@ class Schedule:
     def num_running(self) -> int:
         """Tasks under a ticket."""
         return len(self._tickets)
+
+    @property
+    def quarantined(self) -> frozenset[int]:
+        """The workers that were lost and are not ready yet; the next round's schedule has to know them."""
+        return frozenset(self._lost)
 
     @property
     def owners(self) -> tuple[int | None, ...]:
