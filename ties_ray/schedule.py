@@ -65,7 +65,7 @@ class Schedule:
         kills: int = 3,
         losses: int | None = None,
     ) -> None:
-        """Plan the tasks that are not `done` for workers 0, 1, ...; those that are `lost` get none until they are ready.
+        """Plan the tasks that are not `done` for workers 0, 1, ...; those in `lost` get none until they are ready.
 
         `costs`: bytes each task has in flight; their sum stays within `bytes_in_flight`, except that one task may run
         alone. `depth`: tasks a worker has at a time. `prefer`: the worker a task should go to, such as the `owners` of
