@@ -1,13 +1,16 @@
 """Run a program and watch its workers from outside: anonymous memory and CPU time, as Linux counts them."""
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,12 +53,12 @@ def anonymous(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def run(command: Sequence[str], *, ray: bool) -> Seen:
-    """Run a program of this Python to its end."""
+def run(command: Sequence[str], *, ray: bool, python: str = sys.executable) -> Seen:
+    """Run a program of this or another Python to its end; ray: what works are Ray's actors."""
     started = time.monotonic()
     used: dict[psutil.Process, Usage] = {}
     with tempfile.TemporaryFile("w+") as output:
-        process = psutil.Popen([sys.executable, *command], stdout=output)
+        process = psutil.Popen([python, *command], stdout=output)
         looked = 0.0
         workers = [] if ray else [psutil.Process(process.pid)]
         while process.poll() is None:
@@ -119,3 +122,35 @@ def table(heads: Sequence[str]) -> None:
 def row(cells: Sequence[object]) -> None:
     """Add a row to it."""
     click.echo(f"| {' | '.join(f'{cell:,.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |")
+
+
+@contextmanager
+def s3_server(log: Path) -> Iterator[str]:
+    """Run an S3 server on loopback (moto, whose data is in its memory); yield its endpoint. `log`: a line a request."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+        try:
+            while True:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                if process.poll() is not None:
+                    raise SystemExit(log.read_text())
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def upload(folder: Path, endpoint: str, bucket: str) -> None:
+    """Copy a folder with all it holds into a new bucket."""
+    import boto3  # type: ignore[import-untyped]
+
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket=bucket)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda path: client.upload_file(str(path), bucket, str(path.relative_to(folder))), files))

@@ -1,0 +1,76 @@
+"""How long a command takes before it does anything: `ties-ray --help`, `ties-ray plan`, and what an import costs.
+
+    python -m benchmarks.startup [--runs 5]
+
+The best of some runs, each a process of its own; files are in the page cache. A bare Python is the limit.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from benchmarks import measure
+from benchmarks.family import write_family
+
+HEAVY = ("torch", "ray", "numba", "numpy", "pydantic", "s3fs", "fsspec", "rich")
+
+
+def best(command: list[str], runs: int) -> float:
+    """Return the shortest time of a command in seconds."""
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def loaded(program: str) -> list[str]:
+    """Return which heavy packages are loaded after a program has run."""
+    tell = f"import json, sys; print(); print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    code = f"try:\n  {program}\nexcept SystemExit: pass\n{tell}"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return [str(name) for name in json.loads(done.stdout.splitlines()[-1])]
+
+
+def through_click(*words: str) -> str:
+    """Return a program that runs the command line in its own process."""
+    return f"from ties_ray.cli import commands; commands({list(words)!r})"
+
+
+@click.command()
+@click.option("--runs", default=5, show_default=True)
+def main(runs: int) -> None:
+    """Print seconds and what was loaded."""
+    python, ties_ray = sys.executable, str(Path(sys.executable).with_name("ties-ray"))
+    with tempfile.TemporaryDirectory(prefix="ties-ray-") as temporary:
+        folder = Path(temporary)
+        write_family(folder, "1M", 2)
+        recipe = folder / "recipe.json"
+        models = [str(folder / "model-*")]
+        recipe.write_text(
+            json.dumps(
+                {"base": str(folder / "base"), "models": models, "method": "ties", "output": str(folder / "out")}
+            )
+        )
+        rows = [
+            ("python -c pass", [python, "-c", "pass"], "pass"),
+            ("import ties_ray", [python, "-c", "import ties_ray"], "import ties_ray"),
+            ("ties-ray --help", [ties_ray, "--help"], through_click("--help")),
+            ("ties-ray methods ties", [ties_ray, "methods", "ties"], through_click("methods", "ties")),
+            ("ties-ray plan, 2 small models", [ties_ray, "plan", str(recipe)], through_click("plan", str(recipe))),
+            ("import torch, numba", [python, "-c", "import torch, numba"], "import torch, numba"),
+            ("import ray", [python, "-c", "import ray"], "import ray"),
+        ]
+        measure.table(("command", "seconds", "loads"))
+        for name, command, program in rows:
+            measure.row((name, best(command, runs), ", ".join(loaded(program)) or "-"))
+
+
+if __name__ == "__main__":
+    main()
