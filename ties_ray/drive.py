@@ -236,6 +236,7 @@ class MergeRun:
             bytes_read=self._totals.bytes_read + answer.bytes_read,
             bytes_written=self._totals.bytes_written + answer.bytes_written,
             requests=self._totals.requests + answer.requests,
+            bytes_compared=self._totals.bytes_compared + answer.bytes_compared,
             retries=self._totals.retries + answer.retries,
         )
         for name, value in answer.seconds.items():
@@ -276,6 +277,7 @@ class MergeRun:
             retries=self._totals.retries,
             bytes_read=self._totals.bytes_read,
             requests=self._totals.requests,
+            bytes_compared=self._totals.bytes_compared,
             bytes_written=self._totals.bytes_written,
             worker_seconds=self._seconds,
             trims=self._trims(),

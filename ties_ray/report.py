@@ -129,6 +129,9 @@ class MergeResult(_Record):
     """Of inputs, by the workers of this call."""
     requests: int = 0
     """Reads of inputs."""
+    bytes_compared: int = 0
+    """Of the bytes read: what an earlier round had read already, and was the same. For the rest, if it changed on its
+    way, there is TLS alone."""
     bytes_written: int = 0
     seconds: float = 0.0
     worker_seconds: dict[str, float] = {}

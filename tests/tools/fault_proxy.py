@@ -331,7 +331,8 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                     proxy.stopped.wait(rule.seconds)
                     self.hang_up()
                 case "short":
-                    spans = dict(found.headers).get("Content-Range", f"bytes 0-{len(found.body) - 1}/{len(found.body)}")
+                    whole = f"bytes 0-{len(found.body) - 1}/{len(found.body)}"
+                    spans = next((value for name, value in found.headers if name.lower() == "content-range"), whole)
                     first, _, rest = spans.removeprefix("bytes ").partition("-")
                     spans = f"bytes {first}-{int(first) + half - 1}/{rest.partition('/')[2]}"
                     self.answer(found.having(Content_Range=spans)._replace(status=206, body=found.body[:half]))

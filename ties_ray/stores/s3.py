@@ -38,6 +38,7 @@ _CHUNK = 1 << 20
 """Bytes handed to or taken from a socket at a time."""
 _LEAST_RATE = 1 << 18
 """Bytes a second below which a transfer counts as hung, after 60 s of grace."""
+_DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 
 
@@ -516,6 +517,8 @@ def _explained(error: Exception, uri: str, doing: str) -> Exception:
         return _explained_client(error, uri, doing)
     if (status >= 500 and status != 501) or status in (408, 409, 429) or code in ("RequestTimeout", "SlowDown"):
         return Transient(f"{status} {told}", throttled=status in (429, 503) or code == "SlowDown")
+    if code in _DAMAGED:
+        return Transient(f"{status} {told}", attempts=4)
     if code in _EXPIRED:
         return Transient(f"{status} {told}, and so again after the credentials were looked up anew", attempts=4)
     if code == "NoSuchBucket":
