@@ -1,7 +1,6 @@
 """Servers and other real things that several test files share."""
 
 import functools
-import importlib
 import os
 import secrets
 import socket
@@ -21,7 +20,8 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 from tests.families import Family, make_family
-from ties_ray.plugins import PLUGIN_FOLDER, search_path
+from tests.merging import plug
+from ties_ray.plugins import PLUGIN_FOLDER
 from ties_ray.stores import Stores
 
 
@@ -159,7 +159,5 @@ def plugged(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let recipes of this process and of its workers use what lies in tests/plugins; return that folder."""
     folder = Path(__file__).with_name("plugins")
     monkeypatch.setenv(PLUGIN_FOLDER, str(folder))
-    for name in sorted(path.name for path in folder.iterdir()):
-        package = importlib.import_module(f"ties_ray.{name}")
-        monkeypatch.setattr(package, "__path__", search_path(name, list(package.__path__)))
+    plug(folder, monkeypatch.setattr)
     return folder

@@ -1,9 +1,12 @@
 """What the tests of whole merges share: run one, read what it wrote, compare it."""
 
 import hashlib
+import importlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from safetensors import safe_open
 
 from tests.families import Family
 from ties_ray import drive
-from ties_ray.recipe import Recipe, validate
+from ties_ray.plugins import PLUGIN_FOLDER, search_path
+from ties_ray.recipe import Recipe, parse, validate
 from ties_ray.report import MergeResult
 
 LOCAL = {"executor": "local"}
@@ -97,3 +101,28 @@ def fp32(value: float) -> float:
     """Return a number rounded to fp32."""
     assert math.isfinite(value)
     return float(torch.tensor(value, dtype=torch.float32))
+
+
+def merge_and_die(recipe: Recipe, plugin_folder: Path) -> int:
+    """Merge in a process of its own, with the plugins of a folder; return its exit code (-9: killed)."""
+    context = multiprocessing.get_context("forkserver")  # imports once, where a new interpreter takes seconds a merge
+    context.set_forkserver_preload(["tests.merging", "ties_ray.work", "ties_ray.kernels.cpu"])
+    text = recipe.model_dump_json(exclude_unset=True, by_alias=True)
+    process = context.Process(target=_merge_plugged, args=(text, str(plugin_folder)))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the merge hangs"
+    return process.exitcode
+
+
+def plug(folder: Path, setattr: Callable[[object, str, object], None] = setattr) -> None:
+    """Let recipes of this process and of its workers use what lies in a folder laid out as `ties_ray`."""
+    for name in sorted(path.name for path in folder.iterdir()):
+        package = importlib.import_module(f"ties_ray.{name}")
+        setattr(package, "__path__", search_path(name, list(package.__path__)))
+
+
+def _merge_plugged(text: str, folder: str) -> None:
+    os.environ[PLUGIN_FOLDER] = folder
+    plug(Path(folder))
+    drive.merge(parse(text))

@@ -4,22 +4,21 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from ties_ray.stores import Listing, Part, Pin
-from ties_ray.stores.local import Local
+from ties_ray.stores.local import Local, LocalOptions
 
 SCHEME = "frail://"
 
 
-class Point(BaseModel):
+class Point(LocalOptions):
     """Where to die; nowhere if `marker` is empty or there already."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     when: Literal["before", "after"] = "before"
     what: str = ""
@@ -35,7 +34,7 @@ class Point(BaseModel):
 class Frail(Local):
     """Local files by another name."""
 
-    options: ClassVar[type[BaseModel]] = Point
+    options: ClassVar[type[Point]] = Point
 
     def __init__(self, options: BaseModel) -> None:
         super().__init__(options)
@@ -58,6 +57,9 @@ class Frail(Local):
 
     def put(self, uri: str, data: bytes) -> Pin:
         return _named(self._around("put", uri, data))
+
+    def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
+        return super().swap(_path(uri), data, etag)
 
     def delete(self, uri: str) -> None:
         self._around("delete", uri)
@@ -89,9 +91,10 @@ class Frail(Local):
             return
         with self._counting:
             self._calls += 1
-            if self._calls == point.count and not Path(point.marker).exists():
-                Path(point.marker).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self._calls == point.count:
+                with suppress(FileExistsError):
+                    Path(point.marker).touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _path(uri: str) -> str:
