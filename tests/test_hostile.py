@@ -423,7 +423,7 @@ recipe.parse(GOOD)  # imports what the first recipe imports, so that no bound co
 fields = st.sampled_from([*recipe.Recipe.model_fields, "models.0", "run.workers", "storage.s3", "method.name", "x"])
 
 
-@seeded
+@settings(seeded, max_examples=50)
 @given(
     st.dictionaries(fields, json_values, max_size=3),
     st.dictionaries(st.sampled_from(list(recipe.Run.model_fields)), json_values),

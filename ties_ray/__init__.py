@@ -67,7 +67,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     `InputError` if there is no such file.
     """
     from ties_ray.recipe import parse
-    from ties_ray.stores import Stores
+    from ties_ray.stores import Stores, shown
 
     uri = os.fspath(source)
     if Path(uri).is_dir():
@@ -75,12 +75,12 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     try:
         _, data = Stores({}).of(uri).get(uri, RECIPE_BYTES)
     except FileNotFoundError:
-        raise InputError(Problem(uri, "there is no such recipe", "check the path")) from None
+        raise InputError(Problem(shown(uri), "there is no such recipe", "check the path")) from None
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise RecipeError(Problem(uri, f"is not text in UTF-8 ({error})", "save it again")) from None
-    return parse(text, uri, overrides)
+        raise RecipeError(Problem(shown(uri), f"is not text in UTF-8 ({error})", "save it again")) from None
+    return parse(text, shown(uri), overrides)
 
 
 def plan(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Plan":

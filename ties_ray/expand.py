@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from ties_ray.errors import InputError, Problem, RecipeError
-from ties_ray.recipe import ModelEntry, Recipe
+from ties_ray.recipe import ModelEntry, Recipe, unfit
 from ties_ray.stores import Stores, scheme_of
 
 if TYPE_CHECKING:
@@ -168,6 +168,10 @@ def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
     entries, problems = [], []
     for line, row in enumerate(rows, start=2):
         given = {key: value.strip() for key, value in row.items() if value and value.strip()}
+        wrong = [problem._replace(where=f"{table}:{line}") for problem in unfit(given)]
+        if wrong:
+            problems += wrong
+            continue
         try:
             model = ModelEntry.model_validate({"weight": asked.weight, "density": asked.density, **given})
         except ValidationError as error:

@@ -29,7 +29,7 @@ from ties_ray import plugins
 from ties_ray.errors import Problem, RecipeError
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.stores import shown, store_class
+from ties_ray.stores import SECRET_IN_URL, shown, store_class
 
 Json = dict[str, Any]
 
@@ -210,9 +210,9 @@ def override(data: Json, overrides: Sequence[str]) -> None:
 
 def validate(data: Json) -> Recipe:
     """Return the recipe of plain data; raise `RecipeError` with every problem and its place (`models.3.weight`)."""
-    unfit = list(itertools.islice(_unfit(data), MAX_UNFIT))
-    if unfit:
-        raise RecipeError(unfit)
+    wrong = list(itertools.islice(unfit(data), MAX_UNFIT))
+    if wrong:
+        raise RecipeError(wrong)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -275,7 +275,9 @@ def _syntax(error: YAMLError, source: str) -> Problem:
 def _override(data: Json, override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
-        raise RecipeError(Problem("--set", f"{override!r} is not of the form field=value", "as in method.density=0.3"))
+        raise RecipeError(
+            Problem("--set", f"{shown(path)!r} is not of the form field=value", "as in method.density=0.3")
+        )
     *parents, last = path.split(".")
     target: Any = data
     try:
@@ -292,16 +294,19 @@ def _override(data: Json, override: str) -> None:
         else:
             target[last] = value
     except (ValueError, IndexError, AttributeError, TypeError):
-        raise RecipeError(Problem("--set", f"the recipe has no place {path!r}, or {text!r} is no value")) from None
+        raise RecipeError(Problem("--set", f"the recipe has no place {path!r}, or its value can't be read")) from None
 
 
-def _unfit(data: object) -> Iterator[Problem]:
-    """Yield a problem for each text, keys included, that holds what no path and no name has."""
+def unfit(data: object) -> Iterator[Problem]:
+    """Yield a problem for each text, keys included, that no path or name is, or that is a URL with a secret in it."""
     left: list[tuple[str, object]] = [("", data)]
     while left:
         place, value = left.pop()
         if isinstance(value, str) and _UNFIT.search(value):
             yield Problem(place, f"{reprlib.repr(value)} holds a control character or half a character")
+        elif isinstance(value, str) and SECRET_IN_URL.match(value):
+            what = "is a URL with a password or a signature in it, which would be written into plan, result and card"
+            yield Problem(place, what, "give the plain URL; credentials come from the environment, a profile or a role")
         elif isinstance(value, Mapping):
             left += [(place, key) for key in value]
             left += [(f"{place}.{key}".removeprefix("."), item) for key, item in value.items() if isinstance(key, str)]

@@ -211,7 +211,11 @@ class Stores:
         self._opening = threading.Lock()
 
     def of(self, uri: str) -> Store:
-        """Return the store that serves `uri`."""
+        """Return the store that serves `uri`; raise `InputError` for a URI that would carry a secret into messages."""
+        if SECRET_IN_URL.match(uri):
+            what = "is a URL with a password or a signature in it"
+            remedy = "give the plain URL; credentials come from the environment, a profile or a role"
+            raise InputError(Problem(shown(uri), what, remedy))
         scheme = scheme_of(uri)
         with self._opening:
             if scheme not in self._open:
@@ -244,7 +248,15 @@ _SECRET = re.compile(
     r"secret|token|passw|passphrase|credential|signature|authorization|cookie|connection_?string"
     r"|(api|access|account|private|sas|shared)_?key|^(key|auth|sas|user|username)$"
 )
-_USER_IN_URL = re.compile(r"^[\w+.-]+://[^/@]*@")
+_USER = r"[^/@\s]*@"
+_PASSWORD = r"[^/@\s:]*:(?!\d+/)[^@\s]*@"
+"""An AWS secret often holds a slash, which nobody quotes."""
+_USER_IN_URL = re.compile(rf"^[\w+.-]+://(?:{_PASSWORD}|{_USER})")
+SECRET_IN_URL = re.compile(
+    rf"^[\w+.-]+://(?:{_PASSWORD}|.*[?&][^=&/]*(?:signature|sig|token|credential|secret|password|key)[^=&/]*=)",
+    re.IGNORECASE,
+)
+"""A password, or a signed query. A user alone is none: so is a container of Azure written."""
 
 
 def refuse_secrets(given: object) -> object:
@@ -270,7 +282,7 @@ def refuse_secrets(given: object) -> object:
 
 def shown(text: object) -> str:
     """Return a URI or another's message fit for a log: without the query of a URL, user, password or signature."""
-    text = re.sub(r"([\w+.-]+://)[^/\s@]*@", r"\1", str(text))
+    text = re.sub(rf"([\w+.-]+://)(?:{_PASSWORD}|{_USER})", r"\1", str(text))
     text = re.sub(r"(://[^\s?'\"]+)\?[^\s'\")>]*", r"\1?...", text)
     return re.sub(r"(?i)((?:x-amz-\w*|signature|credential|authorization|token|secret)[=:]\s*)\S+", r"\1...", text)
 
