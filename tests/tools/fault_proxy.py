@@ -14,6 +14,8 @@ import argparse
 import hashlib
 import http.client
 import json
+import os
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, cast
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import psutil
 
 Fault = Literal[
     "slow_down",  # 503, the server sees nothing (so do all of these until `delay`)
@@ -46,6 +50,9 @@ Fault = Literal[
     "stale",  # what this request was answered first, whatever was written since
     "error_after",  # the server does as asked, the answer is 500
     "error_inside",  # the same, as a 200 with an error in its body
+    "kill",  # the process that asks gets SIGKILL, the server sees nothing
+    "kill_upload",  # the same in the middle of the request's body
+    "kill_after",  # the same once the server has done as asked
 ]
 COUNTS = "/-/counts"
 """GET it for the counts in JSON."""
@@ -69,6 +76,8 @@ class Rule:
     """At most so often."""
     seconds: float = 1.0
     """Of `delay`, and of the silence of `hang`."""
+    after: str = ""
+    """Pattern of `operation /bucket/key`: only when such a request has come before."""
 
 
 class Answer(NamedTuple):
@@ -98,6 +107,8 @@ class FaultProxy:
         """Faults that were committed, by kind."""
         self.forgotten: set[str] = set()
         """Uploads that are no more."""
+        self.killed: list[int] = []
+        """Processes that were killed."""
         self.first: dict[tuple[str, str], Answer] = {}
         """The first answer to each request that a `stale` rule may meet."""
         self.stopped = threading.Event()
@@ -120,6 +131,7 @@ class FaultProxy:
             self._script = tuple(rules)
             self._matched = [0] * len(rules)
             self._done = [0] * len(rules)
+            self._armed = [not rule.after for rule in rules]
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -138,8 +150,11 @@ class FaultProxy:
         with self._lock:
             self.requests[operation] += 1
             self._asked[asked] += 1
+            armed = list(self._armed)
             for index, rule in enumerate(self._script):
-                if not (fnmatch(operation, rule.operation) and fnmatch(path, rule.path)):
+                self._armed[index] = armed[index] or fnmatch(f"{operation} {path}", rule.after)
+            for index, rule in enumerate(self._script):
+                if not (armed[index] and fnmatch(operation, rule.operation) and fnmatch(path, rule.path)):
                     continue
                 self._matched[index] += 1
                 spent = rule.count is not None and self._done[index] >= rule.count
@@ -171,6 +186,16 @@ class FaultProxy:
         client = boto3.client("s3", endpoint_url=self.upstream, region_name="us-east-1")
         client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
         self.forgotten.add(upload)
+
+    def kill(self, port: int) -> None:
+        """Kill the process of this machine whose connection comes from `port`."""
+        ours = self._server.server_port
+        for one in psutil.net_connections("tcp"):
+            if one.pid and one.laddr.port == port and one.raddr and one.raddr.port == ours:
+                os.kill(one.pid, signal.SIGKILL)
+                self.killed.append(one.pid)
+                return
+        raise ProcessLookupError(f"nobody is connected from port {port}")
 
     def keeps(self, operation: str, path: str) -> bool:
         """Return whether a `stale` rule may ask for the first answer to this."""
@@ -238,9 +263,11 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             rule = proxy.decide(operation, path, asked)
             fault = rule.fault if rule else None
             length = int(self.headers.get("Content-Length", 0))
-            if fault == "drop_upload":
+            if fault == "kill":
+                return self.kill()
+            if fault in ("drop_upload", "kill_upload"):
                 self.rfile.read(length // 2)
-                return self.hang_up()
+                return self.hang_up() if fault == "drop_upload" else self.kill()
             body = self.rfile.read(length)
             if fault == "forget_upload" and upload not in proxy.forgotten:
                 proxy.forget(path, upload)
@@ -287,6 +314,10 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
+        def kill(self) -> None:
+            proxy.kill(self.client_address[1])
+            self.hang_up()
+
         def fail(self, rule: Rule, body: bytes, operation: str, path: str) -> None:
             """Handle a request as a rule says."""
             match rule.fault:
@@ -312,6 +343,8 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                     return self.answer(_error(500, "InternalError"))
                 case "error_inside":
                     return self.answer(_error(200, "InternalError"))
+                case "kill_after":
+                    return self.kill()
                 case "delay":
                     return self.answer(found)
             if found.status >= 300 or not found.body:
