@@ -167,7 +167,7 @@ def _kept(
                 own = deltas[name][row].abs()
                 kept[name][row] = own > threshold if rules.strict and threshold else own >= threshold
             answer.trims[id, scope] = Trim(
-                threshold, int((size >= threshold).sum()), int((size == threshold).sum()), len(size)
+                threshold, int(((size >= threshold) & (size > 0)).sum()), int((size == threshold).sum()), len(size)
             )
     return kept
 

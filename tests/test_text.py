@@ -21,7 +21,7 @@ def trim(model: str, kept: int, parameter: str | None = None, threshold: float =
 
 
 def result(trims: Sequence[TrimReport] = (), **more: object) -> MergeResult:
-    files = [WrittenFile(name="model.safetensors", size=1500, etag="")]
+    files = [WrittenFile(name="model.safetensors", size=1500, etag="", crc32c="")]
     fields = {"status": "done", "output": "/out/merged", "files": files, "trims": list(trims), **more}
     return MergeResult.model_validate(fields)
 
@@ -59,9 +59,10 @@ def test_thresholds_by_tensor_are_one_line_a_model() -> None:
     assert "20.00%" in told
 
 
-def test_zeros_are_not_kept_even_where_the_threshold_is_zero() -> None:
-    trims = [TrimReport(model="a", parameter=None, threshold=0, kept=100, tied=45, size=100)]
-    assert "55.00%" in shown(*text.of_result(result(trims), "r.yaml"))
+@pytest.mark.parametrize("rule", ["keep", "drop"])
+def test_where_the_threshold_is_zero_all_but_the_zeros_are_kept_by_any_rule(rule: str) -> None:
+    trims = [TrimReport(model="a", parameter=None, threshold=0, kept=55, tied=45, size=100)]
+    assert "55.00%" in shown(*text.of_result(result(trims, rule), "r.yaml"))
 
 
 def test_a_summary_tells_what_was_lost_repeated_zeroed_and_noted() -> None:

@@ -15,7 +15,7 @@ from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Executor, Needs
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
-from ties_ray.manifest import Manifest, Record
+from ties_ray.manifest import Manifest, Record, Written
 from ties_ray.plan import MODEL_GROUP, Plan, PlannedRound, make_plan
 from ties_ray.recipe import Recipe
 from ties_ray.report import (
@@ -29,7 +29,7 @@ from ties_ray.report import (
 from ties_ray.schedule import Failure, Schedule
 from ties_ray.stage import Stage
 from ties_ray.statistics import WHOLE
-from ties_ray.stores import Part, Stores, absolute, join
+from ties_ray.stores import Stores, absolute, join
 from ties_ray.work import SETUP, Answer, Order, Setup
 
 PACKAGES = ("ties-ray", "torch", "numpy", "numba")
@@ -184,7 +184,7 @@ class MergeRun:
         covered: set[int] = set()
         for name in self._manifest.record_names(index) if self._resumed else ():
             record = self._manifest.read_record(index, name)
-            lost = any(file in self._forgotten for file, _ in record.parts)
+            lost = any(written.file in self._forgotten for written in record.parts)
             if lost or (round_.kind != "merge" and covered & set(record.shards)):
                 continue
             accepted[name] = record
@@ -255,7 +255,7 @@ class MergeRun:
         """
         self.watch(Progress("publish", 0, 1, self._totals.bytes_read, self._plan.bytes_read))
         last = len(self._plan.result.rounds) - 1
-        parts: list[tuple[int, Part]] = []
+        parts: list[Written] = []
         zeroed: dict[str, int] = {}
         for name in self._records:
             record = self._manifest.read_record(last, name)

@@ -10,9 +10,10 @@ from ruamel.yaml import YAML
 
 from ties_ray.catalog import Model
 from ties_ray.errors import InterruptedMerge, Problem
+from ties_ray.manifest import Written
 from ties_ray.plan import Plan
 from ties_ray.report import RECIPE_NAME, RESULT_NAME, MergeResult, WrittenFile
-from ties_ray.stores import Part, Store, Stores, join
+from ties_ray.stores import Store, Stores, crc32c_joined, join
 
 LARGEST_SMALL_FILE = 256 * 2**20
 """Bytes: tokenizers of large vocabularies come near 40 MB."""
@@ -22,7 +23,7 @@ def complete_uploads(
     plan: Plan,
     stores: Stores,
     uploads: dict[str, str],
-    parts: Sequence[tuple[int, Part]],
+    parts: Sequence[Written],
     check: Callable[[], None],
 ) -> list[WrittenFile]:
     """Make the weight files visible, and return them. Raises `InterruptedMerge` if a part is missing.
@@ -32,14 +33,15 @@ def complete_uploads(
     store = stores.of(plan.output)
     written = []
     for index, file in enumerate(plan.result.files):
-        own = {part.number: part for owner, part in parts if owner == index}
+        own = {one.part.number: one for one in parts if one.file == index}
         missing = plan.layout.num_parts(index) - len(own)
         if missing:
             raise InterruptedMerge(Problem(file.name, f"{missing} parts are not recorded", "run again to continue"))
         ordered = [own[number] for number in sorted(own)]
         check()
-        pin = store.complete_upload(join(plan.output, file.name), uploads[file.name], ordered)
-        written.append(WrittenFile(name=file.name, size=pin.size, etag=pin.etag))
+        pin = store.complete_upload(join(plan.output, file.name), uploads[file.name], [one.part for one in ordered])
+        crc = crc32c_joined((one.crc32c, one.part.size) for one in ordered)
+        written.append(WrittenFile(name=file.name, size=pin.size, etag=pin.etag, crc32c=crc))
     return written
 
 

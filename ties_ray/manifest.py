@@ -28,14 +28,24 @@ LIMIT = 2**30
 """Bytes: no manifest object is larger."""
 
 
+class Written(NamedTuple):
+    """One part of a weight file, durable."""
+
+    file: int
+    """Index into the result's files."""
+    part: Part
+    crc32c: str
+    """Of the bytes as the worker had them, 8 hex digits: whatever the store's own mark is."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One batch of a worker: shards of one round, finished."""
 
     round: int
     shards: tuple[int, ...]
-    parts: tuple[tuple[int, Part], ...] = ()
-    """(file index, part) of what the shards wrote."""
+    parts: tuple[Written, ...] = ()
+    """What the shards wrote."""
     counts: tuple[Counts, ...] = ()
     statistics: dict[str, int] = field(default_factory=dict)
     zeroed: tuple[tuple[int, str, int], ...] = ()

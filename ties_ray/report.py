@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ties_ray.catalog import Model
-from ties_ray.errors import ErrorKind, MergeError
+from ties_ray.errors import ErrorKind, InputError, MergeError, Problem
 from ties_ray.formats import Source
 from ties_ray.plan import Plan
 from ties_ray.stores import Stores, join
@@ -17,6 +17,8 @@ from ties_ray.stores import Stores, join
 RESULT_NAME = "ties-ray.result.json"
 """The last object written into an output; its presence means that the merge is whole."""
 RECIPE_NAME = "ties-ray.recipe.yaml"
+SUMS_NAME = "SHA256SUMS"
+"""Written by `verify --sha256`."""
 RESULT_SCHEMA_VERSION = 1
 
 
@@ -75,7 +77,7 @@ class TrimReport(_Record):
     """None: the whole task vector."""
     threshold: float
     kept: int
-    """Values at or above the threshold."""
+    """Values at or above the threshold; where it is zero, all but the zeros."""
     tied: int
     """Values equal to it."""
     size: int
@@ -102,6 +104,19 @@ class WrittenFile(_Record):
     name: str
     size: int
     etag: str
+    crc32c: str
+    """Of the whole file, 8 hex digits: joined from those of its parts, as the workers had them in memory."""
+
+
+class Sample(_Record):
+    """What was computed again from the inputs, and compared with the output bit by bit."""
+
+    share: float
+    seed: int
+    tensors: int
+    elements: int
+    of: int
+    """All elements of these tensors."""
 
 
 class MergeResult(_Record):
@@ -270,9 +285,12 @@ def elements_by_dtype(sources: Iterable[Source]) -> dict[str, int]:
 
 
 def find_result(stores: Stores, output: str) -> MergeResult | None:
-    """Return the result record of a folder, None where there is none."""
+    """Return the result record of a folder, None where there is none; `InputError` where it can't be understood."""
+    uri = join(output, RESULT_NAME)
     try:
-        data = stores.of(output).get(join(output, RESULT_NAME), 2**30)[1]
+        return MergeResult.model_validate_json(stores.of(output).get(uri, 2**30)[1])
     except FileNotFoundError:
         return None
-    return MergeResult.model_validate_json(data)
+    except ValidationError as error:
+        what = f"this ties_ray can't read the result record ({error.errors(include_url=False)[0]['msg']})"
+        raise InputError(Problem(uri, what, "use the version that wrote it, or merge again with --fresh")) from error

@@ -38,7 +38,7 @@ class Pick(NamedTuple):
     member: int
     parameter: int
     high: int
-    """The level-1 bin that holds the k-th largest; -1 where fewer than k values were counted (threshold 0)."""
+    """The level-1 bin that holds the k-th largest; -1 where no value was counted (threshold 0)."""
     rank: int
     """k minus the number of values in higher bins: the rank to find inside the bin, from 1."""
     kept_above: int
@@ -46,7 +46,7 @@ class Pick(NamedTuple):
     bits: int = 0
     """The threshold's magnitude bits (after level 2)."""
     kept: int = 0
-    """Values at or above the threshold (after level 2)."""
+    """Values at or above the threshold (after level 2); a zero never counts as kept."""
     tied: int = 0
     """Values equal to it."""
 
@@ -87,8 +87,8 @@ def _pick_high(scope: Scope, k: int, table: NDArray[np.int64] | None) -> Pick:
         return Pick(*scope, high=-1, rank=0, kept_above=0)
     assert len(table) == HIGH_BINS
     high, above = _descend(table, k)
-    if high < 0:
-        return Pick(*scope, high=-1, rank=0, kept_above=above)
+    if high < 0:  # fewer than k were counted: what a model lacks is zero, as if it lay in the lowest bin
+        high, above = 0, above - int(table[0])
     return Pick(*scope, high=high, rank=k - above, kept_above=above)
 
 
@@ -99,10 +99,13 @@ def pick_low(picks: Sequence[Pick], sums: Mapping[Scope, NDArray[np.int64]]) -> 
 
 def _pick_low(pick: Pick, table: NDArray[np.int64] | None) -> Pick:
     if pick.high < 0 or table is None:
-        return pick
+        return pick._replace(kept=pick.kept_above)
     assert len(table) == LOW_BINS
     low, above = _descend(table, pick.rank)
-    assert low >= 0, "level 2 counted fewer values than level 1"
+    assert low >= 0 or pick.high == 0, "level 2 counted fewer values than level 1"
+    if pick.high == 0 and low <= 0:
+        zeros = int(table[0])
+        return pick._replace(kept=pick.kept_above + int(table.sum()) - zeros, tied=zeros)
     tied = int(table[low])
     return pick._replace(bits=(pick.high << 15) | low, kept=pick.kept_above + above + tied, tied=tied)
 

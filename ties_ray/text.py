@@ -217,7 +217,7 @@ def _effort(result: MergeResult) -> str:
 def _trims(trims: Sequence[TrimReport], *, drop: bool) -> Iterator[RenderableType]:
     """Yield a row a model; where trim went by tensor, the model's tensors together.
 
-    drop: values at the threshold were not kept; zeros never are, even where the threshold is zero.
+    drop: values at the threshold were not kept. (Where it is zero, `kept` never counts them.)
     """
     by_model: dict[str, list[TrimReport]] = {}
     for trim in trims:
@@ -226,7 +226,7 @@ def _trims(trims: Sequence[TrimReport], *, drop: bool) -> Iterator[RenderableTyp
     for model, own in list(by_model.items())[:FEW]:
         low, high = min(trim.threshold for trim in own), max(trim.threshold for trim in own)
         size, tied = sum(trim.size for trim in own), sum(trim.tied for trim in own)
-        kept = sum(trim.kept - (trim.tied if drop or trim.threshold == 0 else 0) for trim in own)
+        kept = sum(trim.kept - (trim.tied if drop and trim.threshold else 0) for trim in own)
         threshold = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         table.add_row(model, threshold, f"{kept / max(1, size):.2%}", f"{tied / max(1, size):.2%}")
     yield table

@@ -20,8 +20,8 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Format, Source
 from ties_ray.kernels import Encoded
 from ties_ray.kernels.buffers import Buffers
-from ties_ray.manifest import Seen
-from ties_ray.stores import Part, Pin, Stores, shown
+from ties_ray.manifest import Seen, Written
+from ties_ray.stores import Pin, Stores, crc32c, shown
 
 T = TypeVar("T")
 PIECE = 64 * 2**10
@@ -177,8 +177,8 @@ class WriteBehind:
         self._stores = stores
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._buffers = Buffers()
-        self._going: collections.deque[tuple[int, Future[Part]]] = collections.deque()
-        self._written: list[tuple[int, Part]] = []
+        self._going: collections.deque[Future[Written]] = collections.deque()
+        self._written: list[Written] = []
         self.waited = 0.0
         """Seconds that the merge has waited for a write."""
 
@@ -190,12 +190,15 @@ class WriteBehind:
 
     def write(self, part: Tensor, file: int, uri: str, upload: str, number: int, offset: int) -> None:
         """Begin to write part `number` (from 1) of weight file `file`."""
-        write_part = self._stores.of(uri).write_part
-        going = self._thread.submit(write_part, uri, upload, number, offset, part.numpy().data)
-        self._going.append((file, going))
+        store, data = self._stores.of(uri), part.numpy().data
 
-    def drain(self) -> list[tuple[int, Part]]:
-        """Wait until everything is durable; return (file, part) of what was written since the last call."""
+        def send() -> Written:
+            return Written(file, store.write_part(uri, upload, number, offset, data), crc32c(data))
+
+        self._going.append(self._thread.submit(send))
+
+    def drain(self) -> list[Written]:
+        """Wait until everything is durable; return what was written since the last call."""
         while self._going:
             self._finish()
         written, self._written = self._written, []
@@ -203,14 +206,13 @@ class WriteBehind:
 
     def abandon(self) -> None:
         """Wait for writes under way, whatever becomes of them, and forget them."""
-        wait([future for _, future in self._going])
+        wait(self._going)
         self._going.clear()
         self._written.clear()
 
     def _finish(self) -> None:
-        file, future = self._going[0]
         started = time.monotonic()
-        part = future.result()
+        written = self._going[0].result()
         self.waited += time.monotonic() - started
         self._going.popleft()
-        self._written.append((file, part))
+        self._written.append(written)

@@ -1,24 +1,26 @@
-"""Is a finished output still what the merge wrote? Re-reads every weight file and compares it with plan and records."""
+"""Is a finished output still what the merge wrote? Re-reads every weight file and compares it with plan and records.
+
+A sample of it can be computed again from the inputs, and every file can be given a SHA-256 for others to check.
+"""
 
 import hashlib
 import json
-import re
-from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.manifest import Manifest, find_runs
-from ties_ray.outputs import DEFAULT_PART
+from ties_ray.manifest import Manifest, Written, find_runs
+from ties_ray.outputs import DEFAULT_PART, OutputFile
 from ties_ray.plan import Plan
-from ties_ray.report import RESULT_NAME, MergeResult, Progress, Watch, find_result
+from ties_ray.report import RESULT_NAME, SUMS_NAME, MergeResult, Progress, Sample, Watch, find_result
 from ties_ray.safetensors import DTYPE_BITS, Header, header_bytes, parse
-from ties_ray.stores import Part, Pin, Stores, crc32c, join
+from ties_ray.stores import Pin, Store, Stores, crc32c, crc32c_joined, join
 
 AGAIN = "merge again with --fresh"
 THREADS = 4
@@ -43,7 +45,9 @@ class FileCheck(_Record):
     tensors: int
     parts: int
     parts_proved: int
-    """Parts whose bytes have the checksum that was recorded when they were written."""
+    """Parts whose bytes have the CRC32C that the worker recorded which wrote them."""
+    crc32c: str
+    """Of the whole file as it is now."""
     nan: int
     infinite: int
 
@@ -62,6 +66,10 @@ class Verification(_Record):
     output: str
     run_id: str
     files: list[FileCheck]
+    sample: Sample | None
+    """None where none was asked for, or it could not be taken."""
+    sums: str | None
+    """URI of the SHA-256 sums; None where they were not asked for, or there are findings."""
     findings: list[Finding]
     notes: list[str]
     """What could not be checked, and what is odd but not wrong."""
@@ -73,14 +81,13 @@ class _Piece(NamedTuple):
     file: int
     start: int
     stop: int
-    part: Part | None
+    part: Written | None
 
 
 class _Seen(NamedTuple):
     """What one piece holds."""
 
-    proved: bool | None
-    """None: nothing recorded tells."""
+    crc32c: str
     nan: dict[str, int]
     infinite: dict[str, int]
     """By tensor."""
@@ -99,10 +106,20 @@ class _Weights:
         return self.pin.uri.rpartition("/")[2]
 
 
-def verify(stores: Stores, output: str, watch: Watch = lambda progress: None) -> Verification:
+def verify(
+    stores: Stores,
+    output: str,
+    watch: Watch = lambda progress: None,
+    *,
+    sample: float = 0.0,
+    seed: int = 0,
+    sums: bool = False,
+) -> Verification:
     """Return what is wrong with a finished output; reads all its weights once.
 
-    Raises `InputError` where no finished merge lies.
+    sample: the share of the elements that is computed again from the inputs, chosen by run id and `seed`; at least one
+    slice of every tensor where it is not 0. sums: if nothing is wrong, write the SHA-256 of every file of the folder
+    into it, which reads them once more. Raises `InputError` where no finished merge lies.
     """
     result = find_result(stores, output)
     if result is None:
@@ -119,12 +136,13 @@ def verify(stores: Stores, output: str, watch: Watch = lambda progress: None) ->
     pieces = [piece for number, file in enumerate(files) for piece in _cut(number, file, plan, parts)]
     seen = _look(stores, files, pieces, watch)
     checks = [_check(number, file, pieces, seen) for number, file in enumerate(files)]
-    problems += _broken(files, pieces, seen) + _not_finite(files, plan, pieces, seen, notes)
-    unproved = sum(one.proved is None for one in seen)
-    if unproved:
-        notes.append(f"{unproved} of {len(seen)} pieces were read, but nothing recorded tells whether they changed")
+    problems += _broken(files, pieces, seen, checks, result) + _not_finite(files, plan, pieces, seen, notes)
+    taken = _sample(stores, plan, manifest, files, sample, seed, watch, problems) if sample else None
+    written = _write_sums(stores, output, watch) if sums and not problems else None
     findings = [Finding(where=one.where, what=one.what, remedy=one.remedy) for one in problems]
-    return Verification(output=output, run_id=result.run_id, files=checks, findings=findings, notes=notes)
+    return Verification(
+        output=output, run_id=result.run_id, files=checks, sample=taken, sums=written, findings=findings, notes=notes
+    )
 
 
 def _plan_of(stores: Stores, output: str, result: MergeResult, notes: list[str]) -> tuple[Plan | None, Manifest | None]:
@@ -139,7 +157,9 @@ def _plan_of(stores: Stores, output: str, result: MergeResult, notes: list[str])
             break
         if plan:
             return plan, manifest
-    notes.append("without the run's plan, headers and checksums can't be compared with them")
+    notes.append(
+        "without the run's plan, headers and parts can't be compared with it; whole files are, by their CRC32C"
+    )
     return None, None
 
 
@@ -173,12 +193,16 @@ def _strangers(stores: Stores, output: str, result: MergeResult) -> list[Problem
 
 
 def _against_plan(plan: Plan, files: Sequence[_Weights]) -> list[Problem]:
-    planned = {file.name: len(file.header).to_bytes(8, "little") + file.header.encode() for file in plan.result.files}
+    planned = {file.name: _planned_head(file) for file in plan.result.files}
     return [
         Problem(file.name, "its header is not the planned one", AGAIN)
         for file in files
         if file.head != planned.get(file.name)
     ]
+
+
+def _planned_head(file: OutputFile) -> bytes:
+    return len(file.header).to_bytes(8, "little") + file.header.encode()
 
 
 def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> list[Problem]:
@@ -206,17 +230,17 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
     return problems
 
 
-def _parts(plan: Plan, manifest: Manifest) -> dict[str, dict[int, Part]]:
+def _parts(plan: Plan, manifest: Manifest) -> dict[str, dict[int, Written]]:
     """Return the recorded parts by file name and number; what was written twice has the same bytes."""
     last = len(plan.result.rounds) - 1
-    found: dict[str, dict[int, Part]] = {}
+    found: dict[str, dict[int, Written]] = {}
     for name in manifest.record_names(last):
-        for file, part in manifest.read_record(last, name).parts:
-            found.setdefault(plan.result.files[file].name, {})[part.number] = part
+        for written in manifest.read_record(last, name).parts:
+            found.setdefault(plan.result.files[written.file].name, {})[written.part.number] = written
     return found
 
 
-def _cut(number: int, file: _Weights, plan: Plan | None, parts: dict[str, dict[int, Part]]) -> Sequence[_Piece]:
+def _cut(number: int, file: _Weights, plan: Plan | None, parts: dict[str, dict[int, Written]]) -> Sequence[_Piece]:
     """Return the pieces in which a file is read; none splits an element of a file that we wrote."""
     size = plan.layout.part_size if plan else DEFAULT_PART
     known = parts.get(file.name, {})
@@ -234,7 +258,7 @@ def _look(stores: Stores, files: Sequence[_Weights], pieces: Sequence[_Piece], w
         file = files[piece.file]
         data = memoryview(bytearray(piece.stop - piece.start))
         stores.of(file.pin.uri).read(file.pin, piece.start, data)
-        return _Seen(_proved(piece.part, data), *_count(file.header, piece.start, data))
+        return _Seen(crc32c(data), *_count(file.header, piece.start, data))
 
     seen = []
     threads = ThreadPoolExecutor(THREADS)
@@ -246,22 +270,6 @@ def _look(stores: Stores, files: Sequence[_Weights], pieces: Sequence[_Piece], w
     finally:
         threads.shutdown(cancel_futures=True)
     return seen
-
-
-def _proved(part: Part | None, data: memoryview) -> bool | None:
-    """Return whether the bytes have the checksum of the part; None where it has none that we can compute."""
-    if part is None:
-        return None
-    proofs: dict[str, Callable[[memoryview], str]] = {
-        "[0-9a-f]{32}": lambda data: hashlib.md5(data, usedforsecurity=False).hexdigest(),
-        "[0-9a-f]{8}": crc32c,
-        "[A-Za-z0-9+/]{6}==": lambda data: b64encode(bytes.fromhex(crc32c(data))).decode(),
-    }
-    for mark in (part.checksum, part.etag):
-        for form, proof in proofs.items():
-            if re.fullmatch(form, mark):
-                return part.size == len(data) and proof(data) == mark
-    return None
 
 
 def _count(header: Header, offset: int, data: memoryview) -> tuple[dict[str, int], dict[str, int]]:
@@ -287,28 +295,49 @@ def _count(header: Header, offset: int, data: memoryview) -> tuple[dict[str, int
     return nan, infinite
 
 
+def _proves(piece: _Piece, seen: _Seen) -> bool:
+    """Return whether the piece is a part that has the bytes of which the record tells."""
+    found = (piece.stop - piece.start, seen.crc32c)
+    return piece.part is not None and (piece.part.part.size, piece.part.crc32c) == found
+
+
 def _check(number: int, file: _Weights, pieces: Sequence[_Piece], seen: Sequence[_Seen]) -> FileCheck:
-    own = [one for piece, one in zip(pieces, seen, strict=True) if piece.file == number]
+    own = [(piece, one) for piece, one in zip(pieces, seen, strict=True) if piece.file == number]
     return FileCheck(
         name=file.name,
         size=file.pin.size,
         tensors=len(file.header.tensors),
         parts=len(own),
-        parts_proved=sum(one.proved is True for one in own),
-        nan=sum(sum(one.nan.values()) for one in own),
-        infinite=sum(sum(one.infinite.values()) for one in own),
+        parts_proved=sum(_proves(*one) for one in own),
+        crc32c=crc32c_joined((one.crc32c, piece.stop - piece.start) for piece, one in own),
+        nan=sum(sum(one.nan.values()) for _, one in own),
+        infinite=sum(sum(one.infinite.values()) for _, one in own),
     )
 
 
-def _broken(files: Sequence[_Weights], pieces: Sequence[_Piece], seen: Sequence[_Seen]) -> list[Problem]:
-    return [
+def _broken(
+    files: Sequence[_Weights],
+    pieces: Sequence[_Piece],
+    seen: Sequence[_Seen],
+    checks: Sequence[FileCheck],
+    result: MergeResult,
+) -> list[Problem]:
+    """Return the parts, and the files without such a part, whose bytes are not those that were written."""
+    problems = [
         Problem(
             files[piece.file].name,
             f"the bytes [{piece.start:,}, {piece.stop:,}) are not those that were written",
             AGAIN,
         )
         for piece, one in zip(pieces, seen, strict=True)
-        if one.proved is False
+        if piece.part and not _proves(piece, one)
+    ]
+    told = {problem.where for problem in problems}
+    written = {file.name: file.crc32c for file in result.files}
+    return problems + [
+        Problem(check.name, f"its CRC32C is {check.crc32c}, {written[check.name]} was written", AGAIN)
+        for check in checks
+        if check.crc32c != written[check.name] and check.name not in told
     ]
 
 
@@ -336,3 +365,58 @@ def _not_finite(
         else:
             problems.append(Problem(f"{file}: {name}", what, AGAIN))
     return problems
+
+
+# -- what is done when asked for
+
+
+def _sample(
+    stores: Stores,
+    plan: Plan | None,
+    manifest: Manifest | None,
+    files: Sequence[_Weights],
+    share: float,
+    seed: int,
+    watch: Watch,
+    problems: list[Problem],
+) -> Sample | None:
+    """Compare a sample of the files with what the inputs give; None, and a problem, where that can't be done."""
+    from ties_ray.sample import compare  # here, since it takes torch, and other commands read this file too
+
+    if plan is None or manifest is None:
+        what = "there is no plan by which a sample could be merged again"
+        problems.append(Problem("--sample", what, "bring the folder's .ties-ray back, or leave --sample out"))
+        return None
+    planned = {file.name: (file.size, _planned_head(file)) for file in plan.result.files}
+    pins = {file.name: file.pin for file in files if (file.pin.size, file.head) == planned.get(file.name)}
+    try:
+        taken, differing = compare(stores, plan, manifest, pins, share, seed, watch)
+    except InputError as error:
+        problems += error.problems
+        return None
+    problems += differing
+    return taken
+
+
+def _write_sums(stores: Stores, output: str, watch: Watch) -> str:
+    """Write what `sha256sum -c` reads, over all files that lie directly in the folder; return its URI."""
+    store, uri = stores.of(output), join(output, SUMS_NAME)
+    pins = [store.head(pin.uri, 0)[0] for pin in store.list(output).files if pin.uri != uri]
+    total = sum(pin.size for pin in pins)
+    lines = []
+    with ThreadPoolExecutor(THREADS) as threads:
+        for number, (pin, digest) in enumerate(zip(pins, threads.map(partial(_sha256, store), pins), strict=True)):
+            lines.append(f"{digest}  {pin.uri.rpartition('/')[2]}\n")
+            watch(Progress("sha256", number + 1, len(pins), sum(one.size for one in pins[: number + 1]), total))
+    store.put(uri, "".join(lines).encode())
+    return uri
+
+
+def _sha256(store: Store, pin: Pin) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(DEFAULT_PART, pin.size)))
+    for start in range(0, pin.size, DEFAULT_PART):
+        data = buffer[: pin.size - start]
+        store.read(pin, start, data)
+        digest.update(data)
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Parameter
 from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
-from ties_ray.manifest import Folded, Manifest, Record, Seen
+from ties_ray.manifest import Folded, Manifest, Record, Seen, Written
 from ties_ray.methods import Context, Threshold
 from ties_ray.outputs import Placed
 from ties_ray.plan import (
@@ -41,7 +41,7 @@ from ties_ray.plan import (
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.slices import Slices
 from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
-from ties_ray.stores import Part, Stores, join, scheme_of
+from ties_ray.stores import Stores, join, scheme_of
 from ties_ray.transfer import Ledger, ReadAhead, Wanted, WriteBehind
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -109,7 +109,7 @@ class Batch:
     def __init__(self) -> None:
         self.since = time.monotonic()
         self.shards: list[int] = []
-        self.parts: list[tuple[int, Part]] = []
+        self.parts: list[Written] = []
         self.counts: list[Counts] = []
         self.tables: dict[Scope, Tensor] = {}
         self.statistics: Counter[str] = Counter()
@@ -223,6 +223,10 @@ class Worker:
         missing = [group for group in groups if group not in known]
         if missing:
             known.update(self._manifest.read_folded(round_, missing))
+        gone = [group for group in missing if group not in known]
+        if gone:  # without thresholds everything would be kept, and nobody would see it
+            what = f"what the barrier after round {round_} stored of group {gone[0]} has gone"
+            raise InputError(Problem(self._manifest.folder, what, "merge again with --fresh"))
         return known
 
     def _groups(self) -> range:
@@ -334,7 +338,7 @@ class Worker:
         merged = [index for index, parameter in enumerate(parameters) if parameter.merged]
         sizes = {index: parameters[index].numel for index in merged} | {WHOLE: self._plan.layout.num_elements}
         scopes = [WHOLE] if need.scope == "global" else merged
-        first = self._picks("count_high", [group])
+        first = self._picks("count_high", [group]) if round_.kind == "count_low" else {}
         for scope in itertools.product((member for member in members if need.densities[member] < 1), scopes):
             if round_.kind == "count_high":
                 yield from pick_high(need, sizes, [scope], add(by_scope[scope], HIGH_BINS))
@@ -439,6 +443,24 @@ class Worker:
                 self._writes.write(part, shard.file, uri, self._uploads[file.name], number + 1, start)
             next(blocks, None)  # a block is judged when the next is asked for
         done.parts += self._writes.drain()
+
+    def merged(self, placed: Placed, runs: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """Yield the bytes (1-D uint8) of runs of elements of a tensor, as the last round writes them; writes nothing.
+
+        For `verify --sample`. Raises what a merge raises, also where inputs are no longer those that were planned.
+        """
+        self._round = len(self._result.rounds) - 1
+        round_, everyone = self._result.rounds[-1], range(len(self._models))
+        parameter = self._plan.layout.by_name[placed.tensor.parameter]
+        segments = [] if placed.tensor.copied else [Segment(parameter, first, last) for first, last in runs]
+        shard = Shard(models=(0, len(everyone)), segments=tuple(segments))
+        self._reads.ledger = Ledger(self._seen_before(shard) if segments else ())
+        with closing(self._blocks(round_, segments, everyone, Batch())) as blocks:
+            for first, last in runs:
+                out = torch.empty((last - first) * DTYPE_BITS[placed.tensor.dtype] // 8, dtype=torch.uint8)
+                self._fill(blocks, placed, first, last, out)
+                yield out
+            next(blocks, None)  # a block is judged when the next is asked for
 
     def _fill(self, blocks: Iterator[Block], placed: Placed, first: int, last: int, out: Tensor) -> None:
         """Write elements [first, last) of a tensor into its bytes of a part."""

@@ -4,13 +4,14 @@ A store is built in the process that uses it and is never pickled. Nothing above
 paths of a disk. URIs are plain strings: `s3://bucket/key`, `/folder/file` or `file:///folder/file`, `memory://x/y`.
 """
 
+import functools
 import os
 import random
 import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, NoReturn, TypeVar
 
@@ -156,6 +157,14 @@ class Store(ABC):
         """Remove an object; nothing happens where there is none."""
         raise NotImplementedError
 
+    def delete_folder(self, uri: str) -> None:
+        """Remove all that lies in a folder, at any depth; nothing happens where there is none."""
+        listing = self.list(uri)
+        for folder in listing.folders:
+            self.delete_folder(folder)
+        for pin in listing.files:
+            self.delete(pin.uri)
+
     def begin_upload(self, uri: str, size: int) -> str:
         """Start an object of `size` bytes, invisible until completed; return the upload's id."""
         raise NotImplementedError
@@ -206,7 +215,7 @@ class Stores:
 
     def __init__(self, options: Mapping[str, Mapping[str, object]]) -> None:
         """`options` is the recipe's `storage` section as JSON."""
-        self._options = options
+        self.options = options
         self._open: dict[str, Store] = {}
         self._opening = threading.Lock()
 
@@ -219,7 +228,7 @@ class Stores:
         scheme = scheme_of(uri)
         with self._opening:
             if scheme not in self._open:
-                options = options_of(scheme, self._options.get(scheme, {}))
+                options = options_of(scheme, self.options.get(scheme, {}))
                 self._open[scheme] = store_class(scheme)(options)
             return self._open[scheme]
 
@@ -412,3 +421,41 @@ def crc32c(data: memoryview) -> str:
     import numpy as np
 
     return f"{google_crc32c.value(np.frombuffer(data, np.uint8)):08x}"  # it takes an array in place, a memoryview not
+
+
+def crc32c_joined(runs: Iterable[tuple[str, int]]) -> str:
+    """Return the CRC32C of runs of bytes joined, each given as (its CRC32C, its size).
+
+    Bytes are a polynomial over GF(2), and a CRC is the rest after a division: to append bytes multiplies what was there
+    by x^8 for each, and adds them.
+    """
+    total = 0
+    for crc, size in runs:
+        total = _times(total, _x_to_the(8 * size)) ^ int(crc, 16)
+    return f"{total:08x}"
+
+
+_CASTAGNOLI = 0x82F63B78
+"""CRC32C's polynomial without its x^32; as everywhere here, the highest bit is the coefficient of x^0."""
+
+
+def _times(first: int, second: int) -> int:
+    """Return the product of two polynomials, modulo CRC32C's."""
+    product = 0
+    while first:
+        if first & 0x8000_0000:
+            product ^= second
+        first = first << 1 & 0xFFFF_FFFF
+        second = second >> 1 ^ (_CASTAGNOLI if second & 1 else 0)
+    return product
+
+
+@functools.lru_cache
+def _x_to_the(power: int) -> int:
+    """Return x^power modulo CRC32C's polynomial; a file's parts have two sizes."""
+    result, square = 1 << 31, 1 << 30
+    while power:
+        if power & 1:
+            result = _times(result, square)
+        square, power = _times(square, square), power >> 1
+    return result

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -147,6 +148,11 @@ class Local(Store):
         """Remove the file."""
         with _explained(uri, "delete"):
             _path(uri).unlink(missing_ok=True)
+
+    def delete_folder(self, uri: str) -> None:
+        """Remove the folder itself, with what a killed `put` left in it."""
+        with _explained(uri, "delete"), suppress(FileNotFoundError):
+            shutil.rmtree(_path(uri))
 
     def begin_upload(self, uri: str, size: int) -> str:
         """Make a hidden file of the final size beside the target.

@@ -1,0 +1,102 @@
+"""A sample of a finished output, computed again from the inputs and compared bit by bit; for `verify --sample`."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ties_ray.errors import InputError, Problem
+from ties_ray.kernels import ARITHMETIC
+from ties_ray.manifest import Manifest
+from ties_ray.outputs import Placed
+from ties_ray.plan import Plan
+from ties_ray.report import Progress, Sample, Watch
+from ties_ray.safetensors import DTYPE_BITS
+from ties_ray.stores import Pin, Stores
+from ties_ray.work import Setup, Worker
+
+SLICE = 2**18
+"""Elements of a tensor that are taken or left together: 512 KiB of bf16, of every model."""
+LEAVE_OUT = "or leave --sample out"
+
+Runs = Sequence[tuple[int, int]]
+"""Elements [first, last) of a tensor."""
+
+
+def compare(
+    stores: Stores, plan: Plan, manifest: Manifest, pins: Mapping[str, Pin], share: float, seed: int, watch: Watch
+) -> tuple[Sample, list[Problem]]:
+    """Return what was taken, and the tensors that differ; pins: by name, the weight files that can be compared.
+
+    A worker merges in this process, with the stored plan and thresholds; nothing is written. Raises `InputError` where
+    it can't: another arithmetic, thresholds that are gone, inputs that are not as they were.
+    """
+    if plan.arithmetic != ARITHMETIC:
+        what = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {ARITHMETIC}"
+        raise InputError(Problem("--sample", what, f"use the version that merged, {LEAVE_OUT}"))
+    chosen = [(pins[name], placed, runs) for name, placed, runs in choose(plan, share, seed) if name in pins]
+    total = sum(_num_bytes(placed, runs) for _, placed, runs in chosen)
+    storage = {scheme: dict(options) for scheme, options in {**plan.recipe.storage, **stores.options}.items()}
+    worker = Worker(Setup(manifest.folder, storage))
+    problems = []
+    compared = 0
+    for number, (pin, placed, runs) in enumerate(chosen):
+        watch(Progress("sample", number, len(chosen), compared, total))
+        problems += _compare(stores, worker, pin, placed, runs)
+        compared += _num_bytes(placed, runs)
+    watch(Progress("sample", len(chosen), len(chosen), compared, total))
+    taken = Sample(
+        share=share,
+        seed=seed,
+        tensors=len(chosen),
+        elements=sum(last - first for _, _, runs in chosen for first, last in runs),
+        of=sum(_numel(placed) for _, placed, _ in chosen),
+    )
+    return taken, problems
+
+
+def choose(plan: Plan, share: float, seed: int) -> Iterator[tuple[str, Placed, Runs]]:
+    """Yield (file, tensor, runs) of every tensor that has elements: about `share` of them, one slice at least."""
+    generator = random.Random(f"{plan.run_id} {seed}")
+    for file in plan.result.files:
+        for placed in file.tensors:
+            numel = _numel(placed)
+            starts = range(0, numel, SLICE)
+            if starts:
+                taken = generator.sample(starts, max(1, round(share * len(starts))))
+                yield file.name, placed, [(start, min(start + SLICE, numel)) for start in sorted(taken)]
+
+
+def _compare(stores: Stores, worker: Worker, pin: Pin, placed: Placed, runs: Runs) -> list[Problem]:
+    """Return the problem of a tensor whose bytes are not what the inputs give, if so."""
+    wrong = []
+    try:
+        for (first, _), wanted in zip(runs, worker.merged(placed, runs), strict=True):
+            wrong += _differing(stores, pin, placed, first, wanted)
+    except InputError as error:
+        remedy = f"bring the inputs back as they were, {LEAVE_OUT}"
+        problems = (Problem(one.where, f"can't be merged again: {one.what}", remedy) for one in error.problems)
+        raise InputError(problems) from error
+    if not wrong:
+        return []
+    count = sum(count for _, _, count in wrong)
+    what = f"of the elements [{wrong[0][0]:,}, {wrong[-1][1]:,}) {count:,} are not what the inputs give"
+    return [Problem(f"{pin.uri.rpartition('/')[2]}: {placed.tensor.name}", what, "merge again with --fresh")]
+
+
+def _differing(stores: Stores, pin: Pin, placed: Placed, first: int, wanted: Tensor) -> list[tuple[int, int, int]]:
+    """Return (first, last exclusive, number) of the elements that differ in one run, if any."""
+    width = DTYPE_BITS[placed.tensor.dtype] // 8
+    found = np.empty(len(wanted), np.uint8)
+    stores.of(pin.uri).read(pin, placed.start + first * width, found.data)
+    wrong = np.flatnonzero((found != wanted.numpy()).reshape(-1, width).any(axis=1))
+    return [(first + int(wrong[0]), first + int(wrong[-1]) + 1, len(wrong))] if len(wrong) else []
+
+
+def _numel(placed: Placed) -> int:
+    return (placed.stop - placed.start) // (DTYPE_BITS[placed.tensor.dtype] // 8)
+
+
+def _num_bytes(placed: Placed, runs: Runs) -> int:
+    return sum(last - first for first, last in runs) * (DTYPE_BITS[placed.tensor.dtype] // 8)
