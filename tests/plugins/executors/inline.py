@@ -33,6 +33,9 @@ class Inline(Executor):
             return [Refused(worker, ticket, *outcome)]
         return [Answered(worker, ticket, outcome)]
 
+    def give_up(self, worker: int) -> None:
+        """Nothing here ever hangs for longer than the caller itself."""
+
     def revive(self, worker: int) -> None:
         """Nothing here is ever lost."""
 
