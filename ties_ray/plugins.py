@@ -7,11 +7,12 @@ asking for one method costs the import of one.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
 import pkgutil
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ def names(folder: str) -> list[str]:
     """Return the names a recipe may use, sorted, without importing any of them."""
     package = importlib.import_module(f"ties_ray.{folder}")
     found = {module.name for module in pkgutil.iter_modules(package.__path__)}
-    found.update(point.name for point in entry_points(group=f"ties_ray.{folder}"))
+    found.update(_entry_points(folder))
     return sorted(found)
 
 
@@ -47,8 +48,8 @@ def load(folder: str, name: str, contract: type[T]) -> type[T]:
                 "see `ties-ray methods`" if folder == "methods" else "",
             )
         )
-    for point in entry_points(group=f"ties_ray.{folder}", name=name):
-        found = point.load()
+    if name in _entry_points(folder):
+        found = _entry_points(folder)[name].load()
         if not (inspect.isclass(found) and issubclass(found, contract)):
             raise TypeError(f"the entry point {name} of ties_ray.{folder} is not a {contract.__name__}")
         return found
@@ -64,6 +65,12 @@ def load(folder: str, name: str, contract: type[T]) -> type[T]:
     if len(own) != 1:
         raise TypeError(f"{module.__file__} should define one {contract.__name__}, not {len(own)}")
     return own[0]
+
+
+@functools.cache
+def _entry_points(folder: str) -> dict[str, EntryPoint]:
+    """Return what installed packages offer; kept, since every look goes through all of them."""
+    return {point.name: point for point in entry_points(group=f"ties_ray.{folder}")}
 
 
 def unknown(name: str, known: list[str], noun: str) -> str:
