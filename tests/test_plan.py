@@ -159,14 +159,14 @@ def test_planning_touches_no_store(family_of: MakeFamily, monkeypatch: pytest.Mo
     assert make_plan(recipe, catalog).bytes_read > 0
 
 
-def test_a_thousand_models_are_planned_in_seconds_and_cost_no_more_memory() -> None:
+def test_a_thousand_models_are_planned_in_seconds_and_cost_a_kilobyte_each() -> None:
     parameters = [Parameter(f"layer.{n}.weight", (4096, 4096), "BF16", True) for n in range(200)]
     few = make_plan(recipe_for(2), catalog_of(parameters, 2))
     catalog = catalog_of(parameters, 1000)
     started = time.monotonic()
     many = make_plan(recipe_for(1000), catalog)
     assert time.monotonic() - started < 10
-    assert many.memory == few.memory
+    assert many.memory - few.memory <= 998 * 2**11, "only the plan itself has to be held"
     size = sum(parameter.numel * 2 for parameter in parameters)
     groups = -(-1000 // MODEL_GROUP)
     assert [round_.bytes_read for round_ in many.result.rounds] == [size * (1000 + groups)] * 2 + [size * 1001]

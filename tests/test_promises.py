@@ -256,7 +256,7 @@ def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
         peaks.append(peak_of(tmp_path / "recipe.json"))
         planned.add(made.memory)
         assert 20 * 2**20 < peaks[-1] <= made.memory <= recipe.run.memory, f"{peaks[-1]:,} bytes for {count} models"
-    assert len(planned) == 1
+    assert max(planned) - min(planned) < 2**20
     assert peaks[1] <= 1.1 * peaks[0] + 8 * 2**20
 
 
