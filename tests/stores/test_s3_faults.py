@@ -135,9 +135,7 @@ def test_a_throttled_worker_slows_down_as_one_whatever_its_threads(proxy: FaultP
     with ThreadPoolExecutor(16) as pool:
         calls = [pool.submit(read, store, pin, start, start + 10) for start in range(16)]
         assert all(isinstance(call.exception(), UnavailableError) for call in calls)
-    # What was on its way when the first refusal came, what had its place in the queue by then, and from then on few;
-    # each thread by itself would have sent five.
-    assert proxy.requests["get-range"] <= 16 + 16 + 8
+    assert 16 < proxy.requests["get-range"] <= 16 + 10  # what was on its way when the first refusal came, then few
 
 
 def test_a_throttle_that_passes_costs_few_requests(proxy: FaultProxy, store: S3, pin: Pin) -> None:

@@ -319,31 +319,40 @@ class Brake:
     largest: ClassVar[float] = 2.0
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._turn = threading.Condition()
         self._gap = 0.0
         self._next = 0.0
         self._doubled = 0.0
+        self.cause = ""
+        """What the last refusal said."""
 
-    def delay(self) -> float:
-        """Return the seconds to wait before a request, and keep its place free."""
-        with self._lock:
-            if not self._gap:
-                return 0.0
-            now = time.monotonic()
-            self._next = max(now, self._next) + self._gap * random.uniform(0.5, 1.5)  # so that workers drift apart
-            return self._next - now
+    def wait(self, seconds: float) -> bool:
+        """Wait until a request may start, at most so long; return whether it may."""
+        late = time.monotonic() + seconds
+        with self._turn:
+            while self._gap and (now := time.monotonic()) < self._next:
+                if now >= late:
+                    return False
+                self._turn.wait(min(self._next, late) - now)
+            self._next = time.monotonic() + self._gap * random.uniform(0.5, 1.5)  # so that workers drift apart
+        return True
 
-    def refused(self, sent: float) -> None:
+    def refused(self, sent: float, cause: str) -> None:
         """Note a refusal of a request that was sent at `sent`, by the monotonic clock."""
-        with self._lock:
+        with self._turn:
+            self.cause = cause
             if sent >= self._doubled:  # else it was on its way before the last refusal was heard
-                self._gap = min(max(2 * self._gap, self.smallest), self.largest)
                 self._doubled = time.monotonic()
+                self._gap = min(max(2 * self._gap, self.smallest), self.largest)
+                self._next = self._doubled + self._gap
 
     def served(self) -> None:
         """Note a success."""
-        with self._lock:
-            self._gap = self._gap / 2 if self._gap > self.smallest else 0.0
+        if self._gap:
+            with self._turn:
+                self._gap = self._gap / 2 if self._gap > self.smallest else 0.0
+                self._next = min(self._next, time.monotonic() + self._gap)
+                self._turn.notify_all()
 
 
 def persist(
@@ -362,14 +371,17 @@ def persist(
     shared by all requests that should slow down together.
     """
     brake = brake or Brake()
+    started = time.monotonic()
 
     def once() -> T:
+        if not brake.wait(started + seconds() - time.monotonic()):
+            raise Transient(f"{brake.cause}; after that its turn did not come in time", attempts=0)
         sent = time.monotonic()
         try:
             result = attempt()
         except Transient as cause:
             if cause.throttled:
-                brake.refused(sent)
+                brake.refused(sent, str(cause))
             raise
         brake.served()
         return result
@@ -380,12 +392,9 @@ def persist(
         late = (state.seconds_since_start or 0.0) + state.upcoming_sleep > seconds()
         return late or (limit is not None and state.attempt_number >= limit)
 
-    started = time.monotonic()
-    time.sleep(min(brake.delay(), seconds()))
-    backoff = tenacity.wait_random_exponential(multiplier=0.2, max=15)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
-        wait=lambda state: max(backoff(state), brake.delay()),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=15),
         stop=spent,
         before_sleep=lambda _: meter.add(retries=1),
         reraise=True,
