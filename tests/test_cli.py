@@ -110,7 +110,7 @@ def test_the_package_imports_neither_torch_nor_ray_and_keeps_its_plan_a_function
 
 
 def test_every_command_explains_itself_with_an_example() -> None:
-    for name in ("plan", "merge", "status", "verify", "inspect", "methods", "schema"):
+    for name in ("plan", "merge", "status", "verify", "clean", "inspect", "methods", "schema"):
         assert f"ties-ray {name}" in run(name, "--help").stdout
     assert "_TIES_RAY_COMPLETE" in run("--help").stdout
 
@@ -298,6 +298,23 @@ def test_verify_ends_with_3_and_names_what_is_damaged(recipe: Path, tmp_path: Pa
     done = run("verify", tmp_path / "out")
     assert done.exit_code == 3
     assert "error: model.safetensors: the bytes [0, " in done.stderr
+
+
+def test_verify_merges_a_sample_again_and_writes_sums_when_asked(recipe: Path, tmp_path: Path) -> None:
+    assert run("merge", recipe, "--quiet").exit_code == 0
+    done = run("verify", tmp_path / "out", "--sample", "0.5", "--seed", "3", "--sha256")
+    assert done.exit_code == 0, done.stderr
+    assert "merged again: " in done.stdout
+    assert "sample: " in done.stderr
+    assert "model.safetensors" in (tmp_path / "out" / "SHA256SUMS").read_text()
+    assert run("verify", tmp_path / "out", "--sample", "1.5").exit_code == 2
+
+    model = Path(json.loads((tmp_path / "out" / RESULT_NAME).read_text())["provenance"]["models"][0]["objects"][0][0])
+    aside = model.rename(model.with_name("aside"))
+    done = run("verify", tmp_path / "out", "--sample", "0.5")
+    aside.rename(model)
+    assert done.exit_code == 3
+    assert "can't be merged again: changed since the plan was made: the file is gone" in done.stderr
 
 
 def test_inspect_ends_with_3_where_a_folder_could_not_be_merged(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import RenderableType
 
 from ties_ray import text
-from ties_ray.report import MergeResult, Progress, TrimReport, WrittenFile
+from ties_ray.report import InputProvenance, MergeResult, Progress, Provenance, TrimReport, WrittenFile
 
 
 def shown(*things: RenderableType) -> str:
@@ -59,10 +59,16 @@ def test_thresholds_by_tensor_are_one_line_a_model() -> None:
     assert "20.00%" in told
 
 
+def ruled(at_threshold: str) -> Provenance:
+    base = InputProvenance(id="base", uri="/base", weight=1, density=None, licence="", objects=[])
+    versions = dict.fromkeys(("ties_ray", "python", "torch", "numba", "ray", "arithmetic"), "1")
+    return Provenance(method={"name": "ties", "at_threshold": at_threshold}, base=base, models=[], **versions)
+
+
 @pytest.mark.parametrize("rule", ["keep", "drop"])
 def test_where_the_threshold_is_zero_all_but_the_zeros_are_kept_by_any_rule(rule: str) -> None:
     trims = [TrimReport(model="a", parameter=None, threshold=0, kept=55, tied=45, size=100)]
-    assert "55.00%" in shown(*text.of_result(result(trims, rule), "r.yaml"))
+    assert "55.00%" in shown(*text.of_result(result(trims, provenance=ruled(rule)), "r.yaml"))
 
 
 def test_a_summary_tells_what_was_lost_repeated_zeroed_and_noted() -> None:

@@ -1,17 +1,22 @@
 import json
+import os
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.families import Family
-from tests.merging import INDEX, merge
+from tests.families import Family, make_family
+from tests.merging import INDEX, digests, merge
+from ties_ray import sample
 from ties_ray.errors import InputError
-from ties_ray.manifest import FOLDER
-from ties_ray.report import Progress
+from ties_ray.manifest import FOLDER, Manifest, find_runs
+from ties_ray.plan import Plan
+from ties_ray.report import RESULT_NAME, SUMS_NAME, Progress, find_result
 from ties_ray.safetensors import parse
-from ties_ray.stores import Stores
+from ties_ray.stores import Stores, crc32c
 from ties_ray.verify import Verification, verify
 
 METHOD = {"name": "ties", "density": 0.3}
@@ -56,6 +61,12 @@ def test_an_untouched_output_is_whole_and_every_part_is_proved(output: Path) -> 
     assert (found.findings, found.notes) == ([], [])
     assert [file.name for file in found.files] == sorted(path.name for path in output.glob("*.safetensors"))
     assert all(file.parts_proved == file.parts > 0 and file.nan == file.infinite == 0 for file in found.files)
+    result = find_result(Stores({}), str(output))
+    assert result
+    assert [file.crc32c for file in found.files] == [file.crc32c for file in result.files]
+    assert [file.crc32c for file in found.files] == [
+        crc32c(memoryview((output / file.name).read_bytes())) for file in found.files
+    ]
     assert seen[-1].bytes_read == sum(path.stat().st_size for path in output.glob("*.safetensors"))
 
 
@@ -161,3 +172,158 @@ def test_without_the_records_it_says_what_could_not_be_checked(output: Path) -> 
 def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no finished merge"):
         check(tmp_path)
+
+
+# -- what is done when asked for
+
+
+def repair(output: Path) -> None:
+    """Make every recorded checksum that of the bytes as they are now, so that only the inputs can tell."""
+    plan, manifest = run_of(output)
+    for path in Path(manifest.folder, "records", str(len(plan.result.rounds) - 1)).glob("*.json"):
+        record = json.loads(path.read_bytes())
+        for written in record["parts"]:
+            data = (output / plan.result.files[written[0]].name).read_bytes()
+            start, stop = plan.layout.part(written[0], written[1][0] - 1)
+            written[2] = crc32c(memoryview(data[start:stop]))
+        path.write_text(json.dumps(record))
+    result = json.loads((output / RESULT_NAME).read_bytes())
+    for file in result["files"]:
+        file["crc32c"] = crc32c(memoryview((output / file["name"]).read_bytes()))
+    (output / RESULT_NAME).write_text(json.dumps(result))
+
+
+def run_of(output: Path) -> tuple[Plan, Manifest]:
+    stores = Stores({})
+    manifest = Manifest(stores, Manifest.folder_of(str(output), *find_runs(stores, str(output))[-1]))
+    plan = manifest.read_plan()
+    assert plan
+    return plan, manifest
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "SLICE", 100)
+
+
+METHODS = [
+    "average",
+    METHOD,
+    {**METHOD, "trim": "tensor"},
+    {"name": "consensus"},
+    {"name": "dare", "density": 0.5},
+    {"name": "ties", "profile": "official"},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_what_is_merged_again_has_the_bytes_of_the_output(
+    method: object, share: float, family_of: Callable[..., Family], tmp_path: Path, slices: None
+) -> None:
+    output = {"path": str(tmp_path / "out"), "file_size": 9000}
+    merge(family_of(num_models=3, mixed=True), output, method, exclude=["model.norm.weight"])
+    before = digests(tmp_path / "out")
+    found = verify(Stores({}), str(tmp_path / "out"), sample=share)
+    assert found.findings == []
+    assert found.sample
+    assert (found.sample.elements == found.sample.of) == (share == 1)
+    assert share <= found.sample.elements / found.sample.of < share + 0.25
+    assert digests(tmp_path / "out") == before
+
+
+def test_one_element_that_the_inputs_do_not_give_is_found_though_all_checksums_agree(
+    output: Path, slices: None
+) -> None:
+    plan, _ = run_of(output)
+    number, name, start = next(
+        (number, placed.tensor.name, placed.start)
+        for number, file in enumerate(plan.result.files)
+        for placed in file.tensors
+        if placed.tensor.dtype == "BF16" and len(placed.tensor.shape) == 2 and placed.stop > placed.start + 2 * 150
+    )
+    path = output / plan.result.files[number].name
+    position = start + 2 * 123
+    patch(path, position, bytes([path.read_bytes()[position] ^ 1]))
+    repair(output)
+    assert check(output).findings == []
+    found = verify(Stores({}), str(output), sample=1.0)
+    assert told(found) == f"{path.name}: {name}: of the elements [123, 124) 1 are not what the inputs give"
+
+
+def test_a_sample_holds_something_of_every_tensor_and_depends_on_its_seed(output: Path, slices: None) -> None:
+    plan, _ = run_of(output)
+    taken = {seed: list(sample.choose(plan, 0.01, seed)) for seed in (0, 1)}
+    everything = list(sample.choose(plan, 1.0, 0))
+    assert [placed for _, placed, _ in taken[0]] == [placed for _, placed, _ in everything]
+    assert all(len(runs) == 1 for _, _, runs in taken[0])
+    assert max(len(runs) for _, _, runs in everything) > 5
+    assert taken[0] == list(sample.choose(plan, 0.01, 0)) != taken[1]
+
+
+@pytest.mark.parametrize("change", ["rewritten", "removed"])
+def test_inputs_that_are_not_as_they_were_are_told(change: str, output: Path, family_of: Callable[..., Family]) -> None:
+    plan, _ = run_of(output)
+    victim = Path(plan.catalog.models[1].objects[0].uri)
+    data, times = victim.read_bytes(), victim.stat()
+    victim.rename(victim.with_name("aside"))
+    if change == "rewritten":
+        victim.write_bytes(data)
+    try:
+        found = verify(Stores({}), str(output), sample=0.01)
+    finally:
+        victim.with_name("aside").replace(victim)  # the family is shared; its inode and its time are its mark
+    assert victim.stat().st_mtime_ns == times.st_mtime_ns
+    assert "model-1/model.safetensors: can't be merged again: changed since the plan was made" in told(found)
+    assert found.sample is None
+
+
+def test_bytes_of_an_input_that_changed_behind_its_mark_are_told(
+    tmp_path: Path, family_of: Callable[..., Family]
+) -> None:
+    family = make_family(Stores({}).of("/"), str(tmp_path), num_models=2)
+    merge(family, tmp_path / "out", METHOD)
+    victim = Path(family.models[1]) / "model.safetensors"
+    times = victim.stat()
+    _, start = place_of(victim, "BF16")
+    patch(victim, start, b"\x11")
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = verify(Stores({}), str(tmp_path / "out"), sample=1.0)
+    assert "are not those that this merge read first, though its ETag is the same" in told(found)
+
+
+def test_without_thresholds_a_sample_is_refused_and_not_called_different(output: Path) -> None:
+    _, manifest = run_of(output)
+    shutil.rmtree(Path(manifest.folder, "folded"))
+    found = verify(Stores({}), str(output), sample=0.01)
+    assert "stored of group 0 has gone" in told(found)
+    assert "are not what the inputs give" not in told(found)
+
+
+def test_without_a_plan_or_under_another_arithmetic_there_is_no_sample(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sample, "ARITHMETIC", "exact-2")
+        assert "computed by arithmetic exact-1" in told(verify(Stores({}), str(output), sample=0.01))
+    (output / FOLDER).rename(output.parent / "elsewhere")
+    assert "there is no plan by which" in told(verify(Stores({}), str(output), sample=0.01))
+
+
+def test_sha256sum_finds_every_file_and_sees_a_changed_one(output: Path) -> None:
+    assert verify(Stores({}), str(output), sums=True).sums == str(output / SUMS_NAME)
+    names = {line.partition("  ")[2] for line in (output / SUMS_NAME).read_text().splitlines()}
+    assert names == {path.name for path in output.iterdir() if path.is_file()} - {SUMS_NAME}
+    assert {INDEX, "config.json", "tokenizer.json", RESULT_NAME, first(output).name} <= names
+    command = ["sha256sum", "--strict", "-c", SUMS_NAME]
+    assert subprocess.run(command, cwd=output, capture_output=True, check=False).returncode == 0
+    patch(output / "tokenizer.json", 0, b" ")
+    spoiled = subprocess.run(command, cwd=output, capture_output=True, text=True, check=False)
+    assert spoiled.returncode == 1
+    assert "tokenizer.json: FAILED" in spoiled.stdout
+
+
+def test_no_sums_are_written_of_a_damaged_output(output: Path) -> None:
+    patch(first(output), first(output).stat().st_size - 1, b"\x11")
+    assert verify(Stores({}), str(output), sums=True).sums is None
+    assert not (output / SUMS_NAME).exists()

@@ -293,23 +293,65 @@ def _status(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
 @_command
 @click.argument("output")
 @_SET
-def _verify(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
-    """Re-read a finished OUTPUT: headers, index, every part's checksum, values that are not finite.
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="SHARE",
+    help="Merge this share of the elements again, at least one slice of every tensor, and compare every bit.",
+)
+@click.option("--seed", type=int, default=0, help="Takes another sample.")
+@click.option("--sha256", "sums", is_flag=True, help="If all is well, write SHA256SUMS for `sha256sum -c`.")
+def _verify(desk: _Desk, output: str, overrides: Sequence[str], sample: float, seed: int, sums: bool) -> int:
+    """Re-read a finished OUTPUT: headers, index, checksums of parts and files, values that are not finite.
 
-    OUTPUT is the folder, or the recipe file that names it. Exits with 3 if anything is not as it was written.
+    OUTPUT is the folder, or the recipe file that names it. Exits with 3 if anything is not as it was written, or not
+    what the inputs give.
 
     \b
-    Example:
+    Examples:
       ties-ray verify s3://merged/math-code
+      ties-ray verify s3://merged/math-code --sample 0.01
+      ties-ray verify ./merged --sha256 && (cd merged && sha256sum -c SHA256SUMS)
     """
     stores, folder = _place(output, overrides)
     from ties_ray import text
     from ties_ray.verify import verify
 
     with desk.progress() as watch:
-        found = verify(stores, folder, watch)
+        found = verify(stores, folder, watch, sample=sample, seed=seed, sums=sums)
     desk.tell(found, *text.of_verification(found))
     return _report(found.findings)
+
+
+@_command
+@click.argument("output")
+@_SET
+@click.option("--dry-run", is_flag=True, help="Only say what there is.")
+def _clean(desk: _Desk, output: str, overrides: Sequence[str], dry_run: bool) -> int:
+    """Remove what interrupted merges left in OUTPUT: unfinished uploads, and records to continue by.
+
+    OUTPUT is the folder, or the recipe file that names it. Visible files stay, and so does what `verify` needs of a
+    finished merge. Exits with 5 while a merge is at work there.
+
+    \b
+    Examples:
+      ties-ray clean s3://merged/math-code --dry-run
+      ties-ray clean s3://merged/math-code
+    """
+    stores, folder = _place(output, overrides)
+    from ties_ray import lease, text
+    from ties_ray.report import Cleaning
+    from ties_ray.resume import clean
+
+    notes: list[str] = []
+    found = clean(stores, folder, remove=False)
+    if found:  # else there is nothing of ours, and nothing should come to be
+        with lease.acquire(stores, folder, notes.append):
+            found = clean(stores, folder, remove=not dry_run)
+    told = Cleaning(output=folder, removed=not dry_run, found=found, notes=notes)
+    desk.tell(told, *text.of_cleaning(told))
+    return 0
 
 
 @_command

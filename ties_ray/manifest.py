@@ -11,6 +11,7 @@ Losing a record costs a redo, never a byte.
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -101,9 +102,9 @@ class Manifest:
         data = self._get("plan.json.gz")
         try:
             return None if data is None else Plan.from_json(gzip.decompress(data))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            what = f"this ties_ray can't read the stored plan ({first['msg']})"
+        except (ValidationError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+            why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+            what = f"this ties_ray can't read the stored plan ({why})"
             remedy = "use the version and the plugins that made it, or delete the folder"
             raise InputError(Problem(self.folder, what, remedy)) from error
 

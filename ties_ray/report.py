@@ -108,6 +108,16 @@ class WrittenFile(_Record):
     """Of the whole file, 8 hex digits: joined from those of its parts, as the workers had them in memory."""
 
 
+class Cleaning(_Record):
+    """What interrupted merges left in an output."""
+
+    output: str
+    removed: bool
+    """False: only looked for."""
+    found: list[str]
+    notes: list[str]
+
+
 class Sample(_Record):
     """What was computed again from the inputs, and compared with the output bit by bit."""
 

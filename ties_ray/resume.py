@@ -1,11 +1,12 @@
 """What an output folder holds already: nothing, this merge done or half-done, another one, or something else."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.manifest import FOLDER, Manifest, find_runs
 from ties_ray.plan import Plan
-from ties_ray.report import RESULT_NAME, MergeResult, find_result
+from ties_ray.report import RESULT_NAME, SUMS_NAME, MergeResult, find_result
 from ties_ray.stores import Stores, join
 
 
@@ -27,7 +28,7 @@ def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manife
     runs = find_runs(stores, output)
     mine = [generation for run_id, generation in runs if run_id == wanted.run_id]
     if fresh:
-        _forget(stores, output, runs)
+        _forget(wanted, stores, runs)
     else:
         _refuse_others(wanted, stores, runs)
         if mine:
@@ -43,20 +44,23 @@ def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manife
 def clean(stores: Stores, output: str, *, remove: bool) -> list[str]:
     """Return what interrupted merges left in an output, and remove it: uploads, and manifests of unfinished runs.
 
-    The manifest of a finished merge stays (`verify` reads it). Call it while holding the lease.
+    The manifest of a finished merge stays (`verify` reads it), and so does every visible file. A folder that no merge
+    has ever used is left alone, whatever uploads are under way there. Call it while holding the lease.
     """
-    result = find_result(stores, output)
-    store = stores.of(output)
+    result, runs, store = find_result(stores, output), find_runs(stores, output), stores.of(output)
+    if result is None and not runs:
+        return []
     found = []
-    for run_id, generation in find_runs(stores, output):
-        if result is None or run_id != result.run_id:
-            found.append(f"unfinished run {run_id}, generation {generation}")
-            if remove:
-                _delete_all(stores, Manifest.folder_of(output, run_id, generation))
-    for uri, upload in store.list_uploads(output):
+    for uri, upload in store.list_uploads(output):  # first: without a run, they would not be looked for again
         found.append(f"unfinished upload of {uri.rsplit('/', 1)[-1]} ({upload[:16]})")
         if remove:
             store.abort_upload(uri, upload)
+    kept = max((run for run in runs if result and run[0] == result.run_id), default=None)
+    for run in runs:
+        if run != kept:
+            found.append(f"unfinished run {run[0]}, generation {run[1]}")
+            if remove:
+                store.delete_folder(Manifest.folder_of(output, *run))
     return found
 
 
@@ -79,18 +83,24 @@ def _refuse_others(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) ->
             raise InputError(Problem(output, f"holds something else: {', '.join(foreign[:5])}", remedy))
 
 
-def _forget(stores: Stores, output: str, runs: list[tuple[str, int]]) -> None:
-    """Remove earlier runs: first what makes their result look whole, then their uploads and manifests."""
-    store = stores.of(output)
-    store.delete(join(output, RESULT_NAME))
+def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
+    """Remove earlier runs: first what makes their result look whole, then their uploads and manifests.
+
+    A plan that can't be read, of another version or of a plugin that is not here, tells nothing, and goes as well.
+    """
+    output, store = wanted.output, stores.of(wanted.output)
+    plans = [wanted]
     for run in runs:
-        manifest = Manifest(stores, Manifest.folder_of(output, *run))
-        stored = manifest.read_plan()
-        if stored:
-            store.delete(join(output, stored.recipe.output.door(stored.result.files)))
-        for name, upload in manifest.read_uploads().items():
-            store.abort_upload(join(output, name), upload)
-        _delete_all(stores, manifest.folder)
+        with suppress(InputError):
+            stored = Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
+            plans += [stored] if stored else []
+    doors = sorted({plan.recipe.output.door(plan.result.files) for plan in plans})
+    for name in (RESULT_NAME, SUMS_NAME, *doors):
+        store.delete(join(output, name))
+    for uri, upload in store.list_uploads(output):
+        store.abort_upload(uri, upload)
+    for run in runs:
+        store.delete_folder(Manifest.folder_of(output, *run))
 
 
 def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:
@@ -99,14 +109,6 @@ def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:
     if gone:
         what = f"the result record is there, but not as it says: {', '.join(gone[:5])}"
         raise InputError(Problem(output, what, "put the files back, or merge again with --fresh"))
-
-
-def _delete_all(stores: Stores, folder: str) -> None:
-    listing = stores.of(folder).list(folder)
-    for inner in listing.folders:
-        _delete_all(stores, inner)
-    for pin in listing.files:
-        stores.of(folder).delete(pin.uri)
 
 
 def _what_changed(wanted: Plan, stored: Plan | None) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ties_ray.inspection import Inspection
-from ties_ray.report import MergeResult, PlannedInput, PlanRecord, Progress, TrimReport
+from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport
 from ties_ray.schema import MethodDoc
 from ties_ray.status import Status
 from ties_ray.verify import Verification
@@ -277,15 +277,30 @@ def of_status(status: Status) -> Iterator[RenderableType]:
 
 def of_verification(found: Verification) -> Iterator[RenderableType]:
     """Yield what a re-reading of an output found."""
-    table = _table("file", "bytes >", "tensors >", "parts proved >", "NaN >", "infinite >")
+    table = _table("file", "bytes >", "tensors >", "parts proved >", "CRC32C", "NaN >", "infinite >")
     for file in found.files:
         parts = f"{file.parts_proved} of {file.parts}"
         table.add_row(
-            file.name, num_bytes(file.size), f"{file.tensors:,}", parts, f"{file.nan:,}", f"{file.infinite:,}"
-        )
+            file.name, num_bytes(file.size), f"{file.tensors:,}", parts, file.crc32c, f"{file.nan:,}",
+            f"{file.infinite:,}",
+        )  # fmt: skip
     yield table
+    if found.sample:
+        taken = found.sample
+        share = f"{taken.elements / max(1, taken.of):.2%}"
+        yield f"merged again: {taken.elements:,} of {taken.of:,} elements ({share}), of {taken.tensors:,} tensors"
+    if found.sums:
+        yield f"wrote {found.sums}"
     yield from _notes(found.notes)
     yield f"{found.output}: {'whole' if not found.findings else f'{len(found.findings)} findings'}"
+
+
+def of_cleaning(told: Cleaning) -> Iterator[str]:
+    """Yield what interrupted merges left."""
+    yield from _notes(told.notes)
+    yield from (f"{'removed' if told.removed else 'there is'}: {one}" for one in told.found)
+    if not told.found:
+        yield f"{told.output}: nothing to clean"
 
 
 def of_inspections(found: Sequence[Inspection]) -> Iterator[RenderableType]:

@@ -1,12 +1,14 @@
+import random
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import google_crc32c
 import pytest
 
 from ties_ray.errors import RecipeError, UnavailableError
-from ties_ray.stores import Meter, Stores, Transient, join, options_of, persist, scheme_of, shown
+from ties_ray.stores import Meter, Stores, Transient, crc32c_joined, join, options_of, persist, scheme_of, shown
 from ties_ray.stores.local import Local
 from ties_ray.stores.memory import Memory
 
@@ -90,3 +92,23 @@ def test_checking_the_options_of_s3_imports_no_client() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_checksum_of_bytes_joined_comes_from_those_of_their_runs() -> None:
+    generator = random.Random(1)
+    for _ in range(50):
+        runs = [generator.randbytes(generator.choice((0, 1, 3, 4096, generator.randrange(70_000)))) for _ in range(6)]
+        told = [(f"{google_crc32c.value(run):08x}", len(run)) for run in runs]
+        assert crc32c_joined(told) == f"{google_crc32c.value(b''.join(runs)):08x}"
+    assert crc32c_joined([]) == "00000000"
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_a_folder_is_deleted_with_all_that_lies_in_it_and_nothing_beside_it(scheme: str, tmp_path: Path) -> None:
+    root = str(tmp_path) if scheme == "local" else f"memory://{tmp_path.name}"
+    store = Stores({}).of(root)
+    for name in ("in/a", "in/deep/er/b", "in-side/c"):
+        store.put(join(root, name), b"x")
+    store.delete_folder(join(root, "in"))
+    store.delete_folder(join(root, "in"))  # nothing happens
+    assert [folder.rpartition("/")[2] for folder in store.list(root).folders] == ["in-side"]

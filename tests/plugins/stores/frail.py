@@ -64,6 +64,9 @@ class Frail(Local):
     def delete(self, uri: str) -> None:
         self._around("delete", uri)
 
+    def delete_folder(self, uri: str) -> None:
+        super().delete_folder(_path(uri))
+
     def begin_upload(self, uri: str, size: int) -> str:
         return str(self._around("begin_upload", uri, size))
 
