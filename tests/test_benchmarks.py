@@ -1,0 +1,61 @@
+"""Every speed claim has a script, and every script runs; what it measures is for people to judge."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *options: str) -> str:
+    """Return what a script prints; it must end well."""
+    command = [sys.executable, "-m", f"benchmarks.{script}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(output: str) -> list[dict[str, str]]:
+    """Return the rows of the one table in an output, by the names of its columns."""
+    lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+
+def test_the_kernels_are_measured_for_every_dtype() -> None:
+    found = rows(run("kernels", "--length", "70000", "--models", "2", "--repeats", "1"))
+    assert [row["dtype"] for row in found] == ["bfloat16", "float16", "float32"]
+    assert all(float(row["rounds"]) > float(row["fold"]) > 0 for row in found)
+
+
+@pytest.mark.parametrize("method", ["ties", "consensus"])
+def test_a_worker_takes_less_memory_than_planned(method: str) -> None:
+    options = ("--size", "20M", "--models", "2", "--executor", "local", "--workers", "1", "--method", method)
+    (row,) = rows(run("memory", *options))
+    planned, peak = float(row["planned MB"]), float(row["peak MB"])
+    assert 20 < peak <= planned <= float(row["run.memory MB"])
+
+
+def test_planning_sends_one_request_a_header(tmp_path: Path) -> None:
+    disk, s3 = rows(run("planning", "--models", "3", "--files", "4"))
+    lists, headers, texts = 1 + 4, 4 * 4, 4 * 3  # config, index and README of four inputs; the glob is one listing
+    copied = 2  # what the output takes over: config and tokenizer
+    assert s3["HTTP requests"] == str(lists + headers + texts + copied)
+    calls = dict(reversed(call.split()) for call in disk["calls of the store"].split(", "))
+    assert calls["list"] == str(lists)
+    assert int(calls["head"]) >= headers + texts + copied
+
+
+def test_help_takes_neither_torch_nor_ray() -> None:
+    found = {row["command"]: row["loads"] for row in rows(run("startup", "--runs", "1"))}
+    assert found["ties-ray --help"] == "-"
+    assert found["import ties_ray"] == "-"
+    assert "torch" in found["import torch, numba"]
+
+
+def test_a_merge_is_measured_against_copying_its_bytes() -> None:
+    output = run("merge", "--size", "1M", "--models", "2", "--run", "local/1")
+    assert [row["run"] for row in rows(output)] == ["copy, 1 threads", "ties_ray, local, 1 workers"]
+    assert re.search(r"read \d+\.\d\d GB", output)
