@@ -99,7 +99,8 @@ class Schedule:
         self._segments: list[deque[int]] = [deque() for _ in range(workers)]
         self._left = [0] * workers  # of each segment: bytes, plus one a task so that tasks without bytes count too
         self._returned: OrderedDict[int, None] = OrderedDict()
-        self._refused_by: dict[int, set[int]] = {}
+        self._shunned_by: dict[int, set[int]] = {}
+        """Workers that get a task again only where there is no other."""
         self._refusals: dict[int, int] = {}
         self._killed: dict[int, int] = {}
         for task in done:
@@ -173,8 +174,16 @@ class Schedule:
         return tuple(self._room[0]) if not self.num_pending and self._tickets else ()
 
     def repeat(self, ticket: int, worker: int) -> Assignment:
-        """Give a running task to an idle worker as well; who is first counts. Only for tasks that may be done twice."""
-        return self._issue(worker, self._tickets[ticket][1])
+        """Give a running task to an idle worker as well; who is first counts. Only for tasks that may be done twice.
+
+        What the slow worker has answered is given back too, for others to do: else all would wait for its record.
+        """
+        slow, task = self._tickets[ticket]
+        for held in sorted(self._held[slow]):
+            self._shunned_by.setdefault(held, set()).add(slow)
+            self._give_back(held)
+        self._held[slow].clear()
+        return self._issue(worker, task)
 
     def task_of(self, ticket: int) -> int | None:
         """Return the task under a ticket, None if it was given back or is done."""
@@ -215,7 +224,7 @@ class Schedule:
         if not self._is_left_over(task):
             return
         self._give_back(task)
-        self._refused_by.setdefault(task, set()).add(worker)
+        self._shunned_by.setdefault(task, set()).add(worker)
         self._refusals[task] = self._refusals.get(task, 0) + 1
         if kind not in _RETRYABLE:
             self._fail(Failure("refused", kind, task, problems, traceback))
@@ -288,11 +297,11 @@ class Schedule:
         return bool(self._segments[thief])
 
     def _acceptable(self, worker: int, task: int) -> bool:
-        """Whether `worker` may run what came back: not one that refused it, while another is there."""
-        refused_by = self._refused_by.get(task)
-        if not refused_by or worker not in refused_by:
+        """Whether `worker` may run what came back: not one that refused it or was too slow, while another is there."""
+        shunned_by = self._shunned_by.get(task)
+        if not shunned_by or worker not in shunned_by:
             return True
-        return all(other in refused_by or other in self._lost for other in range(len(self._held)))
+        return all(other in shunned_by or other in self._lost for other in range(len(self._held)))
 
     def _give(self, worker: int, task: int) -> Assignment:
         if self._front(worker) == task:
