@@ -16,6 +16,7 @@ from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, U
 from ties_ray.executors import Executor, Needs
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
 from ties_ray.manifest import Manifest, Record, Written
+from ties_ray.orders import SETUP, Answer, Order, Setup
 from ties_ray.plan import MODEL_GROUP, Plan, PlannedRound, make_plan
 from ties_ray.recipe import Recipe
 from ties_ray.report import (
@@ -30,7 +31,6 @@ from ties_ray.schedule import Failure, Schedule
 from ties_ray.stage import Stage
 from ties_ray.statistics import WHOLE
 from ties_ray.stores import Stores, absolute, join
-from ties_ray.work import SETUP, Answer, Order, Setup
 
 PACKAGES = ("ties-ray", "torch", "numpy", "numba")
 """What must be of one version on all workers: the arithmetic rests on these."""

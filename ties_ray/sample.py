@@ -9,12 +9,13 @@ from torch import Tensor
 from ties_ray.errors import InputError, Problem
 from ties_ray.kernels import ARITHMETIC
 from ties_ray.manifest import Manifest
+from ties_ray.orders import Setup
 from ties_ray.outputs import Placed
 from ties_ray.plan import Plan
 from ties_ray.report import Progress, Sample, Watch
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Pin, Stores
-from ties_ray.work import Setup, Worker
+from ties_ray.work import Worker
 
 SLICE = 2**18
 """Elements of a tensor that are taken or left together: 512 KiB of bf16, of every model."""

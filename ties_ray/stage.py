@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 
 from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused
+from ties_ray.orders import ANSWER, ORDER, Answer, Order
 from ties_ray.schedule import Schedule
-from ties_ray.work import ANSWER, ORDER, Answer, Order
 
 SLOW_FACTOR = 3.0
 SLOW_SECONDS = 5.0

@@ -10,11 +10,11 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from ties_ray import kernels
@@ -24,6 +24,7 @@ from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.manifest import Folded, Manifest, Record, Seen, Written
 from ties_ray.methods import Context, Threshold
+from ties_ray.orders import ANSWER, ORDER, SETUP, Answer, Order, Setup
 from ties_ray.outputs import Placed
 from ties_ray.plan import (
     AHEAD,
@@ -48,48 +49,6 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 RECORD_SHARDS = 256
 RECORD_SECONDS = 10.0
 """A record is written after this many shards or seconds, whichever comes first: what a lost worker costs at most."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a worker is built from; holds no secret."""
-
-    folder: str
-    """URI of the manifest's generation."""
-    storage: dict[str, dict[str, object]]
-    """The recipe's `storage` section."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """One message to a worker."""
-
-    action: Literal["hello", "shard", "flush", "fold"]
-    round: int = 0
-    index: int = 0
-    """Of the shard, or of the group of models to fold."""
-    records: tuple[str, ...] = ()
-    """Names of the records to fold."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the worker did since its last answer."""
-
-    record: str = ""
-    """Name of the record written, if one was..."""
-    round: int = 0
-    shards: tuple[int, ...] = ()
-    """...and the shards of that round which are durable by it."""
-    bytes_read: int = 0
-    """Of inputs; so are the requests. What the plan promises."""
-    bytes_written: int = 0
-    requests: int = 0
-    bytes_compared: int = 0
-    """Of the bytes read: what an earlier reading had shown already, and was the same."""
-    retries: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
 
 
 class Block(NamedTuple):
@@ -147,11 +106,6 @@ class Batch:
             statistics=dict(self.statistics),
             zeroed=tuple((member, name, count) for (member, name), count in self.zeroed.items()),
         )
-
-
-ORDER = TypeAdapter(Order)
-ANSWER = TypeAdapter(Answer)
-SETUP = TypeAdapter(Setup)
 
 
 def make_worker(setup: str) -> "Worker":
@@ -436,7 +390,7 @@ class Worker:
                 start, stop = layout.part(shard.file, number)
                 part = self._writes.buffer(stop - start)
                 head = header[start:stop]
-                part.numpy()[: len(head)] = list(head)
+                part.numpy()[: len(head)] = np.frombuffer(head, np.uint8)
                 for placed, first, last in pieces:
                     begin, size = placed.start - start, DTYPE_BITS[placed.tensor.dtype] // 8
                     self._fill(blocks, placed, first, last, part[begin + first * size : begin + last * size])

@@ -1,0 +1,53 @@
+"""What drive and workers say to each other: small values in JSON. Apart from `work.py`, which imports torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is built from; holds no secret."""
+
+    folder: str
+    """URI of the manifest's generation."""
+    storage: dict[str, dict[str, object]]
+    """The recipe's `storage` section."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One message to a worker."""
+
+    action: Literal["hello", "shard", "flush", "fold"]
+    round: int = 0
+    index: int = 0
+    """Of the shard, or of the group of models to fold."""
+    records: tuple[str, ...] = ()
+    """Names of the records to fold."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the worker did since its last answer."""
+
+    record: str = ""
+    """Name of the record written, if one was..."""
+    round: int = 0
+    shards: tuple[int, ...] = ()
+    """...and the shards of that round which are durable by it."""
+    bytes_read: int = 0
+    """Of inputs; so are the requests. What the plan promises."""
+    bytes_written: int = 0
+    requests: int = 0
+    bytes_compared: int = 0
+    """Of the bytes read: what an earlier reading had shown already, and was the same."""
+    retries: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
+
+
+ORDER = TypeAdapter(Order)
+ANSWER = TypeAdapter(Answer)
+SETUP = TypeAdapter(Setup)
