@@ -242,6 +242,15 @@ def test_bytes_that_always_arrive_changed_are_never_accepted(s3_bucket: Bucket, 
         store.head(f"{s3_bucket.uri}/x", 1)
 
 
+def test_the_first_bytes_that_arrive_changed_are_found_before_any_etag_has_proved_to_be_the_md5(
+    s3_bucket: Bucket, proxy: FaultProxy, store: S3
+) -> None:
+    proxy.script = [Rule("flip_upload", "put-part", count=2)]
+    pin = upload(store, f"{s3_bucket.uri}/x")
+    assert proxy.faults == {"flip_upload": 2}
+    assert store.get(pin.uri, len(DATA))[1] == DATA
+
+
 @pytest.mark.parametrize("operation", ["put-part", "complete"])
 def test_a_forgotten_upload_is_told_and_can_be_begun_again(
     operation: str, s3_bucket: Bucket, proxy: FaultProxy, store: S3

@@ -102,7 +102,9 @@ class S3(Store):
         self._answered = False
         self._given_up = False
         self._brake = Brake()
-        self._etags_are_md5 = False
+        self._etags_are_md5: bool | None = None
+        """None: not known yet."""
+        self._other_etags = 0
         self._expired: Any = None
         """The client whose credentials have run out."""
         self._ask_version = True
@@ -252,7 +254,8 @@ class S3(Store):
     def _send(self, uri: str, doing: str, operation: str, data: memoryview, **arguments: Any) -> tuple[Any, str]:
         """Send bytes with the checksum that proves them; return the answer, and the checksum as a `Part` keeps it.
 
-        Not every service compares; so its ETag is compared here, once ETags have proved to be the MD5.
+        Not every service compares; so its ETag is compared here. One that is not the MD5 may be damage, or the way of
+        this service (KMS): until one ETag has proved to be the MD5, bytes are sent three times before that is believed.
         """
         if self._crc:
             checksum = b64encode(bytes.fromhex(crc32c(data))).decode()
@@ -268,8 +271,13 @@ class S3(Store):
             )
             self.meter.add(bytes_written=len(data))
             stored = answer.get("ChecksumCRC32C", checksum) if self._crc else _bare(answer.get("ETag"))
-            self._etags_are_md5 = self._etags_are_md5 or (not self._crc and stored == checksum)
-            if stored != checksum and (self._crc or self._etags_are_md5):
+            if stored == checksum:
+                self._etags_are_md5 = not self._crc
+                return answer
+            self._other_etags += 1
+            if self._etags_are_md5 is None and self._other_etags == 3:
+                self._etags_are_md5 = False
+            if self._crc or self._etags_are_md5 is not False:
                 raise Transient(f"other bytes arrived than were sent: {stored}, not {checksum}", attempts=4)
             return answer
 
