@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test chaos check format bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -18,6 +18,10 @@ demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster
 
 test: $(VENV)/installed  ## all tests
 	$(BIN)/python -m pytest -q
+
+chaos: $(VENV)/installed  ## 300 merges under faults and kills (an hour), and the proof that it would notice
+	$(BIN)/python -m tests.tools.chaos --prove
+	$(BIN)/python -m tests.tools.chaos --merges 300 --ray 40 --least-faults 20 --least-kills 10
 
 check: $(VENV)/installed  ## what is looked at besides tests: style, types, layers
 	$(BIN)/ruff check .
