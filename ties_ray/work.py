@@ -87,6 +87,8 @@ class Batch:
 
     def absorb(self, shard: "Batch") -> None:
         """Add the work of a finished shard."""
+        if not self.shards:
+            self.since = time.monotonic()
         self.shards += shard.shards
         self.parts += shard.parts
         self.counts += shard.counts
@@ -144,6 +146,8 @@ class Worker:
         self._num_records = 0
         self._round = 0
         self._batch = Batch()
+        self._answer = Answer()
+        """Tells of the last record until an answer gets through: the order that wrote it may fail yet."""
         self._bytes_compared = 0
         self._totals = (0, 0, 0, 0, 0, 0.0, 0.0)
 
@@ -151,23 +155,22 @@ class Worker:
         """Handle an order in JSON and return the answer in JSON."""
         order = ORDER.validate_json(message)
         started = time.monotonic()
-        answer = Answer()
         if order.action == "hello":
             self._check_sight()
         elif order.action == "fold":
             self._fold(order)
         elif order.action == "flush":
-            answer = self._flush()
+            try:
+                self._flush()
+            except BaseException:
+                self._batch = Batch()  # who asked takes it for lost, and has it done again
+                raise
         else:
-            if self._batch.shards and self._kind_of(self._round, self._batch.shards[0]) != self._kind_of(
-                order.round, order.index
-            ):
-                answer = self._flush()
+            if self._is_full() or self._is_of_another_kind(order):
+                self._flush()  # if this fails the batch stays, and only the shard is tried again
             self._round = order.round
             self._shard(order)
-            full = len(self._batch.shards) >= RECORD_SHARDS or time.monotonic() - self._batch.since >= RECORD_SECONDS
-            if full and not answer.record:
-                answer = self._flush()
+        answer, self._answer = self._answer, Answer()
         return ANSWER.dump_json(self._metered(answer, time.monotonic() - started)).decode()
 
     # -- what a barrier knows
@@ -490,20 +493,31 @@ class Worker:
 
     # -- records
 
+    def _is_full(self) -> bool:
+        batch = self._batch
+        return len(batch.shards) >= RECORD_SHARDS or time.monotonic() - batch.since >= RECORD_SECONDS
+
+    def _is_of_another_kind(self, order: Order) -> bool:
+        """Return whether a shard can't share a record with the batch: another round, or other models are counted."""
+        return bool(self._batch.shards) and self._kind_of(self._round, self._batch.shards[0]) != self._kind_of(
+            order.round, order.index
+        )
+
     def _kind_of(self, round_: int, shard: int) -> tuple[int, int]:
         """Return what all shards of a record share: the round and, where it counts, the group of models."""
         counting = self._result.rounds[round_].kind in ("count_high", "count_low")
         return round_, shard // self._plan.layout.num_ranges if counting else 0
 
-    def _flush(self) -> Answer:
-        """Write what is done into a record."""
-        batch, self._batch = self._batch, Batch()
+    def _flush(self) -> None:
+        """Write what is done into a record; keep it if that fails."""
+        batch = self._batch
         if not batch.shards:
-            return Answer()
+            return
         name = f"{batch.shards[0]:08d}-{self._token}-{self._num_records:06d}.json"
         self._num_records += 1
         self._manifest.write_record(name, batch.record(self._round))
-        return Answer(record=name, round=self._round, shards=tuple(batch.shards))
+        self._answer = Answer(record=name, round=self._round, shards=tuple(batch.shards))
+        self._batch = Batch()
 
     def _metered(self, answer: Answer, seconds: float) -> Answer:
         meters = [store.meter for store in self._stores.opened()]
