@@ -125,9 +125,6 @@ class MergeRun:
         """Return the upload of each weight file; begin those that are not there, or no longer known to the store."""
         store = self._stores.of(self._plan.output)
         uploads = self._manifest.read_uploads()
-        for uri, upload in store.list_uploads(self._plan.output):
-            if upload not in uploads.values():
-                store.abort_upload(uri, upload)  # begun just before a kill, and not yet noted
         self._forgotten = set()
         for index, file in enumerate(self._plan.result.files):
             uri = join(self._plan.output, file.name)
@@ -137,6 +134,9 @@ class MergeRun:
                 uploads[file.name] = store.begin_upload(uri, file.size)
                 self._forgotten.add(index)
         self._manifest.write_uploads(uploads)
+        for uri, upload in store.list_uploads(self._plan.output):
+            if upload not in uploads.values():
+                store.abort_upload(uri, upload)  # begun, and its id never noted: a kill, or the answer was lost
         return uploads
 
     def _is_completed(self, uri: str, size: int, upload: str | None) -> bool:
