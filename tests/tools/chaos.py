@@ -503,6 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers end with it
     server = Server()
     planned = cases(given.merges, given.ray, given.seed)
     planned = [case for case in planned if given.only is None or case.number in given.only]
