@@ -16,8 +16,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies
 	$(BIN)/python -m benchmarks.demo .demo
 
-test: $(VENV)/installed  ## all tests
-	$(BIN)/python -m pytest -q
+test: $(VENV)/installed  ## all tests, file by file on two cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 chaos: $(VENV)/installed  ## 300 merges under faults and kills (an hour), and the proof that it would notice
 	$(BIN)/python -m tests.tools.chaos --prove
