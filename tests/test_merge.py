@@ -1,0 +1,145 @@
+"""Whole merges of real, small models: what transformers loads is what was merged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import Bucket
+from tests.families import Family
+from tests.merging import INDEX, LOCAL, read_tensors, recipe_of, same_bits
+from ties_ray import drive
+from ties_ray.stores import Stores, join
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+)  # fmt: skip
+TIED = transformers.LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True})
+BERT = transformers.BertConfig(
+    vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=40,
+)  # fmt: skip
+
+
+def fine_tunes(
+    config: transformers.PreTrainedConfig, auto: Any, folder: Path, dtype: torch.dtype, count: int = 3
+) -> tuple[Family, list[Any]]:
+    """Save a model of random weights and fine-tunes of it, in shards; return where they lie, and the models."""
+    torch.manual_seed(0)
+    base = auto.from_config(config, dtype=dtype)
+    models = [base]
+    for _ in range(count):
+        model = auto.from_config(config, dtype=dtype)
+        model.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn(parameter.shape).to(dtype) * parameter.abs().mean() * 0.02
+        models.append(model)
+    names = ["base", *(f"tune-{number}" for number in range(count))]
+    for name, model in zip(names, models, strict=True):
+        model.save_pretrained(folder / name, max_shard_size="30KB")
+    return Family(str(folder / "base"), tuple(str(folder / name) for name in names[1:]), {}, ()), models
+
+
+@pytest.mark.parametrize(
+    ("config", "auto", "dtype"),
+    [
+        (LLAMA, transformers.AutoModelForCausalLM, torch.bfloat16),
+        (TIED, transformers.AutoModelForCausalLM, torch.float32),
+        (BERT, transformers.AutoModel, torch.float16),
+    ],
+    ids=["llama", "llama-tied", "bert"],
+)
+def test_transformers_loads_the_merge_and_computes_with_it(
+    config: transformers.PreTrainedConfig, auto: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    family, (base, *tunes) = fine_tunes(config, auto, tmp_path, dtype)
+    assert (tmp_path / "base" / INDEX).exists(), "the inputs have several weight files"
+    recipe = recipe_of(family, {"path": str(tmp_path / "out"), "file_size": "50KB"}, "average")
+    assert len(drive.merge(recipe).files) > 1
+
+    loaded, told = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == dtype
+    found = loaded.state_dict()
+    assert found.keys() == base.state_dict().keys()
+    wanted = {}
+    for name, tensor in base.state_dict().items():
+        deltas = [tune.state_dict()[name].float() - tensor.float() for tune in tunes]
+        wanted[name] = (tensor.float() + (deltas[0] + deltas[1] + deltas[2]) / 3).to(dtype)
+        assert same_bits(found[name], wanted[name]), name
+    base.load_state_dict(wanted)
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids)[0], base.eval()(input_ids=ids)[0])
+
+
+def test_a_merge_in_another_dtype_is_loaded_in_it(tmp_path: Path) -> None:
+    family, _ = fine_tunes(LLAMA, transformers.AutoModelForCausalLM, tmp_path, torch.float32)
+    output = {"path": str(tmp_path / "out"), "dtype": "bfloat16"}
+    drive.merge(recipe_of(family, output, {"name": "ties", "density": 0.3}))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    found = read_tensors(tmp_path / "out")
+    assert all(same_bits(tensor, loaded.state_dict()[name]) for name, tensor in found.items())
+
+
+def test_one_model_without_trim_comes_back_as_it_was(tmp_path: Path) -> None:
+    family, (_, tune) = fine_tunes(LLAMA, transformers.AutoModelForCausalLM, tmp_path, torch.bfloat16, count=1)
+    drive.merge(recipe_of(family, str(tmp_path / "out"), {"name": "ties", "density": 1.0}))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(tensor, tune.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_bucket_is_merged_into_and_a_death_between_upload_and_index_is_mended(
+    tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, _ = fine_tunes(LLAMA, transformers.AutoModelForCausalLM, tmp_path, torch.bfloat16)
+    output = {"path": f"{s3_bucket.uri}/out", "file_size": "100KB"}
+    recipe = recipe_of(family, output, "ties", storage=s3_bucket.storage, run={**LOCAL, "workers": 2})
+    stores = Stores(s3_bucket.storage)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drive, "publish_documents", die)
+        with pytest.raises(KeyboardInterrupt, match="the machine is gone"):
+            drive.merge(recipe)
+    seen = {pin.uri.rpartition("/")[2] for pin in stores.of(s3_bucket.uri).list(f"{s3_bucket.uri}/out").files}
+    assert seen
+    assert all(name.endswith(".safetensors") for name in seen), "the uploads are complete, and no loader finds them"
+
+    result = drive.merge(recipe)
+    assert result.resumed
+    assert result.bytes_read == 0
+    (tmp_path / "back").mkdir()
+    for pin in stores.of(s3_bucket.uri).list(f"{s3_bucket.uri}/out").files:
+        data = stores.of(pin.uri).get(join(f"{s3_bucket.uri}/out", pin.uri.rpartition("/")[2]), 2**30)[1]
+        (tmp_path / "back" / pin.uri.rpartition("/")[2]).write_bytes(data)
+    drive.merge(recipe_of(family, {"path": str(tmp_path / "local"), "file_size": "100KB"}, "ties"))
+    here, there = read_tensors(tmp_path / "local"), read_tensors(tmp_path / "back")
+    assert all(same_bits(tensor, there[name]) for name, tensor in here.items())
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert drive.merge(recipe).reused
+
+
+def test_the_result_says_what_it_is_made_of(tmp_path: Path) -> None:
+    family, _ = fine_tunes(BERT, transformers.AutoModel, tmp_path, torch.float32)
+    result = drive.merge(recipe_of(family, str(tmp_path / "out"), {"name": "ties"}, weights=(1.0, 0.0, 2.0)))
+    told = json.loads((tmp_path / "out/ties-ray.result.json").read_bytes())
+    assert told == json.loads(result.model_dump_json())
+    assert (told["status"], told["output"]) == ("done", str(tmp_path / "out"))
+    assert [model["uri"] for model in told["provenance"]["models"]] == list(family.models)
+    sizes = {uri: size for uri, size, *_ in told["provenance"]["base"]["objects"]}
+    assert sizes == {str(path): path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")}
+    assert told["provenance"]["arithmetic"] == "exact-1"
+    assert {trim["model"] for trim in told["trims"]} == {"0", "2"}
+    assert any("weight 0" in note for note in told["notes"])
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\nbase_model:")
+    assert "| 2 |" in card
