@@ -318,6 +318,16 @@ def test_bits_that_flip_on_their_way_are_read_again(
     assert 0.9 * result.bytes_read < 1.5 * result.bytes_compared < result.bytes_read  # two rounds of three
 
 
+def test_an_upload_whose_answer_was_lost_does_not_stay_behind(
+    family: tuple[Family, bytes, str], proxy: FaultProxy, s3_credentials: None
+) -> None:
+    models, _, bucket = family
+    proxy.script = [Rule("error_after", "create-upload", count=2)]
+    merged(models, f"{bucket}/begun-thrice", proxy)
+    assert proxy.requests["create-upload"] == 3
+    assert Stores(result_storage(proxy)).of(bucket).list_uploads(f"{bucket}/begun-thrice") == ()
+
+
 def test_an_input_that_changed_under_the_same_etag_is_refused_and_nothing_is_published(
     family: tuple[Family, bytes, str], proxy: FaultProxy, s3_credentials: None
 ) -> None:
