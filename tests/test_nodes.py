@@ -1,15 +1,17 @@
-"""Promise 6 under attack: workers, drivers and nodes that die, hang, fall asleep, or can't do one shard.
+"""Promise 6 under attack: workers, drivers and nodes that die, hang, fall asleep, or can't do a shard.
 
-Every trouble strikes at an exact place (`plugins/methods/troubled.py`, `plugins/stores/frail.py`) or when the driver has
-seen a given progress; every merge is compared with an undisturbed one, byte by byte.
+Every trouble strikes at an exact place (`plugins/methods/troubled.py`, `plugins/stores/frail.py`), where a worker can
+also wait until something else has been killed; every merge is compared with an undisturbed one, byte by byte.
 """
 
-import multiprocessing
+import json
 import os
-import signal
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.conftest import free_port, tool
 from tests.families import Family
 from tests.merging import LOCAL, digests, merge, recipe_of
 from ties_ray import drive, stage
 from ties_ray.errors import InterruptedMerge, MergeError, UnavailableError
 from ties_ray.recipe import Recipe
-from ties_ray.report import RESULT_NAME, MergeResult, Progress
+from ties_ray.report import RESULT_NAME
 
 MakeFamily = Callable[..., Family]
 OUTPUT = {"file_size": "15MB", "part_size": "5MiB"}
@@ -183,4 +186,178 @@ def test_a_shard_that_fails_once_is_done_by_another_worker(
     result = drive.merge(troubled(family, trouble, kind, run=local()))
     assert len(struck(trouble)) == 1
     assert (result.workers_lost, result.shards_again) == (0, 1)
+    assert digests(trouble.parent / "out") == wanted
+
+
+# Processes: workers on Ray.
+
+
+def on_ray(workers: int = 2, **more: Any) -> dict[str, Any]:
+    return {"workers": workers, **more}
+
+
+@pytest.mark.parametrize("round_", ["majority", "merge"])
+def test_a_killed_process_is_replaced(
+    round_: str, family: Family, wanted: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
+) -> None:
+    result = drive.merge(troubled(family, trouble, "kill", run=on_ray(), round=round_))
+    assert len(struck(trouble)) == 1
+    assert (result.workers_lost, result.resumed) == (1, False)
+    assert result.shards_again >= 1
+    assert digests(trouble.parent / "out") == wanted
+
+
+def test_a_process_killed_while_it_reads_for_a_count_is_replaced(
+    family: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
+) -> None:
+    frail = replace(family, base=f"frail://{family.base}", models=tuple(f"frail://{uri}" for uri in family.models))
+    point = {"what": "read", "uri": "*/model-1/*", "count": 3, "marker": str(tmp_path / "died")}  # in its first shard
+    output = {"path": str(tmp_path / "out"), **OUTPUT}
+    method = {"name": "ties", "profile": "official"}
+    result = drive.merge(recipe_of(frail, output, method, storage={"frail": point}, run=on_ray()))
+    assert (tmp_path / "died").exists()
+    assert result.workers_lost == 1
+    assert digests(tmp_path / "out") == wanted
+
+
+def test_a_shard_that_kills_every_worker_is_named_and_the_mended_run_continues(
+    family: Family, wanted: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
+) -> None:
+    recipe = troubled(family, trouble, "kill", run=on_ray(), times=1000)
+    with pytest.raises(InterruptedMerge, match=r"merge, shard 2: .*3 workers were lost while they ran it") as raised:
+        drive.merge(recipe)
+    assert raised.value.shard == 2
+    assert raised.value.exit_code == 4
+    assert len(set(struck(trouble))) == 3
+    (trouble / "mended").touch()
+    assert_continues(recipe, wanted)
+
+
+def test_a_process_that_stands_still_like_one_cut_off_is_replaced_and_ended(
+    family: Family, wanted: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
+) -> None:
+    result = drive.merge(troubled(family, trouble, "stop", run=on_ray(patience=4)))
+    [pid] = struck(trouble)
+    assert result.workers_lost >= 1
+    assert digests(trouble.parent / "out") == wanted
+    assert is_gone(pid)
+
+
+# Nodes and drivers: the command, on a cluster that is there already.
+
+
+@contextmanager
+def command(recipe: Recipe, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Run `ties-ray merge` beside the test, with its plugins."""
+    path, log = folder / "recipe.json", folder / "log"
+    path.write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
+    with log.open("a") as out:
+        process = subprocess.Popen([tool("ties-ray"), "merge", str(path)], stdout=out, stderr=out, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]", log: Path) -> None:
+    """Wait until a file is there."""
+    end = time.monotonic() + 100
+    while not path.exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+def merge_while(family: Family, trouble: Path, address: str, strike: Callable[[], None]) -> dict[str, Any]:
+    """Merge by the command on two nodes; strike when both are in the middle of a shard; return the result record."""
+    both = {"parameter": "*.up_proj.weight", "times": 2}  # the first shard of either worker begins with one of these
+    recipe = troubled(family, trouble, "hang", run=on_ray(address=address), **both)
+    with command(recipe, trouble.parent) as process:
+        wait_for(trouble / "1", process, trouble.parent / "log")
+        strike()
+        (trouble / "release").touch()
+        assert process.wait(150) == 0, (trouble.parent / "log").read_text()
+    found: dict[str, Any] = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
+    return found
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_node_that_is_taken_away_leaves_its_work_to_the_other(
+    family: Family, wanted: dict[str, str], trouble: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20},
+    )
+    try:
+        node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        result = merge_while(family, trouble, cluster.address, lambda: cluster.remove_node(node, allow_graceful=False))
+    finally:
+        cluster.shutdown()
+    assert result["workers_lost"] >= 1
+    assert result["shards_again"] >= 1
+    assert not result["resumed"]
+    assert digests(trouble.parent / "out") == wanted
+
+
+@contextmanager
+def ray_start(folder: Path, *how: str) -> Iterator[psutil.Process]:
+    """Run `ray start` with one CPU; return its raylet."""
+    ports = [f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")]
+    words = ["start", "--block", "--num-cpus=1", "--object-store-memory=100000000", *ports, *how]
+    log = folder / f"{free_port()}.log"
+    with log.open("w") as out:
+        process = subprocess.Popen([tool("ray"), *words], stdout=out, stderr=out, start_new_session=True)
+    try:
+        end = time.monotonic() + 60
+        while "Ray runtime started" not in log.read_text():
+            assert time.monotonic() < end, log.read_text()
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        [raylet] = [child for child in psutil.Process(process.pid).children() if child.name() == "raylet"]
+        yield raylet
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_raylet_that_is_killed_costs_the_merge_no_byte(
+    family: Family, wanted: dict[str, str], trouble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    port, short = free_port(), Path("/tmp") / f"ray-n{os.getpid()}"  # Ray's sockets want a short path
+    head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}")
+    with ray_start(tmp_path, *head), ray_start(tmp_path, f"--address=127.0.0.1:{port}") as raylet:
+        result = merge_while(family, trouble, f"127.0.0.1:{port}", raylet.kill)
+    shutil.rmtree(short, ignore_errors=True)
+    assert result["workers_lost"] >= 1
+    assert result["shards_again"] >= 1
+    assert digests(trouble.parent / "out") == wanted
+
+
+@pytest.mark.usefixtures("plugged")
+def test_the_workers_of_a_killed_driver_go_with_it_and_the_same_command_continues(
+    family: Family, wanted: dict[str, str], trouble: Path, ray_cluster: None
+) -> None:
+    import ray
+
+    run = on_ray(workers=4, address=ray.get_runtime_context().gcs_address)  # all CPUs: nothing may be left of the dead
+    recipe = troubled(family, trouble, "hang", run=run)
+    with command(recipe, trouble.parent) as process:
+        wait_for(trouble / "0", process, trouble.parent / "log")
+        process.kill()
+        assert process.wait() == -9
+    [pid] = struck(trouble)
+    assert is_gone(pid)
+    with command(recipe, trouble.parent) as process:
+        assert process.wait(120) == 0, (trouble.parent / "log").read_text()
+    result = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
+    rounds = drive.plan(recipe).result.rounds
+    assert result["resumed"]
+    assert result["shards_done_before"] >= sum(round_.num_shards for round_ in rounds[:-1])
+    assert (result["workers_lost"], result["shards_again"]) == (0, 0)
     assert digests(trouble.parent / "out") == wanted

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -27,6 +28,7 @@ class Troubled(Ties):
     """`hang`: until the file `release` is in the folder, or for an hour."""
     round: Literal["majority", "merge"] = "merge"
     parameter: str = "model.layers.1.mlp.up_proj.weight"
+    """Or a pattern."""
     times: int = 1
     """Then, or when the file `mended` is in the folder, there is no more of it."""
 
@@ -37,7 +39,7 @@ class Troubled(Ties):
         )
 
     def _run(self, own: Round, deltas: Deltas, context: Context) -> Result:
-        if (context.parameter.name, context.start) == (self.parameter, 0) and self._is_due():
+        if context.start == 0 and fnmatch(context.parameter.name, self.parameter) and self._is_due():
             getattr(self, f"_{self.trouble}")()
         return own.run(deltas, context)
 
