@@ -1,6 +1,6 @@
 """The demo: make a small, real-shaped family, merge it with TIES on a local Ray cluster, say what to try next.
 
-    python benchmarks/demo.py FOLDER
+    python -m benchmarks.demo FOLDER
 """
 
 import shutil

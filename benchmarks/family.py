@@ -1,6 +1,6 @@
 """Make families shaped like real ones: Llama-style checkpoints in bf16, sharded, with fine-tunes of a few ulps.
 
-    python benchmarks/family.py FOLDER --models 8 --size 20M
+    python -m benchmarks.family FOLDER --models 8 --size 20M
 
 A third of the values of each fine-tune differ from the base. What is there already is not made again.
 """
