@@ -1,7 +1,4 @@
-"""The demo: make a small, real-shaped family, merge it with TIES on a local Ray cluster, say what to try next.
-
-    python -m benchmarks.demo FOLDER
-"""
+"""The demo: make a small, real-shaped family, merge it with TIES on a local Ray cluster, say what to try next. `python -m benchmarks.demo FOLDER`"""
 
 import shutil
 import subprocess
