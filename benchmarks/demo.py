@@ -1,4 +1,7 @@
-"""The demo: make a small, real-shaped family, merge it with TIES on a local Ray cluster, say what to try next. `python -m benchmarks.demo FOLDER`"""
+"""The demo: make a small, real-shaped family, merge it with TIES on a local Ray cluster, say what to try next.
+
+Run it by `python -m benchmarks.demo FOLDER`.
+"""
 
 import shutil
 import subprocess
