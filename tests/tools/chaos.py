@@ -264,13 +264,15 @@ class Server:
             if key.endswith((".safetensors", ".index.json"))
         }
 
-    def uploads(self, prefix: str) -> int:
-        """Return how many unfinished uploads there are under a prefix."""
+    def uploads(self, prefix: str) -> list[tuple[str, str]]:
+        """Return key and id of the unfinished uploads under a prefix."""
         found = self.client.list_multipart_uploads(Bucket="merged").get("Uploads", [])
-        return sum(one["Key"].startswith(prefix) for one in found)
+        return [(one["Key"], one["UploadId"]) for one in found if one["Key"].startswith(prefix)]
 
     def clear(self, prefix: str) -> None:
-        """Delete what lies under a prefix."""
+        """Delete what lies under a prefix, unfinished uploads too."""
+        for key, upload in self.uploads(prefix):
+            self.client.abort_multipart_upload(Bucket="merged", Key=key, UploadId=upload)
         for key in self._keys(prefix):
             self.client.delete_object(Bucket="merged", Key=key)
 
@@ -357,6 +359,8 @@ class Campaign:
             self._attempts(case)
         except Exception as error:
             self._problem("bad exits", case, f"the campaign itself failed: {error!r}")
+        finally:
+            self._server.clear(f"{case.number}/")
 
     def _attempts(self, case: Case) -> None:
         tally, prefix = self.tally, f"{case.number}/"
@@ -401,8 +405,7 @@ class Campaign:
         if found != wanted:
             self._problem("wrong bytes", case, f"{found}, not {wanted}")
         if uploads := self._server.uploads(prefix):
-            self._problem("leaked uploads", case, f"{uploads} under {prefix}")
-        self._server.clear(prefix)
+            self._problem("leaked uploads", case, f"{len(uploads)} under {prefix}")
         return None
 
     def _problem(self, kind: str, case: Case, what: str) -> None:
