@@ -383,9 +383,9 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
 
 
 def _flipped(body: bytes) -> bytes:
-    """Return the bytes with one bit in the middle turned."""
-    middle = len(body) // 2
-    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
+    """Return the bytes with one bit near the middle turned: of a number there, the sign, which no rounding hides."""
+    last = min(len(body) // 2 | 7, len(body) - 1)
+    return body[:last] + bytes([body[last] ^ 0x80]) + body[last + 1 :] if body else body
 
 
 def _error(status: int, code: str) -> Answer:
