@@ -7,11 +7,12 @@ also wait until something else has been killed; every merge is compared with an 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import free_port, tool
+from tests.conftest import tool
 from tests.families import Family
 from tests.merging import LOCAL, digests, merge, recipe_of
 from ties_ray import drive, stage
@@ -303,12 +304,19 @@ def test_a_node_that_is_taken_away_leaves_its_work_to_the_other(
     assert digests(trouble.parent / "out") == wanted
 
 
+def free_ports(count: int) -> list[int]:
+    """Return ports that differ: held all at once."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
 @contextmanager
-def ray_start(folder: Path, *how: str) -> Iterator[psutil.Process]:
-    """Run `ray start` with one CPU; return its raylet."""
-    ports = [f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")]
-    words = ["start", "--block", "--num-cpus=1", "--object-store-memory=100000000", *ports, *how]
-    log = folder / f"{free_port()}.log"
+def ray_start(folder: Path, agent: int, *how: str) -> Iterator[psutil.Process]:
+    """Run `ray start` with one CPU, its agent at a port; return its raylet."""
+    words = ["start", "--block", "--num-cpus=1", "--object-store-memory=100000000"]
+    words += [f"--dashboard-agent-listen-port={agent}", *how]
+    log = folder / f"{agent}.log"
     with log.open("w") as out:
         process = subprocess.Popen([tool("ray"), *words], stdout=out, stderr=out, start_new_session=True)
     try:
@@ -329,9 +337,10 @@ def test_a_raylet_that_is_killed_costs_the_merge_no_byte(
     family: Family, wanted: dict[str, str], trouble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    port, short = free_port(), Path("/tmp") / f"ray-n{os.getpid()}"  # Ray's sockets want a short path
+    port, one, other = free_ports(3)
+    short = Path("/tmp") / f"ray-n{os.getpid()}"  # Ray's sockets want a short path
     head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}")
-    with ray_start(tmp_path, *head), ray_start(tmp_path, f"--address=127.0.0.1:{port}") as raylet:
+    with ray_start(tmp_path, one, *head), ray_start(tmp_path, other, f"--address=127.0.0.1:{port}") as raylet:
         result = merge_while(family, trouble, f"127.0.0.1:{port}", raylet.kill)
     shutil.rmtree(short, ignore_errors=True)
     assert result["workers_lost"] >= 1
