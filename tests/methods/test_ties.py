@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.families import Family
+from tests.families import Family, write_checkpoint
 from tests.merging import merge, read_tensors, recipe_of, rounded, same_bits
 from tests.oracle import Rules
 from ties_ray.errors import RecipeError
 from ties_ray.methods import Member
 from ties_ray.methods.ties import Ties
 from ties_ray.report import MergeResult
+from ties_ray.stores import Stores
 from ties_ray.testing import MethodContract
 
 MakeFamily = Callable[..., Family]
@@ -174,6 +175,31 @@ def test_the_planted_facts_of_real_weights_are_in_the_families(family_of: MakeFa
     assert never[0] == 0
     assert bool(never[0].signbit())
     assert same_bits(rounded(never.double(), never.dtype), never)
+
+
+@pytest.mark.parametrize(("merged", "expected"), [("mean", -1.0), ("sum", -1.0), ("max", 0.0)])
+@pytest.mark.parametrize(("signs", "majority"), [((1, -1), 0), ((1, 1), 1), ((-1, -1), -1)])
+def test_where_no_sign_has_the_majority_zero_sums_go_as_in_the_authors_code(
+    merged: str, expected: float, signs: tuple[int, int], majority: int, tmp_path: Path
+) -> None:
+    """Two elements elect a sign, the third sums to zero: a majority of zero keeps negative values, and none by max."""
+    store, config = Stores({}).of("/"), {"model_type": "llama", "vocab_size": 3}
+    first = torch.tensor([signs[0], signs[1], 1.0])
+    second = torch.tensor([signs[0], signs[1], -1.0])
+    models = tuple({"a.weight": values} for values in (first, second))
+    family = Family(
+        str(tmp_path / "base"), (str(tmp_path / "0"), str(tmp_path / "1")), {"a.weight": torch.zeros(3)}, models
+    )
+    for uri, tensors in zip((family.base, *family.models), (family.base_tensors, *models), strict=True):
+        write_checkpoint(store, uri, tensors, config=config)
+    method = {"name": "ties", "density": 1.0, "zero_sum": "majority", "merge": merged}
+    result = merge(family, tmp_path / "out", method)
+    found = read_tensors(tmp_path / "out")["a.weight"]
+    assert found[2] == (majority or expected)
+    assert result.statistics == {"positive": signs.count(1), "negative": signs.count(-1)}
+    oracle.check(
+        family, oracle.merge(family, Rules("ties", zero_sum="majority", merge=merged)), {"a.weight": found}, exact=True
+    )  # type: ignore[arg-type]
 
 
 def test_a_profile_is_not_contradicted() -> None:
