@@ -1,6 +1,8 @@
 """Whole merges of real, small models: what transformers loads is what was merged."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import pytest
 import torch
 import transformers
 
+from tests import oracle
 from tests.conftest import Bucket
-from tests.families import Family
+from tests.families import Family, write_checkpoint
 from tests.merging import INDEX, LOCAL, read_tensors, recipe_of, same_bits
 from ties_ray import drive
+from ties_ray.errors import InputError
 from ties_ray.stores import Stores, join
 
 LLAMA = transformers.LlamaConfig(
@@ -143,3 +147,38 @@ def test_the_result_says_what_it_is_made_of(tmp_path: Path) -> None:
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nbase_model:")
     assert "| 2 |" in card
+
+
+@pytest.mark.parametrize(
+    "method", ["average", "ties", {"name": "ties", "trim": "tensor"}, {"name": "ties", "profile": "official"}], ids=str
+)
+def test_a_model_without_elements_is_merged_into_one(method: object, tmp_path: Path) -> None:
+    store = Stores({}).of("/")
+    for name in ("base", "0", "1"):
+        write_checkpoint(store, str(tmp_path / name), {"model.empty": torch.empty(0, 3)})
+    family = Family(str(tmp_path / "base"), (str(tmp_path / "0"), str(tmp_path / "1")), {}, ())
+    drive.merge(recipe_of(family, tmp_path / "out", method))
+    assert read_tensors(tmp_path / "out")["model.empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("trim", ["global", "tensor"])
+def test_what_a_model_lacks_does_not_move_if_the_recipe_allows_it(
+    trim: str, family_of: Callable[..., Family], tmp_path: Path
+) -> None:
+    family = family_of(num_models=3)
+    lacking = ("lm_head.weight", "model.norm.weight")
+    kept = {name: tensor for name, tensor in family.model_tensors[1].items() if name not in lacking}
+    write_checkpoint(Stores({}).of("/"), str(tmp_path / "partial"), kept)
+    partial = replace(family, models=(family.models[0], str(tmp_path / "partial"), family.models[2]))
+    method = {"name": "ties", "trim": trim}
+    with pytest.raises(InputError, match=r"lm_head\.weight"):
+        drive.merge(recipe_of(partial, tmp_path / "out", method))
+    result = drive.merge(recipe_of(partial, tmp_path / "out", method, allow={"missing": "zero"}))
+    assert any("lm_head.weight" in note for note in result.notes)
+    filled = family.model_tensors[1] | {name: family.base_tensors[name] for name in lacking}
+    whole = replace(family, model_tensors=(family.model_tensors[0], filled, family.model_tensors[2]))
+    answer = oracle.merge(whole, oracle.Rules("ties", 0.2, tensor=trim == "tensor"))
+    oracle.check(whole, answer, read_tensors(tmp_path / "out"))
+    found = {(trim.model, trim.parameter): trim for trim in result.trims}
+    for key, wanted in answer.trims.items():
+        assert (found[key].threshold, found[key].kept) == (wanted.threshold, wanted.kept), key

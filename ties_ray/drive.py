@@ -157,7 +157,7 @@ class MergeRun:
         done = {shard for record in records.values() for shard in record.shards}
         self._shards_done_before += len(done)
         shards = {name: record.shards for name, record in records.items()}
-        costs = [max(1, round_.bytes_read // round_.num_shards)] * round_.num_shards
+        costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
         orders = [Order("shard", index, shard) for shard in range(round_.num_shards)]
         # A part written twice is the same part; a shard counted twice would be counted twice.
         repeats = round_.kind == "merge"
