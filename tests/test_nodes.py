@@ -270,6 +270,14 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", log: Path) -> None:
         time.sleep(0.02)
 
 
+def wait_for_an_end(pids: list[int]) -> None:
+    """Wait until one of some processes has ended."""
+    end = time.monotonic() + 60
+    while all(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < end, f"{pids} live on"
+        time.sleep(0.02)
+
+
 def merge_while(family: Family, trouble: Path, address: str, strike: Callable[[], None]) -> dict[str, Any]:
     """Merge by the command on two nodes; strike when both are in the middle of a shard; return the result record."""
     both = {"parameter": "*.up_proj.weight", "times": 2}  # the first shard of either worker begins with one of these
@@ -277,6 +285,7 @@ def merge_while(family: Family, trouble: Path, address: str, strike: Callable[[]
     with command(recipe, trouble.parent) as process:
         wait_for(trouble / "1", process, trouble.parent / "log")
         strike()
+        wait_for_an_end([int((trouble / number).read_text()) for number in "01"])
         (trouble / "release").touch()
         assert process.wait(150) == 0, (trouble.parent / "log").read_text()
     found: dict[str, Any] = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())

@@ -344,7 +344,9 @@ def test_a_throttle_that_lasts_is_given_up_when_patience_ends(odd: Misbehaving) 
     store.patience = 1.5
     with pytest.raises(UnavailableError, match=r"bytes 0 to 10 failed \d+ times in \d s, last: 503 SlowDown"):
         odd.read(0, 10, store)
-    assert len(odd.requests) == store.meter.requests == store.meter.retries + 1
+    assert len(odd.requests) == store.meter.requests
+    # The last retry may have been held back by the brake until patience ended.
+    assert store.meter.retries in (len(odd.requests) - 1, len(odd.requests))
 
 
 def test_another_content_is_refused_even_where_if_match_is_ignored(odd: Misbehaving) -> None:

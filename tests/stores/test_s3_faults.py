@@ -135,7 +135,8 @@ def test_a_throttled_worker_slows_down_as_one_whatever_its_threads(proxy: FaultP
     with ThreadPoolExecutor(16) as pool:
         calls = [pool.submit(read, store, pin, start, start + 10) for start in range(16)]
         assert all(isinstance(call.exception(), UnavailableError) for call in calls)
-    assert 16 < proxy.requests["get-range"] <= 16 + 10  # what was on its way when the first refusal came, then few
+    # What was on its way when the first refusal came (all 16, if the machine is quick), then few.
+    assert 2 <= proxy.requests["get-range"] <= 16 + 10
 
 
 def test_a_throttle_that_passes_costs_few_requests(proxy: FaultProxy, store: S3, pin: Pin) -> None:
