@@ -232,6 +232,8 @@ def _trims(trims: Sequence[TrimReport], *, drop: bool) -> Iterator[RenderableTyp
     yield table
     if len(by_model) > FEW:
         yield f"  and {len(by_model) - FEW} more models"
+    if not drop and any(trim.tied > trim.size // 100 for trim in trims):
+        yield "  all values at the threshold are kept, hence more than the density says; at_threshold: drop keeps none"
 
 
 def _next(result: MergeResult, recipe: str) -> Iterator[str]:
