@@ -104,3 +104,27 @@ def test_the_heartbeat_goes_on(place: tuple[Stores, str]) -> None:
     assert after is not None
     assert after[0].beat > before[0].beat
     assert after[0].token == before[0].token
+
+
+def test_a_lease_that_is_shown_but_not_there_is_given_up_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, output = Stores({}), str(tmp_path)
+    first = lease.acquire(stores, output, never)
+    first._ended.set()
+    shown = lease._read(stores.of(output), f"{output}/.ties-ray/lease.json")
+    first.release()
+    monkeypatch.setattr(lease, "_read", lambda store, uri: shown)  # an old copy, for ever
+    with pytest.raises(UnavailableError, match="can be read, but not replaced"):
+        lease.acquire(stores, output, never)
+
+
+def test_to_replace_what_has_gone_is_an_unmet_condition(s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"{s3_bucket.uri}/x"
+    store = Stores(s3_bucket.storage).of(uri)
+    pin = store.put(uri, b"old")
+    store.delete(uri)
+    head = type(store).head
+    answers = [(pin, b"")]  # the first look is shown an old copy
+    monkeypatch.setattr(type(store), "head", lambda self, *asked: answers.pop() if answers else head(self, *asked))
+    assert store.swap(uri, b"new", pin.etag) is None

@@ -98,17 +98,20 @@ class Lease:
 
 
 def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
-    """Return the lease of an output; say so if it was taken over. Raises `UnavailableError` while another holds it."""
+    """Return the lease of an output; say so if it was taken over. Raises `UnavailableError` while another holds it.
+
+    So it does where the lease that the store shows can't be replaced for a minute.
+    """
     store, uri = stores.of(output), join(join(output, FOLDER), NAME)
     mine = Holder(token=secrets.token_hex(16), host=socket.gethostname(), machine=_machine(), process=_process())
     since = time.monotonic()
+    until = since + 3 * STILL_SECONDS
     first: Holder | None = None
     while True:
         found = _read(store, uri)
         if found is None:
             pin = store.swap(uri, _bytes(mine), "")
         elif _is_gone(found[0]) or (found[0] == first and time.monotonic() - since >= STILL_SECONDS):
-            say(f"took over from {_describe(found[0])}, which gave no sign of life")
             pin = store.swap(uri, _bytes(mine), found[1])
         elif first not in (None, found[0]):
             what = f"another run is at work there: {_describe(found[0])}"
@@ -119,7 +122,13 @@ def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
             continue
         now = _read(store, uri)
         if pin and now and now[0].token == mine.token:  # read again: some servers ignore the condition
+            if found:
+                say(f"took over from {_describe(found[0])}, which gave no sign of life")
             return Lease(store, uri, mine, now[1])
+        if time.monotonic() > until:
+            what = "what it says can be read, but not replaced: the store may be serving an old copy of it"
+            raise UnavailableError(Problem(uri, what, "run again later"))
+        time.sleep(BEAT_SECONDS / 8)
         first, since = None, time.monotonic()
 
 

@@ -226,8 +226,11 @@ class S3(Store):
                 return None
         try:
             done, _ = self._send(uri, "writing it", "put_object", memoryview(data), **condition, **self._sealed)
-        except _Unmet:
-            pin, there = self.head(uri, len(data) + 1)
+        except (_Unmet, FileNotFoundError):  # 404 is what If-Match gives where the object has gone
+            try:
+                pin, there = self.head(uri, len(data) + 1)
+            except FileNotFoundError:
+                return None
             return pin if there == data else None  # ours, if only the answer to it was lost
         return _pin(uri, len(data), done)
 
