@@ -25,9 +25,12 @@ class Problem(NamedTuple):
     """What was found, and what was expected."""
     remedy: str = ""
     """What to do about it."""
+    code: str = ""
+    """A short name of the reason, where a report groups or a machine looks for it: `dora_transposed`."""
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
+        text = f"{text} [{self.code}]" if self.code else text
         return f"{text}; {self.remedy}" if self.remedy else text
 
 

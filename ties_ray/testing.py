@@ -782,7 +782,7 @@ class MethodContract:
     def test_the_coefficients_are_those_of_the_weighted_sum(
         self, method: Method, deltas: dict[str, list[torch.Tensor]]
     ) -> None:
-        factors = method.coefficients(held_members(5))
+        factors = method.coefficients(held_members(5), [True] * 5)
         if factors is None:
             return
         for name, merged in merge_held(method, deltas).items():
@@ -844,6 +844,7 @@ def merge_held(
                     start=start,
                     stop=stop,
                     members=members,
+                    present=(True,) * len(members),
                     thresholds=_sorted_thresholds(need, deltas, name),
                     statistics=dict(statistics),
                     kernels=kernels,
@@ -914,8 +915,8 @@ class OutputContract:
             source = known[tensor.parameter]
             assert math.prod(tensor.shape) == source.numel
             assert tensor.dtype in safetensors.DTYPE_BITS
-            assert not tensor.copied or tensor.dtype == source.dtype
-            assert tensor.copied or source.merged, "a parameter that is not merged can only be copied"
+            assert tensor.origin != "base" or tensor.dtype == source.dtype
+            assert tensor.origin == "base" or source.merged, "a parameter that is not merged can only be copied"
 
     def test_weight_files_have_names_of_their_own(self, output: Output) -> None:
         for count in (1, 2, 3):
@@ -932,7 +933,7 @@ class OutputContract:
             OutputFile(output.file_name(number, len(groups)), "{}", (Placed(tensor, 0, 8),), 8)
             for number, (tensor,) in enumerate(groups, start=1)
         )
-        door, index = output.door(files), output.index(files)
+        door, index = output.door(files), output.index(files, {})
         assert door
         assert door not in {file.name for file in files}
         if index is not None:

@@ -350,7 +350,7 @@ def _not_finite(
 ) -> list[Problem]:
     """Return the merged tensors that hold NaN or infinity; in one copied from the base they are the base's: a note."""
     planned = plan.result.files if plan else ()
-    copied = {placed.tensor.name for file in planned for placed in file.tensors if placed.tensor.copied}
+    copied = {placed.tensor.name for file in planned for placed in file.tensors if placed.tensor.origin == "base"}
     counts: dict[tuple[str, str], list[int]] = {}
     for piece, one in zip(pieces, seen, strict=True):
         for name in one.nan:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
@@ -17,9 +17,12 @@ from ties_ray.stores import Pin
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ties_ray.kernels import Encoded
+    from ties_ray.kernels import Stored
 
 __path__ = plugins.search_path("formats", list(__path__))
+
+Kind = Literal["linear", "transposed", "embedding"]
+"""What a parameter is as a matrix: (out, in), as most store a linear layer; (in, out), as GPT-2 does; (rows, width)."""
 
 
 class TensorRef(NamedTuple):
@@ -49,6 +52,8 @@ class Read(NamedTuple):
     start: int
     stop: int
     """Exclusive."""
+    shared: bool = False
+    """True: every slice of the parameter needs it (a factor), so a worker keeps it at hand where it can."""
 
 
 class Parameter(NamedTuple):
@@ -60,6 +65,10 @@ class Parameter(NamedTuple):
     """As safetensors names it."""
     merged: bool
     """False: an integer or boolean tensor, or one excluded by the recipe; copied from the base byte for byte."""
+    changed: bool = True
+    """False: no model of the recipe has a change for it."""
+    kind: Kind = "linear"
+    """Of a matrix."""
 
     @property
     def numel(self) -> int:
@@ -79,6 +88,8 @@ class Rules(NamedTuple):
     """A floating-point parameter that the model lacks has delta zero."""
     extra_rows: bool = False
     """Rows beyond the base's are left aside."""
+    saved_modules: bool = False
+    """Whole tensors that an adapter saved beside its factors are merged as dense changes."""
 
     def excludes(self, name: str) -> bool:
         """Return whether the recipe takes the parameter from the base unchanged."""
@@ -109,6 +120,11 @@ class Found:
     """What was let through or left aside and belongs in plan and result."""
     extra_rows: tuple[str, ...] = ()
     """Base parameters of which the model stores more rows; their common rows must mean the same tokens."""
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    """By base parameter, where the format knows it and it is not `linear`."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What a report or an output may want to know of the model: `base_name` (the base it says it was trained on),
+    `task_type`, `rank`, `scale`, ..."""
 
 
 class Format(ABC):
@@ -127,9 +143,10 @@ class Format(ABC):
 
     @abstractmethod
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
-        """Return what the model stores, checked against the base's parameters (None: this is the base itself).
+        """Return what the model stores, checked against the base's parameters.
 
-        Never raises for what an input may hold: all its problems are returned.
+        None: this is the base itself, or, for a format of changes, the recipe names no base: shapes are then the
+        model's own. Never raises for what an input may hold: all its problems are returned.
         """
 
     @abstractmethod
@@ -137,5 +154,13 @@ class Format(ABC):
         """Return the ranges needed for elements [start, stop) of the parameter."""
 
     @abstractmethod
-    def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> "Encoded":
+    def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> "Stored":
         """Return the slice from what the reads brought: one 1-D uint8 tensor a read, not to be written to."""
+
+    def needs(self, source: Source) -> Literal["nothing", "slice", "rows"]:
+        """Return what of the base must be known to tell the change: nothing, the same slice, or its rows whole."""
+        return "slice"
+
+    def held(self, source: Source) -> int:
+        """Return at most how many bytes `encoded` holds besides the slice's own elements (decoded factors)."""
+        return 0

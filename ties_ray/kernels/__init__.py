@@ -119,37 +119,69 @@ class Encoded(NamedTuple):
     kind: Literal["dense", "delta"] = "dense"
 
 
+class Factors(NamedTuple):
+    """One model's slice as rows of a low-rank change: delta = scale * left @ right, by the canonical product.
+
+    acc = +0; for k = 0..r-1: acc = fma(left[i, k], right[k, j], acc) in fp32; then acc * fp32(scale), rounded once. No
+    BLAS: its bits depend on shape and CPU. The slice is elements [start, start + length) of these rows, row-major.
+    With `magnitude` (DoRA, Liu et al. 2024) and v = fp32(base) + delta: delta' = c * v - fp32(base) with c = magnitude /
+    norm of the row of v, each operation rounded to fp32; `row_scales` gives c.
+    """
+
+    left: "Tensor"
+    """fp32, (rows, r), contiguous: the rows of the parameter that the slice touches."""
+    right: "Tensor"
+    """fp32, (r, columns), contiguous."""
+    scale: float
+    start: int
+    """Of the slice's first element in the first of the rows; below the number of columns."""
+    magnitude: "Tensor | None" = None
+    """fp32, (rows,)."""
+    scales: "Tensor | None" = None
+    """fp32, (rows,): c, once it is known; what `delta`, `fold` and the counts need where there is a magnitude."""
+
+
+Stored = Encoded | Factors
+"""What a format makes of the bytes it asked for."""
+
+
 class Kernels(ABC):
     """The operations on slices. `base` is 1-D fp32, or fp64 where the base is stored in F64; already decoded.
 
     A delta that is not finite is counted and taken as +0; what follows from the count is the caller's to decide.
-    With F64 on either side the subtraction is done in fp64 and rounded once to fp32. A source of kind `delta` needs no
-    base but its length. Tensors are contiguous. Threads may call at once, with outputs of their own.
+    With F64 on either side the subtraction is done in fp64 and rounded once to fp32. A source of kind `delta`, or
+    factors without magnitude, need no base but its length. Tensors are contiguous. Threads may call at once, with outputs of their own.
     """
 
     @abstractmethod
-    def delta(self, source: Encoded, base: "Tensor", out: "Tensor") -> int:
+    def delta(self, source: Stored, base: "Tensor", out: "Tensor") -> int:
         """Write the fp32 delta into `out`; return how many elements were not finite."""
+
+    @abstractmethod
+    def row_scales(self, source: Factors, rows: "Tensor") -> "Tensor":
+        """Return c = fp32(magnitude / norm) of each row (fp32, (rows,)); rows: the base's, 1-D, whole rows.
+
+        norm: the root of the fp64 sum of v * v over the row, in 256 lanes (column mod 256), each summed in order, then
+        the lanes in order; v as in `Factors`, in fp32, squared and summed in fp64. Not finite where the norm is 0.
+        """
 
     @abstractmethod
     def start(self, op: Op, length: int) -> State:
         """Return zeroed state for `length` elements."""
 
     @abstractmethod
-    def fold(
-        self, op: Op, state: State, base: "Tensor", group: Sequence[tuple[int, Encoded]], offset: int
-    ) -> list[int]:
+    def fold(self, op: Op, state: State, base: "Tensor", group: Sequence[tuple[int, Stored]], offset: int) -> list[int]:
         """Add a group of models, given as (index into op.terms, slice), in that order; return non-finite counts.
 
         `offset` is the position of the slice's first element in its parameter (for dropout).
         """
 
     @abstractmethod
-    def count_high(self, source: Encoded, base: "Tensor", table: "Tensor") -> int:
+    def count_high(self, source: Stored, base: "Tensor", table: "Tensor") -> int:
         """Add to `table` (int64, HIGH_BINS) the first-level bins of the slice; return the non-finite count."""
 
     @abstractmethod
-    def count_low(self, source: Encoded, base: "Tensor", high: int, table: "Tensor") -> int:
+    def count_low(self, source: Stored, base: "Tensor", high: int, table: "Tensor") -> int:
         """Add to `table` (int64, LOW_BINS) the low bits of elements in first-level bin `high`; as above."""
 
     @abstractmethod

@@ -75,6 +75,8 @@ class Context:
     stop: int
     """Elements [start, stop) of the parameter, row-major."""
     members: tuple[Member, ...]
+    present: tuple[bool, ...]
+    """Of each member: whether it has a change for this parameter at all."""
     thresholds: tuple[int, ...]
     """Magnitude bits, one a model, from the method's `Threshold` need; 0 where nothing is trimmed."""
     statistics: Mapping[str, int]
@@ -129,6 +131,9 @@ class Method(BaseModel, ABC):
     def rounds(self) -> tuple[Round, ...]:
         """Return the method's rounds; the last gives the merged delta."""
 
-    def coefficients(self, members: Sequence[Member]) -> tuple[float, ...] | None:
-        """Return the factor of each model's delta if the method is a weighted sum, else None."""
+    def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
+        """Return the factor of each model's delta if the method is a weighted sum, else None.
+
+        present: of each member, whether it has a change for the parameter in question.
+        """
         return None

@@ -12,6 +12,10 @@ class Average(Method):
     """The mean of the task vectors, added to the base."""
 
     name: Literal["average"] = "average"
+    missing_module: Literal["zero", "skip"] = "zero"
+    """Of adapters: a module that one has no change for counts as a change of zero, or is left out of that module's
+    mean."""
+
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Wortsman et al. 2022, Model Soups (arXiv:2203.05482)"
 
@@ -19,20 +23,28 @@ class Average(Method):
         """Refuse weights that sum to zero: there is no mean of them."""
         if total_weight(members) == 0:
             return [Problem("models", "the weights sum to zero, and `average` divides by their sum", "change a weight")]
+        if self.missing_module == "skip" and any(member.weight < 0 for member in members):
+            what = "with negative weights those of one module may sum to zero"
+            return [Problem("method.missing_module", what, "use missing_module: zero, or positive weights")]
         return []
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
         return (Round("merge", self._merge),)
 
-    def coefficients(self, members: Sequence[Member]) -> tuple[float, ...] | None:
+    def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
         """Return each model's share."""
-        total = total_weight(members)
+        total = self._divisor(members, present)
         return tuple(member.weight / total for member in members)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         total = deltas.fold(WeightedSum(tuple(Term(member.weight) for member in context.members)))["sum"]
-        return Result(merged=total.div_(total_weight(context.members)))
+        return Result(merged=total.div_(self._divisor(context.members, context.present)))
+
+    def _divisor(self, members: Sequence[Member], present: Sequence[bool]) -> float:
+        if self.missing_module == "zero" or not any(present):
+            return total_weight(members)
+        return total_weight([member for member, there in zip(members, present, strict=True) if there])
 
 
 def total_weight(members: Sequence[Member]) -> float:

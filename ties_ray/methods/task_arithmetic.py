@@ -23,7 +23,7 @@ class TaskArithmetic(Method):
         """Return the one round."""
         return (Round("merge", self._merge),)
 
-    def coefficients(self, members: Sequence[Member]) -> tuple[float, ...] | None:
+    def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
         """Return lambda times each weight."""
         return tuple(self.lambda_ * member.weight for member in members)
 

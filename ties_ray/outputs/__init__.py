@@ -5,15 +5,16 @@ bytes; `work.py` writes them and `finalize.py` publishes them. One file here a k
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
 
 from ties_ray import plugins
+from ties_ray.errors import Problem
 from ties_ray.formats import Parameter
-from ties_ray.kernels import Kernels
+from ties_ray.kernels import Factors, Kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +47,8 @@ class OutputTensor(NamedTuple):
     shape: tuple[int, ...]
     parameter: str
     """The base parameter it comes from; it has as many elements, in the same order."""
-    copied: bool
-    """True: the base's bytes as they are."""
+    origin: Literal["merged", "base", "scratch"] = "merged"
+    """Computed in the last round; the base's bytes as they are; or what an earlier round left in scratch."""
 
 
 class Placed(NamedTuple):
@@ -70,6 +71,17 @@ class OutputFile:
     size: int
 
 
+class Condensed(NamedTuple):
+    """One merged matrix as factors of few columns, and what was lost."""
+
+    data: "Tensor"
+    """fp32, 1-D: whatever `Output.assemble` makes tensors from."""
+    norm2: float
+    """Squared Frobenius norm of the matrix."""
+    errors2: tuple[float, ...]
+    """Squared Frobenius norm of the error at each of `Output.ranks`."""
+
+
 class Output(BaseModel, ABC):
     """The `output` section of a recipe. Subclasses add fields, among them `kind: Literal["..."]`."""
 
@@ -89,6 +101,16 @@ class Output(BaseModel, ABC):
     files_from: str = "base"
     """Which input gives config, tokenizer and chat template: `base`, or a model's id or path."""
 
+    reads_base: ClassVar[bool] = True
+    """Whether `values` uses the base: if not, and no model needs it either, a recipe may leave the base out."""
+    condenses: ClassVar[bool] = False
+    """Whether matrices are condensed in a round of their own, one a shard, into scratch; then all tensors come from
+    there, and `ranks`, `condense`, `combine`, `choose` and `assemble` are used."""
+
+    def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
+        """Return why these parameters can't be written as this kind."""
+        return []
+
     @abstractmethod
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return what is written, in the order in which files are filled."""
@@ -105,8 +127,11 @@ class Output(BaseModel, ABC):
         """Return the name of weight file `number` (from 1) of `count`."""
 
     @abstractmethod
-    def index(self, files: Sequence[OutputFile]) -> tuple[str, bytes] | None:
-        """Return name and content of the index over several weight files; None where a loader needs none."""
+    def index(self, files: Sequence[OutputFile], facts: Mapping[str, str]) -> tuple[str, bytes] | None:
+        """Return name and content of what leads a loader to the weights (an index, an adapter's config), if it needs one.
+
+        facts: what all models of the recipe agree on (`base_name`, `task_type`), and `base`, the base's name or URI.
+        """
 
     @abstractmethod
     def rewrite(self, name: str, data: bytes) -> bytes | None:
@@ -115,3 +140,26 @@ class Output(BaseModel, ABC):
     @abstractmethod
     def door(self, files: Sequence[OutputFile]) -> str:
         """Return the file by which a loader finds the weights; it is published last, before the result record."""
+
+    # -- kinds that condense
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Return the ranks at which the error is measured, ascending; scratch holds factors of the last one."""
+        raise NotImplementedError
+
+    def condense(self, parameter: Parameter, matrix: "Tensor") -> Condensed:
+        """Return the best factors of a merged matrix (fp32, of the parameter's shape), which may be overwritten."""
+        raise NotImplementedError
+
+    def combine(self, parameter: Parameter, factors: "Sequence[tuple[float, Factors]]") -> Condensed:
+        """Return the best factors of sum(coefficient * change), without forming a matrix of the parameter's shape."""
+        raise NotImplementedError
+
+    def choose(self, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> "Output":
+        """Return this output with its rank settled, from what all matrices came to (one entry a matrix)."""
+        return self
+
+    def assemble(self, tensor: OutputTensor, parameter: Parameter, data: "Tensor") -> "Tensor":
+        """Return the elements (1-D, of the tensor's dtype) of a tensor from the scratch of its parameter."""
+        raise NotImplementedError

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint: base plus merged delta, with everything that `from_pretrained` needs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import Parameter
@@ -10,6 +10,8 @@ from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint(Output):
@@ -26,7 +28,7 @@ class Checkpoint(Output):
                 dtype=(asked or parameter.dtype) if parameter.merged else parameter.dtype,
                 shape=parameter.shape,
                 parameter=parameter.name,
-                copied=not parameter.merged,
+                origin="merged" if parameter.merged else "base",
             )
             for parameter in parameters
         )
@@ -39,7 +41,7 @@ class Checkpoint(Output):
         """Return the name that transformers looks for."""
         return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
-    def index(self, files: Sequence[OutputFile]) -> tuple[str, bytes] | None:
+    def index(self, files: Sequence[OutputFile], facts: Mapping[str, str]) -> tuple[str, bytes] | None:
         """Return the map from tensor to file."""
         if len(files) == 1:
             return None
@@ -47,7 +49,7 @@ class Checkpoint(Output):
         total = sum(tensor.stop - tensor.start for _, tensor in placed)
         weight_map = {tensor.tensor.name: name for name, tensor in sorted(placed, key=lambda item: item[1].tensor.name)}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return "model.safetensors.index.json", (json.dumps(content, indent=2) + "\n").encode()
+        return INDEX, (json.dumps(content, indent=2) + "\n").encode()
 
     def rewrite(self, name: str, data: bytes) -> bytes | None:
         """Return the file as it is, but for the dtype that config.json names."""
@@ -61,5 +63,4 @@ class Checkpoint(Output):
 
     def door(self, files: Sequence[OutputFile]) -> str:
         """Return the index, or the config where there is one weight file."""
-        index = self.index(files)
-        return index[0] if index else "config.json"
+        return "config.json" if len(files) == 1 else INDEX

@@ -1,7 +1,7 @@
 """The merged task vector itself, in fp32, under an index of its own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import Parameter
@@ -21,7 +21,7 @@ class Delta32(Output):
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         return tuple(
-            OutputTensor(self.prefix + parameter.name, "F32", parameter.shape, parameter.name, copied=False)
+            OutputTensor(self.prefix + parameter.name, "F32", parameter.shape, parameter.name)
             for parameter in parameters
             if parameter.merged
         )
@@ -33,7 +33,7 @@ class Delta32(Output):
     def file_name(self, number: int, count: int) -> str:
         return f"delta-{number:05d}.safetensors"
 
-    def index(self, files: Sequence[OutputFile]) -> tuple[str, bytes]:
+    def index(self, files: Sequence[OutputFile], facts: Mapping[str, str]) -> tuple[str, bytes]:
         weight_map = {placed.tensor.name: file.name for file in files for placed in file.tensors}
         return "delta.json", json.dumps({"weight_map": weight_map}).encode()
 
