@@ -124,8 +124,8 @@ class Factors(NamedTuple):
 
     acc = +0; for k = 0..r-1: acc = fma(left[i, k], right[k, j], acc) in fp32; then acc * fp32(scale), rounded once. No
     BLAS: its bits depend on shape and CPU. The slice is elements [start, start + length) of these rows, row-major.
-    With `magnitude` (DoRA, Liu et al. 2024) and v = fp32(base) + delta: delta' = c * v - fp32(base) with c = magnitude /
-    norm of the row of v, each operation rounded to fp32; `row_scales` gives c.
+    With `magnitude` (DoRA, Liu et al. 2024) and v = fp32(base) + delta: delta' = c * v - fp32(base), where c is magnitude
+    divided by the norm of the row of v, each operation rounded to fp32; `row_scales` gives c.
     """
 
     left: "Tensor"
@@ -149,8 +149,9 @@ class Kernels(ABC):
     """The operations on slices. `base` is 1-D fp32, or fp64 where the base is stored in F64; already decoded.
 
     A delta that is not finite is counted and taken as +0; what follows from the count is the caller's to decide.
-    With F64 on either side the subtraction is done in fp64 and rounded once to fp32. A source of kind `delta`, or
-    factors without magnitude, need no base but its length. Tensors are contiguous. Threads may call at once, with outputs of their own.
+    With F64 on either side the subtraction is done in fp64 and rounded once to fp32.
+    A source of kind `delta`, or factors without magnitude, need no base but its length. Tensors are contiguous. Threads
+    may call at once, with outputs of their own.
     """
 
     @abstractmethod

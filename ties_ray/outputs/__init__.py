@@ -128,7 +128,7 @@ class Output(BaseModel, ABC):
 
     @abstractmethod
     def index(self, files: Sequence[OutputFile], facts: Mapping[str, str]) -> tuple[str, bytes] | None:
-        """Return name and content of what leads a loader to the weights (an index, an adapter's config), if it needs one.
+        """Return name and content of what leads a loader to the weights (an index, a config), if it needs one.
 
         facts: what all models of the recipe agree on (`base_name`, `task_type`), and `base`, the base's name or URI.
         """
