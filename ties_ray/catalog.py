@@ -3,15 +3,15 @@
 import fnmatch
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray import plugins, tokenizers
+from ties_ray import plugins, pool, tokenizers
 from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
@@ -48,6 +48,8 @@ class Model:
     density: float | None = None
     licence: str = ""
     """From the front matter of its README; empty where it says none."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """What its format tells of it: `base_name`, `task_type`, `rank`, ..."""
 
 
 def _write_models(models: Sequence[Model], write: SerializerFunctionWrapHandler) -> list[dict[str, object]]:
@@ -70,6 +72,7 @@ class Catalog:
     """All inputs of a merge, checked against each other."""
 
     base: Model
+    """Without files or tensors where the recipe names none."""
     models: Annotated[tuple[Model, ...], WrapSerializer(_write_models), WrapValidator(_read_models)]
     parameters: tuple[Parameter, ...]
     """Of the base, in the order of its files and offsets; a tied alias of another parameter is not among them."""
@@ -77,6 +80,15 @@ class Catalog:
     """From the input that `output.files_from` names."""
     notes: tuple[str, ...]
     """What a reader of plan and result should know: differing tokenizers, ties, tensors left aside, weak pins."""
+    refused: tuple[pool.Refused, ...] = ()
+    """Models that are left out although the recipe names them."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return what all models agree on, and `base`, the base's URI if there is one."""
+        first, *others = (model.facts for model in self.models)
+        shared = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
+        return {**shared, "base": self.base.uri} if self.base.uri else shared
 
 
 HEAD_BYTES = 256 * 2**10
@@ -105,10 +117,6 @@ _LEFT = (".*", "README*", "*.safetensors", "*.safetensors.index.json")
 """What it does not take, as everybody expects; anything else left aside is a note."""
 _PICKLES = ("holds its weights as pickles, which can run code when opened", "save it as safetensors (save_pretrained)")
 _FOREIGN = {
-    "adapter_config.json": (
-        "is an adapter; this version merges whole checkpoints only",
-        "merge it into its base first (PEFT: merge_and_unload)",
-    ),
     "*.gguf": ("holds GGUF files, which are made for inference", "give the original safetensors checkpoint"),
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), _PICKLES),
 }
@@ -130,45 +138,65 @@ def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
 
 
 def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
-    entries, noted = expand(recipe, stores, threads)
-    files_from = _files_from(recipe, entries)
-    folders, problems = fetch(entries, stores, threads)
-    rules = Rules(recipe.exclude, recipe.allow.missing == "zero", recipe.allow.extra_rows == "drop")
-
-    found: dict[str, Found] = {}
-    parameters: dict[str, Parameter] = {}
-    for entry in entries:
-        if entry.id not in folders or (entry.id != BASE and not parameters):
+    everything, noted = expand(recipe, stores, threads)
+    rules = _rules(recipe)
+    folders, problems = fetch(everything, stores, threads)
+    read: dict[str, pool.Read] = {}
+    base: dict[str, Parameter] = {}
+    for entry in everything:  # the base comes first, and without it there is nothing to check the others against
+        if entry.id not in folders or (entry.id != BASE and problems[BASE]):
             continue
         looked, folder = folders[entry.id]
-        found[entry.id] = one = looked.format.read(folder, None if entry.id == BASE else parameters, rules)
-        problems += one.problems
-        if entry.id == BASE and not one.problems:
-            parameters = {name: _parameter(name, source, rules) for name, source in one.sources.items()}
-    if problems:
-        raise InputError(problems)
+        found = looked.format.read(folder, base if recipe.base and entry.id != BASE else None, rules)
+        read[entry.id] = pool.Read(entry, looked.format, found)
+        problems[entry.id] += found.problems
+        if entry.id == BASE and not problems[BASE]:
+            base = {name: _parameter(name, source, rules) for name, source in found.sources.items()}
+    for name, problem in pool.disagreements(recipe, [one for one in read.values() if one.entry.id != BASE]):
+        problems[name].append(problem)
+    entries, refused = pool.drop(recipe, everything, problems)
+    models = [read[entry.id] for entry in entries if entry.id != BASE]
+    parameters = pool.parameters(base, models)
 
-    longer = [(folders[entry.id][0], found[entry.id].extra_rows) for entry in entries if found[entry.id].extra_rows]
-    base = folders[BASE][0].tokenizer
-    checks = [(base, looked.tokenizer, _rows(parameters, names), stores) for looked, names in longer]
-    problems += [problem for many in threads.map(lambda check: check_common_ids(*check), checks) for problem in many]
-    pinned, wrong = _pins_by_hand(entries, found, stores, threads)
-    if problems or wrong:
-        raise InputError(problems + wrong)
+    tokenizer = folders[BASE][0].tokenizer if BASE in folders else None
+    others = [folders[one.entry.id][0].tokenizer for one in models]
+    checks = [
+        (tokenizer, other, _rows(base, one.found.extra_rows), stores)
+        for one, other in zip(models, others, strict=True)
+        if tokenizer and one.found.extra_rows
+    ]
+    wrong = [problem for many in threads.map(lambda check: check_common_ids(*check), checks) for problem in many]
+    pinned, pins_wrong = _pins_by_hand(entries, read, stores, threads)
+    if wrong or pins_wrong:
+        raise InputError(wrong + pins_wrong)
 
-    known: dict[Hashable, dict[str, Source]] = {}
-    models = [_model(*folders[entry.id], found[entry.id], known) for entry in entries]
-    taken, aside = _small_files(folders[files_from][0], stores, threads)
+    files_from = _files_from(recipe, entries) if recipe.output.reads_base else ""
+    taken, aside = _small_files(folders[files_from][0], stores, threads) if files_from else ((), [])
+    same: dict[Hashable, dict[str, Source]] = {}
+    inputs = [_model(*folders[entry.id], read[entry.id].found, same) for entry in entries]
     notes = [
         *noted,
-        *(note for entry in entries for note in found[entry.id].notes),
-        *(f"no parameter of the base is called {pattern!r} (exclude)" for pattern in _idle(recipe.exclude, parameters)),
-        *_weak_pins(models),
+        *(f"left out, as allowed: {problem}" for one in refused for problem in one.problems),
+        *(note for entry in entries for note in read[entry.id].found.notes),
+        *_idle(recipe.exclude, parameters),
+        *_weak_pins(inputs),
         *pinned,
-        *tokenizers.notes(base, [folders[entry.id][0].tokenizer for entry in entries[1:]], stores, threads),
+        *(tokenizers.notes(tokenizer, others, stores, threads) if tokenizer else ()),
         *aside,
     ]
-    return Catalog(models[0], tuple(models[1:]), tuple(parameters.values()), taken, tuple(notes))
+    if recipe.base is None:
+        inputs.insert(0, Model("", BASE, "", (), {}))
+    return Catalog(inputs[0], tuple(inputs[1:]), parameters, taken, tuple(notes), refused)
+
+
+def _rules(recipe: Recipe) -> Rules:
+    allow = recipe.allow
+    return Rules(
+        exclude=recipe.exclude,
+        missing=allow.missing == "zero",
+        extra_rows=allow.extra_rows == "drop",
+        saved_modules=allow.saved_modules == "merge",
+    )
 
 
 class Looked(NamedTuple):
@@ -191,25 +219,25 @@ class Looked(NamedTuple):
 
 def fetch(
     entries: Sequence[Entry], stores: Stores, threads: Executor
-) -> tuple[dict[str, tuple[Looked, Folder]], list[Problem]]:
+) -> tuple[dict[str, tuple[Looked, Folder]], defaultdict[str, list[Problem]]]:
     """Return, by id, every input whose headers and texts could be fetched, and what is wrong with the others."""
     formats = [plugins.load("formats", name, Format)() for name in plugins.names("formats")]
-    problems: list[Problem] = []
-    looked = [one for one in _gather(lambda entry: _look(entry, formats, stores), entries, threads, problems) if one]
-    jobs: list[tuple[Looked, Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]] = []
+    problems: defaultdict[str, list[Problem]] = defaultdict(list)
+    tried = [(entry.id, entry) for entry in entries]
+    looked = list(_gather(lambda entry: _look(entry, formats, stores), tried, threads, problems).values())
+    jobs: list[tuple[str, tuple[Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]]] = []
     for one in looked:
         weights, texts = one.format.wanted(list(one.files))
-        jobs += [(one, one.files[name], _header) for name in weights]
-        jobs += [(one, one.files[name], _text) for name in texts]
-        jobs += [(one, one.files[name], _front) for name in (README,) if name in one.files]
-    fetched = _gather(lambda job: job[2](stores.of(job[1].uri), job[1]), jobs, threads, problems)
-    broken = {one.entry.id for (one, _, _), result in zip(jobs, fetched, strict=True) if result is None}
-    got: dict[str, dict[str, tuple[Pin, Header | bytes]]] = {one.entry.id: {} for one in looked}
-    for (one, pin, _), result in zip(jobs, fetched, strict=True):
-        if result is not None:
-            got[one.entry.id][_name(pin.uri)] = result
-    folders = {one.entry.id: (one, _folder(one, got[one.entry.id])) for one in looked if one.entry.id not in broken}
-    return folders, problems
+        front = [README] if README in one.files else []
+        for fetched, names in ((_header, weights), (_text, texts), (_front, front)):
+            jobs += [(one.entry.id, (one.files[name], fetched)) for name in names]
+    got = _gather(lambda job: job[1](stores.of(job[0].uri), job[0]), jobs, threads, problems)
+    contents: dict[str, dict[str, tuple[Pin, Header | bytes]]] = {one.entry.id: {} for one in looked}
+    for number, content in got.items():
+        owner, (pin, _) = jobs[number]
+        contents[owner][_name(pin.uri)] = content
+    sound = [one for one in looked if not problems[one.entry.id]]
+    return {one.entry.id: (one, _folder(one, contents[one.entry.id])) for one in sound}, problems
 
 
 def _folder(looked: Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -> Folder:
@@ -222,19 +250,26 @@ def _folder(looked: Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -
 
 
 def _gather(
-    function: Callable[[T], R], jobs: Sequence[T], threads: Executor, problems: list[Problem]
-) -> list[R | None]:
-    """Return what `function` makes of each job, many at a time; None, and a problem, where an input is wrong."""
+    function: Callable[[T], R],
+    jobs: Sequence[tuple[str, T]],
+    threads: Executor,
+    problems: defaultdict[str, list[Problem]],
+) -> dict[int, R]:
+    """Return, by its number, what `function` makes of each (id, job), many at a time; what is wrong, by its id."""
 
-    def attempt(job: T) -> R | InputError:
+    def attempt(job: tuple[str, T]) -> R | InputError:
         try:
-            return function(job)
+            return function(job[1])
         except InputError as error:
             return error
 
-    results = list(threads.map(attempt, jobs))
-    problems += [problem for result in results if isinstance(result, InputError) for problem in result.problems]
-    return [None if isinstance(result, InputError) else result for result in results]
+    made = {}
+    for number, ((owner, _), result) in enumerate(zip(jobs, threads.map(attempt, jobs), strict=True)):
+        if isinstance(result, InputError):
+            problems[owner] += result.problems
+        else:
+            made[number] = result
+    return made
 
 
 def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> Looked:
@@ -337,6 +372,7 @@ def _model(looked: Looked, folder: Folder, found: Found, known: dict[Hashable, d
         weight=entry.weight,
         density=entry.density,
         licence=licence_of(folder.texts.get(README, b"")),
+        facts=dict(found.facts),
     )
 
 
@@ -358,28 +394,29 @@ def _rows(parameters: Mapping[str, Parameter], names: Sequence[str]) -> int:
 
 
 def _pins_by_hand(
-    entries: Sequence[Entry], found: Mapping[str, Found], stores: Stores, threads: Executor
+    entries: Sequence[Entry], read: Mapping[str, pool.Read], stores: Stores, threads: Executor
 ) -> tuple[list[str], list[Problem]]:
     """Verify the versions and hashes that the recipe gives; return notes and problems."""
     notes: list[str] = []
-    problems: list[Problem] = []
-    jobs: list[tuple[Pin, str]] = []
+    problems: defaultdict[str, list[Problem]] = defaultdict(list)
+    jobs: list[tuple[str, tuple[Pin, str]]] = []
     for entry in entries:
-        pins = {_name(pin.uri): pin for pin in found[entry.id].objects}
+        pins = {_name(pin.uri): pin for pin in read[entry.id].found.objects}
         strange = sorted({*entry.sha256, *entry.version_id} - pins.keys())
         if strange:
-            known = ", ".join(pins)
-            problems.append(Problem(entry.place, f"pins {', '.join(strange)}, its weight files are {known}", ""))
+            what = f"pins {', '.join(strange)}, its weight files are {', '.join(pins)}"
+            problems[entry.id].append(Problem(entry.place, what))
         for name, version in entry.version_id.items():
             if name in pins and pins[name].version != version:
                 what = f"is at version {pins[name].version or 'none'}, the recipe pins {version}"
-                problems.append(Problem(shown(pins[name].uri), what, "restore that version, or pin the current one"))
-        jobs += [(pins[name], wanted) for name, wanted in entry.sha256.items() if name in pins]
+                remedy = "restore that version, or pin the current one"
+                problems[entry.id].append(Problem(shown(pins[name].uri), what, remedy))
+        jobs += [(entry.id, (pins[name], wanted)) for name, wanted in entry.sha256.items() if name in pins]
     if jobs:
-        size = sum(pin.size for pin, _ in jobs)
+        size = sum(pin.size for _, (pin, _) in jobs)
         notes.append(f"{len(jobs)} files pinned by sha256 were read whole while planning: {size:,} bytes")
     _gather(lambda job: _verify(stores.of(job[0].uri), *job), jobs, threads, problems)
-    return notes, problems
+    return notes, [problem for many in problems.values() for problem in many]
 
 
 def _verify(store: Store, pin: Pin, wanted: str) -> None:
@@ -418,8 +455,10 @@ def _small_files(looked: Looked, stores: Stores, threads: Executor) -> tuple[tup
     return files, [f"not taken over from {looked.entry.uri}: {printable(', '.join(left))}"] if left else []
 
 
-def _idle(patterns: Sequence[str], parameters: Collection[str]) -> list[str]:
-    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters)]
+def _idle(patterns: Sequence[str], parameters: Sequence[Parameter]) -> list[str]:
+    names = [parameter.name for parameter in parameters]
+    idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    return [f"no parameter of the base is called {pattern!r} (exclude)" for pattern in idle]
 
 
 def _weak_pins(models: Sequence[Model]) -> list[str]:

@@ -44,7 +44,7 @@ class Entry:
 
 
 def expand(recipe: Recipe, stores: Stores, threads: Executor) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """Return the base and then the models, each with an id, and notes; one listing a folder that a glob looks into.
+    """Return the base, if there is one, then the models, each with an id, and notes; a glob costs a listing a folder.
 
     Raises `RecipeError` for what the recipe contradicts, `InputError` for what is not there, with every problem.
     """
@@ -65,9 +65,10 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> tuple[tuple[Ent
             if len(found) < (asked.at_least or 0):
                 what = f"{asked.path or asked.table} yields {len(found)} models, at_least is {asked.at_least}"
                 missing.append(Problem(place, what, "look for models that were not written"))
-    everything = [Entry(BASE, recipe.base.rstrip("/") or "/", BASE), *entries]
+    base = [] if recipe.base is None else [Entry(BASE, recipe.base.rstrip("/") or "/", BASE)]
+    everything = [*base, *entries]
     wrong += [*_repeated(everything), *_overlapping(recipe.output.path, everything)]
-    named = [replace(entry, id=entry.id or str(position - 1)) for position, entry in enumerate(everything)]
+    named = [*base, *(replace(entry, id=entry.id or str(position)) for position, entry in enumerate(entries))]
     wrong += [
         Problem("models", f"{count} models have the id {name!r}", "give each its own; by default it is the position")
         for name, count in Counter(entry.id for entry in named).items()

@@ -59,7 +59,7 @@ def publish_documents(plan: Plan, stores: Stores, result: MergeResult) -> None:
             store.put(join(plan.output, small.name), data)
     store.put(join(plan.output, "README.md"), card(plan, result).encode())
     store.put(join(plan.output, RECIPE_NAME), _yaml(plan.recipe.model_dump(mode="json", exclude_unset=True)).encode())
-    index = output.index(plan.result.files)
+    index = output.index(plan.result.files, plan.catalog.facts)
     if index and index[0] == door:
         last = index[1]
     elif index:
@@ -81,12 +81,13 @@ def _read(store: Store, uri: str) -> bytes:
 def card(plan: Plan, result: MergeResult) -> str:
     """Return the model card: what was merged, how, and under which licences."""
     catalog, recipe = plan.catalog, plan.recipe
-    licences = {model.licence for model in (catalog.base, *catalog.models)}
-    front: dict[str, object] = {"base_model": [_short(catalog.base.uri), *(_short(m.uri) for m in catalog.models)]}
+    inputs = [catalog.base] * bool(catalog.base.uri) + list(catalog.models)
+    licences = {model.licence for model in inputs}
+    front: dict[str, object] = {"base_model": [_short(model.uri) for model in inputs]}
     if len(licences) == 1 and "" not in licences:
         front["license"] = licences.pop()
     front["tags"] = ["merge", "ties-ray", recipe.method.name]
-    rows = [_row("base", catalog.base), *(_row(model.id, model) for model in catalog.models)]
+    rows = [_row(model.id, model) for model in inputs]
     lines = [
         "---",
         _yaml(front).rstrip(),

@@ -82,7 +82,7 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str]) 
     entry = Entry(place="input", uri=entry.uri, id="input")
     fetched, problems = catalog.fetch([entry], stores, threads)
     if entry.id not in fetched:
-        return Inspection(uri=entry.uri, problems=_findings(problems), notes=notes)
+        return Inspection(uri=entry.uri, problems=_findings(problems[entry.id]), notes=notes)
     looked, folder = fetched[entry.id]
     found = looked.format.read(folder, None, Rules())
     sources = found.sources or _stored(folder)
@@ -99,7 +99,7 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str]) 
         size=sum(pin.size for pin in pins),
         tokenizer=[name for name in looked.files if name in (*VOCABULARY, *SETTINGS)],
         licence=licence_of(folder.texts.get(README, b"")),
-        problems=_findings([*problems, *found.problems]),
+        problems=_findings(list(found.problems)),
         notes=[*notes, *found.notes],
     )
 

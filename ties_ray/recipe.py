@@ -105,6 +105,12 @@ class Allow(Strict):
     """A floating-point parameter that a model lacks has delta zero."""
     extra_rows: Literal["drop"] | None = None
     """Embedding rows beyond the base's are left aside, where the tokenizers agree on the common ids."""
+    refused_model: Literal["drop"] | None = None
+    """A model that would be refused is left out, as long as one is left."""
+    saved_modules: Literal["merge"] | None = None
+    """Whole tensors that an adapter saved beside its factors (embeddings, heads) are merged as dense changes."""
+    base_names: tuple[str, ...] = ()
+    """Patterns of what adapters may call their base, where they do not all call it the same."""
 
 
 class Run(Strict):
@@ -125,6 +131,8 @@ class Run(Strict):
     """Seconds to wait for the cluster's workers."""
     patience: FiniteFloat = Field(default=1800.0, gt=0)
     """Seconds in which a worker must finish a shard; one that does not is replaced."""
+    cache: ByteSize = Field(default=ByteSize(64 * 2**20), ge=0)
+    """Of a worker's memory, beside `memory`: factors of adapters kept for the blocks and rounds to come."""
 
 
 def _method(value: Any) -> Any:
@@ -157,7 +165,9 @@ def _by_name(folder: str, key: str, contract: type[BaseModel], value: Any) -> An
 class Recipe(Strict):
     """A whole merge."""
 
-    base: str
+    base: str | None = None
+    """Folder of the model that all others were made from. May be left out where all are adapters and what is written
+    is a change too (`kind: adapter` or `delta`): shapes then come from the factors."""
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
     output: Annotated[SerializeAsAny[Output], BeforeValidator(_output)]
@@ -187,6 +197,12 @@ class Recipe(Strict):
     def _densities(self) -> "Recipe":
         if not self.method.has_density and any(entry.density is not None for entry in self.models):
             raise ValueError(f"the method {self.method.name} has no density, yet a model gives one")
+        return self
+
+    @model_validator(mode="after")
+    def _has_base(self) -> "Recipe":
+        if self.base is None and self.output.reads_base:
+            raise ValueError(f"`base` is missing, and an output of kind {self.output.kind} holds it")
         return self
 
 

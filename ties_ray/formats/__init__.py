@@ -161,6 +161,14 @@ class Format(ABC):
         """Return what of the base must be known to tell the change: nothing, the same slice, or its rows whole."""
         return "slice"
 
+    def shape(self, source: Source) -> tuple[int, ...]:
+        """Return the shape of the parameter; asked where no base tells it."""
+        return source.tensors[0].shape
+
+    def rank(self, source: Source) -> int:
+        """Return the rank of a change that `encoded` gives as plain factors over the whole parameter; 0: it is none."""
+        return 0
+
     def held(self, source: Source) -> int:
         """Return at most how many bytes `encoded` holds besides the slice's own elements (decoded factors)."""
         return 0
