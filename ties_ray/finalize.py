@@ -59,7 +59,7 @@ def publish_documents(plan: Plan, stores: Stores, result: MergeResult) -> None:
             store.put(join(plan.output, small.name), data)
     store.put(join(plan.output, "README.md"), card(plan, result).encode())
     store.put(join(plan.output, RECIPE_NAME), _yaml(plan.recipe.model_dump(mode="json", exclude_unset=True)).encode())
-    index = output.index(plan.result.files, plan.catalog.facts)
+    index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts)
     if index and index[0] == door:
         last = index[1]
     elif index:

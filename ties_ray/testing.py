@@ -933,7 +933,7 @@ class OutputContract:
             OutputFile(output.file_name(number, len(groups)), "{}", (Placed(tensor, 0, 8),), 8)
             for number, (tensor,) in enumerate(groups, start=1)
         )
-        door, index = output.door(files), output.index(files, {})
+        door, index = output.door(files), output.index(files, parameters, {})
         assert door
         assert door not in {file.name for file in files}
         if index is not None:

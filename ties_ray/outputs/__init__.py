@@ -4,6 +4,7 @@ A kind is a frozen pydantic model of the recipe's `output` section. It is pure: 
 bytes; `work.py` writes them and `finalize.py` publishes them. One file here a kind.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class OutputTensor(NamedTuple):
     """As safetensors names it."""
     shape: tuple[int, ...]
     parameter: str
-    """The base parameter it comes from; it has as many elements, in the same order."""
+    """The base parameter it comes from; but from scratch, it has as many elements, in the same order."""
     origin: Literal["merged", "base", "scratch"] = "merged"
     """Computed in the last round; the base's bytes as they are; or what an earlier round left in scratch."""
 
@@ -71,13 +72,21 @@ class OutputFile:
     size: int
 
 
+def weight_map(files: Sequence[OutputFile]) -> bytes:
+    """Return the index that tells a loader in which file each tensor is, as transformers writes it."""
+    placed = sorted((tensor.tensor.name, file.name) for file in files for tensor in file.tensors)
+    total = sum(tensor.stop - tensor.start for file in files for tensor in file.tensors)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(placed)}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 class Condensed(NamedTuple):
     """One merged matrix as factors of few columns, and what was lost."""
 
     data: "Tensor"
     """fp32, 1-D: whatever `Output.assemble` makes tensors from."""
     norm2: float
-    """Squared Frobenius norm of the matrix."""
+    """Squared Frobenius norm of the matrix; not finite where an element is not: then the rest means nothing."""
     errors2: tuple[float, ...]
     """Squared Frobenius norm of the error at each of `Output.ranks`."""
 
@@ -106,6 +115,8 @@ class Output(BaseModel, ABC):
     condenses: ClassVar[bool] = False
     """Whether matrices are condensed in a round of their own, one a shard, into scratch; then all tensors come from
     there, and `ranks`, `condense`, `combine`, `choose` and `assemble` are used."""
+    one_file: ClassVar[bool] = False
+    """Whether loaders look for a single weight file, so that `file_size` does not apply."""
 
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return why these parameters can't be written as this kind."""
@@ -119,7 +130,8 @@ class Output(BaseModel, ABC):
     def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
         """Write the output's elements of one slice into `out`; return how many finite ones overflow its dtype.
 
-        base: 1-D fp32 or fp64; merged: 1-D fp32; out: 1-D of the output tensor's dtype.
+        base: 1-D fp32 or fp64, of any content where `reads_base` is False; merged: 1-D fp32; out: 1-D of the output
+        tensor's dtype.
         """
 
     @abstractmethod
@@ -127,9 +139,12 @@ class Output(BaseModel, ABC):
         """Return the name of weight file `number` (from 1) of `count`."""
 
     @abstractmethod
-    def index(self, files: Sequence[OutputFile], facts: Mapping[str, str]) -> tuple[str, bytes] | None:
+    def index(
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+    ) -> tuple[str, bytes] | None:
         """Return name and content of what leads a loader to the weights (an index, a config), if it needs one.
 
+        parameters: those that `tensors` was given.
         facts: what all models of the recipe agree on (`base_name`, `task_type`), and `base`, the base's name or URI.
         """
 
@@ -145,7 +160,10 @@ class Output(BaseModel, ABC):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Return the ranks at which the error is measured, ascending; scratch holds factors of the last one."""
+        """Return the ranks at which the error is measured, ascending; scratch holds factors of the last one.
+
+        Until `choose` has settled it, `tensors` plans for the last one too.
+        """
         raise NotImplementedError
 
     def condense(self, parameter: Parameter, matrix: "Tensor") -> Condensed:
@@ -155,6 +173,14 @@ class Output(BaseModel, ABC):
     def combine(self, parameter: Parameter, factors: "Sequence[tuple[float, Factors]]") -> Condensed:
         """Return the best factors of sum(coefficient * change), without forming a matrix of the parameter's shape."""
         raise NotImplementedError
+
+    def condense_bytes(self, parameter: Parameter) -> int:
+        """Return at most how many bytes `condense` holds beside the matrix it is given, its result among them."""
+        return 0
+
+    def combine_bytes(self, parameter: Parameter, rank_sum: int) -> int:
+        """Return at most how many bytes `combine` holds beside the factors it is given, its result among them."""
+        return 0
 
     def choose(self, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> "Output":
         """Return this output with its rank settled, from what all matrices came to (one entry a matrix)."""

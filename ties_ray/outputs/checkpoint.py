@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
-from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor
+from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor, weight_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,15 +41,11 @@ class Checkpoint(Output):
         """Return the name that transformers looks for."""
         return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
-    def index(self, files: Sequence[OutputFile], facts: Mapping[str, str]) -> tuple[str, bytes] | None:
+    def index(
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+    ) -> tuple[str, bytes] | None:
         """Return the map from tensor to file."""
-        if len(files) == 1:
-            return None
-        placed = [(file.name, tensor) for file in files for tensor in file.tensors]
-        total = sum(tensor.stop - tensor.start for _, tensor in placed)
-        weight_map = {tensor.tensor.name: name for name, tensor in sorted(placed, key=lambda item: item[1].tensor.name)}
-        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return INDEX, (json.dumps(content, indent=2) + "\n").encode()
+        return None if len(files) == 1 else (INDEX, weight_map(files))
 
     def rewrite(self, name: str, data: bytes) -> bytes | None:
         """Return the file as it is, but for the dtype that config.json names."""

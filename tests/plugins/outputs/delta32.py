@@ -33,7 +33,9 @@ class Delta32(Output):
     def file_name(self, number: int, count: int) -> str:
         return f"delta-{number:05d}.safetensors"
 
-    def index(self, files: Sequence[OutputFile], facts: Mapping[str, str]) -> tuple[str, bytes]:
+    def index(
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+    ) -> tuple[str, bytes]:
         weight_map = {placed.tensor.name: file.name for file in files for placed in file.tensors}
         return "delta.json", json.dumps({"weight_map": weight_map}).encode()
 
