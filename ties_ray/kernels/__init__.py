@@ -124,8 +124,8 @@ class Factors(NamedTuple):
 
     acc = +0; for k = 0..r-1: acc = fma(left[i, k], right[k, j], acc) in fp32; then acc * fp32(scale), rounded once. No
     BLAS: its bits depend on shape and CPU. The slice is elements [start, start + length) of these rows, row-major.
-    With `magnitude` (DoRA, Liu et al. 2024) and v = fp32(base) + delta: delta' = c * v - fp32(base), where c is magnitude
-    divided by the norm of the row of v, each operation rounded to fp32; `row_scales` gives c.
+    With `magnitude` (DoRA, Liu et al. 2024) and v = fp32(base) + delta: delta' = c * v - fp32(base), each operation
+    rounded to fp32, where c is magnitude divided by the norm of the row of v; `row_scales` gives c.
     """
 
     left: "Tensor"

@@ -8,14 +8,16 @@ Compiled when imported (about 5 s; 0.3 s from numba's cache), without fast maths
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from llvmlite import binding, ir
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -24,20 +26,29 @@ from ties_ray.kernels import (
     LOW_BINS,
     Agreement,
     Dropout,
-    Encoded,
     Extremes,
+    Factors,
     Kernels,
     Op,
     SignedSums,
     State,
+    Stored,
     WeightedSum,
+    definition,
     state_dtypes,
 )
 from ties_ray.kernels.buffers import Buffers
 
 TILE = 32_768
 """Elements; with 16 bytes of state, base, delta and bf16 data 0.85 MiB."""
-LANES = 4
+BAND = 128
+"""Rows of a tile of a matrix: so often is what was read of the right factor used again."""
+BLOCK_ROWS, BLOCK_VECTORS = 4, 2
+"""What the product keeps in registers."""
+VECTOR = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+"""fp32 numbers in a vector; changes no bit."""
+BLOCK_COLUMNS = BLOCK_VECTORS * VECTOR
+TABLES = 4
 """Tables counted side by side: neighbours often fall into one bin, and must not wait for each other's store."""
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -96,6 +107,7 @@ i16, u16, i32, u32, i64, f32, f64 = (
     numba.int16, numba.uint16, numba.int32, numba.uint32, numba.int64, numba.float32, numba.float64)  # fmt: skip
 void = numba.void
 BF16, FP16, I32, U32, I64, F32, F64 = i16[::1], u16[::1], i32[::1], u32[::1], i64[::1], f32[::1], f64[::1]
+MATRIX, LANES = f32[:, ::1], f64[:, ::1]
 
 MAGNITUDE = 0x7FFF_FFFF
 INFINITY = 0x7F80_0000
@@ -214,19 +226,123 @@ def _subtract(data: Array, base: Array, out: Array) -> int:
     return count
 
 
-@_compiled(i64(F32, F32))
-def _copy(delta: Array, out: Array) -> int:
-    """Do the same for deltas that are already formed."""
+@_compiled(i64(F32))
+def _clean(delta: Array) -> int:
+    """Replace what is not finite by 0; return how many were not."""
     count = 0
-    for i in range(len(out)):
+    for i in range(len(delta)):
         finite = _bits(delta[i]) & MAGNITUDE < INFINITY
-        out[i] = delta[i] if finite else np.float32(0)
+        delta[i] = delta[i] if finite else np.float32(0)
         count += not finite
     return count
 
 
-@_compiled(void(i64, i64, i64, U32))
-def _draw(first: int, key0: int, key1: int, out: Array) -> None:
+@intrinsic
+def _block(context: Any, left: Any, right: Any, scale: Any, out: Any, pitch: Any) -> Any:
+    """Write scale * left @ right for up to BLOCK_ROWS rows of `left` and BLOCK_COLUMNS columns; compiled code only.
+
+    right: 1-D, (r, BLOCK_COLUMNS). Rows of `out` are `pitch` apart. Where there are fewer rows the last is done again.
+    By hand, because all accumulators must stay in registers while k runs, and because only here may a fma be.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        arrays = [context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 1, 3)]
+        sources, panel, target = (array.data for array in arrays)
+        num_rows, rank = cgutils.unpack_tuple(builder, arrays[0].shape)
+        integer, vector = rank.type, ir.VectorType(ir.FloatType(), VECTOR)
+        zero, one, last = integer(0), integer(1), builder.sub(num_rows, integer(1))
+        vectors = vector.as_pointer()
+        fma_type = ir.FunctionType(vector, [vector] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{VECTOR}f32")
+
+        def spread(number: ir.Value) -> ir.Value:
+            first = builder.insert_element(vector(ir.Undefined), number, ir.IntType(32)(0))
+            return builder.shuffle_vector(
+                first, vector(ir.Undefined), ir.VectorType(ir.IntType(32), VECTOR)([0] * VECTOR)
+            )
+
+        rows = [integer(0)]
+        for row in range(1, BLOCK_ROWS):
+            there = builder.icmp_signed("<", integer(row), num_rows)
+            rows.append(builder.select(there, integer(row), last))
+        of_rows = [builder.gep(sources, [builder.mul(row, rank)]) for row in rows]
+        totals = [cgutils.alloca_once_value(builder, vector(None)) for _ in range(BLOCK_ROWS * BLOCK_VECTORS)]
+        for total in totals:
+            builder.store(vector(None), total)
+        with cgutils.for_range_slice(builder, zero, rank, one) as (k, _):
+            start = builder.gep(panel, [builder.mul(k, integer(BLOCK_COLUMNS))])
+            columns = [builder.gep(start, [integer(i * VECTOR)]) for i in range(BLOCK_VECTORS)]
+            columns = [builder.load(builder.bitcast(column, vectors), align=4) for column in columns]
+            for i, total in enumerate(totals):
+                number = spread(builder.load(builder.gep(of_rows[i // BLOCK_VECTORS], [k])))
+                product = builder.call(fma, [number, columns[i % BLOCK_VECTORS], builder.load(total)])
+                builder.store(product, total)
+        factor = spread(args[2])
+        for i, total in enumerate(totals):
+            at = builder.add(builder.mul(rows[i // BLOCK_VECTORS], args[4]), integer(i % BLOCK_VECTORS * VECTOR))
+            address = builder.bitcast(builder.gep(target, [at]), vectors)
+            builder.store(builder.fmul(builder.load(total), factor), address, align=4)
+        return context.get_dummy_value()
+
+    return numba.void(left, right, scale, out, pitch), generate
+
+
+@_compiled(void(MATRIX, MATRIX, f32, i64, F32))
+def _product(left: Array, right: Array, scale: float, first: int, out: Array) -> None:
+    """Write the canonical product of all rows of `left` and of the columns of `right` from `first` on.
+
+    The columns go through the L1 cache in panels, each used by all rows; a narrower last one by way of a spare block.
+    """
+    rows, rank = left.shape
+    width = len(out) // rows
+    panel = np.zeros(rank * BLOCK_COLUMNS, np.float32)
+    spare = np.empty(BLOCK_ROWS * BLOCK_COLUMNS, np.float32)
+    for column in range(0, width, BLOCK_COLUMNS):
+        there = min(BLOCK_COLUMNS, width - column)
+        for k in range(rank):
+            source = right[k, first + column : first + column + there]
+            target = panel[k * BLOCK_COLUMNS : k * BLOCK_COLUMNS + there]
+            for j in range(there):
+                target[j] = source[j]
+        for row in range(0, rows, BLOCK_ROWS):
+            few = left[row : row + BLOCK_ROWS]
+            if there == BLOCK_COLUMNS:
+                _block(few, panel, scale, out[row * width + column :], width)
+                continue
+            _block(few, panel, scale, spare, BLOCK_COLUMNS)
+            for i in range(len(few)):
+                at = (row + i) * width + column
+                for j in range(there):
+                    out[at + j] = spare[i * BLOCK_COLUMNS + j]
+
+
+@_compiled(*(void(base, F32, F32) for base in (F32, F64)))
+def _rescale(base: Array, scales: Array, delta: Array) -> None:
+    """Turn the product into the change of DoRA: scales[row] * (base + delta) - base."""
+    width = len(delta) // len(scales)
+    for row in range(len(scales)):
+        scale, part, change = scales[row], base[row * width : (row + 1) * width], delta[row * width : (row + 1) * width]
+        for i in range(width):
+            value = np.float32(part[i])
+            change[i] = scale * (value + change[i]) - value
+
+
+@_compiled(*(void(base, F32, LANES) for base in (F32, F64)))
+def _add_squares(base: Array, delta: Array, lanes: Array) -> None:
+    """Add the squares of base + delta (fp32) to the lanes of each row; the tile's first column goes to the first."""
+    width = len(delta) // len(lanes)
+    for row in range(len(lanes)):
+        total = lanes[row]
+        for start in range(row * width, (row + 1) * width, lanes.shape[1]):
+            stop = min(start + lanes.shape[1], (row + 1) * width)
+            part, change = base[start:stop], delta[start:stop]
+            for i in range(len(part)):
+                value = np.float64(np.float32(part[i]) + change[i])
+                total[i] += value * value
+
+
+@numba.njit(error_model="numpy")
+def _draw(first: Any, key0: Any, key1: Any, out: Any) -> Any:
     """Write the Philox4x32-10 words of the blocks of four elements from block `first` on; see `randomness.philox`."""
     for block in range(len(out) // 4):
         counter = np.uint64(first + block)
@@ -243,12 +359,29 @@ def _draw(first: int, key0: int, key1: int, out: Array) -> None:
         out[4 * block + 3] = c3
 
 
-@_compiled(void(F32, U32, i64, i64, f32))
-def _drop(delta: Array, words: Array, bound: int, lowest: int, scale: float) -> None:
-    """Replace deltas by what trim and dropout leave of them, scaled."""
-    for i in range(len(delta)):
-        kept = (words[i] < bound) & (_bits(delta[i]) & MAGNITUDE >= lowest)
-        delta[i] = (delta[i] if kept else np.float32(0)) * scale
+@_compiled(void(F32, i64, i64, i64, i64, i64, i64, i64, f32, U32))
+def _drop(
+    delta: Array,
+    rows: int,
+    first: int,
+    stride: int,
+    key0: int,
+    key1: int,
+    bound: int,
+    lowest: int,
+    scale: float,
+    words: Array,
+) -> None:
+    """Replace deltas by what trim and dropout leave of them, scaled; `first`: of the first row, in the parameter."""
+    width = len(delta) // rows
+    for row in range(rows):
+        start = first + row * stride
+        skipped = start % 4
+        _draw(start // 4, key0, key1, words[: (skipped + width + 3) // 4 * 4])
+        part, drawn = delta[row * width : (row + 1) * width], words[skipped : skipped + width]
+        for i in range(width):
+            kept = (drawn[i] < bound) & (_bits(part[i]) & MAGNITUDE >= lowest)
+            part[i] = (part[i] if kept else np.float32(0)) * scale
 
 
 # Counts.
@@ -259,7 +392,7 @@ def _count_high(delta: Array, tables: Array) -> None:
     """Count the high bits, elements going to the tables in turn. (Unsigned indices spare a test for negative ones.)"""
     for i in range(len(delta)):
         high = np.uint64(_bits(delta[i]) & MAGNITUDE) >> np.uint64(15)
-        tables[np.uint64((i & (LANES - 1)) * HIGH_BINS) + high] += 1
+        tables[np.uint64((i & (TABLES - 1)) * HIGH_BINS) + high] += 1
 
 
 @_compiled(void(F32, i64, I32))
@@ -269,13 +402,13 @@ def _count_low(delta: Array, high: int, tables: Array) -> None:
     for i in range(len(delta)):
         bits = np.uint64(_bits(delta[i]) & MAGNITUDE)
         low = bits & np.uint64(LOW_BINS - 1) if bits >> np.uint64(15) == wanted else outside
-        tables[np.uint64((i & (LANES - 1)) * HIGH_BINS) + low] += 1
+        tables[np.uint64((i & (TABLES - 1)) * HIGH_BINS) + low] += 1
 
 
 @_compiled(void(I64, I32))
 def _empty_into(table: Array, tables: Array) -> None:
     """Add the tables to the lasting one and clear them."""
-    for lane in range(LANES):
+    for lane in range(TABLES):
         part = tables[lane * HIGH_BINS : lane * HIGH_BINS + len(table)]
         for i in range(len(table)):
             table[i] += part[i]
@@ -403,7 +536,55 @@ def _apply(base: Array, merged: Array, out: Array) -> int:
     return count
 
 
-# The contract.
+# Tiles.
+
+NOTHING = np.empty(0, np.float32)
+
+
+class _Tile(NamedTuple):
+    """A part of a slice that is worked on at a time: some columns of some rows, or a piece of one row."""
+
+    first: int
+    """Element of the slice."""
+    rows: int
+    width: int
+    column: int
+    """Of the first element."""
+    stride: int
+    """Columns of the matrix."""
+
+    @property
+    def contiguous(self) -> bool:
+        return self.rows == 1 or self.width == self.stride
+
+    def of(self, array: Array) -> Array:
+        """Return the tile's part of an array over the slice, a view: 1-D if contiguous, else (rows, width)."""
+        if self.contiguous:
+            return array[self.first : self.first + self.rows * self.width]
+        start = self.first - self.column
+        whole = array[start : start + self.rows * self.stride].reshape(self.rows, self.stride)
+        return whole[:, self.column : self.column + self.width]
+
+
+def _tiles(sources: Sequence[Stored], length: int) -> Iterator[_Tile]:
+    """Cut a slice: as a matrix where there are factors, else as one row.
+
+    Bands of rows rather than pieces of them, so that a large right factor is not read for each row or two.
+    """
+    columns, start = length, 0
+    for source in sources:
+        if isinstance(source, Factors):
+            columns, start = source.right.shape[1], source.start
+    first = 0
+    while first < length:
+        column = (start + first) % columns
+        whole = 0 if column else (length - first) // columns
+        rows = max(1, min(whole, max(BAND, TILE // columns)))
+        stop = columns if whole else min(columns, column + length - first)
+        width = columns if rows * columns <= TILE else TILE // rows // definition.LANES * definition.LANES
+        for left in range(column, stop, width):
+            yield _Tile(first + left - column, rows, min(width, stop - left), left, columns)
+        first += rows * (stop - column)
 
 
 class _Scratch(threading.local):
@@ -412,8 +593,88 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.delta = np.empty(TILE, np.float32)
         self.words = np.empty(TILE + 8, np.uint32)
-        self.high = np.zeros(LANES * HIGH_BINS, np.int32)
-        self.low = np.zeros(LANES * HIGH_BINS, np.int32)
+        self.high = np.zeros(TABLES * HIGH_BINS, np.int32)
+        self.low = np.zeros(TABLES * HIGH_BINS, np.int32)
+        self._gathered: dict[str, Array] = {}
+
+    def gather(self, tile: _Tile, array: Array, name: str) -> Array:
+        """Return the tile's part of an array over the slice, contiguous: as it is, or copied to a place of that name.
+
+        Neighbouring rows may lie a power of two apart, where they would drive each other out of the cache.
+        """
+        part = tile.of(array)
+        if tile.contiguous:
+            return part
+        place = self._gathered.setdefault(name, np.empty(TILE, np.float64)).view(array.dtype)[: part.size]
+        np.copyto(place.reshape(part.shape), part)
+        return place
+
+
+def _scatter(tile: _Tile, values: Array, array: Array) -> None:
+    """Write what belongs to the tile into an array over the slice; nothing if it lies there already."""
+    part = tile.of(array)
+    if not (tile.contiguous and part.ctypes.data == values.ctypes.data):
+        np.copyto(part, values.reshape(part.shape))
+
+
+class _Dense(NamedTuple):
+    """A source of values, or of finished deltas."""
+
+    data: Array
+    finished: bool
+
+    @property
+    def needs_base(self) -> bool:
+        return not self.finished
+
+    def write(self, tile: _Tile, base: Array, out: Array, scratch: _Scratch) -> int:
+        data = scratch.gather(tile, self.data, "data")
+        if not self.finished:
+            return _subtract(data, base, out)
+        np.copyto(out, data)
+        return _clean(out)
+
+
+class _LowRank(NamedTuple):
+    """A source of factors."""
+
+    left: Array
+    right: Array
+    scale: np.float32
+    start: int
+    scales: Array | None
+
+    @property
+    def needs_base(self) -> bool:
+        return self.scales is not None
+
+    def write(self, tile: _Tile, base: Array, out: Array, scratch: _Scratch) -> int:
+        self.product(tile, out)
+        if self.scales is not None:
+            _rescale(base, self.scales[self.rows(tile)], out)
+        return _clean(out)
+
+    def product(self, tile: _Tile, out: Array) -> None:
+        _product(self.left[self.rows(tile)], self.right, self.scale, tile.column, out)
+
+    def rows(self, tile: _Tile) -> slice:
+        first = (self.start + tile.first) // tile.stride
+        return slice(first, first + tile.rows)
+
+
+def _prepared(source: Stored) -> _Dense | _LowRank:
+    if isinstance(source, Factors):
+        assert (source.magnitude is None) or (source.scales is not None)
+        return _low_rank(source)
+    return _Dense(_array(source.data), source.kind == "delta")
+
+
+def _low_rank(source: Factors) -> _LowRank:
+    scales = None if source.magnitude is None or source.scales is None else _array(source.scales)
+    return _LowRank(_array(source.left), _array(source.right), np.float32(source.scale), source.start, scales)
+
+
+# The contract.
 
 
 class Cpu(Kernels):
@@ -423,43 +684,70 @@ class Cpu(Kernels):
         self._scratch = _Scratch()
         self._buffers = Buffers()
 
-    def delta(self, source: Encoded, base: Tensor, out: Tensor) -> int:
+    def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
         """See `Kernels.delta`."""
-        return _delta(source.kind, _array(source.data), _array(base), _array(out))
+        target = _array(out)
+        return self._each_tile(source, base, lambda tile, delta: _scatter(tile, delta, target))
+
+    def row_scales(self, source: Factors, rows: Tensor) -> Tensor:
+        """See `Kernels.row_scales`."""
+        magnitude, columns = source.magnitude, source.right.shape[1]
+        assert magnitude is not None
+        source = source._replace(start=0)
+        change, base, found = _low_rank(source), _array(rows), torch.empty(len(magnitude))
+        for tile in _tiles([source], len(base)):
+            delta = self._scratch.delta[: tile.rows * tile.width]
+            change.product(tile, delta)
+            if tile.column == 0:
+                lanes = np.zeros((tile.rows, min(columns, definition.LANES)))
+            _add_squares(self._scratch.gather(tile, base, "base"), delta, lanes)
+            if tile.column + tile.width == columns:
+                band = change.rows(tile)
+                found[band] = definition.over_norms(magnitude[band], torch.from_numpy(lanes))
+        return found
 
     def start(self, op: Op, length: int) -> State:
         """See `Kernels.start`."""
         dtypes = {name: getattr(torch, dtype) for name, dtype in state_dtypes(op).items()}
         return {name: self._buffers.empty(length, dtype).zero_() for name, dtype in dtypes.items()}
 
-    def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Encoded]], offset: int) -> list[int]:
+    def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Stored]], offset: int) -> list[int]:
         """See `Kernels.fold`."""
-        add, arrays, constants = _adder(op, state)
-        models = [(op.terms[model], source.kind, _array(source.data)) for model, source in group]
-        base_array = _array(base)
+        add, constants = _adder(op)
+        sums = [_array(state[name]) for name in state_dtypes(op)]
+        total = [_array(op.total)] if isinstance(op, Agreement) else []
+        models = [(op.terms[model], _prepared(source)) for model, source in group]
+        needs_base = any(source.needs_base for _, source in models)
+        base_array, scratch = _array(base), self._scratch
         counts = [0] * len(models)
-        for start in range(0, len(base), TILE):
-            part = slice(start, start + TILE)
-            base_part, parts = base_array[part], [array[part] for array in arrays]
-            delta = self._scratch.delta[: len(base_part)]
-            for index, (term, kind, data) in enumerate(models):
-                counts[index] += _delta(kind, data[part], base_part, delta)
+        for tile in _tiles([source for _, source in group], len(base)):
+            base_part = scratch.gather(tile, base_array, "base") if needs_base else NOTHING
+            arrays = [scratch.gather(tile, array, str(index)) for index, array in enumerate([*sums, *total])]
+            delta = scratch.delta[: tile.rows * tile.width]
+            for index, (term, source) in enumerate(models):
+                counts[index] += source.write(tile, base_part, delta, scratch)
                 lowest = term.lowest
                 if term.dropout is not None:
-                    self._drop(delta, offset + start, term.dropout, lowest)
+                    _drop_tile(tile, delta, offset, term.dropout, lowest, scratch.words)
                     lowest = 0
-                add(delta, lowest, np.float32(term.weight), *parts, *constants)
+                add(delta, lowest, np.float32(term.weight), *arrays, *constants)
+            for values, array in zip(arrays, sums, strict=False):
+                _scatter(tile, values, array)
         return counts
 
-    def count_high(self, source: Encoded, base: Tensor, table: Tensor) -> int:
+    def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
         """See `Kernels.count_high`."""
         tables = self._scratch.high
-        return self._count(source, base, lambda delta: _count_high(delta, tables), tables, table)
+        count = self._each_tile(source, base, lambda _, delta: _count_high(delta, tables))
+        _empty_into(_array(table), tables)
+        return count
 
-    def count_low(self, source: Encoded, base: Tensor, high: int, table: Tensor) -> int:
+    def count_low(self, source: Stored, base: Tensor, high: int, table: Tensor) -> int:
         """See `Kernels.count_low`."""
         tables = self._scratch.low
-        return self._count(source, base, lambda delta: _count_low(delta, high, tables), tables, table)
+        count = self._each_tile(source, base, lambda _, delta: _count_low(delta, high, tables))
+        _empty_into(_array(table), tables)
+        return count
 
     def elect(
         self, op: Op, state: State, zero_sign: int, factor: float, merge: Literal["mean", "sum", "max"]
@@ -480,27 +768,22 @@ class Cpu(Kernels):
         """See `Kernels.apply`."""
         return _apply(_array(base), _array(merged), _array(out))
 
-    def _drop(self, delta: Array, first: int, dropout: Dropout, lowest: int) -> None:
-        """Trim, drop and scale the tile whose first element is the parameter's element `first`."""
-        skipped = first % 4
-        words = self._scratch.words[: -(-(skipped + len(delta)) // 4) * 4]
-        _draw(first // 4, *dropout.key, words)
-        _drop(delta, words[skipped:], dropout.bound, lowest, np.float32(dropout.scale))
+    def _each_tile(self, source: Stored, base: Tensor, use: Callable[[_Tile, Array], None]) -> int:
+        """Call `use` with each tile and its deltas; return how many were not finite."""
+        prepared, base_array, scratch = _prepared(source), _array(base), self._scratch
+        count = 0
+        for tile in _tiles([source], len(base)):
+            base_part = scratch.gather(tile, base_array, "base") if prepared.needs_base else NOTHING
+            delta = scratch.delta[: tile.rows * tile.width]
+            count += prepared.write(tile, base_part, delta, scratch)
+            use(tile, delta)
+        return count
 
-    def _count(
-        self, source: Encoded, base: Tensor, count: Callable[[Array], None], tables: Array, table: Tensor
-    ) -> int:
-        """Count all tiles into the side tables, then empty those into `table`; return the non-finite count."""
-        data, base_array = _array(source.data), _array(base)
-        num_others = 0
-        for start in range(0, len(base_array), TILE):
-            part = slice(start, start + TILE)
-            base_part = base_array[part]
-            delta = self._scratch.delta[: len(base_part)]
-            num_others += _delta(source.kind, data[part], base_part, delta)
-            count(delta)
-        _empty_into(_array(table), tables)
-        return num_others
+
+def _drop_tile(tile: _Tile, delta: Array, offset: int, dropout: Dropout, lowest: int, words: Array) -> None:
+    """Trim, drop and scale a tile of the slice that begins at the parameter's element `offset`."""
+    numbers = *dropout.key, dropout.bound, lowest, np.float32(dropout.scale)
+    _drop(delta, tile.rows, offset + tile.first, tile.stride, *numbers, words)
 
 
 def _array(tensor: Tensor) -> Array:
@@ -509,19 +792,14 @@ def _array(tensor: Tensor) -> Array:
     return tensor.view(as_integers.get(tensor.dtype, tensor.dtype)).numpy()
 
 
-def _delta(kind: Literal["dense", "delta"], data: Array, base: Array, out: Array) -> int:
-    return _copy(data, out) if kind == "delta" else _subtract(data, base, out)
-
-
-def _adder(op: Op, state: State) -> tuple[Callable[..., None], list[Array], tuple[np.float32, ...]]:
-    """Return the op's kernel, the arrays it is given tile by tile, and its constants."""
-    arrays = [_array(state[name]) for name in state_dtypes(op)]
+def _adder(op: Op) -> tuple[Callable[..., None], tuple[np.float32, ...]]:
+    """Return the op's kernel and its constants."""
     match op:
         case WeightedSum():
-            return _weighted_sum, arrays, ()
+            return _weighted_sum, ()
         case SignedSums():
-            return _signed_sums_weighted if op.weighted else _signed_sums, arrays, ()
+            return _signed_sums_weighted if op.weighted else _signed_sums, ()
         case Extremes():
-            return _extremes, arrays, ()
+            return _extremes, ()
         case Agreement():
-            return _agreement, [*arrays, _array(op.total)], (np.float32(op.bound),)
+            return _agreement, (np.float32(op.bound),)

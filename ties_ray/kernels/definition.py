@@ -12,12 +12,13 @@ from torch import Tensor
 from ties_ray.kernels import (
     LOW_BINS,
     Agreement,
-    Encoded,
     Extremes,
+    Factors,
     Kernels,
     Op,
     SignedSums,
     State,
+    Stored,
     Term,
     WeightedSum,
     state_dtypes,
@@ -25,14 +26,18 @@ from ties_ray.kernels import (
 from ties_ray.kernels.randomness import MASK, philox
 
 MAGNITUDE = 0x7FFF_FFFF
+LANES = 256
+"""Of the sums of squares."""
 
 
 class Definition(Kernels):
     """The readable truth; 10 to 20 times slower than the compiled kernels."""
 
-    def delta(self, source: Encoded, base: Tensor, out: Tensor) -> int:
+    def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
         """See `Kernels.delta`."""
-        if source.kind == "delta":
+        if isinstance(source, Factors):
+            delta = _change(source, base)
+        elif source.kind == "delta":
             delta = source.data
         elif torch.float64 in (source.data.dtype, base.dtype):
             delta = (source.data.double() - base.double()).float()
@@ -42,11 +47,22 @@ class Definition(Kernels):
         out.copy_(torch.where(finite, delta, 0.0))
         return int((~finite).sum())
 
+    def row_scales(self, source: Factors, rows: Tensor) -> Tensor:
+        """See `Kernels.row_scales`."""
+        assert source.magnitude is not None
+        columns = source.right.shape[1]
+        squares = (rows.float() + product(source, 0, len(rows))).double().square().view(-1, columns)
+        lanes = torch.zeros(len(squares), LANES, dtype=torch.float64)
+        for start in range(0, columns, LANES):
+            part = squares[:, start : start + LANES]
+            lanes[:, : part.shape[1]] += part
+        return over_norms(source.magnitude, lanes)
+
     def start(self, op: Op, length: int) -> State:
         """See `Kernels.start`."""
         return {name: torch.zeros(length, dtype=getattr(torch, dtype)) for name, dtype in state_dtypes(op).items()}
 
-    def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Encoded]], offset: int) -> list[int]:
+    def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Stored]], offset: int) -> list[int]:
         """See `Kernels.fold`."""
         counts = []
         delta = torch.empty(len(base), dtype=torch.float32)
@@ -55,14 +71,14 @@ class Definition(Kernels):
             _add(op, state, op.terms[model], term(op.terms[model], delta, offset))
         return counts
 
-    def count_high(self, source: Encoded, base: Tensor, table: Tensor) -> int:
+    def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
         """See `Kernels.count_high`."""
         delta = torch.empty(len(base), dtype=torch.float32)
         count = self.delta(source, base, delta)
         table += torch.bincount(magnitude_bits(delta) >> 15, minlength=len(table))
         return count
 
-    def count_low(self, source: Encoded, base: Tensor, high: int, table: Tensor) -> int:
+    def count_low(self, source: Stored, base: Tensor, high: int, table: Tensor) -> int:
         """See `Kernels.count_low`."""
         delta = torch.empty(len(base), dtype=torch.float32)
         count = self.delta(source, base, delta)
@@ -97,6 +113,35 @@ def magnitude_bits(delta: Tensor) -> Tensor:
     return delta.view(torch.int32) & MAGNITUDE
 
 
+def product(source: Factors, start: int, length: int) -> Tensor:
+    """Return elements [start, start + length) of the rows of scale * left @ right: the canonical product (fp32)."""
+    total = torch.zeros(len(source.left), source.right.shape[1])
+    for of_rows, of_columns in zip(source.left.unbind(1), source.right.unbind(0), strict=True):
+        total = fma(of_rows[:, None], of_columns, total)
+    return (total * _fp32(source.scale)).view(-1)[start : start + length]
+
+
+def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Return x * y + z of fp32 tensors, rounded once to fp32.
+
+    In fp64 the product is exact and the sum is not: so that rounding it again does no harm it is rounded to odd (Boldo
+    and Melquiond 2008, Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd).
+    """
+    exact, addend = x.double() * y.double(), z.double()
+    total = exact + addend
+    of_addend = total - exact  # TwoSum (Knuth): the error of the sum, exactly
+    error = (exact - (total - of_addend)) + (addend - of_addend)
+    return _to_odd(total, error).float()
+
+
+def over_norms(magnitude: Tensor, lanes: Tensor) -> Tensor:
+    """Return magnitude (fp32, (rows,)) over the root of the sum of lanes (fp64, (rows, lanes)), in order, as fp32."""
+    total = torch.zeros(len(lanes), dtype=torch.float64)
+    for lane in lanes.unbind(1):
+        total += lane
+    return (magnitude / total.sqrt()).float()
+
+
 def words(key: tuple[int, int], start: int, stop: int) -> Tensor:
     """Return the random words (int64, 0 <= word < 2**32) of elements [start, stop) of a parameter."""
     blocks = torch.arange(start // 4, -(-stop // 4), dtype=torch.int64)
@@ -122,7 +167,8 @@ def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)
-    values = _to_odd(values) if values.dtype == torch.float64 else values
+    if values.dtype == torch.float64:
+        values = _to_odd(nearest := values.float(), values - nearest.double())
     bits = values.view(torch.int32)
     of_bf16 = bits >> 16 | 0x0040
     of_fp16 = bits >> 16 & 0x8000 | 0x7E00 | bits >> 13 & 0x01FF
@@ -130,14 +176,25 @@ def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(values.isnan(), nan.to(torch.int16).view(dtype), values.to(dtype))
 
 
-def _to_odd(values: Tensor) -> Tensor:
-    """Round fp64 to fp32 such that a second rounding to fewer bits errs no more than one: inexact results end in 1."""
-    nearest = values.float()
-    error = values - nearest.double()
-    bits = nearest.view(torch.int32)
-    step = torch.where((error > 0) == (values > 0), 1, -1)
-    inexact = values.isfinite() & (error != 0) & (bits & 1 == 0)
-    return torch.where(inexact, bits + step, bits).to(torch.int32).view(torch.float32)
+def _to_odd(nearest: Tensor, error: Tensor) -> Tensor:
+    """Return `nearest`, moved so that its last bit is 1 where it is not exact; error: what it lacks, or its sign.
+
+    A second rounding, to fewer bits, then errs no more than one would.
+    """
+    bits = nearest.view({4: torch.int32, 8: torch.int64}[nearest.element_size()])
+    step = torch.where((error < 0) == nearest.signbit(), 1, -1)
+    inexact = ~error.isnan() & (error != 0) & (bits & 1 == 0)
+    return torch.where(inexact, bits + step, bits).to(bits.dtype).view(nearest.dtype)
+
+
+def _change(source: Factors, base: Tensor) -> Tensor:
+    """Return the change that factors stand for, as long as `base`."""
+    change = product(source, source.start, len(base))
+    if source.magnitude is None:
+        return change
+    assert source.scales is not None
+    each = source.scales.repeat_interleave(source.right.shape[1])[source.start :][: len(base)]
+    return each * (base.float() + change) - base.float()
 
 
 def _add(op: Op, state: State, how: Term, value: Tensor) -> None:
