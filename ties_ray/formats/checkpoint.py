@@ -67,7 +67,8 @@ class Checkpoint(Format):
 
     def recognises(self, names: Sequence[str]) -> bool:
         """Return whether there are safetensors files that are not an adapter's."""
-        return "adapter_config.json" not in names and any(_is_weights(name) or name.endswith(INDEX) for name in names)
+        adapter = "adapter_config.json" in names or "adapter_model.safetensors" in names
+        return not adapter and any(_is_weights(name) or name.endswith(INDEX) for name in names)
 
     def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return all safetensors files, and the index and config."""

@@ -1,0 +1,645 @@
+"""A LoRA adapter (Hu et al. 2022) as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors`.
+
+The change of a linear module is scale * B @ A with A (r, in) and B (out, r); scale = alpha / r, or alpha / sqrt(r) for
+rsLoRA (Kalajdzievski 2023), with the module's own r and alpha. The tensors decide which modules there are and of what
+rank; the config decides the scale alone, and a config of another rank is refused. Nothing is guessed: what is neither
+a factor nor known to be harmless is refused, with a reason of `REASONS`.
+"""
+
+import functools
+import json
+import math
+import re
+import reprlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from ties_ray.errors import Problem, printable
+from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
+from ties_ray.kernels import Encoded, Factors
+from ties_ray.safetensors import DTYPE_BITS, MERGEABLE, TensorInfo, nbytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ties_ray.kernels import Stored
+
+T = TypeVar("T")
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
+
+_SAVED_REMEDY = "`allow: {saved_modules: merge}` merges them as dense changes, saved minus base"
+_AGAIN = "save the adapter again, whole (save_pretrained)"
+_PLAIN = "train or convert it as plain LoRA, or leave this adapter out"
+_SAME_BASE = "is it an adapter of this base? (an output layer tied to the input embedding has no parameter of its own)"
+REASONS: Mapping[str, tuple[str, str]] = {
+    "config_missing": (f"has no {CONFIG}, without which the scale is unknown", "add it beside the weights"),
+    "config_json": (f"{CONFIG} is not a JSON object", "upload it again"),
+    "config_value": (f"{CONFIG} has values that mean nothing", "correct them"),
+    "pattern": ("has patterns that are no regular expressions, or could take forever to match", "write module names"),
+    "peft_type": ("is no LoRA adapter", "merge it into its base first (PEFT: merge_and_unload), or leave it out"),
+    "variant": ("is a variant of LoRA whose change is not scale * B @ A", _PLAIN),
+    "layer_replication": ("has more layers than its base (layer_replication)", _PLAIN),
+    "trainable_tokens": ("replaces rows of the embedding (trainable_token_indices), which is no change", _PLAIN),
+    "target_parameters": ("has factors for single parameters of experts (target_parameters)", _PLAIN),
+    "mutated_base": (
+        "was trained on a base that its initialisation may have changed",
+        "convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
+    ),
+    "pickle": (
+        f"holds its weights as a pickle ({PICKLE}), which can run code when opened",
+        "load it with PEFT where that is safe, and save it again (save_pretrained writes safetensors)",
+    ),
+    "weights_missing": (f"has no {WEIGHTS}", "complete the download or upload"),
+    "nothing": ("holds no factors", _AGAIN),
+    "empty": ("has empty or flattened tensors, as a save under ZeRO-3 or FSDP that gathered nothing leaves", _AGAIN),
+    "orphan": ("has one factor of a pair without the other", _AGAIN),
+    "duplicate": ("has two changes for one parameter", "keep one of them"),
+    "unknown_tensor": ("has tensors that are neither factors of a LoRA nor parameters of the base", _PLAIN),
+    "dtype": ("has tensors of a dtype that is not merged", "save it as float32, float16 or bfloat16"),
+    "rank_mismatch": (f"has factors of another rank than {CONFIG} says, so the scale is unknown", "correct r"),
+    "conv": ("has factors of convolutions, whose change is not a matrix", _PLAIN),
+    "unknown_module": ("changes parameters that the base lacks", _SAME_BASE),
+    "not_floating": ("changes parameters that are not floating-point numbers in the base", "give the unquantised base"),
+    "shape_mismatch": ("has factors that do not fit the base", _SAME_BASE),
+    "ambiguous_layout": (
+        "has square modules of which it can't be told whether they are stored (in, out)",
+        f"set fan_in_fan_out in {CONFIG} as it is for these modules, and name the others in `exclude`",
+    ),
+    "dora_mismatch": (f"has magnitudes where {CONFIG} says use_dora: false, or lacks them where it says true", _AGAIN),
+    "dora_transposed": ("has DoRA magnitudes for modules that are not linear (out, in)", _PLAIN),
+    "saved_modules": ("has whole tensors beside its factors (modules_to_save, embeddings or biases)", _SAVED_REMEDY),
+}
+"""Why an adapter is refused, and the remedy, by code; the modules or values follow in the message."""
+
+_VARIANTS = (
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
+    "megatron_config",
+)  # fmt: skip
+_HARMLESS = frozenset({
+    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config",
+    "megatron_config", "kasa_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config",
+})  # fmt: skip
+"""`use_...` and `..._config` keys that are dealt with, or say only how training began. Any other that is set is
+refused: it may be a variant that did not exist when this was written."""
+_UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva"})
+"""Values of `init_lora_weights` that leave the base as it was; PEFT's conversion of the others writes true."""
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(?P<path>.+)\.lora_(?:"
+    r"(?P<linear>A|B)(?:\.[^.]+)?\.(?P<what>weight|bias)"
+    r"|(?P<embedding>embedding_A|embedding_B)(?:\.[^.]+)?"
+    r"|(?P<magnitude>magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?)",
+    re.DOTALL,
+)
+"""A factor's key; the adapter's name is left out or left in."""
+_SAVED = re.compile(r"\.(?:modules_to_save\.[^.]+|base_layer)(?=\.[^.]+$)")
+_STEPS = 2e9
+"""Of a regular expression engine that all patterns of an adapter may take: 20 s of a hostile one."""
+_LARGEST = 2**31
+"""Rank or alpha that is taken for a number and no attack."""
+
+Parts = dict[str, TensorRef]
+"""What is stored of one module: A, B, bias, embedding_A, embedding_B, magnitude_vector."""
+
+
+class Lora(Format):
+    """A model stored as low-rank changes of a base."""
+
+    name = "lora"
+    whole = False
+
+    def recognises(self, names: Sequence[str]) -> bool:
+        """Return whether there is a PEFT config, or weights under PEFT's name."""
+        return CONFIG in names or WEIGHTS in names
+
+    def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the weights (or, without them, any safetensors, whose keys tell another tool's) and the config."""
+        weights = [name for name in names if name == WEIGHTS] or [
+            name for name in names if name.endswith(".safetensors") and not name.startswith(".")
+        ]
+        return tuple(weights), tuple(name for name in names if name == CONFIG)
+
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
+        """Return a source for each parameter that the adapter changes, checked against config and base."""
+        refused = _Refused()
+        config = _config(folder, refused)
+        pins = {pin.uri.rpartition("/")[2]: pin for pin in folder.files}
+        if WEIGHTS not in pins:
+            refused.add("pickle" if PICKLE in pins else "weights_missing")
+        if WEIGHTS not in pins or "peft_type" in refused:  # the rest would follow from it
+            return Found(problems=refused.problems(folder.uri))
+        modules, saved = _stored(folder.headers[WEIGHTS].tensors, refused)
+        adapter = _Adapter(_settings(config, modules, refused), modules, base, rules, refused)
+        for path, parts in modules.items():
+            adapter.add_module(path, parts)
+        for key, (name, ref) in saved.items():
+            adapter.add_saved(key, name, ref)
+        if not modules:
+            refused.add("nothing")
+        problems = refused.problems(folder.uri)
+        if problems:
+            return Found(problems=problems)
+        notes = tuple(f"{folder.uri}: {note}" for note in adapter.notes())
+        return Found((pins[WEIGHTS],), adapter.sources, notes=notes, kinds=adapter.kinds, facts=adapter.facts())
+
+    def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
+        """Return the rows of a linear module's B, its A whole; both whole where the parameter is stored transposed.
+
+        What lies together and is needed whole comes in one read.
+        """
+        return _joined(_pieces(source, start, stop))
+
+    def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> "Stored":
+        """Return fp32 factors of the rows that the slice touches; a whole tensor that was saved as it is."""
+        import torch  # here, so that planning does not wait for it
+
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        pieces = _pieces(source, start, stop)
+        stored = []
+        for ref, piece in zip(source.tensors, pieces, strict=False):
+            (data,) = (
+                buffer[piece.start - read.start : piece.stop - read.start]
+                for read, buffer in zip(_joined(pieces), buffers, strict=True)
+                if read.start <= piece.start and piece.stop <= read.stop
+            )
+            dtype = dtypes[ref.dtype]
+            aligned = data.storage_offset() % dtype.itemsize == 0 == data.data_ptr() % dtype.itemsize
+            stored.append((data if aligned else data.clone()).view(dtype))
+        numbers = dict(source.numbers)
+        if "scale" not in numbers:
+            return Encoded(stored[0] if stored else torch.empty(0, dtype=dtypes[source.tensors[0].dtype]))
+        scale = numbers["scale"]
+        if len(source.tensors) == 1:  # a bias: rows of one element
+            values = stored[0].float() if stored else torch.empty(0)
+            return Factors(values.reshape(-1, 1), torch.ones(1, 1), scale, 0)
+        rank, columns = source.tensors[0].shape[0], _columns(source)
+        if not stored:
+            return Factors(torch.empty(0, rank), torch.empty(rank, columns), scale, 0)
+        first, last = start // columns, -(-stop // columns)
+        if "transposed" in numbers:
+            left = torch.empty(last - first, rank).copy_(stored[0].reshape(rank, -1)[:, first:last].T)
+            right = torch.empty(rank, columns).copy_(stored[1].reshape(columns, rank).T)
+            return Factors(left, right, scale, start - first * columns)
+        left, right = stored[1].float().reshape(-1, rank), stored[0].float().reshape(rank, -1)
+        magnitude = stored[2].float() if len(stored) > 2 else None
+        return Factors(left, right, scale, start - first * columns, magnitude)
+
+    def needs(self, source: Source) -> Literal["nothing", "slice", "rows"]:
+        """Return `rows` for DoRA, whose rows are scaled by their norms; `slice` for a tensor that was saved whole."""
+        if "scale" not in dict(source.numbers):
+            return "slice"
+        return "rows" if len(source.tensors) > 2 else "nothing"
+
+    def held(self, source: Source) -> int:
+        """Return the bytes of the factors as read, once more aligned, and decoded."""
+        if "scale" not in dict(source.numbers):
+            return 0
+        return sum(2 * nbytes(ref.dtype, ref.shape) + 4 * math.prod(ref.shape) for ref in source.tensors)
+
+
+def _columns(source: Source) -> int:
+    """Return the number of columns of the parameter that two factors change."""
+    a, b = source.tensors[:2]
+    return b.shape[0] if "transposed" in dict(source.numbers) else a.shape[1]
+
+
+def _pieces(source: Source, start: int, stop: int) -> tuple[Read, ...]:
+    """Return what elements [start, stop) need of each tensor."""
+    if start == stop:
+        return ()
+    if len(source.tensors) == 1:
+        return (_part(source.tensors[0], start, stop)._replace(shared=False),)
+    columns = _columns(source)
+    rows = (start // columns, -(-stop // columns))
+    whole = tuple(_part(ref, 0, math.prod(ref.shape)) for ref in source.tensors[:2])
+    if "transposed" in dict(source.numbers):
+        return whole
+    rank = source.tensors[0].shape[0]
+    return whole[0], *(
+        _part(ref, rows[0] * width, rows[1] * width) for ref, width in zip(source.tensors[1:], (rank, 1), strict=False)
+    )
+
+
+def _part(ref: TensorRef, start: int, stop: int) -> Read:
+    """Return the read of elements [start, stop) of a tensor; what is whole is the same for every slice."""
+    width = DTYPE_BITS[ref.dtype] // 8
+    whole = (start, stop) == (0, math.prod(ref.shape))
+    return Read(ref.object, ref.start + start * width, ref.start + stop * width, shared=whole)
+
+
+def _joined(pieces: Sequence[Read]) -> tuple[Read, ...]:
+    """Return the pieces in the order of the file, neighbours that are shared alike as one."""
+    joined: list[Read] = []
+    for piece in sorted(pieces):
+        last = joined[-1] if joined else None
+        if last and (last.object, last.stop, last.shared) == (piece.object, piece.start, piece.shared):
+            joined[-1] = last._replace(stop=piece.stop)
+        else:
+            joined.append(piece)
+    return tuple(joined)
+
+
+class _Refused:
+    """Why an adapter is refused: for each code of `REASONS` the modules or values concerned."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, code: str, item: str = "") -> None:
+        self._found.setdefault(code, []).append(item)
+
+    def __contains__(self, code: object) -> bool:
+        return code in self._found
+
+    def problems(self, where: str) -> tuple[Problem, ...]:
+        """Return one problem a code, with the first few of its items."""
+        return tuple(
+            Problem(where, what + (f": {_listed(self._found[code])}" if any(self._found[code]) else ""), remedy, code)
+            for code, (what, remedy) in REASONS.items()
+            if code in self._found
+        )
+
+
+class _Settings(NamedTuple):
+    """What the config says of the scale, and of how modules are stored."""
+
+    r: int | None
+    """None where the config does not say it in a way that can be used."""
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    transposed: bool
+    dora: bool
+    base_name: str
+    task_type: str
+
+    def scale(self, path: str, rank: int) -> float:
+        """Return what multiplies B @ A of a module."""
+        alpha = _resolved(self.alpha_pattern, path, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+class _Adapter:
+    """The sources of one adapter, module by module."""
+
+    def __init__(
+        self,
+        settings: _Settings,
+        modules: Mapping[str, Parts],
+        base: Mapping[str, Parameter] | None,
+        rules: Rules,
+        refused: _Refused,
+    ) -> None:
+        self.sources: dict[str, Source] = {}
+        self.kinds: dict[str, Kind] = {}
+        self._settings, self._base, self._rules, self._refused = settings, base, rules, refused
+        self._rename = _renaming([f"{path}.weight" for path in modules], base)
+        self._layouts = self._told_by_shape(modules)
+        self._modules: list[str] = []
+        self._ranks: set[int] = set()
+        self._variants: set[str] = {"rslora"} if settings.rslora else set()
+        self._copies: list[str] = []
+
+    def add_module(self, path: str, parts: Parts) -> None:
+        """Add the changes of a module's weight, and of its bias."""
+        a, b = parts.get("A", parts.get("embedding_A")), parts.get("B", parts.get("embedding_B"))
+        if parts.keys() & {"A", "B"} and parts.keys() & {"embedding_A", "embedding_B"}:
+            self._refused.add("duplicate", path)
+        elif a is None or b is None:
+            self._refused.add("orphan", f"{path} ({', '.join(parts)})")
+        elif all([self._usable(path, parts[role], role) for role in parts]) and self._same_rank(path, a, b):
+            scale = self._settings.scale(path, a.shape[0])
+            self._add_weight(path, parts, a, b, scale)
+            if "bias" in parts:
+                self._variants.add("lora_bias")
+                self._add(f"{path}.bias", parts["bias"].shape, Source((parts["bias"],), (("scale", scale),)))
+            self._modules.append(path)
+            self._ranks.add(a.shape[0])
+
+    def add_saved(self, key: str, name: str, ref: TensorRef) -> None:
+        """Add a whole tensor that was saved beside the factors."""
+        name = self._rename(name)
+        if self._rules.excludes(name):
+            return
+        known = name.endswith((".weight", ".bias")) if self._base is None else name in self._base
+        if not known:
+            self._refused.add("unknown_tensor", key)
+        elif 0 in ref.shape:
+            self._refused.add("empty", key)
+        elif ref.dtype not in MERGEABLE:
+            self._refused.add("dtype", f"{key} ({ref.dtype})")
+        elif not self._rules.saved_modules:
+            self._refused.add("saved_modules", key)
+        elif key.endswith(".base_layer.weight") and name in self.sources:
+            self._copies.append(key)
+        else:
+            self._variants.add("saved_modules")
+            self._add(name, ref.shape, Source((ref,)))
+
+    def notes(self) -> list[str]:
+        """Return what was left aside."""
+        if not self._copies:
+            return []
+        return [f"left aside, copies of base layers that PEFT saves beside their factors: {_listed(self._copies)}"]
+
+    def facts(self) -> dict[str, str]:
+        """Return what a report tells of the adapter."""
+        scales = {number for source in self.sources.values() for name, number in source.numbers if name == "scale"}
+        return {
+            "base_name": self._settings.base_name,
+            "task_type": self._settings.task_type,
+            "rank": _range(self._ranks),
+            "scale": _range(scales),
+            "modules": str(len(self._modules)),
+            "targets": ", ".join(sorted({path.rpartition(".")[2] for path in self._modules})),
+            "variants": ", ".join(sorted(self._variants)),
+        }
+
+    def _usable(self, path: str, ref: TensorRef, role: str) -> bool:
+        """Return whether a factor has a shape and dtype that a factor can have."""
+        dimensions = 1 if role in ("bias", "magnitude_vector") else 2
+        code = (
+            "empty" if 0 in ref.shape or len(ref.shape) < dimensions
+            else "conv" if len(ref.shape) > dimensions
+            else "dtype" if ref.dtype not in FACTOR_DTYPES
+            else None
+        )  # fmt: skip
+        if code:
+            self._refused.add(code, f"{path} {role} ({ref.dtype} {list(ref.shape)})")
+        return code is None
+
+    def _same_rank(self, path: str, a: TensorRef, b: TensorRef) -> bool:
+        """Return whether both factors have the rank that the config resolves to."""
+        rank = self._settings.r and _resolved(self._settings.rank_pattern, path, self._settings.r)
+        same = a.shape[0] == b.shape[1] and rank in (None, a.shape[0])
+        if not same:
+            said = "" if rank is None else f", r {rank}"
+            self._refused.add("rank_mismatch", f"{path} (A {list(a.shape)}, B {list(b.shape)}{said})")
+        return same
+
+    def _add_weight(self, path: str, parts: Parts, a: TensorRef, b: TensorRef, scale: float) -> None:
+        name = self._rename(f"{path}.weight")
+        kind: Kind | None = "embedding" if "embedding_A" in parts else self._layout(path, a, b)
+        if kind is None:
+            self._refused.add("ambiguous_layout", path)
+            return
+        shape = (b.shape[0], a.shape[1]) if kind == "linear" else (a.shape[1], b.shape[0])
+        numbers = (("scale", scale),) if kind == "linear" else (("scale", scale), ("transposed", 1.0))
+        magnitude = parts.get("magnitude_vector")
+        if (magnitude is not None) != self._settings.dora:
+            self._refused.add("dora_mismatch", path)
+        elif magnitude is not None and kind != "linear":
+            self._refused.add("dora_transposed", path)
+        elif magnitude is not None and magnitude.shape != shape[:1]:
+            self._refused.add("shape_mismatch", f"{path} magnitude {list(magnitude.shape)} of {shape[0]} rows")
+        else:
+            self._variants |= {"dora"} if magnitude is not None else set()
+            self._add(name, shape, Source((a, b) if magnitude is None else (a, b, magnitude), numbers))
+            if kind != "linear" and name in self.sources:
+                self.kinds[name] = kind
+
+    def _add(self, name: str, shape: tuple[int, ...], source: Source) -> None:
+        """Add a source if the base has such a parameter and the recipe does not exclude it."""
+        name = self._rename(name)
+        parameter = None if self._base is None else self._base.get(name)
+        if self._rules.excludes(name):
+            return
+        if self._base is not None and parameter is None:
+            self._refused.add("unknown_module", name)
+        elif parameter and not parameter.merged:
+            self._refused.add("not_floating", f"{name} ({parameter.dtype})")
+        elif parameter and parameter.shape != shape:
+            what = f"{name} {list(shape)} where the base has {list(parameter.shape)}"
+            self._refused.add("shape_mismatch", what)
+        elif name in self.sources:
+            self._refused.add("duplicate", name)
+        else:
+            self.sources[name] = source
+
+    def _layout(self, path: str, a: TensorRef, b: TensorRef) -> Kind | None:
+        """Return how a module is stored: as shapes tell; where it is square, as its namesakes are, or the config says.
+
+        PEFT's fan_in_fan_out is one flag, which the last module of a model with both kinds decides.
+        """
+        told = self._told(path, a, b)
+        config: Kind = "transposed" if self._settings.transposed else "linear"
+        if told or a.shape[1] != b.shape[0]:
+            return told or config
+        namesakes = self._layouts.get(path.rpartition(".")[2], set())
+        seen = namesakes or set().union(*self._layouts.values()) | {config}
+        return next(iter(seen)) if len(seen) == 1 else None
+
+    def _told_by_shape(self, modules: Mapping[str, Parts]) -> dict[str, set[Kind]]:
+        """Return the layouts of modules that are not square, by the last word of their path."""
+        layouts: dict[str, set[Kind]] = {}
+        for path, parts in modules.items():
+            told = self._told(path, parts["A"], parts["B"]) if parts.keys() >= {"A", "B"} else None
+            if told:
+                layouts.setdefault(path.rpartition(".")[2], set()).add(told)
+        return layouts
+
+    def _told(self, path: str, a: TensorRef, b: TensorRef) -> Kind | None:
+        """Return the layout where only one fits the base's shape."""
+        parameter = (self._base or {}).get(self._rename(f"{path}.weight"))
+        if parameter is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] == b.shape[0]:
+            return None
+        layouts: dict[tuple[int, ...], Kind] = {
+            (b.shape[0], a.shape[1]): "linear", (a.shape[1], b.shape[0]): "transposed"
+        }  # fmt: skip
+        return layouts.get(parameter.shape)
+
+
+def _renaming(names: Sequence[str], base: Collection[str] | None) -> Callable[[str], str]:
+    """Return how an adapter's parameters are called in the base, which may have been saved with or without its head.
+
+    One way for the whole adapter: as they are, without their leading word (`model.`), or with the base's.
+    """
+    if not base or all(name in base for name in names):
+        return lambda name: name
+    drop, add = (Counter(name.partition(".")[0] for name in some).most_common(1) for some in (names, base))
+    ways: list[Callable[[str], str]] = [
+        lambda name: name,
+        lambda name: name.removeprefix(f"{drop[0][0]}."),
+        lambda name: f"{add[0][0]}.{name}",
+    ]
+    way = max(ways, key=lambda one: sum(one(name) in base for name in names))
+    return lambda name: way(name) if name not in base and way(name) in base else name
+
+
+def _stored(
+    tensors: Mapping[str, TensorInfo], refused: _Refused
+) -> tuple[dict[str, Parts], dict[str, tuple[str, TensorRef]]]:
+    """Return the factors by module, and by key what else there is with its name in the model."""
+    modules: dict[str, Parts] = {}
+    saved: dict[str, tuple[str, TensorRef]] = {}
+    for key, info in tensors.items():
+        ref = TensorRef(0, info.start, info.dtype, info.shape)
+        name = key
+        while name.startswith(_PREFIX):
+            name = name.removeprefix(_PREFIX)
+        match = _FACTOR.fullmatch(name)
+        if ".trainable_tokens_" in name:
+            refused.add("trainable_tokens", key)
+        elif match is None:
+            saved[key] = (_SAVED.sub("", name), ref)
+        elif match["linear"] == "A" and match["what"] == "bias":
+            refused.add("unknown_tensor", key)
+        else:
+            role = "bias" if match["what"] == "bias" else match["linear"] or match["embedding"] or match["magnitude"]
+            parts = modules.setdefault(match["path"], {})
+            if role in parts:
+                refused.add("duplicate", key)
+            parts[role] = ref
+    return modules, saved
+
+
+def _config(folder: Folder, refused: _Refused) -> Mapping[str, Any]:
+    """Return the config; empty, and refused, where there is none or it is of another kind of adapter."""
+    if CONFIG not in folder.texts:
+        refused.add("config_missing")
+        return {}
+    try:
+        config = json.loads(folder.texts[CONFIG])
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        refused.add("config_json")
+        return {}
+    if config.get("peft_type") != "LORA":
+        refused.add("peft_type", _shown(config.get("peft_type")))
+    for key in ("layer_replication", "target_parameters"):
+        if config.get(key):
+            refused.add(key)
+    if config.get("trainable_token_indices"):
+        refused.add("trainable_tokens")
+    initialised = config.get("init_lora_weights")
+    if not (initialised is None or str(initialised).lower() in _UNCHANGED_BASE) or config.get("kasa_config"):
+        refused.add("mutated_base", "kasa" if config.get("kasa_config") else _shown(initialised))
+    for key, value in config.items():
+        unheard = (key.startswith("use_") or key.endswith("_config")) and key not in _HARMLESS
+        if value and (unheard or key in _VARIANTS):
+            refused.add("variant", key)
+    return config
+
+
+def _settings(config: Mapping[str, Any], modules: Collection[str], refused: _Refused) -> _Settings:
+    """Return what a config says; a value that can't be used is refused, and the default stands for it."""
+
+    def value(key: str, default: Any, usable: Callable[[Any], bool]) -> Any:
+        given = config.get(key, default)
+        if usable(given):
+            return given
+        refused.add("config_value", f"{key}: {_shown(given)}")
+        return default
+
+    def pattern(key: str, usable: Callable[[Any], bool]) -> Any:
+        given = value(key, None, lambda it: it is None or (isinstance(it, dict) and all(map(usable, it.values()))))
+        return given or {}
+
+    def flag(key: str) -> bool:
+        return bool(value(key, False, lambda it: it is None or isinstance(it, bool)))
+
+    def text(key: str) -> str:
+        return str(value(key, None, lambda it: it is None or isinstance(it, str)) or "")
+
+    r = value("r", 8, _is_rank)  # 8 and 8 are PEFT's own defaults
+    alpha = value("lora_alpha", 8, _is_alpha)
+    patterns = pattern("rank_pattern", _is_rank), pattern("alpha_pattern", _is_alpha)
+    usable = _usable_patterns([*patterns[0], *patterns[1]], modules, refused)
+    said = bool(config) and usable and "config_value" not in refused
+    return _Settings(
+        r=r if said else None,
+        alpha=float(alpha),
+        rank_pattern=patterns[0] if usable else {},
+        alpha_pattern=patterns[1] if usable else {},
+        rslora=flag("use_rslora"),
+        transposed=flag("fan_in_fan_out"),
+        dora=flag("use_dora"),
+        base_name=text("base_model_name_or_path"),
+        task_type=text("task_type"),
+    )
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST  # type: ignore[arg-type]  # nan compares false
+
+
+def _resolved(pattern: Mapping[str, T], path: str, default: T) -> T:
+    """Return a module's own number: of the first key, in the config's order, that matches the end of its path.
+
+    As PEFT's `get_pattern_key`: keys are regular expressions, and the part that they match begins after a dot.
+    """
+    key = next((key for key in pattern if _compiled(key).match(path)), path)
+    return pattern.get(key, default)
+
+
+@functools.lru_cache(4096)
+def _compiled(key: str) -> re.Pattern[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what may mean something else in a future Python
+        return re.compile(rf"(.*\.)?({key})$")
+
+
+def _usable_patterns(keys: Sequence[str], paths: Collection[str], refused: _Refused) -> bool:
+    """Return whether all keys are regular expressions that can be matched in bounded time."""
+    length = max(map(len, paths), default=0)
+    dots = max((path.count(".") for path in paths), default=0)
+    steps = 0.0
+    for key in keys:
+        steps += 1e4 + 200 * len(key) + len(paths) * _steps(key, length, dots)  # the first two: compiling it
+        try:
+            usable = steps < _STEPS and bool(_compiled(key))
+        except (re.error, OverflowError, RecursionError):
+            usable = False
+        if not usable:
+            refused.add("pattern", _shown(key))
+            return False
+    return True
+
+
+def _steps(key: str, length: int, dots: int) -> float:
+    """Return at most how many steps it takes to match a key with a path of so many characters and dots.
+
+    A match that fails tries everything: any of the dots as the beginning, for each repetition any end, for each group
+    any of its alternatives. A repeated group could repeat what repeats in it, which takes exponential time.
+    """
+    if re.search(r"\)[*+{]", key):
+        return math.inf
+    groups = key.count("(") + 1
+    exponent = (
+        math.log(length + len(key) + 1)
+        + math.log(dots + 1)
+        + sum(map(key.count, "*+{")) * math.log(length + 1)
+        + key.count("?") * math.log(2)
+        + groups * math.log(key.count("|") / groups + 1)
+    )
+    return math.exp(min(exponent, 700.0))
+
+
+def _range(values: Iterable[float]) -> str:
+    """Return `8..64`, or `16` where all are one, or nothing."""
+    ordered = [f"{value:g}" for value in sorted(values)]
+    return "..".join(dict.fromkeys(ordered[:1] + ordered[-1:]))
+
+
+def _shown(value: object) -> str:
+    """Return a short text of anything that JSON may hold."""
+    return reprlib.repr(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    every = [printable(name) for name in names]
+    return ", ".join(every[:4]) + (f" and {len(every) - 4} more" if len(every) > 4 else "")
