@@ -41,9 +41,9 @@ _TOOLS = (
 
 
 def problem(folder: Folder) -> Problem | None:
-    """Return why a folder is another tool's adapter, with a code (mlx, kohya, diffusers, no_config), else None.
+    """Return why a folder is another tool's adapter, with a code (mlx, kohya, diffusers, config_missing), else None.
 
-    From names alone, never from shapes: a square factor of MLX has the same shape as one of PEFT. `no_config`: factors
+    From names alone, never from shapes: a square factor of MLX has the same shape as one of PEFT. `config_missing`: factors
     as PEFT names them, in a folder that is not an adapter's.
     """
     keys = [(file, key) for file, header in folder.headers.items() for key in header.tensors]
@@ -54,5 +54,5 @@ def problem(folder: Folder) -> Problem | None:
     names = {pin.uri.rpartition("/")[2] for pin in folder.files}
     if keys and all(".lora_" in key for _, key in keys) and not names & {CONFIG, WEIGHTS}:
         what = f"holds nothing but factors of an adapter ({printable(keys[0][1])}), and no {CONFIG}"
-        return Problem(folder.uri, what, f"save it with PEFT: {CONFIG} beside {WEIGHTS}", "no_config")
+        return Problem(folder.uri, what, f"save it with PEFT: {CONFIG} beside {WEIGHTS}", "config_missing")
     return None
