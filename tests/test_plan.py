@@ -191,7 +191,7 @@ def test_a_worker_never_needs_more_than_the_recipes_memory(
 
 def test_too_little_memory_for_the_parts_is_refused() -> None:
     parameters = [Parameter("a", (300_000, 3000), "BF16", True)]
-    with pytest.raises(RecipeError, match=r"run\.memory: .*128.* is too little beside 128 MiB of parts or tables"):
+    with pytest.raises(RecipeError, match=r"run\.memory: .*128.* is too little beside 128 MiB of parts"):
         make_plan(recipe_for(run={"memory": "128MiB"}), catalog_of(parameters))
 
 

@@ -4,6 +4,7 @@ recipe -> catalog -> plan -> rounds (shards | barrier) ... -> finalize -> result
 """
 
 import importlib.metadata
+import math
 import platform
 import struct
 import time
@@ -15,9 +16,9 @@ from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Executor, Needs
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
-from ties_ray.manifest import Manifest, Record, Written
+from ties_ray.manifest import Manifest, Record, Survey
 from ties_ray.orders import SETUP, Answer, Order, Setup
-from ties_ray.plan import MODEL_GROUP, Plan, PlannedRound, make_plan
+from ties_ray.plan import COUNTS, MODEL_GROUP, Plan, PlannedRound, make_plan, settle, without
 from ties_ray.recipe import Recipe
 from ties_ray.report import (
     InputProvenance,
@@ -25,6 +26,7 @@ from ties_ray.report import (
     Progress,
     Provenance,
     TrimReport,
+    Truncation,
     Watch,
 )
 from ties_ray.schedule import Failure, Schedule
@@ -101,7 +103,6 @@ class MergeRun:
 
     def execute(self, executor: Executor) -> None:
         """Do all rounds; every one leaves its records and what the barrier makes of them in the manifest."""
-        self._uploads = self._begin_uploads()
         recipe = self._plan.recipe
         setup = Setup(folder=self._manifest.folder, storage=recipe.storage)
         needs = Needs(
@@ -117,9 +118,51 @@ class MergeRun:
             self._executor = executor
             self._work("start", [Order("hello")] * self._num_workers, costs=[1] * self._num_workers)
             for index, round_ in enumerate(self._plan.result.rounds):
-                self._round(index, round_)
+                if index and self._plan.result.rounds[index - 1].kind == "survey":
+                    self._judge(self._manifest.read_folded(index - 1, [0])[0].surveys)
+                if round_.kind == "merge":
+                    self._settle(index)
+                    self._uploads = self._begin_uploads()
+                self._round(index, self._plan.result.rounds[index])
         finally:
             executor.stop()
+
+    def _settle(self, index: int) -> None:
+        """Give the output the rank that its matrices ask for, in the stored plan too; workers read it again."""
+        if self._plan.recipe.output.condenses:
+            matrices = self._manifest.read_folded(index - 1, [0])[0].matrices
+            norms2, errors2 = [one.norm2 for one in matrices], [list(one.errors2.values()) for one in matrices]
+            settled = settle(self._plan, norms2, errors2)
+            self._follow(settled)
+
+    def _judge(self, surveys: Sequence[Survey]) -> None:
+        """Refuse models for what a survey found of them, or go on without them where the recipe allows it."""
+        if self._plan.revision:
+            return  # an interrupted run has judged them, and the survey's numbers are those of the first plan
+        recipe, models = self._plan.recipe, self._plan.catalog.models
+        least, most = recipe.bounds.norm or (0.0, math.inf)
+        wrong: dict[int, Problem] = {}
+        for one in surveys:
+            model = models[self._plan.result.models[one.member]]
+            norm = math.sqrt(one.norm2)
+            if one.not_finite:
+                what = f"{one.not_finite:,} values of its factors are NaN or Inf"
+                wrong[one.member] = Problem(model.uri, what, "repair or drop it, or allow: {nan: drop_model}", "nan")
+            elif not least <= norm <= most:
+                what = f"its change has the norm {norm:.6g}, outside bounds.norm ({least:g} to {most:g})"
+                wrong[one.member] = Problem(model.uri, what, "drop it, or allow: {refused_model: drop}", "norm")
+        drops = recipe.allow.refused_model == "drop"
+        fatal = [one for one in wrong.values() if not drops and (one.code == "norm" or recipe.allow.nan is None)]
+        if fatal or len(wrong) == len(surveys):
+            raise InputError(fatal or wrong.values())
+        if wrong:
+            self._follow(without(self._plan, wrong))
+
+    def _follow(self, plan: Plan) -> None:
+        """Go on by another plan, which workers read when they are told its revision."""
+        if plan is not self._plan:
+            self._manifest.write_plan(plan)
+            self._plan = plan
 
     def _begin_uploads(self) -> dict[str, str]:
         """Return the upload of each weight file; begin those that are not there, or no longer known to the store."""
@@ -158,7 +201,7 @@ class MergeRun:
         self._shards_done_before += len(done)
         shards = {name: record.shards for name, record in records.items()}
         costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
-        orders = [Order("shard", index, shard) for shard in range(round_.num_shards)]
+        orders = [Order("shard", index, shard, revision=self._plan.revision) for shard in range(round_.num_shards)]
         # A part written twice is the same part; a shard counted twice would be counted twice.
         repeats = round_.kind == "merge"
         shards |= self._work(round_.name, orders, costs=costs, done=done, records=True, repeats=repeats)
@@ -168,15 +211,14 @@ class MergeRun:
         folds = []
         for group in groups:
             names = [name for name, own in shards.items() if self._group(round_, own[0]) == group]
-            folds.append(Order("fold", index, group, tuple(names)))
+            folds.append(Order("fold", index, group, tuple(names), self._plan.revision))
         self._work(f"{round_.name}: barrier", folds, costs=[1] * len(folds))
 
     def _groups(self, round_: PlannedRound) -> range:
-        counting = round_.kind in ("count_high", "count_low")
-        return range(-(-len(self._plan.result.models) // MODEL_GROUP) if counting else 1)
+        return range(-(-len(self._plan.result.models) // MODEL_GROUP) if round_.kind in COUNTS else 1)
 
     def _group(self, round_: PlannedRound, shard: int) -> int:
-        return shard // self._plan.layout.num_ranges if round_.kind in ("count_high", "count_low") else 0
+        return shard // self._plan.layout.num_ranges if round_.kind in COUNTS else 0
 
     def _accepted(self, index: int, round_: PlannedRound) -> dict[str, Record]:
         """Return the records of an interrupted run that count: of overlapping ones the first, none of lost uploads."""
@@ -255,14 +297,13 @@ class MergeRun:
         """
         self.watch(Progress("publish", 0, 1, self._totals.bytes_read, self._plan.bytes_read))
         last = len(self._plan.result.rounds) - 1
-        parts: list[Written] = []
+        records = [self._manifest.read_record(last, name) for name in self._records]
+        parts = [part for record in records for part in record.parts]
+        truncation, lost = self._truncation(last)
         zeroed: dict[str, int] = {}
-        for name in self._records:
-            record = self._manifest.read_record(last, name)
-            parts += record.parts
-            for member, parameter, count in record.zeroed:
-                key = f"{self._plan.result.members[member].id}: {parameter}"
-                zeroed[key] = zeroed.get(key, 0) + count
+        for member, parameter, count in (*lost, *(one for record in records for one in record.zeroed)):
+            key = f"{self._plan.result.members[member].id}: {parameter}"
+            zeroed[key] = zeroed.get(key, 0) + count
         files = complete_uploads(self._plan, self._stores, self._uploads, parts, check)
         result = MergeResult(
             status="done",
@@ -283,6 +324,8 @@ class MergeRun:
             trims=self._trims(),
             statistics=self._statistics(),
             zeroed=zeroed,
+            truncation=truncation,
+            refused={one.uri: [str(problem) for problem in one.problems] for one in self._plan.catalog.refused},
             notes=list(self._plan.notes),
             provenance=provenance(self._plan),
         )
@@ -291,8 +334,24 @@ class MergeRun:
         result = result.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
         check()
         publish_result(self._plan, self._stores, result)
+        if self._plan.recipe.output.condenses:
+            self._manifest.delete_scratch()
         self.watch(Progress("publish", 1, 1, self._totals.bytes_read, self._plan.bytes_read))
         return result
+
+    def _truncation(self, last: int) -> tuple[Truncation | None, Sequence[tuple[int, str, int]]]:
+        """Return what a rank cost, and what counted as zero while matrices were condensed."""
+        output = self._plan.recipe.output
+        if not output.condenses:
+            return None, ()
+        folded = self._manifest.read_folded(last - 1, [0])[0]
+        rank = output.ranks[-1]
+        norm2 = math.fsum(one.norm2 for one in folded.matrices)
+        error2 = math.fsum(one.errors2[rank] for one in folded.matrices)
+        names = [parameter.name for parameter in self._plan.catalog.parameters]
+        each = {names[one.parameter]: _share(one.errors2[rank], one.norm2) for one in folded.matrices}
+        truncation = Truncation(rank=rank, relative_error=_share(error2, norm2), matrices=each)
+        return truncation, folded.zeroed
 
     def _folded(self, kind: str) -> list[tuple[int, PlannedRound]]:
         return [(index, round_) for index, round_ in enumerate(self._plan.result.rounds) if round_.kind == kind]
@@ -304,7 +363,8 @@ class MergeRun:
             for folded in self._manifest.read_folded(index, self._groups(round_)).values():
                 for pick in folded.picks:
                     whole = pick.parameter == WHOLE
-                    size = self._plan.layout.num_elements if whole else parameters[pick.parameter].numel
+                    of_whole = self._plan.result.sizes[pick.member]
+                    size = of_whole if whole else parameters[pick.parameter].numel
                     reports.append(
                         TrimReport(
                             model=self._plan.result.members[pick.member].id,
@@ -322,6 +382,10 @@ class MergeRun:
         for index, _ in self._folded("gather"):
             found |= self._manifest.read_folded(index, [0])[0].statistics
         return found
+
+
+def _share(error2: float, norm2: float) -> float:
+    return math.sqrt(error2 / norm2) if norm2 else 0.0
 
 
 def _error(failure: Failure, stage: str) -> MergeError:

@@ -4,6 +4,7 @@
     uploads.json        upload id of each weight file
     records/<round>/    what workers have finished, one object a batch, written after the data is durable
     folded/<round>/     what a barrier made of the records: thresholds, a method's statistics
+    scratch/<name>      condensed matrices, until they are assembled
     seen/<shard>.json   checksums of what the first round has read, which later rounds must read again
 
 Losing a record costs a redo, never a byte.
@@ -21,12 +22,14 @@ from pydantic import TypeAdapter, ValidationError
 from ties_ray.errors import InputError, Problem
 from ties_ray.plan import Plan
 from ties_ray.statistics import Counts, Pick
-from ties_ray.stores import Part, Stores, join
+from ties_ray.stores import Part, Stores, crc32c, join
 
 FOLDER = ".ties-ray"
 """Name of the manifest's folder in an output."""
 LIMIT = 2**30
 """Bytes: no manifest object is larger."""
+SCRATCH_LIMIT = 2**36
+"""Bytes: nor any scratch; it is as large as the two factors of the largest matrix."""
 
 
 class Written(NamedTuple):
@@ -37,6 +40,29 @@ class Written(NamedTuple):
     part: Part
     crc32c: str
     """Of the bytes as the worker had them, 8 hex digits: whatever the store's own mark is."""
+
+
+class Matrix(NamedTuple):
+    """One matrix that was condensed into scratch."""
+
+    parameter: int
+    """Index into the catalog's parameters."""
+    crc32c: str
+    """Of its scratch, 8 hex digits."""
+    norm2: float
+    """Squared Frobenius norm of the merged matrix..."""
+    errors2: dict[int, float]
+    """...and of the error, by rank."""
+
+
+class Survey(NamedTuple):
+    """What the factors of one model are, before anything is merged."""
+
+    member: int
+    norm2: float
+    """Squared Frobenius norm of its low-rank changes."""
+    not_finite: int
+    """Elements of its factors that are NaN or Inf."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +77,21 @@ class Record:
     statistics: dict[str, int] = field(default_factory=dict)
     zeroed: tuple[tuple[int, str, int], ...] = ()
     """(member, parameter, values) that were not finite and counted as zero, because the recipe allows it."""
+    matrices: tuple[Matrix, ...] = ()
+    surveys: tuple[Survey, ...] = ()
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What a barrier knows: of one group of models (thresholds) or of all (a method's statistics)."""
+    """What a barrier knows: of one group of models (thresholds) or of all (a method's statistics, matrices)."""
 
     picks: tuple[Pick, ...] = ()
     statistics: dict[str, int] = field(default_factory=dict)
+    surveys: tuple[Survey, ...] = ()
+    matrices: tuple[Matrix, ...] = ()
+    """In the order of their parameters."""
+    zeroed: tuple[tuple[int, str, int], ...] = ()
+    """As in the records, of the round that condenses."""
 
 
 class Seen(NamedTuple):
@@ -150,6 +183,29 @@ class Manifest:
         """Return what a shard of the first round has read; nothing if it is not done yet."""
         data = self._get(f"seen/{shard}.json")
         return () if data is None else _SEEN.validate_json(data)
+
+    def write_scratch(self, parameter: int, data: memoryview) -> str:
+        """Store the condensed matrix of a parameter; return its CRC32C."""
+        self._store.put(self._scratch(parameter), bytes(data))
+        return crc32c(data)
+
+    def read_scratch(self, matrix: Matrix) -> bytes:
+        """Return a condensed matrix; raise `InputError` where it is not what was written."""
+        uri = self._scratch(matrix.parameter)
+        try:
+            data = self._store.get(uri, SCRATCH_LIMIT)[1]
+        except FileNotFoundError as error:
+            raise InputError(Problem(uri, "scratch of this merge has gone", "merge again with --fresh")) from error
+        if crc32c(memoryview(data)) != matrix.crc32c:
+            raise InputError(Problem(uri, "scratch is not what was written", "merge again with --fresh"))
+        return data
+
+    def delete_scratch(self) -> None:
+        """Remove all scratch; nothing needs it once the result is there."""
+        self._store.delete_folder(join(self.folder, "scratch"))
+
+    def _scratch(self, parameter: int) -> str:
+        return join(self.folder, f"scratch/{parameter}")
 
     def _records(self, round_: int) -> str:
         return join(self.folder, f"records/{round_}")

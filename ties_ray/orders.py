@@ -26,6 +26,8 @@ class Order:
     """Of the shard, or of the group of models to fold."""
     records: tuple[str, ...] = ()
     """Names of the records to fold."""
+    revision: int = 0
+    """Of the stored plan that is meant; a worker that has read another reads it again."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -19,14 +20,15 @@ from pydantic import TypeAdapter
 from ties_ray import plugins
 from ties_ray.catalog import Catalog, Model
 from ties_ray.errors import Problem, RecipeError
-from ties_ray.formats import Format, Parameter
+from ties_ray.formats import Format, Parameter, Read, Source
 from ties_ray.kernels import ARITHMETIC
 from ties_ray.methods import Member, Round
 from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTensor, Placed
+from ties_ray.pool import Refused
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of the run's identity. Raise it with any constant below: a resumed run works its shards out from them again."""
 MODEL_GROUP = 32
 """Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""
@@ -54,7 +56,8 @@ ENTRY_BYTES = 2**10
 STATE_BYTES = 20 + 4 + 4
 """Bytes an element of a block: the largest state of a kernel, the merged delta, one fp32 scratch."""
 
-RoundKind = Literal["count_high", "count_low", "gather", "merge"]
+RoundKind = Literal["survey", "count_high", "count_low", "gather", "condense", "merge"]
+COUNTS = ("count_high", "count_low")
 
 
 class Segment(NamedTuple):
@@ -72,7 +75,7 @@ class Shard(NamedTuple):
     models: tuple[int, int]
     """The models [start, stop) it reads, as indices into the result's members."""
     segments: tuple[Segment, ...] = ()
-    """In rounds that count or gather."""
+    """In all rounds but the merge; where matrices are condensed, one whole parameter."""
     file: int = 0
     parts: tuple[int, int] = (0, 0)
     """In the merge: parts [start, stop) of the file, from 0."""
@@ -101,6 +104,8 @@ class PlannedResult:
     members: tuple[Member, ...]
     models: tuple[int, ...]
     """The members' indices into the catalog's models (a model of weight 0 is not a member)."""
+    sizes: tuple[int, ...]
+    """d of each member: the elements of its task vector."""
     files: tuple[OutputFile, ...]
     rounds: tuple[PlannedRound, ...]
 
@@ -120,6 +125,8 @@ class Plan:
     memory: int
     """Peak of a worker beyond its imports, in bytes."""
     notes: tuple[str, ...]
+    revision: int = 0
+    """How often it was changed by what a barrier told; workers read it again."""
 
     @property
     def result(self) -> PlannedResult:
@@ -168,6 +175,8 @@ class Layout:
         self._parts_a_shard = max(
             1, min(MAX_SHARD, sum(file.size for file in files) // SHARDS_AT_LEAST) // self.part_size
         )
+        self.matrices = [index for index in self._merged if catalog.parameters[index].changed]
+        """What is condensed, where the output does that: one shard each."""
         shards = [-(-self.num_parts(index) // self._parts_a_shard) for index in range(len(files))]
         self._shard_ends = list(itertools.accumulate(shards))
         self._starts = [[placed.start for placed in file.tensors] for file in files]
@@ -234,8 +243,13 @@ class Layout:
         """Return what shard `index` of a round covers."""
         if round_.kind == "merge":
             return self.merge_shard(index, num_models)
+        if round_.kind == "survey":
+            return Shard(models=(index, index + 1))
         if round_.kind == "gather":
             return Shard(models=(0, num_models), segments=self.range_(index))
+        if round_.kind == "condense":
+            parameter = self.matrices[index]
+            return Shard(models=(0, num_models), segments=(Segment(parameter, 0, self.parameters[parameter].numel),))
         # Group after group, so that a worker's tables serve many shards before they are written out.
         group, position = divmod(index, self.num_ranges)
         models = (group * MODEL_GROUP, min((group + 1) * MODEL_GROUP, num_models))
@@ -253,9 +267,14 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
     files = plan_files(recipe, catalog)
     layout = Layout(recipe, catalog, files)
     run_id = _run_id(recipe, catalog)
-    result = PlannedResult(members=members, models=tuple(kept), files=files, rounds=())
-    result = replace(result, rounds=tuple(_rounds(recipe, catalog, result, layout)))
-    memory = max(_memory(recipe, catalog, result, round_, layout) for round_ in result.rounds)
+    sources = Sources(recipe, catalog, kept)
+    result = PlannedResult(members, tuple(kept), _sizes(recipe, catalog, members, kept, layout), files, ())
+    result = replace(result, rounds=tuple(_rounds(recipe, result, layout, sources)))
+    memory = max(_memory(recipe, result, round_, layout, sources) for round_ in result.rounds)
+    if memory > recipe.run.memory + recipe.run.cache:
+        what = f"{recipe.run.memory.human_readable()} is too little: the largest matrix alone takes a worker"
+        remedy = f"raise it by {memory - recipe.run.memory - recipe.run.cache:,} bytes"
+        raise RecipeError(Problem("run.memory", f"{what} {memory:,} bytes", remedy))
     notes = [*catalog.notes, *(f"model {model.id} ({model.uri}): weight 0, left out" for model in dropped)]
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -276,8 +295,64 @@ def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> None:
         problems.append(Problem("models", "all weights are zero", "give at least one model a weight"))
     if not any(parameter.merged for parameter in catalog.parameters):
         problems.append(Problem("base", "no parameter is left to merge", "check `exclude`"))
+    problems += recipe.output.problems(catalog.parameters)
     if problems:
         raise RecipeError(problems)
+
+
+def settle(plan: Plan, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> Plan:
+    """Return the plan with the output's rank settled by what the matrices came to; the same plan if it was."""
+    output = plan.recipe.output.choose(norms2, errors2)
+    if output == plan.recipe.output:
+        return plan
+    recipe = plan.recipe.model_copy(update={"output": output})
+    files = plan_files(recipe, plan.catalog)
+    *before, last = plan.result.rounds
+    last = last._replace(num_shards=Layout(recipe, plan.catalog, files).num_merge_shards)
+    result = replace(plan.result, files=files, rounds=(*before, last))
+    return replace(plan, recipe=recipe, results=(result,), revision=plan.revision + 1)
+
+
+def without(plan: Plan, refused: Mapping[int, Problem]) -> Plan:
+    """Return the plan without the members that a survey refuses, given with the reason; the rounds stay as many."""
+    catalog = plan.catalog
+    gone = {plan.result.models[member]: problem for member, problem in refused.items()}
+    left = tuple(model for index, model in enumerate(catalog.models) if index not in gone)
+    changed = {name for model in left for name in model.sources}
+    catalog = replace(
+        catalog,
+        models=left,
+        parameters=tuple(one._replace(changed=one.name in changed) for one in catalog.parameters),
+        refused=(
+            *catalog.refused,
+            *(Refused(catalog.models[index].id, catalog.models[index].uri, (why,)) for index, why in gone.items()),
+        ),
+    )
+    notes = (*plan.notes, *(f"left out, as allowed: {problem}" for problem in gone.values()))
+    made = make_plan(plan.recipe, catalog)
+    return replace(made, run_id=plan.run_id, output=plan.output, notes=notes, revision=plan.revision + 1)
+
+
+def _sizes(
+    recipe: Recipe, catalog: Catalog, members: Sequence[Member], kept: Sequence[int], layout: Layout
+) -> tuple[int, ...]:
+    """Return d of each member: of a whole model all merged elements, of an adapter those it changes, or any does."""
+    need = recipe.method.needs(members)
+    formats = formats_of(catalog.models)
+    numels = {parameter.name: parameter.numel for parameter in catalog.parameters if parameter.merged}
+    models = [catalog.models[index] for index in kept]
+    union = {name for model in models if not formats[model.format].whole for name in model.sources}
+    known: dict[int, int] = {}
+
+    def size(model: Model) -> int:
+        if formats[model.format].whole:
+            return layout.num_elements
+        names = union if need and need.denominator == "union" else model.sources
+        if id(names) not in known:
+            known[id(names)] = sum(numels.get(name, 0) for name in names)
+        return known[id(names)]
+
+    return tuple(map(size, models))
 
 
 def part_size(recipe: Recipe, files: Sequence[OutputFile]) -> int:
@@ -323,7 +398,7 @@ def tensor_bytes(tensor: OutputTensor) -> int:
 
 def _run_id(recipe: Recipe, catalog: Catalog) -> str:
     """Return the digest of what decides the bytes: the recipe's rules, the pinned inputs, the arithmetic."""
-    rules = recipe.model_dump(mode="json", include={"method", "exclude", "allow", "output"})
+    rules = recipe.model_dump(mode="json", include={"method", "exclude", "allow", "bounds", "output"})
     for without in ("path", "part_size"):
         del rules["output"][without]
     inputs = [
@@ -336,83 +411,227 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
 
 def formats_of(models: Sequence[Model]) -> dict[str, Format]:
     """Return the formats of some models by name."""
-    return {name: plugins.load("formats", name, Format)() for name in {model.format for model in models}}
+    return {name: plugins.load("formats", name, Format)() for name in {model.format for model in models} - {""}}
 
 
-def _rounds(recipe: Recipe, catalog: Catalog, result: PlannedResult, layout: Layout) -> Iterator[PlannedRound]:
+def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sources") -> Iterator[PlannedRound]:
     need = recipe.method.needs(result.members)
-    cost = _Cost(recipe, catalog, result, layout)
+    cost = _Cost(recipe, result, layout, sources)
+    if recipe.bounds.norm or recipe.allow.nan == "drop_model":
+        surveyed = [one for parameter in layout.parameters if (one := sources.footprint(parameter, sources.models))]
+        cost_of = sum(one.factors[0] for one in surveyed), sum(one.factors[1] for one in surveyed)
+        yield PlannedRound("survey", "survey", 0, len(result.models), 1, MAX_BLOCK, *cost_of)
     if need:
-        trimmed = [index for index, density in zip(result.models, need.densities, strict=True) if density < 1]
+        trimmed = [number for number, density in enumerate(need.densities) if density < 1]
         groups = -(-len(result.models) // MODEL_GROUP)
-        block = _block(recipe, catalog, result, beside=TABLES, resident=False)
+        block = _block(recipe, sources, beside=TABLES, resident=False)
         for name, kind in (("threshold, high bits", "count_high"), ("threshold, low bits", "count_low")):
             num_bytes, requests = cost.counting(trimmed, block)
             yield PlannedRound(name, kind, 0, groups * layout.num_ranges, 1, block, num_bytes, requests)  # type: ignore[arg-type]
     own = recipe.method.rounds()
-    parts = 2 * part_size(recipe, result.files)
+    condenses = recipe.output.condenses
     for position, round_ in enumerate(own):
+        last = position == len(own) - 1
+        beside = (
+            largest_matrix(recipe, result, layout, sources)
+            if last and condenses
+            else 2 * part_size(recipe, result.files)
+        )
         resident = round_.passes > 1
-        block = _block(recipe, catalog, result, beside=parts, resident=resident)
+        block = _block(recipe, sources, beside=beside, resident=resident)
         passes = 1
         if resident and block < MIN_RESIDENT_BLOCK:
-            block, passes = _block(recipe, catalog, result, beside=parts, resident=False), round_.passes
-        if position < len(own) - 1:
-            num_bytes, requests = cost.gathering(block, passes)
-            yield PlannedRound(round_.name, "gather", position, layout.num_ranges, passes, block, num_bytes, requests)
+            block, passes = _block(recipe, sources, beside=beside, resident=False), round_.passes
+        if not last:
+            read = cost.gathering(block, passes)
+            yield PlannedRound(round_.name, "gather", position, layout.num_ranges, passes, block, *read)
+        elif condenses:
+            read = cost.condensing(block, passes)
+            yield PlannedRound(round_.name, "condense", position, len(layout.matrices), passes, block, *read)
+            yield PlannedRound("assemble", "merge", position, layout.num_merge_shards, 1, block, 0, 0)
         else:
-            num_bytes, requests = cost.merging(block, passes)
-            yield PlannedRound(
-                round_.name, "merge", position, layout.num_merge_shards, passes, block, num_bytes, requests
-            )
+            read = cost.merging(block, passes)
+            yield PlannedRound(round_.name, "merge", position, layout.num_merge_shards, passes, block, *read)
 
 
-def _widest(catalog: Catalog) -> int:
-    """Return the largest element of any source, in bytes."""
-    dtypes = {
+class Footprint(NamedTuple):
+    """What some models store for one parameter, in bytes and requests; summed over them."""
+
+    dense: tuple[int, int]
+    """(bytes, requests) of a slice that is the whole, of dense tensors: bytes are proportional to a slice."""
+    factors: tuple[int, int]
+    """Likewise of factors..."""
+    shared: int
+    """...of which so many bytes belong to every slice, however small..."""
+    edge: int
+    """...and so many more to a slice that begins inside a row."""
+    requests: int
+    """Of factors, for a slice that is not the whole."""
+    held: tuple[int, int]
+    """(sum, largest) of the bytes that decoded factors take."""
+    base: Literal["nothing", "slice", "rows"]
+    """What of the base must be known."""
+
+
+NEEDS: tuple[Literal["nothing", "slice", "rows"], ...] = ("nothing", "slice", "rows")
+
+
+class Sources:
+    """What the models that are merged store, by parameter; known for planner and worker alike."""
+
+    def __init__(self, recipe: Recipe, catalog: Catalog, kept: Sequence[int]) -> None:
+        self.catalog = catalog
+        self.models = [catalog.models[index] for index in kept]
+        self.formats = formats_of((catalog.base, *self.models))
+        self._cache = int(recipe.run.cache)
+        self._known: dict[tuple[int, str], Footprint] = {}
+
+    def footprint(self, parameter: Parameter, models: Sequence[Model]) -> Footprint:
+        """Return what these models store for a parameter."""
+        alike = Counter(id(model.sources) for model in models)
+        first = {id(model.sources): model for model in models}
+        parts = [(count, self._one(parameter, first[key])) for key, count in alike.items()]
+
+        def total(values: Iterable[int]) -> int:
+            return sum(count * value for (count, _), value in zip(parts, values, strict=True))
+
+        return Footprint(
+            dense=(total(one.dense[0] for _, one in parts), total(one.dense[1] for _, one in parts)),
+            factors=(total(one.factors[0] for _, one in parts), total(one.factors[1] for _, one in parts)),
+            shared=total(one.shared for _, one in parts),
+            edge=total(one.edge for _, one in parts),
+            requests=total(one.requests for _, one in parts),
+            held=(total(one.held[0] for _, one in parts), max((one.held[1] for _, one in parts), default=0)),
+            base=max((one.base for _, one in parts), key=NEEDS.index, default="nothing"),
+        )
+
+    def of_base(self, parameter: Parameter) -> Footprint:
+        """Return what the base stores for a parameter."""
+        return self._one(parameter, self.catalog.base)
+
+    def fits(self, footprint: Footprint) -> bool:
+        """Return whether all factors of the parameter stay in a worker's cache while it works its blocks off."""
+        return 0 < footprint.factors[0] <= self._cache
+
+    def rank_sum(self, recipe: Recipe, members: Sequence[Member], parameter: Parameter) -> int:
+        """Return the summed rank if the method is a weighted sum of plain factors here, below the matrix's width.
+
+        0 where the merged change must be formed itself.
+        """
+        held = [model.sources.get(parameter.name) for model in self.models]
+        if (
+            recipe.method.coefficients(members, [source is not None for source in held]) is None
+            or recipe.allow.nan == "zero"
+        ):
+            return 0
+        ranks = [
+            self.formats[model.format].rank(source) for model, source in zip(self.models, held, strict=True) if source
+        ]
+        return sum(ranks) if all(ranks) and sum(ranks) < min(parameter.shape) else 0
+
+    def _one(self, parameter: Parameter, model: Model) -> Footprint:
+        key = id(model.sources), parameter.name
+        if key not in self._known:
+            source = model.sources.get(parameter.name)
+            self._known[key] = _footprint(self.formats[model.format], source, parameter.numel) if source else _NOTHING
+        return self._known[key]
+
+
+_NOTHING = Footprint((0, 0), (0, 0), 0, 0, 0, (0, 0), "nothing")
+
+
+def _footprint(form: Format, source: Source, numel: int) -> Footprint:
+    def size(reads: Iterable[Read]) -> int:
+        return sum(read.stop - read.start for read in reads)
+
+    whole = form.reads(source, 0, numel)
+    held = form.held(source)
+    cost = size(whole), len(whole)
+    if not held:
+        return Footprint(cost, (0, 0), 0, 0, 0, (0, 0), form.needs(source))
+    some = form.reads(source, 0, max(1, numel // 2))
+    least = form.reads(source, 0, min(1, numel))
+    shared = size(read for read in some if read.shared)
+    edge = size(read for read in least if not read.shared)
+    return Footprint((0, 0), cost, shared, edge, len(some), (held, held), form.needs(source))
+
+
+def _element_bytes(sources: Sources, slices: int) -> int:
+    """Return what an element of a block costs while `slices` models' slices are held."""
+    dense = {
         ref.dtype
-        for model in (catalog.base, *catalog.models)
+        for model in sources.models
         for source in model.sources.values()
+        if not sources.formats[model.format].held(source)
         for ref in source.tensors
     }
-    return max((DTYPE_BITS[dtype] // 8 for dtype in dtypes & {"F64", "F32", "F16", "BF16"}), default=4)
+    base = {ref.dtype for source in sources.catalog.base.sources.values() for ref in source.tensors}
+    widths = {dtype: DTYPE_BITS[dtype] // 8 for dtype in ("F64", "F32", "F16", "BF16")}
+    widest = max((widths[dtype] for dtype in dense & widths.keys()), default=0)
+    of_base = max((widths[dtype] for dtype in base & widths.keys()), default=4)
+    return STATE_BYTES + max(4, of_base, widest) + of_base + widest * slices
 
 
-def _element_bytes(catalog: Catalog, slices: int) -> int:
-    """Return what an element of a block costs while `slices` models' slices are held."""
-    widest = _widest(catalog)
-    decoded_base = 8 if widest == 8 else 4
-    return STATE_BYTES + decoded_base + widest * (slices + 1)
-
-
-def _slices(result: PlannedResult, resident: bool) -> int:
+def _slices(sources: Sources, resident: bool) -> int:
     """Return how many slices are in memory at a time: read ahead, merged together, or all of them."""
-    return len(result.models) + AHEAD if resident else AHEAD + TOGETHER
+    return len(sources.models) + AHEAD if resident else AHEAD + TOGETHER
 
 
-def _block(recipe: Recipe, catalog: Catalog, result: PlannedResult, *, beside: int, resident: bool) -> int:
-    """Return how many elements a worker can hold of all slices; beside: bytes of its tables or parts."""
-    room = int(recipe.run.memory) - _overhead(catalog) - beside
-    elements = room // _element_bytes(catalog, _slices(result, resident))
+def _held(sources: Sources, resident: bool) -> int:
+    """Return the bytes that decoded factors take beside a block, at most."""
+    largest = total = 0
+    for parameter in sources.catalog.parameters:
+        one = sources.footprint(parameter, sources.models).held
+        largest, total = max(largest, one[1]), max(total, one[0])
+    return min(total, total + AHEAD * largest if resident else _slices(sources, resident) * largest)
+
+
+def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> int:
+    """Return how many elements a worker can hold of all slices; beside: bytes of its tables, parts or matrix."""
+    beside += _held(sources, resident)
+    room = int(recipe.run.memory) - _overhead(sources.catalog) - beside
+    elements = room // _element_bytes(sources, _slices(sources, resident))
     if not resident and elements < 2**16:
         raise RecipeError(
             Problem(
                 "run.memory",
-                f"{recipe.run.memory.human_readable()} is too little beside {beside // 2**20} MiB of parts or tables",
-                "raise it, or lower output.part_size",
+                f"{recipe.run.memory.human_readable()} is too little beside {beside // 2**20} MiB of parts, tables,"
+                " factors or the largest matrix",
+                f"give it {(beside + _overhead(sources.catalog)) // 2**20 + 256} MiB, or lower output.part_size",
             )
         )
     return max(1, min(MAX_BLOCK, elements - elements % 4096))
 
 
-def _memory(recipe: Recipe, catalog: Catalog, result: PlannedResult, round_: PlannedRound, layout: Layout) -> int:
+def _memory(recipe: Recipe, result: PlannedResult, round_: PlannedRound, layout: Layout, sources: Sources) -> int:
     """Return a worker's peak in one round, in bytes beyond its imports."""
-    resident = is_resident(recipe, round_)
-    largest = max(parameter.numel for parameter in catalog.parameters)
-    block = min(round_.block, largest) * _element_bytes(catalog, _slices(result, resident))
-    parts = 2 * min(layout.part_size, max(file.size for file in result.files)) if round_.kind == "merge" else 0
-    tables = TABLES if round_.kind in ("count_high", "count_low") else 0
-    return _overhead(catalog) + block + parts + tables
+    needed = _overhead(sources.catalog)
+    if round_.kind == "merge":
+        needed += 2 * min(layout.part_size, max(file.size for file in result.files))
+    if round_.kind in COUNTS:
+        needed += TABLES
+    if round_.kind == "condense":
+        needed += largest_matrix(recipe, result, layout, sources)
+    if round_.kind != "merge" or not recipe.output.condenses:
+        resident = is_resident(recipe, round_)
+        largest = max(parameter.numel for parameter in layout.parameters)
+        needed += min(round_.block, largest) * _element_bytes(sources, _slices(sources, resident))
+        needed += _held(sources, resident)
+        if any(sources.footprint(parameter, sources.models).factors[0] for parameter in layout.parameters):
+            needed += int(recipe.run.cache)
+    return needed
+
+
+def largest_matrix(recipe: Recipe, result: PlannedResult, layout: Layout, sources: Sources) -> int:
+    """Return what the costliest matrix takes while it is condensed, beside the blocks it is merged in."""
+    needed = 0
+    for index in layout.matrices:
+        parameter = layout.parameters[index]
+        ranks = sources.rank_sum(recipe, result.members, parameter)
+        held = sources.footprint(parameter, sources.models).held[0]
+        of_sum = held + recipe.output.combine_bytes(parameter, ranks)
+        needed = max(needed, of_sum if ranks else 4 * parameter.numel + recipe.output.condense_bytes(parameter))
+    return needed
 
 
 def _overhead(catalog: Catalog) -> int:
@@ -425,26 +644,38 @@ def _overhead(catalog: Catalog) -> int:
 class _Cost:
     """Bytes and requests of a round, summed over parameters, not over shards times models."""
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, result: PlannedResult, layout: Layout) -> None:
-        self._catalog = catalog
+    def __init__(self, recipe: Recipe, result: PlannedResult, layout: Layout, sources: Sources) -> None:
+        self._recipe = recipe
         self._result = result
         self._layout = layout
-        self._formats = formats_of((catalog.base, *catalog.models))
-        self._known: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        self._sources = sources
 
     def counting(self, trimmed: Sequence[int], block: int) -> tuple[int, int]:
-        """Return (bytes, requests) of a counting round: the trimmed models once, the base once a group of them."""
-        members = self._result.models
-        groups = {members.index(index) // MODEL_GROUP for index in trimmed}
-        segments = [segment for index in range(self._layout.num_ranges) for segment in self._layout.range_(index)]
-        models = self._sum(segments, [self._catalog.models[index] for index in trimmed], block)
-        base = self._sum(segments, [self._catalog.base], block)
-        return models[0] + base[0] * len(groups), models[1] + base[1] * len(groups)
+        """Return (bytes, requests) of a counting round: trimmed members, and the base once a group that needs it."""
+        cuts = _cuts(self._ranges(), block)
+        num_bytes = requests = 0
+        for _, group in itertools.groupby(trimmed, lambda member: member // MODEL_GROUP):
+            models = [self._sources.models[member] for member in group]
+            more = self._read(cuts, models, passes=1, base="nothing")
+            num_bytes, requests = num_bytes + more[0], requests + more[1]
+        return num_bytes, requests
 
     def gathering(self, block: int, passes: int) -> tuple[int, int]:
         """Return (bytes, requests) of a round that gathers a method's statistics."""
-        segments = [segment for index in range(self._layout.num_ranges) for segment in self._layout.range_(index)]
-        return self._models_and_base(segments, block, passes)
+        return self._read(_cuts(self._ranges(), block), self._sources.models, passes, "nothing")
+
+    def condensing(self, block: int, passes: int) -> tuple[int, int]:
+        """Return (bytes, requests) of a round that condenses matrices: as blocks of the merge, or all factors once."""
+        num_bytes = requests = 0
+        for index in self._layout.matrices:
+            parameter = self._layout.parameters[index]
+            if self._sources.rank_sum(self._recipe, self._result.members, parameter):
+                more = self._sources.footprint(parameter, self._sources.models).factors
+            else:
+                cuts = _cuts([Segment(index, 0, parameter.numel)], block)
+                more = self._read(cuts, self._sources.models, passes, "nothing")
+            num_bytes, requests = num_bytes + more[0], requests + more[1]
+        return num_bytes, requests
 
     def merging(self, block: int, passes: int) -> tuple[int, int]:
         """Return (bytes, requests) of the merge: merged segments, and the base's bytes of what is copied."""
@@ -452,43 +683,59 @@ class _Cost:
         for file in range(len(self._layout.files)):
             for number in range(self._layout.num_parts(file)):
                 for placed, start, stop in elements_in(self._layout, file, number):
-                    if placed.tensor.copied:
+                    if placed.tensor.origin == "base":
                         copied += (stop - start) * DTYPE_BITS[placed.tensor.dtype] // 8
                         copies += stop > start
                     elif stop > start:
                         segments.append(Segment(self._layout.by_name[placed.tensor.parameter], start, stop))
-        num_bytes, requests = self._models_and_base(segments, block, passes)
+        base: Literal["nothing", "slice"] = "slice" if self._recipe.output.reads_base else "nothing"
+        num_bytes, requests = self._read(_cuts(segments, block), self._sources.models, passes, base)
         return num_bytes + copied, requests + copies
 
-    def _models_and_base(self, segments: Sequence[Segment], block: int, passes: int) -> tuple[int, int]:
-        models = self._sum(segments, [self._catalog.models[index] for index in self._result.models], block)
-        base = self._sum(segments, [self._catalog.base], block)
-        return models[0] * passes + base[0], models[1] * passes + base[1]
+    def _ranges(self) -> Iterator[Segment]:
+        return itertools.chain.from_iterable(map(self._layout.range_, range(self._layout.num_ranges)))
 
-    def _sum(self, segments: Sequence[Segment], models: Sequence[Model], block: int) -> tuple[int, int]:
-        blocks: dict[int, int] = {}
-        for parameter, start, stop in segments:
-            blocks[parameter] = blocks.get(parameter, 0) + -(-(stop - start) // block)
-        totals = self._totals(models)
-        num_bytes = sum(totals[parameter][0] for parameter in blocks)
-        return num_bytes, sum(totals[parameter][1] * count for parameter, count in blocks.items())
-
-    def _totals(self, models: Sequence[Model]) -> list[tuple[int, int]]:
-        """Return, for each parameter, the bytes that these models store for it, and their reads a block."""
-        key = tuple(id(model) for model in models)
-        if key not in self._known:
-            self._known[key] = [self._total(parameter, models) for parameter in self._catalog.parameters]
-        return self._known[key]
-
-    def _total(self, parameter: Parameter, models: Sequence[Model]) -> tuple[int, int]:
+    def _read(
+        self,
+        cuts: Mapping[int, tuple[int, int]],
+        models: Sequence[Model],
+        passes: int,
+        base: Literal["nothing", "slice"],
+    ) -> tuple[int, int]:
+        """Return (bytes, requests) for parameters given with their numbers of segments and blocks."""
         num_bytes = requests = 0
-        for model in models:
-            source = model.sources.get(parameter.name)
-            if source:
-                reads = self._formats[model.format].reads(source, 0, parameter.numel)
-                num_bytes += sum(read.stop - read.start for read in reads)
-                requests += len(reads)
+        for index, (segments, blocks) in cuts.items():
+            parameter = self._layout.parameters[index]
+            footprint = self._sources.footprint(parameter, models)
+            num_bytes += passes * footprint.dense[0]
+            requests += passes * footprint.dense[1] * blocks
+            if self._sources.fits(footprint):
+                num_bytes += segments * footprint.factors[0]
+                requests += segments * footprint.factors[1]
+            elif blocks == 1:
+                num_bytes += passes * footprint.factors[0]
+                requests += passes * footprint.factors[1]
+            else:
+                slices = footprint.factors[0] - footprint.shared + blocks * (footprint.shared + footprint.edge)
+                num_bytes += passes * slices
+                requests += passes * footprint.requests * blocks
+            need = max(base, footprint.base, key=NEEDS.index)
+            if need != "nothing":
+                size, reads = self._sources.of_base(parameter).dense
+                num_bytes += size
+                requests += reads * blocks
+                if need == "rows":  # those that a block begins and ends in
+                    num_bytes += 2 * blocks * size // max(1, parameter.shape[0])
         return num_bytes, requests
+
+
+def _cuts(segments: Iterable[Segment], block: int) -> dict[int, tuple[int, int]]:
+    """Return, by parameter, into how many segments and blocks it is cut."""
+    cuts: dict[int, tuple[int, int]] = {}
+    for parameter, start, stop in segments:
+        before = cuts.get(parameter, (0, 0))
+        cuts[parameter] = before[0] + 1, before[1] + -(-(stop - start) // block)
+    return cuts
 
 
 def elements_in(layout: Layout, file: int, number: int) -> Iterator[tuple[Placed, int, int]]:
@@ -503,7 +750,9 @@ def elements_in(layout: Layout, file: int, number: int) -> Iterator[tuple[Placed
 
 def is_resident(recipe: Recipe, round_: PlannedRound) -> bool:
     """Return whether a worker keeps all models' slices of a block, because the method goes through them again."""
-    return round_.kind in ("merge", "gather") and round_.passes < method_round(recipe, round_).passes
+    if round_.kind == "merge" and recipe.output.condenses:
+        return False
+    return round_.kind not in (*COUNTS, "survey") and round_.passes < method_round(recipe, round_).passes
 
 
 def method_round(recipe: Recipe, round_: PlannedRound) -> Round:

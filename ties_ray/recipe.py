@@ -99,8 +99,8 @@ class ModelEntry(Strict):
 class Allow(Strict):
     """What is let through instead of refused, and how; all of it is listed in the result."""
 
-    nan: Literal["zero"] | None = None
-    """A delta that is not finite counts as zero."""
+    nan: Literal["zero", "drop_model"] | None = None
+    """A delta that is not finite counts as zero, or an adapter with such factors is left out."""
     missing: Literal["zero"] | None = None
     """A floating-point parameter that a model lacks has delta zero."""
     extra_rows: Literal["drop"] | None = None
@@ -111,6 +111,13 @@ class Allow(Strict):
     """Whole tensors that an adapter saved beside its factors (embeddings, heads) are merged as dense changes."""
     base_names: tuple[str, ...] = ()
     """Patterns of what adapters may call their base, where they do not all call it the same."""
+
+
+class Bounds(Strict):
+    """What must hold of the models, found in a first reading of adapters; one that is outside is refused."""
+
+    norm: tuple[FiniteFloat, FiniteFloat] | None = None
+    """Smallest and largest Frobenius norm of an adapter's low-rank change; a public pool took 1 to 1000."""
 
 
 class Run(Strict):
@@ -174,6 +181,7 @@ class Recipe(Strict):
     exclude: tuple[str, ...] = ()
     """Patterns (`*.bias`) of parameters taken from the base unchanged."""
     allow: Allow = Allow()
+    bounds: Bounds = Bounds()
     storage: dict[str, Json] = {}
     """Options a scheme; never secrets."""
     run: Run = Run()
@@ -358,7 +366,7 @@ def _got(value: object) -> str:
 
 def _known_keys(place: tuple[int | str, ...], data: Json) -> list[str]:
     """Return the keys that may stand at a place of the recipe."""
-    sections: dict[str, type[BaseModel]] = {"models": ModelEntry, "allow": Allow, "run": Run}
+    sections: dict[str, type[BaseModel]] = {"models": ModelEntry, "allow": Allow, "bounds": Bounds, "run": Run}
     if not place:
         section: type[BaseModel] = Recipe
     elif place[0] == "method":

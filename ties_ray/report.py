@@ -98,6 +98,16 @@ class Failure(_Record):
         return Failure(kind=error.kind, shard=error.shard, message=str(error), retryable=error.retryable)
 
 
+class Truncation(_Record):
+    """What was lost where merged matrices were written as factors of one rank."""
+
+    rank: int
+    relative_error: float
+    """Frobenius norm of what was lost, over that of the whole merged change."""
+    matrices: dict[str, float]
+    """The relative error of each matrix, by parameter; 0 where the change itself is zero."""
+
+
 class WrittenFile(_Record):
     """One weight file of the output."""
 
@@ -166,6 +176,10 @@ class MergeResult(_Record):
     """What the method's own rounds gathered."""
     zeroed: dict[str, int] = {}
     """By "model: parameter": values that were not finite and counted as zero, as the recipe allows."""
+    truncation: Truncation | None = None
+    """Of an output that holds factors."""
+    refused: dict[str, list[str]] = {}
+    """By URI: models that were left out, as the recipe allows, and why."""
     notes: list[str] = []
     provenance: Provenance | None = None
     error: Failure | None = None

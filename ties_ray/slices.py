@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import Encoded, Kernels, Op, State
+from ties_ray.kernels import Kernels, Op, State, Stored
 from ties_ray.methods import Deltas, Slice
 
 
@@ -19,7 +19,7 @@ class Slices(Deltas):
         base: Tensor,
         offset: int,
         num_models: int,
-        coming: Iterator[Encoded | None],
+        coming: Iterator[Stored | None],
         *,
         passes: int,
         resident: bool,
@@ -37,7 +37,7 @@ class Slices(Deltas):
         self._taken = 0
         self._resident = resident
         self._together = together
-        self._held: list[Encoded | None] = []
+        self._held: list[Stored | None] = []
 
     def __iter__(self) -> Iterator[Slice]:
         delta = torch.empty(len(self._base), dtype=torch.float32)
@@ -62,7 +62,7 @@ class Slices(Deltas):
                 self._note(model, count)
         return state
 
-    def models(self) -> Iterator[tuple[int, Encoded | None]]:
+    def models(self) -> Iterator[tuple[int, Stored | None]]:
         """Yield (model, slice) in recipe order; who holds on to slices holds their memory."""
         self._pass += 1
         if self._resident and self._pass > 1:

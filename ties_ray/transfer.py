@@ -5,7 +5,7 @@ import collections
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, TypeVar
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
-from ties_ray.formats import Format, Source
-from ties_ray.kernels import Encoded
+from ties_ray.formats import Format, Read, Source
+from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.manifest import Seen, Written
 from ties_ray.stores import Pin, Stores, crc32c, shown
@@ -35,6 +35,8 @@ class Wanted(NamedTuple):
     source: Source
     start: int
     stop: int
+    whole: int = 0
+    """Where not 0, the elements of the whole parameter: all that is stored for it is read at once, and kept."""
 
 
 class Ledger:
@@ -100,15 +102,43 @@ def differs(uri: str, start: int, stop: int) -> InputError:
     return InputError(Problem(shown(uri), what, remedy))
 
 
+class Cache:
+    """Whole tensors kept in memory, at most so many bytes; what was put in first makes room first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: dict[tuple[str, int, int], Tensor] = {}
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def get(self, uri: str, start: int, stop: int) -> Tensor | None:
+        """Return the bytes [start, stop) of an object, if they are here."""
+        with self._lock:
+            return self._held.get((uri, start, stop))
+
+    def put(self, uri: str, start: int, data: Tensor) -> None:
+        """Keep bytes of an object, 1-D uint8, from `start` on; not if they alone are too many."""
+        if len(data) > self._limit:
+            return
+        with self._lock:
+            key = uri, start, start + len(data)
+            self._size += len(data) - len(self._held.get(key, ()))
+            self._held[key] = data
+            while self._size > self._limit:
+                self._size -= len(self._held.pop(next(iter(self._held))))
+
+
 class ReadAhead:
     """Reads slices in the order asked for, at most `ahead` of them in flight."""
 
-    def __init__(self, stores: Stores, formats: Mapping[str, Format], ahead: int) -> None:
+    def __init__(self, stores: Stores, formats: Mapping[str, Format], ahead: int, cache: int) -> None:
+        """cache: bytes of factors that are kept."""
         self._stores = stores
         self._formats = formats
         self._ahead = ahead
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
         self._buffers = Buffers()
+        self._cache = Cache(cache)
         self._lock = threading.Lock()
         self.waited = 0.0
         """Seconds that the merge has waited for bytes."""
@@ -122,12 +152,12 @@ class ReadAhead:
         """Return the function's results in order, several calls at a time."""
         return self._threads.map(function, items)
 
-    def stream(self, wanted: Iterable[Wanted | None]) -> Generator[Encoded | None, None, None]:
+    def stream(self, wanted: Iterable[Wanted | None]) -> Generator[Stored | None, None, None]:
         """Yield the slices in order; None for None (a parameter that the model lacks).
 
         A slice's memory is used again as soon as nobody refers to the slice.
         """
-        coming: collections.deque[Future[Encoded] | None] = collections.deque()
+        coming: collections.deque[Future[Stored] | None] = collections.deque()
         remaining = iter(wanted)
         try:
             while True:
@@ -139,7 +169,7 @@ class ReadAhead:
         finally:
             wait([future for future in coming if future and not future.cancel()])
 
-    def _await(self, future: Future[Encoded] | None) -> Encoded | None:
+    def _await(self, future: Future[Stored] | None) -> Stored | None:
         started = time.monotonic()
         try:
             return future.result() if future else None
@@ -161,13 +191,37 @@ class ReadAhead:
                 raise differs(pin.uri, *mismatch)
             store.meter.add(retries=1)  # read it once more: they may have changed on the way here only
 
-    def _fetch(self, wanted: Wanted) -> Encoded:
+    def _fetch(self, wanted: Wanted) -> Stored:
         form = self._formats[wanted.model.format]
-        views = []
-        for read in form.reads(wanted.source, wanted.start, wanted.stop):
-            views.append(self._buffers.empty(read.stop - read.start, torch.uint8))
-            self.read(wanted.model.objects[read.object], read.start, views[-1])
+        reads = form.reads(wanted.source, wanted.start, wanted.stop)
+        views = self._cut_from_kept(wanted, reads) if wanted.whole else [self._buffered(wanted, read) for read in reads]
         return form.encoded(wanted.source, wanted.start, wanted.stop, views)
+
+    def _buffered(self, wanted: Wanted, read: Read) -> Tensor:
+        view = self._buffers.empty(read.stop - read.start, torch.uint8)
+        self.read(wanted.model.objects[read.object], read.start, view)
+        return view
+
+    def _cut_from_kept(self, wanted: Wanted, reads: Sequence[Read]) -> list[Tensor]:
+        """Return what a slice needs from all that is stored for the parameter, which is read where it is not kept."""
+        whole = self._formats[wanted.model.format].reads(wanted.source, 0, wanted.whole)
+        kept = [(read, self._kept(wanted.model.objects[read.object], read)) for read in whole]
+        return [
+            next(
+                data[read.start - all_.start : read.stop - all_.start]
+                for all_, data in kept
+                if all_.object == read.object and all_.start <= read.start and read.stop <= all_.stop
+            )
+            for read in reads
+        ]
+
+    def _kept(self, pin: Pin, read: Read) -> Tensor:
+        data = self._cache.get(pin.uri, read.start, read.stop)
+        if data is None:
+            data = torch.empty(read.stop - read.start, dtype=torch.uint8)
+            self.read(pin, read.start, data)
+            self._cache.put(pin.uri, read.start, data)
+        return data
 
 
 class WriteBehind:

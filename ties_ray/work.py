@@ -5,12 +5,14 @@ are read ahead by a few threads into reused buffers, merged in recipe order, and
 """
 
 import itertools
+import math
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,22 +22,26 @@ from torch import Tensor
 from ties_ray import kernels
 from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Parameter
-from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, flushes_to_zero
+from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Stored, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
-from ties_ray.manifest import Folded, Manifest, Record, Seen, Written
+from ties_ray.kernels.lowrank import norm2_of
+from ties_ray.manifest import Folded, Manifest, Matrix, Record, Seen, Survey, Written
 from ties_ray.methods import Context, Threshold
 from ties_ray.orders import ANSWER, ORDER, SETUP, Answer, Order, Setup
 from ties_ray.outputs import Placed
 from ties_ray.plan import (
     AHEAD,
+    COUNTS,
     MODEL_GROUP,
+    NEEDS,
     TOGETHER,
     Plan,
+    PlannedResult,
     PlannedRound,
     Segment,
     Shard,
+    Sources,
     elements_in,
-    formats_of,
     is_resident,
     method_round,
 )
@@ -58,7 +64,7 @@ class Block(NamedTuple):
     start: int
     stop: int
     base: Tensor
-    """1-D fp32, or fp64 where the base is stored in F64."""
+    """1-D fp32, or fp64 where the base is stored in F64; nothing but a length where nobody needs the base."""
     slices: Slices
 
 
@@ -73,6 +79,8 @@ class Batch:
         self.tables: dict[Scope, Tensor] = {}
         self.statistics: Counter[str] = Counter()
         self.zeroed: Counter[tuple[int, str]] = Counter()
+        self.matrices: list[Matrix] = []
+        self.surveys: list[Survey] = []
 
     def table(self, scope: Scope, bins: int) -> Tensor:
         """Return the dense counts of a scope, zero at first."""
@@ -94,6 +102,8 @@ class Batch:
         self.counts += shard.counts
         self.statistics.update(shard.statistics)
         self.zeroed.update(shard.zeroed)
+        self.matrices += shard.matrices
+        self.surveys += shard.surveys
         for scope, table in shard.tables.items():
             self.table(scope, len(table)).add_(table)
 
@@ -107,6 +117,8 @@ class Batch:
             counts=tuple(self.counts),
             statistics=dict(self.statistics),
             zeroed=tuple((member, name, count) for (member, name), count in self.zeroed.items()),
+            matrices=tuple(self.matrices),
+            surveys=tuple(self.surveys),
         )
 
 
@@ -131,16 +143,15 @@ class Worker:
                     "use a folder that all nodes share, or a bucket",
                 )
             )
-        self._plan: Plan = found
-        self._result = found.result
-        self._models = [found.catalog.models[index] for index in found.result.models]
-        self._uploads = self._manifest.read_uploads()
+        self._follow(found)
+        self._uploads: dict[str, str] = {}
         self._kernels = kernels.load("cpu")
-        self._formats = formats_of((found.catalog.base, *self._models))
-        self._reads = ReadAhead(self._stores, self._formats, AHEAD)
+        self._reads = ReadAhead(self._stores, self._formats, AHEAD, int(found.recipe.run.cache))
         self._writes = WriteBehind(self._stores)
         self._bases = Buffers()
         self._known: dict[int, dict[int, Folded]] = {}
+        self._picked: dict[tuple[str, int], dict[Scope, Pick]] = {}
+        self._scratch: tuple[int, Tensor] | None = None
         self._seen: dict[int, tuple[Seen, ...]] = {}
         self._token = uuid.uuid4().hex[:12]
         self._num_records = 0
@@ -151,10 +162,20 @@ class Worker:
         self._bytes_compared = 0
         self._totals = (0, 0, 0, 0, 0, 0.0, 0.0)
 
+    def _follow(self, plan: Plan) -> None:
+        self._plan = plan
+        self._sources = Sources(plan.recipe, plan.catalog, plan.result.models)
+        self._models = self._sources.models
+        self._formats = self._sources.formats
+
     def run(self, message: str) -> str:
         """Handle an order in JSON and return the answer in JSON."""
         order = ORDER.validate_json(message)
         started = time.monotonic()
+        if order.revision != self._plan.revision:
+            found = self._manifest.read_plan()
+            assert found, "a plan that was there is never removed"
+            self._follow(found)
         if order.action == "hello":
             self._check_sight()
         elif order.action == "fold":
@@ -189,13 +210,13 @@ class Worker:
     def _groups(self) -> range:
         return range(-(-len(self._models) // MODEL_GROUP))
 
-    def _picks(self, kind: str, groups: Iterable[int]) -> dict[Scope, Pick]:
-        """Return the picks that the round of this kind led to."""
-        for index, round_ in enumerate(self._result.rounds):
-            if round_.kind == kind:
-                folded = self._folded(index, groups)
-                return {(pick.member, pick.parameter): pick for part in folded.values() for pick in part.picks}
-        return {}
+    def _picks(self, kind: str, group: int) -> dict[Scope, Pick]:
+        """Return the picks of a group that the round of this kind led to."""
+        if (kind, group) not in self._picked:
+            rounds = [index for index, round_ in enumerate(self._result.rounds) if round_.kind == kind]
+            picks = [pick for index in rounds for pick in self._folded(index, [group])[group].picks]
+            self._picked[kind, group] = {(pick.member, pick.parameter): pick for pick in picks}
+        return self._picked[kind, group]
 
     def _statistics(self) -> dict[str, int]:
         """Return what the method's own rounds have gathered."""
@@ -210,6 +231,15 @@ class Worker:
         need = self._plan.recipe.method.needs(self._result.members)
         assert need, "only a threshold has counting rounds"
         return need
+
+    @property
+    def _first_round(self) -> int:
+        """The round that keeps the checksums of what it reads; a survey reads factors alone, each model by itself."""
+        return 1 if self._result.rounds[0].kind == "survey" else 0
+
+    @property
+    def _result(self) -> PlannedResult:
+        return self._plan.result
 
     # -- orders
 
@@ -229,11 +259,18 @@ class Worker:
                     self._stores.of(pin.uri).read(pin, 0, memoryview(bytearray(8)))
 
     def _shard(self, order: Order) -> None:
+        if self._result.rounds[order.round].kind == "merge":
+            self._learn_of_uploads()
         round_ = self._result.rounds[order.round]
         shard = self._plan.layout.shard(round_, order.index, len(self._models))
-        work = {"merge": self._merge, "gather": self._gather}.get(round_.kind, self._count)
+        work = {
+            "survey": self._survey,
+            "gather": self._gather,
+            "condense": self._condense,
+            "merge": self._merge,
+        }.get(round_.kind, self._count)
         done = Batch()
-        first = order.round == 0 and len(self._result.rounds) > 1
+        first = order.round == self._first_round and len(self._result.rounds) > order.round + 1
         known = self._manifest.read_seen(order.index) if first else self._seen_before(shard)
         self._reads.ledger = Ledger(known, keeps=first or round_.passes > 1)
         try:
@@ -247,12 +284,17 @@ class Worker:
         done.shards.append(order.index)
         self._batch.absorb(done)
 
+    def _learn_of_uploads(self) -> None:
+        """Read the ids of the uploads, which begin just before the round that writes."""
+        if not self._uploads:
+            self._uploads = self._manifest.read_uploads()
+
     def _seen_before(self, shard: Shard) -> tuple[Seen, ...]:
         """Return what the first round has read of what a shard of a later one reads."""
-        if len(self._result.rounds) == 1:
+        if self._round <= self._first_round:
             return ()
-        layout, first = self._plan.layout, self._result.rounds[0]
-        counting = first.kind in ("count_high", "count_low")
+        layout, first = self._plan.layout, self._result.rounds[self._first_round]
+        counting = first.kind in COUNTS
         groups = range(shard.models[0] // MODEL_GROUP, -(-shard.models[1] // MODEL_GROUP)) if counting else (0,)
         ranges = layout.ranges_over(shard.segments or self._merged_in(shard))
         wanted = [group * layout.num_ranges + one for group in groups for one in sorted(ranges)]
@@ -267,7 +309,7 @@ class Worker:
             Segment(self._plan.layout.by_name[placed.tensor.parameter], first, last)
             for number in range(*shard.parts)
             for placed, first, last in elements_in(self._plan.layout, shard.file, number)
-            if not placed.tensor.copied
+            if placed.tensor.origin == "merged"
         ]
 
     def _fold(self, order: Order) -> None:
@@ -280,6 +322,13 @@ class Worker:
                 for name, value in record.statistics.items():
                     totals[name] += value
             folded = Folded(statistics=dict(totals))
+        elif round_.kind == "survey":
+            folded = Folded(surveys=tuple(sorted(one for record in records for one in record.surveys)))
+        elif round_.kind == "condense":
+            everything = list(records)
+            matrices = sorted((one for record in everything for one in record.matrices), key=lambda one: one.parameter)
+            zeroed = tuple(one for record in everything for one in record.zeroed)
+            folded = Folded(matrices=tuple(matrices), zeroed=zeroed)
         else:
             counts = [count for record in records for count in record.counts]
             folded = Folded(picks=tuple(self._pick(round_, order.index, counts)))
@@ -293,14 +342,25 @@ class Worker:
         members = range(group * MODEL_GROUP, min((group + 1) * MODEL_GROUP, len(self._models)))
         parameters = self._plan.catalog.parameters
         merged = [index for index, parameter in enumerate(parameters) if parameter.merged]
-        sizes = {index: parameters[index].numel for index in merged} | {WHOLE: self._plan.layout.num_elements}
-        scopes = [WHOLE] if need.scope == "global" else merged
-        first = self._picks("count_high", [group]) if round_.kind == "count_low" else {}
-        for scope in itertools.product((member for member in members if need.densities[member] < 1), scopes):
+        first = self._picks("count_high", group) if round_.kind == "count_low" else {}
+        scopes = [
+            (member, index)
+            for member in members
+            if need.densities[member] < 1
+            for index in ([WHOLE] if need.scope == "global" else merged)
+            if index == WHOLE or self._stands_for(member, parameters[index])
+        ]
+        for scope in scopes:
             if round_.kind == "count_high":
-                yield from pick_high(need, sizes, [scope], add(by_scope[scope], HIGH_BINS))
+                size = self._result.sizes[scope[0]] if scope[1] == WHOLE else parameters[scope[1]].numel
+                yield from pick_high(need, {scope[1]: size}, [scope], add(by_scope[scope], HIGH_BINS))
             else:
                 yield from pick_low([first[scope]], add(by_scope[scope], LOW_BINS))
+
+    def _stands_for(self, member: int, parameter: Parameter) -> bool:
+        """Return whether a parameter belongs to a member's task vector, if only as zeros."""
+        model = self._models[member]
+        return self._formats[model.format].whole or parameter.name in model.sources
 
     # -- shards
 
@@ -314,21 +374,44 @@ class Worker:
             for parameter, begin, stop in segments
             for start in range(begin, stop, round_.block)
         ]
-        wanted = (item for block in blocks for item in self._wanted(block, members, round_.passes))
+        wanted = (item for block in blocks for item in self._wanted(round_, block, members, round_.passes))
         with closing(self._reads.stream(wanted)) as coming:
             for parameter, start, stop in blocks:
-                base = self._decoded(next(coming), self._plan.catalog.parameters[parameter])
+                known = self._plan.catalog.parameters[parameter]
+                begin, end = self._base_range(round_, (parameter, start, stop), members)
+                rows = self._decoded(next(coming), known, stop - start)
+                base = rows[start - begin : stop - begin] if begin < end else rows
                 slices = Slices(
-                    self._kernels, base, start, len(members), coming,
+                    self._kernels, base, start, len(members), map(partial(self._with_scales, rows), coming),
                     passes=round_.passes, resident=resident, together=TOGETHER,
                 )  # fmt: skip
                 yield Block(parameter, start, stop, base, slices)
                 slices.close()
                 self._judge(slices.not_finite, members, parameter, done)
 
-    def _decoded(self, encoded: Encoded | None, parameter: Parameter) -> Tensor:
+    def _base_range(self, round_: PlannedRound, block: tuple[int, int, int], members: Sequence[int]) -> tuple[int, int]:
+        """Return which of the base's elements a block needs: none, its own, or the rows that it touches whole."""
+        index, start, stop = block
+        parameter = self._plan.catalog.parameters[index]
+        own = "slice" if round_.kind == "merge" and self._plan.recipe.output.reads_base else "nothing"
+        models = [self._models[member] for member in members]
+        need = max(own, self._sources.footprint(parameter, models).base, key=NEEDS.index)
+        if need == "rows":
+            width = parameter.numel // parameter.shape[0]
+            return start - start % width, stop + -stop % width
+        return (start, stop) if need == "slice" else (start, start)
+
+    def _with_scales(self, rows: Tensor, stored: Stored | None) -> Stored | None:
+        """Return a slice with all that its change needs: of DoRA, the scales of its rows."""
+        if isinstance(stored, Factors) and stored.magnitude is not None:
+            return stored._replace(scales=self._kernels.row_scales(stored, rows))
+        return stored
+
+    def _decoded(self, encoded: Stored | None, parameter: Parameter, length: int) -> Tensor:
         """Return a slice of the base as fp32, or fp64 where it is stored in F64; refuse what is not finite."""
-        assert encoded, "the base has every parameter"
+        if encoded is None:
+            return torch.zeros(1).expand(length)  # a base that nobody reads
+        assert isinstance(encoded, Encoded), "a base is stored whole"
         stored = encoded.data
         if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():  # NaN and Inf come through; nothing is copied
             count = int((~torch.isfinite(stored)).sum())
@@ -338,16 +421,23 @@ class Worker:
         wide = stored.dtype == torch.float64
         return self._bases.empty(len(stored), torch.float64 if wide else torch.float32).copy_(stored)
 
-    def _wanted(self, block: tuple[int, int, int], members: Sequence[int], passes: int) -> Iterator[Wanted | None]:
-        parameter, start, stop = block
-        name = self._plan.catalog.parameters[parameter].name
+    def _wanted(
+        self, round_: PlannedRound, block: tuple[int, int, int], members: Sequence[int], passes: int
+    ) -> Iterator[Wanted | None]:
+        index, start, stop = block
+        parameter = self._plan.catalog.parameters[index]
         base = self._plan.catalog.base
-        yield Wanted(base, base.sources[name], start, stop)
+        begin, end = self._base_range(round_, block, members)
+        # A slice without elements is asked for too: whoever reads it learns the base's dtype.
+        needed = begin < end or (start == stop and parameter.name in base.sources)
+        yield Wanted(base, base.sources[parameter.name], begin, end) if needed else None
+        models = [self._models[member] for member in members]
+        fits = self._sources.fits(self._sources.footprint(parameter, models))
         for _ in range(passes):
-            for member in members:
-                model = self._models[member]
-                source = model.sources.get(name)
-                yield Wanted(model, source, start, stop) if source else None
+            for model in models:
+                source = model.sources.get(parameter.name)
+                whole = parameter.numel if fits and source and self._formats[model.format].held(source) else 0
+                yield Wanted(model, source, start, stop, whole) if source else None
 
     def _count(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
         need = self._need()
@@ -355,7 +445,7 @@ class Worker:
         if not members:
             return  # nor is the base read, as the plan says
         low = round_.kind == "count_low"
-        picks = self._picks("count_high", [shard.models[0] // MODEL_GROUP]) if low else {}
+        picks = self._picks("count_high", shard.models[0] // MODEL_GROUP) if low else {}
         counted = WHOLE
         with closing(self._blocks(round_, shard.segments, members, done)) as blocks:
             for block in blocks:
@@ -369,12 +459,31 @@ class Worker:
                     if not low:
                         table = done.table(scope, HIGH_BINS)
                         bad = self._kernels.count_high(encoded, block.base, table)
-                    elif picks[scope].high >= 0:
+                    elif scope in picks and picks[scope].high >= 0:
                         table = done.table(scope, LOW_BINS)
                         bad = self._kernels.count_low(encoded, block.base, picks[scope].high, table)
                     else:
                         continue
                     block.slices.not_finite[position] += bad
+
+    def _survey(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
+        """Look at all factors of one model."""
+        (member,) = range(*shard.models)
+        model = self._models[member]
+        numels = {parameter.name: parameter.numel for parameter in self._plan.catalog.parameters if parameter.merged}
+        form = self._formats[model.format]
+        wanted = [
+            Wanted(model, source, 0, numels[name])
+            for name, source in model.sources.items()
+            if name in numels and form.held(source)
+        ]
+        norm2, not_finite = 0.0, 0
+        with closing(self._reads.stream(wanted)) as coming:
+            for one in coming:
+                if isinstance(one, Factors):
+                    norm2 += norm2_of(one)
+                    not_finite += int((~one.left.isfinite()).sum()) + int((~one.right.isfinite()).sum())
+        done.surveys.append(Survey(member, norm2 if math.isfinite(norm2) else 0.0, not_finite))
 
     def _gather(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
         own = method_round(self._plan.recipe, round_)
@@ -409,7 +518,8 @@ class Worker:
         self._round = len(self._result.rounds) - 1
         round_, everyone = self._result.rounds[-1], range(len(self._models))
         parameter = self._plan.layout.by_name[placed.tensor.parameter]
-        segments = [] if placed.tensor.copied else [Segment(parameter, first, last) for first, last in runs]
+        merged = placed.tensor.origin == "merged"
+        segments = [Segment(parameter, first, last) for first, last in runs] if merged else []
         shard = Shard(models=(0, len(everyone)), segments=tuple(segments))
         self._reads.ledger = Ledger(self._seen_before(shard) if segments else ())
         with closing(self._blocks(round_, segments, everyone, Batch())) as blocks:
@@ -421,7 +531,11 @@ class Worker:
 
     def _fill(self, blocks: Iterator[Block], placed: Placed, first: int, last: int, out: Tensor) -> None:
         """Write elements [first, last) of a tensor into its bytes of a part."""
-        if placed.tensor.copied:
+        if placed.tensor.origin == "scratch":
+            values = self._assembled(placed)[first:last]
+            out.copy_(values.view(torch.uint8))
+            return
+        if placed.tensor.origin == "base":
             base = self._plan.catalog.base
             source = base.sources[placed.tensor.parameter]
             for read in self._formats[base.format].reads(source, first, last):  # none where there are no elements
@@ -435,11 +549,16 @@ class Worker:
             values = values[length:]
             first += length
 
-    def _merge_block(self, block: Block, placed: Placed, out: Tensor) -> None:
+    def _merged(self, block: Block) -> Tensor:
+        """Return the merged delta of a block."""
         own = method_round(self._plan.recipe, self._result.rounds[-1])
         merged = own.run(block.slices, self._context(block)).merged
         if merged is None or merged.dtype != torch.float32 or merged.shape != block.base.shape:
             raise TypeError(f"method {self._plan.recipe.method.name}: the last round owes the merged delta, fp32, 1-D")
+        return merged
+
+    def _merge_block(self, block: Block, placed: Placed, out: Tensor) -> None:
+        merged = self._merged(block)
         overflow = self._plan.recipe.output.values(block.base, merged, out, self._kernels)
         if overflow:
             raise InputError(Problem(
@@ -447,17 +566,71 @@ class Worker:
                 "choose a wider output.dtype, or a smaller lambda",
             ))  # fmt: skip
 
+    # -- matrices
+
+    def _condense(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
+        """Merge one matrix and put its best factors into scratch."""
+        (segment,) = shard.segments
+        parameter = self._plan.catalog.parameters[segment.parameter]
+        output = self._plan.recipe.output
+        factors = self._factors(parameter)
+        if factors:
+            condensed = output.combine(parameter, factors)
+        else:
+            matrix = torch.empty(parameter.numel)
+            with closing(self._blocks(round_, shard.segments, range(*shard.models), done)) as blocks:
+                for block in blocks:
+                    matrix[block.start : block.stop] = self._merged(block)
+            if not matrix.isfinite().all():
+                what = f"{int((~matrix.isfinite()).sum())} merged values are not finite"
+                raise InputError(Problem(parameter.name, what, "choose a smaller lambda"))
+            condensed = output.condense(parameter, matrix.view(parameter.shape))
+        crc = self._manifest.write_scratch(segment.parameter, condensed.data.view(torch.uint8).numpy().data)
+        errors2 = dict(zip(output.ranks, condensed.errors2, strict=True))
+        done.matrices.append(Matrix(segment.parameter, crc, condensed.norm2, errors2))
+
+    def _factors(self, parameter: Parameter) -> list[tuple[float, Factors]]:
+        """Return (coefficient, factors of the whole change) of each model where a merge needs no more, else none."""
+        if not self._sources.rank_sum(self._plan.recipe, self._result.members, parameter):
+            return []
+        found = [model.sources.get(parameter.name) for model in self._models]
+        coefficients = self._plan.recipe.method.coefficients(self._result.members, [one is not None for one in found])
+        wanted = [
+            Wanted(model, source, 0, parameter.numel) if source else None
+            for model, source in zip(self._models, found, strict=True)
+        ]
+        with closing(self._reads.stream(wanted)) as coming:
+            factors = [
+                (coefficient, one)
+                for coefficient, one in zip(coefficients or (), coming, strict=True)
+                if isinstance(one, Factors)
+            ]
+        finite = all(bool(one.left.isfinite().all() and one.right.isfinite().all()) for _, one in factors)
+        return factors if finite else []  # else the blocks are merged, and say what is wrong, and where
+
+    def _assembled(self, placed: Placed) -> Tensor:
+        """Return the elements of a tensor that comes from scratch."""
+        layout, last = self._plan.layout, len(self._result.rounds) - 1
+        index = layout.by_name[placed.tensor.parameter]
+        if self._scratch is None or self._scratch[0] != index:
+            matrices = {matrix.parameter: matrix for matrix in self._folded(last - 1, [0])[0].matrices}
+            data = bytearray(self._manifest.read_scratch(matrices[index]))
+            self._scratch = index, torch.frombuffer(data, dtype=torch.float32)
+        parameter = self._plan.catalog.parameters[index]
+        return self._plan.recipe.output.assemble(placed.tensor, parameter, self._scratch[1])
+
     def _context(self, block: Block) -> Context:
-        picks = self._picks("count_low", self._groups())
         parameter = self._plan.catalog.parameters[block.parameter]
+        picks = [self._picks("count_low", member // MODEL_GROUP) for member in range(len(self._models))]
         return Context(
             parameter=parameter,
             start=block.start,
             stop=block.stop,
             members=self._result.members,
+            present=tuple(parameter.name in model.sources for model in self._models),
             thresholds=tuple(
-                (picks.get((member, WHOLE)) or picks.get((member, block.parameter)) or _NO_PICK).bits
-                for member in range(len(self._models))
+                (own.get((member, WHOLE)) or own.get((member, block.parameter)) or _NO_PICK).bits
+                for member, own in enumerate(picks)
             ),
             statistics=self._statistics(),
             kernels=self._kernels,
@@ -468,7 +641,7 @@ class Worker:
     def _judge(self, counts: Sequence[int], members: Sequence[int], parameter: int, done: Batch) -> None:
         """Refuse values that are not finite, with the count over the whole parameter, or note what was zeroed."""
         for member, count in zip(members, counts, strict=True):
-            if count and self._plan.recipe.allow.nan is None:
+            if count and self._plan.recipe.allow.nan != "zero":
                 model, known = self._models[member], self._plan.catalog.parameters[parameter]
                 total = self._count_not_finite(member, parameter)
                 raise InputError(Problem(
@@ -480,15 +653,13 @@ class Worker:
 
     def _count_not_finite(self, member: int, parameter: int) -> int:
         known = self._plan.catalog.parameters[parameter]
+        segments = [Segment(parameter, 0, known.numel)]
         total = 0
-        step = self._result.rounds[-1].block
-        cuts = [(parameter, start, min(start + step, known.numel)) for start in range(0, known.numel, step)]
-        coming = self._reads.stream(item for cut in cuts for item in self._wanted(cut, [member], 1))
-        for base, model in zip(coming, coming, strict=True):
-            assert base
-            assert model
-            delta = model.data.to(torch.float64) - base.data.to(torch.float64)
-            total += int((~torch.isfinite(delta.to(torch.float32))).sum())
+        with closing(self._blocks(self._result.rounds[-1], segments, [member], Batch())) as blocks:
+            for block in blocks:
+                for _, stored in block.slices.models():
+                    if stored:
+                        total += self._kernels.delta(stored, block.base, torch.empty(len(block.base)))
         return total
 
     # -- records
@@ -505,7 +676,7 @@ class Worker:
 
     def _kind_of(self, round_: int, shard: int) -> tuple[int, int]:
         """Return what all shards of a record share: the round and, where it counts, the group of models."""
-        counting = self._result.rounds[round_].kind in ("count_high", "count_low")
+        counting = self._result.rounds[round_].kind in COUNTS
         return round_, shard // self._plan.layout.num_ranges if counting else 0
 
     def _flush(self) -> None:

@@ -132,6 +132,9 @@ class Format(ABC):
 
     name: ClassVar[str]
     """The name of its file; stands in plans."""
+    whole: ClassVar[bool] = True
+    """Whether a model stands for all of the base's parameters, or (an adapter) for those alone that it changes: what
+    the density of a trim counts over."""
 
     @abstractmethod
     def recognises(self, names: Sequence[str]) -> bool:

@@ -43,6 +43,9 @@ class Threshold(NamedTuple):
     scope: Literal["global", "tensor"] = "global"
     """Over the whole task vector (the paper), or each parameter for itself."""
     extra: int = 0
+    denominator: Literal["adapter", "union"] = "adapter"
+    """What d counts of an adapter: the elements it changes, or those that any adapter of the recipe changes. Of a whole
+    model d counts all."""
 
 
 class Slice(NamedTuple):

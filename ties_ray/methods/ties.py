@@ -94,7 +94,8 @@ class Ties(Method):
         densities = tuple(self.density if member.density is None else member.density for member in members)
         if all(density == 1 for density in densities):
             return None
-        return Threshold(densities, scope=self.trim, extra=1 if self.profile == "official" else 0)
+        extra = 1 if self.profile == "official" else 0
+        return Threshold(densities, self.trim, extra, self.denominator)
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after a count of signs where zero sums go with the majority."""
