@@ -54,8 +54,8 @@ def frail_recipe(family: Family, folder: Path, point: dict[str, object], **more:
 POINTS: dict[str, tuple[dict[str, object], int, int]] = {
     "before the plan is stored": ({"what": "put", "uri": "*/plan.json.gz"}, 0, 0),
     "after the plan is stored": ({"when": "after", "what": "put", "uri": "*/plan.json.gz"}, 0, 0),
-    "after one upload was begun": ({"when": "after", "what": "begin_upload"}, 0, 0),
-    "before the uploads are noted": ({"what": "put", "uri": "*/uploads.json"}, 0, 0),
+    "after one upload was begun": ({"when": "after", "what": "begin_upload"}, 0, 3),
+    "before the uploads are noted": ({"what": "put", "uri": "*/uploads.json"}, 0, 3),
     "before the first record": ({"what": "put", "uri": "*/records/0/*"}, 0, 0),
     "after the first record": ({"when": "after", "what": "put", "uri": "*/records/0/*"}, 0, 1),
     "after the first barrier": ({"when": "after", "what": "put", "uri": "*/folded/0/*"}, 0, 1),
