@@ -197,6 +197,18 @@ class Lora(Format):
             return "slice"
         return "rows" if len(source.tensors) > 2 else "nothing"
 
+    def shape(self, source: Source) -> tuple[int, ...]:
+        """Return the shape of the parameter that the factors change."""
+        if len(source.tensors) == 1:
+            return source.tensors[0].shape
+        a, b = source.tensors[:2]
+        return (a.shape[1], b.shape[0]) if "transposed" in dict(source.numbers) else (b.shape[0], a.shape[1])
+
+    def rank(self, source: Source) -> int:
+        """Return the rank of a module's factors; 0 of DoRA, whose change is no product, and of anything saved whole."""
+        plain = "scale" in dict(source.numbers) and len(source.tensors) == 2
+        return source.tensors[0].shape[0] if plain else 0
+
     def held(self, source: Source) -> int:
         """Return the bytes of the factors as read, once more aligned, and decoded."""
         if "scale" not in dict(source.numbers):
