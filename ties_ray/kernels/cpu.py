@@ -8,6 +8,7 @@ Compiled when imported (about 5 s; 0.3 s from numba's cache), without fast maths
 import os
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -42,11 +43,11 @@ from ties_ray.kernels.buffers import Buffers
 TILE = 32_768
 """Elements; with 16 bytes of state, base, delta and bf16 data 0.85 MiB."""
 BAND = 128
-"""Rows of a tile of a matrix: so often is what was read of the right factor used again."""
-BLOCK_ROWS, BLOCK_VECTORS = 4, 2
-"""What the product keeps in registers."""
+"""Rows of a tile of a matrix: so often is used again what was read of the right factor."""
 VECTOR = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-"""fp32 numbers in a vector; changes no bit."""
+"""fp32 numbers that the product takes at once; changes no bit."""
+BLOCK_ROWS, BLOCK_VECTORS = 4, VECTOR // 4
+"""Accumulators of the product: half of the 32 (or 16) registers; more or fewer were slower."""
 BLOCK_COLUMNS = BLOCK_VECTORS * VECTOR
 TABLES = 4
 """Tables counted side by side: neighbours often fall into one bin, and must not wait for each other's store."""
@@ -595,7 +596,7 @@ class _Scratch(threading.local):
         self.words = np.empty(TILE + 8, np.uint32)
         self.high = np.zeros(TABLES * HIGH_BINS, np.int32)
         self.low = np.zeros(TABLES * HIGH_BINS, np.int32)
-        self._gathered: dict[str, Array] = {}
+        self._places: defaultdict[str, Array] = defaultdict(lambda: np.empty(TILE, np.float64))
 
     def gather(self, tile: _Tile, array: Array, name: str) -> Array:
         """Return the tile's part of an array over the slice, contiguous: as it is, or copied to a place of that name.
@@ -605,7 +606,7 @@ class _Scratch(threading.local):
         part = tile.of(array)
         if tile.contiguous:
             return part
-        place = self._gathered.setdefault(name, np.empty(TILE, np.float64)).view(array.dtype)[: part.size]
+        place = self._places[name].view(array.dtype)[: part.size]
         np.copyto(place.reshape(part.shape), part)
         return place
 
