@@ -1,0 +1,228 @@
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from ties_ray.formats import Kind, Parameter
+from ties_ray.kernels import Factors
+from ties_ray.outputs.adapter import Adapter
+from ties_ray.testing import OutputContract
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from peft import PeftModel
+
+MATRICES = (
+    Parameter("model.embed_tokens.weight", (50, 12), "BF16", True, kind="embedding"),
+    Parameter("model.layers.0.q_proj.weight", (20, 12), "BF16", True),
+    Parameter("model.layers.0.k_proj.weight", (0, 12), "BF16", True),
+    Parameter("model.layers.1.q_proj.weight", (20, 12), "BF16", True, changed=False),
+    Parameter("model.norm.weight", (12,), "BF16", True, changed=False),
+    Parameter("ids", (9,), "I64", False),
+)
+
+
+class TestAdapter(OutputContract):
+    @pytest.fixture
+    def output(self) -> Adapter:
+        return Adapter(path="/out", rank=6)
+
+    @pytest.fixture
+    def parameters(self) -> tuple[Parameter, ...]:
+        return MATRICES
+
+
+class TestAdapterOfAutomaticRank(TestAdapter):
+    @pytest.fixture
+    def output(self) -> Adapter:
+        return Adapter(path="/out", rank="auto", max_rank=40, dtype="bfloat16")
+
+
+def written(adapter: Adapter, folder: Path, parameters: list[Parameter], changes: Mapping[str, torch.Tensor]) -> Path:
+    """Write an adapter of dense changes as the road would."""
+    known = {each.name: each for each in parameters}
+    scratch = {name: adapter.condense(known[name], change.clone()).data for name, change in changes.items()}
+    tensors = {
+        tensor.name: adapter.assemble(tensor, known[tensor.parameter], scratch[tensor.parameter]).reshape(tensor.shape)
+        for tensor in adapter.tensors(parameters)
+    }
+    save_file(tensors, folder / adapter.file_name(1, 1), {"format": "pt"})
+    name, data = adapter.index((), parameters, {"task_type": "CAUSAL_LM", "base_name": "tests/base"})
+    (folder / name).write_bytes(data)
+    return folder
+
+
+def llama() -> tuple[PreTrainedModel, dict[str, Kind]]:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=60, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), {"embed_tokens": "embedding", "norm": "linear"}
+
+
+def gpt2() -> tuple[PreTrainedModel, dict[str, Kind]]:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=16))
+    return model, {"c_attn": "transposed", "c_proj": "transposed", "c_fc": "transposed", "wte": "embedding"}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_peft_merges_the_adapter_to_base_plus_change(make: object, tmp_path: Path) -> None:
+    assert callable(make)
+    torch.manual_seed(3)
+    model, kinds = make()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters, changes = [], {}
+    for name, tensor in base.items():
+        word = name.removesuffix(".weight").rpartition(".")[2]
+        changed = word.endswith(("_proj", "c_attn", "c_fc", "embed_tokens", "wte")) and name.endswith(".weight")
+        # A layer without an adapter, though others have one on the same module.
+        changed &= "layers.1.mlp" not in name
+        parameters.append(Parameter(name, tuple(tensor.shape), "F32", True, changed, kinds.get(word, "linear")))
+        if changed:
+            factors = torch.randn(tensor.shape[0], 5), torch.randn(5, tensor.shape[1])
+            changes[name] = 0.05 * factors[0] @ factors[1]
+    adapter = Adapter(path="/out", rank=8)
+    assert not adapter.problems(parameters)
+    folder = written(adapter, tmp_path, parameters, changes)
+    peft = PeftModel.from_pretrained(model, folder)
+    modules = {name: module for name, module in peft.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, change in changes.items():
+        delta = modules["base_model.model." + name.removesuffix(".weight")].get_delta_weight("default")
+        assert (delta - change).abs().max() < 1e-5, name
+    merged = peft.merge_and_unload(safe_merge=True).state_dict()
+    for name, tensor in base.items():
+        tied = "transformer.wte.weight" if name == "lm_head.weight" and make is gpt2 else name
+        assert (merged[name] - tensor - changes.get(tied, 0)).abs().max() < 1e-5, name
+    assert len(changes) > 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "turned"),
+    [
+        ("linear", ("lora_A.weight", "lora_B.weight"), False),
+        ("transposed", ("lora_A.weight", "lora_B.weight"), True),
+        ("embedding", ("lora_embedding_A", "lora_embedding_B"), True),
+    ],
+)
+@pytest.mark.parametrize("shape", [(20, 9), (9, 20)])
+def test_the_product_of_the_tensors_is_the_change(
+    shape: tuple[int, int], kind: Kind, keys: tuple[str, str], turned: bool
+) -> None:
+    parameter = Parameter("layer.weight", shape, "F32", True, kind=kind)
+    factors = Factors(torch.randn(shape[0], 3), torch.randn(3, shape[1]), 0.5, 0)
+    change = 0.5 * factors.left @ factors.right
+    adapter = Adapter(path="/out", rank=16)
+    a, b = adapter.tensors([parameter])
+    assert (a.name, b.name) == tuple(f"base_model.model.layer.{key}" for key in keys)
+    width, height = shape if turned else shape[::-1]
+    assert (a.shape, b.shape) == ((16, width), (height, 16))
+    for found in (adapter.condense(parameter, change.clone()), adapter.combine(parameter, [(1.0, factors)])):
+        first, second = (adapter.assemble(each, parameter, found.data).view(each.shape) for each in (a, b))
+        assert torch.allclose(second @ first, change.T if turned else change, atol=1e-5)
+
+
+def test_a_lower_rank_is_assembled_from_the_factors_of_a_higher_one() -> None:
+    parameter = Parameter("layer.weight", (40, 30), "F32", True)
+    matrix = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))
+    auto, eight = Adapter(path="/out", rank="auto", max_rank=32), Adapter(path="/out", rank=8)
+    many, few = auto.condense(parameter, matrix.clone()), eight.condense(parameter, matrix.clone())
+    assert len(many.data) == 4 * len(few.data)
+    assert many.errors2[0] == few.errors2[0]
+    for tensor in eight.tensors([parameter]):
+        assert torch.equal(eight.assemble(tensor, parameter, many.data), eight.assemble(tensor, parameter, few.data))
+
+
+def test_auto_takes_the_smallest_rank_that_keeps_enough_over_all_modules() -> None:
+    auto = Adapter(path="/out", rank="auto", energy=0.9, max_rank=64)
+    assert auto.ranks == (8, 16, 32, 64)
+    errors2 = [(50.0, 9.0, 4.0, 0.0), (60.0, 12.0, 5.0, 1.0)]
+    assert auto.choose([100.0, 110.0], errors2).ranks == (16,)
+    assert auto.model_copy(update={"energy": 0.901}).choose([100.0, 110.0], errors2).ranks == (32,)
+    assert auto.model_copy(update={"energy": 1.0}).choose([100.0, 110.0], errors2).ranks == (64,)
+    assert auto.choose([0.0], [(0.0, 0.0, 0.0, 0.0)]).ranks == (8,)
+    assert Adapter(path="/out", rank=5).choose([1.0], [(0.9,)]).ranks == (5,)
+
+
+def test_the_config_is_what_serving_engines_read() -> None:
+    parameters = [*MATRICES, Parameter("net.3.to_out.0.weight", (9, 9), "F32", True)]
+    name, data = Adapter(path="/out", rank=16).index((), parameters, {"base": "s3://models/base"})
+    config = json.loads(data)
+    assert name == "adapter_config.json"
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 16, 16, "none")
+    assert config["target_modules"] == ["embed_tokens", "k_proj", "q_proj", "to_out.0"]
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("s3://models/base", None)
+    assert not any(config[key] for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"))
+    named = Adapter(path="/out").index((), parameters, {"base": "s3://models/base", "base_name": "meta/llama"})
+    assert json.loads(named[1])["base_model_name_or_path"] == "meta/llama"
+
+
+def test_what_an_adapter_can_not_hold_is_named() -> None:
+    adapter = Adapter(path="/out")
+    odd = [Parameter(f"norm{number}.weight", (4,), "F32", True) for number in range(6)]
+    odd += [Parameter("table", (4, 4), "F32", True), Parameter("fine.weight", (4, 4), "F32", True)]
+    (problem,) = adapter.problems(odd)
+    assert "norm0.weight, norm1.weight, norm2.weight, norm3.weight and 3 more" in problem.what
+    assert "exclude" in problem.remedy
+    assert not adapter.problems([each._replace(changed=False) for each in odd])
+    turned = Parameter("other.weight", (4, 4), "F32", True, kind="transposed")
+    (problem,) = adapter.problems([odd[-1], turned])
+    assert "other.weight" in problem.what
+    assert not adapter.problems([turned, MATRICES[0]])
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": "most"}, {"energy": 0}, {"energy": 1.1}, {"max_rank": 4}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Adapter(path="/out", **wrong)  # type: ignore[arg-type]
+
+
+MEASURE = """
+import sys, torch
+from ties_ray.formats import Parameter
+from ties_ray.kernels import Factors
+from ties_ray.outputs.adapter import Adapter
+
+def held(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+torch.set_num_threads(1)
+what, rows, columns, rank, rank_sum = sys.argv[1], *map(int, sys.argv[2:])
+parameter, adapter = Parameter("a.weight", (rows, columns), "F32", True), Adapter(path="/out", rank=rank)
+if what == "condense":
+    matrix = torch.randn(rows, columns)
+    work, bound = (lambda: adapter.condense(parameter, matrix)), adapter.condense_bytes(parameter)
+else:
+    each = rank_sum // 8
+    terms = [(1.0, Factors(torch.randn(rows, each), torch.randn(each, columns), 1.0, 0)) for _ in range(8)]
+    work, bound = (lambda: adapter.combine(parameter, terms)), adapter.combine_bytes(parameter, rank_sum)
+from ties_ray.kernels import lowrank
+open("/proc/self/clear_refs", "w").write("5")
+before = held("VmRSS")
+work()
+print(held("VmHWM") - before, bound)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("what", "rows", "columns", "rank", "rank_sum"),
+    [
+        ("condense", 3000, 1200, 64, 0),
+        ("condense", 800, 2500, 256, 0),
+        ("combine", 3000, 1200, 64, 640),
+    ],
+)
+def test_memory_stays_below_what_was_said(what: str, rows: int, columns: int, rank: int, rank_sum: int) -> None:
+    command = [sys.executable, "-c", MEASURE, what, *map(str, (rows, columns, rank, rank_sum))]
+    measured, bound = map(int, subprocess.run(command, check=True, capture_output=True).stdout.split())
+    assert 2**20 < measured < bound

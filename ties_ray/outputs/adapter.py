@@ -1,0 +1,198 @@
+"""One LoRA adapter in PEFT's layout: the merged change of every matrix as factors of one rank, and what that loses.
+
+Written as serving engines need it (vLLM drops rank and alpha patterns, and knows one file): one rank for all modules,
+zeros where a matrix has less, alpha = r, the scale in the factors, a plain list of targets.
+
+With delta = L @ R as the parameter is stored, a linear layer (out, in) has lora_A = R and lora_B = L; GPT-2's (in, out)
+and an embedding (rows, width) stand for the transposed product: A = L.T, B = R.T.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from ties_ray.errors import Problem
+from ties_ray.formats import Kind, Parameter
+from ties_ray.kernels import Factors, Kernels
+from ties_ray.outputs import DTYPES, Condensed, Output, OutputFile, OutputTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+KEYS: dict[Kind, tuple[str, str]] = {
+    "linear": (".lora_A.weight", ".lora_B.weight"),
+    "transposed": (".lora_A.weight", ".lora_B.weight"),
+    "embedding": (".lora_embedding_A", ".lora_embedding_B"),
+}
+LIBRARY = 16 * 2**20
+"""Bytes for what linear algebra holds beside matrices."""
+SMALLEST = 8
+"""The first rank that `auto` tries; the others double it, as serving engines like them."""
+SHOWN = 4
+"""Parameters named in a problem; of more, the first ones and a count."""
+
+
+class Adapter(Output):
+    """The best adapter of one rank for the merged change; exact where the rank suffices, else with its error."""
+
+    kind: Literal["adapter"] = "adapter"
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
+    """Of the factors."""
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    """Of every module; auto: the smallest of 8, 16, 32, ... that keeps `energy`."""
+    energy: float = Field(default=0.99, gt=0, le=1)
+    """For auto: the share of the squared norm, over all modules, that is kept."""
+    max_rank: int = Field(default=256, ge=SMALLEST)
+    """For auto: the largest rank, taken where none keeps enough."""
+
+    reads_base = False
+    condenses = True
+    one_file = True
+
+    def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
+        """Return which changed parameters have no place in an adapter, and that layouts are mixed."""
+        changed = _changed(parameters)
+        no_matrix = [each.name for each in changed if len(each.shape) != 2 or not each.name.endswith(".weight")]
+        found = []
+        if no_matrix:
+            what = f"an adapter holds matrices called `*.weight`; the models also change {_listed(no_matrix)}"
+            remedy = "`exclude` them, or write `kind: checkpoint` or `kind: delta`"
+            found.append(Problem("output.kind", what, remedy, "not_a_matrix"))
+        if {"linear", "transposed"} <= {each.kind for each in changed}:
+            few = _listed([each.name for each in changed if each.kind == "transposed"])
+            what = f"one adapter has one layout, and {few} are stored as (in, out), others as (out, in)"
+            found.append(Problem("output.kind", what, "`exclude` either, or write `kind: checkpoint`", "mixed_layouts"))
+        return found
+
+    def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
+        """Return A and B of every parameter that is merged and changed."""
+        rank, dtype = self.ranks[-1], DTYPES[self.dtype]
+        found = []
+        for each in _changed(parameters):
+            width, height = each.shape if _is_turned(each) else each.shape[::-1]
+            for key, shape in zip(KEYS[each.kind], ((rank, width), (height, rank)), strict=True):
+                name = PREFIX + each.name.removesuffix(".weight") + key
+                found.append(OutputTensor(name, dtype, shape, each.name, "scratch"))
+        return tuple(found)
+
+    def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
+        """Not called: every tensor comes from scratch."""
+        raise NotImplementedError
+
+    def file_name(self, number: int, count: int) -> str:
+        """Return the one name that PEFT and serving engines look for."""
+        return WEIGHTS
+
+    def index(
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+    ) -> tuple[str, bytes]:
+        """Return the config: what PEFT writes for a plain LoRA, less what says nothing."""
+        changed = _changed(parameters)
+        rank = self.ranks[-1]
+        config: dict[str, object] = {
+            "peft_type": "LORA",
+            "task_type": facts.get("task_type"),
+            "base_model_name_or_path": facts.get("base_name") or facts.get("base"),
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "use_rslora": False,
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": any(each.kind == "transposed" for each in changed),
+            "target_modules": sorted({_target(each.name.removesuffix(".weight")) for each in changed}),
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "modules_to_save": None,
+        }
+        return CONFIG, (json.dumps(config, indent=2) + "\n").encode()
+
+    def rewrite(self, name: str, data: bytes) -> bytes | None:
+        """Leave out what belongs to a whole model."""
+        return None
+
+    def door(self, files: Sequence[OutputFile]) -> str:
+        """Return the config."""
+        return CONFIG
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Return the rank, or those that `auto` chooses from."""
+        if self.rank != "auto":
+            return (self.rank,)
+        return tuple(SMALLEST << step for step in range((self.max_rank // SMALLEST).bit_length()))
+
+    def condense(self, parameter: Parameter, matrix: "Tensor") -> Condensed:
+        """Return the best factors, laid out as in `kernels/lowrank.py`."""
+        from ties_ray.kernels import lowrank  # here, so that planning does not wait for torch
+
+        return Condensed(*lowrank.of_matrix(matrix, self.ranks))
+
+    def combine(self, parameter: Parameter, factors: "Sequence[tuple[float, Factors]]") -> Condensed:
+        """Return the same from the factors of the changes, exactly."""
+        from ties_ray.kernels import lowrank
+
+        return Condensed(*lowrank.of_sum(factors, self.ranks))
+
+    def condense_bytes(self, parameter: Parameter) -> int:
+        """Return a bound on what `lowrank.of_matrix` holds, found by measuring."""
+        short, long = sorted(parameter.shape)
+        rank = self.ranks[-1]
+        square = min(short, max(512, 3 * rank + 64))
+        return 4 * (rank + 16) * (5 * long + 3 * short) + 56 * square**2 + LIBRARY
+
+    def combine_bytes(self, parameter: Parameter, rank_sum: int) -> int:
+        """Return a bound on what `lowrank.of_sum` holds, found by measuring."""
+        short, long = sorted(parameter.shape)
+        return 4 * rank_sum * (6 * short + long) + 56 * rank_sum**2 + 16 * self.ranks[-1] * (long + short) + LIBRARY
+
+    def choose(self, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> "Adapter":
+        """Return the adapter of the smallest rank that keeps `energy` of all matrices together."""
+        if self.rank != "auto":
+            return self
+        norm2 = math.fsum(norms2)
+        lost = [math.fsum(errors) for errors in zip(*errors2, strict=True)]
+        enough = (rank for rank, error2 in zip(self.ranks, lost, strict=False) if norm2 - error2 >= self.energy * norm2)
+        return self.model_copy(update={"rank": next(enough, self.ranks[-1])})
+
+    def assemble(self, tensor: OutputTensor, parameter: Parameter, data: "Tensor") -> "Tensor":
+        """Return A or B; `data` may have been made for a larger rank."""
+        import torch
+
+        from ties_ray.kernels import lowrank
+
+        halves = lowrank.halves(data, *parameter.shape)
+        a, b = halves if _is_turned(parameter) else halves[::-1]
+        rank = self.ranks[-1]
+        found = a[:rank] if tensor.name.endswith(KEYS[parameter.kind][0]) else b[:rank].T
+        return found.to(getattr(torch, self.dtype)).reshape(-1)
+
+
+def _changed(parameters: Sequence[Parameter]) -> list[Parameter]:
+    return [each for each in parameters if each.merged and each.changed]
+
+
+def _is_turned(parameter: Parameter) -> bool:
+    """Return whether the parameter is stored as the transpose of B @ A."""
+    return parameter.kind != "linear"
+
+
+def _target(path: str) -> str:
+    """Return the last word of a module's path, and those before it while it is a number: `0` would name layers too."""
+    words = path.split(".")
+    start = len(words) - 1
+    while start and words[start].isdigit():
+        start -= 1
+    return ".".join(words[start:])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,60 @@
+"""The merged change itself, before the base is added: what a reader adds to a base, scales, or looks at."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ties_ray.formats import Parameter
+from ties_ray.kernels import Kernels
+from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor, weight_map
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "delta.safetensors.index.json"
+TILE = 65_536
+"""Elements written at a time, so that the zeros they are added to stay in the cache."""
+
+
+class Delta(Output):
+    """The merged change of every parameter that some model changes, under the parameter's name."""
+
+    kind: Literal["delta"] = "delta"
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
+    """Of the tensors."""
+
+    reads_base = False
+
+    def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
+        """Return what is merged and changed."""
+        return tuple(
+            OutputTensor(parameter.name, DTYPES[self.dtype], parameter.shape, parameter.name)
+            for parameter in parameters
+            if parameter.merged and parameter.changed
+        )
+
+    def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
+        """Write the change, rounded once, as added to a base of zeros: no change is +0."""
+        zeros = merged.new_zeros(min(TILE, len(merged)))
+        overflow = 0
+        for start in range(0, len(merged), TILE):
+            tile = merged[start : start + TILE]
+            overflow += kernels.apply(zeros[: len(tile)], tile, out[start : start + TILE])
+        return overflow
+
+    def file_name(self, number: int, count: int) -> str:
+        """Return a name that no loader takes for a model's."""
+        return "delta.safetensors" if count == 1 else f"delta-{number:05d}-of-{count:05d}.safetensors"
+
+    def index(
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+    ) -> tuple[str, bytes]:
+        """Return the map from tensor to file, also where there is one file: it is the door."""
+        return INDEX, weight_map(files)
+
+    def rewrite(self, name: str, data: bytes) -> bytes | None:
+        """Leave out what belongs to a whole model."""
+        return None
+
+    def door(self, files: Sequence[OutputFile]) -> str:
+        """Return the index."""
+        return INDEX
