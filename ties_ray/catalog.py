@@ -14,6 +14,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler
 from ties_ray import plugins, pool, tokenizers
 from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
+from ties_ray.foreign import problem as foreign_problem
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
@@ -147,7 +148,9 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         if entry.id not in folders or (entry.id != BASE and problems[BASE]):
             continue
         looked, folder = folders[entry.id]
-        found = looked.format.read(folder, base if recipe.base and entry.id != BASE else None, rules)
+        foreign = foreign_problem(folder)
+        known = base if recipe.base and entry.id != BASE else None
+        found = Found(problems=(foreign,)) if foreign else looked.format.read(folder, known, rules)
         read[entry.id] = pool.Read(entry, looked.format, found)
         problems[entry.id] += found.problems
         if entry.id == BASE and not problems[BASE]:

@@ -356,8 +356,9 @@ def _clean(desk: _Desk, output: str, overrides: Sequence[str], dry_run: bool) ->
 
 @_command
 @click.argument("uri")
+@click.option("--norms", is_flag=True, help="Read adapters whole: norms, values that are not finite, duplicates.")
 @_SET
-def _inspect(desk: _Desk, uri: str, overrides: Sequence[str]) -> int:
+def _inspect(desk: _Desk, uri: str, overrides: Sequence[str], norms: bool) -> int:
     """Say what an input folder holds, before any recipe: tensors, config, tokenizer, licence, and what is wrong.
 
     URI may be a glob (quote it). Exits with 3 if a folder could not be merged.
@@ -366,13 +367,15 @@ def _inspect(desk: _Desk, uri: str, overrides: Sequence[str]) -> int:
     Examples:
       ties-ray inspect s3://models/llama-3.1-8b
       ties-ray inspect './checkpoints/*'
+      ties-ray inspect 's3://adapters/*/' --norms
     """
     stores = _stores(overrides)
     from ties_ray import text
-    from ties_ray.inspection import Inspections, inspect
+    from ties_ray.inspection import Inspections, inspect, pool
 
-    found = inspect(stores, uri)
-    desk.tell(Inspections(folders=found), *text.of_inspections(found))
+    found = inspect(stores, uri, norms=norms)
+    whole = Inspections(folders=found, pool=pool(found))
+    desk.tell(whole, *text.of_inspections(whole))
     return _report([problem for one in found for problem in one.problems])
 
 
@@ -505,5 +508,5 @@ def _place(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
 def _report(findings: Sequence[Any]) -> int:
     """Print findings as errors; return the exit code."""
     for one in findings:
-        _complain(Problem(one.where, one.what, one.remedy))
+        _complain(Problem(one.where, one.what, one.remedy, getattr(one, "code", "")))
     return InputError.exit_code if findings else 0

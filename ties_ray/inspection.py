@@ -1,6 +1,11 @@
-"""What an input folder holds, before any recipe: format, tensors, files, and every reason to refuse it."""
+"""What input folders hold, before any recipe: format, tensors, files, every reason to refuse them, and a whole pool."""
 
+import hashlib
 import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from pydantic import BaseModel, ConfigDict
@@ -9,12 +14,15 @@ from ties_ray import catalog
 from ties_ray.catalog import README, licence_of
 from ties_ray.errors import Problem
 from ties_ray.expand import Entry, entries_of
-from ties_ray.formats import Folder, Rules, Source, TensorRef
+from ties_ray.foreign import problem as foreign_problem
+from ties_ray.formats import Folder, Format, Found, Rules, Source, TensorRef
 from ties_ray.recipe import ModelEntry
 from ties_ray.report import elements_by_dtype
 from ties_ray.stores import Pin, Stores
 from ties_ray.tokenizers import SETTINGS, VOCABULARY
 
+_MD5 = re.compile("[0-9a-f]{32}")
+"""An ETag that may be the content's MD5."""
 TOGETHER = 8
 """Folders looked at together; each has many requests of its own."""
 
@@ -27,6 +35,8 @@ class Finding(BaseModel):
     where: str
     what: str
     remedy: str
+    code: str = ""
+    """A short name of the reason."""
 
 
 class Inspection(BaseModel):
@@ -51,8 +61,39 @@ class Inspection(BaseModel):
     tokenizer: list[str] = []
     """Files of a tokenizer."""
     licence: str = ""
+    facts: dict[str, str] = {}
+    """Of an adapter: `base_name`, `rank`, `scale`, `modules`, `targets`, ..."""
+    norm: float | None = None
+    """Frobenius norm of an adapter's low-rank changes, where asked for."""
+    content: str = ""
+    """What two folders with the same weights have in common: SHA-256 where norms were asked for, else a store's ETag
+    that is one of the content; empty where neither is known."""
     problems: list[Finding] = []
     notes: list[str] = []
+
+
+class Pool(BaseModel):
+    """Several adapters, as one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapters: int
+    usable: int
+    refused: dict[str, int]
+    """Folders by the code of a reason to refuse them; one may have several."""
+    ranks: dict[str, int]
+    """Adapters by rank, and so on."""
+    scales: dict[str, int]
+    targets: dict[str, int]
+    base_names: dict[str, int]
+    parameters: int
+    """Elements of all factors."""
+    size: int
+    """Bytes of all weight files."""
+    norms: list[float]
+    """Smallest, median and largest norm; empty where norms were not asked for."""
+    duplicates: list[list[str]]
+    """URIs of folders with the same weights."""
 
 
 class Inspections(BaseModel):
@@ -61,32 +102,70 @@ class Inspections(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folders: list[Inspection]
+    pool: Pool | None = None
+    """Where there are several folders and an adapter among them."""
 
 
-def inspect(stores: Stores, path: str) -> list[Inspection]:
+def pool(folders: Sequence[Inspection]) -> Pool | None:
+    """Return what several folders are as a pool of adapters; None where they are none."""
+    adapters = [one for one in folders if one.facts or one.format == "lora"]
+    if len(folders) < 2 or not adapters:
+        return None
+    usable = [one for one in adapters if not one.problems]
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for one in adapters:
+        if one.content:
+            alike[one.content].append(one.uri)
+    norms = sorted(one.norm for one in usable if one.norm is not None)
+
+    def count(fact: str) -> dict[str, int]:
+        return dict(Counter(one.facts[fact] for one in usable if one.facts.get(fact)).most_common())
+
+    return Pool(
+        adapters=len(adapters),
+        usable=len(usable),
+        refused=dict(Counter(code for one in folders for code in {known.code for known in one.problems}).most_common()),
+        ranks=count("rank"),
+        scales=count("scale"),
+        targets=count("targets"),
+        base_names=count("base_name"),
+        parameters=sum(one.parameters for one in usable),
+        size=sum(one.size for one in adapters),
+        norms=[norms[0], norms[len(norms) // 2], norms[-1]] if norms else [],
+        duplicates=[uris for uris in alike.values() if len(uris) > 1],
+    )
+
+
+def inspect(stores: Stores, path: str, *, norms: bool = False) -> list[Inspection]:
     """Return what a folder, or every folder that a glob means, holds; reads headers and small files only.
 
-    Raises `InputError` where a glob means no folder.
+    norms: read all factors of adapters too, for their norms, and for what only bytes show: values that are not finite,
+    and weights that are those of another folder. Raises `InputError` where a glob means no folder.
     """
     requests, folders = ThreadPoolExecutor(catalog.THREADS), ThreadPoolExecutor(TOGETHER)
     try:
         notes: list[str] = []
         entries = list(entries_of(ModelEntry(path=path), path, stores, requests, notes))
-        return list(folders.map(lambda entry: _inspect(stores, entry, requests, notes), entries))
+        return list(folders.map(lambda entry: _inspect(stores, entry, requests, notes, norms=norms), entries))
     finally:
         folders.shutdown(cancel_futures=True)
         requests.shutdown(cancel_futures=True)
 
 
-def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str]) -> Inspection:
+def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], *, norms: bool) -> Inspection:
     entry = Entry(place="input", uri=entry.uri, id="input")
     fetched, problems = catalog.fetch([entry], stores, threads)
     if entry.id not in fetched:
         return Inspection(uri=entry.uri, problems=_findings(problems[entry.id]), notes=notes)
     looked, folder = fetched[entry.id]
-    found = looked.format.read(folder, None, Rules())
+    foreign = foreign_problem(folder)
+    found = Found(problems=(foreign,)) if foreign else looked.format.read(folder, None, Rules(saved_modules=True))
     sources = found.sources or _stored(folder)
     dtypes = elements_by_dtype(sources.values())
+    wrong = list(found.problems)
+    norm, content = None, "".join(pin.etag for pin in found.objects if _MD5.fullmatch(pin.etag))
+    if norms and found.facts:
+        norm, content = _read_factors(stores, looked.format, found, wrong, folder.uri)
     pins = found.objects or tuple(pin for pin in folder.files if _name(pin) in folder.headers)
     return Inspection(
         uri=folder.uri,
@@ -99,9 +178,42 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str]) 
         size=sum(pin.size for pin in pins),
         tokenizer=[name for name in looked.files if name in (*VOCABULARY, *SETTINGS)],
         licence=licence_of(folder.texts.get(README, b"")),
-        problems=_findings(list(found.problems)),
+        facts=dict(found.facts),
+        norm=norm,
+        content=content,
+        problems=_findings(wrong),
         notes=[*notes, *found.notes],
     )
+
+
+def _read_factors(
+    stores: Stores, form: Format, found: Found, problems: list[Problem], uri: str
+) -> tuple[float | None, str]:
+    """Return an adapter's norm, and the SHA-256 of all that it stores; note factors that are not finite."""
+    import torch  # here, so that looking at headers does not wait for it
+
+    from ties_ray.kernels import Factors
+    from ties_ray.kernels.lowrank import norm2_of
+
+    digest, norm2, not_finite = hashlib.sha256(), 0.0, 0
+    for name, source in sorted(found.sources.items()):
+        numel = math.prod(form.shape(source))
+        views = []
+        for read in form.reads(source, 0, numel):
+            views.append(torch.empty(read.stop - read.start, dtype=torch.uint8))
+            pin = found.objects[read.object]
+            stores.of(pin.uri).read(pin, read.start, views[-1].numpy().data)
+            digest.update(views[-1].numpy().data)
+        digest.update(json.dumps([name, source.numbers]).encode())
+        stored = form.encoded(source, 0, numel, views)
+        if isinstance(stored, Factors):
+            norm2 += norm2_of(stored)
+            not_finite += int((~stored.left.isfinite()).sum()) + int((~stored.right.isfinite()).sum())
+    if not_finite:
+        problems.append(
+            Problem(uri, f"{not_finite:,} values of its factors are NaN or Inf", "repair or drop it", "nan")
+        )
+    return (None if not_finite else math.sqrt(norm2)), digest.hexdigest()
 
 
 def _stored(folder: Folder) -> dict[str, Source]:
@@ -123,7 +235,7 @@ def _architecture(folder: Folder) -> str:
 
 
 def _findings(problems: list[Problem]) -> list[Finding]:
-    return [Finding(where=one.where, what=one.what, remedy=one.remedy) for one in problems]
+    return [Finding(where=one.where, what=one.what, remedy=one.remedy, code=one.code) for one in problems]
 
 
 def _name(pin: Pin) -> str:

@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from ties_ray.inspection import Inspection
+from ties_ray.inspection import Inspection, Inspections, Pool
 from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport
 from ties_ray.schema import MethodDoc
 from ties_ray.status import Status
@@ -305,8 +305,12 @@ def of_cleaning(told: Cleaning) -> Iterator[str]:
         yield f"{told.output}: nothing to clean"
 
 
-def of_inspections(found: Sequence[Inspection]) -> Iterator[RenderableType]:
-    """Yield what input folders hold: one in full, several a line each."""
+def of_inspections(whole: Inspections) -> Iterator[RenderableType]:
+    """Yield what input folders hold: one in full, several a line each, a pool of adapters by its counts."""
+    found = whole.folders
+    if whole.pool:
+        yield _pool(whole.pool)
+        return
     if len(found) == 1:
         yield _inspection(found[0])
         yield from _notes(found[0].notes)
@@ -319,6 +323,26 @@ def of_inspections(found: Sequence[Inspection]) -> Iterator[RenderableType]:
         )  # fmt: skip
     yield table
     yield f"{len(found)} folders, {num_bytes(sum(one.size for one in found))}"
+
+
+def _pool(pool: Pool) -> Table:
+    table = _facts()
+    table.add_row("adapters", f"{pool.adapters}, of which {pool.usable} can be used")
+    for name, counts in (
+        ("rank", pool.ranks), ("scale", pool.scales), ("targets", pool.targets), ("base", pool.base_names),
+        ("refused", pool.refused),
+    ):  # fmt: skip
+        for number, (value, count) in enumerate(list(counts.items())[:FEW]):
+            table.add_row(name if number == 0 else "", f"{count:>5} x {value}")
+        if len(counts) > FEW:
+            table.add_row("", f"and {len(counts) - FEW} more kinds")
+    table.add_row("weights", f"{num(pool.parameters)} parameters, {num_bytes(pool.size)}")
+    if pool.norms:
+        smallest, median, largest = pool.norms
+        table.add_row("norms", f"{smallest:.4g} to {largest:.4g}, median {median:.4g}")
+    for uris in pool.duplicates[:FEW]:
+        table.add_row("the same", ", ".join(uris[:FEW]))
+    return table
 
 
 def _inspection(one: Inspection) -> Table:
@@ -334,6 +358,11 @@ def _inspection(one: Inspection) -> Table:
         table.add_row("", name)
     table.add_row("tokenizer", ", ".join(one.tokenizer) or "no file of one")
     table.add_row("licence", one.licence or "not stated")
+    for name, value in one.facts.items():
+        if value:
+            table.add_row(name.replace("_", " "), value)
+    if one.norm is not None:
+        table.add_row("norm", f"{one.norm:.6g}")
     return table
 
 
