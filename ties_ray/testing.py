@@ -207,6 +207,82 @@ class KernelContract:
         for old, new in zip(before, [base, *(source.data for _, source in group)], strict=True):
             assert torch.equal(as_integers(old), as_integers(new))
 
+    @pytest.mark.parametrize("base_dtype", [None, torch.float32, torch.float64])
+    @pytest.mark.parametrize(
+        ("rows", "columns", "rank"),
+        [(1, 3001, 5), (3001, 1, 8), (37, 1009, 16), (300, 700, 3), (5, 260, 512), (3, 40_003, 1), (2, 9, 0)],
+    )
+    def test_changes_of_factors_are_those_of_the_definition(
+        self, kernels: Kernels, rows: int, columns: int, rank: int, base_dtype: torch.dtype | None
+    ) -> None:
+        """base_dtype: of DoRA; None is without, and then all of the base may be one number."""
+        start, length = columns // 2, rows * columns - columns // 2 - columns // 3
+        source = some_factors(rows, columns, rank, start, dora=base_dtype is not None)
+        base = mixed_values(base_dtype, length, seed=1) if base_dtype else torch.zeros(1).expand(length)
+        deltas, highs, lows = [], [], []
+        for each in (Definition(), kernels):
+            delta = torch.full((length,), 7.0)
+            high, low = torch.arange(HIGH_BINS), torch.arange(LOW_BINS)
+            numbers = [each.delta(source, base, delta), each.count_high(source, base, high)]
+            fullest = int((high - torch.arange(HIGH_BINS))[1:].argmax()) + 1
+            numbers.append(each.count_low(source, base, fullest, low))
+            assert len(set(numbers)) == 1
+            assert numbers[0] > 0 or rank == 0
+            deltas.append(delta)
+            highs.append(high)
+            lows.append(low)
+        assert same_bits(*deltas)
+        assert torch.equal(*highs)
+        assert torch.equal(*lows)
+        assert int(highs[1].sum() - torch.arange(HIGH_BINS).sum()) == length
+        assert deltas[1].unique().numel() > length // 4 or rank == 0
+
+    @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (301, 7, 2), (2, 70_001, 3), (150, 1030, 16)])
+    def test_row_scales_are_those_of_the_definition(
+        self, kernels: Kernels, rows: int, columns: int, rank: int, base_dtype: torch.dtype
+    ) -> None:
+        base = torch.randn(rows * columns, dtype=base_dtype, generator=torch.Generator().manual_seed(1))
+        source = some_factors(rows, columns, rank, columns // 2, dora=True)._replace(scales=None)
+        scales = kernels.row_scales(source, base)
+        assert same_bits(Definition().row_scales(source, base), scales)
+        assert scales.unique().numel() > rows // 2
+
+    @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("name", ["weighted_sum", "signed_sums", "signed_sums_weighted", "extremes", "agreement"])
+    def test_factors_fold_beside_other_slices(self, kernels: Kernels, name: str, base_dtype: torch.dtype) -> None:
+        base, group = a_mixed_group(base_dtype, self.LENGTH)
+        op = an_op(name, "all", self.LENGTH)
+        total = op.total.clone() if isinstance(op, Agreement) else None
+        states, counts = [], []
+        for each in (Definition(), kernels):
+            state = each.start(op, self.LENGTH)
+            counts.append(each.fold(op, state, base, group, offset=2**34 + 3))
+            states.append(state)
+        assert counts[0] == counts[1]
+        for key, expected in states[0].items():
+            assert same_bits(expected, states[1][key]), key
+            assert expected.count_nonzero() > self.LENGTH // 100, key
+        assert total is None or (isinstance(op, Agreement) and same_bits(total, op.total))
+
+    @pytest.mark.parametrize("name", ["signed_sums", "agreement"])
+    def test_cuts_inside_rows_change_no_bit_of_what_factors_add(self, kernels: Kernels, name: str) -> None:
+        base, group = a_mixed_group(torch.float32, self.LENGTH)
+        op = an_op(name, "all", self.LENGTH)
+        whole = kernels.start(op, self.LENGTH)
+        counts = kernels.fold(op, whole, base, group, offset=5)
+        states, summed = [], [0] * len(group)
+        for start, stop in itertools.pairwise([0, 0, 1, 6, 368, 4097, 32_771, self.LENGTH]):
+            part = replace(op, total=op.total[start:stop]) if isinstance(op, Agreement) else op
+            state = kernels.start(part, stop - start)
+            cut = [(model, a_part(source, start, stop)) for model, source in group]
+            found = kernels.fold(part, state, base[start:stop], cut, offset=5 + start)
+            summed = [a + b for a, b in zip(summed, found, strict=True)]
+            states.append(state)
+        assert summed == counts
+        for key, expected in whole.items():
+            assert same_bits(expected, torch.cat([state[key] for state in states])), key
+
     def test_an_empty_slice_is_no_work(self, kernels: Kernels) -> None:
         base, group = a_group(torch.float32, 0)
         op = an_op("signed_sums", "dropout", 0)
@@ -260,6 +336,42 @@ def a_group(base_dtype: torch.dtype, length: int) -> tuple[torch.Tensor, list[tu
     dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bfloat16)
     group = [(model, Encoded(near(base, dtype, seed=10 + model))) for model, dtype in enumerate(dtypes)]
     return base, [*group, (6, Encoded(mixed_values(torch.float32, length, seed=20), "delta"))]
+
+
+def some_factors(rows: int, columns: int, rank: int, start: int, dora: bool = False) -> Factors:
+    """Return factors of ordinary numbers with zeros among them, and some whose products vanish or overflow."""
+    source = torch.Generator().manual_seed(rank)
+    left, right = torch.randn(rows, rank, generator=source), torch.randn(rank, columns, generator=source)
+    left[rows // 3 :: 5] *= 1e-30
+    right[:, columns // 3 :: 5] *= 1e-12
+    left[::7, : rank // 2] = 0.0
+    left[rows // 2, :1] = 1e30
+    right[:1, columns // 2 :: 97] = 1e30
+    if not dora:
+        return Factors(left, right, 0.3, start)
+    scales = 1 + torch.randn(rows, generator=source) / 8
+    return Factors(left, right, 0.3, start, torch.rand(rows, generator=source), scales)
+
+
+def a_mixed_group(base_dtype: torch.dtype, length: int) -> tuple[torch.Tensor, list[tuple[int, Stored]]]:
+    """Return a base and six of the seven models of `an_op`: factors (one of DoRA) and dense ones."""
+    columns, start = 701, 333
+    rows = -(-(start + length) // columns)
+    base, dense = a_group(base_dtype, length)
+    factors = [some_factors(rows, columns, rank, start, dora=rank == 4) for rank in (1, 4, 17)]
+    return base, [*enumerate([*factors, dense[0][1], dense[5][1]]), (6, dense[3][1])]
+
+
+def a_part(source: Stored, start: int, stop: int) -> Stored:
+    """Return elements [start, stop) of a slice."""
+    if isinstance(source, Encoded):
+        return Encoded(source.data[start:stop], source.kind)
+    columns = source.right.shape[1]
+    first, rest = divmod(source.start + start, columns)
+    rows = slice(first, -(-(source.start + stop) // columns))
+    magnitude = None if source.magnitude is None else source.magnitude[rows]
+    scales = None if source.scales is None else source.scales[rows]
+    return Factors(source.left[rows], source.right, source.scale, rest, magnitude, scales)
 
 
 def an_op(name: str, how: str, length: int) -> Op:
