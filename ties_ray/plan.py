@@ -369,7 +369,7 @@ def plan_files(recipe: Recipe, catalog: Catalog) -> tuple[OutputFile, ...]:
     filled = 0
     for tensor in recipe.output.tensors(catalog.parameters):
         size = tensor_bytes(tensor)
-        if groups[-1] and filled + size > recipe.output.file_size:
+        if groups[-1] and filled + size > recipe.output.file_size and not recipe.output.one_file:
             groups.append([])
             filled = 0
         groups[-1].append(tensor)
