@@ -34,7 +34,7 @@ _TOOLS = (
         "is an adapter of diffusers, for image models",
         "save it with PEFT (save_pretrained of the adapted model), or merge it into its base first",
         lambda file, key: (
-            file == "pytorch_lora_weights.safetensors" or (".lora_A." in key and key.startswith(("unet.", "text_enc")))
+            file == "pytorch_lora_weights.safetensors" or (".lora_" in key and key.startswith(("unet.", "text_enc")))
         ),
     ),
 )
@@ -43,8 +43,8 @@ _TOOLS = (
 def problem(folder: Folder) -> Problem | None:
     """Return why a folder is another tool's adapter, with a code (mlx, kohya, diffusers, config_missing), else None.
 
-    From names alone, never from shapes: a square factor of MLX has the same shape as one of PEFT. `config_missing`: factors
-    as PEFT names them, in a folder that is not an adapter's.
+    From names alone, never from shapes: a square factor of MLX has the same shape as one of PEFT. `config_missing`:
+    factors as PEFT names them, in a folder that is not an adapter's.
     """
     keys = [(file, key) for file, header in folder.headers.items() for key in header.tensors]
     for code, what, remedy, owns in _TOOLS:

@@ -476,14 +476,19 @@ def _renaming(names: Sequence[str], base: Collection[str] | None) -> Callable[[s
     """
     if not base or all(name in base for name in names):
         return lambda name: name
-    drop, add = (Counter(name.partition(".")[0] for name in some).most_common(1) for some in (names, base))
-    ways: list[Callable[[str], str]] = [
-        lambda name: name,
-        lambda name: name.removeprefix(f"{drop[0][0]}."),
-        lambda name: f"{add[0][0]}.{name}",
-    ]
-    way = max(ways, key=lambda one: sum(one(name) in base for name in names))
-    return lambda name: way(name) if name not in base and way(name) in base else name
+    ways = [("", ""), *((f"{word}.", "") for word in _leading(names)), *(("", f"{word}.") for word in _leading(base))]
+
+    def renamed(name: str, way: tuple[str, str]) -> str:
+        other = way[1] + name.removeprefix(way[0])
+        return name if name in base or other not in base else other
+
+    best = max(ways, key=lambda way: sum(renamed(name, way) in base for name in names))
+    return lambda name: renamed(name, best)
+
+
+def _leading(names: Iterable[str]) -> list[str]:
+    """Return the commonest first words of some names."""
+    return [word for word, _ in Counter(name.partition(".")[0] for name in names).most_common(4)]
 
 
 def _stored(
