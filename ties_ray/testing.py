@@ -1142,14 +1142,14 @@ class OutputContract:
         out = torch.empty(3, dtype=torch.float16)
         assert values(torch.zeros(3), torch.tensor([1.0, 1e6, -1e6]), out) == 2
 
-    def test_the_base_matters_where_the_kind_says_so(
+    def test_a_kind_that_reads_no_base_gives_the_same_on_any(
         self, output: Output, values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]
     ) -> None:
         base, merged = torch.randn(2, 1_001, generator=torch.Generator().manual_seed(3))
         with_base, with_another = torch.empty(2, 1_001)
         values(base, merged, with_base)
         values(base * float("nan"), merged, with_another)
-        assert same_bits(with_base, with_another) != output.reads_base
+        assert output.reads_base or same_bits(with_base, with_another)
 
     def test_factors_are_as_close_as_they_say(
         self, output: Output, matrices: list[tuple[Parameter, list[Factors]]]

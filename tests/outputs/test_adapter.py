@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tests.adapters import make_pool
+from ties_ray import drive
 from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors
 from ties_ray.outputs.adapter import Adapter
+from ties_ray.recipe import validate
+from ties_ray.report import MergeResult
+from ties_ray.stores import Stores
 from ties_ray.testing import OutputContract
 
 with warnings.catch_warnings():
@@ -184,6 +189,31 @@ def test_what_an_adapter_can_not_hold_is_named() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Adapter(path="/out", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["average", "ties"])
+def test_a_merged_adapter_misses_the_merged_delta_by_the_error_it_states(tmp_path: Path, method: str) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), hidden=32)
+
+    def merged(name: str, **output: object) -> MergeResult:
+        recipe = {"base": pool.base, "models": list(pool.adapters), "method": method, "run": {"executor": "local"}}
+        return drive.merge(validate({**recipe, "output": {"path": str(tmp_path / name), **output}}))
+
+    result = merged("adapter", kind="adapter", rank=8, file_size="4KB")
+    merged("delta", kind="delta", file_size="4KB")
+    delta = {name: one for path in (tmp_path / "delta").glob("*.safetensors") for name, one in load_file(path).items()}
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    error2 = norm2 = 0.0
+    for name, change in delta.items():
+        path = "base_model.model." + name.removesuffix(".weight")
+        a, b = (factors.pop(f"{path}.lora_{side}.weight").double() for side in "AB")
+        error2 += float((change - b @ a).square().sum())
+        norm2 += float(change.double().square().sum())
+    assert not factors
+    assert len(delta) == 14
+    assert result.truncation is not None
+    assert 0.1 < result.truncation.relative_error < 0.9
+    assert result.truncation.relative_error == pytest.approx((error2 / norm2) ** 0.5, rel=1e-4)
 
 
 MEASURE = """
