@@ -68,6 +68,31 @@ def test_no_compiled_loop_but_the_product_holds_a_fused_multiply_add(fresh: dict
     assert {name for name, text in fresh["assembly"].items() if fused.search(text)} == {"_product"}
 
 
+BITS = """
+import hashlib, torch
+from ties_ray.kernels import load
+from ties_ray.testing import some_factors
+
+whole = torch.randn(37 * 1009, generator=torch.Generator().manual_seed(1))
+for rank, dora in ((1, False), (17, True), (200, False)):
+    source = some_factors(37, 1009, rank, 0, dora)
+    delta = torch.empty(len(whole))
+    others = load("cpu").delta(source, whole, delta)
+    print(rank, others, hashlib.sha256(delta.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_the_product_has_the_same_bits_without_the_instructions_of_this_processor(tmp_path: Path) -> None:
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    found = [
+        subprocess.run([sys.executable, "-c", BITS], env=os.environ | extra, capture_output=True, text=True)
+        for extra in ({}, generic)
+    ]
+    assert [done.returncode for done in found] == [0, 0], found[1].stderr
+    assert found[0].stdout == found[1].stdout
+    assert found[0].stdout.count("\n") == 3
+
+
 def test_a_cache_folder_of_someone_else_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = tmp_path / f"ties_ray-{os.getuid()}"
     shared.mkdir()

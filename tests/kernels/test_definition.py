@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from ties_ray.kernels import (
     Dropout,
     Encoded,
     Extremes,
+    Factors,
     Kernels,
     SignedSums,
     Term,
@@ -22,7 +24,7 @@ from ties_ray.kernels import (
     load,
     state_dtypes,
 )
-from ties_ray.kernels.definition import cast
+from ties_ray.kernels.definition import cast, fma, product
 from ties_ray.testing import KernelContract
 
 NUM_MODELS, LENGTH = 5, 4096
@@ -244,6 +246,117 @@ def test_state_takes_the_bytes_that_the_plan_counts(kernels: Kernels, op: Weight
     state = kernels.start(op, 10)
     assert sum(tensor.nbytes for tensor in state.values()) == 10 * num_bytes == 40 * len(state_dtypes(op))
     assert not any(tensor.any() for tensor in state.values())
+
+
+def fp32(number: Fraction) -> float:
+    """Round to the nearest fp32, ties to even, denormals and overflow included: what a fma does to the exact result."""
+    if number == 0:
+        return 0.0
+    exponent = abs(number.numerator).bit_length() - number.denominator.bit_length()
+    exponent -= abs(number) < Fraction(2) ** exponent
+    unit = Fraction(2) ** max(exponent - 23, -149)
+    rounded = round(number / unit) * unit  # Python rounds a fraction half to even
+    return float(rounded) if abs(rounded) < 2**128 else math.copysign(math.inf, number)
+
+
+def awkward(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return fp32 factors whose products end in runs of zeros or ones, and addends far below and above them."""
+    source = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, (length,), generator=source)
+
+    first, second = ((1 + draw(-4, 5) * 2.0 ** -draw(8, 24)).float() for _ in range(2))
+    first, second = torch.ldexp(first, draw(-75, 30)), torch.ldexp(second, draw(-74, 30))
+    exponent = (first.double() * second.double()).abs().log2().round()
+    addend = torch.ldexp((1 + draw(-2, 3) * 2.0 ** -draw(8, 24)).double(), exponent + draw(-60, 61))
+    sign = torch.where(draw(0, 2) == 0, 1.0, -1.0)
+    return first * sign, second, addend.float()
+
+
+def test_the_emulated_fma_rounds_once() -> None:
+    x, y, z = awkward(20_000, seed=1)
+    twice = (x.double() * y.double() + z.double()).float()
+    numbers = (map(Fraction, values.tolist()) for values in (x, y, z))
+    exact = [fp32(a * b + c) for a, b, c in zip(*numbers, strict=True)]
+    expected = torch.tensor(exact, dtype=torch.float64).float()
+    found = fma(x, y, z)
+    assert torch.equal(found, expected)
+    assert (twice != expected).sum() > 5
+    assert ((found.abs() < 2.0**-126) & (found != 0)).sum() > 20
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "z", "expected"),
+    [
+        (1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11, 2.0**-24),
+        (1 + 2.0**-23, 1.0, 2.0**-24, 1 + 2.0**-22),
+        (1.0, 1 + 2.0**-23, 2.0**-24 - 2.0**-48, 1 + 2.0**-23),
+        (2.0**-75, 2.0**-75, 0.0, 0.0),
+        (2.0**-75, 2.0**-75, 2.0**-149, 2.0**-148),
+        (-(2.0**-75), 2.0**-75, 0.0, -0.0),
+        (2.0**100, 2.0**100, -math.inf, -math.inf),
+        (2.0**100, 2.0**100, 0.0, math.inf),
+        (2.0**100, 2.0**28, -(2.0**104), 2.0**128 - 2.0**104),
+        (0.0, -1.0, 0.0, 0.0),
+        (0.0, math.inf, 1.0, math.nan),
+    ],
+)
+def test_a_fma_at_the_edges(kernels: Kernels, x: float, y: float, z: float, expected: float) -> None:
+    """As the second of two steps of a product: z * 1 + 0, then x * y + z."""
+    found = fma(*(torch.tensor([number]) for number in (x, y, z)))
+    chained = torch.empty(1)
+    source = Factors(torch.tensor([[z, x]]), torch.tensor([[1.0], [y]]), 1.0, 0)
+    others = kernels.delta(source, torch.zeros(1), chained)
+    for number in (found, chained if math.isfinite(expected) else found):
+        assert torch.equal(number, torch.tensor([expected])) or (number.isnan().all() and math.isnan(expected))
+    assert found.signbit().item() == (math.copysign(1, expected) < 0) or math.isnan(expected)
+    assert others == (not math.isfinite(expected))
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 67, 3), (67, 1, 3), (7, 13, 16), (3, 5, 300)])
+def test_the_canonical_product_is_a_chain_of_fmas(kernels: Kernels, rows: int, columns: int, rank: int) -> None:
+    left, right, _ = (values.view(-1) for values in awkward(max(rows, columns) * rank, seed=2))
+    left, right = left[: rows * rank].view(rows, rank), right[: rank * columns].view(rank, columns)
+    expected = torch.empty(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            total = 0.0
+            for a, b in zip(left[i].tolist(), right[:, j].tolist(), strict=True):
+                total = fp32(Fraction(a) * Fraction(b) + Fraction(total))
+            expected[i, j] = fp32(Fraction(total) * Fraction(torch.tensor(0.3).item()))
+    found = torch.empty(rows * columns)
+    assert kernels.delta(Factors(left, right, 0.3, 0), torch.zeros(rows * columns), found) == 0
+    assert torch.equal(found.view(rows, columns), expected)
+    assert expected.isfinite().all()
+    assert expected.count_nonzero() > rows * columns // 2
+
+
+def test_a_product_is_asked_for_by_element() -> None:
+    source = Factors(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 5.0, 7.0]]), 0.5, 0)
+    assert product(source, 0, 6).tolist() == [1.5, 2.5, 3.5, 3.0, 5.0, 7.0]
+    assert product(source, 2, 3).tolist() == [3.5, 3.0, 5.0]
+
+
+def test_dora_has_the_norms_it_was_given(kernels: Kernels) -> None:
+    """Liu et al. 2024, equation 5, in fp64: m * (W + s B A) / norm by rows."""
+    source = torch.Generator().manual_seed(6)
+    left, right, base = (torch.randn(shape, generator=source) for shape in ((9, 4), (4, 555), (9, 555)))
+    magnitude = torch.rand(9, generator=source) + 1
+    value = base.double() + 0.5 * left.double() @ right.double()
+    expected = magnitude[:, None] * value / value.norm(dim=1, keepdim=True) - base
+    factors = Factors(left, right, 0.5, 0, magnitude)
+    scales = kernels.row_scales(factors, base.view(-1))
+    assert torch.allclose(scales.double(), magnitude / value.norm(dim=1), rtol=1e-7)
+    found = torch.empty(9 * 555)
+    assert kernels.delta(factors._replace(scales=scales), base.view(-1), found) == 0
+    assert torch.allclose(found.view(9, 555).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_row_of_norm_zero_has_no_scale(kernels: Kernels) -> None:
+    factors = Factors(torch.zeros(2, 1), torch.ones(1, 3), 1.0, 0, torch.tensor([1.0, 1.0]))
+    scales = kernels.row_scales(factors, torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0, 0.0]))
+    assert scales.tolist() == [math.inf, 0.5]
 
 
 def test_a_thread_that_flushes_denormals_is_found_out() -> None:
