@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from ties_ray import lease, plugins, resume
 from ties_ray.catalog import Catalog, Model, read_catalog
@@ -19,6 +20,7 @@ from ties_ray.finalize import complete_uploads, publish_documents, publish_resul
 from ties_ray.manifest import Manifest, Record, Survey
 from ties_ray.orders import SETUP, Answer, Order, Setup
 from ties_ray.plan import COUNTS, MODEL_GROUP, Plan, PlannedRound, make_plan, settle, without
+from ties_ray.poolcache import PoolCache
 from ties_ray.recipe import Recipe
 from ties_ray.report import (
     InputProvenance,
@@ -196,12 +198,16 @@ class MergeRun:
         if round_.kind != "merge" and len(self._manifest.read_folded(index, groups)) == len(groups):
             self._shards_done_before += round_.num_shards
             return
-        records = self._accepted(index, round_)
+        records = self._accepted(index, round_) or self._recalled(index, round_)
+        known = [count.member for record in records.values() if not record.shards for count in record.counts]
         done = {shard for record in records.values() for shard in record.shards}
         self._shards_done_before += len(done)
         shards = {name: record.shards for name, record in records.items()}
         costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
-        orders = [Order("shard", index, shard, revision=self._plan.revision) for shard in range(round_.num_shards)]
+        orders = [
+            self._order("shard", index, shard, known=_of_group(known, self._group(round_, shard)))
+            for shard in range(round_.num_shards)
+        ]
         # A part written twice is the same part; a shard counted twice would be counted twice.
         repeats = round_.kind == "merge"
         shards |= self._work(round_.name, orders, costs=costs, done=done, records=True, repeats=repeats)
@@ -210,9 +216,38 @@ class MergeRun:
             return
         folds = []
         for group in groups:
-            names = [name for name, own in shards.items() if self._group(round_, own[0]) == group]
-            folds.append(Order("fold", index, group, tuple(names), self._plan.revision))
+            names = [name for name, own in shards.items() if own and self._group(round_, own[0]) == group]
+            names += [name for name, own in shards.items() if not own and name.endswith(f"-{group}.json")]
+            folds.append(self._order("fold", index, group, tuple(names), known=_of_group(known, group)))
         self._work(f"{round_.name}: barrier", folds, costs=[1] * len(folds))
+
+    def _order(
+        self,
+        action: Literal["shard", "fold"],
+        round_: int,
+        index: int,
+        records: tuple[str, ...] = (),
+        known: tuple[int, ...] = (),
+    ) -> Order:
+        return Order(action, round_, index, records, self._plan.revision, known)
+
+    def _recalled(self, index: int, round_: PlannedRound) -> dict[str, Record]:
+        """Return records of what earlier merges have left in the pool cache, stored like a worker's, one a group."""
+        folder = self._plan.recipe.run.pool_cache
+        if folder is None or round_.kind not in ("survey", *COUNTS):
+            return {}
+        before = self._manifest.read_folded(index - 1, self._groups(round_)) if round_.kind == "count_low" else {}
+        picks = {pick.member: pick for part in before.values() for pick in part.picks if pick.parameter == WHOLE}
+        surveys, counts = PoolCache(self._stores, folder).recall(self._plan, round_.kind, picks)
+        records = {}
+        if surveys:  # a shard of a survey is a model
+            records["known-0.json"] = Record(index, tuple(one.member for one in surveys), surveys=surveys)
+        for group in {count.member // MODEL_GROUP for count in counts}:
+            own = tuple(count for count in counts if count.member // MODEL_GROUP == group)
+            records[f"known-{group}.json"] = Record(index, (), counts=own)
+        for name, record in records.items():
+            self._manifest.write_record(name, record)
+        return records
 
     def _groups(self, round_: PlannedRound) -> range:
         return range(-(-len(self._plan.result.models) // MODEL_GROUP) if round_.kind in COUNTS else 1)
@@ -382,6 +417,10 @@ class MergeRun:
         for index, _ in self._folded("gather"):
             found |= self._manifest.read_folded(index, [0])[0].statistics
         return found
+
+
+def _of_group(members: Sequence[int], group: int) -> tuple[int, ...]:
+    return tuple(member for member in members if member // MODEL_GROUP == group)
 
 
 def _share(error2: float, norm2: float) -> float:

@@ -28,6 +28,8 @@ class Order:
     """Names of the records to fold."""
     revision: int = 0
     """Of the stored plan that is meant; a worker that has read another reads it again."""
+    known: tuple[int, ...] = ()
+    """Members whose counts an earlier merge has left, so that they are not counted again."""
 
 
 @dataclass(frozen=True)

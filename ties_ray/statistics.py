@@ -18,6 +18,8 @@ from ties_ray.methods import Threshold
 Scope = tuple[int, int]
 """(member, parameter index), or (member, WHOLE) for the whole task vector."""
 WHOLE = -1
+MAX_TABLE_BYTES = 8 * HIGH_BINS
+"""Of an unpacked table; whatever a stored one claims."""
 
 
 class Counts(NamedTuple):
@@ -124,4 +126,5 @@ def _deflate(values: NDArray[np.signedinteger]) -> str:
 
 
 def _inflate(text: str, dtype: str) -> NDArray[np.int64]:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype).astype(np.int64)
+    data = zlib.decompressobj().decompress(base64.b64decode(text), MAX_TABLE_BYTES)
+    return np.frombuffer(data, dtype).astype(np.int64)

@@ -45,6 +45,7 @@ from ties_ray.plan import (
     is_resident,
     method_round,
 )
+from ties_ray.poolcache import PoolCache, identity
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.slices import Slices
 from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
@@ -146,12 +147,15 @@ class Worker:
         self._follow(found)
         self._uploads: dict[str, str] = {}
         self._kernels = kernels.load("cpu")
+        folder = found.recipe.run.pool_cache
+        self._pool = PoolCache(self._stores, folder) if folder else None
         self._reads = ReadAhead(self._stores, self._formats, AHEAD, int(found.recipe.run.cache))
         self._writes = WriteBehind(self._stores)
         self._bases = Buffers()
         self._known: dict[int, dict[int, Folded]] = {}
         self._picked: dict[tuple[str, int], dict[Scope, Pick]] = {}
         self._scratch: tuple[int, Tensor] | None = None
+        self._recalled: frozenset[int] = frozenset()
         self._seen: dict[int, tuple[Seen, ...]] = {}
         self._token = uuid.uuid4().hex[:12]
         self._num_records = 0
@@ -190,6 +194,7 @@ class Worker:
             if self._is_full() or self._is_of_another_kind(order):
                 self._flush()  # if this fails the batch stays, and only the shard is tried again
             self._round = order.round
+            self._recalled = frozenset(order.known)
             self._shard(order)
         answer, self._answer = self._answer, Answer()
         return ANSWER.dump_json(self._metered(answer, time.monotonic() - started)).decode()
@@ -331,10 +336,12 @@ class Worker:
             folded = Folded(matrices=tuple(matrices), zeroed=zeroed)
         else:
             counts = [count for record in records for count in record.counts]
-            folded = Folded(picks=tuple(self._pick(round_, order.index, counts)))
+            folded = Folded(picks=tuple(self._pick(round_, order.index, counts, frozenset(order.known))))
         self._manifest.write_folded(order.round, order.index, folded)
 
-    def _pick(self, round_: PlannedRound, group: int, counts: Sequence[Counts]) -> Iterator[Pick]:
+    def _pick(
+        self, round_: PlannedRound, group: int, counts: Sequence[Counts], known: frozenset[int]
+    ) -> Iterator[Pick]:
         need = self._need()
         by_scope: dict[Scope, list[Counts]] = defaultdict(list)
         for count in counts:
@@ -351,11 +358,23 @@ class Worker:
             if index == WHOLE or self._stands_for(member, parameters[index])
         ]
         for scope in scopes:
+            if scope[1] == WHOLE and scope[0] not in known:
+                self._remember(scope[0], f"low-{first[scope].high}" if first else "high", by_scope[scope])
             if round_.kind == "count_high":
                 size = self._result.sizes[scope[0]] if scope[1] == WHOLE else parameters[scope[1]].numel
                 yield from pick_high(need, {scope[1]: size}, [scope], add(by_scope[scope], HIGH_BINS))
             else:
                 yield from pick_low([first[scope]], add(by_scope[scope], LOW_BINS))
+
+    def _remember(self, member: int, what: str, counts: Sequence[Counts]) -> None:
+        """Leave what was found of a model in the pool cache, if the recipe names one."""
+        name = identity(self._models[member], self._formats[self._models[member].format]) if self._pool else None
+        if self._pool and name and counts:
+            bins = HIGH_BINS if what == "high" else LOW_BINS
+            ((scope, table),) = add(counts, bins).items()
+            packed = pack(scope, table)
+            if packed:
+                self._pool.write(name, what, packed)
 
     def _stands_for(self, member: int, parameter: Parameter) -> bool:
         """Return whether a parameter belongs to a member's task vector, if only as zeros."""
@@ -441,7 +460,9 @@ class Worker:
 
     def _count(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
         need = self._need()
-        members = [member for member in range(*shard.models) if need.densities[member] < 1]
+        members = [
+            member for member in range(*shard.models) if need.densities[member] < 1 and member not in self._recalled
+        ]
         if not members:
             return  # nor is the base read, as the plan says
         low = round_.kind == "count_low"
@@ -483,7 +504,11 @@ class Worker:
                 if isinstance(one, Factors):
                     norm2 += norm2_of(one)
                     not_finite += int((~one.left.isfinite()).sum()) + int((~one.right.isfinite()).sum())
-        done.surveys.append(Survey(member, norm2 if math.isfinite(norm2) else 0.0, not_finite))
+        found = Survey(member, norm2 if math.isfinite(norm2) else 0.0, not_finite)
+        done.surveys.append(found)
+        name = identity(model, form) if self._pool else None
+        if self._pool and name:
+            self._pool.write(name, "survey", found)
 
     def _gather(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
         own = method_round(self._plan.recipe, round_)
