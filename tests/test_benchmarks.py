@@ -24,10 +24,13 @@ def rows(output: str) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
-def test_the_kernels_are_measured_for_every_dtype() -> None:
-    found = rows(run("kernels", "--length", "70000", "--models", "2", "--repeats", "1"))
-    assert [row["dtype"] for row in found] == ["bfloat16", "float16", "float32"]
-    assert all(float(row["rounds"]) > float(row["fold"]) > 0 for row in found)
+def test_the_kernels_are_measured_for_every_dtype_and_for_factors() -> None:
+    output = run("kernels", "--length", "70000", "--models", "2", "--repeats", "1", "--ranks", "8")
+    _, dense, factors = output.split("\n\n")
+    assert [row["dtype"] for row in rows(dense)] == ["bfloat16", "float16", "float32"]
+    assert all(float(row["rounds"]) > float(row["fold"]) > 0 for row in rows(dense))
+    assert [row["rank"] for row in rows(factors)] == ["dense", "8"] * 3
+    assert all(float(row["fold"]) > 0 for row in rows(factors))
 
 
 @pytest.mark.parametrize("method", ["ties", "consensus"])
