@@ -12,7 +12,7 @@ from ties_ray.catalog import Model
 from ties_ray.errors import InterruptedMerge, Problem
 from ties_ray.manifest import Written
 from ties_ray.plan import Plan
-from ties_ray.report import RECIPE_NAME, RESULT_NAME, MergeResult, WrittenFile
+from ties_ray.report import RECIPE_NAME, RESULT_NAME, MergeResult, Truncation, WrittenFile
 from ties_ray.stores import Store, Stores, crc32c_joined, join
 
 LARGEST_SMALL_FILE = 256 * 2**20
@@ -86,6 +86,8 @@ def card(plan: Plan, result: MergeResult) -> str:
     front: dict[str, object] = {"base_model": [_short(model.uri) for model in inputs]}
     if len(licences) == 1 and "" not in licences:
         front["license"] = licences.pop()
+    if result.truncation:
+        front["library_name"] = "peft"
     front["tags"] = ["merge", "ties-ray", recipe.method.name]
     rows = [_row(model.id, model) for model in inputs]
     lines = [
@@ -93,7 +95,7 @@ def card(plan: Plan, result: MergeResult) -> str:
         _yaml(front).rstrip(),
         "---",
         "",
-        f"# Merge of {len(plan.result.members)} models by `{recipe.method.name}`",
+        f"# Merge of {len(plan.result.members)} models by `{recipe.method.name}`{_cut(result.truncation)}",
         "",
         f"Merged by ties_ray, run `{plan.run_id}`, arithmetic `{plan.arithmetic}`. {recipe.method.paper}.",
         "",
@@ -109,6 +111,9 @@ def card(plan: Plan, result: MergeResult) -> str:
     if result.trims and len(result.trims) <= 2 * len(plan.result.members):
         lines += ["", "## Trim", "| model | threshold | kept | of |", "|---|---|---|---|"]
         lines += [f"| {t.model} | {t.threshold:.6g} | {t.kept:,} | {t.size:,} |" for t in result.trims]
+    if result.truncation:
+        lines += ["", "## What the rank cost", "| matrix | relative error |", "|---|---|"]
+        lines += [f"| `{name}` | {error:.4%} |" for name, error in result.truncation.matrices.items()]
     if plan.notes:
         lines += ["", "## Notes", *(f"* {note}" for note in plan.notes)]
     return "\n".join(lines) + "\n"
@@ -117,6 +122,13 @@ def card(plan: Plan, result: MergeResult) -> str:
 def _row(name: str, model: Model) -> str:
     density = "" if model.density is None else str(model.density)
     return f"| {name} | `{model.uri}` | {model.weight:g} | {density} | {model.licence or 'not stated'} |"
+
+
+def _cut(truncation: Truncation | None) -> str:
+    """Return what a title must say of a merge that was cut down to a rank."""
+    if truncation is None:
+        return ""
+    return f", cut to rank {truncation.rank} (relative error {truncation.relative_error:.2%})"
 
 
 def _short(uri: str) -> str:

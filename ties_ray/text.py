@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ties_ray.inspection import Inspection, Inspections, Pool
-from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport
+from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport, Truncation
 from ties_ray.schema import MethodDoc
 from ties_ray.status import Status
 from ties_ray.verify import Verification
@@ -66,7 +66,9 @@ def duration(seconds: float) -> str:
 def of_plan(plan: PlanRecord) -> Iterator[RenderableType]:
     """Yield what a merge will do."""
     table = _facts()
-    table.add_row("base", f"{plan.base.uri}  ({_content(plan.base)})")
+    table.add_row(
+        "base", f"{plan.base.uri}  ({_content(plan.base)})" if plan.base.uri else "none: shapes come from the factors"
+    )
     for position, model in enumerate(plan.models[:FEW]):
         table.add_row(f"models ({len(plan.models)})" if position == 0 else "", _input(model))
     if len(plan.models) > FEW:
@@ -190,12 +192,24 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
     if result.trims:
         method = result.provenance.method if result.provenance else {}
         yield from _trims(result.trims, drop=method.get("at_threshold") == "drop")
+    if result.truncation:
+        yield from _truncation(result.truncation)
     for name, value in result.statistics.items():
         yield f"  {name}: {value:,}"
+    if result.refused:
+        yield f"  left out, as the recipe allows: {len(result.refused)} models ({', '.join(list(result.refused)[:FEW])})"
     for where, count in list(result.zeroed.items())[:FEW]:
         yield f"  not finite, counted as zero: {count:,} values of {where}"
     yield from _notes(result.notes)
     yield from _next(result, recipe)
+
+
+def _truncation(lost: Truncation) -> Iterator[RenderableType]:
+    """Yield what writing factors of one rank cost, and the matrices it cost most."""
+    yield f"  rank {lost.rank}: the adapter differs from the merge by {lost.relative_error:.2%} of its norm"
+    worst = sorted(lost.matrices.items(), key=lambda item: -item[1])[:3]
+    if lost.relative_error > 0.005:
+        yield f"  most in {', '.join(f'{name} ({error:.1%})' for name, error in worst)}"
 
 
 def _effort(result: MergeResult) -> str:
