@@ -150,6 +150,8 @@ class MergeResult(_Record):
     resumed: bool = False
     """An interrupted run was continued."""
     output: str = ""
+    opened_by: str = ""
+    """A line of Python that opens it."""
     files: list[WrittenFile] = []
     shards: int = 0
     """Shards of all rounds."""

@@ -165,7 +165,7 @@ class _Rate:
 
     def __call__(self, progress: Progress) -> float:
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or progress.bytes_read < self._first[1]:  # another count has begun
             self._first = now, progress.bytes_read
         seconds = now - self._first[0]
         return (progress.bytes_read - self._first[1]) / seconds if seconds > 0 else 0.0
@@ -197,7 +197,9 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
     for name, value in result.statistics.items():
         yield f"  {name}: {value:,}"
     if result.refused:
-        yield f"  left out, as the recipe allows: {len(result.refused)} models ({', '.join(list(result.refused)[:FEW])})"
+        yield f"  left out, as the recipe allows: {', '.join(list(result.refused)[:FEW])}"
+        if len(result.refused) > FEW:
+            yield f"    and {len(result.refused) - FEW} more"
     for where, count in list(result.zeroed.items())[:FEW]:
         yield f"  not finite, counted as zero: {count:,} values of {where}"
     yield from _notes(result.notes)
@@ -254,8 +256,8 @@ def _next(result: MergeResult, recipe: str) -> Iterator[str]:
     output = shlex.quote(result.output)
     yield "next:"
     yield f"  ties-ray verify {output}"
-    if "://" not in result.output:
-        yield f'  transformers: AutoModel.from_pretrained("{result.output}")'
+    if "://" not in result.output and result.opened_by:
+        yield f"  {result.opened_by}"
     if result.provenance and "density" in result.provenance.method:
         other = "0.3" if result.provenance.method["density"] != 0.3 else "0.2"
         told = f"--set method.density={other} --set output.path={shlex.quote(result.output + '-' + other)}"

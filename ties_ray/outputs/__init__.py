@@ -110,6 +110,8 @@ class Output(BaseModel, ABC):
     files_from: str = "base"
     """Which input gives config, tokenizer and chat template: `base`, or a model's id or path."""
 
+    opened_by: ClassVar[str] = ""
+    """A line of Python that opens it; `{output}` stands for the folder."""
     reads_base: ClassVar[bool] = True
     """Whether `values` uses the base: if not, and no model needs it either, a recipe may leave the base out."""
     condenses: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
@@ -18,6 +18,8 @@ class Checkpoint(Output):
     """All parameters of the base, merged or copied."""
 
     kind: Literal["checkpoint"] = "checkpoint"
+
+    opened_by: ClassVar[str] = 'transformers: AutoModel.from_pretrained("{output}")'
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return every base parameter; only merged ones change their dtype."""
