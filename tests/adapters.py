@@ -12,6 +12,8 @@ from ties_ray.stores import Store, join
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 VOCABULARY = 48
+UNIT = 2.0**-24
+"""Half a unit in the last place of fp32, relative."""
 Module = tuple[torch.Tensor, torch.Tensor, float]
 """A (r, in), B (out, r) and alpha; of an embedding A (r, rows) and B (width, r)."""
 
@@ -25,6 +27,8 @@ class Pool:
     base_tensors: Tensors
     deltas: tuple[Tensors, ...]
     """Of each adapter, by base parameter and of its shape: the exact change, in float64."""
+    errors: tuple[Tensors, ...]
+    """Likewise: by how much the change may differ when it is computed in fp32."""
 
 
 def make_pool(
@@ -38,6 +42,7 @@ def make_pool(
     alphas: Sequence[float] = (16, 8),
     targets: Sequence[Sequence[str]] = ((*ATTENTION, *MLP), ("q_proj", "v_proj")),
     variants: Sequence[str] = ("plain",),
+    transposed: bool = False,
     dtype: str = "F32",
     base_dtype: str = "F32",
     size: float = 0.02,
@@ -47,11 +52,14 @@ def make_pool(
 
     ranks, alphas, targets, variants: taken in turn by the adapters; `variants` are plain, rslora, dora. A target is the
     last word of a module: of ATTENTION, MLP, or `embed_tokens`, `lm_head`. size: standard deviation of a change.
+    transposed: the base stores its layers as (in, out), as GPT-2 does, and the adapters say fan_in_fan_out.
     """
     generator = torch.Generator().manual_seed(seed)
     base, config = _llama(generator, hidden, layers, base_dtype)
+    if transposed:
+        base = {name: each.T.contiguous() if "_proj" in name else each for name, each in base.items()}
     write_checkpoint(store, join(folder, "base"), base, config=config)
-    uris, deltas = [], []
+    uris, deltas, errors = [], [], []
     for number in range(num_adapters):
         rank, alpha = ranks[number % len(ranks)], alphas[number % len(alphas)]
         wanted, variant = targets[number % len(targets)], variants[number % len(variants)]
@@ -59,24 +67,32 @@ def make_pool(
         modules: dict[str, Module] = {}
         extra: Tensors = {}
         delta: Tensors = {}
+        error: Tensors = {}
         for name, weight in base.items():
             path = name.removesuffix(".weight")
             if path.rpartition(".")[2] not in wanted:
                 continue
-            a, b = _factors(generator, weight, rank, size / scale, path, dtype)
+            turned = transposed or path.endswith("embed_tokens")
+            a, b = _factors(generator, weight.T if turned else weight, rank, size / scale, dtype)
             modules[path] = (a, b, alpha)
-            product = scale * b.double() @ a.double()
-            delta[name] = product.T.contiguous() if path.endswith("embed_tokens") else product
+            product, rounding = scale * b.double() @ a.double(), rounding_of(a, b, scale)
+            delta[name] = product.T.contiguous() if turned else product
+            error[name] = rounding.T.contiguous() if turned else rounding
             if variant == "dora":
                 norm = weight.double().norm(dim=1)
                 magnitude = (norm * (1 + 0.01 * torch.randn(norm.shape, generator=generator))).float()
                 extra[f"base_model.model.{path}.lora_magnitude_vector"] = magnitude
                 delta[name] = dora(weight, product, magnitude)
+                # c * (v + its rounding) - base, with c as far off as the norm of its row is
+                moved, error[name] = weight.double() + product, rounding + UNIT * weight.double().abs()
+                off = 6 * UNIT + error[name].norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
+                error[name] = 2 * (error[name] + off * moved.abs())
         uris.append(join(folder, f"adapter-{number:04}"))
-        flags = {"use_rslora": variant == "rslora", "use_dora": variant == "dora"}
+        flags = {"use_rslora": variant == "rslora", "use_dora": variant == "dora", "fan_in_fan_out": transposed}
         write_adapter(store, uris[-1], modules, config={"target_modules": list(wanted), **flags}, extra=extra)
         deltas.append(delta)
-    return Pool(join(folder, "base"), tuple(uris), base, tuple(deltas))
+        errors.append(error)
+    return Pool(join(folder, "base"), tuple(uris), base, tuple(deltas), tuple(errors))
 
 
 def write_adapter(
@@ -150,11 +166,17 @@ def dora(weight: torch.Tensor, product: torch.Tensor, magnitude: torch.Tensor) -
     return magnitude.double()[:, None] / norm * moved - weight.double()
 
 
+def rounding_of(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return by how much each element of scale * B @ A may be off in fp32: a rounding a rank, of the largest sum."""
+    bound: torch.Tensor = (a.shape[0] + 3) * UNIT * abs(scale) * b.double().abs() @ a.double().abs()
+    return bound
+
+
 def _factors(
-    generator: torch.Generator, weight: torch.Tensor, rank: int, size: float, path: str, dtype: str
+    generator: torch.Generator, weight: torch.Tensor, rank: int, size: float, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B whose product has elements of about `size`, in the storage dtype."""
-    out, width = weight.T.shape if path.endswith("embed_tokens") else weight.shape
+    """Return A and B for a weight (out, in), whose product has elements of about `size`, in the storage dtype."""
+    out, width = weight.shape
     a = torch.randn(rank, width, generator=generator) / rank**0.5
     b = torch.randn(out, rank, generator=generator) * size
     return a.to(DTYPES[dtype]), b.to(DTYPES[dtype])

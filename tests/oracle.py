@@ -6,9 +6,9 @@ of the design in fp32: division, lambda, base + m, one cast).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,20 @@ class Rules:
     seed: int = 0
     bound: float = 0.4
     agree: int = 2
+    union: bool = False
+    """The density of an adapter counts over what any adapter changes, not over what it changes itself."""
+    skip: bool = False
+    """Average: over the models that change a parameter at all."""
+
+
+class Change(NamedTuple):
+    """What one model adds to the base, in float64, flat, by parameter; what it lacks is zero."""
+
+    values: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor] = {}
+    """How far fp32 may be off, by element; nothing where a parameter's values are exact in fp32."""
+    whole: bool = True
+    """A checkpoint's, whose task vector has all parameters; else an adapter's."""
 
 
 @dataclass
@@ -60,8 +74,10 @@ class Answer:
     factor: float = 1.0
     scale: dict[str, Tensor] = field(default_factory=dict)
     """|lambda| * sum |w d| / normaliser: what the rounding error of the merged delta is relative to."""
+    slack: dict[str, Tensor] = field(default_factory=dict)
+    """How far the merged delta may be off because the changes themselves are rounded."""
     sure: dict[str, Tensor] = field(default_factory=dict)
-    """Where no rounding error could turn an election or a vote."""
+    """Where no rounding error could turn a trim, an election or a vote."""
     trims: dict[tuple[str, str | None], Trim] = field(default_factory=dict)
     """By model id and parameter (None: the whole task vector)."""
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -88,27 +104,52 @@ def merge(
     exclude: Sequence[str] = (),
 ) -> Answer:
     """Return what the family merges to; `exclude` holds whole names."""
-    all_weights = weights or [1.0] * len(family.models)
-    own = densities or [None] * len(family.models)
+    changes = [
+        Change({
+            name: _delta(model[name], base)
+            for name, base in family.base_tensors.items()
+            if base.is_floating_point() and name not in exclude
+        })
+        for model in family.model_tensors
+    ]  # fmt: skip
+    return merge_changes(changes, rules, weights=weights, densities=densities)
+
+
+def merge_changes(
+    changes: Sequence[Change],
+    rules: Rules,
+    *,
+    weights: Sequence[float] | None = None,
+    densities: Sequence[float | None] | None = None,
+    ids: Sequence[str] | None = None,
+) -> Answer:
+    """Return what changes of checkpoints and adapters merge to, for every parameter that one of them changes."""
+    all_weights = weights or [1.0] * len(changes)
+    own = densities or [None] * len(changes)
     members = [index for index, weight in enumerate(all_weights) if weight != 0]
-    ids = [str(index) for index in members]
+    kept_ids = [(ids or list(map(str, range(len(changes)))))[index] for index in members]
     factors = torch.tensor([fp32(all_weights[index]) for index in members], dtype=torch.float64)
-    shares = [rules.density if own[index] is None else own[index] for index in members]
-    deltas = {
-        name: torch.stack([_delta(family.model_tensors[index][name], base) for index in members])
-        for name, base in family.base_tensors.items()
-        if base.is_floating_point() and name not in exclude
-    }
+    shares = [float((rules.density if own[index] is None else own[index]) or 0) for index in members]
+    chosen = [changes[index] for index in members]
+    numels = {name: len(value) for change in chosen for name, value in change.values.items()}
+    deltas, errors, present = {}, {}, {}
+    for name, numel in numels.items():
+        zero = torch.zeros(numel, dtype=torch.float64)
+        deltas[name] = torch.stack([change.values.get(name, zero).double() for change in chosen])
+        errors[name] = torch.stack([change.errors.get(name, zero).double() for change in chosen])
+        present[name] = torch.tensor([name in change.values for change in chosen])
     answer = Answer()
-    kept = _kept(deltas, ids, [float(share or 0) for share in shares], rules, answer)
-    terms = {}
-    for name, delta in deltas.items():
-        rescale = torch.tensor([fp32(1 / float(s or 0)) if rules.method == "dare" else 1.0 for s in shares])
-        terms[name] = torch.where(kept[name], delta.double() * (rescale.double() * factors)[:, None], 0.0)
+    scopes = [_scopes(change, chosen, numels, rules) for change in chosen]
+    kept, close = _kept(deltas, errors, kept_ids, shares, scopes, rules, answer)
     answer.factor = 1.0 if rules.method == "average" else fp32(rules.lambda_)
+    rescale = torch.tensor([fp32(1 / share) if rules.method == "dare" else 1.0 for share in shares]).double()
+    terms = {name: torch.where(kept[name], delta * (rescale * factors)[:, None], 0.0) for name, delta in deltas.items()}
     zero_sign = _zero_sign(terms, rules)
     for name, term in terms.items():
-        _combine(name, term, factors, zero_sign, rules, answer)
+        off = torch.where(kept[name], errors[name] * (rescale * factors.abs())[:, None], 0.0)
+        divisors = factors * present[name] if rules.skip else factors
+        _combine(name, term, off, divisors, zero_sign, rules, answer)
+        answer.sure[name] &= ~close[name]
     answer.kept = kept
     return answer
 
@@ -144,10 +185,31 @@ def _delta(model: Tensor, base: Tensor) -> Tensor:
     return (model.float() - base.float()).reshape(-1)
 
 
+def _scopes(
+    change: Change, everything: Sequence[Change], numels: Mapping[str, int], rules: Rules
+) -> list[tuple[str | None, list[str], int]]:
+    """Return what has a threshold of its own: (parameter or None, parameters, d)."""
+    if rules.tensor:
+        return [(name, [name], numels[name]) for name in change.values]
+    names = set(change.values)
+    if rules.union and not change.whole:
+        names = {name for other in everything if not other.whole for name in other.values}
+    d = sum(numels.values()) if change.whole else sum(numels[name] for name in names)
+    return [(None, list(change.values), d)]
+
+
 def _kept(
-    deltas: dict[str, Tensor], ids: Sequence[str], shares: Sequence[float], rules: Rules, answer: Answer
-) -> dict[str, Tensor]:
+    deltas: dict[str, Tensor],
+    errors: dict[str, Tensor],
+    ids: Sequence[str],
+    shares: Sequence[float],
+    scopes: Sequence[list[tuple[str | None, list[str], int]]],
+    rules: Rules,
+    answer: Answer,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return which elements are kept, (model, element), and by parameter where rounding could change that."""
     kept = {name: torch.ones(delta.shape, dtype=torch.bool) for name, delta in deltas.items()}
+    close = {name: torch.zeros(delta.shape[1], dtype=torch.bool) for name, delta in deltas.items()}
     for row, (id, share) in enumerate(zip(ids, shares, strict=True)):
         if share == 1 or rules.method not in ("ties", "dare"):
             continue
@@ -156,20 +218,20 @@ def _kept(
                 decided = [keeps(rules.seed, id, name, element, share) for element in range(delta.shape[1])]
                 kept[name][row] = torch.tensor(decided, dtype=torch.bool)
             continue
-        scopes: list[tuple[str | None, list[str]]] = [(None, list(deltas))]
-        if rules.tensor:
-            scopes = [(name, [name]) for name in deltas]
-        for scope, names in scopes:
+        for scope, names, d in scopes[row]:
             size = torch.cat([deltas[name][row] for name in names]).abs()
-            count = min(len(size), max(1, int(share * len(size)) + rules.one_more))
-            threshold = float(size.sort(descending=True).values[count - 1]) if len(size) else 0.0
+            count = min(d, max(1, int(share * d) + rules.one_more))
+            # what d counts beyond the values is zero, and so is a threshold of that rank
+            threshold = float(size.sort(descending=True).values[count - 1]) if 0 < count <= len(size) else 0.0
+            worst = max(float(errors[name][row].max()) for name in names if deltas[name].shape[1]) if len(size) else 0.0
             for name in names:
-                own = deltas[name][row].abs()
+                own, error = deltas[name][row].abs(), errors[name][row]
                 kept[name][row] = own > threshold if rules.strict and threshold else own >= threshold
+                close[name] |= (error > 0) & (threshold > 0) & ((own - threshold).abs() <= error + worst)
             answer.trims[id, scope] = Trim(
-                threshold, int(((size >= threshold) & (size > 0)).sum()), int((size == threshold).sum()), len(size)
+                threshold, int(((size >= threshold) & (size > 0)).sum()), int((size == threshold).sum()), d
             )
-    return kept
+    return kept, close
 
 
 def _zero_sign(terms: dict[str, Tensor], rules: Rules) -> int:
@@ -180,18 +242,20 @@ def _zero_sign(terms: dict[str, Tensor], rules: Rules) -> int:
     return (balance > 0) - (balance < 0) or (0 if rules.merge == "max" else -1)
 
 
-def _combine(name: str, term: Tensor, factors: Tensor, zero_sign: int, rules: Rules, answer: Answer) -> None:
+def _combine(
+    name: str, term: Tensor, off: Tensor, factors: Tensor, zero_sign: int, rules: Rules, answer: Answer
+) -> None:
     total, size = term.sum(0), term.abs().sum(0)
-    error = (len(term) + 3) * UNIT * size
+    error = (len(term) + 3) * UNIT * size + off.sum(0)
     sure = torch.ones(total.shape, dtype=torch.bool)
     divisor = torch.ones_like(total)
     value = total
     if rules.method == "average":
-        divisor = torch.full_like(total, fp32(float(factors.sum())))
+        divisor = torch.full_like(total, fp32(float(factors.sum())) or 1.0)
     elif rules.method == "ties" or (rules.method == "dare" and rules.elects):
         sign = torch.where(total == 0, float(zero_sign), total.sign())
         # Where models cancel, the sums of all and of the others may differ by rounding: no sign is promised there.
-        sure = (total.abs() > error) | (size == 0)
+        sure = ((total.abs() > error) | (size == 0)) & ~((term.abs() <= off) & (off > 0)).any(0)
         agrees = (term.sign() == sign) & (sign != 0)
         value = torch.where(agrees, term, 0.0).sum(0)
         if rules.merge == "mean":
@@ -202,10 +266,11 @@ def _combine(name: str, term: Tensor, factors: Tensor, zero_sign: int, rules: Ru
             value = torch.where(agrees, term.abs(), 0.0).max(0).values * sign
     elif rules.method == "consensus":
         margin = term.abs() - fp32(rules.bound) * (total - term).abs()
-        sure = (margin.abs() > 2 * (1 + rules.bound) * error).all(0) | (size == 0)
+        sure = ((margin.abs() > 2 * (1 + rules.bound) * error) | (term == 0)).all(0) | (size == 0)
         value = torch.where((margin > 0).sum(0) >= rules.agree, total, 0.0)
     answer.value[name], answer.divisor[name], answer.sure[name] = value, divisor, sure
     answer.scale[name] = abs(answer.factor) * size / divisor.abs()
+    answer.slack[name] = abs(answer.factor) * off.sum(0) / divisor.abs()
 
 
 def check(
@@ -226,9 +291,10 @@ def check(
         wanted = flat.double() + answer.ideal(name)
         size = flat.double().abs() + wanted.abs() + answer.scale[name] * (len(answer.kept[name]) + 3)
         error = (got.double() - wanted).abs()
-        wrong = answer.sure[name] & (error > quantum(wanted, got.dtype) / 2 + 2 * UNIT * size)
+        allowed = quantum(wanted, got.dtype) / 2 + 2 * UNIT * size + answer.slack[name]
+        wrong = answer.sure[name] & (error > allowed)
         assert not wrong.any(), f"{name}: {int(wrong.sum())} of {len(wrong)} values are wrong, by up to {error.max()}"
-        untouched = answer.scale[name] == 0
+        untouched = (answer.scale[name] == 0) & answer.sure[name]
         assert same_bits(got[untouched], rounded(flat[untouched].double(), got.dtype)), name
     sure = torch.cat(list(answer.sure.values()))
     assert exact or sure.sum() > 0.6 * len(sure), "rounding could turn so many elections that nothing was tested"
