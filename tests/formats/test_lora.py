@@ -371,10 +371,10 @@ def test_saved_modules_and_biases_are_dense_and_only_where_the_recipe_allows_the
 
 def test_what_the_recipe_excludes_is_left_out_whatever_it_holds() -> None:
     modules = {**MODULES, "model.square": module(5, 4)}
-    extra = {f"{PREFIX}model.norm.weight": normal(4)}
+    extra = {f"{PREFIX}model.norm.weight": normal(4), f"{PREFIX}model.half.lora_A.weight": normal(2, 4)}
     files = adapter_files(modules, extra=extra)
-    assert codes(read(files)) == ["shape_mismatch", "saved_modules"]
-    found = good(files, rules=Rules(exclude=("model.square.*", "*norm*", "model.b.*")))
+    assert codes(read(files)) == ["orphan", "shape_mismatch", "saved_modules"]
+    found = good(files, rules=Rules(exclude=("model.square.*", "model.half.*", "*norm*", "model.b.*")))
     assert found.sources.keys() == {"model.a.q_proj.weight"}
 
 
@@ -384,11 +384,17 @@ def test_without_a_base_names_and_shapes_are_the_adapters_own() -> None:
     assert found.sources.keys() == {"model.a.q_proj.weight", "model.embed_tokens.weight"}
     assert found.kinds == {"model.embed_tokens.weight": "embedding"}
     assert found.facts == {
-        "base_name": "tests/llama", "task_type": "CAUSAL_LM", "rank": "2", "scale": "2", "modules": "3",
+        "base_name": "tests/llama", "task_type": "CAUSAL_LM", "rank": "2", "scale": "2", "modules": "2",
         "targets": "embed_tokens, q_proj", "variants": "",
     }  # fmt: skip
     transposed = good(adapter_files(MODULES, config={"fan_in_fan_out": True}), None)
     assert set(transposed.kinds.values()) == {"transposed"}
+
+
+def test_facts_of_a_hostile_config_can_be_printed_and_stored() -> None:
+    facts = good(configured(base_model_name_or_path="\ud800\x1b[31m" + "x" * 2000)).facts
+    assert facts["base_name"].startswith("\\ud800\\x1b[31mxx")
+    assert len(facts["base_name"]) == 1000
 
 
 def test_facts_show_the_range_of_ranks_and_scales() -> None:
@@ -523,6 +529,10 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("unknown_module", beside("model.b.q_proj.lora_B.bias", normal(3)), "model.b.q_proj.bias"),
     ("not_floating", only("ids", normal(2, 4), normal(6, 2)), "I64"),
     ("shape_mismatch", only(Q, normal(2, 5), normal(6, 2)), r"\[6, 5\] where the base has \[6, 4\]"),
+    ("shape_mismatch", beside(f"{Q}.lora_B.bias", normal(5)), r"\[5\] where the base has \[6\]"),
+    ("shape_mismatch", beside(f"{Q}.lora_B.bias", normal(1, 6)), r"\[1, 6\]"),
+    ("shape_mismatch", adapter_files({Q: module(6, 4)}, config={"use_dora": True},
+     extra={f"{PREFIX}{Q}.lora_magnitude_vector": normal(5)}), r"\[5\] of 6 rows"),
     ("shape_mismatch", only("model.embed_tokens", normal(2, 11), normal(4, 2)), r"\[11, 4\]"),
     ("ambiguous_layout", adapter_files({"model.square": module(4, 4), "h.c_attn": module(7, 4)}), "model.square"),
     ("dora_mismatch", configured(use_dora=True), Q),
@@ -585,7 +595,7 @@ def test_a_hostile_pattern_is_refused_in_no_time() -> None:
 def test_patterns_that_people_write_are_not_taken_for_hostile() -> None:
     paths = [f"model.layers.{number}.self_attn.{name}" for number in range(64) for name in ATTENTION]
     keys = [
-        ".*q_proj",
+        ".*layers.*attn.*q_proj",
         r"model\.layers\.(0|1|2|3|4|5|6|7|8|9|10|11)\..*v_proj",
         r"layers\.\d+\.self_attn\.k_proj",
         *paths,

@@ -105,6 +105,9 @@ _STEPS = 2e9
 _LARGEST = 2**31
 """Rank or alpha that is taken for a number and no attack."""
 
+_LONGEST = 1000
+"""Characters of a fact."""
+
 Parts = dict[str, TensorRef]
 """What is stored of one module: A, B, bias, embedding_A, embedding_B, magnitude_vector."""
 
@@ -179,7 +182,7 @@ class Lora(Format):
         if len(source.tensors) == 1:  # a bias: rows of one element
             values = stored[0].float() if stored else torch.empty(0)
             return Factors(values.reshape(-1, 1), torch.ones(1, 1), scale, 0)
-        rank, columns = source.tensors[0].shape[0], _columns(source)
+        rank, columns = source.tensors[0].shape[0], _shape(source)[1]
         if not stored:
             return Factors(torch.empty(0, rank), torch.empty(rank, columns), scale, 0)
         first, last = start // columns, -(-stop // columns)
@@ -199,10 +202,7 @@ class Lora(Format):
 
     def shape(self, source: Source) -> tuple[int, ...]:
         """Return the shape of the parameter that the factors change."""
-        if len(source.tensors) == 1:
-            return source.tensors[0].shape
-        a, b = source.tensors[:2]
-        return (a.shape[1], b.shape[0]) if "transposed" in dict(source.numbers) else (b.shape[0], a.shape[1])
+        return _shape(source)
 
     def rank(self, source: Source) -> int:
         """Return the rank of a module's factors; 0 of DoRA, whose change is no product, and of anything saved whole."""
@@ -216,10 +216,11 @@ class Lora(Format):
         return sum(2 * nbytes(ref.dtype, ref.shape) + 4 * math.prod(ref.shape) for ref in source.tensors)
 
 
-def _columns(source: Source) -> int:
-    """Return the number of columns of the parameter that two factors change."""
+def _shape(source: Source) -> tuple[int, ...]:
+    if len(source.tensors) == 1:
+        return source.tensors[0].shape
     a, b = source.tensors[:2]
-    return b.shape[0] if "transposed" in dict(source.numbers) else a.shape[1]
+    return (a.shape[1], b.shape[0]) if "transposed" in dict(source.numbers) else (b.shape[0], a.shape[1])
 
 
 def _pieces(source: Source, start: int, stop: int) -> tuple[Read, ...]:
@@ -228,7 +229,7 @@ def _pieces(source: Source, start: int, stop: int) -> tuple[Read, ...]:
         return ()
     if len(source.tensors) == 1:
         return (_part(source.tensors[0], start, stop)._replace(shared=False),)
-    columns = _columns(source)
+    columns = _shape(source)[1]
     rows = (start // columns, -(-stop // columns))
     whole = tuple(_part(ref, 0, math.prod(ref.shape)) for ref in source.tensors[:2])
     if "transposed" in dict(source.numbers):
@@ -322,6 +323,9 @@ class _Adapter:
 
     def add_module(self, path: str, parts: Parts) -> None:
         """Add the changes of a module's weight, and of its bias."""
+        names = [f"{path}.weight", f"{path}.bias"] if "bias" in parts else [f"{path}.weight"]
+        if all(self._rules.excludes(self._rename(name)) for name in names):
+            return
         a, b = parts.get("A", parts.get("embedding_A")), parts.get("B", parts.get("embedding_B"))
         if parts.keys() & {"A", "B"} and parts.keys() & {"embedding_A", "embedding_B"}:
             self._refused.add("duplicate", path)
@@ -350,7 +354,7 @@ class _Adapter:
             self._refused.add("dtype", f"{key} ({ref.dtype})")
         elif not self._rules.saved_modules:
             self._refused.add("saved_modules", key)
-        elif key.endswith(".base_layer.weight") and name in self.sources:
+        elif key.endswith(".base_layer.weight") and name in self.sources and ref.shape == _shape(self.sources[name]):
             self._copies.append(key)
         else:
             self._variants.add("saved_modules")
@@ -365,7 +369,7 @@ class _Adapter:
     def facts(self) -> dict[str, str]:
         """Return what a report tells of the adapter."""
         scales = {number for source in self.sources.values() for name, number in source.numbers if name == "scale"}
-        return {
+        facts = {
             "base_name": self._settings.base_name,
             "task_type": self._settings.task_type,
             "rank": _range(self._ranks),
@@ -374,13 +378,15 @@ class _Adapter:
             "targets": ", ".join(sorted({path.rpartition(".")[2] for path in self._modules})),
             "variants": ", ".join(sorted(self._variants)),
         }
+        return {name: printable(fact)[:_LONGEST] for name, fact in facts.items()}
 
     def _usable(self, path: str, ref: TensorRef, role: str) -> bool:
         """Return whether a factor has a shape and dtype that a factor can have."""
         dimensions = 1 if role in ("bias", "magnitude_vector") else 2
         code = (
             "empty" if 0 in ref.shape or len(ref.shape) < dimensions
-            else "conv" if len(ref.shape) > dimensions
+            else "conv" if len(ref.shape) > dimensions == 2
+            else "shape_mismatch" if len(ref.shape) > dimensions
             else "dtype" if ref.dtype not in FACTOR_DTYPES
             else None
         )  # fmt: skip
@@ -537,8 +543,9 @@ def _config(folder: Folder, refused: _Refused) -> Mapping[str, Any]:
             refused.add(key)
     if config.get("trainable_token_indices"):
         refused.add("trainable_tokens")
-    initialised = config.get("init_lora_weights")
-    if not (initialised is None or str(initialised).lower() in _UNCHANGED_BASE) or config.get("kasa_config"):
+    initialised = config.get("init_lora_weights", True)
+    known = initialised is None or (isinstance(initialised, bool | str) and str(initialised).lower() in _UNCHANGED_BASE)
+    if not known or config.get("kasa_config"):
         refused.add("mutated_base", "kasa" if config.get("kasa_config") else _shown(initialised))
     for key, value in config.items():
         unheard = (key.startswith("use_") or key.endswith("_config")) and key not in _HARMLESS
@@ -629,19 +636,19 @@ def _usable_patterns(keys: Sequence[str], paths: Collection[str], refused: _Refu
 def _steps(key: str, length: int, dots: int) -> float:
     """Return at most how many steps it takes to match a key with a path of so many characters and dots.
 
-    A match that fails tries everything: any of the dots as the beginning, for each repetition any end, for each group
-    any of its alternatives. A repeated group could repeat what repeats in it, which takes exponential time.
+    A match that fails tries everything: any of the dots as the beginning, any ends of the repetitions, one after the
+    other, any alternatives of the groups. A repeated group could repeat what repeats in it, which takes exponential
+    time.
     """
     if re.search(r"\)[*+{]", key):
         return math.inf
-    groups = key.count("(") + 1
+    repeats, groups = sum(map(key.count, "*+{")), key.count("(") + 1
     exponent = (
-        math.log(length + len(key) + 1)
-        + math.log(dots + 1)
-        + sum(map(key.count, "*+{")) * math.log(length + 1)
+        math.log((length + len(key) + 1) * (dots + 1))
+        + math.lgamma(length + repeats + 1) - math.lgamma(repeats + 1) - math.lgamma(length + 1)
         + key.count("?") * math.log(2)
         + groups * math.log(key.count("|") / groups + 1)
-    )
+    )  # fmt: skip
     return math.exp(min(exponent, 700.0))
 
 
