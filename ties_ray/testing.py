@@ -784,6 +784,9 @@ class FormatContract:
             factors = [part for part in got if isinstance(part, torch.Tensor)] if isinstance(got, Factors) else []
             assert sum(factor.nbytes for factor in factors) <= format.held(source), name
             assert format.needs(source) in ("nothing", "slice", "rows")
+            assert format.shape(source) == parameters[name].shape
+            rank = got.left.shape[1] if isinstance(got, Factors) and got.magnitude is None else 0
+            assert format.rank(source) in (0, rank)
 
     def test_an_empty_slice_needs_no_read(
         self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
