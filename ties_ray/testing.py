@@ -235,7 +235,7 @@ class KernelContract:
         assert torch.equal(*highs)
         assert torch.equal(*lows)
         assert int(highs[1].sum() - torch.arange(HIGH_BINS).sum()) == length
-        assert deltas[1].unique().numel() > length // 4 or rank == 0
+        assert len(set(deltas[1].tolist())) > length // 4 or rank == 0
 
     @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (301, 7, 2), (2, 70_001, 3), (150, 1030, 16)])
@@ -246,7 +246,7 @@ class KernelContract:
         source = some_factors(rows, columns, rank, columns // 2, dora=True)._replace(scales=None)
         scales = kernels.row_scales(source, base)
         assert same_bits(Definition().row_scales(source, base), scales)
-        assert scales.unique().numel() > rows // 2
+        assert len(set(scales.tolist())) > rows // 2
 
     @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("name", ["weighted_sum", "signed_sums", "signed_sums_weighted", "extremes", "agreement"])
@@ -358,8 +358,9 @@ def a_mixed_group(base_dtype: torch.dtype, length: int) -> tuple[torch.Tensor, l
     columns, start = 701, 333
     rows = -(-(start + length) // columns)
     base, dense = a_group(base_dtype, length)
-    factors = [some_factors(rows, columns, rank, start, dora=rank == 4) for rank in (1, 4, 17)]
-    return base, [*enumerate([*factors, dense[0][1], dense[5][1]]), (6, dense[3][1])]
+    sources: list[Stored] = [some_factors(rows, columns, rank, start, dora=rank == 4) for rank in (1, 4, 17)]
+    sources += [dense[0][1], dense[5][1]]
+    return base, [*enumerate(sources), (6, dense[3][1])]
 
 
 def a_part(source: Stored, start: int, stop: int) -> Stored:

@@ -540,6 +540,7 @@ def _apply(base: Array, merged: Array, out: Array) -> int:
 # Tiles.
 
 NOTHING = np.empty(0, np.float32)
+"""The base's part where no source needs it."""
 
 
 class _Tile(NamedTuple):
@@ -570,7 +571,8 @@ class _Tile(NamedTuple):
 def _tiles(sources: Sequence[Stored], length: int) -> Iterator[_Tile]:
     """Cut a slice: as a matrix where there are factors, else as one row.
 
-    Bands of rows rather than pieces of them, so that a large right factor is not read for each row or two.
+    Bands of rows rather than pieces of them, so that a large right factor is not read for each row or two; as wide as a
+    multiple of the lanes of `row_scales`.
     """
     columns, start = length, 0
     for source in sources:
@@ -612,10 +614,9 @@ class _Scratch(threading.local):
 
 
 def _scatter(tile: _Tile, values: Array, array: Array) -> None:
-    """Write what belongs to the tile into an array over the slice; nothing if it lies there already."""
+    """Write the tile's values into an array over the slice."""
     part = tile.of(array)
-    if not (tile.contiguous and part.ctypes.data == values.ctypes.data):
-        np.copyto(part, values.reshape(part.shape))
+    np.copyto(part, values.reshape(part.shape))
 
 
 class _Dense(NamedTuple):
@@ -732,8 +733,9 @@ class Cpu(Kernels):
                     _drop_tile(tile, delta, offset, term.dropout, lowest, scratch.words)
                     lowest = 0
                 add(delta, lowest, np.float32(term.weight), *arrays, *constants)
-            for values, array in zip(arrays, sums, strict=False):
-                _scatter(tile, values, array)
+            if not tile.contiguous:
+                for values, array in zip(arrays[: len(sums)], sums, strict=True):
+                    _scatter(tile, values, array)
         return counts
 
     def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
