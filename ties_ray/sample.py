@@ -36,6 +36,9 @@ def compare(
     if plan.arithmetic != ARITHMETIC:
         what = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {ARITHMETIC}"
         raise InputError(Problem("--sample", what, f"use the version that merged, {LEAVE_OUT}"))
+    if plan.recipe.output.condenses:
+        what = "the merged matrices went through scratch, which is gone: they can't be merged again in samples"
+        raise InputError(Problem("--sample", what, LEAVE_OUT.removeprefix("or ")))
     chosen = [(pins[name], placed, runs) for name, placed, runs in choose(plan, share, seed) if name in pins]
     total = sum(_num_bytes(placed, runs) for _, placed, runs in chosen)
     storage = {scheme: dict(options) for scheme, options in {**plan.recipe.storage, **stores.options}.items()}

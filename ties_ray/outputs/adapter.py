@@ -51,6 +51,7 @@ class Adapter(Output):
     max_rank: int = Field(default=256, ge=SMALLEST)
     """For auto: the largest rank, taken where none keeps enough."""
 
+    opened_by = 'peft: PeftModel.from_pretrained(base_model, "{output}")'
     reads_base = False
     condenses = True
     one_file = True

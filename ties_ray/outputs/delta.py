@@ -22,6 +22,7 @@ class Delta(Output):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
     """Of the tensors."""
 
+    opened_by = 'safetensors.torch: load_file("{output}/delta.safetensors")'
     reads_base = False
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
