@@ -1,0 +1,288 @@
+"""Whole merges of LoRA adapters: what they come to, and what must not change it."""
+
+import hashlib
+import importlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import oracle
+from tests.adapters import ATTENTION, MLP, Pool, make_pool
+from tests.families import Family, Tensors, write_checkpoint
+from tests.merging import LOCAL, read_tensors
+from tests.oracle import Answer, Change, Rules
+from ties_ray import drive
+from ties_ray.recipe import Recipe, validate
+from ties_ray.report import MergeResult
+from ties_ray.stores import Stores
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # PEFT's own
+    import peft
+    import transformers
+
+planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
+MakePool = Callable[..., Pool]
+EVERYTHING = (*ATTENTION, *MLP)
+SPREAD = (EVERYTHING, ("q_proj", "v_proj"), ("k_proj", "down_proj", "o_proj"), ("v_proj", "up_proj"))
+"""Targets of which no two adapters have the same, and some modules only one."""
+POOLS: dict[str, dict[str, Any]] = {
+    "mixed": {"num_adapters": 4, "ranks": (8, 3, 16), "alphas": (16, 8, 3), "targets": SPREAD},
+    "rslora": {"variants": ("plain", "rslora"), "dtype": "BF16", "base_dtype": "BF16", "seed": 1},
+    "dora": {"variants": ("dora", "plain"), "ranks": (4, 8), "seed": 2},
+    "embeddings": {"targets": (("embed_tokens", "q_proj"), ("lm_head", "embed_tokens"), ("lm_head",)), "dtype": "F16"},
+    "fan_in_fan_out": {"transposed": True, "targets": SPREAD, "seed": 3},
+}
+RULES: dict[str, Rules] = {
+    "ties": Rules("ties", 0.2, 0.7),
+    "ties union": Rules("ties", 0.2, union=True),
+    "ties tensor": Rules("ties", 0.3, tensor=True),
+    "ties majority": Rules("ties", 0.2, zero_sum="majority", merge="max"),
+    "ties sum, untrimmed": Rules("ties", 1.0, merge="sum"),
+    "average": Rules("average"),
+    "average skip": Rules("average", skip=True),
+    "task_arithmetic": Rules("task_arithmetic", lambda_=0.3),
+    "dare": Rules("dare", 0.4, seed=5),
+    "dare ties": Rules("dare", 0.4, 1.5, elects=True),
+    "consensus": Rules("consensus", lambda_=0.5),
+}
+
+
+def method_of(rules: Rules) -> dict[str, Any]:
+    """Return the recipe's method of the oracle's rules."""
+    name = rules.method
+    method: dict[str, Any] = {"name": name}
+    if name != "average":
+        method["lambda"] = rules.lambda_
+    if name == "average":
+        method["missing_module"] = "skip" if rules.skip else "zero"
+    if name == "ties":
+        method |= {"density": rules.density, "trim": "tensor" if rules.tensor else "global", "merge": rules.merge}
+        method |= {"denominator": "union" if rules.union else "adapter", "zero_sum": rules.zero_sum}
+    if name == "dare":
+        method |= {"density": rules.density, "seed": rules.seed, "combine": "ties" if rules.elects else "linear"}
+    return method
+
+
+@pytest.fixture(scope="session")
+def pool_of(tmp_path_factory: pytest.TempPathFactory) -> MakePool:
+    """Return `make_pool` on this disk, which makes each pool once; the tests that share it only read it."""
+    root, store, made = tmp_path_factory.mktemp("pools"), Stores({}).of("/"), dict[str, Pool]()
+
+    def make(**how: Any) -> Pool:
+        key = hashlib.sha256(repr(sorted(how.items())).encode()).hexdigest()[:8]
+        if key not in made:
+            made[key] = make_pool(store, str(root / key), **how)
+        return made[key]
+
+    return make
+
+
+def recipe_of(
+    pool: Pool,
+    output: Path,
+    method: object,
+    kind: str = "delta",
+    *,
+    models: Sequence[Mapping[str, object]] = (),
+    base: bool = True,
+    settings: Mapping[str, object] | None = None,
+    **more: Any,
+) -> Recipe:
+    """Return the recipe of a pool's adapters (or `models`); settings: further ones of the output."""
+    data: dict[str, Any] = {
+        "models": list(models or [{"path": uri} for uri in pool.adapters]),
+        "method": method,
+        "output": {"path": str(output), "kind": kind, **(settings or {})},
+        "run": LOCAL,
+    }
+    return validate(data | ({"base": pool.base} if base else {}) | more)
+
+
+def merged(pool: Pool, output: Path, method: object, kind: str = "delta", **more: Any) -> MergeResult:
+    return drive.merge(recipe_of(pool, output, method, kind, **more))
+
+
+def tensors_of(folder: Path) -> Tensors:
+    """Return all tensors of an output of any kind."""
+    return {name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()}
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of all weight files, and of the file by which a loader finds them."""
+    names = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+    paths = [path for name in names for path in folder.glob(name)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def changes_of(pool: Pool) -> list[Change]:
+    return [
+        Change(
+            {name: each.flatten() for name, each in delta.items()}, {n: e.flatten() for n, e in error.items()}, False
+        )
+        for delta, error in zip(pool.deltas, pool.errors, strict=True)
+    ]
+
+
+def check_delta(answer: Answer, found: Tensors, shapes: Tensors) -> None:
+    """Assert that a merged change is the oracle's."""
+    assert {name: each.shape for name, each in found.items()} == {name: shapes[name].shape for name in answer.value}
+    zeros = {name: torch.zeros(shapes[name].shape) for name in answer.value}
+    oracle.check(Family("", (), zeros, ()), answer, found)
+
+
+def check_trims(result: MergeResult, answer: Answer) -> None:
+    """Assert that thresholds, sizes and kept counts are the oracle's: the threshold to rounding."""
+    assert {(trim.model, trim.parameter) for trim in result.trims} == answer.trims.keys()
+    for trim in result.trims:
+        wanted = answer.trims[trim.model, trim.parameter]
+        assert trim.threshold == pytest.approx(wanted.threshold, rel=1e-4), trim
+        assert (trim.size, trim.kept) == (wanted.size, wanted.kept), trim
+
+
+# What adapters merge to.
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("pool_name", POOLS)
+def test_the_merged_change_is_the_dense_oracles(pool_name: str, rules: str, pool_of: MakePool, tmp_path: Path) -> None:
+    pool = pool_of(**POOLS[pool_name])
+    answer = oracle.merge_changes(changes_of(pool), RULES[rules])
+    result = merged(pool, tmp_path / "out", method_of(RULES[rules]))
+    check_delta(answer, tensors_of(tmp_path / "out"), pool.base_tensors)
+    check_trims(result, answer)
+
+
+@pytest.mark.parametrize("pool_name", POOLS)
+def test_a_checkpoint_is_the_base_plus_the_merged_change(pool_name: str, pool_of: MakePool, tmp_path: Path) -> None:
+    pool = pool_of(**POOLS[pool_name])
+    merged(pool, tmp_path / "out", "ties", "checkpoint")
+    answer = oracle.merge_changes(changes_of(pool), Rules("ties", 0.2))
+    oracle.check(Family("", (), pool.base_tensors, ()), answer, read_tensors(tmp_path / "out"))
+    merged(pool, tmp_path / "delta", "ties")
+    found = read_tensors(tmp_path / "out")
+    for name, change in tensors_of(tmp_path / "delta").items():
+        base = pool.base_tensors[name]
+        assert torch.equal(found[name], (base.float() + change).to(base.dtype)), name
+
+
+@pytest.mark.parametrize("rules", ["ties", "ties union", "ties tensor", "average", "average skip", "dare ties"])
+def test_weights_and_densities_of_single_adapters_count(rules: str, pool_of: MakePool, tmp_path: Path) -> None:
+    pool, own = pool_of(**POOLS["mixed"]), RULES[rules]
+    weights, densities = [1.0, 0.25, 0.0, 2.5], [None, 1.0, 0.5, 0.05]
+    models: list[dict[str, object]] = [
+        {"path": uri, "weight": weight} for uri, weight in zip(pool.adapters, weights, strict=True)
+    ]
+    if own.method != "average":
+        for model, density in zip(models, densities, strict=True):
+            model |= {} if density is None else {"density": density}
+    answer = oracle.merge_changes(changes_of(pool), own, weights=weights, densities=densities)
+    result = merged(pool, tmp_path / "out", method_of(own), models=models)
+    found = tensors_of(tmp_path / "out")
+    only_dropped = {name: each for name, each in found.items() if name not in answer.value}
+    assert all(not each.any() for each in only_dropped.values())
+    check_delta(answer, {name: each for name, each in found.items() if name in answer.value}, pool.base_tensors)
+    check_trims(result, answer)
+
+
+@pytest.mark.parametrize("rules", ["ties", "ties union", "ties tensor", "average", "average skip", "consensus"])
+def test_adapters_and_checkpoints_merge_in_one_recipe_each_with_the_size_of_its_kind(
+    rules: str, pool_of: MakePool, tmp_path: Path
+) -> None:
+    pool = pool_of(**POOLS["mixed"])
+    noise = torch.Generator().manual_seed(9)
+    wholes = [
+        {name: each + 0.02 * torch.randn(each.shape, generator=noise) for name, each in pool.base_tensors.items()}
+        for _ in range(2)
+    ]
+    for number, whole in enumerate(wholes):
+        write_checkpoint(Stores({}).of("/"), str(tmp_path / f"whole-{number}"), whole)
+    of_wholes = [
+        Change({name: (whole[name] - base).flatten() for name, base in pool.base_tensors.items()}) for whole in wholes
+    ]
+    first, *others = changes_of(pool)
+    answer = oracle.merge_changes([of_wholes[0], first, of_wholes[1], *others], RULES[rules])
+    paths = [str(tmp_path / "whole-0"), pool.adapters[0], str(tmp_path / "whole-1"), *pool.adapters[1:]]
+    models = [{"path": path} for path in paths]
+    result = merged(pool, tmp_path / "out", method_of(RULES[rules]), "checkpoint", models=models)
+    oracle.check(Family("", (), pool.base_tensors, ()), answer, read_tensors(tmp_path / "out"))
+    check_trims(result, answer)
+    if rules == "ties union":
+        sizes = {trim.model: trim.size for trim in result.trims}
+        everything = sum(each.numel() for each in pool.base_tensors.values())
+        of_layers = sum(each.numel() for name, each in pool.base_tensors.items() if "_proj" in name)
+        assert sizes == {"0": everything, "2": everything, **dict.fromkeys(("1", "3", "4", "5"), of_layers)}
+
+
+def test_without_a_base_the_change_is_the_same_to_the_byte(pool_of: MakePool, tmp_path: Path) -> None:
+    pool = pool_of(**POOLS["embeddings"])
+    merged(pool, tmp_path / "with", "ties")
+    merged(pool, tmp_path / "without", "ties", base=False)
+    with_base, without = tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")
+    assert with_base.keys() == without.keys()
+    assert all(torch.equal(with_base[name], without[name]) for name in with_base)
+
+
+# One adapter is what PEFT merges.
+
+
+def llama() -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=48, max_position_embeddings=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> torch.nn.Module:
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=48, tie_word_embeddings=False)
+    return transformers.GPT2LMHeadModel(config)
+
+
+PATTERNS = {"rank_pattern": {"layers.0.self_attn.q_proj": 7}, "alpha_pattern": {".*.(up|down)_proj": 3}}
+OF_PEFT: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any]]] = {
+    "plain": (llama, {"r": 4, "lora_alpha": 6, "target_modules": [*EVERYTHING]}),
+    "rslora, patterns": (llama, {"r": 4, "target_modules": [*EVERYTHING], "use_rslora": True, **PATTERNS}),
+    "dora": (llama, {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "embedding": (llama, {"r": 4, "target_modules": ["embed_tokens", "v_proj"]}),
+    "fan_in_fan_out": (gpt2, {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+}
+
+
+def written_by_peft(make: Callable[[], torch.nn.Module], config: Mapping[str, Any], folder: Path) -> Any:
+    """Save a base and an adapter whose numbers have all moved; return the adapted model."""
+    torch.manual_seed(0)
+    model: Any = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder / "base")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter += torch.randn(parameter.shape) / 16
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return adapted
+
+
+@pytest.mark.parametrize("variant", OF_PEFT)
+def test_one_adapter_at_density_1_and_lambda_1_is_what_peft_merges(variant: str, tmp_path: Path) -> None:
+    adapted = written_by_peft(*OF_PEFT[variant], tmp_path)
+    drive.merge(validate({
+        "base": str(tmp_path / "base"), "models": [str(tmp_path / "adapter")],
+        "method": {"name": "ties", "density": 1, "lambda": 1}, "output": str(tmp_path / "out"), "run": LOCAL,
+    }))  # fmt: skip
+    found, base = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = adapted.merge_and_unload().state_dict()
+    assert found.keys() == base.keys() <= wanted.keys()
+    moved = [name for name in found if not torch.equal(found[name], base[name])]
+    assert len(moved) >= 3
+    for name, each in found.items():
+        torch.testing.assert_close(each, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
