@@ -369,6 +369,17 @@ def test_saved_modules_and_biases_are_dense_and_only_where_the_recipe_allows_the
     )
 
 
+def test_a_whole_tensor_beside_factors_of_the_same_module_is_one_change_too_many() -> None:
+    found = read(beside(f"{Q}.weight", normal(6, 4)), rules=SAVED)
+    assert codes(found) == ["duplicate"]
+
+
+def test_a_dense_read_is_not_kept_for_other_slices() -> None:
+    found = good(beside("model.norm.weight", normal(4)), rules=SAVED)
+    (one,) = Lora().reads(found.sources["model.norm.weight"], 0, 4)
+    assert not one.shared
+
+
 def test_what_the_recipe_excludes_is_left_out_whatever_it_holds() -> None:
     modules = {**MODULES, "model.square": module(5, 4)}
     extra = {f"{PREFIX}model.norm.weight": normal(4), f"{PREFIX}model.half.lora_A.weight": normal(2, 4)}

@@ -95,7 +95,7 @@ _FACTOR = re.compile(
     r"(?P<path>.+)\.lora_(?:"
     r"(?P<linear>A|B)(?:\.[^.]+)?\.(?P<what>weight|bias)"
     r"|(?P<embedding>embedding_A|embedding_B)(?:\.[^.]+)?"
-    r"|(?P<magnitude>magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?)",
+    r"|(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)",
     re.DOTALL,
 )
 """A factor's key; the adapter's name is left out or left in."""
