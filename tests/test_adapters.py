@@ -2,23 +2,30 @@
 
 import hashlib
 import importlib
+import itertools
+import os
+import random
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import oracle
 from tests.adapters import ATTENTION, MLP, Pool, make_pool
 from tests.families import Family, Tensors, write_checkpoint
 from tests.merging import LOCAL, read_tensors
 from tests.oracle import Answer, Change, Rules
-from ties_ray import drive
+from ties_ray import drive, work
 from ties_ray.recipe import Recipe, validate
-from ties_ray.report import MergeResult
+from ties_ray.report import MergeResult, Progress
 from ties_ray.stores import Stores
 
 with warnings.catch_warnings():
@@ -265,8 +272,8 @@ def written_by_peft(make: Callable[[], torch.nn.Module], config: Mapping[str, An
         with torch.no_grad():
             for parameter in adapted.parameters():
                 if parameter.requires_grad:
-                    parameter += torch.randn(parameter.shape) / 16
-        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+                    parameter.add_(torch.randn(parameter.shape) / 16)
+        adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     return adapted
 
 
@@ -286,3 +293,134 @@ def test_one_adapter_at_density_1_and_lambda_1_is_what_peft_merges(variant: str,
     assert len(moved) >= 3
     for name, each in found.items():
         torch.testing.assert_close(each, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+# What must not change a byte.
+
+LARGE = {"hidden": 256, "layers": 4, "ranks": (8, 64, 512), "num_adapters": 4, "dtype": "BF16",
+         "targets": (EVERYTHING, ("q_proj", "v_proj"), ("k_proj",), ("gate_proj",))}  # fmt: skip
+"""A change of 9.5 MB, two parts of the smallest size; the ranks reach beyond the width."""
+
+
+@pytest.fixture(scope="session")
+def wanted(pool_of: MakePool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Return the digests of the large pool's merges by kind of output: one worker, one part a file."""
+    folder = tmp_path_factory.mktemp("wanted")
+    pool = pool_of(**LARGE)
+    for kind in KINDS:
+        merged(pool, folder / kind, METHOD, kind, settings={"part_size": "64MiB", **KINDS[kind]})
+    assert (folder / "delta" / "delta.safetensors").stat().st_size > 9 * 2**20
+    return {kind: digests_of(folder / kind) for kind in KINDS}
+
+
+KINDS: dict[str, dict[str, object]] = {"checkpoint": {}, "delta": {}, "adapter": {"rank": "auto", "energy": 0.5}}
+METHOD = {"name": "ties", "density": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("part_size", "workers", "memory", "cache"),
+    [("5MiB", 1, "512MiB", "64MB"), ("7MiB", 2, "256MiB", 0), ("64MiB", 3, "1GiB", 0), ("5MiB", 3, "256MiB", "2MB")],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_workers_memory_and_cache_change_no_byte(
+    kind: str,
+    part_size: str,
+    workers: int,
+    memory: str,
+    cache: object,
+    pool_of: MakePool,
+    wanted: dict[str, dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    run = {**LOCAL, "workers": workers, "memory": memory, "cache": cache}
+    settings = {"part_size": part_size, **KINDS[kind]}
+    merged(pool_of(**LARGE), tmp_path / "out", METHOD, kind, settings=settings, run=run)
+    assert digests_of(tmp_path / "out") == wanted[kind]
+
+
+def in_float32(pool: Pool, folder: Path) -> Pool:
+    """Return a copy of a pool whose factors are stored in F32, with the same values."""
+    uris = []
+    for uri in pool.adapters:
+        copy = folder / Path(uri).name
+        shutil.copytree(uri, copy)
+        tensors = {name: each.float() for name, each in load_file(copy / "adapter_model.safetensors").items()}
+        save_file(tensors, copy / "adapter_model.safetensors")
+        uris.append(str(copy))
+    return replace(pool, adapters=tuple(uris))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_factors_give_equal_bytes_whatever_they_are_stored_in(
+    kind: str, pool_of: MakePool, wanted: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    pool = in_float32(pool_of(**LARGE), tmp_path)
+    merged(pool, tmp_path / "out", METHOD, kind, settings=KINDS[kind])
+    assert digests_of(tmp_path / "out") == wanted[kind]
+
+
+def test_another_cpu_gives_the_same_bytes(pool_of: MakePool, wanted: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    """Neither what numba compiles for nor what MKL dispatches to; the adapter goes through LAPACK and may differ."""
+    recipes = [recipe_of(pool_of(**LARGE), tmp_path / kind, METHOD, kind) for kind in ("checkpoint", "delta")]
+    (tmp_path / "recipes").write_text(
+        "\n".join(one.model_dump_json(exclude_unset=True, by_alias=True) for one in recipes)
+    )
+    script = "import sys; from ties_ray import drive, recipe\n"
+    script += "for line in open(sys.argv[1]): drive.merge(recipe.parse(line))"
+    other = {"NUMBA_CPU_NAME": "generic", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
+    environment = os.environ | other | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", script, str(tmp_path / "recipes")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kind in ("checkpoint", "delta"):
+        assert digests_of(tmp_path / kind) == wanted[kind]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_bytes(
+    seed: int, pool_of: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes below which a cut is invisible, drawn at random and small; rows and factors are cut anywhere."""
+    draw = random.Random(seed)
+    pool = pool_of(**POOLS[draw.choice([*POOLS])])
+    method = method_of(RULES[draw.choice([*RULES])])
+    kind = draw.choice(["delta", "adapter", "adapter"])
+    settings = {"rank": draw.choice([8, "auto"]), "energy": 0.8} if kind == "adapter" else {}
+    whole = merged(pool, tmp_path / "whole", method, kind, settings=settings)
+
+    part = draw.choice([4096, 8192, 16_384])
+    monkeypatch.setattr(planning, "part_size", lambda recipe, files: part)
+    monkeypatch.setattr(planning, "MAX_SHARD", part * draw.randint(1, 3))
+    monkeypatch.setattr(planning, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
+    monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 256, 1001, 4096]))
+    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
+    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
+    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4])
+    for module in (planning, work, drive):
+        monkeypatch.setattr(module, "MODEL_GROUP", group)
+    for module in (planning, work):
+        monkeypatch.setattr(module, "AHEAD", ahead)
+        monkeypatch.setattr(module, "TOGETHER", together)
+    monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
+    run = {**LOCAL, "workers": draw.choice([1, 2, 3]), "cache": draw.choice([0, 3000, "64MB"])}
+    recipe = recipe_of(pool, tmp_path / "cut", method, kind, settings=settings, run=run)
+
+    events = draw.randint(1, 60)
+    result = interrupted_after(events, recipe) or drive.merge(recipe)
+    assert digests_of(tmp_path / "cut") == digests_of(tmp_path / "whole")
+    assert result.trims == whole.trims
+    assert result.truncation == whole.truncation
+
+
+def interrupted_after(events: int, recipe: Recipe) -> MergeResult | None:
+    """Merge until so many events have been seen; return the result if there were fewer."""
+    seen = itertools.count(1)
+
+    def watch(progress: Progress) -> None:
+        if next(seen) == events:
+            raise KeyboardInterrupt
+
+    try:
+        return drive.merge(recipe, watch=watch)
+    except KeyboardInterrupt:
+        return None
