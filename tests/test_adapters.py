@@ -400,7 +400,8 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
         monkeypatch.setattr(module, "MODEL_GROUP", group)
     for module in (planning, work):
         monkeypatch.setattr(module, "AHEAD", ahead)
-        monkeypatch.setattr(module, "TOGETHER", together)
+    monkeypatch.setattr(planning, "TOGETHER", together)
+    monkeypatch.setattr(planning, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
     monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
     run = {**LOCAL, "workers": draw.choice([1, 2, 3]), "cache": draw.choice([0, 3000, "64MB"])}
     recipe = recipe_of(pool, tmp_path / "cut", method, kind, settings=settings, run=run)

@@ -48,7 +48,10 @@ MIN_RESIDENT_BLOCK = 128 * 2**10
 AHEAD = 4
 """Slices read ahead of the one that is merged."""
 TOGETHER = 4
-"""Slices merged together, so that the sums stay in the CPU's cache for several models."""
+"""Slices merged together, so that the sums stay in the CPU's cache for several models..."""
+FACTORS_TOGETHER = 32
+FACTOR_ROOM = 64 * 2**20
+"""...and of factors, which are small, as many more as fit into so many bytes."""
 OVERHEAD = 64 * 2**20
 """Bytes a worker needs beside blocks, parts, tables and the plan: clients, records, what malloc keeps (measured)."""
 ENTRY_BYTES = 2**10
@@ -509,6 +512,12 @@ class Sources:
         """Return what the base stores for a parameter."""
         return self._one(parameter, self.catalog.base)
 
+    def together(self, footprint: Footprint) -> int:
+        """Return how many slices of the parameter are merged together."""
+        if footprint.dense[1] or not footprint.held[1]:
+            return TOGETHER
+        return min(FACTORS_TOGETHER, max(TOGETHER, FACTOR_ROOM // footprint.held[1]))
+
     def fits(self, footprint: Footprint) -> bool:
         """Return whether all factors of the parameter stay in a worker's cache while it works its blocks off."""
         return 0 < footprint.factors[0] <= self._cache
@@ -579,11 +588,13 @@ def _slices(sources: Sources, resident: bool) -> int:
 
 def _held(sources: Sources, resident: bool) -> int:
     """Return the bytes that decoded factors take beside a block, at most."""
-    largest = total = 0
+    needed = 0
     for parameter in sources.catalog.parameters:
-        one = sources.footprint(parameter, sources.models).held
-        largest, total = max(largest, one[1]), max(total, one[0])
-    return min(total, total + AHEAD * largest if resident else _slices(sources, resident) * largest)
+        one = sources.footprint(parameter, sources.models)
+        total, largest = one.held
+        together = (AHEAD + sources.together(one)) * largest
+        needed = max(needed, total + AHEAD * largest if resident else min(total + AHEAD * largest, together))
+    return needed
 
 
 def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> int:

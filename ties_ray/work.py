@@ -34,7 +34,6 @@ from ties_ray.plan import (
     COUNTS,
     MODEL_GROUP,
     NEEDS,
-    TOGETHER,
     Plan,
     PlannedResult,
     PlannedRound,
@@ -402,7 +401,7 @@ class Worker:
                 base = rows[start - begin : stop - begin] if begin < end else rows
                 slices = Slices(
                     self._kernels, base, start, len(members), map(partial(self._with_scales, rows), coming),
-                    passes=round_.passes, resident=resident, together=TOGETHER,
+                    passes=round_.passes, resident=resident, together=self._together(known, members),
                 )  # fmt: skip
                 yield Block(parameter, start, stop, base, slices)
                 slices.close()
@@ -419,6 +418,10 @@ class Worker:
             width = parameter.numel // parameter.shape[0]
             return start - start % width, stop + -stop % width
         return (start, stop) if need == "slice" else (start, start)
+
+    def _together(self, parameter: Parameter, members: Sequence[int]) -> int:
+        models = [self._models[member] for member in members]
+        return self._sources.together(self._sources.footprint(parameter, models))
 
     def _with_scales(self, rows: Tensor, stored: Stored | None) -> Stored | None:
         """Return a slice with all that its change needs: of DoRA, the scales of its rows."""
