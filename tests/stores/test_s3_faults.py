@@ -3,6 +3,7 @@
 Each test bounds the requests that the server would have seen: a retry layer must not become a storm.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,12 @@ from tests.tools.fault_proxy import Fault, FaultProxy, Rule, main, read_script
 from ties_ray import drive
 from ties_ray.errors import InputError, InterruptedMerge, UnavailableError
 from ties_ray.report import MergeResult, Progress
-from ties_ray.stores import NoUpload, Pin, Stores
+from ties_ray.stores import NoUpload, Part, Pin, Stores, s3
 from ties_ray.stores.s3 import S3
 
 DATA = os.urandom(1 << 20)
 FIRST, LAST = 100_000, 900_000
+PART = 5 << 20
 
 
 @pytest.fixture
@@ -212,6 +214,11 @@ def upload(store: S3, uri: str) -> Pin:
     return store.complete_upload(uri, begun, [part])
 
 
+def part_of(store: S3, uri: str, upload_id: str, data: bytes, number: int) -> Part:
+    start = (number - 1) * PART
+    return store.write_part(uri, upload_id, number, start, memoryview(data)[start : start + PART])
+
+
 @pytest.mark.parametrize(
     ("fault", "operation"),
     [
@@ -250,6 +257,54 @@ def test_the_first_bytes_that_arrive_changed_are_found_before_any_etag_has_prove
     pin = upload(store, f"{s3_bucket.uri}/x")
     assert proxy.faults == {"flip_upload": 2}
     assert store.get(pin.uri, len(DATA))[1] == DATA
+
+
+def test_a_worker_knows_the_servers_etags_from_its_plan_and_accepts_no_first_part_that_always_arrives_changed(
+    s3_bucket: Bucket, proxy: FaultProxy, store: S3
+) -> None:
+    opened(proxy).put(f"{s3_bucket.uri}/plan", b"of the driver")
+    store.get(f"{s3_bucket.uri}/plan", 100)
+    proxy.script = [Rule("flip_upload", "put-part")]
+    with pytest.raises(UnavailableError, match=r"writing part 1 failed 4 times .*other bytes arrived than were sent"):
+        upload(store, f"{s3_bucket.uri}/x")
+
+
+def test_parts_changed_at_the_same_time_do_not_pass_for_the_way_of_the_service(
+    s3_bucket: Bucket, proxy: FaultProxy, store: S3
+) -> None:
+    """Nothing is known of this server's ETags: three that differ, of three parts, say less than three of one part."""
+    uri, data = f"{s3_bucket.uri}/x", os.urandom(3 * PART)
+    upload_id = store.begin_upload(uri, len(data))
+    proxy.script = [Rule("flip_upload", "put-part", count=3), Rule("delay", "put-part", seconds=1)]
+    with ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(partial(part_of, store, uri, upload_id, data), (1, 2, 3)))
+    assert proxy.faults == {"flip_upload": 3, "delay": 3}
+    assert store.get(store.complete_upload(uri, upload_id, parts).uri, len(data))[1] == data
+
+
+def test_a_first_object_that_always_arrives_changed_is_never_accepted(
+    s3_bucket: Bucket, proxy: FaultProxy, store: S3
+) -> None:
+    proxy.script = [Rule("flip_upload", "put")]
+    with pytest.raises(UnavailableError, match=r"/x: writing it failed 4 times .*other bytes arrived than were sent"):
+        store.put(f"{s3_bucket.uri}/x", DATA)
+    proxy.script = [Rule("flip_upload", "put", count=3)]
+    assert store.get(store.put(f"{s3_bucket.uri}/x", DATA).uri, len(DATA))[1] == DATA
+
+
+def test_a_service_whose_etags_are_no_md5_is_believed_once_it_has_shown_so(
+    s3_bucket: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the service is right and the digest is ours: it is as if its ETags had been drawn."""
+    monkeypatch.setattr(s3, "_md5", lambda data: hashlib.md5(b"salt" + data, usedforsecurity=False))
+    writer, worker = opened(proxy), opened(proxy)
+    for name in ("x", "y"):
+        pin = writer.put(f"{s3_bucket.uri}/{name}", DATA)
+    assert (proxy.requests["put"], proxy.requests["get"]) == (2, 1)  # the first was read back
+    assert worker.get(pin.uri, len(DATA))[1] == DATA
+    for name in ("x", "y"):
+        upload(worker, f"{s3_bucket.uri}/{name}")
+    assert proxy.requests["put-part"] == 3 + 1
 
 
 @pytest.mark.parametrize("operation", ["put-part", "complete"])

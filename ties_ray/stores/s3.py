@@ -102,9 +102,8 @@ class S3(Store):
         self._answered = False
         self._given_up = False
         self._brake = Brake()
-        self._etags_are_md5: bool | None = None
-        """None: not known yet."""
-        self._other_etags = 0
+        self._etags_are_md5: dict[tuple[str, bool], bool] = {}
+        """By bucket, and whether KMS encrypts; missing: not known yet."""
         self._expired: Any = None
         """The client whose credentials have run out."""
         self._ask_version = True
@@ -164,6 +163,8 @@ class S3(Store):
                 size = _whole_size(response, wanted)
                 data = bytearray(min(wanted, size))
                 await self._fill(body, memoryview(data))
+            if size == len(data) and _bare(response.get("ETag")) == _md5(data).hexdigest():
+                self._etags_are_md5[_kind(uri, response)] = True
             return _pin(uri, size, response), bytes(data[:nbytes])
 
         return self._repeat(uri, f"reading its first {wanted:,} bytes", get, wanted)
@@ -258,33 +259,50 @@ class S3(Store):
         """Send bytes with the checksum that proves them; return the answer, and the checksum as a `Part` keeps it.
 
         Not every service compares; so its ETag is compared here. One that is not the MD5 may be damage, or the way of
-        this service (KMS): until one ETag has proved to be the MD5, bytes are sent three times before that is believed.
+        this service (KMS). Where neither has shown yet, an object is read back, and a part, which can't be, is sent
+        three times before its ETag is believed. A worker knows: it reads the plan, which was written to the same
+        place, before it writes.
         """
         if self._crc:
             checksum = b64encode(bytes.fromhex(crc32c(data))).decode()
             proof = {"ChecksumCRC32C": checksum}
         else:
-            digest = hashlib.md5(data, usedforsecurity=False)
-            checksum = digest.hexdigest()
-            proof = {"ContentMD5": b64encode(digest.digest()).decode()}
+            checksum = _md5(data).hexdigest()
+            proof = {"ContentMD5": b64encode(bytes.fromhex(checksum)).decode()}
+        others = 0
 
         async def send(client: Any) -> Any:
+            nonlocal others
             answer = await getattr(client, operation)(
                 Body=_Body(data), **_object(uri), **arguments, **proof, **self._payer
             )
             self.meter.add(bytes_written=len(data))
             stored = answer.get("ChecksumCRC32C", checksum) if self._crc else _bare(answer.get("ETag"))
             if stored == checksum:
-                self._etags_are_md5 = not self._crc
+                if not self._crc:
+                    self._etags_are_md5[_kind(uri, answer)] = True
                 return answer
-            self._other_etags += 1
-            if self._etags_are_md5 is None and self._other_etags == 3:
-                self._etags_are_md5 = False
-            if self._crc or self._etags_are_md5 is not False:
+            others += 1
+            kind, is_part = _kind(uri, answer), operation == "upload_part"
+            unknown = not self._crc and kind not in self._etags_are_md5
+            if unknown and (others == 3 if is_part else await self._holds(client, uri, data)):
+                self._etags_are_md5[kind] = False
+            if self._crc or self._etags_are_md5.get(kind, True):
                 raise Transient(f"other bytes arrived than were sent: {stored}, not {checksum}", attempts=4)
             return answer
 
         return self._repeat(uri, doing, send, len(data)), checksum
+
+    async def _holds(self, client: Any, uri: str, data: memoryview) -> bool:
+        """Return whether the object is these bytes."""
+        self.meter.add(requests=1)
+        response = await client.get_object(**_object(uri), **self._payer)
+        async with response["Body"] as body:
+            if response.get("ContentLength") != len(data):
+                return False
+            found = bytearray(len(data))
+            await self._fill(body, memoryview(found))
+        return found == data
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
         """Return the parts which the service has, page by page of up to 1000."""
@@ -466,6 +484,15 @@ def _bare(etag: str | None) -> str:
     return (etag or "").strip('"')
 
 
+def _md5(data: bytes | bytearray | memoryview) -> "hashlib._Hash":
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+def _kind(uri: str, response: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return what decides whether an ETag is an MD5: the bucket, and whether KMS encrypted the object."""
+    return _split(uri)[0], str(response.get("ServerSideEncryption", "")).startswith("aws:kms")
+
+
 def _pin(uri: str, size: int, response: Mapping[str, Any]) -> Pin:
     version = response.get("VersionId", "")
     return Pin(uri, size, _bare(response.get("ETag")), "" if version == "null" else version)
@@ -475,8 +502,7 @@ def _joined(parts: Sequence[Part]) -> str:
     """Return the ETag of an object joined from parts whose ETags are their MD5; empty if they can't be."""
     if not all(re.fullmatch("[0-9a-f]{32}", part.etag) for part in parts):
         return ""
-    digest = hashlib.md5(b"".join(bytes.fromhex(part.etag) for part in parts), usedforsecurity=False)
-    return f"{digest.hexdigest()}-{len(parts)}"
+    return f"{_md5(b''.join(bytes.fromhex(part.etag) for part in parts)).hexdigest()}-{len(parts)}"
 
 
 def _status(response: Mapping[str, Any]) -> int:
