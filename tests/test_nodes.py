@@ -208,6 +208,23 @@ def test_a_killed_process_is_replaced(
     assert digests(trouble.parent / "out") == wanted
 
 
+@pytest.mark.usefixtures("plugged")
+def test_what_ray_prints_about_a_lost_worker_is_not_in_the_record_on_standard_output(
+    family: Family, trouble: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    import ray
+
+    run = on_ray(address=ray.get_runtime_context().gcs_address)
+    recipe = troubled(family, trouble, "kill", run=run, round="merge")
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
+    command = [tool("ties-ray"), "merge", str(tmp_path / "recipe.json"), "--json", "--quiet"]
+    told = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=120, env=os.environ | {"RAY_DEDUP_LOGS": "0"}
+    )
+    assert json.loads(told.stdout)["workers_lost"] == 1
+    assert "A worker died" in told.stderr  # with that setting Ray does print
+
+
 def test_a_process_killed_while_it_reads_for_a_count_is_replaced(
     family: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
 ) -> None:

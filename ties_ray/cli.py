@@ -256,7 +256,8 @@ def _merge(desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str |
     job.storage = asked.storage
     from ties_ray import drive, text
 
-    with desk.progress() as watch:
+    # Ray and plugins print what they like, from any thread; standard output is for the record alone.
+    with desk.progress() as watch, contextlib.redirect_stdout(sys.stderr):
         if not desk.quiet:
             click.echo("plan: reading headers", err=True)
         job.plan = drive.plan(asked)

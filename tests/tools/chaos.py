@@ -171,7 +171,7 @@ class Ended(NamedTuple):
     """One process of `ties-ray merge`."""
 
     code: int | str
-    """`hang` where it had to be killed by us."""
+    """`hang` where it had to be killed by us, `no record` where it ended with 0 and printed something else."""
     result: dict[str, Any]
     """The result record on its standard output; empty where there is none."""
     errors: str
@@ -439,7 +439,11 @@ class Campaign:
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
         out, errors = (recipe.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
-        return Ended(code, json.loads(out) if code == 0 else {}, errors[-4000:], time.monotonic() - started)
+        seconds = time.monotonic() - started
+        try:
+            return Ended(code, json.loads(out) if code == 0 else {}, errors[-4000:], seconds)
+        except json.JSONDecodeError:
+            return Ended("no record", {}, f"{out[:2000]}\n{errors[-2000:]}", seconds)
 
 
 def ties_ray(arguments: list[str], without: str) -> None:

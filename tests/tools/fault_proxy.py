@@ -11,6 +11,7 @@ stand in the path.
 """
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import json
@@ -184,7 +185,8 @@ class FaultProxy:
 
         bucket, _, key = path.lstrip("/").partition("/")
         client = boto3.client("s3", endpoint_url=self.upstream, region_name="us-east-1")
-        client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+        with contextlib.suppress(client.exceptions.NoSuchUpload):  # completed, and asked about once more
+            client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
         self.forgotten.add(upload)
 
     def kill(self, port: int) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
 # Ray prints a page of advice on the user's stdout for each lost worker, whatever is said about logs, and reads this
-# variable when it is imported; here a loss is an event.
+# variable when it is imported; here a loss is an event. (With RAY_DEDUP_LOGS=0 it prints the page even so.)
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
 
 import ray
