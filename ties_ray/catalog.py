@@ -153,6 +153,9 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         found = Found(problems=(foreign,)) if foreign else looked.format.read(folder, known, rules)
         read[entry.id] = pool.Read(entry, looked.format, found)
         problems[entry.id] += found.problems
+        if entry.id == BASE and not looked.format.whole:
+            what = f"is no whole model: its format is {looked.format.name}"
+            problems[BASE].append(Problem(f"base: {entry.uri}", what, "name the model that the adapters were made for"))
         if entry.id == BASE and not problems[BASE]:
             base = {name: _parameter(name, source, rules) for name, source in found.sources.items()}
     for name, problem in pool.disagreements(recipe, [one for one in read.values() if one.entry.id != BASE]):

@@ -58,8 +58,12 @@ def parameters(base: Mapping[str, Parameter], models: Sequence[Read]) -> tuple[P
         for model in models
         for name, source in sorted(model.found.sources.items())
     }
+    called = {name: told for model in models for name, told in model.found.called.items()}
     names = list(base) or sorted(changed)
-    return tuple(known[name]._replace(changed=name in changed, kind=kinds.get(name, "linear")) for name in names)
+    return tuple(
+        known[name]._replace(changed=name in changed, kind=kinds.get(name, "linear"), called=called.get(name, ""))
+        for name in names
+    )
 
 
 def _base_names(allowed: Sequence[str], models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:

@@ -69,6 +69,8 @@ class Parameter(NamedTuple):
     """False: no model of the recipe has a change for it."""
     kind: Kind = "linear"
     """Of a matrix."""
+    called: str = ""
+    """What adapters call it, where that is not `name`."""
 
     @property
     def numel(self) -> int:
@@ -122,6 +124,8 @@ class Found:
     """Base parameters of which the model stores more rows; their common rows must mean the same tokens."""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     """By base parameter, where the format knows it and it is not `linear`."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """By base parameter, what the model calls it where that differs: checkpoints may lack a prefix."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What a report or an output may want to know of the model: `base_name` (the base it says it was trained on),
     `task_type`, `rank`, `scale`, ..."""

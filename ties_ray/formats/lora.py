@@ -150,7 +150,14 @@ class Lora(Format):
         if problems:
             return Found(problems=problems)
         notes = tuple(f"{folder.uri}: {note}" for note in adapter.notes())
-        return Found((pins[WEIGHTS],), adapter.sources, notes=notes, kinds=adapter.kinds, facts=adapter.facts())
+        return Found(
+            (pins[WEIGHTS],),
+            adapter.sources,
+            notes=notes,
+            kinds=adapter.kinds,
+            called=adapter.called,
+            facts=adapter.facts(),
+        )
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
         """Return the rows of a linear module's B, its A whole; both whole where the parameter is stored transposed.
@@ -315,6 +322,7 @@ class _Adapter:
         self.kinds: dict[str, Kind] = {}
         self._settings, self._base, self._rules, self._refused = settings, base, rules, refused
         self._rename = _renaming([f"{path}.weight" for path in modules], base)
+        self.called: dict[str, str] = {}
         self._layouts = self._told_by_shape(modules)
         self._modules: list[str] = []
         self._ranks: set[int] = set()
@@ -420,13 +428,14 @@ class _Adapter:
             self._refused.add("shape_mismatch", f"{path} magnitude {list(magnitude.shape)} of {shape[0]} rows")
         else:
             self._variants |= {"dora"} if magnitude is not None else set()
-            self._add(name, shape, Source((a, b) if magnitude is None else (a, b, magnitude), numbers))
+            source = Source((a, b) if magnitude is None else (a, b, magnitude), numbers)
+            self._add(f"{path}.weight", shape, source)
             if kind != "linear" and name in self.sources:
                 self.kinds[name] = kind
 
     def _add(self, name: str, shape: tuple[int, ...], source: Source) -> None:
         """Add a source if the base has such a parameter and the recipe does not exclude it."""
-        name = self._rename(name)
+        told, name = name, self._rename(name)
         parameter = None if self._base is None else self._base.get(name)
         if self._rules.excludes(name):
             return
@@ -441,6 +450,8 @@ class _Adapter:
             self._refused.add("duplicate", name)
         else:
             self.sources[name] = source
+            if told != name:
+                self.called[name] = told
 
     def _layout(self, path: str, a: TensorRef, b: TensorRef) -> Kind | None:
         """Return how a module is stored: as shapes tell; where it is square, as its namesakes are, or the config says.

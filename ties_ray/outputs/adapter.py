@@ -78,7 +78,7 @@ class Adapter(Output):
         for each in _changed(parameters):
             width, height = each.shape if _is_turned(each) else each.shape[::-1]
             for key, shape in zip(KEYS[each.kind], ((rank, width), (height, rank)), strict=True):
-                name = PREFIX + each.name.removesuffix(".weight") + key
+                name = PREFIX + _path(each) + key
                 found.append(OutputTensor(name, dtype, shape, each.name, "scratch"))
         return tuple(found)
 
@@ -108,7 +108,7 @@ class Adapter(Output):
             "use_dora": False,
             "bias": "none",
             "fan_in_fan_out": any(each.kind == "transposed" for each in changed),
-            "target_modules": sorted({_target(each.name.removesuffix(".weight")) for each in changed}),
+            "target_modules": sorted({_target(_path(each)) for each in changed}),
             "rank_pattern": {},
             "alpha_pattern": {},
             "modules_to_save": None,
@@ -197,3 +197,8 @@ def _target(path: str) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def _path(parameter: Parameter) -> str:
+    """Return the module's path in the model that an adapter is put on; checkpoints may call it otherwise."""
+    return (parameter.called or parameter.name).removesuffix(".weight")
