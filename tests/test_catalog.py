@@ -7,9 +7,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from tests.adapters import make_pool
 from tests.conftest import Bucket
 from tests.families import CONFIG, Family, file_bytes, make_family, raw_bytes, tokenizer_json, write_checkpoint
-from ties_ray import safetensors
+from ties_ray import drive, safetensors
 from ties_ray.catalog import Catalog, read_catalog
 from ties_ray.errors import InputError, RecipeError
 from ties_ray.expand import overlaps
@@ -468,3 +469,11 @@ def test_models_stored_alike_share_their_sources_in_memory_and_in_json(store: St
     assert again == catalog
     assert all(model.sources is again.models[0].sources for model in again.models)
     assert stored.count(b'"lm_head.weight":') == 2  # of the base, and of the models
+
+
+def test_an_adapter_is_no_base(tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), num_adapters=2)
+    first, second = pool.adapters
+    recipe = {"base": first, "models": [second], "method": "average", "output": str(tmp_path / "out")}
+    with pytest.raises(InputError, match=r"base: .*is no whole model: its format is lora"):
+        drive.plan(validate(recipe))

@@ -23,7 +23,7 @@ from ties_ray.testing import OutputContract
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel, get_peft_model
 
 MATRICES = (
     Parameter("model.embed_tokens.weight", (50, 12), "BF16", True, kind="embedding"),
@@ -256,3 +256,36 @@ def test_memory_stays_below_what_was_said(what: str, rows: int, columns: int, ra
     command = [sys.executable, "-c", MEASURE, what, *map(str, (rows, columns, rank, rank_sum))]
     measured, bound = map(int, subprocess.run(command, check=True, capture_output=True).stdout.split())
     assert 2**20 < measured < bound
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_modules_are_called_as_the_adapters_call_them_where_the_bases_files_lack_a_prefix(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(weights).items()}
+    save_file(bare, weights, metadata={"format": "pt"})
+    wanted: dict[str, torch.Tensor] = {}
+    for number in range(2):
+        settings = LoraConfig(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, init_lora_weights=False)
+        adapted = get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), settings)
+        adapted.save_pretrained(str(tmp_path / f"adapter-{number}"), save_embedding_layers=False)
+        for name, tensor in adapted.merge_and_unload().state_dict().items():
+            wanted[name] = wanted.get(name, 0) + tensor
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    data = {
+        "base": str(tmp_path / "base"),
+        "models": [str(tmp_path / "adapter-*")],
+        "method": "task_arithmetic",
+        "output": {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 8},
+        "run": {"executor": "local", "workers": 1},
+    }
+    drive.merge(validate(data))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        merged = PeftModel.from_pretrained(base, str(tmp_path / "out")).merge_and_unload().state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, wanted[name] - before[name], rtol=1e-5, atol=1e-4)
