@@ -505,6 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_DEDUP_LOGS": "0",  # Ray prints a page about each lost worker, which must not get into the record
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
