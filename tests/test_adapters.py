@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -19,13 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
-from tests.adapters import ATTENTION, MLP, Pool, make_pool
+from tests.adapters import ATTENTION, MLP, Pool, make_pool, rounding_of
 from tests.families import Family, Tensors, write_checkpoint
-from tests.merging import LOCAL, read_tensors
+from tests.merging import LOCAL, merge_and_die, read_tensors
 from tests.oracle import Answer, Change, Rules
 from ties_ray import drive, work
 from ties_ray.recipe import Recipe, validate
-from ties_ray.report import MergeResult, Progress
+from ties_ray.report import RESULT_NAME, MergeResult, Progress
 from ties_ray.stores import Stores
 
 with warnings.catch_warnings():
@@ -425,3 +426,148 @@ def interrupted_after(events: int, recipe: Recipe) -> MergeResult | None:
         return drive.merge(recipe, watch=watch)
     except KeyboardInterrupt:
         return None
+
+
+# Kill anything, lose nothing.
+
+AUTO = {"rank": "auto", "energy": 0.6, "max_rank": 16}
+DEATHS: dict[str, dict[str, object]] = {
+    "before the first matrix is in scratch": {"what": "put", "uri": "*/scratch/*"},
+    "between scratch and record": {"when": "after", "what": "put", "uri": "*/scratch/*", "count": 5},
+    "before the record of the matrices": {"what": "put", "uri": "*/records/2/*"},
+    "before the barrier of the matrices": {"what": "put", "uri": "*/folded/2/*"},
+    "after the barrier of the matrices": {"when": "after", "what": "put", "uri": "*/folded/2/*"},
+    "before the settled rank is stored": {"what": "put", "uri": "*/plan.json.gz", "count": 2},
+    "after the settled rank is stored": {"when": "after", "what": "put", "uri": "*/plan.json.gz", "count": 2},
+    "while the adapter is assembled": {"what": "write_part"},
+    "after the record of the adapter": {"when": "after", "what": "put", "uri": "*/records/3/*"},
+    "after the upload is complete": {"when": "after", "what": "complete_upload"},
+    "before the config": {"what": "put", "uri": "*/adapter_config.json"},
+    "before the result record": {"what": "put", "uri": f"*/{RESULT_NAME}"},
+}
+
+
+def frail_recipe(pool: Pool, folder: Path, point: Mapping[str, object], kind: str = "adapter", **more: Any) -> Recipe:
+    """Return a recipe whose output kills the process that touches it at a point, once."""
+    storage = {"frail": {**point, "marker": str(folder / "died")}}
+    made = recipe_of(pool, folder / "out", "ties", kind, storage=storage, **more)
+    return made.model_copy(update={"output": made.output.model_copy(update={"path": f"frail://{folder / 'out'}"})})
+
+
+@pytest.fixture(scope="session")
+def whole_adapter(pool_of: MakePool, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], MergeResult]:
+    """Return what an uninterrupted merge writes, and its result."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    result = merged(pool_of(**POOLS["mixed"]), folder, "ties", "adapter", settings=AUTO)
+    assert result.truncation
+    assert result.truncation.rank == 8, "the rank is settled below the largest"
+    return digests_of(folder), result
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_the_same_command_continues_an_adapter_wherever_the_run_was_killed(
+    name: str, pool_of: MakePool, whole_adapter: tuple[dict[str, str], MergeResult], tmp_path: Path, plugged: Path
+) -> None:
+    recipe = frail_recipe(pool_of(**POOLS["mixed"]), tmp_path, DEATHS[name], settings=AUTO)
+    assert merge_and_die(recipe, plugged) == -9
+    seen = {path.name for path in (tmp_path / "out").glob("*")}
+    assert RESULT_NAME not in seen
+    assert ("adapter_config.json" in seen) == (name == "before the result record")
+
+    result = drive.merge(recipe)
+    assert digests_of(tmp_path / "out") == whole_adapter[0]
+    assert (result.resumed, result.truncation) == (True, whole_adapter[1].truncation)
+    assert not list((tmp_path / "out").glob(".ties-ray/*/*/scratch/*")), "scratch is gone when nobody needs it"
+    assert drive.merge(recipe).reused
+
+
+DEATHS_OF_A_SURVEY: dict[str, dict[str, object]] = {
+    "before the record of the survey": {"what": "put", "uri": "*/records/0/*"},
+    "after the barrier of the survey": {"when": "after", "what": "put", "uri": "*/folded/0/*"},
+    "before the smaller plan is stored": {"what": "put", "uri": "*/plan.json.gz", "count": 2},
+    "after the smaller plan is stored": {"when": "after", "what": "put", "uri": "*/plan.json.gz", "count": 2},
+    "before the thresholds are known": {"what": "put", "uri": "*/folded/2/*"},
+    "inside the merge": {"what": "write_part"},
+    "before the index": {"what": "put", "uri": "*/delta.safetensors.index.json"},
+}
+
+
+def scaled_copy(uri: str, folder: Path, factor: float) -> str:
+    """Copy an adapter with all its B multiplied by a factor; return where it lies."""
+    shutil.copytree(uri, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: each * (factor if "lora_B" in name else 1) for name, each in tensors.items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", DEATHS_OF_A_SURVEY)
+def test_a_killed_run_that_dropped_an_adapter_goes_on_without_it(
+    name: str, pool_of: MakePool, tmp_path: Path, plugged: Path
+) -> None:
+    good = pool_of(**POOLS["mixed"])
+    absurd = scaled_copy(good.adapters[1], tmp_path / "absurd", 1e6)
+    pool = replace(good, adapters=(good.adapters[0], absurd, *good.adapters[1:]))
+    rules: dict[str, Any] = {"bounds": {"norm": [0.01, 100]}, "allow": {"refused_model": "drop"}}
+    merged(good, tmp_path / "wanted", "ties")
+    recipe = frail_recipe(pool, tmp_path, DEATHS_OF_A_SURVEY[name], "delta", **rules)
+    assert merge_and_die(recipe, plugged) == -9
+    result = drive.merge(recipe)
+    assert digests_of(tmp_path / "out") == digests_of(tmp_path / "wanted")
+    assert (result.resumed, list(result.refused)) == (True, [absurd])
+    assert {trim.model for trim in result.trims} == {"0", "2", "3", "4"}
+    assert drive.merge(recipe).reused
+
+
+# The functions that adapters are, not their factors.
+
+
+def turned(pool: Pool, folder: Path, how: str) -> tuple[Pool, list[Change]]:
+    """Copy a pool of plain adapters with the ranks of each module reordered or rotated; return it, and its changes with
+    what rounding does to both."""
+    generator = torch.Generator().manual_seed(7)
+    uris, changes = [], changes_of(pool)
+    for number, uri in enumerate(pool.adapters):
+        copy = folder / f"turned-{number}"
+        shutil.copytree(uri, copy)
+        config = json.loads((copy / "adapter_config.json").read_text())
+        tensors = load_file(copy / "adapter_model.safetensors")
+        errors = {}
+        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+            other, name = key.replace("lora_A", "lora_B"), key.removeprefix("base_model.model.").replace(".lora_A", "")
+            a, b = tensors[key].double(), tensors[other].double()
+            turn = torch.linalg.qr(torch.randn(len(a), len(a), generator=generator, dtype=torch.float64))[0]
+            if how == "permuted":
+                turn = torch.eye(len(a), dtype=torch.float64)[torch.randperm(len(a), generator=generator)]
+            tensors[key], tensors[other] = (turn.T @ a).float().contiguous(), (b @ turn).float().contiguous()
+            # once as it was, once as it is, of which the factors themselves were rounded
+            error = 2 * rounding_of(tensors[key], tensors[other], config["lora_alpha"] / config["r"])
+            errors[name] = changes[number].errors[name] + error.flatten()
+        save_file(tensors, copy / "adapter_model.safetensors")
+        uris.append(str(copy))
+        changes[number] = changes[number]._replace(errors=errors)
+    return replace(pool, adapters=tuple(uris)), changes
+
+
+@pytest.mark.parametrize("how", ["permuted", "rotated"])
+@pytest.mark.parametrize("rules", ["ties", "ties tensor", "ties majority", "consensus", "task_arithmetic", "dare ties"])
+def test_reordering_or_rotating_ranks_changes_nothing_but_what_rounding_decides(
+    rules: str, how: str, pool_of: MakePool, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    pool = pool_of(num_adapters=4, hidden=32, ranks=(8, 3, 16), targets=SPREAD, seed=11)
+    other, changes = turned(pool, tmp_path, how)
+    for one, name in ((pool, "one"), (other, "other")):
+        merged(one, tmp_path / name, method_of(RULES[rules]))
+    one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other")
+    answer = oracle.merge_changes(changes, RULES[rules])
+    undecided = differing = moved = total = 0
+    for name, first in one.items():
+        difference = (first.double() - two[name].double()).abs().flatten()
+        size = answer.scale[name] * (len(pool.adapters) + 3)
+        differs = difference > 2 * answer.slack[name] + 4 * oracle.UNIT * size
+        assert not (differs & answer.sure[name]).any(), name
+        undecided, differing = undecided + int((~answer.sure[name]).sum()), differing + int(differs.sum())
+        moved, total = moved + int((difference > 0).sum()), total + first.numel()
+    record_property("elements that rounding may decide, and that it did", f"{undecided}, {differing} of {total}")
+    assert differing <= undecided <= total / 500
+    assert moved > total / 100, "the factors are the same, so nothing was tested"
