@@ -98,8 +98,8 @@ class Adapter(Output):
         rank = self.ranks[-1]
         config: dict[str, object] = {
             "peft_type": "LORA",
-            "task_type": facts.get("task_type"),
-            "base_model_name_or_path": facts.get("base_name") or facts.get("base"),
+            "task_type": facts.get("task_type") or None,
+            "base_model_name_or_path": facts.get("base_name") or facts.get("base") or None,
             "inference_mode": True,
             "r": rank,
             "lora_alpha": rank,
