@@ -19,7 +19,7 @@ import torch
 from tests.conftest import Bucket
 from tests.families import Family, write_checkpoint
 from tests.merging import LOCAL, digests, merge, recipe_of
-from ties_ray import drive, work
+from ties_ray import drive, sources, work
 from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor
 from ties_ray.executors.local import LocalExecutor
 from ties_ray.executors.ray import RayExecutor
@@ -146,8 +146,8 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
         monkeypatch.setattr(module, "MODEL_GROUP", group)
     for module in (planning, work):
         monkeypatch.setattr(module, "AHEAD", ahead)
-    monkeypatch.setattr(planning, "TOGETHER", together)
-    monkeypatch.setattr(planning, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
+    monkeypatch.setattr(sources, "TOGETHER", together)
+    monkeypatch.setattr(sources, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
     monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
     run = {**LOCAL, "workers": draw.choice([1, 2, 3])}
     recipe = recipe_of(family, {"path": str(tmp_path / "cut"), "file_size": "9KB"}, method, run=run)

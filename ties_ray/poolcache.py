@@ -20,7 +20,8 @@ from ties_ray.catalog import Model
 from ties_ray.formats import Format
 from ties_ray.kernels import ARITHMETIC, HIGH_BINS, LOW_BINS
 from ties_ray.manifest import Survey
-from ties_ray.plan import Plan, RoundKind, formats_of
+from ties_ray.plan import Plan, RoundKind
+from ties_ray.sources import formats_of
 from ties_ray.statistics import Counts, Pick, add
 from ties_ray.stores import Stores, join
 

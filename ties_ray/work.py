@@ -33,13 +33,11 @@ from ties_ray.plan import (
     AHEAD,
     COUNTS,
     MODEL_GROUP,
-    NEEDS,
     Plan,
     PlannedResult,
     PlannedRound,
     Segment,
     Shard,
-    Sources,
     elements_in,
     is_resident,
     method_round,
@@ -47,6 +45,7 @@ from ties_ray.plan import (
 from ties_ray.poolcache import PoolCache, identity
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.slices import Slices
+from ties_ray.sources import NEEDS, Sources
 from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
 from ties_ray.stores import Stores, join, scheme_of
 from ties_ray.transfer import Ledger, ReadAhead, Wanted, WriteBehind
