@@ -24,7 +24,8 @@ from tests.adapters import ATTENTION, MLP, Pool, make_pool, rounding_of
 from tests.families import Family, Tensors, write_checkpoint
 from tests.merging import LOCAL, merge_and_die, read_tensors
 from tests.oracle import Answer, Change, Rules
-from ties_ray import drive, work
+from tests.test_promises import reads_counted
+from ties_ray import drive, sources, work
 from ties_ray.recipe import Recipe, validate
 from ties_ray.report import RESULT_NAME, MergeResult, Progress
 from ties_ray.stores import Stores
@@ -401,8 +402,8 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
         monkeypatch.setattr(module, "MODEL_GROUP", group)
     for module in (planning, work):
         monkeypatch.setattr(module, "AHEAD", ahead)
-    monkeypatch.setattr(planning, "TOGETHER", together)
-    monkeypatch.setattr(planning, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
+    monkeypatch.setattr(sources, "TOGETHER", together)
+    monkeypatch.setattr(sources, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
     monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
     run = {**LOCAL, "workers": draw.choice([1, 2, 3]), "cache": draw.choice([0, 3000, "64MB"])}
     recipe = recipe_of(pool, tmp_path / "cut", method, kind, settings=settings, run=run)
@@ -571,3 +572,166 @@ def test_reordering_or_rotating_ranks_changes_nothing_but_what_rounding_decides(
     record_property("elements that rounding may decide, and that it did", f"{undecided}, {differing} of {total}")
     assert differing <= undecided <= total / 500
     assert moved > total / 100, "the factors are the same, so nothing was tested"
+
+
+# What an adapter loses, and that it says so.
+
+
+def products_of(folder: Path) -> Tensors:
+    """Return the change that an adapter stands for, in float64, by base parameter and of its shape; alpha is r."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+    tensors, found = load_file(folder / "adapter_model.safetensors"), {}
+    assert {r for key, each in tensors.items() for r in [each.shape["B" in key.rpartition("lora_")[2]]]} == {
+        config["r"]
+    }
+    for key in tensors:
+        if "lora_A" in key or "lora_embedding_A" in key:
+            other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+            name = key.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight"
+            product = tensors[other].double() @ tensors[key].double()
+            found[name] = product.T if "embedding" in key or config["fan_in_fan_out"] else product
+    return found
+
+
+def dense(answer: Answer, pool: Pool) -> Tensors:
+    """Return the oracle's merged change, of the parameters' shapes."""
+    return {name: answer.ideal(name).reshape(pool.base_tensors[name].shape) for name in answer.value}
+
+
+def lost(wanted: Tensors, found: Tensors) -> tuple[float, dict[str, float]]:
+    """Return the relative error (Frobenius) of all modules together, and of each."""
+    assert wanted.keys() == found.keys()
+    errors = {name: float((each.double() - found[name]).norm()) for name, each in wanted.items()}
+    norms = {name: float(each.double().norm()) for name, each in wanted.items()}
+    overall = sum(error**2 for error in errors.values()) / sum(norm**2 for norm in norms.values())
+    return overall**0.5, {name: error / (norms[name] or 1) for name, error in errors.items()}
+
+
+def best(wanted: Tensors, rank: int) -> float:
+    """Return the smallest relative error of any factors of a rank (Eckart and Young 1936)."""
+    spectra = [torch.linalg.svdvals(each.double()) for each in wanted.values()]
+    tail = sum(float((values[rank:] ** 2).sum()) for values in spectra)
+    return (tail / sum(float((values**2).sum()) for values in spectra)) ** 0.5
+
+
+LINEAR: dict[str, Rules] = {
+    "average": RULES["average"], "average skip": RULES["average skip"], "task_arithmetic": RULES["task_arithmetic"]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", LINEAR)
+@pytest.mark.parametrize("pool_name", ["mixed", "rslora", "embeddings", "fan_in_fan_out"])
+@pytest.mark.parametrize("hidden", [16, 48])  # the summed ranks reach beyond the narrow one's width
+def test_a_linear_merge_is_exact_where_the_rank_suffices(
+    hidden: int, pool_name: str, rules: str, pool_of: MakePool, tmp_path: Path
+) -> None:
+    pool = pool_of(**POOLS[pool_name], hidden=hidden)
+    result = merged(pool, tmp_path / "out", method_of(LINEAR[rules]), "adapter", settings={"rank": 64})
+    wanted = dense(oracle.merge_changes(changes_of(pool), LINEAR[rules]), pool)
+    overall, each = lost(wanted, products_of(tmp_path / "out"))
+    assert overall < 1e-6
+    assert max(each.values()) < 2e-6
+    assert result.truncation
+    assert result.truncation.relative_error < 1e-6
+    if hidden == 48 and pool_name == "mixed":
+        assert result.bytes_read < 2 * sum(
+            (Path(uri) / "adapter_model.safetensors").stat().st_size for uri in pool.adapters
+        )
+
+
+@pytest.mark.parametrize("rules", ["task_arithmetic", "average skip", "ties", "ties union", "consensus"])
+@pytest.mark.parametrize("pool_name", ["mixed", "dora", "embeddings", "fan_in_fan_out"])
+def test_a_low_rank_is_the_best_of_its_rank_and_says_what_it_lost(
+    pool_name: str, rules: str, pool_of: MakePool, tmp_path: Path
+) -> None:
+    pool, method = pool_of(**POOLS[pool_name], hidden=48), method_of(RULES[rules])
+    result = merged(pool, tmp_path / "out", method, "adapter", settings={"rank": 5})
+    merged(pool, tmp_path / "delta", method)
+    change = tensors_of(tmp_path / "delta")
+    check_delta(oracle.merge_changes(changes_of(pool), RULES[rules]), change, pool.base_tensors)
+    overall, each = lost(change, products_of(tmp_path / "out"))
+    assert overall == pytest.approx(best(change, 5), rel=1e-5)
+    assert overall > 0.1, "nothing was lost, so nothing was tested"
+    truncation = result.truncation
+    assert truncation
+    assert truncation.rank == 5
+    assert truncation.relative_error == pytest.approx(overall, rel=1e-5)
+    assert truncation.matrices.keys() == each.keys()
+    for name, error in each.items():
+        assert truncation.matrices[name] == pytest.approx(error, rel=1e-4, abs=1e-6), name
+    told = json.loads((tmp_path / "out" / RESULT_NAME).read_text())["truncation"]
+    assert told == truncation.model_dump()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"cut to rank 5 (relative error {truncation.relative_error:.2%})" in card
+    assert all(f"| `{name}` | {error:.4%} |" in card for name, error in truncation.matrices.items())
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("rules", ["ties", "task_arithmetic"])
+def test_rank_auto_is_the_smallest_that_keeps_the_energy(
+    rules: str, energy: float, pool_of: MakePool, tmp_path: Path
+) -> None:
+    pool, method = pool_of(**POOLS["mixed"], hidden=48), method_of(RULES[rules])
+    settings = {"rank": "auto", "energy": energy, "max_rank": 32}
+    result = merged(pool, tmp_path / "out", method, "adapter", settings=settings)
+    merged(pool, tmp_path / "delta", method)
+    change = tensors_of(tmp_path / "delta")
+    kept = {rank: 1 - best(change, rank) ** 2 for rank in (8, 16, 32)}
+    wanted = next((rank for rank, share in kept.items() if share >= energy), 32)
+    assert result.truncation
+    assert result.truncation.rank == wanted
+    overall, _ = lost(change, products_of(tmp_path / "out"))
+    assert overall == pytest.approx(best(change, wanted), rel=1e-4, abs=1e-6)
+    assert result.truncation.relative_error == pytest.approx(overall, rel=1e-4, abs=1e-6)
+
+
+def test_peft_loads_the_merged_adapter_and_its_products_are_ours(pool_of: MakePool, tmp_path: Path) -> None:
+    pool = pool_of(num_adapters=3, targets=(EVERYTHING, ("q_proj", "embed_tokens"), ("v_proj",)), hidden=32)
+    merged(pool, tmp_path / "out", "ties", "adapter", settings={"rank": 8})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(pool.base, dtype=torch.float32)
+        adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "out"))
+    layers = {f"{name}.weight": one for name, one in adapted.base_model.model.named_modules() if hasattr(one, "lora_A")}
+    products = products_of(tmp_path / "out")
+    assert layers.keys() == products.keys() == set().union(*pool.deltas)
+    for name, product in products.items():
+        found = layers[name].get_delta_weight("default").detach().double()
+        torch.testing.assert_close(found, product, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("rules", ["ties", "average"])
+def test_without_a_base_the_adapter_is_the_same_to_the_byte(rules: str, pool_of: MakePool, tmp_path: Path) -> None:
+    pool = pool_of(**POOLS["embeddings"])
+    for name, base in (("with", True), ("without", False)):
+        merged(pool, tmp_path / name, method_of(RULES[rules]), "adapter", base=base, settings={"rank": 8})
+    assert digests_of(tmp_path / "with") == digests_of(tmp_path / "without")
+    assert len(digests_of(tmp_path / "with")) == 2
+
+
+@pytest.mark.parametrize("cache", [0, "64MB"])
+@pytest.mark.parametrize("kind", ["checkpoint", "delta", "adapter"])
+@pytest.mark.parametrize("rules", ["average", "consensus", "ties majority"])
+@pytest.mark.parametrize("pool_name", ["mixed", "dora"])
+def test_no_more_is_read_than_planned_and_of_the_base_only_what_is_needed(
+    pool_name: str, rules: str, kind: str, cache: object, pool_of: MakePool, tmp_path: Path
+) -> None:
+    pool = pool_of(**POOLS[pool_name], hidden=48)
+    run = {**LOCAL, "workers": 2, "cache": cache, "memory": "256MiB"}
+    recipe = recipe_of(pool, tmp_path / "out", method_of(RULES[rules]), kind, run=run)
+    made = drive.plan(recipe)
+    with reads_counted() as counted:
+        result = drive.merge(recipe)
+    looks = [item for item in counted if item[1:] == (0, 8)]  # each worker sees whether it sees the inputs
+    of_inputs = [item for item in counted if item[0].startswith((pool.base, *pool.adapters)) and item not in looks]
+    assert sum(size for _, _, size in of_inputs) == result.bytes_read <= made.bytes_read
+    assert len(of_inputs) == result.requests <= sum(one.requests for one in made.result.rounds)
+    assert result.bytes_read > 0
+    of_base = sum(size for uri, _, size in of_inputs if uri.startswith(pool.base))
+    if kind != "checkpoint" and pool_name != "dora":
+        assert of_base == 0
+    elif kind == "checkpoint":
+        assert of_base >= sum(each.nbytes for each in pool.base_tensors.values())
+    if cache == 0 and pool_name != "dora":  # of a cache the plan knows only what is certain
+        assert result.bytes_read == made.bytes_read
