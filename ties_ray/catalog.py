@@ -176,7 +176,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     if wrong or pins_wrong:
         raise InputError(wrong + pins_wrong)
 
-    files_from = _files_from(recipe, entries) if recipe.output.reads_base else ""
+    files_from = _files_from(recipe, entries, refused) if recipe.output.reads_base else ""
     taken, aside = _small_files(folders[files_from][0], stores, threads) if files_from else ((), [])
     same: dict[Hashable, dict[str, Source]] = {}
     inputs = [_model(*folders[entry.id], read[entry.id].found, same) for entry in entries]
@@ -437,12 +437,16 @@ def _verify(store: Store, pin: Pin, wanted: str) -> None:
         raise InputError(Problem(shown(pin.uri), what, "use the file that was pinned, or pin this one"))
 
 
-def _files_from(recipe: Recipe, entries: Sequence[Entry]) -> str:
+def _files_from(recipe: Recipe, entries: Sequence[Entry], refused: Sequence[pool.Refused]) -> str:
     """Return the id of the input that `output.files_from` names by id or path."""
     wanted = recipe.output.files_from
     for entry in entries:
         if wanted == entry.id or wanted.rstrip("/") == entry.uri:
             return entry.id
+    for model in refused:
+        if wanted == model.id or wanted.rstrip("/") == model.uri:
+            what = f"{wanted!r} is left out of the merge: {model.problems[0].what}"
+            raise RecipeError(Problem("output.files_from", what, "write `base`, or a model that is merged"))
     what = f"{wanted!r} is neither the id nor the path of an input"
     raise RecipeError(Problem("output.files_from", what, "write `base`, or a model's id, position or path"))
 

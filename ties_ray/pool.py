@@ -107,7 +107,9 @@ def _shapes(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
 def _kinds(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
     first: dict[str, tuple[str, str]] = {}
     for model in models:
-        for name, kind in model.found.kinds.items():
+        factored = [name for name, source in model.found.sources.items() if model.format.held(source)]
+        for name in factored:
+            kind = model.found.kinds.get(name, "linear")
             known, whose = first.setdefault(name, (kind, model.entry.uri))
             if kind != known:
                 what = f"takes {printable(name)} for {kind}, {whose} for {known}"

@@ -505,7 +505,8 @@ class Worker:
             for one in coming:
                 if isinstance(one, Factors):
                     norm2 += norm2_of(one)
-                    not_finite += int((~one.left.isfinite()).sum()) + int((~one.right.isfinite()).sum())
+                    stored = [each for each in (one.left, one.right, one.magnitude) if each is not None]
+                    not_finite += sum(int((~each.isfinite()).sum()) for each in stored)
         found = Survey(member, norm2 if math.isfinite(norm2) else 0.0, not_finite)
         done.surveys.append(found)
         name = identity(model, form) if self._pool else None
