@@ -156,8 +156,11 @@ def _defect(problem: Problem) -> Problem:
     return problem._replace(remedy="a defect of ties_ray: run again with --debug, and please report it")
 
 
-def _command(function: Callable[..., int]) -> click.Command:
-    """Return the click command of a function `(desk, ...) -> exit code`, with the options that all have."""
+def _command(function: Callable[..., int], group: "click.Group | None" = None) -> click.Command:
+    """Return the click command of a function `(desk, ...) -> exit code`, with the options that all have.
+
+    group: the one it belongs to; by default that of all commands.
+    """
 
     @functools.wraps(function)
     @click.pass_context
@@ -173,7 +176,7 @@ def _command(function: Callable[..., int]) -> click.Command:
     decorated: Any = run
     for option in options:
         decorated = option(decorated)
-    return commands.command(function.__name__.strip("_"))(decorated)
+    return (group or commands).command(function.__name__.strip("_"))(decorated)
 
 
 _RECIPE = click.argument("recipe")
@@ -397,6 +400,57 @@ def _methods(desk: _Desk, name: str | None) -> int:
     names = [name] if name else plugins.names("methods")
     docs = [method_doc(one, plugins.load("methods", one, Method)) for one in names]
     desk.tell(MethodDocs(methods=docs), *(text.of_method(docs[0]) if name else text.of_methods(docs)))
+    return 0
+
+
+@commands.group()
+def deploy() -> None:
+    """Print what runs a merge elsewhere."""
+
+
+@functools.partial(_command, group=deploy)
+@_RECIPE
+@_SET
+@click.option("--image", required=True, help="With ties_ray, Ray and torch in it; deploy/Dockerfile makes one.")
+@click.option("--ray-version", default="", help="Of the image; this environment's by default.")
+@click.option("--name", default="", help="Of all that is made; `merge-` and the start of the run_id by default.")
+@click.option("--namespace", default="default", show_default=True)
+@click.option("--workers", type=int, help="The recipe's, else as many as read the inputs in a quarter of an hour.")
+@click.option("--workers-per-pod", type=int, default=8, show_default=True, help="At most; each takes one CPU.")
+@click.option("--service-account", default="ties-ray", show_default=True, help="Whose role may read and write.")
+@click.option("--role-arn", default="", help="Print that account too, bound to this IAM role (IRSA).")
+@click.option("--kueue-queue", "queue", default="", help="Wait in this local queue of Kueue.")
+@click.option("--cron", "schedule", default="", metavar='"M H D M W"', help="A RayCronJob that merges at these times.")
+@click.option("--time-zone", default="", help="Of --cron; the operator's by default.")
+@click.option("--cluster", is_flag=True, help="A RayCluster that grows and shrinks, to submit merges to.")
+@click.option("--spot/--no-spot", default=True, help="Workers on spot nodes where there are any (the default).")
+@click.option("--result", default="", metavar="URI", help="Where the result record is written, also on failure.")
+@click.option("--deadline", type=int, help="Seconds; four times what the plan expects by default, at least an hour.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Of all pods; no secrets.")
+@click.option("--env-from", "secrets", multiple=True, metavar="SECRET", help="A Kubernetes secret, as environment.")
+def _kuberay(desk: _Desk, recipe: str, overrides: Sequence[str], env: Sequence[str], **given: Any) -> int:
+    """Print a RayJob for KubeRay, sized for this merge: it is planned here, from headers only.
+
+    \b
+    Examples:
+      ties-ray deploy kuberay recipe.yaml --image registry.example/ties-ray:0.1.0 | kubectl apply -f -
+      ties-ray deploy kuberay recipe.yaml --image IMAGE --cron "15 2 * * *" --result s3://recipes/nightly.result.json
+    """
+    wrong = [one for one in env if "=" not in one]
+    if wrong:
+        raise RecipeError(Problem("--env", f"{wrong[0]!r} is not of the form NAME=VALUE"))
+    asked = _load(recipe, overrides)
+    import importlib.metadata
+    import json
+
+    from ties_ray import drive
+    from ties_ray.deploy import Options, kuberay, to_yaml
+    from ties_ray.report import plan_record
+
+    given["ray_version"] = given["ray_version"] or importlib.metadata.version("ray")
+    options = Options(env=dict(one.split("=", 1) for one in env), **given)
+    made = kuberay(plan_record(drive.plan(asked)), asked, options)
+    click.echo(json.dumps(made, indent=2) if desk.json else to_yaml(made), nl=desk.json)
     return 0
 
 
