@@ -83,6 +83,8 @@ class Catalog:
     """What a reader of plan and result should know: differing tokenizers, ties, tensors left aside, weak pins."""
     refused: tuple[pool.Refused, ...] = ()
     """Models that are left out although the recipe names them."""
+    waiting: tuple[str, ...] = ()
+    """Folders that are left for a later merge, and why."""
 
     @property
     def facts(self) -> dict[str, str]:
@@ -139,7 +141,7 @@ def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
 
 
 def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
-    everything, noted = expand(recipe, stores, threads)
+    everything, noted, waiting = expand(recipe, stores, threads)
     rules = _rules(recipe)
     folders, problems = fetch(everything, stores, threads)
     read: dict[str, pool.Read] = {}
@@ -192,7 +194,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     ]
     if recipe.base is None:
         inputs.insert(0, Model("", BASE, "", (), {}))
-    return Catalog(inputs[0], tuple(inputs[1:]), parameters, taken, tuple(notes), refused)
+    return Catalog(inputs[0], tuple(inputs[1:]), parameters, taken, tuple(notes), refused, waiting)
 
 
 def _rules(recipe: Recipe) -> Rules:

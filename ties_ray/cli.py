@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -355,6 +356,51 @@ def _clean(desk: _Desk, output: str, overrides: Sequence[str], dry_run: bool) ->
             found = clean(stores, folder, remove=not dry_run)
     told = Cleaning(output=folder, removed=not dry_run, found=found, notes=notes)
     desk.tell(told, *text.of_cleaning(told))
+    return 0
+
+
+@_command
+@click.argument("output")
+@click.argument("pointer")
+@_SET
+@click.option("--evaluate", metavar="COMMAND", default="", help="Promote only if it ends with 0; see below.")
+def _promote(desk: _Desk, output: str, pointer: str, overrides: Sequence[str], evaluate: str) -> int:
+    """Let POINTER, a small JSON object, name the finished merge in OUTPUT; the one before is kept for `rollback`.
+
+    COMMAND gets TIES_RAY_OUTPUT (the folder) and TIES_RAY_RESULT (a file with the result record). Exits with 3, and
+    leaves the pointer, if it does not approve. What the pointer names already is not evaluated again.
+
+    \b
+    Examples:
+      ties-ray promote s3://merged/2026-11-22 s3://merged/current.json --evaluate "python evaluate.py"
+    """
+    stores, folder = _place(output, overrides)
+    from ties_ray import text
+    from ties_ray.promote import promote
+    from ties_ray.stores import absolute
+
+    told = promote(stores, folder, absolute(pointer), shlex.split(evaluate))
+    desk.tell(told, *text.of_promotion(told))
+    return 0
+
+
+@_command
+@click.argument("pointer")
+@_SET
+def _rollback(desk: _Desk, pointer: str, overrides: Sequence[str]) -> int:
+    """Let POINTER name the merge before the current one again.
+
+    \b
+    Examples:
+      ties-ray rollback s3://merged/current.json
+    """
+    stores = _stores(overrides)
+    from ties_ray import text
+    from ties_ray.promote import rollback
+    from ties_ray.stores import absolute
+
+    told = rollback(stores, absolute(pointer))
+    desk.tell(told, *text.of_promotion(told))
     return 0
 
 

@@ -68,7 +68,7 @@ def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch) -> Mer
     watch(Progress("start", 0, 0, 0, wanted.bytes_read))
     finished = None if fresh else resume.finished(wanted, stores)
     if finished:
-        return finished
+        return finished.model_copy(update={"waiting": list(wanted.catalog.waiting)})
     taken_over: list[str] = []
     with lease.acquire(stores, wanted.output, taken_over.append) as held:
         opened, manifest, resumed = resume.open_run(wanted, stores, fresh=fresh)
@@ -361,6 +361,7 @@ class MergeRun:
             statistics=self._statistics(),
             zeroed=zeroed,
             truncation=truncation,
+            waiting=list(self._plan.catalog.waiting),
             refused={one.uri: [str(problem) for problem in one.problems] for one in self._plan.catalog.refused},
             notes=list(self._plan.notes),
             provenance=provenance(self._plan),

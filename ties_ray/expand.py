@@ -2,13 +2,15 @@
 
 import csv
 import io
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
@@ -23,6 +25,8 @@ TABLE_BYTES = 4 * 2**20
 """Largest table of models that is read."""
 LINES_SHOWN = 20
 """Problems shown of one table; the rest is counted."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+"""Endings of files that hold weights, also of such as are refused afterwards."""
 COLUMNS = ("path", "weight", "density")
 BASE = "base"
 """The base's id."""
@@ -41,10 +45,22 @@ class Entry:
     density: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     version_id: Mapping[str, str] = field(default_factory=dict)
+    settle: float = 0.0
+    """Seconds that its newest file must be old."""
 
 
-def expand(recipe: Recipe, stores: Stores, threads: Executor) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """Return the base, if there is one, then the models, each with an id, and notes; a glob costs a listing a folder.
+class Expanded(NamedTuple):
+    """What a recipe's list of models means."""
+
+    entries: tuple[Entry, ...]
+    """The base, if there is one, then the models, each with an id."""
+    notes: tuple[str, ...]
+    waiting: tuple[str, ...]
+    """Folders that are left for a later merge, and why."""
+
+
+def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
+    """Return what a recipe's list of models means; a glob costs a listing a folder, `settle` two more a model.
 
     Raises `RecipeError` for what the recipe contradicts, `InputError` for what is not there, with every problem.
     """
@@ -52,10 +68,11 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> tuple[tuple[Ent
     notes: list[str] = []
     wrong: list[Problem] = []
     missing: list[Problem] = []
+    waiting: list[str] = []
     for number, asked in enumerate(recipe.models):
         place = f"models.{number}"
         try:
-            found = list(entries_of(asked, place, stores, threads, notes))
+            found = _settled(list(entries_of(asked, place, stores, threads, notes)), stores, threads, waiting)
         except RecipeError as error:
             wrong += error.problems
         except InputError as error:
@@ -78,7 +95,7 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> tuple[tuple[Ent
         raise RecipeError(wrong + missing)
     if missing:
         raise InputError(missing)
-    return tuple(named), tuple(notes)
+    return Expanded(tuple(named), tuple(notes), tuple(waiting))
 
 
 def overlaps(one: str, other: str) -> bool:
@@ -115,7 +132,28 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
         hint = f"name them: {path.rstrip('/')}/checkpoint-*" if checkpoints else "check the path and its permissions"
         raise InputError(Problem(place, what, hint))
     for uri in found:
-        yield Entry(place, uri, weight=asked.weight, density=asked.density)
+        yield Entry(place, uri, weight=asked.weight, density=asked.density, settle=asked.settle)
+
+
+def _settled(entries: Sequence[Entry], stores: Stores, threads: Executor, waiting: list[str]) -> list[Entry]:
+    """Return the entries whose folders hold weights and have come to rest; note in `waiting` what others lack."""
+
+    def look(entry: Entry) -> str:
+        if not entry.settle:
+            return ""
+        store = stores.of(entry.uri)
+        if not any(pin.uri.endswith(WEIGHTS) for pin in store.list(entry.uri).files):
+            return "it has no weights yet"
+        newest = store.newest(entry.uri)
+        age = math.inf if newest is None else time.time() - newest
+        return f"its newest file is {age:.0f} s old, settle is {entry.settle:g} s" if age < entry.settle else ""
+
+    why = list(threads.map(look, entries))
+    waiting += [f"{entry.uri}: {reason}" for entry, reason in zip(entries, why, strict=True) if reason]
+    left = [entry for entry, reason in zip(entries, why, strict=True) if not reason]
+    if entries and not left:
+        raise InputError(Problem(entries[0].place, f"all {len(entries)} models wait: {waiting[-1]}", "merge later"))
+    return left
 
 
 def _is_glob(path: str) -> bool:
@@ -181,7 +219,9 @@ def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
         if model.path is None or _is_glob(model.path):
             problems.append(Problem(f"{table}:{line}", "has a glob as its path", "write one folder a row"))
             continue
-        entries.append(Entry(f"{table}:{line}", model.path.rstrip("/"), weight=model.weight, density=model.density))
+        place = f"{table}:{line}"
+        path = model.path.rstrip("/")
+        entries.append(Entry(place, path, weight=model.weight, density=model.density, settle=asked.settle))
     if len(problems) > LINES_SHOWN:
         more = Problem(table, f"and {len(problems) - LINES_SHOWN:,} more problems")
         problems = [*problems[:LINES_SHOWN], more]

@@ -74,6 +74,8 @@ class ModelEntry(Strict):
     """Patterns of paths that the glob must not match."""
     at_least: int | None = Field(default=None, ge=1)
     """Refuse the recipe if the glob or table yields fewer models."""
+    settle: FiniteFloat = Field(default=0, ge=0)
+    """Seconds: of a glob, folders without weights, or whose newest file is younger, are left for a later merge."""
     sha256: dict[str, str] = {}
     """SHA-256 by file name, verified before the run (the file is read once more for it)."""
     version_id: dict[str, str] = {}
@@ -89,8 +91,8 @@ class ModelEntry(Strict):
         if (self.path is None) == (self.table is None):
             raise ValueError("give either `path` or `table`")
         many = self.table is not None or any(char in (self.path or "") for char in "*?[")
-        if not many and (self.not_ or self.at_least):
-            raise ValueError("`not` and `at_least` belong to a glob or a table")
+        if not many and (self.not_ or self.at_least or self.settle):
+            raise ValueError("`not`, `at_least` and `settle` belong to a glob or a table")
         if many and (self.id or self.sha256 or self.version_id):
             raise ValueError("`id`, `sha256` and `version_id` name one model, not a glob or a table")
         return self

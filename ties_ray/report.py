@@ -182,6 +182,8 @@ class MergeResult(_Record):
     """Of an output that holds factors."""
     refused: dict[str, list[str]] = {}
     """By URI: models that were left out, as the recipe allows, and why."""
+    waiting: list[str] = []
+    """Folders that were left for a later merge, and why; also where nothing was to be done."""
     notes: list[str] = []
     provenance: Provenance | None = None
     error: Failure | None = None

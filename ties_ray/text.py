@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ties_ray.inspection import Inspection, Inspections, Pool
+from ties_ray.promote import Promotion
 from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport, Truncation
 from ties_ray.schema import MethodDoc
 from ties_ray.status import Status
@@ -202,6 +203,9 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
             yield f"    and {len(result.refused) - FEW} more"
     for where, count in list(result.zeroed.items())[:FEW]:
         yield f"  not finite, counted as zero: {count:,} values of {where}"
+    yield from (f"  waits for a later merge: {one}" for one in result.waiting[:FEW])
+    if len(result.waiting) > FEW:
+        yield f"    and {len(result.waiting) - FEW} more"
     yield from _notes(result.notes)
     yield from _next(result, recipe)
 
@@ -262,6 +266,12 @@ def _next(result: MergeResult, recipe: str) -> Iterator[str]:
         other = "0.3" if result.provenance.method["density"] != 0.3 else "0.2"
         told = f"--set method.density={other} --set output.path={shlex.quote(result.output + '-' + other)}"
         yield f"  another density: ties-ray merge {shlex.quote(recipe)} {told}"
+
+
+def of_promotion(told: Promotion) -> Iterator[str]:
+    """Yield what a pointer names now."""
+    yield f"{told.pointer} {'names now' if told.changed else 'named already'} {told.current.output}"
+    yield f"  before: {told.previous.output}" if told.previous else "  nothing before it"
 
 
 # -- what lies in a folder

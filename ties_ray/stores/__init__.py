@@ -113,6 +113,13 @@ class Store(ABC):
     def list(self, uri: str) -> Listing:
         """Return what lies directly in the folder `uri` (empty where there is nothing)."""
 
+    def newest(self, uri: str) -> float | None:
+        """Return when the newest file directly in the folder was written (seconds since 1970, by the store's clock).
+
+        None where there is none, or the store does not tell.
+        """
+        return None
+
     @abstractmethod
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return the object's pin and its first `nbytes` bytes (fewer if it is shorter), in one request.

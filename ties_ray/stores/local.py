@@ -79,6 +79,12 @@ class Local(Store):
             tuple(sorted(files, key=lambda pin: os.fsencode(pin.uri))), tuple(sorted(folders, key=os.fsencode))
         )
 
+    def newest(self, uri: str) -> float | None:
+        """Return the newest modification time."""
+        with _explained(uri, "list"), suppress(FileNotFoundError):
+            return max((entry.stat().st_mtime for entry in os.scandir(_path(uri)) if entry.is_file()), default=None)
+        return None
+
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return the file's pin and its first bytes."""
         with _explained(uri, "read"), _opened(_path(uri), _READ) as file:

@@ -1,0 +1,137 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.adapters import make_pool
+from tests.conftest import Bucket
+from tests.families import Family
+from tests.merging import merge
+from ties_ray import drive
+from ties_ray.errors import InputError
+from ties_ray.promote import Pointer, promote, rollback
+from ties_ray.recipe import validate
+from ties_ray.stores import Stores
+
+STORES = Stores({})
+
+
+@pytest.fixture
+def outputs(family_of: Callable[..., Family], tmp_path: Path) -> list[str]:
+    """Return two finished merges."""
+    family = family_of(num_models=2)
+    for density in (0.2, 0.4):
+        merge(family, tmp_path / f"d{density}", {"name": "ties", "density": density})
+    return [str(tmp_path / "d0.2"), str(tmp_path / "d0.4")]
+
+
+def test_a_pointer_names_the_promoted_merge_and_rollback_the_one_before(outputs: list[str], tmp_path: Path) -> None:
+    pointer = str(tmp_path / "current.json")
+    with pytest.raises(InputError, match="names no merge before the current one"):
+        rollback(STORES, pointer)
+    assert promote(STORES, outputs[0], pointer).changed
+    assert not promote(STORES, outputs[0], pointer).changed
+    told = promote(STORES, outputs[1], pointer)
+    assert (told.current.output, told.previous and told.previous.output) == (outputs[1], outputs[0])
+    assert rollback(STORES, pointer).current.output == outputs[0]
+    found = Pointer.model_validate_json((tmp_path / "current.json").read_bytes())
+    assert (found.current.output, found.previous and found.previous.output) == (outputs[0], outputs[1])
+    assert found.current.run_id == json.loads((Path(outputs[0]) / "ties-ray.result.json").read_bytes())["run_id"]
+
+
+def test_only_what_the_evaluation_approves_is_promoted(outputs: list[str], tmp_path: Path) -> None:
+    pointer, seen = str(tmp_path / "current.json"), tmp_path / "seen"
+    look = "import os, json, sys; r = json.load(open(os.environ['TIES_RAY_RESULT']))"
+    look += (
+        f"; open({str(seen)!r}, 'a').write(os.environ['TIES_RAY_OUTPUT'] + ' ' + r['status'] + chr(10)); sys.exit(%d)"
+    )
+    with pytest.raises(InputError, match=r"ended with 7: .* is not promoted \[not_approved\]"):
+        promote(STORES, outputs[0], pointer, [sys.executable, "-c", look % 7])
+    assert not Path(pointer).exists()
+    for _ in range(2):  # the second time it is known, and nobody is asked
+        promote(STORES, outputs[0], pointer, [sys.executable, "-c", look % 0])
+    assert seen.read_text() == f"{outputs[0]} done\n" * 2
+    with pytest.raises(InputError, match="no-such-command: No such file"):
+        promote(STORES, outputs[1], pointer, ["no-such-command"])
+    assert Pointer.model_validate_json(Path(pointer).read_bytes()).current.output == outputs[0]
+
+
+def test_what_is_no_merge_or_no_pointer_is_refused(outputs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no finished merge; merge first"):
+        promote(STORES, str(tmp_path / "empty"), str(tmp_path / "current.json"))
+    (tmp_path / "other.json").write_text('{"important": true}')
+    with pytest.raises(InputError, match="is no pointer of ties_ray"):
+        promote(STORES, outputs[0], str(tmp_path / "other.json"))
+    assert (tmp_path / "other.json").read_text() == '{"important": true}'
+
+
+def test_a_pointer_in_a_bucket_moves_too(outputs: list[str], s3_bucket: Bucket) -> None:
+    stores = Stores(s3_bucket.storage)
+    pointer = f"{s3_bucket.uri}/current.json"
+    promote(stores, outputs[0], pointer)
+    promote(stores, outputs[1], pointer)
+    assert rollback(stores, pointer).current.output == outputs[0]
+
+
+def test_the_command_line_promotes_and_rolls_back(outputs: list[str], tmp_path: Path) -> None:
+    pointer = str(tmp_path / "current.json")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "ties_ray.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("promote", outputs[0], pointer, "--evaluate", "false")[0] == 3
+    assert run("promote", outputs[0], pointer, "--evaluate", "true")[0] == 0
+    assert run("promote", outputs[1], pointer)[0] == 0
+    code, told = run("rollback", pointer, "--json")
+    assert code == 0
+    assert json.loads(told)["current"]["output"] == outputs[0]
+
+
+def test_an_adapter_that_is_young_or_without_weights_waits_and_is_named(tmp_path: Path) -> None:
+    pool = make_pool(STORES.of("/"), str(tmp_path), num_adapters=4)
+    hour_ago = time.time() - 3600
+    for number, uri in enumerate(pool.adapters):
+        for path in Path(uri).iterdir():
+            if number != 2:
+                os.utime(path, (hour_ago, hour_ago))
+    (Path(pool.adapters[3]) / "adapter_model.safetensors").unlink()
+    data = {
+        "models": [{"path": str(tmp_path / "adapter-*"), "settle": 600}],
+        "method": "average",
+        "output": {"path": str(tmp_path / "{run_id}"), "kind": "delta"},
+        "run": {"executor": "local", "workers": 1},
+    }
+    first = drive.merge(validate(data))
+    assert [one.uri for one in first.provenance.models] == list(pool.adapters[:2]) if first.provenance else False
+    assert "adapter-0002: its newest file is" in first.waiting[0]
+    assert "settle is 600 s" in first.waiting[0]
+    assert first.waiting[1].endswith("adapter-0003: it has no weights yet")
+    again = drive.merge(validate(data))
+    assert again.reused
+    assert again.output == first.output
+    assert len(again.waiting) == 2
+    for path in Path(pool.adapters[2]).iterdir():
+        os.utime(path, (hour_ago, hour_ago))
+    third = drive.merge(validate(data))
+    assert not third.reused
+    assert third.output != first.output
+    assert len(third.waiting) == 1
+
+
+def test_where_all_wait_nothing_is_merged(tmp_path: Path) -> None:
+    make_pool(STORES.of("/"), str(tmp_path), num_adapters=2)
+    data = {
+        "models": [{"path": str(tmp_path / "adapter-*"), "settle": 600}],
+        "method": "average",
+        "output": {"path": str(tmp_path / "out"), "kind": "delta"},
+    }
+    with pytest.raises(InputError, match=r"models\.0: all 2 models wait: .*; merge later"):
+        drive.plan(validate(data))

@@ -1,0 +1,124 @@
+"""A pointer to the merge that is in use: moved in one step once the merge has proved itself, and moved back again.
+
+The pointer is a small JSON object anywhere a store can write. It names the current output and the one before.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ties_ray.errors import InputError, Problem, UnavailableError
+from ties_ray.report import MergeResult, find_result
+from ties_ray.stores import Stores
+
+LIMIT = 2**20
+"""Bytes of a pointer."""
+TRIES = 5
+"""Swaps that may be lost to others before we give up."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Release(_Record):
+    """One merge that was promoted."""
+
+    output: str
+    run_id: str
+    promoted_at: str
+    """UTC, ISO 8601."""
+
+
+class Pointer(_Record):
+    """What is in use."""
+
+    schema_version: int = 1
+    current: Release
+    previous: Release | None = None
+
+
+class Promotion(_Record):
+    """What a promotion or a rollback came to."""
+
+    pointer: str
+    """Its URI."""
+    changed: bool
+    """False: it pointed there already."""
+    current: Release
+    previous: Release | None
+
+
+def promote(stores: Stores, output: str, pointer: str, evaluate: Sequence[str] = ()) -> Promotion:
+    """Let the pointer name a finished merge, after a command has approved of it; the one before is kept.
+
+    evaluate: a command that gets TIES_RAY_OUTPUT (the folder's URI) and TIES_RAY_RESULT (a file with the result record)
+    and approves by exit code 0. It is not asked again for what the pointer names already. Raises `InputError` where the
+    output holds no finished merge, or the command does not approve.
+    """
+    result = find_result(stores, output)
+    if result is None or result.status != "done":
+        raise InputError(Problem(output, "holds no finished merge", "merge first"))
+    there, _ = _read(stores, pointer)
+    if there and (there.current.output, there.current.run_id) == (output, result.run_id):
+        return _told(pointer, there, changed=False)
+    if evaluate:
+        _evaluate(output, result, evaluate)
+    release = Release(output=output, run_id=result.run_id, promoted_at=datetime.now(UTC).isoformat(timespec="seconds"))
+    return _swap(stores, pointer, release)
+
+
+def rollback(stores: Stores, pointer: str) -> Promotion:
+    """Let the pointer name the merge before, and the present one as the one before that."""
+    there, _ = _read(stores, pointer)
+    if there is None or there.previous is None:
+        raise InputError(Problem(pointer, "names no merge before the current one", "promote one"))
+    if find_result(stores, there.previous.output) is None:
+        what = f"the merge before, {there.previous.output}, is not there any more"
+        raise InputError(Problem(pointer, what, "promote another"))
+    return _swap(stores, pointer, there.previous)
+
+
+def _evaluate(output: str, result: MergeResult, command: Sequence[str]) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as record:
+        record.write(result.model_dump_json(indent=2))
+        record.flush()
+        known = {"TIES_RAY_OUTPUT": output, "TIES_RAY_RESULT": record.name}
+        try:
+            code = subprocess.run(command, env={**os.environ, **known}, check=False).returncode
+        except OSError as error:
+            raise InputError(Problem("--evaluate", f"{command[0]}: {error.strerror}", "check the command")) from None
+    if code:
+        what = f"the evaluation `{' '.join(command)}` ended with {code}: {output} is not promoted"
+        raise InputError(Problem("--evaluate", what, "the pointer is as it was", "not_approved"))
+
+
+def _swap(stores: Stores, pointer: str, release: Release) -> Promotion:
+    """Write the pointer, unless somebody else does at the same time; then look again."""
+    for _ in range(TRIES):
+        there, etag = _read(stores, pointer)
+        if there and (there.current.output, there.current.run_id) == (release.output, release.run_id):
+            return _told(pointer, there, changed=False)
+        wanted = Pointer(current=release, previous=there.current if there else None)
+        if stores.of(pointer).swap(pointer, (wanted.model_dump_json(indent=2) + "\n").encode(), etag) is not None:
+            return _told(pointer, wanted, changed=True)
+    raise UnavailableError(Problem(pointer, "others keep writing it", "try again"))
+
+
+def _read(stores: Stores, pointer: str) -> tuple[Pointer | None, str]:
+    """Return the pointer and its ETag; None and "" where there is none."""
+    try:
+        pin, data = stores.of(pointer).get(pointer, LIMIT)
+        return Pointer.model_validate_json(data), pin.etag
+    except FileNotFoundError:
+        return None, ""
+    except ValidationError:
+        raise InputError(Problem(pointer, "is there, and is no pointer of ties_ray", "name another object")) from None
+
+
+def _told(pointer: str, now: Pointer, *, changed: bool) -> Promotion:
+    return Promotion(pointer=pointer, changed=changed, current=now.current, previous=now.previous)
