@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.adapters import make_pool
-from tests.conftest import Bucket
+from tests.conftest import Bucket, tool
 from tests.families import Family
 from tests.merging import merge
 from ties_ray import drive
@@ -83,7 +83,7 @@ def test_the_command_line_promotes_and_rolls_back(outputs: list[str], tmp_path: 
     pointer = str(tmp_path / "current.json")
 
     def run(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "ties_ray.cli", *arguments]
+        command = [tool("ties-ray"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 

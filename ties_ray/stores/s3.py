@@ -146,6 +146,14 @@ class S3(Store):
             where["ContinuationToken"] = page.get("NextContinuationToken", "")
         return Listing(tuple(sorted(files, key=lambda pin: pin.uri.encode())), tuple(sorted(folders, key=str.encode)))
 
+    def newest(self, uri: str) -> float | None:
+        """Return the newest LastModified of a folder, whose first 1000 keys tell enough of a model."""
+        bucket, key = _split(uri)
+        page = self._ask(
+            uri, "listing it", "list_objects_v2", Bucket=bucket, Prefix=f"{key.rstrip('/')}/", Delimiter="/"
+        )
+        return max((one["LastModified"].timestamp() for one in page.get("Contents", ())), default=None)
+
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second."""
         wanted = max(nbytes, 1)
