@@ -462,7 +462,7 @@ def deploy() -> None:
 @click.option("--name", default="", help="Of all that is made; `merge-` and the start of the run_id by default.")
 @click.option("--namespace", default="default", show_default=True)
 @click.option("--workers", type=int, help="The recipe's, else as many as read the inputs in a quarter of an hour.")
-@click.option("--workers-per-pod", type=int, default=8, show_default=True, help="At most; each takes one CPU.")
+@click.option("--workers-per-pod", type=int, default=4, show_default=True, help="At most; each takes one CPU.")
 @click.option("--service-account", default="ties-ray", show_default=True, help="Whose role may read and write.")
 @click.option("--role-arn", default="", help="Print that account too, bound to this IAM role (IRSA).")
 @click.option("--kueue-queue", "queue", default="", help="Wait in this local queue of Kueue.")
