@@ -62,3 +62,24 @@ def test_a_merge_is_measured_against_copying_its_bytes() -> None:
     output = run("merge", "--size", "1M", "--models", "2", "--run", "local/1")
     assert [row["run"] for row in rows(output)] == ["copy, 1 threads", "ties_ray, local, 1 workers"]
     assert re.search(r"read \d+\.\d\d GB", output)
+
+
+@pytest.mark.parametrize("kind", ["delta", "adapter", "checkpoint"])
+def test_pools_of_adapters_are_merged_to_every_output_within_plan(kind: str) -> None:
+    output = run("pool", "--models", "3", "--models", "6", "--shrink", "32", "--rank", "8", "--kind", kind)
+    _, merges, rounds = output.split("\n\n")
+    for row in rows(merges):
+        sent, planned = (int(number) for number in re.findall(r"\d+", row["requests (planned)"]))
+        assert 0 < sent <= planned
+        assert 0 < float(row["peak MB"]) <= float(row["planned MB"])
+    found = {(row["adapters"], row["round"]): float(row["CPU s"]) for row in rows(rounds)}
+    last = "assemble" if kind == "adapter" else "merge"
+    assert {(count, last) for count in "36"} <= found.keys()
+    assert found["6", "threshold, high bits"] > 0
+
+
+def test_dense_deltas_are_merged_by_peft_at_a_cost() -> None:
+    output = run("pool", "--models", "2", "--shrink", "32", "--rank", "8", "--modules", "q_proj", "--peft")
+    peft = {row["PEFT"]: row for row in rows(output.split("\n\n")[-1])}
+    assert peft.keys() == {"A and B, ties (something else)", "B @ A", "deltas, ties"}
+    assert all(float(row["CPU s"]) >= 0 for row in peft.values())
