@@ -76,8 +76,8 @@ class Options:
     namespace: str = "default"
     workers: int | None = None
     """None: the recipe's, else as many as read the inputs in a quarter of an hour."""
-    workers_per_pod: int = 8
-    """At most; each takes one CPU."""
+    workers_per_pod: int = 4
+    """At most; each takes one CPU. Small pods spread: the network, and the loss, is a node's."""
     service_account: str = "ties-ray"
     role_arn: str = ""
     """Also print that service account, bound to this IAM role (IRSA)."""
@@ -314,7 +314,7 @@ class _Manifests:
     def _annotations(self) -> dict[str, str]:
         plan = f"{len(self._record.models)} models, {self._record.bytes_read} bytes read, "
         plan += f"{self._record.bytes_written} written, {self._record.memory} a worker"
-        workers = f"{self._size.workers} in {self._size.pods} pods, about {self._size.seconds:.0f} s"
+        workers = f"{self._size.workers} in pods of {self._size.workers_per_pod}, about {self._size.seconds:.0f} s"
         return {"ties-ray/run-id": self._record.run_id, "ties-ray/plan": plan, "ties-ray/workers": workers}
 
 
