@@ -160,7 +160,7 @@ def test_missing_credentials_are_an_input_error(s3_bucket: Bucket, monkeypatch: 
 
 def test_an_endpoint_that_nobody_serves_is_unavailable(s3_credentials: None) -> None:
     store = opened(Bucket("s3://bucket", {"s3": {"endpoint_url": f"http://127.0.0.1:{free_port()}"}}))
-    store.first_patience = 1.0
+    store.first_patience = 3.0
     with pytest.raises(UnavailableError, match=r"s3://bucket/x: reading .* failed \d+ times.*Could not connect"):
         store.head("s3://bucket/x", 1)
     assert store.meter.retries > 0
