@@ -1,6 +1,7 @@
 """What a worker does with its orders, its slices and its failures."""
 
 import importlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -249,3 +250,16 @@ def test_progress_is_told_from_the_first_to_the_last_stage(family_of: MakeFamily
     assert seen[-1].bytes_read == seen[-1].bytes_planned == result.bytes_read
     assert all(progress.done <= progress.total for progress in seen)
     assert [progress.bytes_read for progress in seen] == sorted(progress.bytes_read for progress in seen)
+
+
+def test_a_json_log_has_a_line_for_each_shard_with_its_run(
+    family_of: Callable[..., Family], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = {**LOCAL, "workers": 1, "log": "json"}
+    result = drive.merge(recipe_of(family_of(num_models=2), tmp_path / "out", "ties", run=run))
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    shards = [line for line in lines if line["action"] == "shard"]
+    assert len(shards) == result.shards
+    assert {line["outcome"] for line in shards} == {"done"}
+    assert {line["run_id"] for line in lines} == {result.run_id}
+    assert {line["round"] for line in shards} == {"threshold, high bits", "threshold, low bits", "merge"}

@@ -120,13 +120,16 @@ class _Desk:
             text.show(*things)
 
     @contextlib.contextmanager
-    def progress(self) -> "Iterator[Watch]":
-        """Yield what is to be called with each `Progress`."""
-        if self.quiet:
+    def progress(self, *, as_json: bool = False) -> "Iterator[Watch]":
+        """Yield what is to be called with each `Progress`; as_json: write lines for machines."""
+        if self.quiet and not as_json:
             yield lambda progress: None
             return
         from ties_ray import text
 
+        if as_json:
+            yield text.json_lines(sys.stderr)
+            return
         with text.Bar(sys.stderr) if sys.stderr.isatty() else text.Lines(sys.stderr) as watch:
             yield watch
 
@@ -261,8 +264,8 @@ def _merge(desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str |
     from ties_ray import drive, text
 
     # Ray and plugins print what they like, from any thread; standard output is for the record alone.
-    with desk.progress() as watch, contextlib.redirect_stdout(sys.stderr):
-        if not desk.quiet:
+    with desk.progress(as_json=asked.run.log == "json") as watch, contextlib.redirect_stdout(sys.stderr):
+        if not desk.quiet and asked.run.log == "none":
             click.echo("plan: reading headers", err=True)
         job.plan = drive.plan(asked)
         result = drive.carry_out(job.plan, started=desk.started, fresh=fresh, watch=job.watching(watch))

@@ -52,6 +52,17 @@ class Answer:
     """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
 
 
+METRICS = {
+    "bytes_read": "Bytes of inputs read.",
+    "bytes_written": "Bytes of weight files and records written.",
+    "requests": "Reads of inputs.",
+    "retries": "Requests to storage that were repeated.",
+    "shards": "Shards by outcome: done, refused.",
+    "seconds": "Seconds of workers by what they were spent on: read (waiting for inputs), write (waiting for storage), "
+    "merge (all other work).",
+}
+"""What a worker counts, for whoever watches: totals by name, `shards` and `seconds` also by a label."""
+
 ORDER = TypeAdapter(Order)
 ANSWER = TypeAdapter(Answer)
 SETUP = TypeAdapter(Setup)

@@ -142,6 +142,8 @@ class Run(Strict):
     """Seconds in which a worker must finish a shard; one that does not is replaced."""
     cache: ByteSize = Field(default=ByteSize(64 * 2**20), ge=0)
     """Of a worker's memory, beside `memory`: factors of adapters kept for the blocks and rounds to come."""
+    log: Literal["none", "json"] = "none"
+    """`json`: each worker writes a line about every shard on its standard error, and so does progress."""
     pool_cache: str | None = None
     """Folder where magnitude counts and norms of adapters are kept, for later merges of any of them; a bucket's, or one
     that all nodes share. Without it they are found again."""

@@ -1,10 +1,12 @@
 """Plan, progress, result and findings as text for people."""
 
+import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import TextIO
 
 from rich.console import Console, RenderableType
@@ -15,7 +17,7 @@ from rich.text import Text
 
 from ties_ray.inspection import Inspection, Inspections, Pool
 from ties_ray.promote import Promotion
-from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport, Truncation
+from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport, Truncation, Watch
 from ties_ray.schema import MethodDoc
 from ties_ray.status import Status
 from ties_ray.verify import Verification
@@ -130,6 +132,20 @@ class Lines(AbstractContextManager["Lines"]):
             return
         self._stage, self._last = progress.stage, now
         print(f"{progress.stage}: {_how_far(progress, rate)}", file=self._file, flush=True)
+
+
+def json_lines(file: TextIO) -> Watch:
+    """Return what writes a line of JSON for each stage and every few seconds, for those who collect logs."""
+    stage, last = "", 0.0
+
+    def watch(progress: Progress) -> None:
+        nonlocal stage, last
+        now = time.monotonic()
+        if progress.stage != stage or now - last >= EVERY_SECONDS:
+            stage, last = progress.stage, now
+            print(json.dumps({"time": round(time.time(), 3), **asdict(progress)}), file=file, flush=True)
+
+    return watch
 
 
 class Bar(AbstractContextManager["Bar"]):

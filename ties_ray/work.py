@@ -5,11 +5,14 @@ are read ahead by a few threads into reused buffers, merged in recipe order, and
 """
 
 import itertools
+import json
 import math
+import os
+import sys
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -163,6 +166,7 @@ class Worker:
         """Tells of the last record until an answer gets through: the order that wrote it may fail yet."""
         self._bytes_compared = 0
         self._totals = (0, 0, 0, 0, 0, 0.0, 0.0)
+        self._totals_told: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
@@ -174,6 +178,17 @@ class Worker:
         """Handle an order in JSON and return the answer in JSON."""
         order = ORDER.validate_json(message)
         started = time.monotonic()
+        try:
+            answer = self._handle(order)
+        except BaseException:
+            self._tell(order, "refused", time.monotonic() - started)
+            raise
+        metered = self._metered(answer, time.monotonic() - started)
+        self._measure(metered)
+        self._tell(order, "done", time.monotonic() - started)
+        return ANSWER.dump_json(metered).decode()
+
+    def _handle(self, order: Order) -> Answer:
         if order.revision != self._plan.revision:
             found = self._manifest.read_plan()
             assert found, "a plan that was there is never removed"
@@ -195,7 +210,36 @@ class Worker:
             self._recalled = frozenset(order.known)
             self._shard(order)
         answer, self._answer = self._answer, Answer()
-        return ANSWER.dump_json(self._metered(answer, time.monotonic() - started)).decode()
+        return answer
+
+    # -- for whoever watches
+
+    def totals(self) -> Mapping[tuple[str, str], float]:
+        """Return what was counted so far, by metric (`orders.METRICS`) and label."""
+        return self._totals_told
+
+    def _measure(self, answer: Answer) -> None:
+        told = self._totals_told
+        told["bytes_read", ""] += answer.bytes_read
+        told["bytes_written", ""] += answer.bytes_written
+        told["requests", ""] += answer.requests
+        told["retries", ""] += answer.retries
+        read, write = answer.seconds["wait_read"], answer.seconds["wait_write"]
+        told["seconds", "read"] += read
+        told["seconds", "write"] += write
+        told["seconds", "merge"] += max(0.0, answer.seconds["work"] - read - write)
+
+    def _tell(self, order: Order, outcome: str, seconds: float) -> None:
+        """Count a shard, and write a line about the order where the recipe asks for a log."""
+        if order.action == "shard":
+            self._totals_told["shards", outcome] += 1
+        if self._plan.recipe.run.log == "json":
+            line = {
+                "time": round(time.time(), 3), "run_id": self._plan.run_id, "process": os.getpid(),
+                "action": order.action, "round": self._result.rounds[order.round].name, "shard": order.index,
+                "outcome": outcome, "seconds": round(seconds, 3),
+            }  # fmt: skip
+            print(json.dumps(line), file=sys.stderr, flush=True)
 
     # -- what a barrier knows
 

@@ -27,7 +27,10 @@ class WorkerDied(BaseException):
 
 
 class Host(Protocol):
-    """What runs in a worker; built there by the factory that `Executor.start` names."""
+    """What runs in a worker; built there by the factory that `Executor.start` names.
+
+    A host may have `totals()` too: what it has counted so far, by (name, label), for an executor that offers metrics.
+    """
 
     def run(self, message: str) -> str:
         """Handle one message and return the answer; both small (up to 1 MiB) and usually JSON."""

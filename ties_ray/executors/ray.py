@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
 
 import ray
+import ray.util.metrics
 from ray.exceptions import RayError, RayTaskError
 
 from ties_ray.errors import ErrorKind, InputError, Problem, UnavailableError
@@ -113,6 +114,8 @@ class _Worker:
             self._host = executors.build(factory, setup)
             if isinstance(self._host, executors.Refusal):
                 told["refusal"] = _plain(self._host)
+            self._counters: dict[str, Any] = {}
+            self._counted: dict[tuple[str, str], float] = {}
         return "begun", told
 
     def run(self, message: str) -> tuple[Any, ...]:
@@ -127,7 +130,19 @@ class _Worker:
         except executors.WorkerDied as error:
             self._dead = True
             return ("died", f"WorkerDied: {error}")
+        self._export()
         return ("answered", outcome) if isinstance(outcome, str) else ("refused", *_plain(outcome))
+
+    def _export(self) -> None:
+        """Hand what the host has counted to Ray, whose nodes offer it to Prometheus."""
+        for key, total in dict(getattr(self._host, "totals", dict)()).items():
+            name, label = key
+            more = total - self._counted.get(key, 0.0)
+            if more > 0:
+                if name not in self._counters:
+                    self._counters[name] = ray.util.metrics.Counter(f"ties_ray_{name}", tag_keys=("kind",))
+                self._counters[name].inc(more, {"kind": label})
+                self._counted[key] = total
 
 
 def _fits(found: str, wanted: str) -> bool:

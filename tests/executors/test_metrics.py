@@ -1,0 +1,59 @@
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.families import Family
+from tests.merging import merge
+from ties_ray.orders import METRICS
+
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "ties_ray.json"
+
+
+def exported(name: str) -> str:
+    """Return what Ray calls a counter of ours towards Prometheus."""
+    return f"ray_ties_ray_{name}_total"
+
+
+def test_the_dashboard_shows_just_what_workers_count() -> None:
+    panels = json.loads(DASHBOARD.read_bytes())["panels"]
+    asked = {name for panel in panels for target in panel["targets"] for name in re.findall(r"ray_\w+", target["expr"])}
+    assert asked == {exported(name) for name in METRICS}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_prometheus_finds_the_counts_of_a_merge_at_rays_nodes(family_of: Callable[..., Family], tmp_path: Path) -> None:
+    import ray
+
+    before = scrape(ray.nodes()[0])
+    result = merge(family_of(num_models=2), tmp_path / "out", "ties", run={"executor": "ray", "workers": 1})
+    wanted = before.get((exported("bytes_read"), ""), 0.0) + result.bytes_read
+    deadline = time.monotonic() + 60
+    while (found := scrape(ray.nodes()[0])).get((exported("bytes_read"), ""), 0.0) < wanted:
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+    assert found[exported("bytes_read"), ""] == wanted
+    done = exported("shards"), "done"
+    assert found[done] - before.get(done, 0.0) == result.shards
+    assert found[exported("requests"), ""] - before.get((exported("requests"), ""), 0.0) == result.requests
+    assert {kind for name, kind in found if name == exported("seconds")} <= {"read", "write", "merge"}
+
+
+def scrape(node: dict[str, object]) -> dict[tuple[str, str], float]:
+    """Return the sums of our counters over all workers, by name and kind."""
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return {}  # the agent that answers starts after the node
+    sums: dict[tuple[str, str], float] = {}
+    for name, labels, value in re.findall(r"^(ray_ties_ray_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        kind = re.search(r'kind="(\w*)"', labels)
+        key = name, kind[1] if kind else ""
+        sums[key] = sums.get(key, 0.0) + float(value)
+    return sums
