@@ -43,6 +43,7 @@ def make_pool(
     targets: Sequence[Sequence[str]] = ((*ATTENTION, *MLP), ("q_proj", "v_proj")),
     variants: Sequence[str] = ("plain",),
     transposed: bool = False,
+    dense: bool = True,
     dtype: str = "F32",
     base_dtype: str = "F32",
     size: float = 0.02,
@@ -53,6 +54,7 @@ def make_pool(
     ranks, alphas, targets, variants: taken in turn by the adapters; `variants` are plain, rslora, dora. A target is the
     last word of a module: of ATTENTION, MLP, or `embed_tokens`, `lm_head`. size: standard deviation of a change.
     transposed: the base stores its layers as (in, out), as GPT-2 does, and the adapters say fan_in_fan_out.
+    dense: form the changes; without them `deltas` and `errors` are empty, and a large pool takes no memory.
     """
     generator = torch.Generator().manual_seed(seed)
     base, config = _llama(generator, hidden, layers, base_dtype)
@@ -75,6 +77,8 @@ def make_pool(
             turned = transposed or path.endswith("embed_tokens")
             a, b = _factors(generator, weight.T if turned else weight, rank, size / scale, dtype)
             modules[path] = (a, b, alpha)
+            if not dense:
+                continue
             product, rounding = scale * b.double() @ a.double(), rounding_of(a, b, scale)
             delta[name] = product.T.contiguous() if turned else product
             error[name] = rounding.T.contiguous() if turned else rounding
