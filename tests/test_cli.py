@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import ties_ray
+from tests.adapters import write_adapter
 from tests.conftest import Bucket, tool
 from tests.families import Family, make_family, write_checkpoint
 from tests.merging import digests, recipe_of
@@ -395,6 +397,33 @@ def test_a_signal_while_the_heavy_imports_run_ends_the_command_as_well(slow: tup
     process.communicate(timeout=30)
     assert time.monotonic() - began < 3
     assert process.returncode == 143
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_a_signal_ends_a_merge_within_seconds_while_linear_algebra_runs(tmp_path: Path, executor: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for number in range(2):  # small files, whose product is a matrix that takes LAPACK ten seconds and more
+        a, b = torch.randn(4, 14336, generator=generator), torch.randn(4096, 4, generator=generator)
+        folder = str(tmp_path / f"adapter-{number}")
+        write_adapter(Stores({}).of(folder), folder, {"model.layers.0.mlp.down_proj": (a, b, 4.0)})
+    recipe = tmp_path / "recipe.json"
+    data = {
+        "models": [str(tmp_path / "adapter-*")],
+        "method": {"name": "ties", "density": 1},
+        "output": {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 512},
+        "run": {"executor": executor, "workers": 1, "memory": "2GB"},
+    }
+    recipe.write_text(json.dumps(data))
+    process = start("merge", recipe)
+    assert process.stderr
+    seen = _read_until(process.stderr, "merge: ")
+    time.sleep(4)  # the matrix is merged in one
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=30)
+    assert time.monotonic() - began < 3, seen
+    assert process.returncode == 143
+    assert not list((tmp_path / "out").glob(".ties-ray/*/1/scratch/*")), "it was past the linear algebra already"
 
 
 def test_a_defect_is_one_line_and_debug_shows_where(slow: tuple[Path, dict[str, str]]) -> None:
