@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what reads files of others; needs `pip install atheris`.
 
-python -m tests.tools.fuzz_readers file|header|index|recipe|card [CORPUS...] [-max_total_time=600 ...]
+python -m tests.tools.fuzz_readers file|header|index|adapter|recipe|card [CORPUS...] [-max_total_time=600 ...]
 """
 
 import sys
@@ -20,6 +20,10 @@ SEEDS = {
     "file": [len(_HEADER).to_bytes(8, "little") + _HEADER + bytes(16)],
     "header": [_HEADER],
     "index": [b'{"weight_map": {"w": "model.safetensors"}}\n{"model_type": "llama", "tie_word_embeddings": true}'],
+    "adapter": [
+        b'{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "rank_pattern": {"a": 1}, "alpha_pattern": {"a.*": 3},'
+        b' "use_rslora": true, "modules_to_save": null, "target_modules": ["a"], "init_lora_weights": "pissa_niter_4"}'
+    ],
     "recipe": [
         b"base: /b\nmodels: [/m, {path: /n, weight: 2}]\nmethod: {name: ties, density: 0.3}\noutput: /o\n",
         b"a: &a [1]\nb: {<<: {x: *a}}\nrun: {executor: local, memory: 1GB}\nstorage: {s3: {region: x}}\n",

@@ -8,6 +8,7 @@ from ties_ray.catalog import licence_of
 from ties_ray.errors import MergeError
 from ties_ray.formats import Folder, Rules
 from ties_ray.formats.checkpoint import Checkpoint
+from ties_ray.formats.lora import Lora
 from ties_ray.safetensors import Header, TensorInfo
 from ties_ray.stores import Pin
 
@@ -52,6 +53,23 @@ def read_index(content: bytes) -> None:
     assert found.problems or {pin.uri for pin in found.objects} <= {"/m/model.safetensors"}
 
 
+def read_adapter(content: bytes) -> None:
+    """Read an adapter whose config is `content`: it has one module, and reads stay in its one file."""
+    tensors = {
+        f"base_model.model.a.{role}.weight": TensorInfo("F32", shape, 8 + 8 * number, 16 + 8 * number)
+        for number, (role, shape) in enumerate((("lora_A", (1, 2)), ("lora_B", (2, 1))))
+    }
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    pins = tuple(Pin(f"/m/{name}", 24) for name in names)
+    folder = Folder("/m", pins, {names[0]: Header(tensors, {}, 8)}, {names[1]: content})
+    lora = Lora()
+    found = lora.read(folder, None, Rules(saved_modules=True))
+    assert found.problems or found.sources
+    for source in found.sources.values():
+        reads = lora.reads(source, 0, 4)
+        assert all(8 <= read.start <= read.stop <= 24 and read.object == 0 for read in reads)
+
+
 def read_recipe(content: bytes) -> None:
     """Read a recipe; what is understood is written and understood again, the same."""
     read = recipe.parse(content.decode(errors="surrogateescape"))
@@ -67,6 +85,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "file": read_header,
     "header": read_header_text,
     "index": read_index,
+    "adapter": read_adapter,
     "recipe": read_recipe,
     "card": read_card,
 }
