@@ -48,7 +48,7 @@ from ties_ray.plan import (
 from ties_ray.poolcache import PoolCache, identity
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.slices import Slices
-from ties_ray.sources import NEEDS, Sources
+from ties_ray.sources import NEEDS, Footprint, Sources
 from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
 from ties_ray.stores import Stores, join, scheme_of
 from ties_ray.transfer import Ledger, ReadAhead, Wanted, WriteBehind
@@ -173,6 +173,7 @@ class Worker:
         self._sources = Sources(plan.recipe, plan.catalog, plan.result.models)
         self._models = self._sources.models
         self._formats = self._sources.formats
+        self._footprints: dict[tuple[int, tuple[int, ...]], Footprint] = {}
 
     def run(self, message: str) -> str:
         """Handle an order in JSON and return the answer in JSON."""
@@ -439,12 +440,13 @@ class Worker:
         with closing(self._reads.stream(wanted)) as coming:
             for parameter, start, stop in blocks:
                 known = self._plan.catalog.parameters[parameter]
+                together = self._sources.together(self._footprint(parameter, members))
                 begin, end = self._base_range(round_, (parameter, start, stop), members)
                 rows = self._decoded(next(coming), known, stop - start)
                 base = rows[start - begin : stop - begin] if begin < end else rows
                 slices = Slices(
                     self._kernels, base, start, len(members), map(partial(self._with_scales, rows), coming),
-                    passes=round_.passes, resident=resident, together=self._together(known, members),
+                    passes=round_.passes, resident=resident, together=together,
                 )  # fmt: skip
                 yield Block(parameter, start, stop, base, slices)
                 slices.close()
@@ -455,16 +457,19 @@ class Worker:
         index, start, stop = block
         parameter = self._plan.catalog.parameters[index]
         own = "slice" if round_.kind == "merge" and self._plan.recipe.output.reads_base else "nothing"
-        models = [self._models[member] for member in members]
-        need = max(own, self._sources.footprint(parameter, models).base, key=NEEDS.index)
+        need = max(own, self._footprint(index, members).base, key=NEEDS.index)
         if need == "rows":
             width = parameter.numel // parameter.shape[0]
             return start - start % width, stop + -stop % width
         return (start, stop) if need == "slice" else (start, start)
 
-    def _together(self, parameter: Parameter, members: Sequence[int]) -> int:
-        models = [self._models[member] for member in members]
-        return self._sources.together(self._sources.footprint(parameter, models))
+    def _footprint(self, index: int, members: Sequence[int]) -> Footprint:
+        """Return what some members store for a parameter; asked for every block of it."""
+        key = index, tuple(members)
+        if key not in self._footprints:
+            models = [self._models[member] for member in members]
+            self._footprints[key] = self._sources.footprint(self._plan.catalog.parameters[index], models)
+        return self._footprints[key]
 
     def _with_scales(self, rows: Tensor, stored: Stored | None) -> Stored | None:
         """Return a slice with all that its change needs: of DoRA, the scales of its rows."""
@@ -496,10 +501,9 @@ class Worker:
         # A slice without elements is asked for too: whoever reads it learns the base's dtype.
         needed = begin < end or (start == stop and parameter.name in base.sources)
         yield Wanted(base, base.sources[parameter.name], begin, end) if needed else None
-        models = [self._models[member] for member in members]
-        fits = self._sources.fits(self._sources.footprint(parameter, models))
+        fits = self._sources.fits(self._footprint(index, members))
         for _ in range(passes):
-            for model in models:
+            for model in (self._models[member] for member in members):
                 source = model.sources.get(parameter.name)
                 whole = parameter.numel if fits and source and self._formats[model.format].held(source) else 0
                 yield Wanted(model, source, start, stop, whole) if source else None
