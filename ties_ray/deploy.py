@@ -1,7 +1,7 @@
 """From a plan to Kubernetes: a RayJob (or RayCronJob, or RayCluster) of KubeRay sized for that merge. Pure.
 
-What is written here was checked against KubeRay 1.7 and Kueue 0.14 by their sources; deploy/schemas and the rules of
-tests/deploy hold what they ask of each other.
+What KubeRay refuses was read in its validation, what Kueue refuses in its documentation; no cluster has taken these
+manifests yet. deploy/schemas and the rules of tests/deploy hold what the fields ask of each other.
 """
 
 import io
@@ -43,7 +43,7 @@ MAX_WORKERS = 256
 MAX_NAME = 47
 """KubeRay: a cluster's name adds 6 characters, a service's 10, and a label has 63."""
 MAX_CRON_NAME = 36
-"""... and what a RayCronJob starts adds the minute."""
+"""... and what a RayCronJob starts is called after it and its time: 11 characters, as for Kubernetes' own CronJob."""
 MAX_CONFIG = 1_000_000
 """Bytes of a ConfigMap, which Kubernetes bounds at 1 MiB."""
 FOLDER = "/etc/ties-ray"
