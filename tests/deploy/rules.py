@@ -1,6 +1,6 @@
 """What the fields of our manifests ask of each other: each rule here bites in a cluster, where no schema warns.
 
-KubeRay's are in its validation (it refuses, or the pods never come up), Kueue's in its documentation; the last are ours.
+KubeRay's are in its validation (it refuses, or no pod ever comes up), Kueue's in its documentation; the last are ours.
 """
 
 import re
