@@ -557,8 +557,8 @@ def test_reordering_or_rotating_ranks_changes_nothing_but_what_rounding_decides(
 ) -> None:
     pool = pool_of(num_adapters=4, hidden=32, ranks=(8, 3, 16), targets=SPREAD, seed=11)
     other, changes = turned(pool, tmp_path, how)
-    for one, name in ((pool, "one"), (other, "other")):
-        merged(one, tmp_path / name, method_of(RULES[rules]))
+    merged(pool, tmp_path / "one", method_of(RULES[rules]))
+    merged(other, tmp_path / "other", method_of(RULES[rules]))
     one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other")
     answer = oracle.merge_changes(changes, RULES[rules])
     undecided = differing = moved = total = 0
@@ -581,7 +581,8 @@ def products_of(folder: Path) -> Tensors:
     """Return the change that an adapter stands for, in float64, by base parameter and of its shape; alpha is r."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"]
-    tensors, found = load_file(folder / "adapter_model.safetensors"), {}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found: Tensors = {}
     assert {r for key, each in tensors.items() for r in [each.shape["B" in key.rpartition("lora_")[2]]]} == {
         config["r"]
     }
@@ -605,14 +606,14 @@ def lost(wanted: Tensors, found: Tensors) -> tuple[float, dict[str, float]]:
     errors = {name: float((each.double() - found[name]).norm()) for name, each in wanted.items()}
     norms = {name: float(each.double().norm()) for name, each in wanted.items()}
     overall = sum(error**2 for error in errors.values()) / sum(norm**2 for norm in norms.values())
-    return overall**0.5, {name: error / (norms[name] or 1) for name, error in errors.items()}
+    return float(overall**0.5), {name: error / (norms[name] or 1) for name, error in errors.items()}
 
 
 def best(wanted: Tensors, rank: int) -> float:
     """Return the smallest relative error of any factors of a rank (Eckart and Young 1936)."""
     spectra = [torch.linalg.svdvals(each.double()) for each in wanted.values()]
     tail = sum(float((values[rank:] ** 2).sum()) for values in spectra)
-    return (tail / sum(float((values**2).sum()) for values in spectra)) ** 0.5
+    return float((tail / sum(float((values**2).sum()) for values in spectra)) ** 0.5)
 
 
 LINEAR: dict[str, Rules] = {
@@ -692,7 +693,7 @@ def test_peft_loads_the_merged_adapter_and_its_products_are_ours(pool_of: MakePo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(pool.base, dtype=torch.float32)
-        adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "out"))
+        adapted: Any = peft.PeftModel.from_pretrained(model, str(tmp_path / "out"))
     layers = {f"{name}.weight": one for name, one in adapted.base_model.model.named_modules() if hasattr(one, "lora_A")}
     products = products_of(tmp_path / "out")
     assert layers.keys() == products.keys() == set().union(*pool.deltas)

@@ -73,7 +73,7 @@ def done(s3_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     files = [path for path in local.rglob("*") if path.is_file()]
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda path: store.put(f"{uri}/pool/{path.relative_to(local)}", path.read_bytes()), files))
-    recipes = [
+    recipes: list[dict[str, object]] = [
         {
             "base": f"{uri}/pool/base",
             "models": [{"path": f"{uri}/pool/adapter-*/", "at_least": NUM_ADAPTERS}],
@@ -88,7 +88,8 @@ def done(s3_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     seen = measure.run(["-c", MERGES, str(tmp_path / "recipes")], ray=True)
     results = [MergeResult.model_validate_json(line) for line in seen.output.splitlines() if line.startswith("{")]
-    plans, tensors = {}, {}
+    plans: dict[str, Plan] = {}
+    tensors: dict[str, Tensors] = {}
     for kind, result in zip(OUTPUTS, results, strict=True):
         made = Manifest(stores, Manifest.folder_of(result.output, result.run_id)).read_plan()
         assert made
