@@ -5,8 +5,9 @@
 One layer (--layers) of Llama-3.1-8B's real shapes, or some of its --modules, or fewer rows and columns (--shrink).
 Ranks, targets and scales are dealt out as they were found in 955 public adapters; factors are random, in bf16 or fp32:
 about 6 MB an adapter and layer, 3 GB for 500 (--rank 16 for all: 2.6 MB, 1.3 GB). One worker merges by TIES, density
-0.2, which reads the factors three times. Seconds are those of the CPU, of the whole process but its imports and
-planning; `elements` are those that the adapters change, summed over adapters. --kind checkpoint merges into a base.
+0.2, which counts twice and then merges. `elements` are those that the adapters change, summed over adapters. CPU
+seconds of a round are those of the whole process (`start`: imports and planning); of Ray's workers, whose CPU the
+driver does not see, the first table alone tells. --kind checkpoint merges into a base.
 
 --peft: beside it what PEFT does with eight dense deltas of rank 16 of one matrix (its `ties_svd`, up to the SVD), and
 its `ties` of the factors, which computes something else: A and B are trimmed and elected each for itself.

@@ -64,22 +64,21 @@ def test_a_merge_is_measured_against_copying_its_bytes() -> None:
     assert re.search(r"read \d+\.\d\d GB", output)
 
 
-@pytest.mark.parametrize("kind", ["delta", "adapter", "checkpoint"])
-def test_pools_of_adapters_are_merged_to_every_output_within_plan(kind: str) -> None:
-    output = run("pool", "--models", "3", "--models", "6", "--shrink", "32", "--rank", "8", "--kind", kind)
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
+def test_a_pool_of_adapters_is_merged_within_plan(kind: str) -> None:
+    output = run("pool", "--models", "3", "--shrink", "32", "--rank", "8", "--kind", kind)
     _, merges, rounds = output.split("\n\n")
-    for row in rows(merges):
-        sent, planned = (int(number) for number in re.findall(r"\d+", row["requests (planned)"]))
-        assert 0 < sent <= planned
-        assert 0 < float(row["peak MB"]) <= float(row["planned MB"])
-    found = {(row["adapters"], row["round"]): float(row["CPU s"]) for row in rows(rounds)}
-    last = "assemble" if kind == "adapter" else "merge"
-    assert {(count, last) for count in "36"} <= found.keys()
-    assert found["6", "threshold, high bits"] > 0
+    (row,) = rows(merges)
+    sent, planned = (int(number) for number in re.findall(r"\d+", row["requests (planned)"]))
+    assert 0 < sent <= planned
+    assert 0 < float(row["peak MB"]) <= float(row["planned MB"])
+    found = {row["round"]: float(row["CPU s"]) for row in rows(rounds)}
+    assert found["threshold, high bits"] > 0
+    assert {"assemble" if kind == "adapter" else "merge", "publish"} <= found.keys()
 
 
-def test_dense_deltas_are_merged_by_peft_at_a_cost() -> None:
+def test_peft_is_measured_beside_a_pool() -> None:
     output = run("pool", "--models", "2", "--shrink", "32", "--rank", "8", "--modules", "q_proj", "--peft")
-    peft = {row["PEFT"]: row for row in rows(output.split("\n\n")[-1])}
-    assert peft.keys() == {"A and B, ties (something else)", "B @ A", "deltas, ties"}
-    assert all(float(row["CPU s"]) >= 0 for row in peft.values())
+    *_, told, peft = output.split("\n\n")
+    assert "PEFT, 8 adapters of rank 16, one matrix of 128 x 128" in told
+    assert [row["PEFT"] for row in rows(peft)] == ["A and B, ties (something else)", "B @ A", "deltas, ties"]
