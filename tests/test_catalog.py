@@ -244,7 +244,6 @@ def test_all_problems_of_all_inputs_are_told_at_once(stores: Stores, store: Stor
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["adapter_config.json", "adapter_model.bin"], r"pickle"),
         (["m.Q4_K_M.gguf"], "holds GGUF files"),
         (["config.json", "pytorch_model.bin"], "holds its weights as pickles, .*save it as safetensors"),
         (["consolidated.00.pth"], "holds its weights as pickles"),
