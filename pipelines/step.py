@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import environ
 from types import FrameType
 from typing import IO, Any, Literal, Protocol
@@ -185,7 +185,7 @@ class Process:
 
     def __init__(self, site: Site, command: Command, name: str) -> None:
         """Start it; `JobsError` where there is no such program."""
-        self._name, self._out, self._tail = name, "", deque[str](maxlen=20)
+        self._name, self._out, self._tail = name, "", deque[str](maxlen=3)
         try:
             self._process = subprocess.Popen(
                 [site.program, *command.words()],
@@ -238,26 +238,41 @@ def start(site: Site, command: Command, name: str) -> Running:
     return Job(site, command, name) if site.address else Process(site, command, name)
 
 
-def run(site: Site, command: Command, name: str, *, show: Show = print, tries: int = 1, pause: float = 60.0) -> Outcome:
+def run(
+    site: Site,
+    command: Command,
+    name: str,
+    *,
+    show: Show = print,
+    tries: int = 1,
+    pause: float = 60.0,
+    tried_before: bool = False,
+) -> Outcome:
     """Run a step to its end and return the outcome; SIGTERM, or any exception of the caller's, cancels it.
 
     tries: how often at most, where the exit code says that trying again may help; for engines that can't tell.
-    pause: seconds before the second try, twice as many before each further one.
+    pause: seconds before the second try, twice as many before each further one. tried_before: the engine's own try is
+    not its first. The record gets that as a field, for `is_new`.
     """
     with _signals_raise():
-        for left in reversed(range(tries)):
+        for number in range(1, tries + 1):
             try:
                 step = start(site, command, name)
                 with signs_of_life(name, show):
                     outcome = step.wait(show)
             except JobsError as error:
                 outcome = Outcome(name, error.exit_code, str(error), None)
-            if verdict(outcome.exit_code) != "again" or not left:
+            if verdict(outcome.exit_code) != "again" or number == tries:
                 break
             show(f"{explain(outcome)}; again in {pause:g} s")
             time.sleep(pause)
             pause *= 2
-    return outcome
+    return with_tries(outcome, tried_before or number > 1)
+
+
+def with_tries(outcome: Outcome, tried_before: bool) -> Outcome:
+    """Return an outcome whose record says whether a try came before this one."""
+    return replace(outcome, record=outcome.record and outcome.record | {"tried_before": tried_before})
 
 
 def name_of(*parts: str) -> str:
@@ -277,13 +292,13 @@ def explain(outcome: Outcome) -> str:
     return f"{outcome.submission_id}: {verdict(outcome.exit_code)}, exit code {outcome.exit_code}: {said}"
 
 
-def is_new(record: Mapping[str, Any], *, tried_before: bool) -> bool:
+def is_new(record: Mapping[str, Any]) -> bool:
     """Return whether a merge is to be evaluated and promoted.
 
     One that lay there already was, some other night: it was rejected, or is in use, or was rolled back. But if a try of
     this very step was lost, it may be that one's work, and nobody looked at it yet.
     """
-    return tried_before or not record["reused"]
+    return bool(record["tried_before"] or not record["reused"])
 
 
 def compact(record: Mapping[str, Any], limit: int = RECORD_LIMIT) -> Json:

@@ -1,0 +1,5 @@
+from tests.pipelines.conformance import Conformance
+
+
+class TestKubeflow(Conformance):
+    engine = "kfp"
