@@ -238,7 +238,9 @@ class PlanRecord(_Record):
     base: PlannedInput
     models: list[PlannedInput]
     merged: int
-    """Elements of the parameters that are merged: the size of a whole task vector."""
+    """Elements of the parameters that are merged: the size of a whole model's task vector."""
+    task_vectors: tuple[int, int]
+    """Elements of the smallest and of the largest task vector: an adapter's has those that it changes."""
     output: str
     files: list[PlannedFile]
     rounds: list[PlannedRoundRecord]
@@ -276,6 +278,7 @@ def plan_record(plan: Plan) -> PlanRecord:
         base=_planned_input(plan.catalog.base),
         models=[_planned_input(model) for model in plan.catalog.models],
         merged=plan.layout.num_elements,
+        task_vectors=(min(plan.result.sizes), max(plan.result.sizes)),
         output=plan.output,
         files=files,
         rounds=rounds,

@@ -77,7 +77,9 @@ def of_plan(plan: PlanRecord) -> Iterator[RenderableType]:
     if len(plan.models) > FEW:
         table.add_row("", f"and {len(plan.models) - FEW} more")
     table.add_row("method", f"{_settings(plan.method)}  [{plan.paper}; lambda scales a {plan.scales}]")
-    table.add_row("merged", f"{num(plan.merged)} elements of each model")
+    smallest, largest = plan.task_vectors
+    each = num(largest) if smallest == largest else f"{num(smallest)} to {num(largest)}"
+    table.add_row("merged", f"{each} elements of each model")
     table.add_row("output", f"{plan.output}  ({_files(len(plan.files), plan.bytes_written)})")
     for file in plan.files[:FEW] if len(plan.files) > 1 else ():
         table.add_row("", f"{file.name}: {num_bytes(file.size)}, {file.tensors} tensors")
