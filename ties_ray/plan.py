@@ -25,7 +25,7 @@ from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTen
 from ties_ray.pool import Refused
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
-from ties_ray.sources import NEEDS, TOGETHER, Sources, formats_of
+from ties_ray.sources import NEEDS, TOGETHER, Footprint, Sources, formats_of
 
 SCHEMA_VERSION = 2
 """Part of the run's identity. Raise it with any constant below: a resumed run works its shards out from them again."""
@@ -601,16 +601,9 @@ class _Cost:
             footprint = self._sources.footprint(parameter, models)
             num_bytes += passes * footprint.dense[0]
             requests += passes * footprint.dense[1] * blocks
-            if self._sources.fits(footprint):
-                num_bytes += segments * footprint.factors[0]
-                requests += segments * footprint.factors[1]
-            elif blocks == 1:
-                num_bytes += passes * footprint.factors[0]
-                requests += passes * footprint.factors[1]
-            else:
-                slices = footprint.factors[0] - footprint.shared + blocks * (footprint.shared + footprint.edge)
-                num_bytes += passes * slices
-                requests += passes * footprint.requests * blocks
+            of_factors, reads = self._factors(footprint, segments, blocks, passes)
+            num_bytes += of_factors
+            requests += reads
             need = max(base, footprint.base, key=NEEDS.index)
             if need != "nothing":
                 size, reads = self._sources.of_base(parameter).dense
@@ -619,6 +612,19 @@ class _Cost:
                 if need == "rows":  # those that a block begins and ends in
                     num_bytes += 2 * blocks * size // max(1, parameter.shape[0])
         return num_bytes, requests
+
+    def _factors(self, footprint: Footprint, segments: int, blocks: int, passes: int) -> tuple[int, int]:
+        """Return (bytes, requests) of a parameter's factors; what is kept is read once a segment, at most."""
+        whole, shared = footprint.factors, footprint.shared
+        kept = self._sources.kept(footprint)
+        if kept == "all":
+            return segments * whole[0], segments * whole[1]
+        if blocks == 1:
+            return passes * whole[0], passes * whole[1]
+        own = passes * (whole[0] - shared[0] + blocks * footprint.edge)
+        reads = passes * blocks * (footprint.requests - shared[1])
+        times = segments if kept == "shared" else passes * blocks
+        return own + times * shared[0], reads + times * shared[1]
 
 
 def _cuts(segments: Iterable[Segment], block: int) -> dict[int, tuple[int, int]]:

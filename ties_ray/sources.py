@@ -29,8 +29,8 @@ class Footprint(NamedTuple):
     """(bytes, requests) of a slice that is the whole, of dense tensors: bytes are proportional to a slice."""
     factors: tuple[int, int]
     """Likewise of factors..."""
-    shared: int
-    """...of which so many bytes belong to every slice, however small..."""
+    shared: tuple[int, int]
+    """...of which so many (bytes, requests) belong to every slice, however small..."""
     edge: int
     """...and so many more to a slice that begins inside a row."""
     requests: int
@@ -66,7 +66,7 @@ class Sources:
         return Footprint(
             dense=(total(one.dense[0] for _, one in parts), total(one.dense[1] for _, one in parts)),
             factors=(total(one.factors[0] for _, one in parts), total(one.factors[1] for _, one in parts)),
-            shared=total(one.shared for _, one in parts),
+            shared=(total(one.shared[0] for _, one in parts), total(one.shared[1] for _, one in parts)),
             edge=total(one.edge for _, one in parts),
             requests=total(one.requests for _, one in parts),
             held=(total(one.held[0] for _, one in parts), max((one.held[1] for _, one in parts), default=0)),
@@ -83,9 +83,11 @@ class Sources:
             return TOGETHER
         return min(FACTORS_TOGETHER, max(TOGETHER, FACTOR_ROOM // footprint.held[1]))
 
-    def fits(self, footprint: Footprint) -> bool:
-        """Return whether all factors of the parameter stay in a worker's cache while it works its blocks off."""
-        return 0 < footprint.factors[0] <= self._cache
+    def kept(self, footprint: Footprint) -> Literal["nothing", "shared", "all"]:
+        """Return which factors of the parameter stay in a worker's cache while it works its blocks off."""
+        if footprint.factors[0] <= self._cache:
+            return "all"
+        return "shared" if footprint.shared[0] <= self._cache else "nothing"
 
     def rank_sum(self, recipe: Recipe, members: Sequence[Member], parameter: Parameter) -> int:
         """Return the summed rank if the method is a weighted sum of plain factors here, below the matrix's width.
@@ -111,7 +113,7 @@ class Sources:
         return self._known[key]
 
 
-_NOTHING = Footprint((0, 0), (0, 0), 0, 0, 0, (0, 0), "nothing")
+_NOTHING = Footprint((0, 0), (0, 0), (0, 0), 0, 0, (0, 0), "nothing")
 
 
 def _footprint(form: Format, source: Source, numel: int) -> Footprint:
@@ -122,9 +124,17 @@ def _footprint(form: Format, source: Source, numel: int) -> Footprint:
     held = form.held(source)
     cost = size(whole), len(whole)
     if not held:
-        return Footprint(cost, (0, 0), 0, 0, 0, (0, 0), form.needs(source))
+        return Footprint(cost, (0, 0), (0, 0), 0, 0, (0, 0), form.needs(source))
     some = form.reads(source, 0, max(1, numel // 2))
     least = form.reads(source, 0, min(1, numel))
-    shared = size(read for read in some if read.shared)
+    shared = [read for read in some if read.shared]
     edge = size(read for read in least if not read.shared)
-    return Footprint((0, 0), cost, shared, edge, len(some), (held, held), form.needs(source))
+    return Footprint(
+        dense=(0, 0),
+        factors=cost,
+        shared=(size(shared), len(shared)),
+        edge=edge,
+        requests=len(some),
+        held=(held, held),
+        base=form.needs(source),
+    )

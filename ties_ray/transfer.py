@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -36,7 +36,9 @@ class Wanted(NamedTuple):
     start: int
     stop: int
     whole: int = 0
-    """Where not 0, the elements of the whole parameter: all that is stored for it is read at once, and kept."""
+    """Elements of the whole parameter..."""
+    kept: Literal["nothing", "shared", "all"] = "nothing"
+    """...and what is kept of its factors: of all that is stored, read at once, or of what every slice needs."""
 
 
 class Ledger:
@@ -194,7 +196,15 @@ class ReadAhead:
     def _fetch(self, wanted: Wanted) -> Stored:
         form = self._formats[wanted.model.format]
         reads = form.reads(wanted.source, wanted.start, wanted.stop)
-        views = self._cut_from_kept(wanted, reads) if wanted.whole else [self._buffered(wanted, read) for read in reads]
+        if wanted.kept == "all" and form.held(wanted.source):
+            views = self._cut_from_kept(wanted, reads)
+        else:
+            views = [
+                self._kept(wanted.model.objects[read.object], read)
+                if read.shared and wanted.kept == "shared"
+                else self._buffered(wanted, read)
+                for read in reads
+            ]
         return form.encoded(wanted.source, wanted.start, wanted.stop, views)
 
     def _buffered(self, wanted: Wanted, read: Read) -> Tensor:

@@ -501,12 +501,11 @@ class Worker:
         # A slice without elements is asked for too: whoever reads it learns the base's dtype.
         needed = begin < end or (start == stop and parameter.name in base.sources)
         yield Wanted(base, base.sources[parameter.name], begin, end) if needed else None
-        fits = self._sources.fits(self._footprint(index, members))
+        kept = self._sources.kept(self._footprint(index, members))
         for _ in range(passes):
             for model in (self._models[member] for member in members):
                 source = model.sources.get(parameter.name)
-                whole = parameter.numel if fits and source and self._formats[model.format].held(source) else 0
-                yield Wanted(model, source, start, stop, whole) if source else None
+                yield Wanted(model, source, start, stop, parameter.numel, kept) if source else None
 
     def _count(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
         need = self._need()
