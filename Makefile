@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test chaos check format bench clean
+ENGINES := .venv-pipelines
+UV := $(ENGINES)/uv/bin/uv
+
+.PHONY: demo test engines pipelines chaos check format bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -17,7 +20,21 @@ demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster
 	$(BIN)/python -m benchmarks.demo .demo
 
 test: $(VENV)/installed  ## all tests, file by file on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/pipelines
+
+$(UV):
+	$(PYTHON) -m venv $(ENGINES)/uv
+	$(ENGINES)/uv/bin/python -m pip install --quiet uv==0.13.9
+
+$(ENGINES)/%/installed: pipelines/constraints-%.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(PYTHON) $(@D)
+	$(UV) pip install --quiet --python $(@D) --requirement $<
+	touch $@
+
+engines: $(foreach one,airflow dagster kfp,$(ENGINES)/$(one)/installed)
+
+pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/pipelines
 
 chaos: $(VENV)/installed  ## 300 merges under faults and kills (an hour), and the proof that it would notice
 	$(BIN)/python -m tests.tools.chaos --prove
@@ -34,4 +51,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info
+	rm -rf $(VENV) $(ENGINES) .demo build dist *.egg-info

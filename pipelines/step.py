@@ -6,7 +6,7 @@ engine's own process needs neither ties_ray nor torch nor ray. What every integr
     exit code    verdict      what an engine does
     0            done         passes the record on; `reused` in it: there was nothing to do
     1, 2, 3      failed       fails, and never tries again: a defect, the recipe, the inputs
-    4, 5         again        tries again later: the same command continues
+    4, 5, 137    again        tries again later: the same command continues; 137 is a shell's word for killed
     130, 143     cancelled    stops, and does not try again by itself; whoever starts it again continues
 """
 
@@ -42,6 +42,8 @@ from pipelines.jobs import (
 Verdict = Literal["done", "failed", "again", "cancelled"]
 Show = Callable[[str], object]
 """Takes one line of the log, without its end."""
+KILLED = 128 + signal.SIGKILL
+"""Of a job whose command a shell started, when memory runs out."""
 GRACE = 3.0
 """Seconds from SIGTERM to SIGKILL, as Ray has it for jobs."""
 EVERY = 60.0
@@ -54,7 +56,7 @@ def verdict(exit_code: int) -> Verdict:
     """Return what an exit code of ties_ray means to a workflow."""
     if exit_code == 0:
         return "done"
-    if exit_code in (INTERRUPTED, UNAVAILABLE):
+    if exit_code in (INTERRUPTED, UNAVAILABLE, KILLED):
         return "again"
     return "cancelled" if exit_code in (130, CANCELLED) else "failed"
 
@@ -202,24 +204,25 @@ class Process:
 
     def wait(self, show: Show) -> Outcome:
         """Show the log as it grows and return the outcome."""
-        process = self._process
-        assert process.stdin
-        assert process.stdout
-        assert process.stderr
-        reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
-        reader.start()
-        try:
-            with suppress(BrokenPipeError), process.stdin as pipe:
-                pipe.write(self._given)
-            for line in process.stderr:
-                self._tail.append(line)
-                show(line.rstrip("\n"))
-            code = process.wait()
-        except BaseException:
-            self.cancel()
-            process.wait()
-            raise
-        reader.join()
+        with self._process as process:
+            assert process.stdin
+            assert process.stdout
+            assert process.stderr
+            reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+            reader.start()
+            try:
+                with suppress(BrokenPipeError), process.stdin as pipe:
+                    pipe.write(self._given)
+                for line in process.stderr:
+                    self._tail.append(line)
+                    show(line.rstrip("\n"))
+                code = process.wait()
+            except BaseException:
+                self.cancel()
+                process.wait()
+                raise
+            finally:
+                reader.join()
         return Outcome(self._name, _exit_code(code), "".join(self._tail).strip(), record_in(self._out))
 
     def cancel(self) -> None:

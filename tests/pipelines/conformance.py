@@ -9,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,7 +110,7 @@ class Conformance:
         hanging = case(folder, "cancel", hanging_once(folder, "cancelled"))
         with engine_running(self.engine, folder, [hanging], {}) as process:
             marker = folder / "cancelled.trouble" / "0"
-            wait_for(marker.exists, "the merge does not start", process)
+            wait_for(marker.exists, (folder / "log").read_text, process)
             merge = psutil.Process(int(marker.read_text()))
             self.cancel(process)
             began = time.monotonic()
@@ -245,7 +245,7 @@ class engine_running:
         (folder / "cases.json").write_text(json.dumps(cases))
         own = {"CASES": str(folder / "cases.json"), "PYTHONPATH": str(ROOT), "HOME": str(home)}
         own |= {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "PREFECT_HOME": str(home)}
-        home.mkdir(exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
         self._environment = os.environ | own | {"PYTHONWARNINGS": "ignore"} | environment
         self._command = [python(engine), str(Path(__file__).with_name(f"drive_{engine}.py")), str(folder / "told.json")]
 
@@ -262,9 +262,15 @@ class engine_running:
             self._process.wait()
 
 
-def wait_for(met: Any, what: str, process: subprocess.Popen[bytes] | None = None, seconds: float = 120) -> None:
+def wait_for(
+    met: Callable[[], bool],
+    told: Callable[[], str],
+    process: "subprocess.Popen[bytes] | None" = None,
+    seconds: float = 120,
+) -> None:
+    """Wait until a condition is met, as long as the process runs; `told` explains it if that fails."""
     end = time.monotonic() + seconds
     while not met():
-        assert time.monotonic() < end, what
-        assert process is None or process.poll() is None, f"{what}: the engine ended with {process and process.poll()}"
+        assert time.monotonic() < end, told()[-5000:]
+        assert process is None or process.poll() is None, told()[-5000:]
         time.sleep(0.05)

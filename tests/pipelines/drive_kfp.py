@@ -16,25 +16,26 @@ def read(record: str | None) -> Any:
     return record and json.loads(record)
 
 
+def text(file: Path) -> str | None:
+    return file.read_text() if file.exists() else None
+
+
 def main(told: str) -> None:
     root = Path(os.environ["HOME"]) / "kfp"
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=False)
     outcomes: dict[str, Any] = {}
     for case in json.loads(Path(os.environ["CASES"]).read_text()):
         subprocess.run(case.get("before", ["true"]), check=True)
-        promoted = None
         if case.get("nightly"):
             from pipelines.nightly_kfp import nightly
 
             before = set(root.glob("*"))
-            done = nightly()
+            nightly()
             (made,) = set(root.glob("*")) - before
-            written = {each.parent.name: json.loads(each.read_text()) for each in made.glob("*/executor_output.json")}
-            outputs = {name: one.get("parameterValues", {}) for name, one in written.items()}
-            record = read(outputs.get("merge", {}).get("record"))
-            promoted = {"nothing new": "skipped", "promoted": "success"}.get(
-                outputs.get("promote", {}).get("Output"), "failed"
-            )
+            record = read(text(made / "merge" / "record"))
+            written = json.loads(text(made / "promote" / "executor_output.json") or "{}")
+            said = written.get("parameterValues", {}).get("Output")
+            promoted = {"nothing new": "skipped", "promoted": "success"}.get(said, "failed")
             outcomes[case["id"]] = {"state": "success" if record else "failed", "promoted": promoted, "record": record}
             continue
         where = {name: case[name] for name in ("address", "program", "env") if case.get(name)}

@@ -1,5 +1,35 @@
-from tests.pipelines.conformance import Conformance
+import json
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from tests.pipelines.conformance import ROOT, Conformance, python
 
 
 class TestKubeflow(Conformance):
     engine = "kfp"
+
+    def cancel(self, process: "subprocess.Popen[bytes]") -> None:
+        """End the component's own process, as Kubernetes does; the local runner knows no cancellation."""
+        found = [each for each in psutil.Process(process.pid).children(recursive=True) if _is_component(each)]
+        assert found, "no component runs"
+        for each in found:
+            each.terminate()
+
+    def test_the_nightly_pipeline_compiles_and_carries_its_code_along(self, tmp_path: Path) -> None:
+        file = tmp_path / "nightly.json"
+        code = "import sys; from kfp import compiler; from pipelines.nightly_kfp import nightly; "
+        code += "compiler.Compiler().compile(nightly, sys.argv[1])"
+        subprocess.run([python("kfp"), "-W", "ignore", "-c", code, str(file)], cwd=ROOT, check=True)
+        spec = json.loads(file.read_text())
+        assert list(spec["components"]["comp-merge"]["outputDefinitions"]["artifacts"]) == ["model"]
+        assert spec["root"]["dag"]["tasks"]["promote"]["dependentTasks"] == ["merge"]
+        assert not spec["root"]["dag"]["tasks"]["merge"].get("cachingOptions", {}).get("enableCache")
+        container = spec["deploymentSpec"]["executors"]["exec-merge"]["container"]
+        assert "from pipelines.step import" in " ".join(container["command"])
+
+
+def _is_component(process: psutil.Process) -> bool:
+    words = process.cmdline()
+    return bool(words) and words[0] == python("kfp") and "kfp.dsl.executor_main" in words
