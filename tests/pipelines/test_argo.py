@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from pipelines.step import verdict
 from tests.adapters import make_pool
-from tests.conftest import tool
+from tests.conftest import Bucket, tool
 from tests.deploy.rules import broken
 from ties_ray import drive
 from ties_ray.recipe import validate
@@ -75,13 +75,15 @@ def test_the_role_allows_what_the_resources_do() -> None:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    pool = make_pool(Stores({}).of("/"), str(tmp_path / "pool"), num_adapters=2)
+def recipe(s3_bucket: Bucket, tmp_path: Path) -> Path:
+    """Return the file of a recipe whose inputs and output lie in a bucket."""
+    stores = Stores(s3_bucket.storage)
+    pool = make_pool(stores.of(s3_bucket.uri), f"{s3_bucket.uri}/pool", num_adapters=2)
+    output = {"path": f"{s3_bucket.uri}/out/{{run_id}}", "kind": "adapter", "rank": 8}
+    models = [f"{s3_bucket.uri}/pool/adapter-*/"]
+    made = {"base": pool.base, "models": models, "method": "ties", "output": output, "storage": s3_bucket.storage}
     file = tmp_path / "recipe.json"
-    output = {"path": str(tmp_path / "out" / "{run_id}"), "kind": "adapter", "rank": 8}
-    file.write_text(
-        json.dumps({"base": pool.base, "models": [f"{tmp_path}/pool/adapter-*/"], "method": "ties", "output": output})
-    )
+    file.write_text(json.dumps(made))
     return file
 
 
@@ -96,13 +98,13 @@ def script(name: str, folder: Path, **parameters: str) -> int:
 
 
 def test_the_plan_step_prints_a_valid_rayjob_sized_for_the_merge(recipe: Path, tmp_path: Path) -> None:
-    assert script("plan", tmp_path, recipe=str(recipe), result=f"{tmp_path}/result.json") == 0
+    assert script("plan", tmp_path, recipe=str(recipe), result="s3://b/result.json") == 0
     config, job = (json.loads((tmp_path / name).read_text()) for name in ("configmap.json", "rayjob.json"))
     for manifest in (config, job):
         assert not [error.message for error in SCHEMA.iter_errors(manifest)]
         assert not broken(manifest)
         assert manifest["metadata"]["name"] == "nightly-merge-1763777700"
-    assert f"--result {tmp_path}/result.json" in config["data"]["merge.sh"]
+    assert "--result s3://b/result.json" in config["data"]["merge.sh"]
 
 
 def test_the_plan_step_ends_with_the_code_of_a_wrong_recipe(recipe: Path, tmp_path: Path) -> None:
@@ -110,8 +112,10 @@ def test_the_plan_step_ends_with_the_code_of_a_wrong_recipe(recipe: Path, tmp_pa
     assert script("plan", tmp_path, recipe=str(recipe), result="") == 2
 
 
-def test_the_record_step_hands_on_what_promote_needs(recipe: Path, tmp_path: Path) -> None:
-    result = drive.merge(validate(json.loads(recipe.read_text()) | {"run": {"executor": "local"}}))
+def test_the_record_step_hands_on_what_promote_needs(tmp_path: Path) -> None:
+    pool, output = make_pool(Stores({}).of("/"), str(tmp_path / "pool"), num_adapters=2), str(tmp_path / "{run_id}")
+    recipe = {"base": pool.base, "models": list(pool.adapters), "method": "ties", "run": {"executor": "local"}}
+    result = drive.merge(validate(recipe | {"output": {"path": output, "kind": "adapter", "rank": 8}}))
     (tmp_path / "result.json").write_text(result.model_dump_json())
     assert script("record", tmp_path, result=f"{tmp_path}/result.json") == 0
     assert (tmp_path / "reused").read_text() == "false"

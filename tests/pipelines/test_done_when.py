@@ -1,5 +1,6 @@
 """Three engines run one merge on a cluster of two nodes, each is killed once, and all end with the same bytes."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -21,6 +22,8 @@ from tests.pipelines.conformance import PLUGINS, Json, engine_running, wait_for
 from ties_ray.stores import Stores
 
 ENGINES = ("airflow", "dagster", "kfp")
+PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
+"""Of each node; Ray's defaults are one for a machine, so that a second node or cluster there can take no jobs."""
 PARAMETER = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -47,18 +50,19 @@ def environment() -> Iterator[None]:
 def cluster(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start Ray twice on this machine, as two nodes of one cluster; return the dashboard's address."""
     folder, port, dashboard = tmp_path_factory.mktemp("ray"), free_port(), free_port()
-    shared = ["--block", "--num-cpus=1", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+    shared = ["--block", "--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     address, nodes = f"http://127.0.0.1:{dashboard}", list[subprocess.Popen[bytes]]()
     with (folder / "log").open("wb") as log:
 
         def start(*words: str) -> None:
-            command = [tool("ray"), "start", *shared, *words]
+            own = [f"--{which}={free_port()}" for which in PORTS]
+            command = [tool("ray"), "start", *shared, *own, *words]
             nodes.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
 
         try:
             start(*head)
-            wait_for(lambda: _answers(address), (folder / "log").read_text, nodes[0])
+            wait_for(lambda: _takes_jobs(address), (folder / "log").read_text, nodes[0])
             start(f"--address=127.0.0.1:{port}")
             wait_for(lambda: _alive(address) == 2, (folder / "log").read_text, nodes[1])
             yield address
@@ -89,37 +93,35 @@ def test_engines_that_are_killed_once_end_with_the_same_bytes(
     endpoint, name = bucket
     storage = {"s3": {"endpoint_url": endpoint}}
     pool = make_pool(Stores(storage).of(f"s3://{name}/x"), f"s3://{name}/pool", num_adapters=3)
-    merged = {}
-    for engine in ENGINES:
-        folder = tmp_path / engine
-        trouble = folder / "trouble"
-        trouble.mkdir(parents=True)
-        recipe: Json = {
-            "base": pool.base,
-            "models": list(pool.adapters),
-            "method": {
-                "name": "troubled",
-                "density": 0.3,
-                "folder": str(trouble),
-                "trouble": "hang",
-                "parameter": PARAMETER,
-            },
-            "output": {"path": f"s3://{name}/merged/{engine}", "kind": "adapter", "rank": 16},
-            "storage": storage,
-            "run": {"workers": 1},
-        }
-        case = {"id": "killed", "recipe": recipe, "address": cluster, "retries": 2, "deferrable": True}
-        case["env"] = {"TIES_RAY_PLUGINS": str(PLUGINS), "OMP_NUM_THREADS": "1"}
-        with engine_running(engine, folder, [case], {}) as process:
-            log = folder / "log"
-            wait_for((trouble / "0").exists, log.read_text, process)
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for engine in ENGINES:
+            trouble = tmp_path / engine / "trouble"
+            trouble.mkdir(parents=True)
+            method = {"name": "troubled", "density": 0.3, "folder": str(trouble), "trouble": "hang"}
+            recipe: Json = {
+                "base": pool.base,
+                "models": list(pool.adapters),
+                "method": method | {"parameter": PARAMETER},
+                "output": {"path": f"s3://{name}/merged/{engine}", "kind": "adapter", "rank": 16},
+                "storage": storage,
+                "run": {"workers": 1},
+            }
+            case = {"id": "killed", "recipe": recipe, "address": cluster, "retries": 2, "deferrable": True}
+            case["env"] = {"TIES_RAY_PLUGINS": str(PLUGINS), "OMP_NUM_THREADS": "1"}
+            running[engine] = stack.enter_context(engine_running(engine, tmp_path / engine, [case], {}))
+        for engine, process in running.items():
+            wait_for((tmp_path / engine / "trouble" / "0").exists, (tmp_path / engine / "log").read_text, process)
             _driver_of(f"/merged/{engine}").send_signal(signal.SIGKILL)
-            assert process.wait(200) == 0, log.read_text()[-5000:]
-        told = json.loads((folder / "told.json").read_text())["killed"]
-        assert told["state"] == "success", log.read_text()[-5000:]
+        for engine, process in running.items():
+            assert process.wait(200) == 0, (tmp_path / engine / "log").read_text()[-5000:]
+    s3, merged = boto3.client("s3", endpoint_url=endpoint), {}
+    for engine in ENGINES:
+        told = json.loads((tmp_path / engine / "told.json").read_text())["killed"]
+        assert told["state"] == "success", (tmp_path / engine / "log").read_text()[-5000:]
         assert told["record"]["resumed"]
         key = f"merged/{engine}/adapter_model.safetensors"
-        merged[engine] = boto3.client("s3", endpoint_url=endpoint).get_object(Bucket=name, Key=key)["Body"].read()
+        merged[engine] = s3.get_object(Bucket=name, Key=key)["Body"].read()
     assert len(merged["airflow"]) > 10_000
     assert merged["airflow"] == merged["dagster"] == merged["kfp"]
 
@@ -135,9 +137,9 @@ def _driver_of(output: str) -> psutil.Process:
     raise AssertionError(f"no job merges into {output}")
 
 
-def _answers(address: str) -> bool:
+def _takes_jobs(address: str) -> bool:
     try:
-        Jobs(address)._call("GET", "/api/jobs/")
+        Jobs(address).submit("true", "probe")
     except JobsError:
         return False
     return True
