@@ -69,7 +69,8 @@ class _Operator(BaseOperator):
         """Run the command and return its record, which becomes the XCom."""
         site = Site(self.address or None, self.program, self.env, self.poll)
         ti = context["ti"]
-        name = name_of(ti.dag_id, ti.run_id, ti.task_id, *([str(ti.map_index)] if (ti.map_index or -1) >= 0 else []))
+        mapped = [] if ti.map_index in (None, -1) else [str(ti.map_index)]
+        name = name_of(ti.dag_id, ti.run_id, ti.task_id, *mapped)
         try:
             self._running = start(site, self.command(), name)
             if self.deferrable and isinstance(self._running, Job):

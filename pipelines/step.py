@@ -170,6 +170,8 @@ class Job:
                 *lines, rest = (rest + text).split("\n")
                 for line in lines:
                     show(line)
+            if rest:
+                show(rest)
         except BaseException as error:
             if not isinstance(error, Exception):  # a cluster out of reach may well go on with it
                 self.cancel()
