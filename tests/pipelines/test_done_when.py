@@ -87,6 +87,7 @@ def bucket(environment: None) -> Iterator[tuple[str, str]]:
         yield endpoint, name
 
 
+@pytest.mark.timeout(600)  # three engines and a cluster at once, on two cores
 def test_engines_that_are_killed_once_end_with_the_same_bytes(
     cluster: str, bucket: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -114,7 +115,7 @@ def test_engines_that_are_killed_once_end_with_the_same_bytes(
             wait_for((tmp_path / engine / "trouble" / "0").exists, (tmp_path / engine / "log").read_text, process)
             _driver_of(f"/merged/{engine}").send_signal(signal.SIGKILL)
         for engine, process in running.items():
-            assert process.wait(200) == 0, (tmp_path / engine / "log").read_text()[-5000:]
+            assert process.wait(240) == 0, (tmp_path / engine / "log").read_text()[-5000:]
     s3, merged = boto3.client("s3", endpoint_url=endpoint), {}
     for engine in ENGINES:
         told = json.loads((tmp_path / engine / "told.json").read_text())["killed"]
