@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster
 	$(BIN)/python -m benchmarks.demo .demo
 
 test: $(VENV)/installed  ## all tests, file by file on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/pipelines
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 --ignore=tests/pipelines
 
 $(UV):
 	$(PYTHON) -m venv $(ENGINES)/uv

@@ -37,6 +37,10 @@ _NOT_STARTED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT
 """What Ray calls it when the command never ran."""
 INLINE_BYTES = 100_000
 """Of a recipe in the command itself: Linux takes 128 KiB in one argument."""
+TRIES = 12
+"""Of a submission..."""
+AGENT_SECONDS = 5.0
+"""...with such a pause while a cluster is there, and none of its nodes can start a job yet."""
 
 
 class JobsError(OSError):
@@ -113,7 +117,7 @@ class Jobs:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", submission_id):
             raise JobsError(f"{submission_id!r} is no id: letters, digits, - _ .", BAD_RECIPE)
         body = {"entrypoint": entrypoint, "runtime_env": dict(runtime_env or {}), "metadata": dict(metadata or {})}
-        for _ in range(5):  # somebody else may submit the same at the same moment
+        for _ in range(TRIES):  # somebody else may submit the same at the same moment
             attempts = self._attempts(submission_id)
             if attempts and not attempts[max(attempts)].ended:
                 return attempts[max(attempts)].submission_id
@@ -122,7 +126,9 @@ class Jobs:
             try:
                 self._call("POST", "/api/jobs/", body | {"submission_id": wanted})
             except JobsError as error:
-                if "already exists" not in str(error):
+                if "No available agent" in str(error):  # of a node that has just started
+                    time.sleep(AGENT_SECONDS)
+                elif "already exists" not in str(error):
                     raise
             else:
                 return wanted
@@ -225,7 +231,7 @@ def exit_code_of(job: Job, record: Json | None) -> int:
     if job.status == "STOPPED":
         return CANCELLED
     if job.exit_code is not None and job.exit_code >= 0:
-        return job.exit_code
+        return INTERRUPTED if job.exit_code == 128 + signal.SIGKILL else job.exit_code  # a shell's word for killed
     if record and record["status"] == "done":
         return DONE
     if record and record.get("error"):

@@ -83,7 +83,7 @@ def test_an_unknown_key_is_named_with_the_likely_one(change: dict[str, Any], whe
 
 def test_an_unknown_key_without_a_likely_one_gets_all_that_are_known() -> None:
     problem = refused(PLAIN | {"run": {"zzz": 1}})["run.zzz"]
-    assert problem.remedy.startswith("known here: address, arithmetic, deadline")
+    assert problem.remedy.startswith("known here: address, arithmetic, cache, deadline")
 
 
 def test_every_problem_is_told_at_once_and_by_its_place() -> None:

@@ -247,7 +247,18 @@ def validate(data: Json) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError([_problem(item, data) for item in error.errors(include_url=False)]) from None
+        problems = [_problem(item, data) for item in error.errors(include_url=False)]
+        raise RecipeError(problems + list(_no_base(data, problems))) from None
+
+
+def _no_base(data: Json, problems: Sequence[Problem]) -> Iterator[Problem]:
+    """Yield that the base is missing, which pydantic looks at only where all fields are right."""
+    output = data.get("output")
+    kind = output.get("kind", "checkpoint") if isinstance(output, Mapping) else "checkpoint"
+    if "base" in data or any("`base` is missing" in problem.what for problem in problems):
+        return
+    if kind not in plugins.names("outputs") or plugins.load("outputs", kind, Output).reads_base:
+        yield Problem("base", "is missing", f"an output of kind {kind} holds it")
 
 
 def _plain(text: str, source: str) -> Any:

@@ -163,6 +163,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     words = ["start", "--head", "--block", "--num-cpus=2", "--object-store-memory=100000000", "--port=0"]
     words += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
+    agent = (
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+        "metrics-export-port",
+    )
+    words += [f"--{name}={free_port()}" for name in agent]  # another cluster of this machine may have the usual ones
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [tool("ray"), *words], env=kept | own | paths, stdout=log, stderr=log, start_new_session=True
