@@ -48,6 +48,8 @@ AHEAD = 4
 """Slices read ahead of the one that is merged."""
 OVERHEAD = 64 * 2**20
 """Bytes a worker needs beside blocks, parts, tables and the plan: clients, records, what malloc keeps (measured)."""
+FRAGMENTS = 32 * 2**20
+"""Bytes that malloc keeps beside decoded factors, which come in all sizes, from several threads (measured: 20 MiB)."""
 ENTRY_BYTES = 2**10
 """What the plan in a worker takes for each pinned object, and for each tensor of models not stored alike (measured)."""
 STATE_BYTES = 20 + 4 + 4
@@ -475,7 +477,7 @@ def _held(sources: Sources, resident: bool) -> int:
         total, largest = one.held
         together = (AHEAD + sources.together(one)) * largest
         needed = max(needed, total + AHEAD * largest if resident else min(total + AHEAD * largest, together))
-    return needed
+    return needed and needed + FRAGMENTS
 
 
 def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> int:

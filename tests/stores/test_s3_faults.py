@@ -177,12 +177,13 @@ def test_expired_credentials_are_looked_up_anew(
         with pytest.raises(UnavailableError, match="400 ExpiredToken") as caught:
             store.put(f"{juicefs_bucket.uri}/x", DATA)
         assert caught.value.exit_code == 5
-        assert proxy.requests["put"] == 4
+        tried = proxy.requests["put"]
+        assert 2 <= tried <= 4  # four, unless time runs out before on a busy machine
         proxy.script = [Rule("expired_token", nth=1)]
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", right)
         pin = store.put(f"{juicefs_bucket.uri}/x", DATA)  # signed by the right secret now, which this server checks
         assert read(store, pin) == DATA[FIRST:LAST]
-        assert proxy.requests == {"put": 6, "get-range": 1}
+        assert proxy.requests == {"put": tried + 2, "get-range": 1}
 
 
 def test_a_server_that_checks_signatures_is_read_and_written_through_the_proxy(
