@@ -49,7 +49,7 @@ AHEAD = 4
 OVERHEAD = 64 * 2**20
 """Bytes a worker needs beside blocks, parts, tables and the plan: clients, records, what malloc keeps (measured)."""
 FRAGMENTS = 32 * 2**20
-"""Bytes that malloc keeps beside decoded factors, which come in all sizes, from several threads (without it a peak was 9 MB above the plan)."""
+"""Bytes that malloc keeps beside decoded factors of all sizes and several threads (without: 9 MB above the plan)."""
 ENTRY_BYTES = 2**10
 """What the plan in a worker takes for each pinned object, and for each tensor of models not stored alike (measured)."""
 STATE_BYTES = 20 + 4 + 4
