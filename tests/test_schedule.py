@@ -78,25 +78,36 @@ def test_what_was_done_before_is_not_given_again() -> None:
 
 
 def test_a_lost_worker_gives_back_what_it_ran_and_what_it_held() -> None:
-    schedule = Schedule([1] * 4, 2, bytes_in_flight=100)
+    schedule = Schedule([1] * 7, 2, bytes_in_flight=100)
     tickets = {task: ticket for _, ticket, task in schedule.assignments()}
-    assert sorted(tickets) == [0, 1, 2, 3]
+    assert sorted(tickets) == [0, 1, 3, 4]
+    schedule.recorded(1, [2, 5, 6])  # all others
     schedule.answered(tickets[0])
     schedule.lost(0, "killed")
     assert schedule.assignments() == []  # the other one is full, and a lost one gets nothing
-    schedule.answered(tickets[2])
     schedule.answered(tickets[3])
-    again = schedule.assignments()
-    assert [(worker, task) for worker, _, task in again] == [(1, 1), (1, 0)]
+    schedule.answered(tickets[4])
+    [(worker, again, task)] = schedule.assignments()
+    assert (worker, task) == (1, 1)
     schedule.answered(tickets[1])  # late news of a ticket that was given back
-    assert schedule.num_running == 2
-    schedule.recorded(1, [2, 3])
-    for _, ticket, _ in again:
-        schedule.answered(ticket)
+    assert schedule.num_running == 1
+    schedule.recorded(1, [3, 4])
+    schedule.answered(again)
+    [(worker, again, task)] = schedule.assignments()
+    assert (worker, task) == (1, 0)
+    schedule.answered(again)
     assert schedule.holding() == (1,)
     schedule.recorded(1, [0, 1])
     assert schedule.finished
     assert schedule.num_retries == 2
+
+
+def test_the_last_tasks_wait_for_idle_workers_and_not_behind_a_busy_one() -> None:
+    schedule = Schedule([1] * 5, 2, bytes_in_flight=100)
+    tickets = {task: ticket for _, ticket, task in schedule.assignments()}
+    assert sorted(tickets) == [0, 1, 2]  # two are left, one a worker
+    schedule.answered(tickets[2])
+    assert [(worker, task) for worker, _, task in schedule.assignments()] == [(1, 3)]
 
 
 def test_a_record_that_comes_late_still_counts() -> None:

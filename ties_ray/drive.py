@@ -32,7 +32,7 @@ from ties_ray.report import (
     Watch,
 )
 from ties_ray.schedule import Failure, Schedule
-from ties_ray.stage import Stage
+from ties_ray.stage import Slow, Stage
 from ties_ray.statistics import WHOLE
 from ties_ray.stores import Stores, absolute, join
 
@@ -40,6 +40,11 @@ PACKAGES = ("ties-ray", "torch", "numpy", "numba")
 """What must be of one version on all workers: the arithmetic rests on these."""
 DEPTH = 2
 """Shards a worker has at a time: one to do, one to follow at once."""
+SLOW: dict[str, Slow] = {
+    "merge": "repeat", "count_high": "replace", "count_low": "replace", "gather": "replace", "survey": "wait",
+    "condense": "wait",
+}  # fmt: skip
+"""What becomes of slow shards: a part written twice is the same part, a shard counted twice would be counted twice."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -118,7 +123,7 @@ class MergeRun:
         try:
             self._num_workers = executor.start("ties_ray.work:make_worker", SETUP.dump_json(setup).decode(), needs)
             self._executor = executor
-            self._work("start", [Order("hello")] * self._num_workers, costs=[1] * self._num_workers)
+            self._work("start", lambda _: Order("hello"), costs=[1] * self._num_workers)
             for index, round_ in enumerate(self._plan.result.rounds):
                 if index and self._plan.result.rounds[index - 1].kind == "survey":
                     self._judge(self._manifest.read_folded(index - 1, [0])[0].surveys)
@@ -204,13 +209,12 @@ class MergeRun:
         self._shards_done_before += len(done)
         shards = {name: record.shards for name, record in records.items()}
         costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
-        orders = [
-            self._order("shard", index, shard, known=_of_group(known, self._group(round_, shard)))
-            for shard in range(round_.num_shards)
-        ]
-        # A part written twice is the same part; a shard counted twice would be counted twice.
-        repeats = round_.kind == "merge"
-        shards |= self._work(round_.name, orders, costs=costs, done=done, records=True, repeats=repeats)
+        of_group = {group: _of_group(known, group) for group in groups}
+
+        def order(shard: int) -> Order:
+            return self._order("shard", index, shard, known=of_group[self._group(round_, shard)])
+
+        shards |= self._work(round_.name, order, costs=costs, done=done, records=True, slow=SLOW[round_.kind])
         if round_.kind == "merge":
             self._records = list(shards)
             return
@@ -218,8 +222,8 @@ class MergeRun:
         for group in groups:
             names = [name for name, own in shards.items() if own and self._group(round_, own[0]) == group]
             names += [name for name, own in shards.items() if not own and name.endswith(f"-{group}.json")]
-            folds.append(self._order("fold", index, group, tuple(names), known=_of_group(known, group)))
-        self._work(f"{round_.name}: barrier", folds, costs=[1] * len(folds))
+            folds.append(self._order("fold", index, group, tuple(names), known=of_group[group]))
+        self._work(f"{round_.name}: barrier", folds.__getitem__, costs=[1] * len(folds))
 
     def _order(
         self,
@@ -271,17 +275,16 @@ class MergeRun:
     def _work(
         self,
         name: str,
-        orders: Sequence[Order],
+        order: Callable[[int], Order],
         *,
         costs: Sequence[int],
         done: Collection[int] = (),
         records: bool = False,
-        repeats: bool = False,
+        slow: Slow = "wait",
     ) -> dict[str, tuple[int, ...]]:
-        """Have the orders carried out; return the shards by record name.
+        """Have as many orders carried out as there are costs; return the shards by record name.
 
         records: an order is finished when a record holds it, else as soon as it is answered.
-        repeats: an order may be carried out twice, so that an idle worker can overtake a slow one.
         """
         schedule = Schedule(
             costs, self._num_workers, bytes_in_flight=sum(costs) + 1, done=done, lost=self._quarantined, depth=DEPTH
@@ -290,10 +293,10 @@ class MergeRun:
         stage = Stage(
             schedule,
             self._executor,
-            orders,
+            order,
             first_ticket=self._phase << 40,
             records=records,
-            repeats=repeats,
+            slow=slow,
             patience=self._plan.recipe.run.patience,
         )
         while not schedule.finished:

@@ -75,8 +75,6 @@ class Schedule:
         """
         self.failure: Failure | None = None
         self.num_tasks = len(costs)
-        self.num_pending = 0
-        self.num_recorded = 0
         self.num_retries = 0
         """Tasks given back after a refusal or a loss."""
         self.num_losses = 0
@@ -90,6 +88,7 @@ class Schedule:
         self._tickets: dict[int, tuple[int, int]] = {}
         self._next_ticket = 0
         self._state = [_State.PENDING] * len(costs)
+        self._count = [len(costs), 0, 0, 0]  # tasks in each state
         self._owner: list[int | None] = [None] * len(costs)
         self._running: list[dict[int, None]] = [{} for _ in range(workers)]  # tickets, oldest first
         self._held: list[set[int]] = [set() for _ in range(workers)]
@@ -104,8 +103,7 @@ class Schedule:
         self._refusals: dict[int, int] = {}
         self._killed: dict[int, int] = {}
         for task in done:
-            self._state[task] = _State.RECORDED
-            self.num_recorded += 1
+            self._move(task, _State.RECORDED)
         self._cut_segments(prefer)
 
     def _cut_segments(self, prefer: Sequence[int | None] | None) -> None:
@@ -121,7 +119,6 @@ class Schedule:
             self._segments[wanted].append(task)
             self._left[wanted] += weight
             before += weight
-        self.num_pending = len(tasks)
 
     @property
     def finished(self) -> bool:
@@ -129,9 +126,19 @@ class Schedule:
         return self.num_recorded == self.num_tasks
 
     @property
+    def num_pending(self) -> int:
+        """Tasks to be given out."""
+        return self._count[_State.PENDING]
+
+    @property
+    def num_recorded(self) -> int:
+        """Tasks finished for good."""
+        return self._count[_State.RECORDED]
+
+    @property
     def num_done(self) -> int:
         """Tasks answered or recorded."""
-        return self.num_recorded + sum(map(len, self._held))
+        return self._count[_State.ANSWERED] + self._count[_State.RECORDED]
 
     @property
     def num_running(self) -> int:
@@ -155,12 +162,18 @@ class Schedule:
         return tuple(w for w, held in enumerate(self._held) if held and not self._running[w])
 
     def assignments(self) -> list[Assignment]:
-        """Return what to submit now: idle workers first, within depth, bytes in flight and quarantine."""
+        """Return what to submit now: idle workers first, within depth, bytes in flight and quarantine.
+
+        The last tasks, one a worker, are for whoever is idle next: what waits behind a slow one can't be taken back.
+        """
         given: list[Assignment] = []
         if self.failure is not None:
             return given
-        for room in self._room:
+        last = len(self._segments) - len(self._lost)
+        for busy, room in enumerate(self._room):
             for worker in tuple(room):
+                if busy and self.num_pending <= last:
+                    return given
                 task = self._next_task(worker)
                 if task is None:
                     continue
@@ -195,7 +208,7 @@ class Schedule:
         if ticket in self._tickets:
             worker, task = self._release(ticket)
             if self._state[task] is _State.RUNNING:
-                self._state[task] = _State.ANSWERED
+                self._move(task, _State.ANSWERED)
                 self._owner[task] = worker
                 self._held[worker].add(task)
 
@@ -206,13 +219,11 @@ class Schedule:
             if state is _State.RECORDED:
                 continue
             if state is _State.PENDING:
-                self.num_pending -= 1
                 self._returned.pop(task, None)  # in a segment it is passed over
             elif state is _State.ANSWERED:
                 self._held[self._owner[task] or 0].discard(task)
-            self._state[task] = _State.RECORDED
+            self._move(task, _State.RECORDED)
             self._owner[task] = worker
-            self.num_recorded += 1
             self.recorded_by[worker] += 1
             self._losses_in_a_row = 0
 
@@ -309,9 +320,8 @@ class Schedule:
             self._left[worker] -= self._costs[task] + 1
         else:
             del self._returned[task]
-        self._state[task] = _State.RUNNING
+        self._move(task, _State.RUNNING)
         self._owner[task] = worker
-        self.num_pending -= 1
         return self._issue(worker, task)
 
     def _issue(self, worker: int, task: int) -> Assignment:
@@ -335,10 +345,14 @@ class Schedule:
         return worker, task
 
     def _give_back(self, task: int) -> None:
-        self._state[task] = _State.PENDING
+        self._move(task, _State.PENDING)
         self._returned[task] = None
-        self.num_pending += 1
         self.num_retries += 1
+
+    def _move(self, task: int, state: _State) -> None:
+        self._count[self._state[task]] -= 1
+        self._count[state] += 1
+        self._state[task] = state
 
     def _seat(self, worker: int) -> None:
         """Put a worker where it belongs among those with room."""

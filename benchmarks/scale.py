@@ -1,0 +1,313 @@
+"""What many workers cost the driver, and how well its schedule uses them: the real stage, executor and clock simulated.
+
+    python -m benchmarks.scale [--shards 100000] [--workers 512]
+
+The first table is the driver's CPU a shard (and its memory), less what the simulation itself takes. The second is the
+schedule's: utilisation is the time that workers spent on what counted, of all their time until the end of the round;
+`ideal` is the makespan over that of perfectly divided work on the same workers, none of them lost.
+"""
+
+import gc
+import heapq
+import itertools
+import random
+import sys
+import time
+import tracemalloc
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import click
+
+from benchmarks import measure
+from ties_ray.drive import DEPTH
+from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
+from ties_ray.manifest import _RECORD, Record, Written
+from ties_ray.orders import ANSWER, ORDER, Answer, Order
+from ties_ray.schedule import Schedule
+from ties_ray.stage import Stage
+from ties_ray.stores import Part
+from ties_ray.work import RECORD_SECONDS, RECORD_SHARDS
+
+HOUR = 3600.0
+
+
+class World(NamedTuple):
+    """What workers are like; times in seconds."""
+
+    workers: int = 512
+    shards: int = 20_000
+    median: float = 4.0
+    """Of a shard on a usual worker..."""
+    sigma: float = 0.3
+    """...and the deviation of the logarithm."""
+    slow: int = 0
+    """Workers that take five times as long."""
+    hang: int = 0
+    """Workers that never end one of their first ten shards."""
+    lost_after: float = 0.0
+    """Mean time until a worker dies; 0: never."""
+    back_after: float = 30.0
+    record: float = 0.1
+    """What writing a record takes."""
+    repeats: bool = True
+    """As in the merge; in counting rounds the worker of a shard that hangs is given up instead."""
+    patience: float = 1800.0
+
+
+@dataclass
+class _Worker:
+    speed: float
+    dies: float
+    hangs_at: int
+    queue: deque[tuple[int, Order]] = field(default_factory=deque)
+    life: int = 0
+    """Raised with every loss, so that what the former worker would have told is not told."""
+    busy: bool = False
+    away: bool = False
+    batch: dict[int, float] = field(default_factory=dict)
+    """Seconds that each finished shard took, until they are in a record."""
+    since: float = 0.0
+    done: int = 0
+
+
+class Simulated(Executor):
+    """Workers in virtual time: a shard takes a random time, a record is written as `work.py` does it."""
+
+    name = "simulated"
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.now = 0.0
+        self.cpu = 0.0
+        """Seconds that this simulation took itself."""
+        self.records: dict[str, dict[int, float]] = {}
+        """Of every record that was written, the seconds of each shard."""
+        self._world = world
+        self._random = random.Random(seed)
+        self._coming: list[tuple[float, int, int, int, Event | None]] = []
+        """What happens: (time, order, worker, its life, event or None for the worker's death)."""
+        self._number = itertools.count()
+        self.workers = [self._born(worker) for worker in range(world.workers)]
+
+    def _born(self, worker: int) -> _Worker:
+        world, draw = self._world, self._random
+        dies = self.now + draw.expovariate(1 / world.lost_after) if world.lost_after else 0.0
+        slow = worker < world.slow
+        hangs_at = draw.randrange(10) if world.slow <= worker < world.slow + world.hang else -1
+        return _Worker(5.0 if slow else 1.0, dies, hangs_at)
+
+    def start(self, factory: str, setup: str, needs: Needs) -> int:
+        """Say how many there are, and let the first ones live until they die."""
+        for number, worker in enumerate(self.workers):
+            self._live(number, worker)
+        return len(self.workers)
+
+    def _live(self, number: int, worker: _Worker) -> None:
+        if worker.dies:
+            self._at(worker.dies, number, None)
+
+    def submit(self, worker: int, ticket: int, message: str) -> None:
+        """Put an order into a worker's queue."""
+        began = time.process_time()
+        one = self.workers[worker]
+        if not one.away:
+            one.queue.append((ticket, ORDER.validate_json(message)))
+            self._go_on(worker)
+        self.cpu += time.process_time() - began
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Go to the next event, or by `timeout`."""
+        began = time.process_time()
+        end, told = self.now + timeout, list[Event]()
+        while not told and self._coming and self._coming[0][0] <= end:
+            self.now, _, worker, life, event = heapq.heappop(self._coming)
+            told += self._happen(worker, life, event)
+        self.now = self.now if told else end
+        self.cpu += time.process_time() - began
+        return told
+
+    def give_up(self, worker: int) -> None:
+        """Forget a worker."""
+        self._forget(worker)
+
+    def revive(self, worker: int) -> None:
+        """Have it back after a while."""
+        self._at(self.now + self._world.back_after, worker, Ready(worker))
+
+    def stop(self) -> None:
+        """Nothing is left to end."""
+
+    def _at(self, when: float, worker: int, event: Event | None) -> None:
+        heapq.heappush(self._coming, (when, next(self._number), worker, self.workers[worker].life, event))
+
+    def _happen(self, worker: int, life: int, event: Event | None) -> Iterator[Event]:
+        one = self.workers[worker]
+        if life != one.life:
+            return
+        if event is None:
+            oldest = one.queue[0][0] if one.queue else None
+            self._forget(worker)
+            yield Lost(worker, oldest, "preempted")
+        elif isinstance(event, Ready):
+            one.away, one.dies = False, self._born(worker).dies
+            self._live(worker, one)
+            yield event
+        else:
+            one.queue.popleft()
+            one.busy = False
+            self._go_on(worker)
+            yield event
+
+    def _forget(self, worker: int) -> None:
+        one = self.workers[worker]
+        one.life, one.away, one.busy, one.hangs_at = one.life + 1, True, False, -1
+        one.queue.clear()
+        one.batch.clear()
+
+    def _go_on(self, worker: int) -> None:
+        """Begin with the next order, if the worker is free; what it will answer is known at once."""
+        one = self.workers[worker]
+        if one.busy or not one.queue:
+            return
+        ticket, order = one.queue[0]
+        one.busy = True
+        seconds, answer = 0.0, Answer()
+        old = one.batch and self.now - one.since >= RECORD_SECONDS
+        if order.action == "flush" or old or len(one.batch) >= RECORD_SHARDS:
+            seconds, answer = self._world.record, self._record(worker, one)
+        if order.action == "shard":
+            if one.done == one.hangs_at:
+                return
+            work = one.speed * self._random.lognormvariate(0, self._world.sigma) * self._world.median
+            one.since = one.since if one.batch else self.now + seconds + work
+            one.batch[order.index] = work
+            one.done += 1
+            seconds += work
+        told = replace(answer, bytes_read=2**28, bytes_written=2**26, requests=33, seconds={
+            "work": seconds, "wait_read": seconds / 7, "wait_write": seconds / 9})  # fmt: skip
+        self._at(self.now + seconds, worker, Answered(worker, ticket, ANSWER.dump_json(told).decode()))
+
+    def _record(self, worker: int, one: _Worker) -> Answer:
+        name = f"{next(iter(one.batch), 0):08d}-{worker:012d}-{len(self.records):06d}.json"
+        self.records[name] = dict(one.batch)
+        one.batch.clear()
+        return Answer(record=name, shards=tuple(self.records[name]))
+
+
+class Story(NamedTuple):
+    """What became of one round."""
+
+    makespan: float
+    ideal: float
+    """The makespan over that of perfectly divided work."""
+    utilisation: float
+    recorded: tuple[int, ...]
+    """Shards in the records that count, in the order of the records."""
+    again: int
+    """Tasks given back after a loss, and repeats."""
+    lost: int
+    cpu: float
+    """Seconds of the driver."""
+    steps: int
+
+
+def simulate(world: World, seed: int = 0) -> Story:
+    """Work one round off, as `drive.py` does."""
+    executor = Simulated(world, seed)
+    executor.start("", "", Needs(world.workers, 0))
+    began = time.process_time()
+    schedule = Schedule([1] * world.shards, world.workers, bytes_in_flight=world.shards, depth=DEPTH)
+    stage = Stage(
+        schedule, executor, lambda shard: Order("shard", 2, shard), first_ticket=3 << 40,
+        records=True, slow="repeat" if world.repeats else "replace", patience=world.patience,
+        clock=lambda: executor.now,
+    )  # fmt: skip
+    steps = 0
+    while not schedule.finished and not schedule.failure:
+        stage.step()
+        steps += 1
+    assert schedule.failure is None, schedule.failure
+    cpu = time.process_time() - began - executor.cpu
+    useful: dict[int, float] = {}
+    for name in stage.shards_by_record:
+        useful = executor.records[name] | useful
+    speeds = [1 / worker.speed for worker in executor.workers]
+    work = world.shards * world.median * 2.718281828 ** (world.sigma**2 / 2)
+    return Story(
+        makespan=executor.now,
+        ideal=executor.now / (work / sum(speeds)),
+        utilisation=sum(useful.values()) / world.workers / executor.now,
+        recorded=tuple(shard for shards in stage.shards_by_record.values() for shard in shards),
+        again=schedule.num_retries,
+        lost=schedule.num_losses,
+        cpu=cpu,
+        steps=steps,
+    )
+
+
+WORLDS = {
+    "no faults": World(),
+    "no faults, shards as unequal as e to the 1": World(sigma=1.0),
+    "8 workers 5 times slower": World(slow=8),
+    "4 workers hang": World(hang=4),
+    "each worker lost once in 10 min": World(lost_after=600.0),
+    "all of it": World(slow=8, hang=4, lost_after=600.0),
+}
+
+
+def records_read(shards: int) -> tuple[int, float]:
+    """Return how many records of 256 shards with a part each there are, and the CPU seconds of reading them."""
+    stored = [
+        _RECORD.dump_json(Record(2, tuple(range(first, min(first + RECORD_SHARDS, shards))), tuple(
+            Written(shard // 80, Part(shard % 80 + 1, 2**26, "9b2cf535f27731c974343645a3985328"), "1a2b3c4d")
+            for shard in range(first, min(first + RECORD_SHARDS, shards)))))
+        for first in range(0, shards, RECORD_SHARDS)
+    ]  # fmt: skip
+    began = time.process_time()
+    for data in stored:
+        _RECORD.validate_json(data)
+    return len(stored), time.process_time() - began
+
+
+def driver_cost(shards: int, workers: int) -> None:
+    """Print what a round of so many shards costs the driver."""
+    measure.table(("round", "shards", "workers", "driver CPU s", "ms a shard", "MB at the peak"))
+    for kind, repeats in (("counting", False), ("merge", True)):
+        world = World(workers=workers, shards=shards, repeats=repeats)
+        story = simulate(world)
+        gc.collect()
+        measure.row((kind, shards, workers, story.cpu, story.cpu / shards * 1e3, _peak(world)))
+    count, seconds = records_read(shards)
+    measure.row((f"reading {count} records", shards, "-", seconds, seconds / shards * 1e3, "-"))
+
+
+def _peak(world: World) -> float:
+    """Return what the driver holds at the most for a tenth of the shards, times ten, in MB."""
+    tracemalloc.start()
+    simulate(world._replace(shards=world.shards // 10))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak * 10 / 1e6
+
+
+@click.command()
+@click.option("--shards", default=100_000, show_default=True)
+@click.option("--workers", default=512, show_default=True)
+@click.option("--simulated", default=20_000, show_default=True, help="shards of each simulated round")
+@click.option("--seed", default=0, show_default=True)
+def main(shards: int, workers: int, simulated: int, seed: int) -> None:
+    """Measure the driver and simulate the schedule."""
+    driver_cost(shards, workers)
+    sys.stdout.write("\n")
+    measure.table(("workers", "round", "makespan s", "times ideal", "utilisation", "shards again", "lost"))
+    for name, world in WORLDS.items():
+        for repeats in (False, True):
+            story = simulate(world._replace(workers=workers, shards=simulated, repeats=repeats), seed)
+            kind = "merge" if repeats else "counting"
+            measure.row((name, kind, story.makespan, story.ideal, story.utilisation, story.again, story.lost))
+
+
+if __name__ == "__main__":
+    main()
