@@ -38,6 +38,8 @@ from ties_ray.stores import Stores, absolute, join
 
 PACKAGES = ("ties-ray", "torch", "numpy", "numba")
 """What must be of one version on all workers: the arithmetic rests on these."""
+TRIES = 3
+"""How often a merge is taken up again, at most, because the store has forgotten an upload."""
 DEPTH = 2
 """Shards a worker has at a time: one to do, one to follow at once."""
 SLOW: dict[str, Slow] = {
@@ -79,8 +81,14 @@ def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch) -> Mer
         opened, manifest, resumed = resume.open_run(wanted, stores, fresh=fresh)
         opened = replace(opened, notes=(*opened.notes, *taken_over))
         run = MergeRun(opened, stores, manifest, resumed=resumed, watch=watch)
-        run.execute(_executor(wanted.recipe))
-        return run.publish(started, held.check)
+        for left in reversed(range(TRIES)):
+            try:
+                run.execute(_executor(wanted.recipe))
+                return run.publish(started, held.check)
+            except InterruptedMerge:
+                if not left or run.uploads_are_known():
+                    raise
+        raise AssertionError("the last try returns or raises")
 
 
 def _executor(recipe: Recipe) -> Executor:
@@ -106,11 +114,21 @@ class MergeRun:
         self._workers_lost = 0
         self._quarantined: frozenset[int] = frozenset()
         self._uploads: dict[str, str] = {}
+        self._known: dict[str, Record] = {}
+        """The records of the last round that an interrupted run has left, as far as they count..."""
+        self._new: list[str] = []
+        """...and the names of those that this one has written."""
+        self._tries = 0
         self._phase = 0
 
     def execute(self, executor: Executor) -> None:
-        """Do all rounds; every one leaves its records and what the barrier makes of them in the manifest."""
+        """Do all rounds; every one leaves its records and what the barrier makes of them in the manifest.
+
+        Once more, it does what is not done yet, and what was written into uploads that the store has forgotten.
+        """
         recipe = self._plan.recipe
+        self._shards_done_before = 0
+        self._tries += 1
         setup = Setup(folder=self._manifest.folder, storage=recipe.storage)
         needs = Needs(
             num_workers=recipe.run.workers,
@@ -129,7 +147,7 @@ class MergeRun:
                     self._judge(self._manifest.read_folded(index - 1, [0])[0].surveys)
                 if round_.kind == "merge":
                     self._settle(index)
-                    self._uploads = self._begin_uploads()
+                    self._uploads = self._begin_uploads(index)
                 self._round(index, self._plan.result.rounds[index])
         finally:
             executor.stop()
@@ -171,32 +189,49 @@ class MergeRun:
             self._manifest.write_plan(plan)
             self._plan = plan
 
-    def _begin_uploads(self) -> dict[str, str]:
+    def _begin_uploads(self, last: int) -> dict[str, str]:
         """Return the upload of each weight file; begin those that are not there, or no longer known to the store."""
         store = self._stores.of(self._plan.output)
         uploads = self._manifest.read_uploads()
-        self._forgotten = set()
+        recorded: dict[tuple[int, str], set[int]] = {}
+        for record in self._records_of(last).values():
+            into = dict(record.uploads)
+            for one in record.parts:
+                recorded.setdefault((one.file, into[one.file]), set()).add(one.part.number)
         for index, file in enumerate(self._plan.result.files):
-            uri = join(self._plan.output, file.name)
-            if file.name not in uploads or store.list_parts(uri, uploads[file.name]) is None:
-                if self._is_completed(uri, file.size, uploads.get(file.name)):
-                    continue
+            uri, known = join(self._plan.output, file.name), uploads.get(file.name, "")
+            if known and store.list_parts(uri, known) is not None:
+                continue
+            whole = len(recorded.get((index, known), ())) == self._plan.layout.num_parts(index)
+            if not (whole and self._is_completed(uri, file.size)):
                 uploads[file.name] = store.begin_upload(uri, file.size)
-                self._forgotten.add(index)
         self._manifest.write_uploads(uploads)
         for uri, upload in store.list_uploads(self._plan.output):
             if upload not in uploads.values():
                 store.abort_upload(uri, upload)  # begun, and its id never noted: a kill, or the answer was lost
         return uploads
 
-    def _is_completed(self, uri: str, size: int, upload: str | None) -> bool:
-        """Return whether a killed run had completed this upload already: all its parts recorded, the object there."""
-        if upload is None:
-            return False
+    def _is_completed(self, uri: str, size: int) -> bool:
+        """Return whether a killed run had completed this upload, all parts of which were recorded: the object is there."""
         try:
             return self._stores.of(uri).head(uri, 0)[0].size == size
         except FileNotFoundError:
             return False
+
+    def uploads_are_known(self) -> bool:
+        """Return whether the store knows all uploads, as far as they had begun; one that was completed counts too."""
+        store = self._stores.of(self._plan.output)
+        return all(
+            store.list_parts(uri, self._uploads[file.name]) is not None or self._is_completed(uri, file.size)
+            for file in self._plan.result.files
+            if file.name in self._uploads
+            for uri in [join(self._plan.output, file.name)]
+        )
+
+    def _records_of(self, index: int) -> dict[str, Record]:
+        """Return the records of a round that an interrupted run has left, or an earlier try of this one."""
+        names = self._manifest.record_names(index) if self._resumed or self._tries > 1 else ()
+        return {name: self._manifest.read_record(index, name) for name in names}
 
     def _round(self, index: int, round_: PlannedRound) -> None:
         groups = self._groups(round_)
@@ -216,7 +251,7 @@ class MergeRun:
 
         shards |= self._work(round_.name, order, costs=costs, done=done, records=True, slow=SLOW[round_.kind])
         if round_.kind == "merge":
-            self._records = list(shards)
+            self._known, self._new = records, [name for name in shards if name not in records]
             return
         folds = []
         for group in groups:
@@ -263,14 +298,25 @@ class MergeRun:
         """Return the records of an interrupted run that count: of overlapping ones the first, none of lost uploads."""
         accepted: dict[str, Record] = {}
         covered: set[int] = set()
-        for name in self._manifest.record_names(index) if self._resumed else ():
-            record = self._manifest.read_record(index, name)
-            lost = any(written.file in self._forgotten for written in record.parts)
-            if lost or (round_.kind != "merge" and covered & set(record.shards)):
-                continue
-            accepted[name] = record
-            covered |= set(record.shards)
-        return accepted
+        for name, record in self._records_of(index).items():
+            if round_.kind == "merge":
+                accepted[name] = self._as_uploaded(record)
+            elif not covered & set(record.shards):
+                accepted[name] = record
+                covered |= set(record.shards)
+        return {name: record for name, record in accepted.items() if record.shards or not record.uploads}
+
+    def _as_uploaded(self, record: Record) -> Record:
+        """Return a record without what it tells of uploads that the store has forgotten: others write that again."""
+        files, layout = self._plan.result.files, self._plan.layout
+        gone = {file for file, upload in record.uploads if self._uploads[files[file].name] != upload}
+        lost = {placed.tensor.parameter for file in gone for placed in files[file].tensors}
+        return replace(
+            record,
+            shards=tuple(shard for shard in record.shards if layout.merge_shard(shard, 0).file not in gone),
+            parts=tuple(one for one in record.parts if one.file not in gone),
+            zeroed=tuple(one for one in record.zeroed if one[1] not in lost),
+        )
 
     def _work(
         self,
@@ -335,7 +381,7 @@ class MergeRun:
         """
         self.watch(Progress("publish", 0, 1, self._totals.bytes_read, self._plan.bytes_read))
         last = len(self._plan.result.rounds) - 1
-        records = [self._manifest.read_record(last, name) for name in self._records]
+        records = [*self._known.values(), *(self._manifest.read_record(last, name) for name in self._new)]
         parts = [part for record in records for part in record.parts]
         truncation, lost = self._truncation(last)
         zeroed: dict[str, int] = {}

@@ -72,7 +72,9 @@ class Record:
     round: int
     shards: tuple[int, ...]
     parts: tuple[Written, ...] = ()
-    """What the shards wrote."""
+    """What the shards wrote..."""
+    uploads: tuple[tuple[int, str], ...] = ()
+    """...and into which upload of each file: one that the store has forgotten takes its parts with it."""
     counts: tuple[Counts, ...] = ()
     statistics: dict[str, int] = field(default_factory=dict)
     zeroed: tuple[tuple[int, str, int], ...] = ()

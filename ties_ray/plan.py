@@ -27,7 +27,7 @@ from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
 from ties_ray.sources import NEEDS, TOGETHER, Footprint, Sources, formats_of
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Part of the run's identity. Raise it with any constant below: a resumed run works its shards out from them again."""
 MODEL_GROUP = 32
 """Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""

@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ties_ray.cache import Cache, Shelf
 from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Format, Read, Source
 from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.manifest import Seen, Written
-from ties_ray.stores import Pin, Stores, crc32c, shown
+from ties_ray.stores import Pin, Stores, crc32c, scheme_of, shown
 
 T = TypeVar("T")
 PIECE = 64 * 2**10
@@ -104,36 +105,10 @@ def differs(uri: str, start: int, stop: int) -> InputError:
     return InputError(Problem(shown(uri), what, remedy))
 
 
-class Cache:
-    """Whole tensors kept in memory, at most so many bytes; what was put in first makes room first."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held: dict[tuple[str, int, int], Tensor] = {}
-        self._size = 0
-        self._lock = threading.Lock()
-
-    def get(self, uri: str, start: int, stop: int) -> Tensor | None:
-        """Return the bytes [start, stop) of an object, if they are here."""
-        with self._lock:
-            return self._held.get((uri, start, stop))
-
-    def put(self, uri: str, start: int, data: Tensor) -> None:
-        """Keep bytes of an object, 1-D uint8, from `start` on; not if they alone are too many."""
-        if len(data) > self._limit:
-            return
-        with self._lock:
-            key = uri, start, start + len(data)
-            self._size += len(data) - len(self._held.get(key, ()))
-            self._held[key] = data
-            while self._size > self._limit:
-                self._size -= len(self._held.pop(next(iter(self._held))))
-
-
 class ReadAhead:
     """Reads slices in the order asked for, at most `ahead` of them in flight."""
 
-    def __init__(self, stores: Stores, formats: Mapping[str, Format], ahead: int, cache: int) -> None:
+    def __init__(self, stores: Stores, formats: Mapping[str, Format], ahead: int, cache: int, shelf: Shelf) -> None:
         """cache: bytes of factors that are kept."""
         self._stores = stores
         self._formats = formats
@@ -141,12 +116,17 @@ class ReadAhead:
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
         self._buffers = Buffers()
         self._cache = Cache(cache)
+        self._shelf = shelf
         self._lock = threading.Lock()
         self.waited = 0.0
         """Seconds that the merge has waited for bytes."""
         self.bytes_read = 0
         self.requests = 0
         """Reads of inputs; what the plan promises."""
+        self.bytes_kept = 0
+        """Not read, since they were kept from an earlier reading."""
+        self.keeps = False
+        """Whether a later round reads again what is read now."""
         self.ledger = Ledger()
         """What was read before; of the shard that is worked on."""
 
@@ -178,19 +158,27 @@ class ReadAhead:
         finally:
             self.waited += time.monotonic() - started
 
-    def read(self, pin: Pin, start: int, into: Tensor) -> None:
-        """Fill `into` (1-D uint8) with an input's bytes from `start` on."""
+    def read(self, pin: Pin, start: int, into: Tensor, *, again: bool = False) -> None:
+        """Fill `into` (1-D uint8) with an input's bytes from `start` on; again: this round may ask for them again."""
         store, data = self._stores.of(pin.uri), into.numpy()
-        for again in (False, True):
-            store.read(pin, start, data.data)
+        keeps = (self.keeps or again) and scheme_of(pin.uri) != "local"  # files the system keeps by itself
+        for repeated in (False, True):
+            missing = self._shelf.get(pin.uri, start, data) if not repeated else (start, start + len(data))
+            first, last = missing or (start, start)
+            if missing:
+                store.read(pin, first, data[first - start : last - start].data)
             with self._lock:
-                self.bytes_read += len(into)
-                self.requests += 1
+                self.bytes_read += last - first
+                self.bytes_kept += len(data) - (last - first)
+                self.requests += missing is not None
             mismatch = self.ledger.mismatch(pin.uri, start, data)
             if mismatch is None:
+                if keeps and missing:
+                    self._shelf.put(pin.uri, first, data[first - start : last - start])
                 return
-            if again:
+            if repeated:
                 raise differs(pin.uri, *mismatch)
+            self._shelf.forget(pin.uri)
             store.meter.add(retries=1)  # read it once more: they may have changed on the way here only
 
     def _fetch(self, wanted: Wanted) -> Stored:
@@ -202,14 +190,14 @@ class ReadAhead:
             views = [
                 self._kept(wanted.model.objects[read.object], read)
                 if read.shared and wanted.kept == "shared"
-                else self._buffered(wanted, read)
+                else self._buffered(wanted, read, again=bool(form.held(wanted.source)))
                 for read in reads
             ]
         return form.encoded(wanted.source, wanted.start, wanted.stop, views)
 
-    def _buffered(self, wanted: Wanted, read: Read) -> Tensor:
+    def _buffered(self, wanted: Wanted, read: Read, *, again: bool) -> Tensor:
         view = self._buffers.empty(read.stop - read.start, torch.uint8)
-        self.read(wanted.model.objects[read.object], read.start, view)
+        self.read(wanted.model.objects[read.object], read.start, view, again=again)
         return view
 
     def _cut_from_kept(self, wanted: Wanted, reads: Sequence[Read]) -> list[Tensor]:
@@ -229,7 +217,7 @@ class ReadAhead:
         data = self._cache.get(pin.uri, read.start, read.stop)
         if data is None:
             data = torch.empty(read.stop - read.start, dtype=torch.uint8)
-            self.read(pin, read.start, data)
+            self.read(pin, read.start, data, again=True)
             self._cache.put(pin.uri, read.start, data)
         return data
 

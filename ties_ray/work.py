@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ties_ray import kernels
+from ties_ray.cache import Shelf
 from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Parameter
 from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Stored, flushes_to_zero
@@ -109,13 +110,14 @@ class Batch:
         for scope, table in shard.tables.items():
             self.table(scope, len(table)).add_(table)
 
-    def record(self, round_: int) -> Record:
-        """Return the batch as it is stored."""
+    def record(self, round_: int, uploads: Sequence[str]) -> Record:
+        """Return the batch as it is stored; uploads: of each weight file, once they have begun."""
         self.harvest()
         return Record(
             round=round_,
             shards=tuple(self.shards),
             parts=tuple(self.parts),
+            uploads=tuple((file, uploads[file]) for file in sorted({part.file for part in self.parts})),
             counts=tuple(self.counts),
             statistics=dict(self.statistics),
             zeroed=tuple((member, name, count) for (member, name), count in self.zeroed.items()),
@@ -150,7 +152,7 @@ class Worker:
         self._kernels = kernels.load("cpu")
         folder = found.recipe.run.pool_cache
         self._pool = PoolCache(self._stores, folder) if folder else None
-        self._reads = ReadAhead(self._stores, self._formats, AHEAD, int(found.recipe.run.cache))
+        self._reads = ReadAhead(self._stores, self._formats, AHEAD, int(found.recipe.run.cache), Shelf(0, 0, None))
         self._writes = WriteBehind(self._stores)
         self._bases = Buffers()
         self._known: dict[int, dict[int, Folded]] = {}
@@ -761,7 +763,8 @@ class Worker:
             return
         name = f"{batch.shards[0]:08d}-{self._token}-{self._num_records:06d}.json"
         self._num_records += 1
-        self._manifest.write_record(name, batch.record(self._round))
+        uploads = [self._uploads.get(file.name, "") for file in self._result.files]
+        self._manifest.write_record(name, batch.record(self._round, uploads))
         self._answer = Answer(record=name, round=self._round, shards=tuple(batch.shards))
         self._batch = Batch()
 

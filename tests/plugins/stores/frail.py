@@ -76,6 +76,9 @@ class Frail(Local):
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
         return super().list_parts(_path(uri), upload)
 
+    def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
+        return tuple((SCHEME + uri, upload) for uri, upload in super().list_uploads(_path(folder)))
+
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         return _named(self._around("complete_upload", uri, upload, parts))
 
