@@ -1,15 +1,16 @@
-"""Objects of S3 and of what speaks its protocol, through s3fs, but with a strict reader of our own.
+"""Objects of S3 and of what speaks its protocol, through botocore, but with a strict reader of our own.
 
-s3fs brings sessions, credentials and an event loop in a thread of its own; requests go straight to its client, because
-its own wrappers retry, translate errors and trust responses in ways that lose data: asked for 1 MiB, they returned half
-of it, or the whole object, without a word. Here a response is checked for status, Content-Range, length and ETag.
+botocore brings sessions, credentials, signatures and a pool of connections; its retries are off, and its responses are
+not trusted: asked for 1 MiB, clients returned half of it, or the whole object, without a word. Here a response is
+checked for status, Content-Range, length and ETag, and its body is received straight into the caller's memory.
 """
 
-import asyncio
 import hashlib
 import re
+import threading
+import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +36,7 @@ from ties_ray.stores import (
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
-"""Bytes handed to or taken from a socket at a time."""
+"""Bytes handed to a socket at a time."""
 _LEAST_RATE = 1 << 18
 """Bytes a second below which a transfer counts as hung, after 60 s of grace."""
 _DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
@@ -72,7 +73,7 @@ class S3Options(BaseModel):
 
 
 class S3(Store):
-    """`s3://bucket/key`. Requests run in the one event loop thread of fsspec; callers wait in threads of their own."""
+    """`s3://bucket/key`. A request runs in the thread of its caller; all share one client and its connections."""
 
     options = S3Options
     pinned_by = "ETag, and version where the bucket keeps versions"
@@ -90,8 +91,6 @@ class S3(Store):
         assert isinstance(options, S3Options)
         if options.ca and not Path(options.ca).is_file():
             raise InputError(Problem("storage.s3.ca", f"there is no file {options.ca}", "every worker needs it"))
-        import s3fs  # half a second, which checking a recipe should not cost
-
         self._crc = (
             options.checksums or ("when_required" if options.endpoint_url else "when_supported")
         ) != "when_required"
@@ -104,27 +103,19 @@ class S3(Store):
         self._brake = Brake()
         self._etags_are_md5: dict[tuple[str, bool], bool] = {}
         """By bucket, and whether KMS encrypts; missing: not known yet."""
+        self._options = options
+        self._client: Any = None
         self._expired: Any = None
-        """The client whose credentials have run out."""
+        """The client whose credentials have run out; at first the one that is not there yet."""
+        self._connecting = threading.Lock()
         self._ask_version = True
-        self._files = s3fs.S3FileSystem(
-            endpoint_url=options.endpoint_url,
-            client_kwargs=_given(region_name=options.region, verify=options.ca),
-            config_kwargs={
-                "retries": {"total_max_attempts": 1, "mode": "standard"},
-                "connect_timeout": 10,
-                "read_timeout": self.silence,
-                "max_pool_connections": 64,
-                "tcp_keepalive": True,
-                "s3": {"addressing_style": options.addressing},
-                "request_checksum_calculation": "when_required",  # write_part and put send their own
-                "response_checksum_validation": "when_required",  # some send the whole object's checksum with a range
-                **_given(proxies={"http": options.proxy, "https": options.proxy} if options.proxy else None),
-            },
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            **_given(profile=options.profile),
-        )
+
+    def _connected(self) -> Any:
+        """Return the client; a new one, which looks for credentials anew, if those of the last have run out."""
+        with self._connecting:
+            if self._client is self._expired:
+                self._client = _client(self._options, self.silence)
+            return self._client
 
     def list(self, uri: str) -> Listing:
         """Return what lies directly in the folder, page by page of up to 1000 keys."""
@@ -158,19 +149,19 @@ class S3(Store):
         """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second."""
         wanted = max(nbytes, 1)
 
-        async def get(client: Any) -> tuple[Pin, bytes]:
+        def get(client: Any, late: float) -> tuple[Pin, bytes]:
             self.meter.add(requests=1)
             try:
-                response = await client.get_object(Range=f"bytes=0-{wanted - 1}", **_object(uri), **self._payer)
+                response = client.get_object(Range=f"bytes=0-{wanted - 1}", **_object(uri), **self._payer)
             except Exception as error:
                 if _answer(error)[0] != 416:
                     raise
                 self.meter.add(requests=1)
-                response = await client.get_object(**_object(uri), **self._payer)
-            async with response["Body"] as body:
+                response = client.get_object(**_object(uri), **self._payer)
+            with response["Body"] as body:
                 size = _whole_size(response, wanted)
                 data = bytearray(min(wanted, size))
-                await self._fill(body, memoryview(data))
+                self._fill(body, memoryview(data), late)
             if size == len(data) and _bare(response.get("ETag")) == _md5(data).hexdigest():
                 self._etags_are_md5[_kind(uri, response)] = True
             return _pin(uri, size, response), bytes(data[:nbytes])
@@ -187,11 +178,11 @@ class S3(Store):
         if pin.etag and not pin.etag.startswith("W/"):  # a weak ETag never satisfies If-Match
             arguments["IfMatch"] = f'"{pin.etag}"'
 
-        async def get(client: Any) -> None:
+        def get(client: Any, late: float) -> None:
             version = {"VersionId": pin.version} if pin.version and self._ask_version else {}
             self.meter.add(requests=1)
             try:
-                response = await client.get_object(**arguments, **version)
+                response = client.get_object(**arguments, **version)
             except Exception as error:
                 status, code, _ = _answer(error)
                 if status in (404, 412, 416) and code != "NoSuchBucket":
@@ -200,24 +191,29 @@ class S3(Store):
                     self._ask_version = False
                     raise Transient("no permission to read a version by its id") from error
                 raise
-            async with response["Body"] as body:
+            with response["Body"] as body:
                 _demand(response, wanted, len(into), pin)
-                await self._fill(body, into)
+                self._fill(body, into, late)
 
         self._repeat(pin.uri, f"reading bytes {start:,} to {start + len(into):,}", get, len(into))
 
-    async def _fill(self, body: Any, into: memoryview) -> None:
-        filled = 0
+    def _fill(self, body: Any, into: memoryview, late: float) -> None:
+        """Receive a body, which was announced to be as long as `into`, straight into the caller's memory.
+
+        `body` is urllib3's response. Its own `readinto` reads, copies, and waits for all that was asked for, however
+        slowly it comes; so the socket's file below it is read here, and http.client's count of what is left is kept.
+        """
+        answer, filled = body._fp, 0
         try:
-            while chunk := await body.read(_CHUNK):
-                if len(chunk) > len(into) - filled:
-                    raise Transient(f"the answer goes on after {len(into):,} bytes", attempts=4)
-                into[filled : filled + len(chunk)] = chunk
-                filled += len(chunk)
+            while answer.length and (count := answer.fp.readinto1(into[filled:])):
+                answer.length -= count
+                filled += count
+                _demand_time(late)
         finally:
             self.meter.add(bytes_read=filled)
         if filled < len(into):
             raise Transient(f"the answer ended after {filled:,} of {len(into):,} bytes")
+        body.read(1)  # nothing: so urllib3 notices the end, and keeps the connection for the next request
 
     def put(self, uri: str, data: bytes) -> Pin:
         """Write an object by one request."""
@@ -279,11 +275,10 @@ class S3(Store):
             proof = {"ContentMD5": b64encode(bytes.fromhex(checksum)).decode()}
         others = 0
 
-        async def send(client: Any) -> Any:
+        def send(client: Any, late: float) -> Any:
             nonlocal others
-            answer = await getattr(client, operation)(
-                Body=_Body(data), **_object(uri), **arguments, **proof, **self._payer
-            )
+            body = _Body(data, late)
+            answer = getattr(client, operation)(Body=body, **_object(uri), **arguments, **proof, **self._payer)
             self.meter.add(bytes_written=len(data))
             stored = answer.get("ChecksumCRC32C", checksum) if self._crc else _bare(answer.get("ETag"))
             if stored == checksum:
@@ -293,7 +288,7 @@ class S3(Store):
             others += 1
             kind, is_part = _kind(uri, answer), operation == "upload_part"
             unknown = not self._crc and kind not in self._etags_are_md5
-            if unknown and (others == 3 if is_part else await self._holds(client, uri, data)):
+            if unknown and (others == 3 if is_part else self._holds(client, uri, data, late)):
                 self._etags_are_md5[kind] = False
             if self._crc or self._etags_are_md5.get(kind, True):
                 raise Transient(f"other bytes arrived than were sent: {stored}, not {checksum}", attempts=4)
@@ -301,15 +296,15 @@ class S3(Store):
 
         return self._repeat(uri, doing, send, len(data)), checksum
 
-    async def _holds(self, client: Any, uri: str, data: memoryview) -> bool:
+    def _holds(self, client: Any, uri: str, data: memoryview, late: float) -> bool:
         """Return whether the object is these bytes."""
         self.meter.add(requests=1)
-        response = await client.get_object(**_object(uri), **self._payer)
-        async with response["Body"] as body:
+        response = client.get_object(**_object(uri), **self._payer)
+        with response["Body"] as body:
             if response.get("ContentLength") != len(data):
                 return False
             found = bytearray(len(data))
-            await self._fill(body, memoryview(found))
+            self._fill(body, memoryview(found), late)
         return found == data
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
@@ -391,19 +386,16 @@ class S3(Store):
     def _ask(self, uri: str, doing: str, operation: str, **arguments: Any) -> Any:
         """Return the answer of one request without a body either way."""
 
-        async def ask(client: Any) -> Any:
-            return await getattr(client, operation)(**arguments, **self._payer)
+        def ask(client: Any, late: float) -> Any:
+            return getattr(client, operation)(**arguments, **self._payer)
 
         return self._repeat(uri, doing, ask, 0)
 
-    def _repeat(self, uri: str, doing: str, request: Callable[[Any], Coroutine[Any, Any, T]], nbytes: int) -> T:
+    def _repeat(self, uri: str, doing: str, request: Callable[[Any, float], T], nbytes: int) -> T:
+        """Return what a request gives, which takes the client and the time when it is late."""
+
         def attempt() -> T:
-            future = asyncio.run_coroutine_threadsafe(self._once(uri, doing, request, nbytes), self._files.loop)
-            try:
-                return future.result()
-            except BaseException:
-                future.cancel()  # else it would go on filling a buffer that its owner believes to be free
-                raise
+            return self._once(uri, doing, request, nbytes)
 
         def seconds() -> float:
             return self.patience if self._answered and not self._given_up else self.first_patience
@@ -416,14 +408,11 @@ class S3(Store):
         self._given_up = False
         return result
 
-    async def _once(self, uri: str, doing: str, request: Callable[[Any], Coroutine[Any, Any, T]], nbytes: int) -> T:
+    def _once(self, uri: str, doing: str, request: Callable[[Any, float], T], nbytes: int) -> T:
         client = None
         try:
-            async with asyncio.timeout(60 + nbytes / _LEAST_RATE):
-                client = await self._files.set_session()
-                if client is self._expired:
-                    client = await self._files.set_session(refresh=True)  # which looks for credentials anew
-                result = await request(client)
+            client = self._connected()
+            result = request(client, time.monotonic() + 60 + nbytes / _LEAST_RATE)
         except (MergeError, Transient):
             self._answered = True
             raise
@@ -437,23 +426,47 @@ class S3(Store):
         return result
 
 
+def _client(options: S3Options, silence: float) -> Any:
+    """Return a client of botocore, of a session of its own."""
+    import botocore.session  # slow, and checking a recipe should not pay for it
+    from botocore.config import Config
+
+    config = Config(
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        connect_timeout=silence,  # which urllib3 also gives each chunk that is sent
+        read_timeout=silence,
+        max_pool_connections=64,
+        tcp_keepalive=True,
+        s3={"addressing_style": options.addressing},
+        request_checksum_calculation="when_required",  # write_part and put send their own
+        response_checksum_validation="when_required",  # some send the whole object's checksum with a range
+        proxies={"http": options.proxy, "https": options.proxy} if options.proxy else None,
+    )
+    session = botocore.session.Session(profile=options.profile)
+    place = {"region_name": options.region, "endpoint_url": options.endpoint_url}
+    return session.create_client("s3", **place, verify=options.ca, config=config)
+
+
 class _Unmet(InputError):
     """The condition of a write does not hold."""
 
 
 class _Body:
-    """What botocore takes for a file and aiohttp for a stream: the caller's memory, sent without a copy."""
+    """What botocore takes for a file: the caller's memory, sent without a copy."""
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, late: float) -> None:
         self._data = data
+        self._late = late
         self._at = 0
 
     def __len__(self) -> int:
         return len(self._data)
 
     def read(self, size: int = -1) -> memoryview:
-        """Return the next bytes, for the signature."""
-        start, self._at = self._at, len(self._data) if size < 0 else min(self._at + size, len(self._data))
+        """Return the next bytes: more than asked for, since urllib3 sends 16 KiB at a time if it may."""
+        _demand_time(self._late)
+        start = self._at
+        self._at = len(self._data) if size < 0 else min(start + max(size, _CHUNK), len(self._data))
         return self._data[start : self._at]
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -465,14 +478,11 @@ class _Body:
         """Return the place."""
         return self._at
 
-    async def __aiter__(self) -> AsyncIterator[memoryview]:
-        for start in range(0, len(self._data), _CHUNK):
-            yield self._data[start : start + _CHUNK]
 
-
-def _given(**arguments: object) -> dict[str, Any]:
-    """Return the arguments that are not None."""
-    return {name: value for name, value in arguments.items() if value is not None}
+def _demand_time(late: float) -> None:
+    """Raise if a transfer has gone on for too long, though it never fell silent."""
+    if time.monotonic() > late:
+        raise TimeoutError(f"fewer than {_LEAST_RATE:,} bytes a second came through")
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -582,7 +592,7 @@ def _explained(error: Exception, uri: str, doing: str) -> Exception:
 
 def _explained_client(error: Exception, uri: str, doing: str) -> Exception:
     """Return what to raise for an error that happened on our side of the wire."""
-    import aiohttp
+    import urllib3
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
 
@@ -600,7 +610,7 @@ def _explained_client(error: Exception, uri: str, doing: str) -> Exception:
         boto.CredentialRetrievalError,
         boto.IncompleteReadError,
         boto.ResponseStreamingError,
-        aiohttp.ClientError,
+        urllib3.exceptions.HTTPError,
         ResponseParserError,
         OSError,
     )
