@@ -1,11 +1,14 @@
 """What planning costs: seconds, requests by kind, memory, and the size of the stored plan; from disk and from S3.
 
     python -m benchmarks.planning [--models 200] [--files 10] [--storage disk --storage s3]
+    python -m benchmarks.planning --large 1000
 
 The models have about 300 parameters, which are tiny, since planning reads headers only. S3 is moto on loopback, which
-answers one request at a time in about 3 ms.
+answers one request at a time in about 3 ms. `--large`: what becomes of so many models of the shape of Llama-3.1-70B
+once their headers are read, from a catalog that is made up.
 """
 
+import functools
 import gzip
 import json
 import re
@@ -16,14 +19,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import psutil
 
 from benchmarks import measure
 from benchmarks.family import Shape, write_model
+
+if TYPE_CHECKING:
+    from ties_ray.catalog import Catalog
+    from ties_ray.plan import Plan
 
 SHAPE = Shape(hidden=8, intermediate=16, layers=33, vocabulary=64)
 BUCKET = "planning"
@@ -61,7 +68,7 @@ def plan_once(given: str) -> None:
 
 
 def _counted(method: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
-    @wraps(method)
+    @functools.wraps(method)
     def call(*given: Any) -> Any:
         calls[name] += 1
         return method(*given)
@@ -94,12 +101,86 @@ def report(place: str, storage: dict[str, object], log: Path | None) -> None:
                  found["load"]))  # fmt: skip
 
 
+def large_catalog(num_models: int, ways: int) -> "Catalog":
+    """Return fine-tunes of a model of 70B parameters; ways: in how many ways they are cut into files."""
+    from ties_ray.catalog import Catalog, Model
+    from ties_ray.formats import Parameter, Source, TensorRef
+    from ties_ray.stores import Pin
+
+    hidden, inner, keys, rows = 8192, 28672, 1024, 128_256
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, hidden)}
+    for layer in range(80):
+        of_layer = {
+            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "mlp.down_proj": (hidden, inner),
+            "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}
+    parameters = tuple(Parameter(name, shape, "BF16", True) for name, shape in shapes.items())
+
+    def cut(files: int) -> tuple[dict[str, Source], int]:
+        size, sources, position, file = sum(2 * one.numel for one in parameters) // files, {}, 0, 0
+        for one in parameters:
+            sources[one.name] = Source((TensorRef(file, position, "BF16", one.shape),))
+            position += 2 * one.numel
+            if position > size:
+                file, position = file + 1, 0
+        return sources, file + 1
+
+    stored = [cut(30 + way) for way in range(ways)]
+
+    def model(name: str, way: int) -> Model:
+        sources, files = stored[way]
+        pins = (Pin(f"s3://models/{name}/model-{n:05d}.safetensors", 4_900_000_000, "a" * 32) for n in range(files))
+        return Model(f"s3://models/{name}", name, "checkpoint", tuple(pins), sources)
+
+    models = tuple(model(str(number), number % ways) for number in range(num_models))
+    return Catalog(model("base", 0), models, parameters, (), ())
+
+
+def work_out(plan: "Plan") -> None:
+    """Work out what each shard of all rounds covers."""
+    for one in plan.result.rounds:
+        for index in range(one.num_shards):
+            plan.layout.shard(one, index, len(plan.result.models))
+
+
+def plan_large(num_models: int) -> None:
+    """Print what it takes to plan, to store the plan, to load it, and to work out all shards from it."""
+    from ties_ray.plan import Plan, make_plan
+    from ties_ray.recipe import validate
+
+    def taken(step: Callable[[], Any]) -> tuple[Any, float, float]:
+        before, began = psutil.Process().memory_info().rss, time.process_time()
+        return step(), time.process_time() - began, (psutil.Process().memory_info().rss - before) / 1e6
+
+    measure.table(("cut into files in", "shards", "make_plan CPU s", "MB more", "to_json s", "stored MB", "gzipped MB",
+                   "from_json s", "MB more", "all shards s"))  # fmt: skip
+    names = [f"s3://models/{number}" for number in range(num_models)]
+    recipe = validate({"base": "s3://models/base", "models": names, "method": "ties", "output": "s3://merged/all"})
+    for ways in (1, 10, min(100, num_models)):
+        catalog = large_catalog(num_models, ways)
+        plan, made, grown = taken(functools.partial(make_plan, recipe, catalog))
+        stored, written, _ = taken(plan.to_json)
+        loaded, read, more = taken(functools.partial(Plan.from_json, stored))
+        _, worked_out, _ = taken(functools.partial(work_out, loaded))
+        shards = sum(one.num_shards for one in loaded.result.rounds)
+        measure.row((f"{ways} ways", shards, made, grown, written, len(stored) / 1e6,
+                     len(gzip.compress(stored, 1)) / 1e6, read, more, worked_out))  # fmt: skip
+
+
 @click.command()
 @click.option("--models", default=200, show_default=True)
 @click.option("--files", default=10, show_default=True, help="weight files of each model")
 @click.option("--storage", type=click.Choice(["disk", "s3"]), multiple=True, default=["disk", "s3"], show_default=True)
-def main(models: int, files: int, storage: tuple[str, ...]) -> None:
+@click.option("--large", default=0, help="plan so many models of 70B parameters, and nothing else")
+def main(models: int, files: int, storage: tuple[str, ...], large: int) -> None:
     """Plan the merge of many models, and print what it took."""
+    if large:
+        plan_large(large)
+        return
     with tempfile.TemporaryDirectory(prefix="ties-ray-") as temporary:
         folder = Path(temporary) / "inputs"
         write_inputs(folder, models, files)

@@ -51,6 +51,22 @@ def test_planning_sends_one_request_a_header(tmp_path: Path) -> None:
     assert int(calls["head"]) >= headers + texts + copied
 
 
+def test_planning_for_large_models_is_measured_from_a_catalog_that_is_made_up() -> None:
+    found = rows(run("planning", "--large", "40"))
+    assert [row["cut into files in"] for row in found] == ["1 ways", "10 ways", "40 ways"]
+    assert {row["shards"] for row in found} == {str(2 * 2 * 2103 + 2120)}  # two groups of models, two counting rounds
+    sizes = [float(row["stored MB"]) for row in found]
+    assert sizes == sorted(sizes)
+
+
+def test_the_driver_is_measured_and_its_schedule_simulated() -> None:
+    cost, worlds = run("scale", "--shards", "2000", "--workers", "16", "--simulated", "400").strip().split("\n\n")
+    assert [row["round"] for row in rows(cost)] == ["counting", "merge", "reading 8 records"]
+    told = rows(worlds)
+    assert {row["round"] for row in told} == {"counting", "merge"}
+    assert all(0 < float(row["utilisation"]) <= 1 <= float(row["times ideal"]) for row in told)
+
+
 def test_help_takes_neither_torch_nor_ray() -> None:
     found = {row["command"]: row["loads"] for row in rows(run("startup", "--runs", "1"))}
     assert found["ties-ray --help"] == "-"

@@ -419,8 +419,8 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
         trimmed = [number for number, density in enumerate(need.densities) if density < 1]
         groups = -(-len(result.models) // MODEL_GROUP)
         block = _block(recipe, sources, beside=TABLES, resident=False)
+        num_bytes, requests = cost.counting(trimmed, block)
         for name, kind in (("threshold, high bits", "count_high"), ("threshold, low bits", "count_low")):
-            num_bytes, requests = cost.counting(trimmed, block)
             yield PlannedRound(name, kind, 0, groups * layout.num_ranges, 1, block, num_bytes, requests)  # type: ignore[arg-type]
     own = recipe.method.rounds()
     condenses = recipe.output.condenses
@@ -450,16 +450,9 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
 
 def _element_bytes(sources: Sources, slices: int) -> int:
     """Return what an element of a block costs while `slices` models' slices are held."""
-    dense = {
-        ref.dtype
-        for model in sources.models
-        for source in model.sources.values()
-        if not sources.formats[model.format].held(source)
-        for ref in source.tensors
-    }
     base = {ref.dtype for source in sources.catalog.base.sources.values() for ref in source.tensors}
     widths = {dtype: DTYPE_BITS[dtype] // 8 for dtype in ("F64", "F32", "F16", "BF16")}
-    widest = max((widths[dtype] for dtype in dense & widths.keys()), default=0)
+    widest = max((widths[dtype] for dtype in sources.dense_dtypes & widths.keys()), default=0)
     of_base = max((widths[dtype] for dtype in base & widths.keys()), default=4)
     return STATE_BYTES + max(4, of_base, widest) + of_base + widest * slices
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from ties_ray import plugins
@@ -53,12 +54,43 @@ class Sources:
         self.formats = formats_of((catalog.base, *self.models))
         self._cache = int(recipe.run.cache)
         self._known: dict[tuple[int, str], Footprint] = {}
+        self._sums: dict[tuple[str, tuple[tuple[int, int], ...]], Footprint] = {}
+        self._grouped: tuple[Sequence[Model], tuple[tuple[int, int], ...], tuple[Model, ...]] = ((), (), ())
+
+    @cached_property
+    def dense_dtypes(self) -> frozenset[str]:
+        """The dtypes of what models store as whole tensors."""
+        _, models = self._alike(self.models)
+        return frozenset(
+            ref.dtype
+            for model in models
+            for source in model.sources.values()
+            if not self.formats[model.format].held(source)
+            for ref in source.tensors
+        )
 
     def footprint(self, parameter: Parameter, models: Sequence[Model]) -> Footprint:
-        """Return what these models store for a parameter."""
-        alike = Counter(id(model.sources) for model in models)
-        first = {id(model.sources): model for model in models}
-        parts = [(count, self._one(parameter, first[key])) for key, count in alike.items()]
+        """Return what these models store for a parameter; quick where many of them store theirs alike."""
+        counts, kinds = self._alike(models)
+        key = parameter.name, counts
+        if key not in self._sums:
+            parts = [(count, self._one(parameter, model)) for (_, count), model in zip(counts, kinds, strict=True)]
+            self._sums[key] = self._sum(parts)
+        return self._sums[key]
+
+    def _alike(self, models: Sequence[Model]) -> tuple[tuple[tuple[int, int], ...], tuple[Model, ...]]:
+        """Return (identity of the sources, models that share them) for each kind among them, and one model of each.
+
+        Planning asks for one parameter after the other of the same models, so the last answer is kept.
+        """
+        if self._grouped[0] is not models:
+            counts = tuple(sorted(Counter(id(model.sources) for model in models).items()))
+            first = {id(model.sources): model for model in models}
+            self._grouped = models, counts, tuple(first[key] for key, _ in counts)
+        return self._grouped[1:]
+
+    @staticmethod
+    def _sum(parts: Sequence[tuple[int, Footprint]]) -> Footprint:
 
         def total(values: Iterable[int]) -> int:
             return sum(count * value for (count, _), value in zip(parts, values, strict=True))
@@ -88,6 +120,15 @@ class Sources:
         if footprint.factors[0] <= self._cache:
             return "all"
         return "shared" if footprint.shared[0] <= self._cache else "nothing"
+
+    def room_for_slices(self) -> int:
+        """Return the bytes of a worker's cache that are left beside all factors."""
+        factors = sum(
+            self.footprint(parameter, self.models).factors[0]
+            for parameter in self.catalog.parameters
+            if parameter.merged
+        )
+        return max(0, self._cache - factors)
 
     def rank_sum(self, recipe: Recipe, members: Sequence[Member], parameter: Parameter) -> int:
         """Return the summed rank if the method is a weighted sum of plain factors here, below the matrix's width.
