@@ -1,16 +1,28 @@
 """What a worker keeps of its inputs."""
 
+import importlib
 import os
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.families import Family
+from tests.merging import LOCAL, digests, recipe_of
+from ties_ray import drive, work
 from ties_ray.cache import Cache, Shelf
+from ties_ray.plan import Plan
+from ties_ray.report import MergeResult
+from ties_ray.schedule import Schedule
+from ties_ray.stores import Stores
 
+planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
 URI = "s3://bucket/x"
 DATA = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
 
@@ -114,3 +126,102 @@ def test_factors_make_room_for_the_newest() -> None:
     assert found.tolist() == [2] * 40
     cache.put(URI, 1000, torch.zeros(101, dtype=torch.uint8))
     assert cache.get(URI, 1000, 1101) is None
+
+
+# Whole merges.
+
+TIES = {"name": "ties", "density": 0.3}
+
+
+@pytest.fixture(scope="module")
+def in_a_bucket(family_of: Callable[..., Family]) -> Family:
+    """Return a family that lies in a store whose reads cost something: memory, which threads share."""
+    family = family_of(hidden=256, shards=2)
+    store = Stores({}).of("memory://cached")
+    for folder in (family.base, *family.models):
+        for path in Path(folder).iterdir():
+            store.put(f"memory://cached/{Path(folder).name}/{path.name}", path.read_bytes())
+    names = [f"memory://cached/{Path(folder).name}" for folder in (family.base, *family.models)]
+    return replace(family, base=names[0], models=tuple(names[1:]))
+
+
+def merged_with(family: Family, folder: Path, **run: object) -> tuple[MergeResult, Plan]:
+    recipe = recipe_of(family, folder, TIES, run={**LOCAL, "disk_folder": str(folder.parent), **run})
+    return drive.merge(recipe), drive.plan(recipe)
+
+
+@pytest.fixture(scope="module")
+def uncached(in_a_bucket: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("uncached") / "out"
+    result, plan = merged_with(in_a_bucket, folder, cache=0, disk_cache=0)
+    assert (result.bytes_read, result.bytes_kept) == (plan.bytes_read, 0)
+    return digests(folder)
+
+
+@pytest.mark.parametrize("where", [{"disk_cache": 0}, {"cache": 0}, {"cache": 500_000}])
+def test_later_rounds_read_from_the_cache_and_not_from_the_bucket(
+    where: dict[str, int], in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path
+) -> None:
+    result, plan = merged_with(in_a_bucket, tmp_path / "out", **where)
+    high, low, merge = plan.result.rounds
+    assert (high.bytes_again, low.bytes_again) == (0, low.bytes_read)
+    assert 0 < merge.bytes_again <= merge.bytes_read
+    assert result.bytes_kept == plan.bytes_again
+    assert result.bytes_read == plan.bytes_read - plan.bytes_again
+    assert digests(tmp_path / "out") == uncached
+
+
+def test_a_cache_that_is_too_small_spares_what_it_holds(
+    in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path
+) -> None:
+    held = 1_000_000
+    result, plan = merged_with(in_a_bucket, tmp_path / "out", cache=0, disk_cache=held)
+    assert held < result.bytes_kept <= 2 * held  # twice read again: by the second round and by the merge
+    assert result.bytes_read + result.bytes_kept == plan.bytes_read
+    assert digests(tmp_path / "out") == uncached
+
+
+def test_shards_go_to_the_worker_that_has_read_their_bytes(
+    in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Schedule, "_steal", lambda schedule, thief: False)  # how fast a worker is must not matter here
+    monkeypatch.setattr(planning, "MIN_RANGE", 2**16)
+    result, plan = merged_with(in_a_bucket, tmp_path / "out", workers=3)
+    assert plan.result.rounds[0].num_shards > 6
+    assert result.bytes_read + result.bytes_kept == plan.bytes_read
+    # The whole second round, and of the merge at least what one worker has: its shards lie across several ranges.
+    _, low, merge = plan.result.rounds
+    assert result.bytes_kept - low.bytes_again > merge.bytes_again // 4
+    assert digests(tmp_path / "out") == uncached
+
+
+def test_groups_of_models_share_the_base(
+    in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (planning, drive, work):
+        monkeypatch.setattr(module, "MODEL_GROUP", 2)
+    result, plan = merged_with(in_a_bucket, tmp_path / "out")
+    assert plan.result.rounds[0].bytes_again > 0
+    assert result.bytes_kept == plan.bytes_again
+    assert digests(tmp_path / "out") == uncached
+
+
+def test_what_a_cache_has_damaged_is_read_again(
+    in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Shelf.put
+
+    def damaging(shelf: Shelf, uri: str, start: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        put(shelf, uri, start, data ^ np.uint8(1) if "model-1" in uri else data)
+
+    monkeypatch.setattr(Shelf, "put", damaging)
+    result, plan = merged_with(in_a_bucket, tmp_path / "out")
+    assert result.retries > 0
+    assert 0 < result.bytes_kept < plan.bytes_again
+    assert digests(tmp_path / "out") == uncached
+
+
+def test_local_inputs_are_left_to_the_system(family_of: Callable[..., Family], tmp_path: Path) -> None:
+    result, plan = merged_with(family_of(hidden=64, shards=1), tmp_path / "out")
+    assert plan.bytes_again == result.bytes_kept == 0
+    assert result.bytes_read == plan.bytes_read

@@ -84,7 +84,7 @@ class _File(_Memory):
     def _is_there(self, size: int) -> bool:
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
             disk = os.fstatvfs(self._file.fileno())
         except OSError:

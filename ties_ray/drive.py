@@ -116,6 +116,10 @@ class MergeRun:
         self._uploads: dict[str, str] = {}
         self._known: dict[str, Record] = {}
         """The records of the last round that an interrupted run has left, as far as they count..."""
+        self._owners: tuple[int | None, ...] = ()
+        """The worker that carried each order of the last stage out."""
+        self._readers: dict[int, int] = {}
+        """The worker that has read a range of the merged parameters, and may have kept it."""
         self._new: list[str] = []
         """...and the names of those that this one has written."""
         self._tries = 0
@@ -212,7 +216,7 @@ class MergeRun:
         return uploads
 
     def _is_completed(self, uri: str, size: int) -> bool:
-        """Return whether a killed run had completed this upload, all parts of which were recorded: the object is there."""
+        """Return whether an upload whose parts were all recorded was completed: the object is there."""
         try:
             return self._stores.of(uri).head(uri, 0)[0].size == size
         except FileNotFoundError:
@@ -249,7 +253,13 @@ class MergeRun:
         def order(shard: int) -> Order:
             return self._order("shard", index, shard, known=of_group[self._group(round_, shard)])
 
-        shards |= self._work(round_.name, order, costs=costs, done=done, records=True, slow=SLOW[round_.kind])
+        ranges = self._ranges(round_)
+        prefer = [self._reader(one) for one in ranges]
+        slow = SLOW[round_.kind]
+        shards |= self._work(round_.name, order, costs=costs, done=done, records=True, slow=slow, prefer=prefer)
+        for one, owner in zip(ranges, self._owners, strict=True):
+            if one is not None and owner is not None:
+                self._readers[one] = owner
         if round_.kind == "merge":
             self._known, self._new = records, [name for name in shards if name not in records]
             return
@@ -259,6 +269,25 @@ class MergeRun:
             names += [name for name, own in shards.items() if not own and name.endswith(f"-{group}.json")]
             folds.append(self._order("fold", index, group, tuple(names), known=of_group[group]))
         self._work(f"{round_.name}: barrier", folds.__getitem__, costs=[1] * len(folds))
+
+    def _ranges(self, round_: PlannedRound) -> list[int | None]:
+        """Return a range of the merged parameters, the first, that each shard of a round reads of."""
+        layout = self._plan.layout
+        if round_.kind in (*COUNTS, "gather"):
+            return [index % layout.num_ranges for index in range(round_.num_shards)]
+        if round_.kind == "survey" or self._num_workers == 1:
+            return [None] * round_.num_shards
+        firsts = [layout.segments(layout.shard(round_, index, 0))[:1] for index in range(round_.num_shards)]
+        return [min(layout.ranges_over(first), default=None) for first in firsts]
+
+    def _reader(self, range_: int | None) -> int | None:
+        """Return the worker that a shard should go to: the one that has read of the range, or that is to be it.
+
+        A range goes to one worker for all groups of models, since the merge reads it of all of them.
+        """
+        if range_ is None:
+            return None
+        return self._readers.get(range_, range_ * self._num_workers // self._plan.layout.num_ranges)
 
     def _order(
         self,
@@ -327,13 +356,21 @@ class MergeRun:
         done: Collection[int] = (),
         records: bool = False,
         slow: Slow = "wait",
+        prefer: Sequence[int | None] | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """Have as many orders carried out as there are costs; return the shards by record name.
 
         records: an order is finished when a record holds it, else as soon as it is answered.
+        prefer: the worker that each order should go to.
         """
         schedule = Schedule(
-            costs, self._num_workers, bytes_in_flight=sum(costs) + 1, done=done, lost=self._quarantined, depth=DEPTH
+            costs,
+            self._num_workers,
+            bytes_in_flight=sum(costs) + 1,
+            done=done,
+            lost=self._quarantined,
+            prefer=prefer,
+            depth=DEPTH,
         )
         self._phase += 1
         stage = Stage(
@@ -354,6 +391,7 @@ class MergeRun:
         self._shards_again += schedule.num_retries
         self._workers_lost += schedule.num_losses
         self._quarantined = schedule.quarantined
+        self._owners = schedule.owners
         self._watch(name, schedule)
         return stage.shards_by_record
 
@@ -362,6 +400,7 @@ class MergeRun:
             bytes_read=self._totals.bytes_read + answer.bytes_read,
             bytes_written=self._totals.bytes_written + answer.bytes_written,
             requests=self._totals.requests + answer.requests,
+            bytes_kept=self._totals.bytes_kept + answer.bytes_kept,
             bytes_compared=self._totals.bytes_compared + answer.bytes_compared,
             retries=self._totals.retries + answer.retries,
         )
@@ -369,7 +408,7 @@ class MergeRun:
             self._seconds[name] = self._seconds.get(name, 0.0) + value
 
     def _watch(self, stage: str, schedule: Schedule) -> None:
-        read = self._totals.bytes_read
+        read = self._totals.bytes_read + self._totals.bytes_kept
         self.watch(Progress(stage, schedule.num_done, schedule.num_tasks, read, self._plan.bytes_read))
 
     # -- after the last round
@@ -403,6 +442,7 @@ class MergeRun:
             retries=self._totals.retries,
             bytes_read=self._totals.bytes_read,
             requests=self._totals.requests,
+            bytes_kept=self._totals.bytes_kept,
             bytes_compared=self._totals.bytes_compared,
             bytes_written=self._totals.bytes_written,
             worker_seconds=self._seconds,

@@ -45,6 +45,8 @@ class Answer:
     """Of inputs; so are the requests. What the plan promises."""
     bytes_written: int = 0
     requests: int = 0
+    bytes_kept: int = 0
+    """Of inputs, not read, since the worker had kept them."""
     bytes_compared: int = 0
     """Of the bytes read: what an earlier reading had shown already, and was the same."""
     retries: int = 0

@@ -26,6 +26,7 @@ from ties_ray.pool import Refused
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
 from ties_ray.sources import NEEDS, TOGETHER, Footprint, Sources, formats_of
+from ties_ray.stores import scheme_of
 
 SCHEMA_VERSION = 3
 """Part of the run's identity. Raise it with any constant below: a resumed run works its shards out from them again."""
@@ -94,6 +95,8 @@ class PlannedRound(NamedTuple):
     """Elements."""
     bytes_read: int
     requests: int
+    bytes_again: int = 0
+    """Of `bytes_read`: slices from buckets that were read before; the workers' caches spare what they hold of them."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,11 @@ class Plan:
     def bytes_read(self) -> int:
         """Return what all rounds read."""
         return sum(round_.bytes_read for round_ in self.result.rounds)
+
+    @property
+    def bytes_again(self) -> int:
+        """Return how much of it may come from caches."""
+        return sum(round_.bytes_again for round_ in self.result.rounds)
 
     @property
     def bytes_written(self) -> int:
@@ -199,6 +207,17 @@ class Layout:
     def part(self, file: int, number: int) -> tuple[int, int]:
         """Return the bytes [start, stop) of part `number` (from 0)."""
         return number * self.part_size, min((number + 1) * self.part_size, self.files[file].size)
+
+    def segments(self, shard: Shard) -> tuple[Segment, ...]:
+        """Return the merged elements that a shard covers."""
+        if not shard.parts[1]:
+            return shard.segments
+        return tuple(
+            Segment(self.by_name[placed.tensor.parameter], first, last)
+            for number in range(*shard.parts)
+            for placed, first, last in elements_in(self, shard.file, number)
+            if placed.tensor.origin == "merged"
+        )
 
     def tensors_in(self, file: int, start: int, stop: int) -> Iterator[Placed]:
         """Yield the tensors that have bytes in [start, stop) of a file, in order."""
@@ -419,9 +438,10 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
         trimmed = [number for number, density in enumerate(need.densities) if density < 1]
         groups = -(-len(result.models) // MODEL_GROUP)
         block = _block(recipe, sources, beside=TABLES, resident=False)
-        num_bytes, requests = cost.counting(trimmed, block)
+        counted = cost.counting(trimmed, block)
         for name, kind in (("threshold, high bits", "count_high"), ("threshold, low bits", "count_low")):
-            yield PlannedRound(name, kind, 0, groups * layout.num_ranges, 1, block, num_bytes, requests)  # type: ignore[arg-type]
+            again = cost.again(trimmed, 1, _groups(trimmed))
+            yield PlannedRound(name, kind, 0, groups * layout.num_ranges, 1, block, *counted, again)  # type: ignore[arg-type]
     own = recipe.method.rounds()
     condenses = recipe.output.condenses
     for position, round_ in enumerate(own):
@@ -436,16 +456,22 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
         passes = 1
         if resident and block < MIN_RESIDENT_BLOCK:
             block, passes = _block(recipe, sources, beside=beside, resident=False), round_.passes
+        again = cost.again(range(len(result.models)), passes, 1)
         if not last:
-            read = cost.gathering(block, passes)
+            read = *cost.gathering(block, passes), again
             yield PlannedRound(round_.name, "gather", position, layout.num_ranges, passes, block, *read)
         elif condenses:
-            read = cost.condensing(block, passes)
+            read = *cost.condensing(block, passes), again
             yield PlannedRound(round_.name, "condense", position, len(layout.matrices), passes, block, *read)
             yield PlannedRound("assemble", "merge", position, layout.num_merge_shards, 1, block, 0, 0)
         else:
-            read = cost.merging(block, passes)
+            read = *cost.merging(block, passes), again
             yield PlannedRound(round_.name, "merge", position, layout.num_merge_shards, passes, block, *read)
+
+
+def _groups(members: Iterable[int]) -> int:
+    """Return for how many groups the base is read while these are counted."""
+    return len({member // MODEL_GROUP for member in members})
 
 
 def _element_bytes(sources: Sources, slices: int) -> int:
@@ -504,8 +530,9 @@ def _memory(recipe: Recipe, result: PlannedResult, round_: PlannedRound, layout:
         largest = max(parameter.numel for parameter in layout.parameters)
         needed += min(round_.block, largest) * _element_bytes(sources, _slices(sources, resident))
         needed += _held(sources, resident)
-        if any(sources.footprint(parameter, sources.models).factors[0] for parameter in layout.parameters):
-            needed += int(recipe.run.cache)
+    factors = any(sources.footprint(parameter, sources.models).factors[0] for parameter in layout.parameters)
+    if factors or any(one.bytes_again for one in result.rounds):
+        needed += int(recipe.run.cache)
     return needed
 
 
@@ -536,6 +563,30 @@ class _Cost:
         self._result = result
         self._layout = layout
         self._sources = sources
+        self._before: set[int] = set()
+        """The members that an earlier round has read."""
+
+    def again(self, members: Iterable[int], passes: int, times_base: int) -> int:
+        """Return the bytes of a round's slices, from buckets, that were read before; to be asked round by round."""
+        members, models = set(members), self._sources.models
+
+        def size(some: Iterable[int]) -> int:
+            remote = [models[one] for one in some if scheme_of(models[one].uri) != "local"]
+            merged = (parameter for parameter in self._layout.parameters if parameter.merged)
+            return sum(self._sources.footprint(parameter, remote).dense[0] for parameter in merged) if remote else 0
+
+        found = passes * size(members & self._before) + (passes - 1) * size(members - self._before)
+        base = self._sources.catalog.base
+        if scheme_of(base.uri) != "local":
+            needing = [models[one] for one in members]
+            of_base = sum(
+                self._sources.of_base(parameter).dense[0]
+                for parameter in self._layout.parameters
+                if parameter.merged and self._sources.footprint(parameter, needing).base == "slice"
+            )
+            found += (times_base - (not self._before)) * of_base
+        self._before |= members
+        return found
 
     def counting(self, trimmed: Sequence[int], block: int) -> tuple[int, int]:
         """Return (bytes, requests) of a counting round: trimmed members, and the base once a group that needs it."""

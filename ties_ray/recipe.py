@@ -141,7 +141,12 @@ class Run(Strict):
     patience: FiniteFloat = Field(default=1800.0, gt=0)
     """Seconds in which a worker must finish a shard; one that does not is replaced."""
     cache: ByteSize = Field(default=ByteSize(64 * 2**20), ge=0)
-    """Of a worker's memory, beside `memory`: factors of adapters kept for the blocks and rounds to come."""
+    """Of a worker's memory, beside `memory`: what it keeps of inputs that are read again; factors of adapters first."""
+    disk_cache: ByteSize = Field(default=ByteSize(16 * 2**30), ge=0)
+    """Of each worker's disk, for what does not fit there: in a file without a name, gone with the worker. A tenth of
+    the disk stays free in any case. Inputs that are local files are not kept."""
+    disk_folder: str | None = None
+    """The folder of that file; None: the system's temporary one."""
     log: Literal["none", "json"] = "none"
     """`json`: each worker writes a line about every shard on its standard error, and so does progress."""
     pool_cache: str | None = None

@@ -166,6 +166,8 @@ class MergeResult(_Record):
     """Of inputs, by the workers of this call."""
     requests: int = 0
     """Reads of inputs."""
+    bytes_kept: int = 0
+    """Of inputs that were asked for again: not read, since a worker had kept them."""
     bytes_compared: int = 0
     """Of the bytes read: what an earlier round had read already, and was the same. For the rest, if it changed on its
     way, there is TLS alone."""
@@ -223,6 +225,8 @@ class PlannedRoundRecord(_Record):
     passes: int
     bytes_read: int
     requests: int
+    bytes_again: int
+    """Of `bytes_read`: slices from buckets that were read before; caches of the workers spare what they hold."""
 
 
 class PlanRecord(_Record):
@@ -264,6 +268,7 @@ def plan_record(plan: Plan) -> PlanRecord:
             shards=one.num_shards,
             passes=one.passes,
             bytes_read=one.bytes_read,
+            bytes_again=one.bytes_again,
             requests=one.requests,
         )
         for one in plan.result.rounds

@@ -94,6 +94,9 @@ def of_plan(plan: PlanRecord) -> Iterator[RenderableType]:
         rounds.add_row(one.name, f"{one.shards:,}", num_bytes(one.bytes_read), f"{one.requests:,}", twice)
     rounds.add_row("together", f"{plan.shards:,}", num_bytes(plan.bytes_read), f"{plan.requests:,}", "")
     yield rounds
+    again = sum(one.bytes_again for one in plan.rounds)
+    if again:
+        yield f"of which {num_bytes(again)} were read before: caches of the workers spare what they hold of it"
     yield from _notes(plan.notes)
 
 
@@ -238,6 +241,8 @@ def _truncation(lost: Truncation) -> Iterator[RenderableType]:
 
 def _effort(result: MergeResult) -> str:
     told = [f"read {num_bytes(result.bytes_read)} in {result.requests:,} requests"]
+    if result.bytes_kept:
+        told.append(f"{num_bytes(result.bytes_kept)} more came from caches")
     told.append(f"wrote {num_bytes(result.bytes_written)}")
     told.append(f"{result.shards:,} shards")
     if result.shards_done_before:

@@ -152,7 +152,7 @@ class Worker:
         self._kernels = kernels.load("cpu")
         folder = found.recipe.run.pool_cache
         self._pool = PoolCache(self._stores, folder) if folder else None
-        self._reads = ReadAhead(self._stores, self._formats, AHEAD, int(found.recipe.run.cache), Shelf(0, 0, None))
+        self._reads = ReadAhead(self._stores, self._formats, AHEAD, int(found.recipe.run.cache), self._shelf())
         self._writes = WriteBehind(self._stores)
         self._bases = Buffers()
         self._known: dict[int, dict[int, Folded]] = {}
@@ -167,8 +167,12 @@ class Worker:
         self._answer = Answer()
         """Tells of the last record until an answer gets through: the order that wrote it may fail yet."""
         self._bytes_compared = 0
-        self._totals = (0, 0, 0, 0, 0, 0.0, 0.0)
+        self._totals = (0, 0, 0, 0, 0, 0, 0.0, 0.0)
         self._totals_told: defaultdict[tuple[str, str], float] = defaultdict(float)
+
+    def _shelf(self) -> Shelf:
+        run = self._plan.recipe.run
+        return Shelf(self._sources.room_for_slices(), int(run.disk_cache), run.disk_folder)
 
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
@@ -323,6 +327,7 @@ class Worker:
         first = order.round == self._first_round and len(self._result.rounds) > order.round + 1
         known = self._manifest.read_seen(order.index) if first else self._seen_before(shard)
         self._reads.ledger = Ledger(known, keeps=first or round_.passes > 1)
+        self._reads.keeps = any(later.bytes_again for later in self._result.rounds[order.round + 1 :])
         try:
             work(round_, shard, done)
         except BaseException:
@@ -346,21 +351,12 @@ class Worker:
         layout, first = self._plan.layout, self._result.rounds[self._first_round]
         counting = first.kind in COUNTS
         groups = range(shard.models[0] // MODEL_GROUP, -(-shard.models[1] // MODEL_GROUP)) if counting else (0,)
-        ranges = layout.ranges_over(shard.segments or self._merged_in(shard))
+        ranges = layout.ranges_over(layout.segments(shard))
         wanted = [group * layout.num_ranges + one for group in groups for one in sorted(ranges)]
         missing = [index for index in wanted if index not in self._seen]
         found = dict(zip(missing, self._reads.each(self._manifest.read_seen, missing), strict=True))
         self._seen = {index: found[index] if index in found else self._seen[index] for index in wanted}
         return tuple(itertools.chain.from_iterable(self._seen.values()))
-
-    def _merged_in(self, shard: Shard) -> list[Segment]:
-        """Return what the parts of a shard hold of merged parameters."""
-        return [
-            Segment(self._plan.layout.by_name[placed.tensor.parameter], first, last)
-            for number in range(*shard.parts)
-            for placed, first, last in elements_in(self._plan.layout, shard.file, number)
-            if placed.tensor.origin == "merged"
-        ]
 
     def _fold(self, order: Order) -> None:
         """Add up the counts of a group of models, and store where their thresholds lie."""
@@ -574,7 +570,7 @@ class Worker:
         uri = join(self._plan.output, file.name)
         header = len(file.header).to_bytes(8, "little") + file.header.encode("ascii")
         parts = {number: list(elements_in(layout, shard.file, number)) for number in range(*shard.parts)}
-        with closing(self._blocks(round_, self._merged_in(shard), range(*shard.models), done)) as blocks:
+        with closing(self._blocks(round_, layout.segments(shard), range(*shard.models), done)) as blocks:
             for number, pieces in parts.items():
                 start, stop = layout.part(shard.file, number)
                 part = self._writes.buffer(stop - start)
@@ -774,6 +770,7 @@ class Worker:
             self._reads.bytes_read,
             sum(meter.bytes_written for meter in meters),
             self._reads.requests,
+            self._reads.bytes_kept,
             self._bytes_compared,
             sum(meter.retries for meter in meters),
             self._reads.waited,
@@ -786,9 +783,10 @@ class Worker:
             bytes_read=int(since[0]),
             bytes_written=int(since[1]),
             requests=int(since[2]),
-            bytes_compared=int(since[3]),
-            retries=int(since[4]),
-            seconds={"work": seconds, "wait_read": since[5], "wait_write": since[6]},
+            bytes_kept=int(since[3]),
+            bytes_compared=int(since[4]),
+            retries=int(since[5]),
+            seconds={"work": seconds, "wait_read": since[6], "wait_write": since[7]},
         )
 
 
