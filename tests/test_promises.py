@@ -86,17 +86,21 @@ def test_part_sizes_workers_and_memory_change_no_byte(
     assert digests(tmp_path / "out") == wanted[name]
 
 
+@pytest.mark.parametrize("caches", [{}, {"cache": 0, "disk_cache": 0}])
 def test_inputs_and_outputs_in_a_bucket_give_the_same_bytes(
-    large: Family, wanted: dict[str, dict[str, str]], tmp_path: Path, s3_bucket: Bucket
+    caches: dict[str, int], large: Family, wanted: dict[str, dict[str, str]], tmp_path: Path, s3_bucket: Bucket
 ) -> None:
     stores, local = Stores(s3_bucket.storage), Stores({})
     uploaded = copy_family(large, local, stores, s3_bucket.uri)
     output = {**output_in(tmp_path, "x"), "path": f"{s3_bucket.uri}/out"}
-    recipe = recipe_of(uploaded, output, METHODS["official"], storage=s3_bucket.storage, run={**LOCAL, "workers": 2})
+    recipe = recipe_of(
+        uploaded, output, METHODS["official"], storage=s3_bucket.storage, run={**LOCAL, "workers": 2, **caches}
+    )
     made = drive.plan(recipe)
     with reads_counted() as counted:
         result = drive.merge(recipe)
     assert_as_planned(result, counted, uploaded, workers=0, made=made)  # only local files need a look
+    assert (result.bytes_kept > made.bytes_again // 2) == (caches == {})
     copy_folder(stores, f"{s3_bucket.uri}/out", local, str(tmp_path / "back"))
     assert digests(tmp_path / "back") == wanted["official"]
 
@@ -381,8 +385,11 @@ def assert_as_planned(
         (stored,) = Path(result.output).glob(".ties-ray/*/*/plan.json.gz")
         made = Plan.from_json(gzip.decompress(stored.read_bytes()))
     rounds = made.result.rounds
-    assert result.bytes_read == sum(round_.bytes_read for round_ in rounds) == made.bytes_read
-    assert result.requests == sum(round_.requests for round_ in rounds)
+    assert result.bytes_read + result.bytes_kept == sum(round_.bytes_read for round_ in rounds) == made.bytes_read
+    assert result.bytes_kept <= made.bytes_again
+    spared = sum(round_.requests for round_ in rounds) - result.requests
+    assert spared >= 0
+    assert (spared > 0) == (result.bytes_kept > 0)
     of_inputs = [item for item in counted if item[0].startswith((family.base, *family.models))]
     looks = workers * (1 + len(made.result.members))
     assert sum(item[2] for item in of_inputs) == result.bytes_read + 8 * looks
