@@ -232,7 +232,8 @@ def simulate(world: World, seed: int = 0) -> Story:
     cpu = time.process_time() - began - executor.cpu
     useful: dict[int, float] = {}
     for name in stage.shards_by_record:
-        useful = executor.records[name] | useful
+        for shard, seconds in executor.records[name].items():
+            useful.setdefault(shard, seconds)
     speeds = [1 / worker.speed for worker in executor.workers]
     work = world.shards * world.median * 2.718281828 ** (world.sigma**2 / 2)
     return Story(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ties_ray.errors import Cancelled, InputError, MergeError, Problem, RecipeError
+from ties_ray.errors import Cancelled, InputError, MergeError, Problem, RecipeError, UnavailableError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -220,13 +220,16 @@ def commands() -> None:
 @_RECIPE
 @_SET
 @click.option("--full", is_flag=True, help="With --json: the whole stored plan, every tensor and its place.")
-def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool) -> int:
-    """Say what a merge would read, write and need; reads headers only.
+@click.option("--no-rates", is_flag=True, help="Read headers only: do not measure, and predict no time.")
+def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool, no_rates: bool) -> int:
+    """Say what a merge would read, write and need, and how long it takes.
+
+    Reads headers, and for about a second some of the weights, to see how fast that goes from here.
 
     \b
     Examples:
       ties-ray plan recipe.yaml
-      ties-ray plan recipe.yaml --json | jq .bytes_read
+      ties-ray plan recipe.yaml --json --no-rates | jq .bytes_read
     """
     asked = _load(recipe, overrides)
     from ties_ray import drive
@@ -238,8 +241,14 @@ def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool) -> int
         return 0
     from ties_ray import text
 
-    record = plan_record(made)
-    desk.tell(record, *text.of_plan(record))
+    found, problem = None, ""
+    if not no_rates:
+        try:
+            found = drive.forecast(made)
+        except (InputError, UnavailableError) as error:
+            problem = str(error)
+    record = plan_record(made, found)
+    desk.tell(record, *text.of_plan(record), *([f"note: no time is predicted: {problem}"] if problem else []))
     return 0
 
 

@@ -21,6 +21,7 @@ from ties_ray.manifest import Manifest, Record, Survey
 from ties_ray.orders import SETUP, Answer, Order, Setup
 from ties_ray.plan import COUNTS, MODEL_GROUP, Plan, PlannedRound, make_plan, settle, without
 from ties_ray.poolcache import PoolCache
+from ties_ray.predict import DEAR, Forecast, Pace, Work, predict, predictable
 from ties_ray.recipe import Recipe
 from ties_ray.report import (
     InputProvenance,
@@ -58,6 +59,21 @@ def plan(recipe: Recipe) -> Plan:
         what = f"{made.output} can only be read"
         raise InputError(Problem("output.path", what, "write to a local folder or an s3:// bucket"))
     return made
+
+
+def forecast(made: Plan) -> Forecast | None:
+    """Return how long a merge would take one worker, and more of them; reads and merges for about a second.
+
+    None where nothing can be said. Raises what reading the inputs raises.
+    """
+    if not predictable(made):
+        return None
+    from ties_ray import rates  # imports torch and the compiled kernels
+
+    found = rates.measure(made, Stores(made.recipe.storage))
+    asked = made.recipe.run.workers
+    several = (1, 8, 64) if asked is None else sorted({1, asked})
+    return Forecast(rates=found, predictions=[one for n in several if (one := predict(made, found, n))])
 
 
 def merge(recipe: Recipe, *, fresh: bool = False, watch: Watch = lambda progress: None) -> MergeResult:
@@ -113,6 +129,10 @@ class MergeRun:
         self._shards_again = 0
         self._workers_lost = 0
         self._quarantined: frozenset[int] = frozenset()
+        self._pace: Pace | None = None
+        """Of the round at hand, until it has told how long the run takes."""
+        self._expected: float | None = None
+        """When the run should end, by the monotonic clock."""
         self._uploads: dict[str, str] = {}
         self._known: dict[str, Record] = {}
         """The records of the last round that an interrupted run has left, as far as they count..."""
@@ -256,7 +276,10 @@ class MergeRun:
         ranges = self._ranges(round_)
         prefer = [self._reader(one) for one in ranges]
         slow = SLOW[round_.kind]
+        if self._expected is None and predictable(self._plan) and DEAR[round_.kind]:
+            self._pace = Pace(self._plan, index, self._num_workers, round_.num_shards - len(done))
         shards |= self._work(round_.name, order, costs=costs, done=done, records=True, slow=slow, prefer=prefer)
+        self._pace = None
         for one, owner in zip(ranges, self._owners, strict=True):
             if one is not None and owner is not None:
                 self._readers[one] = owner
@@ -406,6 +429,12 @@ class MergeRun:
         )
         for name, value in answer.seconds.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
+        if self._pace:
+            seconds = answer.seconds
+            waited = seconds.get("wait_read", 0.0) + seconds.get("wait_write", 0.0)
+            work = Work(1, answer.bytes_read, answer.bytes_written, seconds.get("work", 0.0), waited)
+            if (left := self._pace.add(work)) is not None:
+                self._pace, self._expected = None, time.monotonic() + left
 
     def _watch(self, stage: str, schedule: Schedule) -> None:
         read = self._totals.bytes_read + self._totals.bytes_kept
@@ -457,7 +486,9 @@ class MergeRun:
         )
         check()
         publish_documents(self._plan, self._stores, result)
-        result = result.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+        predicted = None if self._expected is None else round(self._expected - started, 3)
+        seconds = round(time.monotonic() - started, 3)
+        result = result.model_copy(update={"seconds": seconds, "predicted_seconds": predicted})
         check()
         publish_result(self._plan, self._stores, result)
         if self._plan.recipe.output.condenses:

@@ -12,6 +12,7 @@ from ties_ray.catalog import Model
 from ties_ray.errors import ErrorKind, InputError, MergeError, Problem
 from ties_ray.formats import Source
 from ties_ray.plan import Plan
+from ties_ray.predict import Forecast
 from ties_ray.stores import Stores, join
 
 RESULT_NAME = "ties-ray.result.json"
@@ -173,6 +174,8 @@ class MergeResult(_Record):
     way, there is TLS alone."""
     bytes_written: int = 0
     seconds: float = 0.0
+    predicted_seconds: float | None = None
+    """What the first shards of this call let expect; None where nothing was to be done, or matrices were condensed."""
     worker_seconds: dict[str, float] = {}
     """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
     trims: list[TrimReport] = []
@@ -256,9 +259,11 @@ class PlanRecord(_Record):
     memory: int
     """Peak of a worker beyond its imports, in bytes."""
     notes: list[str]
+    forecast: Forecast | None = None
+    """How long it would take; the one field that differs from one call to the next."""
 
 
-def plan_record(plan: Plan) -> PlanRecord:
+def plan_record(plan: Plan, forecast: Forecast | None = None) -> PlanRecord:
     """Return the plan at a glance."""
     method = plan.recipe.method
     rounds = [
@@ -293,6 +298,7 @@ def plan_record(plan: Plan) -> PlanRecord:
         requests=sum(one.requests for one in rounds),
         memory=plan.memory,
         notes=list(plan.notes),
+        forecast=forecast,
     )
 
 

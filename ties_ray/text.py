@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ties_ray.inspection import Inspection, Inspections, Pool
+from ties_ray.predict import Forecast
 from ties_ray.promote import Promotion
 from ties_ray.report import Cleaning, MergeResult, PlannedInput, PlanRecord, Progress, TrimReport, Truncation, Watch
 from ties_ray.schema import MethodDoc
@@ -97,7 +98,25 @@ def of_plan(plan: PlanRecord) -> Iterator[RenderableType]:
     again = sum(one.bytes_again for one in plan.rounds)
     if again:
         yield f"of which {num_bytes(again)} were read before: caches of the workers spare what they hold of it"
+    if plan.forecast:
+        yield from _forecast(plan.forecast)
     yield from _notes(plan.notes)
+
+
+def _forecast(forecast: Forecast) -> Iterator[RenderableType]:
+    """Yield how long it takes some numbers of workers, and what that was worked out from."""
+    table = _table("workers >", "takes >", *(f"{one.name} >" for one in forecast.predictions[0].rounds), "limited by")
+    for one in forecast.predictions:
+        limits = dict.fromkeys(round_.bound for round_ in one.rounds)
+        took = (duration(round_.seconds) for round_ in one.rounds)
+        table.add_row(f"{one.workers:,}", duration(one.seconds), *took, ", ".join(limits))
+    yield table
+    rates = forecast.rates
+    ns = [*rates.dense.values(), *rates.factors.values()]
+    yield (
+        f"as measured from here: {num_bytes(rates.read)}/s read, {rates.request * 1e3:.1f} ms a request, "
+        f"{min(ns):.2f} to {max(ns):.2f} ns an element of a model; writing and further workers taken to be as fast"
+    )
 
 
 def _input(model: PlannedInput) -> str:
@@ -209,7 +228,9 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
         yield f"done before: {result.output} holds this very merge ({_files(len(result.files), size)}); nothing to do"
     else:
         continued = ", continued" if result.resumed else ""
-        yield f"done: {result.output} ({_files(len(result.files), size)}) in {duration(result.seconds)}{continued}"
+        told = f" ({duration(result.predicted_seconds)} predicted)" if result.predicted_seconds is not None else ""
+        took = f"{duration(result.seconds)}{told}"
+        yield f"done: {result.output} ({_files(len(result.files), size)}) in {took}{continued}"
         yield "  " + _effort(result)
     if result.trims:
         method = result.provenance.method if result.provenance else {}
