@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -257,7 +258,10 @@ def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool, no_rat
 @_SET
 @click.option("--result", "result_uri", metavar="PATH|URI", help="Write the result record here, also on failure.")
 @click.option("--fresh", is_flag=True, help="Forget what the output folder holds of earlier merges.")
-def _merge(desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str | None, fresh: bool) -> int:
+@click.option("--profile", metavar="FILE", help="Write here what every worker did when, for ui.perfetto.dev.")
+def _merge(
+    desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str | None, fresh: bool, profile: str | None
+) -> int:
     """Merge. Interrupted, the same command continues; finished, it says so and does nothing.
 
     \b
@@ -277,7 +281,8 @@ def _merge(desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str |
         if not desk.quiet and asked.run.log == "none":
             click.echo("plan: reading headers", err=True)
         job.plan = drive.plan(asked)
-        result = drive.carry_out(job.plan, started=desk.started, fresh=fresh, watch=job.watching(watch))
+        watch, trace = job.watching(watch), Path(profile) if profile else None
+        result = drive.carry_out(job.plan, started=desk.started, fresh=fresh, watch=watch, profile=trace)
     desk.on_failure = desk._error_as_json  # from here on, what fails is the record's own delivery
     job.write(result)
     desk.tell(result, *text.of_result(result, recipe))

@@ -8,8 +8,10 @@ import math
 import platform
 import struct
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from ties_ray import lease, plugins, resume
@@ -36,6 +38,7 @@ from ties_ray.schedule import Failure, Schedule
 from ties_ray.stage import Slow, Stage
 from ties_ray.statistics import WHOLE
 from ties_ray.stores import Stores, absolute, join
+from ties_ray.trace import ACTIVITIES, Times, Trace
 
 PACKAGES = ("ties-ray", "torch", "numpy", "numba")
 """What must be of one version on all workers: the arithmetic rests on these."""
@@ -76,17 +79,25 @@ def forecast(made: Plan) -> Forecast | None:
     return Forecast(rates=found, predictions=[one for n in several if (one := predict(made, found, n))])
 
 
-def merge(recipe: Recipe, *, fresh: bool = False, watch: Watch = lambda progress: None) -> MergeResult:
+def merge(
+    recipe: Recipe, *, fresh: bool = False, watch: Watch = lambda progress: None, profile: Path | None = None
+) -> MergeResult:
     """Merge, or continue an interrupted merge, or recognise a finished one; return the result record.
 
-    fresh: forget what the output holds of earlier runs. Raises a `MergeError`; what is done is kept.
+    fresh: forget what the output holds of earlier runs. profile: a file for what every worker did when, in Chrome's
+    trace event format. Raises a `MergeError`; what is done is kept.
     """
     started = time.monotonic()
-    return carry_out(plan(recipe), started=started, fresh=fresh, watch=watch)
+    return carry_out(plan(recipe), started=started, fresh=fresh, watch=watch, profile=profile)
 
 
-def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch) -> MergeResult:
+def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch, profile: Path | None = None) -> MergeResult:
     """Do what a plan of this process says, as `merge` does; started: when the call began, by the monotonic clock."""
+    with Trace(profile) if profile else nullcontext() as trace:
+        return _carry_out(wanted, started, watch, trace, fresh=fresh)
+
+
+def _carry_out(wanted: Plan, started: float, watch: Watch, trace: Trace | None, *, fresh: bool) -> MergeResult:
     stores = Stores(wanted.recipe.storage)
     watch(Progress("start", 0, 0, 0, wanted.bytes_read))
     finished = None if fresh else resume.finished(wanted, stores)
@@ -96,7 +107,7 @@ def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch) -> Mer
     with lease.acquire(stores, wanted.output, taken_over.append) as held:
         opened, manifest, resumed = resume.open_run(wanted, stores, fresh=fresh)
         opened = replace(opened, notes=(*opened.notes, *taken_over))
-        run = MergeRun(opened, stores, manifest, resumed=resumed, watch=watch)
+        run = MergeRun(opened, stores, manifest, resumed=resumed, watch=watch, trace=trace)
         for left in reversed(range(TRIES)):
             try:
                 run.execute(_executor(wanted.recipe))
@@ -111,19 +122,29 @@ def _executor(recipe: Recipe) -> Executor:
     return plugins.load("executors", recipe.run.executor, Executor)()
 
 
+def _split(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the workers' time by what it went for; the merge itself is what no wait explains."""
+    merge = seconds["work"] - seconds["wait_read"] - seconds["wait_write"]
+    return {name: round(value, 3) for name, value in {"merge": merge, **seconds}.items() if name != "work"}
+
+
 # -- one run
 
 
 class MergeRun:
     """A merge under way: rounds on an executor, barriers, publication."""
 
-    def __init__(self, run_plan: Plan, stores: Stores, manifest: Manifest, *, resumed: bool, watch: Watch) -> None:
+    def __init__(
+        self, run_plan: Plan, stores: Stores, manifest: Manifest, *, resumed: bool, watch: Watch, trace: Trace | None
+    ) -> None:
         self.watch = watch
+        self._trace = trace
+        self._times = Times(profiled=trace is not None)
         self._plan = run_plan
         self._stores = stores
         self._manifest = manifest
         self._resumed = resumed
-        self._seconds: dict[str, float] = {}
+        self._seconds = dict.fromkeys((*ACTIVITIES, "idle"), 0.0)
         self._totals = Answer()
         self._shards_done_before = 0
         self._shards_again = 0
@@ -153,7 +174,7 @@ class MergeRun:
         recipe = self._plan.recipe
         self._shards_done_before = 0
         self._tries += 1
-        setup = Setup(folder=self._manifest.folder, storage=recipe.storage)
+        setup = Setup(self._manifest.folder, recipe.storage, profiled=self._trace is not None)
         needs = Needs(
             num_workers=recipe.run.workers,
             memory=self._plan.memory,
@@ -165,6 +186,7 @@ class MergeRun:
         try:
             self._num_workers = executor.start("ties_ray.work:make_worker", SETUP.dump_json(setup).decode(), needs)
             self._executor = executor
+            began, work = time.monotonic(), self._seconds["work"]
             self._work("start", lambda _: Order("hello"), costs=[1] * self._num_workers)
             for index, round_ in enumerate(self._plan.result.rounds):
                 if index and self._plan.result.rounds[index - 1].kind == "survey":
@@ -173,6 +195,8 @@ class MergeRun:
                     self._settle(index)
                     self._uploads = self._begin_uploads(index)
                 self._round(index, self._plan.result.rounds[index])
+            whole = self._num_workers * (time.monotonic() - began)
+            self._seconds["idle"] += max(0.0, whole - (self._seconds["work"] - work))
         finally:
             executor.stop()
 
@@ -405,12 +429,15 @@ class MergeRun:
             slow=slow,
             patience=self._plan.recipe.run.patience,
         )
-        while not schedule.finished:
-            self._watch(name, schedule)
-            for answer in stage.step():
-                self._add(answer)
-            if schedule.failure:
-                raise _error(schedule.failure, name)
+        with self._times.spent("work", name):
+            while not schedule.finished:
+                self._watch(name, schedule)
+                for answer in stage.step():
+                    self._add(answer)
+                if schedule.failure:
+                    raise _error(schedule.failure, name)
+        if self._trace:
+            self._trace.add("stages", self._times.take()[1])
         self._shards_again += schedule.num_retries
         self._workers_lost += schedule.num_losses
         self._quarantined = schedule.quarantined
@@ -427,8 +454,10 @@ class MergeRun:
             bytes_compared=self._totals.bytes_compared + answer.bytes_compared,
             retries=self._totals.retries + answer.retries,
         )
+        if self._trace:
+            self._trace.add(answer.worker, answer.spans)
         for name, value in answer.seconds.items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + value
+            self._seconds[name] += value
         if self._pace:
             seconds = answer.seconds
             waited = seconds.get("wait_read", 0.0) + seconds.get("wait_write", 0.0)
@@ -474,7 +503,7 @@ class MergeRun:
             bytes_kept=self._totals.bytes_kept,
             bytes_compared=self._totals.bytes_compared,
             bytes_written=self._totals.bytes_written,
-            worker_seconds=self._seconds,
+            worker_seconds=_split(self._seconds),
             trims=self._trims(),
             statistics=self._statistics(),
             zeroed=zeroed,

@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from ties_ray.trace import Span
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -14,6 +16,8 @@ class Setup:
     """URI of the manifest's generation."""
     storage: dict[str, dict[str, object]]
     """The recipe's `storage` section."""
+    profiled: bool = False
+    """Whether answers tell each span of time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,11 @@ class Answer:
     """Of the bytes read: what an earlier reading had shown already, and was the same."""
     retries: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
+    """By activity (`trace.Activity`)."""
+    worker: str = ""
+    """Who this is, and..."""
+    spans: tuple[Span, ...] = ()
+    """...what it did when; both only where a profile was asked for."""
 
 
 METRICS = {

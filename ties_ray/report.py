@@ -177,7 +177,8 @@ class MergeResult(_Record):
     predicted_seconds: float | None = None
     """What the first shards of this call let expect; None where nothing was to be done, or matrices were condensed."""
     worker_seconds: dict[str, float] = {}
-    """By activity: `work` in all; of these `wait_read` and `wait_write` waiting for storage."""
+    """Of the workers' own time: `merge`, `wait_read` and `wait_write` (for storage), `idle`; and beside it, in other
+    threads, `read` and `write` (requests under way)."""
     trims: list[TrimReport] = []
     statistics: dict[str, int] = {}
     """What the method's own rounds gathered."""

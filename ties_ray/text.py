@@ -23,6 +23,8 @@ from ties_ray.schema import MethodDoc
 from ties_ray.status import Status
 from ties_ray.verify import Verification
 
+WORKERS = {"merge": "merging", "wait_read": "waiting to read", "wait_write": "waiting to write", "idle": "idle"}
+"""What workers' time goes for."""
 FEW = 8
 """Models or files shown one by one; of more, the first ones and a count."""
 WIDTH = 160
@@ -232,6 +234,7 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
         took = f"{duration(result.seconds)}{told}"
         yield f"done: {result.output} ({_files(len(result.files), size)}) in {took}{continued}"
         yield "  " + _effort(result)
+        yield from _times(result)
     if result.trims:
         method = result.provenance.method if result.provenance else {}
         yield from _trims(result.trims, drop=method.get("at_threshold") == "drop")
@@ -276,6 +279,14 @@ def _effort(result: MergeResult) -> str:
         if count:
             told.append(f"{count:,} {what}")
     return ", ".join(told)
+
+
+def _times(result: MergeResult) -> Iterator[str]:
+    """Yield what the workers' time went for."""
+    spent = {what: result.worker_seconds.get(key, 0.0) for key, what in WORKERS.items()}
+    total = sum(spent.values())
+    if total:
+        yield "  workers: " + ", ".join(f"{value / total:.0%} {what}" for what, value in spent.items())
 
 
 def _trims(trims: Sequence[TrimReport], *, drop: bool) -> Iterator[RenderableType]:

@@ -4,7 +4,6 @@ import base64
 import collections
 import itertools
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal, NamedTuple, TypeVar
@@ -23,6 +22,7 @@ from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.manifest import Seen, Written
 from ties_ray.stores import Pin, Stores, crc32c, scheme_of, shown
+from ties_ray.trace import Times
 
 T = TypeVar("T")
 PIECE = 64 * 2**10
@@ -108,18 +108,27 @@ def differs(uri: str, start: int, stop: int) -> InputError:
 class ReadAhead:
     """Reads slices in the order asked for, at most `ahead` of them in flight."""
 
-    def __init__(self, stores: Stores, formats: Mapping[str, Format], ahead: int, cache: int, shelf: Shelf) -> None:
-        """cache: bytes of factors that are kept."""
+    def __init__(
+        self,
+        stores: Stores,
+        formats: Mapping[str, Format],
+        times: Times,
+        *,
+        ahead: int,
+        cache: Cache,
+        shelf: Shelf,
+        pinned: bool = False,
+    ) -> None:
+        """cache: where factors are kept whole; shelf: and all that is read again; pinned: slices go on to a GPU."""
         self._stores = stores
         self._formats = formats
         self._ahead = ahead
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
-        self._buffers = Buffers()
-        self._cache = Cache(cache)
+        self._buffers = Buffers(pinned=pinned)
+        self._cache = cache
         self._shelf = shelf
         self._lock = threading.Lock()
-        self.waited = 0.0
-        """Seconds that the merge has waited for bytes."""
+        self._times = times
         self.bytes_read = 0
         self.requests = 0
         """Reads of inputs; what the plan promises."""
@@ -134,17 +143,19 @@ class ReadAhead:
         """Return the function's results in order, several calls at a time."""
         return self._threads.map(function, items)
 
-    def stream(self, wanted: Iterable[Wanted | None]) -> Generator[Stored | None, None, None]:
+    def stream(
+        self, wanted: Iterable[Wanted | None], take: Callable[[Stored], Stored] = lambda stored: stored
+    ) -> Generator[Stored | None, None, None]:
         """Yield the slices in order; None for None (a parameter that the model lacks).
 
-        A slice's memory is used again as soon as nobody refers to the slice.
+        take: brings a slice to where it is needed, while others are read and merged. A slice's memory is used again as soon as nobody refers to the slice.
         """
         coming: collections.deque[Future[Stored] | None] = collections.deque()
         remaining = iter(wanted)
         try:
             while True:
                 for item in itertools.islice(remaining, self._ahead - len(coming)):
-                    coming.append(item and self._threads.submit(self._fetch, item))
+                    coming.append(item and self._threads.submit(self._fetch, item, take))
                 if not coming:
                     return
                 yield self._await(coming.popleft())
@@ -152,11 +163,8 @@ class ReadAhead:
             wait([future for future in coming if future and not future.cancel()])
 
     def _await(self, future: Future[Stored] | None) -> Stored | None:
-        started = time.monotonic()
-        try:
+        with self._times.spent("wait_read"):
             return future.result() if future else None
-        finally:
-            self.waited += time.monotonic() - started
 
     def read(self, pin: Pin, start: int, into: Tensor, *, again: bool = False) -> None:
         """Fill `into` (1-D uint8) with an input's bytes from `start` on; again: this round may ask for them again."""
@@ -166,7 +174,8 @@ class ReadAhead:
             missing = self._shelf.get(pin.uri, start, data) if not repeated else (start, start + len(data))
             first, last = missing or (start, start)
             if missing:
-                store.read(pin, first, data[first - start : last - start].data)
+                with self._times.spent("read", nbytes=last - first):
+                    store.read(pin, first, data[first - start : last - start].data)
             with self._lock:
                 self.bytes_read += last - first
                 self.bytes_kept += len(data) - (last - first)
@@ -181,7 +190,7 @@ class ReadAhead:
             self._shelf.forget(pin.uri)
             store.meter.add(retries=1)  # read it once more: they may have changed on the way here only
 
-    def _fetch(self, wanted: Wanted) -> Stored:
+    def _fetch(self, wanted: Wanted, take: Callable[[Stored], Stored]) -> Stored:
         form = self._formats[wanted.model.format]
         reads = form.reads(wanted.source, wanted.start, wanted.stop)
         if wanted.kept == "all" and form.held(wanted.source):
@@ -193,7 +202,7 @@ class ReadAhead:
                 else self._buffered(wanted, read, again=bool(form.held(wanted.source)))
                 for read in reads
             ]
-        return form.encoded(wanted.source, wanted.start, wanted.stop, views)
+        return take(form.encoded(wanted.source, wanted.start, wanted.stop, views))
 
     def _buffered(self, wanted: Wanted, read: Read, *, again: bool) -> Tensor:
         view = self._buffers.empty(read.stop - read.start, torch.uint8)
@@ -225,14 +234,14 @@ class ReadAhead:
 class WriteBehind:
     """Writes parts: one is on its way while the next is filled."""
 
-    def __init__(self, stores: Stores) -> None:
+    def __init__(self, stores: Stores, times: Times, *, pinned: bool = False) -> None:
+        """pinned: parts come from a GPU."""
         self._stores = stores
+        self._times = times
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._buffers = Buffers()
+        self._buffers = Buffers(pinned=pinned)
         self._going: collections.deque[Future[Written]] = collections.deque()
         self._written: list[Written] = []
-        self.waited = 0.0
-        """Seconds that the merge has waited for a write."""
 
     def buffer(self, size: int) -> Tensor:
         """Return memory for `size` bytes, waiting for the older of two writes if need be."""
@@ -245,7 +254,8 @@ class WriteBehind:
         store, data = self._stores.of(uri), part.numpy().data
 
         def send() -> Written:
-            return Written(file, store.write_part(uri, upload, number, offset, data), crc32c(data))
+            with self._times.spent("write", nbytes=len(data)):
+                return Written(file, store.write_part(uri, upload, number, offset, data), crc32c(data))
 
         self._going.append(self._thread.submit(send))
 
@@ -263,8 +273,7 @@ class WriteBehind:
         self._written.clear()
 
     def _finish(self) -> None:
-        started = time.monotonic()
-        written = self._going[0].result()
-        self.waited += time.monotonic() - started
+        with self._times.spent("wait_write"):
+            written = self._going[0].result()
         self._going.popleft()
         self._written.append(written)

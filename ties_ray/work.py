@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import sys
 import time
 import uuid
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 
 from ties_ray import kernels
-from ties_ray.cache import Shelf
+from ties_ray.cache import Cache, Shelf
+from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
+from ties_ray.executors import WorkerDied
 from ties_ray.formats import Parameter
-from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Stored, flushes_to_zero
+from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.kernels.lowrank import norm2_of
 from ties_ray.manifest import Folded, Manifest, Matrix, Record, Seen, Survey, Written
@@ -52,6 +55,7 @@ from ties_ray.slices import Slices
 from ties_ray.sources import NEEDS, Footprint, Sources
 from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
 from ties_ray.stores import Stores, join, scheme_of
+from ties_ray.trace import Times
 from ties_ray.transfer import Ledger, ReadAhead, Wanted, WriteBehind
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -85,15 +89,15 @@ class Batch:
         self.matrices: list[Matrix] = []
         self.surveys: list[Survey] = []
 
-    def table(self, scope: Scope, bins: int) -> Tensor:
+    def table(self, scope: Scope, bins: int, device: torch.device) -> Tensor:
         """Return the dense counts of a scope, zero at first."""
         if scope not in self.tables:
-            self.tables[scope] = torch.zeros(bins, dtype=torch.int64)
+            self.tables[scope] = torch.zeros(bins, dtype=torch.int64, device=device)
         return self.tables[scope]
 
     def harvest(self) -> None:
         """Turn the dense counts into sparse ones."""
-        self.counts.extend(filter(None, (pack(scope, table.numpy()) for scope, table in self.tables.items())))
+        self.counts.extend(filter(None, (pack(scope, table.cpu().numpy()) for scope, table in self.tables.items())))
         self.tables.clear()
 
     def absorb(self, shard: "Batch") -> None:
@@ -108,7 +112,7 @@ class Batch:
         self.matrices += shard.matrices
         self.surveys += shard.surveys
         for scope, table in shard.tables.items():
-            self.table(scope, len(table)).add_(table)
+            self.table(scope, len(table), table.device).add_(table)
 
     def record(self, round_: int, uploads: Sequence[str]) -> Record:
         """Return the batch as it is stored; uploads: of each weight file, once they have begun."""
@@ -148,12 +152,13 @@ class Worker:
                 )
             )
         self._follow(found)
+        self._times = Times(profiled=setup.profiled)
         self._uploads: dict[str, str] = {}
-        self._kernels = kernels.load("cpu")
+        self._kernels = self._loaded()
         folder = found.recipe.run.pool_cache
         self._pool = PoolCache(self._stores, folder) if folder else None
-        self._reads = ReadAhead(self._stores, self._formats, AHEAD, int(found.recipe.run.cache), self._shelf())
-        self._writes = WriteBehind(self._stores)
+        self._reads = self._reader()
+        self._writes = WriteBehind(self._stores, self._times, pinned=self._on_gpu)
         self._bases = Buffers()
         self._known: dict[int, dict[int, Folded]] = {}
         self._picked: dict[tuple[str, int], dict[Scope, Pick]] = {}
@@ -161,18 +166,36 @@ class Worker:
         self._recalled: frozenset[int] = frozenset()
         self._seen: dict[int, tuple[Seen, ...]] = {}
         self._token = uuid.uuid4().hex[:12]
+        self._name = f"{socket.gethostname()} {os.getpid()} {self._token[:4]}" if setup.profiled else ""
         self._num_records = 0
         self._round = 0
         self._batch = Batch()
         self._answer = Answer()
         """Tells of the last record until an answer gets through: the order that wrote it may fail yet."""
         self._bytes_compared = 0
-        self._totals = (0, 0, 0, 0, 0, 0, 0.0, 0.0)
+        self._totals = (0, 0, 0, 0, 0, 0)
         self._totals_told: defaultdict[tuple[str, str], float] = defaultdict(float)
 
-    def _shelf(self) -> Shelf:
+    def _reader(self) -> ReadAhead:
         run = self._plan.recipe.run
-        return Shelf(self._sources.room_for_slices(), int(run.disk_cache), run.disk_folder)
+        shelf = Shelf(self._sources.room_for_slices(), int(run.disk_cache), run.disk_folder)
+        cache = Cache(int(run.cache))
+        return ReadAhead(
+            self._stores, self._formats, self._times, ahead=AHEAD, cache=cache, shelf=shelf, pinned=self._on_gpu
+        )
+
+    def _loaded(self) -> Kernels:
+        run = self._plan.recipe.run
+        try:
+            return kernels.load(run.device, run.arithmetic)
+        except LookupError as error:
+            where = f"run.device: {run.device} ({socket.gethostname()})"
+            remedy = "pip install 'ties-ray[gpu]' where there is a GPU and its driver, or choose run.device: cpu"
+            raise InputError(Problem(where, str(error), remedy)) from None
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._kernels.device.type == "cuda"
 
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
@@ -186,11 +209,12 @@ class Worker:
         order = ORDER.validate_json(message)
         started = time.monotonic()
         try:
-            answer = self._handle(order)
+            with self._times.spent("work", f"{self._result.rounds[order.round].name}: {order.action} {order.index}"):
+                answer = self._handle(order)
         except BaseException:
             self._tell(order, "refused", time.monotonic() - started)
             raise
-        metered = self._metered(answer, time.monotonic() - started)
+        metered = self._metered(answer)
         self._measure(metered)
         self._tell(order, "done", time.monotonic() - started)
         return ANSWER.dump_json(metered).decode()
@@ -409,13 +433,17 @@ class Worker:
 
     def _remember(self, member: int, what: str, counts: Sequence[Counts]) -> None:
         """Leave what was found of a model in the pool cache, if the recipe names one."""
-        name = identity(self._models[member], self._formats[self._models[member].format]) if self._pool else None
+        name = self._identity(self._models[member])
         if self._pool and name and counts:
             bins = HIGH_BINS if what == "high" else LOW_BINS
             ((scope, table),) = add(counts, bins).items()
             packed = pack(scope, table)
             if packed:
                 self._pool.write(name, what, packed)
+
+    def _identity(self, model: Model) -> str | None:
+        """Return what names a model in the pool cache, if the recipe names one."""
+        return identity(model, self._formats[model.format], self._plan.arithmetic) if self._pool else None
 
     def _stands_for(self, member: int, parameter: Parameter) -> bool:
         """Return whether a parameter belongs to a member's task vector, if only as zeros."""
@@ -435,7 +463,7 @@ class Worker:
             for start in range(begin, stop, round_.block)
         ]
         wanted = (item for block in blocks for item in self._wanted(round_, block, members, round_.passes))
-        with closing(self._reads.stream(wanted)) as coming:
+        with closing(self._reads.stream(wanted, self._kernels.take)) as coming:
             for parameter, start, stop in blocks:
                 known = self._plan.catalog.parameters[parameter]
                 together = self._sources.together(self._footprint(parameter, members))
@@ -478,7 +506,7 @@ class Worker:
     def _decoded(self, encoded: Stored | None, parameter: Parameter, length: int) -> Tensor:
         """Return a slice of the base as fp32, or fp64 where it is stored in F64; refuse what is not finite."""
         if encoded is None:
-            return torch.zeros(1).expand(length)  # a base that nobody reads
+            return torch.zeros(1, device=self._kernels.device).expand(length)  # a base that nobody reads
         assert isinstance(encoded, Encoded), "a base is stored whole"
         stored = encoded.data
         if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():  # NaN and Inf come through; nothing is copied
@@ -486,8 +514,10 @@ class Worker:
             where = f"{self._plan.catalog.base.uri}: {parameter.name}"
             remedy = "repair the base, or exclude the parameter"
             raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
-        wide = stored.dtype == torch.float64
-        return self._bases.empty(len(stored), torch.float64 if wide else torch.float32).copy_(stored)
+        dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        if self._on_gpu:
+            return stored.to(dtype)
+        return self._bases.empty(len(stored), dtype).copy_(stored)
 
     def _wanted(
         self, round_: PlannedRound, block: tuple[int, int, int], members: Sequence[int], passes: int
@@ -525,10 +555,10 @@ class Worker:
                         continue  # a delta of zero lies in the lowest bin, and ranks count from the top
                     scope = (members[position], counted)
                     if not low:
-                        table = done.table(scope, HIGH_BINS)
+                        table = done.table(scope, HIGH_BINS, self._kernels.device)
                         bad = self._kernels.count_high(encoded, block.base, table)
                     elif scope in picks and picks[scope].high >= 0:
-                        table = done.table(scope, LOW_BINS)
+                        table = done.table(scope, LOW_BINS, self._kernels.device)
                         bad = self._kernels.count_low(encoded, block.base, picks[scope].high, table)
                     else:
                         continue
@@ -554,7 +584,7 @@ class Worker:
                     not_finite += sum(int((~each.isfinite()).sum()) for each in stored)
         found = Survey(member, norm2 if math.isfinite(norm2) else 0.0, not_finite)
         done.surveys.append(found)
-        name = identity(model, form) if self._pool else None
+        name = self._identity(model)
         if self._pool and name:
             self._pool.write(name, "survey", found)
 
@@ -732,7 +762,8 @@ class Worker:
             for block in blocks:
                 for _, stored in block.slices.models():
                     if stored:
-                        total += self._kernels.delta(stored, block.base, torch.empty(len(block.base)))
+                        out = torch.empty(len(block.base), device=self._kernels.device)
+                        total += self._kernels.delta(stored, block.base, out)
         return total
 
     # -- records
@@ -764,7 +795,7 @@ class Worker:
         self._answer = Answer(record=name, round=self._round, shards=tuple(batch.shards))
         self._batch = Batch()
 
-    def _metered(self, answer: Answer, seconds: float) -> Answer:
+    def _metered(self, answer: Answer) -> Answer:
         meters = [store.meter for store in self._stores.opened()]
         totals = (
             self._reads.bytes_read,
@@ -773,20 +804,21 @@ class Worker:
             self._reads.bytes_kept,
             self._bytes_compared,
             sum(meter.retries for meter in meters),
-            self._reads.waited,
-            self._writes.waited,
         )
+        seconds, spans = self._times.take()
         since = [now - then for now, then in zip(totals, self._totals, strict=True)]
         self._totals = totals
         return replace(
             answer,
-            bytes_read=int(since[0]),
-            bytes_written=int(since[1]),
-            requests=int(since[2]),
-            bytes_kept=int(since[3]),
-            bytes_compared=int(since[4]),
-            retries=int(since[5]),
-            seconds={"work": seconds, "wait_read": since[6], "wait_write": since[7]},
+            bytes_read=since[0],
+            bytes_written=since[1],
+            requests=since[2],
+            bytes_kept=since[3],
+            bytes_compared=since[4],
+            retries=since[5],
+            seconds=seconds,
+            worker=self._name,
+            spans=spans,
         )
 
 
