@@ -1,6 +1,6 @@
 """What S3 clients cost: ranges of large objects read, and parts of an upload written, by several threads.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.clients [--server juicefs] [--threads 4] [--threads 16] [--size 8MiB]
+    python -m benchmarks.clients [--server juicefs] [--threads 4] [--threads 16] [--read 8192] [--write 32]
 
 The server is real and runs on loopback, in a process of its own. Each row is a process of its own too: CPU seconds are
 its user and system time between the first request and the last, memory is how far its peak grew beyond the callers'
@@ -38,7 +38,7 @@ import click
 from benchmarks import measure
 
 MIB = 2**20
-OBJECTS, OBJECT = 4, 128 * MIB
+OBJECTS = 4
 BUCKET = "clients"
 CHILD = "import sys; from benchmarks.clients import child; child(*sys.argv[1:])"
 NEEDS = {"obstore": "obstore", "s3fs": "s3fs"}
@@ -68,10 +68,11 @@ def store(endpoint: str) -> tuple[Read, Write]:
     from ties_ray.stores import Pin, Stores
 
     ours = Stores({"s3": {"endpoint_url": endpoint}}).of("s3://")
-    ours.put(f"s3://{BUCKET}/known", b"what a worker has: it knows how the server makes ETags")
+    ours.put(f"s3://{BUCKET}/known", b"as a plan is: so a worker knows how the server makes ETags")
+    sizes = {str(key): ours.head(f"s3://{BUCKET}/{key}", 1)[0].size for key in range(OBJECTS)}
 
     def read(key: str, etag: str, start: int, into: memoryview) -> None:
-        ours.read(Pin(f"s3://{BUCKET}/{key}", OBJECT, etag), start, into)
+        ours.read(Pin(f"s3://{BUCKET}/{key}", sizes[key], etag), start, into)
 
     def write(key: str, upload: str, number: int, data: memoryview) -> str:
         return ours.write_part(f"s3://{BUCKET}/{key}", upload, number, 0, data).etag
@@ -144,7 +145,7 @@ def s3fs_(endpoint: str) -> tuple[Read, Write]:
         asyncio.run_coroutine_threadsafe(get(*given), files.loop).result()
 
     def write(*given: Any) -> str:
-        return asyncio.run_coroutine_threadsafe(put(*given), files.loop).result()
+        return str(asyncio.run_coroutine_threadsafe(put(*given), files.loop).result())
 
     return read, write
 
@@ -180,11 +181,12 @@ CLIENTS: dict[str, Callable[[str], tuple[Read, Write | None]]] = {
     "obstore": obstore,
     "s3fs": s3fs_,
 }
+OTHERS = tuple(CLIENTS)[1:]
 
 
 def signed(client: Any, operation: str, **arguments: Any) -> str:
     """Return path and query of a URL that is its own permission."""
-    url = client.generate_presigned_url(operation, Params={"Bucket": BUCKET, **arguments}, ExpiresIn=3600)
+    url: str = client.generate_presigned_url(operation, Params={"Bucket": BUCKET, **arguments}, ExpiresIn=3600)
     return url.removeprefix(client.meta.endpoint_url)
 
 
@@ -195,14 +197,15 @@ def child(name: str, what: str, endpoint: str, num_threads: str, size: str, coun
     buffers = [bytearray(length) for _ in range(threads)]
     for buffer in buffers:
         buffer[::4096] = os.urandom(len(buffer[::4096]))
-    etags = {str(key): client.head_object(Bucket=BUCKET, Key=str(key))["ETag"].strip('"') for key in range(OBJECTS)}
+    found = {str(key): client.head_object(Bucket=BUCKET, Key=str(key)) for key in range(OBJECTS)}
+    etags = {key: answer["ETag"].strip('"') for key, answer in found.items()}
     urls = {key: signed(client, "get_object", Key=key) if name == "floor" else key for key in etags}
     read(urls["0"], etags["0"], 0, memoryview(buffers[0])[:1])  # all that is imported late is there now
     draw, ways = random.Random(7), []
     if what == "read":
         for _ in range(int(count)):
-            key, start = str(draw.randrange(OBJECTS)), draw.randrange(OBJECT - length)
-            ways.append((urls[key], etags[key], start))
+            key = str(draw.randrange(OBJECTS))
+            ways.append((urls[key], etags[key], draw.randrange(found[key]["ContentLength"] - length)))
     else:
         assert write is not None
         key = f"to-{name}-{secrets.token_hex(3)}"
@@ -256,16 +259,18 @@ def juicefs(folder: Path) -> Iterator[str]:
 def row(name: str, what: str, endpoint: str, threads: int, size: int, count: int) -> dict[str, float]:
     """Measure one client in a process of its own."""
     command = [sys.executable, "-c", CHILD, name, what, endpoint, *map(str, (threads, size, count))]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
 
 
 @click.command()
-@click.option("--client", "names", multiple=True, default=tuple(CLIENTS), type=click.Choice(list(CLIENTS)))
+@click.option("--client", "names", multiple=True, default=OTHERS, type=click.Choice(OTHERS), help="beside the floor")
 @click.option("--server", default="juicefs", show_default=True, type=click.Choice(["juicefs", "moto"]))
 @click.option("--threads", "all_threads", multiple=True, default=(4, 16), show_default=True)
 @click.option("--read", "reads", multiple=True, default=(8192,), show_default=True, help="KiB of a range")
 @click.option("--write", "writes", multiple=True, default=(32,), show_default=True, help="MiB of a part")
 @click.option("--total", default=1024, show_default=True, help="MiB a row, at most 1000 requests")
+@click.option("--object", "size_of_object", default=128, show_default=True, help="MiB of each of four objects")
 def main(
     names: tuple[str, ...],
     server: str,
@@ -273,16 +278,17 @@ def main(
     reads: tuple[int, ...],
     writes: tuple[int, ...],
     total: int,
+    size_of_object: int,
 ) -> None:
     """Print a table of what clients cost."""
-    names = tuple(name for name in names if importlib.util.find_spec(NEEDS.get(name, "botocore")))
+    names = ("floor", *(name for name in names if importlib.util.find_spec(NEEDS.get(name, "botocore"))))
     with tempfile.TemporaryDirectory(prefix="ties-ray-") as temporary:
         serve = juicefs(Path(temporary)) if server == "juicefs" else measure.s3_server(Path(temporary) / "log")
         with serve as endpoint:
             client = client_of(endpoint)
             client.create_bucket(Bucket=BUCKET)
             for key in range(OBJECTS):
-                client.put_object(Bucket=BUCKET, Key=str(key), Body=os.urandom(OBJECT))
+                client.put_object(Bucket=BUCKET, Key=str(key), Body=os.urandom(size_of_object * MIB))
             heads = ("what", "threads", "client", "CPU s/GB", "of the floor", "CPU ms a request", "MB/s", "memory MB")
             measure.table(heads)
             kinds = [("read", kib * 1024) for kib in reads] + [("write", mib * MIB) for mib in writes]

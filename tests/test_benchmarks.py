@@ -67,6 +67,16 @@ def test_the_driver_is_measured_and_its_schedule_simulated() -> None:
     assert all(0 < float(row["utilisation"]) <= 1 <= float(row["times ideal"]) for row in told)
 
 
+def test_the_store_is_measured_beside_other_clients_and_the_least_that_python_can_do() -> None:
+    output = run(
+        "clients", "--client", "store", "--client", "botocore", "--total", "8", "--object", "9", "--threads", "2"
+    )
+    found = {(row["what"], row["client"]): row for row in rows(output)}
+    kinds = ("read 8,192 KiB", "write 32,768 KiB")
+    assert found.keys() == {(kind, client) for kind in kinds for client in ("floor", "store", "botocore")}
+    assert all(float(row["CPU ms a request"]) > 0 for row in found.values())
+
+
 def test_help_takes_neither_torch_nor_ray() -> None:
     found = {row["command"]: row["loads"] for row in rows(run("startup", "--runs", "1"))}
     assert found["ties-ray --help"] == "-"

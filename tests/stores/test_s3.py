@@ -1,8 +1,11 @@
 import hashlib
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +19,7 @@ import trustme
 
 from tests.conftest import Bucket, free_port, served, tool
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Store, Stores, join
+from ties_ray.stores import Listing, Part, Pin, Store, Stores, join, s3
 from ties_ray.stores.s3 import S3
 from ties_ray.testing import StoreContract
 
@@ -190,6 +193,20 @@ def test_a_private_certificate_authority_is_trusted_where_the_recipe_names_it(
         opened(bucket, ca=f"{tmp_path}/nothing.pem")
 
 
+def test_bytes_go_from_the_socket_into_the_callers_memory_and_back_without_another_copy(s3_bucket: Bucket) -> None:
+    store, uri, data = opened(s3_bucket), f"{s3_bucket.uri}/x", os.urandom(3 * PART)
+    pin, upload, found = store.put(uri, data), store.begin_upload(uri, len(data)), bytearray(len(data))
+    tracemalloc.start()
+    try:
+        store.read(pin, 0, memoryview(found))
+        store.write_part(uri, upload, 1, 0, memoryview(data))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == data
+    assert peak < 1 << 20
+
+
 # A server that misbehaves as told, where the servers above don't.
 
 Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
@@ -206,6 +223,8 @@ class Misbehaving:
     """What to do with the next requests; good behaviour follows."""
     requests: list[tuple[str, Message]] = field(default_factory=list)
     """Path and headers of what came."""
+    connections: set[int] = field(default_factory=set)
+    """Ports that it came from."""
 
     @property
     def pin(self) -> Pin:
@@ -229,6 +248,7 @@ def odd(s3_credentials: None) -> Iterator[Misbehaving]:
 
         def do_GET(self) -> None:
             state.requests.append((self.path, self.headers))
+            state.connections.add(self.client_address[1])
             (state.answers.pop(0) if state.answers else good)(self, DATA)
 
         def log_message(self, format: str, *args: object) -> None:
@@ -253,8 +273,10 @@ def asked(request: BaseHTTPRequestHandler) -> tuple[int, int]:
     return int(first), int(last) + 1
 
 
-def ranged(request: BaseHTTPRequestHandler, body: bytes, content_range: str, etag: str = "mark") -> None:
-    answer(request, 206, body, ETag=f'"{etag}"', **{"Content-Range": content_range})
+def ranged(
+    request: BaseHTTPRequestHandler, body: bytes, content_range: str, etag: str = "mark", announced: int = -1
+) -> None:
+    answer(request, 206, body, announced, ETag=f'"{etag}"', **{"Content-Range": content_range})
 
 
 def answer(request: BaseHTTPRequestHandler, status: int, body: bytes, announced: int = -1, **headers: str) -> None:
@@ -299,6 +321,14 @@ def shifted(request: BaseHTTPRequestHandler, data: bytes) -> None:
 def another(request: BaseHTTPRequestHandler, data: bytes) -> None:
     start, stop = asked(request)
     ranged(request, data[start:stop], f"bytes {start}-{stop - 1}/{len(data)}", etag="other")
+
+
+def trickle(request: BaseHTTPRequestHandler, data: bytes) -> None:
+    start, stop = asked(request)
+    ranged(request, b"", f"bytes {start}-{stop - 1}/{len(data)}", announced=stop - start)
+    for at in range(start, stop, 100):
+        request.wfile.write(data[at : min(at + 100, stop)])
+        time.sleep(0.05)
 
 
 def no_versions(request: BaseHTTPRequestHandler, data: bytes) -> None:
@@ -356,6 +386,43 @@ def test_another_content_is_refused_even_where_if_match_is_ignored(odd: Misbehav
     assert len(odd.requests) == 1
 
 
+def test_sixteen_threads_have_their_requests_under_way_at_once(odd: Misbehaving) -> None:
+    all_there = threading.Barrier(16)
+
+    def wait_for_all(request: BaseHTTPRequestHandler, data: bytes) -> None:
+        all_there.wait(60)  # a request that came alone would find the barrier broken, and no answer
+        good(request, data)
+
+    odd.answers = [wait_for_all] * 16
+    store = odd.store()
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda start: odd.read(start, start + 1000, store), range(16)))
+    assert found == [DATA[start : start + 1000] for start in range(16)]
+    assert (len(odd.connections), store.meter.retries) == (16, 0)
+
+
+def test_a_connection_serves_request_after_request_until_an_answer_was_cut(odd: Misbehaving) -> None:
+    store = odd.store()
+    for _ in range(10):
+        assert odd.read(0, len(DATA), store) == DATA
+    assert len(odd.connections) == 1
+    odd.answers = [cut]
+    for _ in range(10):
+        assert odd.read(100, 9000, store) == DATA[100:9000]
+    assert len(odd.connections) == 2
+
+
+def test_an_answer_that_trickles_is_given_up_though_it_never_falls_silent(
+    odd: Misbehaving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_GRACE", 0.5)
+    odd.answers = [trickle]
+    store, started = odd.store(), time.monotonic()
+    assert odd.read(0, len(DATA), store) == DATA
+    assert (len(odd.requests), store.meter.retries) == (2, 1)
+    assert time.monotonic() - started < 0.05 * len(DATA) / 100
+
+
 def test_a_whole_object_may_come_as_200(odd: Misbehaving) -> None:
     odd.answers = [whole]
     assert odd.read(0, len(DATA)) == DATA
@@ -396,7 +463,5 @@ def test_a_role_without_access_to_versions_reads_by_etag(odd: Misbehaving) -> No
 
 
 def test_importing_the_store_imports_no_client() -> None:
-    code = (
-        "import sys, ties_ray.stores.s3; sys.exit(any(name in sys.modules for name in ('s3fs', 'botocore', 'aiohttp')))"
-    )
+    code = "import sys, ties_ray.stores.s3; sys.exit(any(name in sys.modules for name in ('botocore', 'urllib3')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

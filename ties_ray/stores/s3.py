@@ -38,7 +38,9 @@ T = TypeVar("T")
 _CHUNK = 1 << 20
 """Bytes handed to a socket at a time."""
 _LEAST_RATE = 1 << 18
-"""Bytes a second below which a transfer counts as hung, after 60 s of grace."""
+"""Bytes a second below which a transfer counts as hung, though it never falls silent..."""
+_GRACE = 60.0
+"""...after so many seconds."""
 _DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 
@@ -412,7 +414,7 @@ class S3(Store):
         client = None
         try:
             client = self._connected()
-            result = request(client, time.monotonic() + 60 + nbytes / _LEAST_RATE)
+            result = request(client, time.monotonic() + _GRACE + nbytes / _LEAST_RATE)
         except (MergeError, Transient):
             self._answered = True
             raise
