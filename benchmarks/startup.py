@@ -17,7 +17,7 @@ import click
 from benchmarks import measure
 from benchmarks.family import write_family
 
-HEAVY = ("torch", "ray", "numba", "numpy", "pydantic", "s3fs", "fsspec", "rich")
+HEAVY = ("torch", "ray", "numba", "numpy", "pydantic", "botocore", "fsspec", "rich")
 
 
 def best(command: list[str], runs: int) -> float:
