@@ -17,7 +17,7 @@ from tests import oracle
 from tests.families import Family
 from tests.merging import INDEX, LOCAL, digests, merge, merge_and_die, read_tensors, recipe_of
 from tests.oracle import Rules
-from ties_ray import drive
+from ties_ray import drive, kernels
 from ties_ray.errors import InputError, InterruptedMerge, RecipeError
 from ties_ray.recipe import Recipe
 from ties_ray.report import RESULT_NAME, Progress
@@ -237,7 +237,7 @@ def test_another_arithmetic_does_not_continue_a_merge(
 ) -> None:
     family = family_of(num_models=3)
     interrupted(family, tmp_path / "out")
-    monkeypatch.setattr(planning, "ARITHMETIC", "exact-2")
+    monkeypatch.setitem(kernels.ARITHMETICS, "exact", "exact-2")
     with pytest.raises(InputError, match="arithmetic exact-1 there, exact-2 here"):
         merge(family, tmp_path / "out", "average")
 

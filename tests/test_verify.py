@@ -10,7 +10,7 @@ import pytest
 
 from tests.families import Family, make_family
 from tests.merging import INDEX, digests, merge
-from ties_ray import sample
+from ties_ray import kernels, sample
 from ties_ray.errors import InputError
 from ties_ray.manifest import FOLDER, Manifest, find_runs
 from ties_ray.plan import Plan
@@ -304,7 +304,7 @@ def test_without_a_plan_or_under_another_arithmetic_there_is_no_sample(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(sample, "ARITHMETIC", "exact-2")
+        patched.setitem(kernels.ARITHMETICS, "exact", "exact-2")
         assert "computed by arithmetic exact-1" in told(verify(Stores({}), str(output), sample=0.01))
     (output / FOLDER).rename(output.parent / "elsewhere")
     assert "there is no plan by which" in told(verify(Stores({}), str(output), sample=0.01))

@@ -178,7 +178,7 @@ class MergeRun:
         needs = Needs(
             num_workers=recipe.run.workers,
             memory=self._plan.memory,
-            gpus=recipe.run.gpus_per_worker,
+            gpus=recipe.run.gpus,
             address=recipe.run.address,
             deadline=recipe.run.deadline,
             versions=tuple((package, importlib.metadata.version(package)) for package in PACKAGES),

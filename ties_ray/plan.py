@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from ties_ray.catalog import Catalog, Model
 from ties_ray.errors import Problem, RecipeError
 from ties_ray.formats import Parameter
-from ties_ray.kernels import ARITHMETIC
+from ties_ray.kernels import ARITHMETICS
 from ties_ray.methods import Member, Round
 from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTensor, Placed
 from ties_ray.pool import Refused
@@ -296,7 +296,7 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
     notes = [*catalog.notes, *(f"model {model.id} ({model.uri}): weight 0, left out" for model in dropped)]
     return Plan(
         schema_version=SCHEMA_VERSION,
-        arithmetic=ARITHMETIC,
+        arithmetic=ARITHMETICS[recipe.run.arithmetic],
         run_id=run_id,
         recipe=recipe,
         catalog=catalog,
@@ -423,7 +423,7 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
         (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects])
         for model in (catalog.base, *catalog.models)
     ]
-    text = json.dumps([SCHEMA_VERSION, ARITHMETIC, rules, inputs], sort_keys=True)
+    text = json.dumps([SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ties_ray.catalog import Model
 from ties_ray.formats import Format
-from ties_ray.kernels import ARITHMETIC, HIGH_BINS, LOW_BINS
+from ties_ray.kernels import HIGH_BINS, LOW_BINS
 from ties_ray.manifest import Survey
 from ties_ray.plan import Plan, RoundKind
 from ties_ray.sources import formats_of
@@ -36,17 +36,18 @@ COUNTS = TypeAdapter(Counts)
 SURVEY = TypeAdapter(Survey)
 
 
-def identity(model: Model, form: Format) -> str | None:
+def identity(model: Model, form: Format, arithmetic: str) -> str | None:
     """Return what names a model's changes; None where they depend on the base, or the store can't tell content apart.
 
-    An ETag that is the content's MD5 names it wherever it lies; any other only together with its URI.
+    arithmetic: by which they are counted. An ETag that is the content's MD5 names it wherever it lies; any other only
+    together with its URI.
     """
     if any(form.needs(source) != "nothing" for source in model.sources.values()):
         return None
     if not all(pin.etag for pin in model.objects):
         return None
     pins = [("" if _MD5.fullmatch(pin.etag) else pin.uri, pin.size, pin.etag) for pin in model.objects]
-    text = json.dumps([ARITHMETIC, pins, sorted(model.sources.items())])
+    text = json.dumps([arithmetic, pins, sorted(model.sources.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -69,7 +70,7 @@ class PoolCache:
 
         def look(member: int) -> Survey | Counts | None:
             model = plan.catalog.models[result.models[member]]
-            name = identity(model, formats[model.format])
+            name = identity(model, formats[model.format], plan.arithmetic)
             if name is None:
                 return None
             if kind == "survey":

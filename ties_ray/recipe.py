@@ -123,7 +123,7 @@ class Bounds(Strict):
 
 
 class Run(Strict):
-    """How the work is done; changes no byte of the result."""
+    """How the work is done; changes no byte of the result, but for `arithmetic`."""
 
     executor: str = "ray"
     """`ray`, or `local`: in this process, without Ray."""
@@ -131,9 +131,12 @@ class Run(Strict):
     """The Ray cluster (`auto`, `host:port`, `ray://...`); None: RAY_ADDRESS, else a local one that starts by itself."""
     workers: int | None = Field(default=None, ge=1, le=MAX_WORKERS)
     """None: one a CPU core of the cluster."""
-    gpus_per_worker: FiniteFloat = Field(default=0, ge=0)
-    device: Literal["cpu"] = "cpu"
-    arithmetic: Literal["exact"] = "exact"
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: each worker computes on a GPU, with the same bytes."""
+    gpus_per_worker: FiniteFloat | None = Field(default=None, ge=0)
+    """GPUs that Ray keeps for a worker; None: one with device cuda, else none. 0.25 has four workers share one."""
+    arithmetic: Literal["exact", "fast"] = "exact"
+    """`fast`: tensor cores multiply the factors of adapters, for results that differ in their last bits; cuda only."""
     memory: ByteSize = Field(default=ByteSize(512 * 2**20), ge=128 * 2**20)
     """Of a worker, beyond its imports."""
     deadline: FiniteFloat = Field(default=300.0, gt=0)
@@ -152,6 +155,20 @@ class Run(Strict):
     pool_cache: str | None = None
     """Folder where magnitude counts and norms of adapters are kept, for later merges of any of them; a bucket's, or one
     that all nodes share. Without it they are found again."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker."""
+        return float(self.device == "cuda") if self.gpus_per_worker is None else self.gpus_per_worker
+
+    @model_validator(mode="after")
+    def _gpu(self) -> "Run":
+        if self.arithmetic == "fast" and self.device == "cpu":
+            raise ValueError("arithmetic fast means tensor cores: give device: cuda too, or leave it out (on a CPU "
+                             "exact is the faster one)")  # fmt: skip
+        if self.device == "cuda" and self.executor == "ray" and not self.gpus:
+            raise ValueError("Ray shows no GPU to a worker that asks for none: give gpus_per_worker above 0, as 0.25")
+        return self
 
 
 def _method(value: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.kernels import ARITHMETIC
+from ties_ray.kernels import ARITHMETICS
 from ties_ray.manifest import Manifest
 from ties_ray.orders import Setup
 from ties_ray.outputs import Placed
@@ -33,8 +33,9 @@ def compare(
     A worker merges in this process, with the stored plan and thresholds; nothing is written. Raises `InputError` where
     it can't: another arithmetic, thresholds that are gone, inputs that are not as they were.
     """
-    if plan.arithmetic != ARITHMETIC:
-        what = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {ARITHMETIC}"
+    known = ARITHMETICS[plan.recipe.run.arithmetic]
+    if plan.arithmetic != known:
+        what = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {known}"
         raise InputError(Problem("--sample", what, f"use the version that merged, {LEAVE_OUT}"))
     if plan.recipe.output.condenses:
         what = "the merged matrices went through scratch, which is gone: they can't be merged again in samples"

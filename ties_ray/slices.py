@@ -40,7 +40,7 @@ class Slices(Deltas):
         self._held: list[Stored | None] = []
 
     def __iter__(self) -> Iterator[Slice]:
-        delta = torch.empty(len(self._base), dtype=torch.float32)
+        delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
         for model, encoded in self.models():
             if encoded:
                 self._note(model, self._kernels.delta(encoded, self._base, delta))

@@ -148,7 +148,8 @@ class ReadAhead:
     ) -> Generator[Stored | None, None, None]:
         """Yield the slices in order; None for None (a parameter that the model lacks).
 
-        take: brings a slice to where it is needed, while others are read and merged. A slice's memory is used again as soon as nobody refers to the slice.
+        take: brings a slice to where it is needed, while others are read and merged. A slice's memory is used again as
+        soon as nobody refers to the slice.
         """
         coming: collections.deque[Future[Stored] | None] = collections.deque()
         remaining = iter(wanted)

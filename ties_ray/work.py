@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from torch import Tensor
 from ties_ray import kernels
 from ties_ray.cache import Cache, Shelf
 from ties_ray.catalog import Model
-from ties_ray.errors import InputError, Problem
+from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.executors import WorkerDied
 from ties_ray.formats import Parameter
 from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
@@ -209,7 +209,8 @@ class Worker:
         order = ORDER.validate_json(message)
         started = time.monotonic()
         try:
-            with self._times.spent("work", f"{self._result.rounds[order.round].name}: {order.action} {order.index}"):
+            what = f"{self._result.rounds[order.round].name}: {order.action} {order.index}"
+            with self._times.spent("work", what), self._gpu_watched():
                 answer = self._handle(order)
         except BaseException:
             self._tell(order, "refused", time.monotonic() - started)
@@ -218,6 +219,20 @@ class Worker:
         self._measure(metered)
         self._tell(order, "done", time.monotonic() - started)
         return ANSWER.dump_json(metered).decode()
+
+    @contextmanager
+    def _gpu_watched(self) -> Iterator[None]:
+        """Turn what a GPU fails with into what it means: after most errors its context, and so the process, is lost."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            what = f"the GPU has too little memory: {str(error).partition('. ')[0]}"
+            remedy = "lower run.memory, or have fewer workers share a GPU (run.gpus_per_worker)"
+            raise RecipeError(Problem("run.memory", what, remedy)) from error
+        except RuntimeError as error:
+            if self._on_gpu and "CUDA" in str(error):
+                raise WorkerDied(f"its GPU is of no use any more: {error}") from error
+            raise
 
     def _handle(self, order: Order) -> Answer:
         if order.revision != self._plan.revision:

@@ -1,7 +1,7 @@
-"""The hot loops behind one signature: `definition.py` (torch, readable), `cpu.py` (compiled), later others.
+"""The hot loops behind one signature: `definition.py` (torch, readable), `cpu.py` (compiled), `cuda.py` (Triton).
 
-This folder imports torch, numpy, numba and nothing else of ours, so that it runs alone. All implementations give the
-same bits: fp32, no contraction, no fast maths, models in the order of `terms`.
+This folder imports torch, numpy, numba or triton and nothing else of ours, so that it runs alone. All implementations
+give the same bits: fp32, no contraction, no fast maths, models in the order of `terms`.
 
 Names: a *delta* is fp32(model) - fp32(base); a *term* t = weight * scale * kept(delta) is what one model adds to the
 sums, rounded to fp32 after each multiplication; *magnitude bits* are the 31 bits of |delta| as an integer.
@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-ARITHMETIC = "exact-1"
-"""Name and version of the arithmetic; part of a run's identity. Changes whenever any result bit may change."""
+ARITHMETICS = {"exact": "exact-1", "fast": "fast-1"}
+"""Name and version of each arithmetic; part of a run's identity. Changes whenever any result bit may change.
+
+`fast` lets the tensor cores of a GPU multiply factors (`cuda.Cuda`). A CPU has none: there the chain of fused
+multiply-adds takes half the time of a BLAS (benchmarks/gpu.py), so that it would be neither fast nor exact.
+"""
 HIGH_BINS = 65_536
 """Bins of the first level of a threshold search: magnitude bits >> 15."""
 LOW_BINS = 32_768
@@ -154,6 +159,17 @@ class Kernels(ABC):
     may call at once, with outputs of their own.
     """
 
+    @property
+    def device(self) -> "torch.device":
+        """Where the kernels work and all tensors lie, but for the `out` of `apply`, which may lie elsewhere."""
+        import torch
+
+        return torch.device("cpu")
+
+    def take(self, source: Stored) -> Stored:
+        """Bring a slice to where the kernels work, and return when it is there; any thread may call."""
+        return source
+
     @abstractmethod
     def delta(self, source: Stored, base: "Tensor", out: "Tensor") -> int:
         """Write the fp32 delta into `out`; return how many elements were not finite."""
@@ -206,8 +222,12 @@ class Kernels(ABC):
         """
 
 
-def load(name: Literal["definition", "cpu"]) -> Kernels:
-    """Return the implementation of that name; imports torch, and for `cpu` numba, which compiles if it must (5 s)."""
+def load(name: Literal["definition", "cpu", "cuda"], arithmetic: Literal["exact", "fast"] = "exact") -> Kernels:
+    """Return the implementation of that name; imports torch, and for `cpu` numba, which compiles if it must (5 s).
+
+    `cuda` works on the first GPU that is visible, and compiles when first used. Raises `LookupError`, saying what is
+    missing, where there is no GPU or no Triton.
+    """
     if name == "definition":
         from ties_ray.kernels.definition import Definition
 
@@ -216,7 +236,17 @@ def load(name: Literal["definition", "cpu"]) -> Kernels:
         from ties_ray.kernels.cpu import Cpu
 
         return Cpu()
-    raise ValueError(f"unknown kernels {name!r}; known: definition, cpu")
+    if name == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise LookupError("no CUDA GPU is visible to torch")
+        try:
+            from ties_ray.kernels.cuda import Cuda
+        except ImportError as error:
+            raise LookupError(f"Triton is not installed ({error})") from error
+        return Cuda(torch.device("cuda", 0), fast=arithmetic == "fast")
+    raise ValueError(f"unknown kernels {name!r}; known: definition, cpu, cuda")
 
 
 def flushes_to_zero() -> bool:

@@ -23,7 +23,9 @@ class Buffers:
     it lies in fragments, one heap a thread, can't be planned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        """pinned: where a GPU can fetch and put by itself, so that copies go on beside other work."""
+        self._pinned = pinned
         self._size = 0
         self._free: collections.deque[Bytes] = collections.deque()
 
@@ -44,6 +46,8 @@ class Buffers:
                 break
             if len(whole) >= wanted:
                 return whole
+        if self._pinned:
+            return torch.empty(max(self._size, HUGE_PAGE), dtype=torch.uint8, pin_memory=True).numpy()
         memory = mmap.mmap(-1, max(self._size, HUGE_PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,0 +1,222 @@
+"""Without a GPU Triton's interpreter runs the kernels, and its compiler shows what a GPU would be given."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+from tests.interpreter import A100, H100, Compiler, interpret
+from ties_ray.kernels import (
+    HIGH_BINS,
+    Encoded,
+    Factors,
+    Kernels,
+    Op,
+    SignedSums,
+    State,
+    Stored,
+    Term,
+    WeightedSum,
+    cuda,
+)
+from ties_ray.testing import KernelContract, a_group, an_op, some_factors
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU and "compiled" not in request.fixturenames:
+        interpret(monkeypatch)
+
+
+class FromCpu(Kernels):
+    """Kernels of another device, for tensors of the CPU: what the contract's tests are written for."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._kernels.device)
+
+    def _stored(self, source: Stored) -> Stored:
+        return type(source)(*(self._there(each) if isinstance(each, Tensor) else each for each in source))
+
+    def _op(self, op: Op) -> Op:
+        return op.__class__(**(vars(op) | {name: self._there(each) for name, each in vars(op).items()
+                                           if isinstance(each, Tensor)}))  # fmt: skip
+
+    def _filling(self, out: Tensor, call: Callable[[Tensor], int]) -> int:
+        there = self._there(out)
+        count = call(there)
+        out.copy_(there)
+        return count
+
+    def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
+        source = self._stored(source)
+        return self._filling(out, lambda there: self._kernels.delta(source, self._there(base), there))
+
+    def row_scales(self, source: Factors, rows: Tensor) -> Tensor:
+        moved = self._stored(source)
+        assert isinstance(moved, Factors)
+        return self._kernels.row_scales(moved, self._there(rows)).cpu()
+
+    def start(self, op: Op, length: int) -> State:
+        return {name: part.cpu() for name, part in self._kernels.start(op, length).items()}
+
+    def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Stored]], offset: int) -> list[int]:
+        there = {name: self._there(part) for name, part in state.items()}
+        moved = [(model, self._stored(source)) for model, source in group]
+        counts = self._kernels.fold(self._op(op), there, self._there(base), moved, offset)
+        for name, part in state.items():
+            part.copy_(there[name])
+        return counts
+
+    def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
+        source = self._stored(source)
+        return self._filling(table, lambda there: self._kernels.count_high(source, self._there(base), there))
+
+    def count_low(self, source: Stored, base: Tensor, high: int, table: Tensor) -> int:
+        source = self._stored(source)
+        return self._filling(table, lambda there: self._kernels.count_low(source, self._there(base), high, there))
+
+    def elect(
+        self, op: Op, state: State, zero_sign: int, factor: float, merge: Literal["mean", "sum", "max"]
+    ) -> Tensor:
+        there = {name: self._there(part) for name, part in state.items()}
+        return self._kernels.elect(op, there, zero_sign, factor, merge).cpu()
+
+    def apply(self, base: Tensor, merged: Tensor, out: Tensor) -> int:
+        return self._kernels.apply(self._there(base), self._there(merged), out)
+
+
+class TestCuda(KernelContract):
+    @pytest.fixture
+    def kernels(self) -> Kernels:
+        return FromCpu(cuda.Cuda(DEVICE))
+
+
+def test_more_models_than_one_launch_notes_bits_for_are_all_judged() -> None:
+    num_models = cuda.AT_ONCE + 2
+    values = torch.zeros(num_models, 5)
+    for model in range(num_models):
+        values[model, : model % 5] = float("nan")
+    op = WeightedSum((Term(),) * num_models)
+    kernels = FromCpu(cuda.Cuda(DEVICE))
+    group = [(model, Encoded(each)) for model, each in enumerate(values)]
+    counts = kernels.fold(op, kernels.start(op, 5), torch.zeros(5), group, 0)
+    assert counts == [model % 5 for model in range(num_models)]
+
+
+# Fast arithmetic.
+
+
+def bound(source: Factors, digits: int) -> Tensor:
+    """Return the largest error that `Cuda` allows a change in `fast`, for factors of so many bits."""
+    rank = source.left.shape[1]
+    share = (rank + 2) * 2.0**-22 + (2.0**-9 if digits > 11 else 0.0)
+    return (share * abs(source.scale) * source.left.double().abs() @ source.right.double().abs()).view(-1)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 100])
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24)])
+def test_fast_changes_err_by_no_more_than_they_say(dtype: torch.dtype, digits: int, rank: int) -> None:
+    source = torch.Generator().manual_seed(rank)
+    left, right = torch.randn(37, rank, generator=source), torch.randn(rank, 301, generator=source)
+    factors = Factors(left.to(dtype).float(), right.to(dtype).float(), 0.3, 0)
+    exact = 0.3 * (factors.left.double() @ factors.right.double()).view(-1)
+    found = torch.empty(37 * 301)
+    assert FromCpu(cuda.Cuda(DEVICE, fast=True)).delta(factors, torch.zeros(37 * 301), found) == 0
+    assert ((found - exact).abs() <= bound(factors, digits) + 2.0**-24 * exact.abs()).all()
+    assert exact.abs().max() > 0.5
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter multiplies by BLAS, whose bits do depend on it")
+def test_fast_bits_do_not_depend_on_the_cut() -> None:
+    whole = torch.empty(67 * 301)
+    factors = some_factors(67, 301, 19, 0)
+    kernels = FromCpu(cuda.Cuda(DEVICE, fast=True))
+    kernels.delta(factors, torch.zeros(67 * 301), whole)
+    part = torch.empty(20 * 301 + 7)
+    cut = factors._replace(left=factors.left[11:33], start=100)
+    kernels.delta(cut, torch.zeros(len(part)), part)
+    assert torch.equal(whole[11 * 301 + 100 :][: len(part)], part)
+
+
+# What the compiler makes of the kernels.
+
+
+@pytest.fixture(params=["A100", "H100"])
+def compiled(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Iterator[tuple[str, str]]]:
+    """Let kernels be compiled instead of run; return what yields (name, PTX) of what was launched so far."""
+    target = {"A100": A100, "H100": H100}[request.param]
+    compilers = {name: Compiler(getattr(cuda, name), target) for name in LAUNCHED}
+    for name, compiler in compilers.items():
+        monkeypatch.setattr(cuda, name, compiler)
+    return lambda: ((name, each.asm["ptx"]) for name, one in compilers.items() for each in one.compiled)
+
+
+LAUNCHED = ("_dense", "_factors", "_squares", "_over_lanes", "_elect", "_apply")
+LENGTH = 704 * 64
+
+
+def launch_everything(kernels: Kernels) -> None:
+    """Launch each kernel, if not in each of its variants."""
+    base, dense = a_group(torch.float32, LENGTH)
+    factors = [some_factors(64, 704, rank, 0, dora) for rank, dora in ((16, False), (4, True))]
+    for source in (dense[0][1], dense[1][1], dense[3][1], *factors):
+        op = an_op("signed_sums", "all", LENGTH)
+        kernels.fold(op, kernels.start(op, LENGTH), base, [(0, source)], offset=0)
+    for name in ("weighted_sum", "signed_sums_weighted", "extremes", "agreement"):
+        op = an_op(name, "trim", LENGTH)
+        kernels.fold(op, kernels.start(op, LENGTH), base.double(), [(0, dense[0][1])], offset=2**40)
+    for source in (dense[0][1], factors[0]):
+        kernels.count_high(source, base, torch.zeros(HIGH_BINS, dtype=torch.int64))
+    kernels.delta(dense[5][1], base, torch.empty(LENGTH))
+    kernels.row_scales(factors[1], base)
+    op = SignedSums((Term(),))
+    kernels.elect(op, kernels.start(op, LENGTH), 0, 1.0, "mean")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        kernels.apply(base, base, torch.empty(LENGTH, dtype=dtype))
+
+
+def instructions(ptx: str, pattern: str) -> list[str]:
+    return re.findall(rf"^\s+(?:@\S+ )?({pattern}[\w.]*)", ptx, re.MULTILINE)
+
+
+def test_what_a_gpu_is_given_contracts_flushes_and_approximates_nothing(compiled: Any) -> None:
+    launch_everything(cuda.Cuda(torch.device("cpu")))
+    found = list(compiled())
+    assert {name for name, _ in found} == set(LAUNCHED)
+    for name, ptx in found:
+        fused = set(instructions(ptx, r"(?:fma|mad)\.\w*\.?f\d\d"))
+        assert fused == ({"fma.rn.f32"} if name in ("_factors", "_squares") else set()), name
+        assert not re.search(r"\.ftz|\.approx|div\.full|mma", ptx), name
+    divisions = {one for name, ptx in found for one in instructions(ptx, "div") if name == "_elect"}
+    assert divisions == {"div.rn.f32"}
+
+
+def test_slices_are_read_sixteen_bytes_at_a_time(compiled: Any) -> None:
+    kernels = cuda.Cuda(torch.device("cpu"))
+    base, group = a_group(torch.float32, LENGTH)
+    op = an_op("signed_sums", "trim", LENGTH)
+    kernels.fold(op, kernels.start(op, LENGTH), base, group[:1], offset=0)
+    ((_, ptx),) = compiled()
+    assert instructions(ptx, r"ld\.global\.v4\.b32")
+    assert not instructions(ptx, r"ld\.global\.b(?:16|32)")
+
+
+def test_fast_takes_tensor_cores(compiled: Any) -> None:
+    source = some_factors(64, 704, 16, 0)
+    cuda.Cuda(torch.device("cpu"), fast=True).delta(source, torch.zeros(LENGTH), torch.empty(LENGTH))
+    ((_, ptx),) = compiled()
+    assert instructions(ptx, r"mma\.sync\.\S*tf32")
+    assert not instructions(ptx, "fma")
