@@ -1,13 +1,15 @@
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tests.adapters import make_pool
-from tests.families import Family
+from tests.families import Family, write_checkpoint
 from tests.merging import LOCAL, recipe_of
 from tests.test_plan import catalog_of, recipe_for
 from ties_ray import drive
@@ -17,9 +19,9 @@ from ties_ray.plan import Plan, make_plan
 from ties_ray.predict import Pace, Rates, Work, loads, observed, predict
 from ties_ray.rates import measure
 from ties_ray.recipe import validate
-from ties_ray.report import MergeResult
+from ties_ray.report import MergeResult, plan_record
 from ties_ray.stores import Stores
-from ties_ray.text import of_result, show
+from ties_ray.text import of_plan, of_result, show
 
 PARAMETERS = [Parameter(f"p{number}", (4096, 8192), "BF16", True) for number in range(40)]
 ELEMENTS = 40 * 4096 * 8192
@@ -195,3 +197,16 @@ def test_a_merge_holds_what_was_predicted_beside_what_it_took(
     assert again.reused
     assert again.predicted_seconds == result.predicted_seconds  # it is the record of what was done then
     assert MergeResult(status="done").predicted_seconds is None
+
+
+def test_models_without_elements_take_no_time_and_can_be_measured(tmp_path: Path) -> None:
+    store = Stores({}).of("/")
+    for name in ("base", "tune"):
+        write_checkpoint(store, str(tmp_path / name), {"model.norm.weight": torch.zeros(0)})
+    given = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "tune")], "method": "ties", "run": LOCAL}
+    found = drive.forecast(drive.plan(validate({**given, "output": str(tmp_path / "out")})))
+    assert found
+    assert [one.seconds for one in found.predictions[0].rounds[:2]] == [0, 0]
+    shown = io.StringIO()
+    show(*of_plan(plan_record(drive.plan(validate({**given, "output": str(tmp_path / "out")})), found)), file=shown)
+    assert "limited by" in shown.getvalue()

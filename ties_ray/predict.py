@@ -123,7 +123,7 @@ def loads(plan: Plan) -> list[Load]:
                 factors=factors * one.passes,
                 bytes_written=plan.bytes_written if merges else 0,
                 slices=max(1, blocks * models),
-                parts=-(-parts // one.num_shards) if merges else 1,
+                parts=-(-parts // max(1, one.num_shards)) if merges else 1,
             )
         )
     return found
@@ -154,7 +154,7 @@ def predict(plan: Plan, rates: Rates, workers: int, left: Sequence[int] | None =
         bound = max(stages, key=lambda stage: stages[stage][0])
         seconds = stages[bound][0] + sum(piece for stage, (_, piece) in stages.items() if stage != bound)
         waves = math.ceil(shards / workers)
-        rounds.append(RoundPrediction(name=one.name, seconds=seconds / one.num_shards * waves, bound=bound))
+        rounds.append(RoundPrediction(name=one.name, seconds=seconds / max(1, one.num_shards) * waves, bound=bound))
     return Prediction(workers=workers, seconds=rates.start + sum(one.seconds for one in rounds), rounds=rounds)
 
 

@@ -114,7 +114,7 @@ def _forecast(forecast: Forecast) -> Iterator[RenderableType]:
         table.add_row(f"{one.workers:,}", duration(one.seconds), *took, ", ".join(limits))
     yield table
     rates = forecast.rates
-    ns = [*rates.dense.values(), *rates.factors.values()]
+    ns = [*rates.dense.values(), *rates.factors.values()] or [0.0]
     yield (
         f"as measured from here: {num_bytes(rates.read)}/s read, {rates.request * 1e3:.1f} ms a request, "
         f"{min(ns):.2f} to {max(ns):.2f} ns an element of a model; writing and further workers taken to be as fast"
