@@ -29,6 +29,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "1M": Shape(64, 176, 2, 4_000),
     "20M": Shape(256, 688, 8, 32_000),
+    "60M": Shape(512, 1408, 8, 32_000),
     "200M": Shape(1024, 2816, 10, 32_000),
 }
 """About so many parameters."""

@@ -1,19 +1,25 @@
-"""A whole TIES merge against its limits: copying the bytes, and the kernels alone; optionally against mergekit.
+"""Whole TIES merges against their limit, copying every byte once, and against mergekit; from disk and from a bucket.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.merge [--models 8] [--run local/1 --run ray/2] [--mergekit PYTHON]
+    OMP_NUM_THREADS=1 python -m benchmarks.merge --models 4 --models 64 --mergekit PYTHON
+    OMP_NUM_THREADS=1 python -m benchmarks.merge --models 16 --bucket [--rate 200]
 
-`copy` reads every input as often as the plan says and writes an output of the same size, through the same store, and
-does nothing else. CPU seconds are those of the processes that do the work, less those of one that has only imported
-what it needs; memory is the peak of one process beyond those imports. mergekit trims each tensor for itself, so it
-reads its models once where an exact global trim reads them three times.
+`copy` reads every input once and writes an output of the same size, through the same store and as many threads as a
+worker reads with, and does nothing else. mergekit trims each tensor for itself; an exact threshold of the whole task
+vector has to look at the models three times. CPU seconds are those of the processes that do the work; `beyond start`
+leaves out what a process takes that has imported everything, started and done nothing. Memory is the peak of one
+process beyond those imports.
 """
 
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 import psutil
@@ -23,30 +29,34 @@ from benchmarks import measure
 from benchmarks.family import SHAPES
 from benchmarks.memory import IDLE
 
-COPY = "import sys; from benchmarks.merge import copy; copy(sys.argv[1], int(sys.argv[2]))"
+COPY = "import sys; from benchmarks.merge import copy; copy(sys.argv[1])"
+PLAN = "import sys, ties_ray; ties_ray.plan(ties_ray.load_recipe(sys.argv[1]))"
+"""What a copy does too, before it copies."""
 BLOCK = 8 * 2**20
 """Bytes of a read of bf16, as in the plan."""
 DENSITY = 0.2
+BUCKET = "family"
 
 
-def copy(given: str, num_threads: int) -> None:
-    """Read and write what a merge would, in this process."""
+def copy(given: str) -> None:
+    """Read what a merge reads, once, and write what it writes, in this process."""
     from ties_ray import drive
+    from ties_ray.plan import AHEAD
     from ties_ray.stores import Stores
 
     plan = drive.plan(ties_ray.load_recipe(given))
-    store = Stores({}).of(plan.output)
+    stores = Stores(plan.recipe.storage)
     pins = [pin for model in (plan.catalog.base, *plan.catalog.models) for pin in model.objects]
-    passes = sum(round_.passes for round_ in plan.result.rounds)
-    buffers = [bytearray(plan.layout.part_size) for _ in range(num_threads)]
+    reads = [(pin, start) for pin in pins for start in range(0, pin.size, BLOCK)]
+    buffers = [bytearray(plan.layout.part_size) for _ in range(AHEAD)]
 
-    def read(number: int) -> None:
-        for pin in pins[number::num_threads] * passes:
-            for start in range(0, pin.size, BLOCK):
-                store.read(pin, start, memoryview(buffers[number])[: min(BLOCK, pin.size - start)])
+    def read(thread: int) -> None:
+        for pin, start in reads[thread::AHEAD]:
+            stores.of(pin.uri).read(pin, start, memoryview(buffers[thread])[: min(BLOCK, pin.size - start)])
 
-    with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(read, range(num_threads)))
+    with ThreadPoolExecutor(AHEAD) as threads:
+        list(threads.map(read, range(AHEAD)))
+    store = stores.of(plan.output)
     for index, file in enumerate(plan.result.files):
         uri = f"{plan.output}/{file.name}"
         upload, parts = store.begin_upload(uri, file.size), []
@@ -56,18 +66,18 @@ def copy(given: str, num_threads: int) -> None:
         store.complete_upload(uri, upload, parts)
 
 
-def recipe_of(place: Path, num_models: int, executor: str, workers: int) -> dict[str, object]:
+def recipe_of(place: str, num_models: int, **more: object) -> dict[str, object]:
     return {
-        "base": str(place / "base"),
-        "models": [str(place / f"model-{number}") for number in range(num_models)],
+        "base": f"{place}/base",
+        "models": [f"{place}/model-{number}" for number in range(num_models)],
         "method": {"name": "ties", "density": DENSITY},
-        "output": str(place / "merged"),
-        "run": {"executor": executor, "workers": workers},
+        "output": f"{place}/merged",
+        **more,
     }
 
 
 def mergekit(python: Path, place: Path, num_models: int) -> measure.Seen:
-    """Merge with mergekit, lazily and at low CPU memory, as its documentation advises."""
+    """Merge with mergekit, lazily, as its documentation advises."""
     models = [
         {"model": str(place / f"model-{number}"), "parameters": {"density": DENSITY, "weight": 1.0}}
         for number in range(num_models)
@@ -82,51 +92,103 @@ def mergekit(python: Path, place: Path, num_models: int) -> measure.Seen:
         return measure.run(command, ray=False, python=str(python))
 
 
-def total(workers: Sequence[measure.Usage], idle: measure.Usage) -> tuple[float, float]:
-    """Return (CPU seconds of all, peak MB of one), without imports."""
-    return (
-        sum(worker.cpu - idle.cpu for worker in workers),
-        (max(worker.anonymous for worker in workers) - idle.anonymous) / 1e6,
+class Table:
+    """Rows about one family, each beside the first."""
+
+    def __init__(self, per_element: float) -> None:
+        """per_element: ns of a CPU second."""
+        self._per_element = per_element
+        self._first: tuple[float, float] | None = None
+        heads = ("run", "seconds", "of copy", "CPU s", "beyond start", "of copy", "ns per element, model", "peak MB")
+        measure.table(heads)
+
+    def add(self, name: str, seen: measure.Seen, idle: measure.Usage) -> None:
+        cpu = sum(worker.cpu for worker in seen.workers)
+        beyond = sum(worker.cpu - idle.cpu for worker in seen.workers)
+        peak = (max(worker.anonymous for worker in seen.workers) - idle.anonymous) / 1e6
+        self._first = self._first or (seen.seconds, beyond)
+        seconds, of_cpu = seen.seconds / self._first[0], beyond / self._first[1]
+        measure.row((name, seen.seconds, seconds, cpu, beyond, of_cpu, beyond * self._per_element, f"{peak:,.0f}"))
+
+
+def program(code: str, recipe: Mapping[str, object]) -> measure.Seen:
+    """Run a program that is given a recipe's file."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(recipe, file)
+        file.flush()
+        return measure.run(["-c", code, file.name], ray=False)
+
+
+@contextmanager
+def in_a_bucket(place: Path, rate: float | None) -> Iterator[dict[str, object]]:
+    """Upload the family to a server on loopback; yield `storage`, with a wire of so many MB/s between."""
+    with tempfile.TemporaryDirectory() as folder, measure.s3_server(Path(folder) / "log") as endpoint:
+        measure.upload(place, endpoint, BUCKET)
+        if rate is None:
+            yield {"s3": {"endpoint_url": endpoint}}
+            return
+        command = [sys.executable, "-m", "benchmarks.throttle", urlsplit(endpoint).netloc, str(rate)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as wire:
+            try:
+                assert wire.stdout
+                yield {"s3": {"endpoint_url": wire.stdout.readline().strip()}}
+            finally:
+                wire.terminate()
+
+
+def compare(
+    place: str, num_models: int, runs: Sequence[str], storage: Mapping[str, object], other: Path | None
+) -> None:
+    """Print a table for one number of models."""
+    run: dict[str, object] = {"executor": "local", "workers": 1}
+    plan = ties_ray.plan(recipe_of(place, num_models, storage=storage, run=run))
+    click.echo(
+        f"\n{num_models} models of {plan.layout.num_elements / 1e6:,.0f} M elements: read {plan.bytes_read / 1e9:.2f}"
+        f" GB in all rounds, {plan.bytes_again / 1e9:.2f} of it again; write {plan.bytes_written / 1e9:.2f} GB"
     )
+    table = Table(1e9 / plan.layout.num_elements / num_models)
+    idles = {name: measure.run(["-c", IDLE, name], ray=name == "ray").workers[0] for name in ("local", "ray")}
+
+    def fresh(number: int) -> dict[str, object]:
+        """Return a recipe whose output is not there yet."""
+        shutil.rmtree(Path(place) / "merged", ignore_errors=True)
+        return recipe_of(place, num_models, storage=storage, output=f"{place}/merged{f'-{number}' if storage else ''}")
+
+    (planned,) = program(PLAN, fresh(0) | {"run": run}).workers
+    table.add("copy", program(COPY, fresh(0) | {"run": run}), planned)
+    for number, (executor, _, workers) in enumerate((one.partition("/") for one in runs), 1):
+        seen, _ = measure.merge(
+            fresh(number) | {"run": {"executor": executor, "workers": int(workers)}}, ray=executor == "ray"
+        )
+        table.add(f"ties_ray, {executor}, {workers} workers", seen, idles[executor])
+    if other:
+        fresh(0)
+        (idle,) = measure.run(["-c", "import mergekit.scripts.run_yaml"], ray=False, python=str(other)).workers
+        table.add("mergekit", mergekit(other, Path(place), num_models), idle)
+    shutil.rmtree(Path(place) / "merged", ignore_errors=True)
 
 
 @click.command()
-@click.option("--models", default=8, show_default=True)
-@click.option("--size", type=click.Choice(list(SHAPES)), default="200M", show_default=True)
+@click.option("--models", multiple=True, default=[8], show_default=True, help="how many; may be repeated")
+@click.option("--size", type=click.Choice(list(SHAPES)), default="60M", show_default=True)
 @click.option("--run", "runs", multiple=True, default=["local/1", "local/2", "ray/1", "ray/2"], show_default=True)
 @click.option("--mergekit", "other", type=click.Path(path_type=Path), help="Python of an environment with mergekit")
+@click.option("--bucket", is_flag=True, help="read from and write to an S3 server on loopback instead of the disk")
+@click.option("--rate", type=float, help="MB/s of the wire to that server; none: as fast as it is")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the family lies or shall lie; else a temporary")
-def main(models: int, size: str, runs: tuple[str, ...], other: Path | None, folder: Path | None) -> None:
-    """Merge one family in several ways and print what each took."""
-    with measure.family_in(folder, size, models) as place:
-        plan = ties_ray.plan(recipe_of(place, models, "local", 1))
-        per_element = 1e9 / plan.layout.num_elements / models
-        click.echo(f"read {plan.bytes_read / 1e9:.2f} GB, write {plan.bytes_written / 1e9:.2f} GB")
-        measure.table(("run", "seconds", "CPU s", "ns per element, model", "peak MB beyond imports"))
-        for executor, _, workers in (run.partition("/") for run in runs):
-            recipe = recipe_of(place, models, executor, int(workers))
-            idle, = measure.run(["-c", IDLE, executor], ray=executor == "ray").workers  # fmt: skip
-            shutil.rmtree(place / "merged", ignore_errors=True)
-            if executor == "local":
-                with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-                    json.dump(recipe, file)
-                    file.flush()
-                    seen = measure.run(["-c", COPY, file.name, workers], ray=False)
-                cpu, peak = total(seen.workers, idle)
-                measure.row((f"copy, {workers} threads", seen.seconds, cpu, cpu * per_element, peak))
-                shutil.rmtree(place / "merged", ignore_errors=True)
-            seen, _ = measure.merge(recipe, ray=executor == "ray")
-            cpu, peak = total(seen.workers, idle)
-            measure.row((f"ties_ray, {executor}, {workers} workers", seen.seconds, cpu, cpu * per_element, peak))
-            shutil.rmtree(place / "merged", ignore_errors=True)
-        if other:
-            try:
-                (idle,) = measure.run(["-c", "import mergekit.scripts.run_yaml"], ray=False, python=str(other)).workers
-                seen = mergekit(other, place, models)
-                cpu, peak = total(seen.workers, idle)
-                measure.row(("mergekit", seen.seconds, cpu, cpu * per_element, peak))
-            finally:
-                shutil.rmtree(place / "merged", ignore_errors=True)
+def main(
+    models: tuple[int, ...], size: str, runs: tuple[str, ...], other: Path | None, bucket: bool, rate: float | None,
+    folder: Path | None,
+) -> None:  # fmt: skip
+    """Merge families in several ways and print what each took."""
+    with measure.family_in(folder, size, max(models)) as place:
+        if bucket:
+            with in_a_bucket(place, rate) as storage:
+                for number in models:
+                    compare(f"s3://{BUCKET}", number, runs, storage, None)
+        else:
+            for number in models:
+                compare(str(place), number, runs, {}, other)
     click.echo(f"\n{psutil.cpu_count()} cores; load {psutil.getloadavg()[0]:.1f}")
 
 

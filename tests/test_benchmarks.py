@@ -84,10 +84,13 @@ def test_help_takes_neither_torch_nor_ray() -> None:
     assert "torch" in found["import torch, numba"]
 
 
-def test_a_merge_is_measured_against_copying_its_bytes() -> None:
-    output = run("merge", "--size", "1M", "--models", "2", "--run", "local/1")
-    assert [row["run"] for row in rows(output)] == ["copy, 1 threads", "ties_ray, local, 1 workers"]
-    assert re.search(r"read \d+\.\d\d GB", output)
+@pytest.mark.parametrize("more", [(), ("--bucket", "--rate", "200")])
+def test_a_merge_is_measured_against_copying_its_bytes(more: tuple[str, ...]) -> None:
+    output = run("merge", "--size", "1M", "--models", "2", "--run", "local/1", *more)
+    assert [row["run"] for row in rows(output)] == ["copy", "ties_ray, local, 1 workers"]
+    again = re.search(r"read \d+\.\d\d GB in all rounds, (\d+\.\d\d) of it again", output)
+    assert again
+    assert (float(again[1]) > 0) == ("--bucket" in more)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
