@@ -2,7 +2,8 @@
 
     python -m benchmarks.scale [--shards 100000] [--workers 512]
 
-The first table is the driver's CPU a shard (and its memory), less what the simulation itself takes. The second is the
+The first table is the driver's CPU a shard (and its memory), less what the simulation itself takes: of one round, and
+of all that `drive.py` does in the rounds of a merge. The second is the
 schedule's: utilisation is the time that workers spent on what counted, of all their time until the end of the round;
 `ideal` is the makespan over that of perfectly divided work on the same workers, none of them lost.
 """
@@ -10,8 +11,8 @@ schedule's: utilisation is the time that workers spent on what counted, of all t
 import gc
 import heapq
 import itertools
+import math
 import random
-import sys
 import time
 import tracemalloc
 from collections import deque
@@ -22,16 +23,17 @@ from typing import NamedTuple
 import click
 
 from benchmarks import measure
-from ties_ray.drive import DEPTH
+from benchmarks.planning import large_catalog
+from ties_ray.drive import DEPTH, MergeRun
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
-from ties_ray.manifest import _RECORD, Record, Written
+from ties_ray.manifest import Manifest, Record, Written
 from ties_ray.orders import ANSWER, ORDER, Answer, Order
+from ties_ray.plan import make_plan
+from ties_ray.recipe import validate
 from ties_ray.schedule import Schedule
 from ties_ray.stage import Stage
-from ties_ray.stores import Part
+from ties_ray.stores import Part, Stores
 from ties_ray.work import RECORD_SECONDS, RECORD_SHARDS
-
-HOUR = 3600.0
 
 
 class World(NamedTuple):
@@ -235,7 +237,7 @@ def simulate(world: World, seed: int = 0) -> Story:
         for shard, seconds in executor.records[name].items():
             useful.setdefault(shard, seconds)
     speeds = [1 / worker.speed for worker in executor.workers]
-    work = world.shards * world.median * 2.718281828 ** (world.sigma**2 / 2)
+    work = world.shards * world.median * math.exp(world.sigma**2 / 2)
     return Story(
         makespan=executor.now,
         ideal=executor.now / (work / sum(speeds)),
@@ -250,7 +252,7 @@ def simulate(world: World, seed: int = 0) -> Story:
 
 WORLDS = {
     "no faults": World(),
-    "no faults, shards as unequal as e to the 1": World(sigma=1.0),
+    "no faults, shards very unequal (sigma 1)": World(sigma=1.0),
     "8 workers 5 times slower": World(slow=8),
     "4 workers hang": World(hang=4),
     "each worker lost once in 10 min": World(lost_after=600.0),
@@ -258,30 +260,54 @@ WORLDS = {
 }
 
 
-def records_read(shards: int) -> tuple[int, float]:
-    """Return how many records of 256 shards with a part each there are, and the CPU seconds of reading them."""
-    stored = [
-        _RECORD.dump_json(Record(2, tuple(range(first, min(first + RECORD_SHARDS, shards))), tuple(
-            Written(shard // 80, Part(shard % 80 + 1, 2**26, "9b2cf535f27731c974343645a3985328"), "1a2b3c4d")
-            for shard in range(first, min(first + RECORD_SHARDS, shards)))))
-        for first in range(0, shards, RECORD_SHARDS)
-    ]  # fmt: skip
+class Distant(Manifest):
+    """A manifest in a store that takes a while to answer."""
+
+    def read_record(self, round_: int, name: str) -> Record:
+        """Return one record, 10 ms later."""
+        time.sleep(0.01)
+        return super().read_record(round_, name)
+
+
+def records_read(shards: int) -> tuple[int, float, float]:
+    """Return how many records of 256 shards with a part each there are, and CPU and all seconds of reading them."""
+    manifest = Distant(Stores({}), "memory://scale/records")
+    for first in range(0, shards, RECORD_SHARDS):
+        own = range(first, min(first + RECORD_SHARDS, shards))
+        parts = (Written(shard // 80, Part(shard % 80 + 1, 2**26, "9b" * 16, "1a2b3c4d"), "1a2b3c4d") for shard in own)
+        manifest.write_record(f"{first:08d}.json", Record(2, tuple(own), tuple(parts)))
+    names = manifest.record_names(2)
+    began, cpu = time.monotonic(), time.process_time()
+    manifest.read_records(2, names)
+    return len(names), time.process_time() - cpu, time.monotonic() - began
+
+
+def whole_merge(num_models: int, workers: int) -> tuple[int, float]:
+    """Return (shards, CPU seconds of the driver) of all rounds of a merge of models of 70B parameters."""
+    names = [f"s3://models/{number}" for number in range(num_models)]
+    recipe = {"base": "s3://models/base", "models": names, "method": "ties", "output": f"memory://scale/{num_models}"}
+    plan = make_plan(validate(recipe), large_catalog(num_models, 1))
+    stores = Stores({})
+    manifest = Manifest(stores, Manifest.folder_of(plan.output, plan.run_id))
+    run = MergeRun(plan, stores, manifest, resumed=False, watch=lambda progress: None, trace=None)
+    executor = Simulated(World(workers=workers), 0)
     began = time.process_time()
-    for data in stored:
-        _RECORD.validate_json(data)
-    return len(stored), time.process_time() - began
+    run.execute(executor)
+    return sum(one.num_shards for one in plan.result.rounds), time.process_time() - began - executor.cpu
 
 
-def driver_cost(shards: int, workers: int) -> None:
-    """Print what a round of so many shards costs the driver."""
-    measure.table(("round", "shards", "workers", "driver CPU s", "ms a shard", "MB at the peak"))
+def driver_cost(shards: int, workers: int, models: int) -> None:
+    """Print what a round of so many shards costs the driver, and what all rounds of a merge."""
+    measure.table(("what", "shards", "workers", "driver CPU s", "ms a shard", "MB at the peak"))
     for kind, repeats in (("counting", False), ("merge", True)):
         world = World(workers=workers, shards=shards, repeats=repeats)
         story = simulate(world)
         gc.collect()
-        measure.row((kind, shards, workers, story.cpu, story.cpu / shards * 1e3, _peak(world)))
-    count, seconds = records_read(shards)
-    measure.row((f"reading {count} records", shards, "-", seconds, seconds / shards * 1e3, "-"))
+        measure.row((f"a round: {kind}", shards, workers, story.cpu, story.cpu / shards * 1e3, _peak(world)))
+    done, seconds = whole_merge(models, workers)
+    measure.row((f"all rounds: {models} models of 70B", done, workers, seconds, seconds / done * 1e3, "-"))
+    count, cpu, took = records_read(shards)
+    measure.row((f"reading {count} records, 10 ms away: {took:.1f} s", shards, "-", cpu, cpu / shards * 1e3, "-"))
 
 
 def _peak(world: World) -> float:
@@ -296,12 +322,12 @@ def _peak(world: World) -> float:
 @click.command()
 @click.option("--shards", default=100_000, show_default=True)
 @click.option("--workers", default=512, show_default=True)
+@click.option("--models", default=1000, show_default=True, help="of 70B parameters, in the merge of which all is done")
 @click.option("--simulated", default=20_000, show_default=True, help="shards of each simulated round")
 @click.option("--seed", default=0, show_default=True)
-def main(shards: int, workers: int, simulated: int, seed: int) -> None:
+def main(shards: int, workers: int, models: int, simulated: int, seed: int) -> None:
     """Measure the driver and simulate the schedule."""
-    driver_cost(shards, workers)
-    sys.stdout.write("\n")
+    driver_cost(shards, workers, models)
     measure.table(("workers", "round", "makespan s", "times ideal", "utilisation", "shards again", "lost"))
     for name, world in WORLDS.items():
         for repeats in (False, True):

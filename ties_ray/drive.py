@@ -67,9 +67,9 @@ def plan(recipe: Recipe) -> Plan:
 def forecast(made: Plan) -> Forecast | None:
     """Return how long a merge would take one worker, and more of them; reads and merges for about a second.
 
-    None where nothing can be said. Raises what reading the inputs raises.
+    None where nothing can be said: of a GPU, only a worker that has it knows. Raises what reading the inputs raises.
     """
-    if not predictable(made):
+    if made.recipe.run.device != "cpu" or not predictable(made):
         return None
     from ties_ray import rates  # imports torch and the compiled kernels
 
@@ -278,8 +278,8 @@ class MergeRun:
 
     def _records_of(self, index: int) -> dict[str, Record]:
         """Return the records of a round that an interrupted run has left, or an earlier try of this one."""
-        names = self._manifest.record_names(index) if self._resumed or self._tries > 1 else ()
-        return {name: self._manifest.read_record(index, name) for name in names}
+        names = self._manifest.record_names(index) if self._resumed or self._tries > 1 else []
+        return dict(zip(names, self._manifest.read_records(index, names), strict=True))
 
     def _round(self, index: int, round_: PlannedRound) -> None:
         groups = self._groups(round_)
@@ -478,7 +478,7 @@ class MergeRun:
         """
         self.watch(Progress("publish", 0, 1, self._totals.bytes_read, self._plan.bytes_read))
         last = len(self._plan.result.rounds) - 1
-        records = [*self._known.values(), *(self._manifest.read_record(last, name) for name in self._new)]
+        records = [*self._known.values(), *self._manifest.read_records(last, self._new)]
         parts = [part for record in records for part in record.parts]
         truncation, lost = self._truncation(last)
         zeroed: dict[str, int] = {}

@@ -13,8 +13,10 @@ Losing a record costs a redo, never a byte.
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +30,8 @@ FOLDER = ".ties-ray"
 """Name of the manifest's folder in an output."""
 LIMIT = 2**30
 """Bytes: no manifest object is larger."""
+THREADS = 16
+"""Requests in flight; what is waited for is the storage's latency."""
 SCRATCH_LIMIT = 2**36
 """Bytes: nor any scratch; it is as large as the two factors of the largest matrix."""
 
@@ -167,6 +171,11 @@ class Manifest:
             return _RECORD.validate_json(self._store.get(uri, LIMIT)[1])
         except FileNotFoundError as error:
             raise InputError(Problem(uri, "the record has gone", "run the same command again")) from error
+
+    def read_records(self, round_: int, names: Iterable[str]) -> list[Record]:
+        """Return some records of a round, in that order; there are thousands, so many are asked for at a time."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            return list(threads.map(partial(self.read_record, round_), names))
 
     def write_folded(self, round_: int, group: int, folded: Folded) -> None:
         """Store what the barrier after a round knows of a group."""

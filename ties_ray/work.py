@@ -400,7 +400,7 @@ class Worker:
     def _fold(self, order: Order) -> None:
         """Add up the counts of a group of models, and store where their thresholds lie."""
         round_ = self._result.rounds[order.round]
-        records = (self._manifest.read_record(order.round, name) for name in order.records)
+        records = self._manifest.read_records(order.round, order.records)
         if round_.kind == "gather":
             totals: dict[str, int] = defaultdict(int)
             for record in records:
@@ -410,9 +410,8 @@ class Worker:
         elif round_.kind == "survey":
             folded = Folded(surveys=tuple(sorted(one for record in records for one in record.surveys)))
         elif round_.kind == "condense":
-            everything = list(records)
-            matrices = sorted((one for record in everything for one in record.matrices), key=lambda one: one.parameter)
-            zeroed = tuple(one for record in everything for one in record.zeroed)
+            matrices = sorted((one for record in records for one in record.matrices), key=lambda one: one.parameter)
+            zeroed = tuple(one for record in records for one in record.zeroed)
             folded = Folded(matrices=tuple(matrices), zeroed=zeroed)
         else:
             counts = [count for record in records for count in record.counts]
