@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -251,6 +252,8 @@ def odd(s3_credentials: None) -> Iterator[Misbehaving]:
             state.connections.add(self.client_address[1])
             (state.answers.pop(0) if state.answers else good)(self, DATA)
 
+        do_PUT = do_GET
+
         def log_message(self, format: str, *args: object) -> None:
             pass
 
@@ -329,6 +332,18 @@ def trickle(request: BaseHTTPRequestHandler, data: bytes) -> None:
     for at in range(start, stop, 100):
         request.wfile.write(data[at : min(at + 100, stop)])
         time.sleep(0.05)
+
+
+def sip(request: BaseHTTPRequestHandler, data: bytes) -> None:
+    with suppress(ConnectionError):
+        while request.rfile.read(1 << 16):
+            time.sleep(0.05)
+    request.close_connection = True
+
+
+def take(request: BaseHTTPRequestHandler, data: bytes) -> None:
+    body = request.rfile.read(int(request.headers["Content-Length"]))
+    answer(request, 200, b"", ETag=f'"{hashlib.md5(body).hexdigest()}"')
 
 
 def no_versions(request: BaseHTTPRequestHandler, data: bytes) -> None:
@@ -421,6 +436,17 @@ def test_an_answer_that_trickles_is_given_up_though_it_never_falls_silent(
     assert odd.read(0, len(DATA), store) == DATA
     assert (len(odd.requests), store.meter.retries) == (2, 1)
     assert time.monotonic() - started < 0.05 * len(DATA) / 100
+
+
+def test_a_part_that_is_taken_in_sips_is_sent_again(odd: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_GRACE", 0.5)
+    monkeypatch.setattr(s3, "_LEAST_RATE", 1 << 26)
+    odd.answers = [sip, take]
+    store, data, started = odd.store(), os.urandom(6 * PART), time.monotonic()  # more than the sockets hold
+    part = store.write_part(f"{odd.uri}/x", "upload", 1, 0, memoryview(data))
+    assert part.etag == hashlib.md5(data).hexdigest()
+    assert (len(odd.requests), len(odd.connections), store.meter.retries) == (2, 2, 1)
+    assert time.monotonic() - started < 0.05 * len(data) / (1 << 16)
 
 
 def test_a_whole_object_may_come_as_200(odd: Misbehaving) -> None:
