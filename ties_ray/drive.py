@@ -174,7 +174,8 @@ class MergeRun:
         recipe = self._plan.recipe
         self._shards_done_before = 0
         self._tries += 1
-        setup = Setup(self._manifest.folder, recipe.storage, profiled=self._trace is not None)
+        profiled = self._trace is not None
+        setup = Setup(self._manifest.folder, recipe.storage, profiled=profiled, device=recipe.run.device)
         needs = Needs(
             num_workers=recipe.run.workers,
             memory=self._plan.memory,

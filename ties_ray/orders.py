@@ -18,6 +18,8 @@ class Setup:
     """The recipe's `storage` section."""
     profiled: bool = False
     """Whether answers tell each span of time."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it computes."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ def compare(
     chosen = [(pins[name], placed, runs) for name, placed, runs in choose(plan, share, seed) if name in pins]
     total = sum(_num_bytes(placed, runs) for _, placed, runs in chosen)
     storage = {scheme: dict(options) for scheme, options in {**plan.recipe.storage, **stores.options}.items()}
-    worker = Worker(Setup(manifest.folder, storage))
+    exact = plan.recipe.run.arithmetic == "exact"  # then a CPU finds the bytes of a GPU
+    worker = Worker(Setup(manifest.folder, storage, device="cpu" if exact else plan.recipe.run.device))
     problems = []
     compared = 0
     for number, (pin, placed, runs) in enumerate(chosen):

@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from ties_ray import kernels
 from ties_ray.cache import Cache, Shelf
 from ties_ray.catalog import Model
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, Problem
 from ties_ray.executors import WorkerDied
 from ties_ray.formats import Parameter
 from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
@@ -154,7 +154,7 @@ class Worker:
         self._follow(found)
         self._times = Times(profiled=setup.profiled)
         self._uploads: dict[str, str] = {}
-        self._kernels = self._loaded()
+        self._kernels = self._loaded(setup.device)
         folder = found.recipe.run.pool_cache
         self._pool = PoolCache(self._stores, folder) if folder else None
         self._reads = self._reader()
@@ -184,12 +184,11 @@ class Worker:
             self._stores, self._formats, self._times, ahead=AHEAD, cache=cache, shelf=shelf, pinned=self._on_gpu
         )
 
-    def _loaded(self) -> Kernels:
-        run = self._plan.recipe.run
+    def _loaded(self, device: Literal["cpu", "cuda"]) -> Kernels:
         try:
-            return kernels.load(run.device, run.arithmetic)
+            return kernels.load(device, self._plan.recipe.run.arithmetic)
         except LookupError as error:
-            where = f"run.device: {run.device} ({socket.gethostname()})"
+            where = f"run.device: {device} ({socket.gethostname()})"
             remedy = "pip install 'ties-ray[gpu]' where there is a GPU and its driver, or choose run.device: cpu"
             raise InputError(Problem(where, str(error), remedy)) from None
 
@@ -228,7 +227,7 @@ class Worker:
         except torch.cuda.OutOfMemoryError as error:
             what = f"the GPU has too little memory: {str(error).partition('. ')[0]}"
             remedy = "lower run.memory, or have fewer workers share a GPU (run.gpus_per_worker)"
-            raise RecipeError(Problem("run.memory", what, remedy)) from error
+            raise InputError(Problem("run.memory", what, remedy)) from error
         except RuntimeError as error:
             if self._on_gpu and "CUDA" in str(error):
                 raise WorkerDied(f"its GPU is of no use any more: {error}") from error
