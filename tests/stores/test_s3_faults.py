@@ -352,7 +352,8 @@ def merged(
     family: Family, output: str, proxy: FaultProxy, at: Callable[[Progress], None] = lambda progress: None
 ) -> MergeResult:
     storage = {"s3": {"endpoint_url": proxy.url}}
-    recipe = recipe_of(family, output, "ties", storage=storage, run={**LOCAL, "workers": 2})
+    run = {**LOCAL, "workers": 2, "cache": 0, "disk_cache": 0}  # every round reads from the bucket
+    recipe = recipe_of(family, output, "ties", storage=storage, run=run)
     return drive.merge(recipe, watch=at)
 
 
