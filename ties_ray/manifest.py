@@ -11,9 +11,10 @@ Losing a record costs a redo, never a byte.
 """
 
 import gzip
+import itertools
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -172,10 +173,12 @@ class Manifest:
         except FileNotFoundError as error:
             raise InputError(Problem(uri, "the record has gone", "run the same command again")) from error
 
-    def read_records(self, round_: int, names: Iterable[str]) -> list[Record]:
-        """Return some records of a round, in that order; there are thousands, so many are asked for at a time."""
+    def read_records(self, round_: int, names: Iterable[str]) -> Iterator[Record]:
+        """Yield some records of a round, in that order; of thousands, many are asked for and few held at a time."""
+        remaining = iter(names)
         with ThreadPoolExecutor(THREADS) as threads:
-            return list(threads.map(partial(self.read_record, round_), names))
+            while batch := list(itertools.islice(remaining, 2 * THREADS)):
+                yield from threads.map(partial(self.read_record, round_), batch)
 
     def write_folded(self, round_: int, group: int, folded: Folded) -> None:
         """Store what the barrier after a round knows of a group."""

@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ties_ray import kernels
@@ -409,21 +410,30 @@ class Worker:
         elif round_.kind == "survey":
             folded = Folded(surveys=tuple(sorted(one for record in records for one in record.surveys)))
         elif round_.kind == "condense":
-            matrices = sorted((one for record in records for one in record.matrices), key=lambda one: one.parameter)
-            zeroed = tuple(one for record in records for one in record.zeroed)
+            everything = list(records)
+            matrices = sorted((one for record in everything for one in record.matrices), key=lambda one: one.parameter)
+            zeroed = tuple(one for record in everything for one in record.zeroed)
             folded = Folded(matrices=tuple(matrices), zeroed=zeroed)
         else:
-            counts = [count for record in records for count in record.counts]
+            counts = (count for record in records for count in record.counts)
             folded = Folded(picks=tuple(self._pick(round_, order.index, counts, frozenset(order.known))))
         self._manifest.write_folded(order.round, order.index, folded)
 
-    def _pick(
-        self, round_: PlannedRound, group: int, counts: Sequence[Counts], known: frozenset[int]
-    ) -> Iterator[Pick]:
-        need = self._need()
+    def _summed(self, counts: Iterable[Counts], bins: int) -> Callable[[Scope], dict[Scope, NDArray[np.int64]]]:
+        """Return what gives the table of a scope, if anything was counted there."""
+        if self._need().scope == "global":  # a table a model of the group, whatever the number of records
+            sums = add(counts, bins)
+            return lambda scope: {scope: sums[scope]} if scope in sums else {}
         by_scope: dict[Scope, list[Counts]] = defaultdict(list)
         for count in counts:
             by_scope[count.member, count.parameter].append(count)
+        return lambda scope: add(by_scope[scope], bins)
+
+    def _pick(
+        self, round_: PlannedRound, group: int, counts: Iterable[Counts], known: frozenset[int]
+    ) -> Iterator[Pick]:
+        need = self._need()
+        tables = self._summed(counts, HIGH_BINS if round_.kind == "count_high" else LOW_BINS)
         members = range(group * MODEL_GROUP, min((group + 1) * MODEL_GROUP, len(self._models)))
         parameters = self._plan.catalog.parameters
         merged = [index for index, parameter in enumerate(parameters) if parameter.merged]
@@ -436,23 +446,20 @@ class Worker:
             if index == WHOLE or self._stands_for(member, parameters[index])
         ]
         for scope in scopes:
-            if scope[1] == WHOLE and scope[0] not in known:
-                self._remember(scope[0], f"low-{first[scope].high}" if first else "high", by_scope[scope])
+            table = tables(scope)
+            if scope[1] == WHOLE and scope[0] not in known and table:
+                self._remember(f"low-{first[scope].high}" if first else "high", pack(scope, table[scope]))
             if round_.kind == "count_high":
                 size = self._result.sizes[scope[0]] if scope[1] == WHOLE else parameters[scope[1]].numel
-                yield from pick_high(need, {scope[1]: size}, [scope], add(by_scope[scope], HIGH_BINS))
+                yield from pick_high(need, {scope[1]: size}, [scope], table)
             else:
-                yield from pick_low([first[scope]], add(by_scope[scope], LOW_BINS))
+                yield from pick_low([first[scope]], table)
 
-    def _remember(self, member: int, what: str, counts: Sequence[Counts]) -> None:
+    def _remember(self, what: str, counts: Counts | None) -> None:
         """Leave what was found of a model in the pool cache, if the recipe names one."""
-        name = self._identity(self._models[member])
+        name = self._identity(self._models[counts.member]) if counts else None
         if self._pool and name and counts:
-            bins = HIGH_BINS if what == "high" else LOW_BINS
-            ((scope, table),) = add(counts, bins).items()
-            packed = pack(scope, table)
-            if packed:
-                self._pool.write(name, what, packed)
+            self._pool.write(name, what, counts)
 
     def _identity(self, model: Model) -> str | None:
         """Return what names a model in the pool cache, if the recipe names one."""
