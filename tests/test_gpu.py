@@ -1,5 +1,7 @@
 """Merges whose workers compute on a GPU; without one, by the same kernels in Triton's interpreter."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
+from benchmarks import gpu as benchmark
 from tests.adapters import make_pool
 from tests.families import make_family
 from tests.interpreter import interpret
@@ -22,6 +25,7 @@ from ties_ray.report import MergeResult
 from ties_ray.stores import Stores
 from ties_ray.verify import verify
 
+ROOT = Path(__file__).parents[1]
 ON_GPU = {"executor": "local", "device": "cuda"}
 TIES = {"name": "ties", "density": 0.3}
 MERGES: dict[str, object] = {
@@ -90,6 +94,33 @@ def test_fast_arithmetic_is_another_run(gpu: list[str], tmp_path: Path) -> None:
     assert exact.run_id != fast.run_id
     with pytest.raises(MergeError, match="holds the result of another merge"):
         merge_pool(tmp_path, "fast", "average", "delta")
+
+
+def test_all_that_the_benchmark_times_can_be_called(gpu: list[str]) -> None:
+    cuda, length = kernels.load("cuda"), 3 * benchmark.COLUMNS
+    cases = [*benchmark.dense_cases(cuda, torch.bfloat16, length, [2])]
+    cases += benchmark.factor_cases(cuda, "exact", 4, length, [2])
+    for case in cases:
+        case.run()
+        assert case.elements == length
+    of_dense = ["delta", "count_high", "count_low", "fold", "fold+dropout", "elect", "apply"]
+    assert [case.name for case in cases] == [*of_dense, "count_high", "fold"]
+
+
+ALONE = """
+import sys
+for name in ("ray", "pydantic", "fsspec", "s3fs", "botocore", "click", "psutil", "google_crc32c"):
+    sys.modules[name] = None
+from benchmarks import gpu
+sys.argv[1:] = ["--ranks", "2", "--length", "8192", "--models", "2"]
+gpu.main()
+"""
+
+
+def test_the_benchmark_runs_where_only_the_kernels_can_and_says_so_without_a_gpu() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert ("There is no GPU here" in done.stdout) == (not torch.cuda.is_available())
 
 
 # What goes wrong.

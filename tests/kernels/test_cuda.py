@@ -200,17 +200,20 @@ def test_what_a_gpu_is_given_contracts_flushes_and_approximates_nothing(compiled
         fused = set(instructions(ptx, r"(?:fma|mad)\.\w*\.?f\d\d"))
         assert fused == ({"fma.rn.f32"} if name in ("_factors", "_squares") else set()), name
         assert not re.search(r"\.ftz|\.approx|div\.full|mma", ptx), name
+        rounded = instructions(ptx, r"(?:add|sub|mul|fma|div|sqrt)\.\w*\.?f\d\d")
+        assert {one.split(".")[1] for one in rounded} <= {"rn"}, name  # which no later pass contracts
     divisions = {one for name, ptx in found for one in instructions(ptx, "div") if name == "_elect"}
     assert divisions == {"div.rn.f32"}
 
 
-def test_slices_are_read_sixteen_bytes_at_a_time(compiled: Any) -> None:
+def test_slices_are_read_by_whole_vectors(compiled: Any) -> None:
     kernels = cuda.Cuda(torch.device("cpu"))
     base, group = a_group(torch.float32, LENGTH)
     op = an_op("signed_sums", "trim", LENGTH)
     kernels.fold(op, kernels.start(op, LENGTH), base, group[:1], offset=0)
     ((_, ptx),) = compiled()
-    assert instructions(ptx, r"ld\.global\.v4\.b32")
+    assert instructions(ptx, r"ld\.global\.v4\.b32")  # four of fp32: the base and the state
+    assert instructions(ptx, r"ld\.global\.v2\.b32")  # four of bf16
     assert not instructions(ptx, r"ld\.global\.b(?:16|32)")
 
 

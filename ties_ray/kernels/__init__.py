@@ -22,7 +22,7 @@ ARITHMETICS = {"exact": "exact-1", "fast": "fast-1"}
 """Name and version of each arithmetic; part of a run's identity. Changes whenever any result bit may change.
 
 `fast` lets the tensor cores of a GPU multiply factors (`cuda.Cuda`). A CPU has none: there the chain of fused
-multiply-adds takes half the time of a BLAS (benchmarks/gpu.py), so that it would be neither fast nor exact.
+multiply-adds takes no longer than a BLAS, and from rank 32 on less (benchmarks/gpu.py).
 """
 HIGH_BINS = 65_536
 """Bins of the first level of a threshold search: magnitude bits >> 15."""

@@ -3,10 +3,11 @@
 Two kernels make deltas, one of dense slices and one of factors, and do with them at once what is asked: add them to
 the sums of an op, which stay in registers for the whole group, count their magnitudes, or write them. In `exact`
 nothing is contracted (`enable_fp_fusion=False`), divisions are IEEE, and denormals are kept: Triton sets no flag that
-flushes them. A call returns when the GPU has done its work, so its tensors may be used again at once.
+flushes them. Calls that return counts wait for the GPU.
 """
 
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -31,8 +32,9 @@ from ties_ray.kernels import (
     state_dtypes,
 )
 
-BLOCK = 1024
-"""Elements of a dense tile: 8 a thread, so that it reads bf16 in pieces of 16 bytes."""
+BLOCK = 512
+"""Elements of a dense tile: 4 a thread, of fp32 one read of 16 bytes. With 8 the compiler gives bf16 other places than
+fp32, and moves values between threads for each model."""
 ROWS, COLUMNS = 16, 128
 """Of a tile of a matrix: 16 elements a thread, whose state, product and sums just fit its 255 registers."""
 STEP = 16
@@ -422,6 +424,14 @@ def _apply(base: tl.tensor, merged: tl.tensor, out: tl.tensor, bad: tl.tensor, l
 # The contract.
 
 
+class _Own(threading.local):
+    """What each thread has to itself: a stream, whose memory its later copies use again."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+
 class Cuda(Kernels):
     """Fused kernels on a GPU. All tensors but the `out` of `apply` are there; `take` brings slices.
 
@@ -435,6 +445,7 @@ class Cuda(Kernels):
         """device: the GPU; whatever memory Triton's interpreter can read, where that is what runs the kernels."""
         self._device = device
         self._fast = fast
+        self._own = _Own(device)
 
     @property
     def device(self) -> torch.device:
@@ -442,11 +453,10 @@ class Cuda(Kernels):
         return self._device
 
     def take(self, source: Stored) -> Stored:
-        """See `Kernels.take`: on a stream of its own, so that copies go on while others compute."""
-        if self.device.type != "cuda":
+        """See `Kernels.take`: on a stream of the calling thread's own, so that copies go on while others compute."""
+        if self._own.stream is None:
             return source
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._own.stream):
             if isinstance(source, Encoded):
                 taken: Stored = source._replace(data=self._there(source.data))
             else:
@@ -455,7 +465,10 @@ class Cuda(Kernels):
                     right=self._there(source.right),
                     magnitude=None if source.magnitude is None else self._there(source.magnitude),
                 )
-        stream.synchronize()
+        self._own.stream.synchronize()
+        for part in taken:
+            if isinstance(part, Tensor):  # its memory is not used again before the kernels' stream is done with it
+                part.record_stream(torch.cuda.default_stream(self.device))
         return taken
 
     def _there(self, tensor: Tensor) -> Tensor:
