@@ -25,7 +25,7 @@ from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTen
 from ties_ray.pool import Refused
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
-from ties_ray.sources import NEEDS, TOGETHER, Footprint, Sources, formats_of
+from ties_ray.sources import FACTOR_ROOM, NEEDS, TOGETHER, Footprint, Sources, formats_of
 from ties_ray.stores import scheme_of
 
 SCHEMA_VERSION = 3
@@ -494,8 +494,8 @@ def _held(sources: Sources, resident: bool) -> int:
     for parameter in sources.catalog.parameters:
         one = sources.footprint(parameter, sources.models)
         total, largest = one.held
-        together = (AHEAD + sources.together(one)) * largest
-        needed = max(needed, total + AHEAD * largest if resident else min(total + AHEAD * largest, together))
+        together = total if resident else min(total, sources.together(one) * largest, FACTOR_ROOM + largest)
+        needed = max(needed, AHEAD * largest + together)
     return needed and needed + FRAGMENTS
 
 

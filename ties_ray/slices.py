@@ -1,13 +1,13 @@
 """The models' slices of one block: what a merge method sees of them (the contract `Deltas`)."""
 
-import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import Kernels, Op, State, Stored
+from ties_ray.kernels import Factors, Kernels, Op, State, Stored
 from ties_ray.methods import Deltas, Slice
+from ties_ray.sources import FACTOR_ROOM
 
 
 class Slices(Deltas):
@@ -53,14 +53,25 @@ class Slices(Deltas):
         """Return the op's state over all models; a model that lacks the parameter adds nothing."""
         state = self._kernels.start(op, len(self._base))
         models = self.models()
-        while group := list(itertools.islice(models, self._together)):
-            encoded = [(model, one) for model, one in group if one]
-            members = [model for model, one in group if one]
-            counts = self._kernels.fold(op, state, self._base, encoded, self._offset)
-            del group, encoded  # their memory is for the slices to come
+        while group := self._group(models):
+            members = [model for model, _ in group]
+            counts = self._kernels.fold(op, state, self._base, group, self._offset)
+            del group  # its memory is for the slices to come
             for model, count in zip(members, counts, strict=True):
                 self._note(model, count)
         return state
+
+    def _group(self, models: Iterator[tuple[int, Stored | None]]) -> list[tuple[int, Stored]]:
+        """Take the next models that change the parameter: as many as are merged together, or as many factors as fit."""
+        group: list[tuple[int, Stored]] = []
+        decoded = 0
+        for model, one in models:
+            if one:
+                group.append((model, one))
+                decoded += one.left.nbytes + one.right.nbytes if isinstance(one, Factors) else 0
+            if len(group) == self._together or decoded > FACTOR_ROOM // 2:
+                break
+        return group
 
     def models(self) -> Iterator[tuple[int, Stored | None]]:
         """Yield (model, slice) in recipe order; who holds on to slices holds their memory."""

@@ -15,7 +15,8 @@ TOGETHER = 4
 """Slices merged together, so that the sums stay in the CPU's cache for several models..."""
 FACTORS_TOGETHER = 32
 FACTOR_ROOM = 64 * 2**20
-"""...and of factors, which are small, as many more as fit into so many bytes."""
+"""...and of factors, which are small, as many more as fit: half of so many bytes, decoded; what malloc keeps of them as
+they were read is no more than that again."""
 
 
 def formats_of(models: Sequence[Model]) -> dict[str, Format]:
@@ -110,10 +111,8 @@ class Sources:
         return self._one(parameter, self.catalog.base)
 
     def together(self, footprint: Footprint) -> int:
-        """Return how many slices of the parameter are merged together."""
-        if footprint.dense[1] or not footprint.held[1]:
-            return TOGETHER
-        return min(FACTORS_TOGETHER, max(TOGETHER, FACTOR_ROOM // footprint.held[1]))
+        """Return how many slices of the parameter are merged together, at most."""
+        return TOGETHER if footprint.dense[1] or not footprint.held[1] else FACTORS_TOGETHER
 
     def kept(self, footprint: Footprint) -> Literal["nothing", "shared", "all"]:
         """Return which factors of the parameter stay in a worker's cache while it works its blocks off."""

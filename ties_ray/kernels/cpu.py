@@ -1,17 +1,17 @@
 """The compiled kernels: one core, no lock held, the same bits as `definition.py` at 10 to 20 times its speed.
 
-A slice is worked through in tiles that stay in the L2 cache: each model's fp32 delta goes into a scratch tile, which
-the op's kernel then adds to the state. So a new encoding is one kernel, and a new op is one kernel, not one a pair.
-Compiled when imported (about 5 s; 0.3 s from numba's cache), without fast maths, so that nothing is contracted.
+A slice is worked through in tiles that stay in the L2 cache, in one compiled walk for a whole group of models: each
+model's fp32 delta goes into a scratch tile, which the op's loop then adds to the state. So a new encoding is one loop,
+and a new op is one loop, not one a pair. Compiled when imported (about 10 s; 0.3 s from numba's cache), without fast
+maths, so that nothing is contracted.
 """
 
 import os
 import tempfile
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numba
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from llvmlite import binding, ir
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from numba.np.arrayobj import populate_array
 from torch import Tensor
 
 from ties_ray.kernels import (
@@ -34,23 +35,33 @@ from ties_ray.kernels import (
     SignedSums,
     State,
     Stored,
+    Term,
     WeightedSum,
     definition,
     state_dtypes,
 )
 from ties_ray.kernels.buffers import Buffers
 
-TILE = 32_768
-"""Elements; with 16 bytes of state, base, delta and bf16 data 0.85 MiB."""
-BAND = 128
-"""Rows of a tile of a matrix: so often is used again what was read of the right factor."""
+TILE = 8192
+"""Elements: 32 KiB of each of the state, the base and the deltas; half as many count slower, for data is read ahead in
+longer runs."""
 VECTOR = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 """fp32 numbers that the product takes at once; changes no bit."""
 BLOCK_ROWS, BLOCK_VECTORS = 4, VECTOR // 4
 """Accumulators of the product: half of the 32 (or 16) registers; more or fewer were slower."""
 BLOCK_COLUMNS = BLOCK_VECTORS * VECTOR
+TILE_ROWS = TILE // BLOCK_COLUMNS
+"""Of a tile of a matrix, as wide as a panel: so often is used again what was read of a right factor, and the left ones
+stay in the L2 cache."""
 TABLES = 4
 """Tables counted side by side: neighbours often fall into one bin, and must not wait for each other's store."""
+TABLE = HIGH_BINS + 272
+"""From one table to the next: a power of two apart, a load would wait for the store to another table's same bin."""
+
+FEW = 4
+"""Deltas that are added to the state at once: it is read and written once for all of them."""
+SPARSE = 32
+"""Of 64 elements: as many in the wanted bin are counted one by one; where there are more, all are gone through."""
 
 Array: TypeAlias = npt.NDArray[Any]
 Result = TypeVar("Result")
@@ -97,7 +108,7 @@ _choose_cache()
 def _compiled(*signatures: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Compile for these signatures at import, so that no shard waits for a compiler."""
     decorate: Callable[[Callable[..., Result]], Callable[..., Result]] = numba.njit(
-        list(signatures), nogil=True, error_model="numpy", cache=True, boundscheck=False
+        list(signatures), nogil=True, error_model="numpy", cache=True, boundscheck=False, _nrt=False
     )
     return decorate
 
@@ -106,9 +117,38 @@ def _compiled(*signatures: Any) -> Callable[[Callable[..., Result]], Callable[..
 
 i16, u16, i32, u32, i64, f32, f64 = (
     numba.int16, numba.uint16, numba.int32, numba.uint32, numba.int64, numba.float32, numba.float64)  # fmt: skip
-void = numba.void
+void, u64 = numba.void, numba.uint64
 BF16, FP16, I32, U32, I64, F32, F64 = i16[::1], u16[::1], i32[::1], u32[::1], i64[::1], f32[::1], f64[::1]
 MATRIX, LANES = f32[:, ::1], f64[:, ::1]
+_inlined = numba.njit(error_model="numpy", _nrt=False)
+
+MODEL = np.dtype(
+    [
+        ("kind", "i8"), ("data", "i8"), ("left", "i8"), ("scales", "i8"), ("rank", "i8"),
+        ("scale", "f4"), ("lowest", "i4"), ("weight", "f4"), ("key0", "i8"), ("key1", "i8"), ("bound", "i8"),
+        ("scale_of_kept", "f4"),
+    ],
+    align=True,
+)  # fmt: skip
+"""A model of a group: its kind; where its data or right factor, its left factor and its scales of rows (or 0) lie; its
+rank; and its term. `bound` is below 0 where nothing is dropped."""
+SLICE = np.dtype(
+    [
+        (name, "i8") for name in (
+            "length", "stride", "start", "step", "offset", "base", "size", "num_written", "state", "deltas", "places",
+            "place_of_base", "words", "tables", "panel",
+        )
+    ]
+)  # fmt: skip
+"""A slice, and where a call works: columns of its matrix, element of its first row, columns of a tile, position in the
+parameter; the base (or 0) and the bytes of its elements; how many arrays change; addresses of scratch."""
+MODELS, SLICES = numba.from_dtype(MODEL)[::1], numba.from_dtype(SLICE)[::1]
+NO_DROPOUT = Dropout((0, 0), -1, 1.0)
+PLAIN_BF16, PLAIN_FP16, PLAIN_FP32, PLAIN_FP64, FINISHED, FACTORS = range(6)
+KINDS = {
+    torch.bfloat16: PLAIN_BF16, torch.float16: PLAIN_FP16, torch.float32: PLAIN_FP32, torch.float64: PLAIN_FP64
+}  # fmt: skip
+DELTA, COUNT_HIGH, COUNT_LOW, WEIGHTED_SUM, SIGNED_SUMS, SIGNED_SUMS_WEIGHTED, EXTREMES, AGREEMENT = range(8)
 
 MAGNITUDE = 0x7FFF_FFFF
 INFINITY = 0x7F80_0000
@@ -193,14 +233,14 @@ def _to_odd_fp64(x: Any) -> Any:
     return _float(np.int32(bits))
 
 
-@numba.njit(error_model="numpy")
+@_inlined
 def _encode_bf16(x: Any) -> Any:
     bits = _bits(x)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.int16(bits >> 16 | 0x0040 if bits & MAGNITUDE > INFINITY else rounded)
 
 
-@numba.njit(error_model="numpy")
+@_inlined
 def _encode_fp16(x: Any) -> Any:
     bits = _bits(x)
     magnitude = np.int32(bits & MAGNITUDE)
@@ -212,29 +252,67 @@ def _encode_fp16(x: Any) -> Any:
     return np.uint16((nan if magnitude > INFINITY else finite) | bits >> 16 & 0x8000)
 
 
+@_inlined
+def _magnitude(x: Any) -> Any:
+    """Return the magnitude bits of the fp32 `x` as int32: vectors of int64 would take twice as long."""
+    return np.int32(_bits(x) & MAGNITUDE)
+
+
+@intrinsic
+def _at(context: Any, address: Any, kind: Any, shape: Any) -> Any:
+    """Return the array of numbers of type `kind` at an address; compiled code only. Such an array is not counted:
+    counting references to slices takes as long as to add a hundred elements."""
+    array = numba.types.Array(kind.instance_type, shape.count, "C")
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        made = context.make_array(array)(context, builder)
+        lengths = cgutils.unpack_tuple(builder, args[2])
+        size = context.get_constant(numba.types.intp, context.get_abi_sizeof(made.data.type.pointee))
+        steps = [size]
+        for length in reversed(lengths[1:]):
+            steps.insert(0, builder.mul(steps[0], length))
+        pointer = builder.inttoptr(args[0], made.data.type)
+        populate_array(made, pointer, lengths, steps, size, None)
+        return made._getvalue()
+
+    return array(address, kind, shape), generate
+
+
 # Deltas.
 
 
-@_compiled(*(i64(data, base, F32) for data in (BF16, FP16, F32, F64) for base in (F32, F64)))
-def _subtract(data: Array, base: Array, out: Array) -> int:
-    """Write the finite deltas (0 for others); return the number of others."""
-    count = 0
-    for i in range(len(out)):
-        delta = np.float32(_decode(data[i]) - base[i])
-        finite = _bits(delta) & MAGNITUDE < INFINITY
-        out[i] = delta if finite else np.float32(0)
-        count += not finite
-    return count
+@_inlined
+def _subtract(data: Array, first: int, stride: int, rows: int, base: Array, out: Array) -> None:
+    """Write the deltas of a tile, whose rows are `stride` apart in `data` from the element `first` on."""
+    width = len(out) // rows
+    for row in range(rows):
+        part = data[first + row * stride : first + row * stride + width]
+        of_base, delta = base[row * width : (row + 1) * width], out[row * width : (row + 1) * width]
+        for i in range(width):
+            delta[i] = np.float32(_decode(part[i]) - of_base[i])
 
 
-@_compiled(i64(F32))
+@_inlined
+def _copy(array: Array, first: int, stride: int, rows: int, out: Array) -> None:
+    """Copy a tile out of an array over the slice."""
+    width = len(out) // rows
+    for row in range(rows):
+        source, target = array[first + row * stride :], out[row * width : (row + 1) * width]
+        for i in range(width):
+            target[i] = source[i]
+
+
+@_inlined
 def _clean(delta: Array) -> int:
-    """Replace what is not finite by 0; return how many were not."""
-    count = 0
+    """Replace what is not finite by 0; return how many were not. Mostly none is, which the largest tells soonest."""
+    largest, count = np.int32(0), 0
     for i in range(len(delta)):
-        finite = _bits(delta[i]) & MAGNITUDE < INFINITY
-        delta[i] = delta[i] if finite else np.float32(0)
-        count += not finite
+        largest = max(largest, _magnitude(delta[i]))
+    if largest >= INFINITY:
+        for i in range(len(delta)):
+            finite = _magnitude(delta[i]) < INFINITY
+            delta[i] = delta[i] if finite else np.float32(0)
+            count += not finite
     return count
 
 
@@ -288,36 +366,30 @@ def _block(context: Any, left: Any, right: Any, scale: Any, out: Any, pitch: Any
     return numba.void(left, right, scale, out, pitch), generate
 
 
-@_compiled(void(MATRIX, MATRIX, f32, i64, F32))
-def _product(left: Array, right: Array, scale: float, first: int, out: Array) -> None:
-    """Write the canonical product of all rows of `left` and of the columns of `right` from `first` on.
-
-    The columns go through the L1 cache in panels, each used by all rows; a narrower last one by way of a spare block.
-    """
-    rows, rank = left.shape
-    width = len(out) // rows
-    panel = np.zeros(rank * BLOCK_COLUMNS, np.float32)
-    spare = np.empty(BLOCK_ROWS * BLOCK_COLUMNS, np.float32)
-    for column in range(0, width, BLOCK_COLUMNS):
-        there = min(BLOCK_COLUMNS, width - column)
-        for k in range(rank):
-            source = right[k, first + column : first + column + there]
-            target = panel[k * BLOCK_COLUMNS : k * BLOCK_COLUMNS + there]
-            for j in range(there):
-                target[j] = source[j]
-        for row in range(0, rows, BLOCK_ROWS):
-            few = left[row : row + BLOCK_ROWS]
-            if there == BLOCK_COLUMNS:
-                _block(few, panel, scale, out[row * width + column :], width)
-                continue
-            _block(few, panel, scale, spare, BLOCK_COLUMNS)
-            for i in range(len(few)):
-                at = (row + i) * width + column
-                for j in range(there):
-                    out[at + j] = spare[i * BLOCK_COLUMNS + j]
+@_inlined
+def _pack(right: Array, column: int, width: int, panel: Array) -> None:
+    """Copy some columns of a right factor to a panel that the product goes through in order; 0 beside them."""
+    for k in range(len(right)):
+        source, target = right[k, column : column + width], panel[k * BLOCK_COLUMNS : (k + 1) * BLOCK_COLUMNS]
+        for j in range(width):
+            target[j] = source[j]
+        for j in range(width, BLOCK_COLUMNS):
+            target[j] = 0
 
 
-@_compiled(*(void(base, F32, F32) for base in (F32, F64)))
+@_compiled(void(MATRIX, F32, f32, i64, F32))
+def _product(left: Array, panel: Array, scale: float, width: int, out: Array) -> None:
+    """Write the canonical product of rows of `left` and `width` columns of a panel; needs room for whole blocks."""
+    rows = len(left)
+    for row in range(0, rows, BLOCK_ROWS):
+        _block(left[row : row + BLOCK_ROWS], panel, scale, out[row * BLOCK_COLUMNS :], BLOCK_COLUMNS)
+    if width < BLOCK_COLUMNS:
+        for row in range(1, rows):
+            for i in range(width):
+                out[row * width + i] = out[row * BLOCK_COLUMNS + i]
+
+
+@_inlined
 def _rescale(base: Array, scales: Array, delta: Array) -> None:
     """Turn the product into the change of DoRA: scales[row] * (base + delta) - base."""
     width = len(delta) // len(scales)
@@ -328,21 +400,28 @@ def _rescale(base: Array, scales: Array, delta: Array) -> None:
             change[i] = scale * (value + change[i]) - value
 
 
-@_compiled(*(void(base, F32, LANES) for base in (F32, F64)))
-def _add_squares(base: Array, delta: Array, lanes: Array) -> None:
-    """Add the squares of base + delta (fp32) to the lanes of each row; the tile's first column goes to the first."""
-    width = len(delta) // len(lanes)
-    for row in range(len(lanes)):
-        total = lanes[row]
-        for start in range(row * width, (row + 1) * width, lanes.shape[1]):
-            stop = min(start + lanes.shape[1], (row + 1) * width)
-            part, change = base[start:stop], delta[start:stop]
-            for i in range(len(part)):
+@_compiled(*(void(MATRIX, MATRIX, f32, base, F32, F32, LANES) for base in (F32, F64)))
+def _add_squares(
+    left: Array, right: Array, scale: float, base: Array, panel: Array, delta: Array, lanes: Array
+) -> None:
+    """Add the squares of base + scale * left @ right (fp32) to the lanes (column mod their number) of each row.
+
+    At most TILE_ROWS rows.
+    """
+    columns, num_lanes = right.shape[1], lanes.shape[1]
+    for column in range(0, columns, BLOCK_COLUMNS):
+        width, lane = min(BLOCK_COLUMNS, columns - column), column % num_lanes
+        _pack(right, column, width, panel)
+        _product(left, panel, scale, width, delta)
+        for row in range(len(left)):
+            part, change = base[row * columns + column :], delta[row * width : (row + 1) * width]
+            total = lanes[row, lane : lane + width]
+            for i in range(width):
                 value = np.float64(np.float32(part[i]) + change[i])
                 total[i] += value * value
 
 
-@numba.njit(error_model="numpy")
+@_inlined
 def _draw(first: Any, key0: Any, key1: Any, out: Any) -> Any:
     """Write the Philox4x32-10 words of the blocks of four elements from block `first` on; see `randomness.philox`."""
     for block in range(len(out) // 4):
@@ -360,57 +439,85 @@ def _draw(first: Any, key0: Any, key1: Any, out: Any) -> Any:
         out[4 * block + 3] = c3
 
 
-@_compiled(void(F32, i64, i64, i64, i64, i64, i64, i64, f32, U32))
-def _drop(
-    delta: Array,
-    rows: int,
-    first: int,
-    stride: int,
-    key0: int,
-    key1: int,
-    bound: int,
-    lowest: int,
-    scale: float,
-    words: Array,
-) -> None:
+@_inlined
+def _drop(delta: Array, rows: int, first: int, stride: int, model: Any, words: Array) -> None:
     """Replace deltas by what trim and dropout leave of them, scaled; `first`: of the first row, in the parameter."""
     width = len(delta) // rows
     for row in range(rows):
         start = first + row * stride
         skipped = start % 4
-        _draw(start // 4, key0, key1, words[: (skipped + width + 3) // 4 * 4])
+        _draw(start // 4, model.key0, model.key1, words[: (skipped + width + 3) // 4 * 4])
         part, drawn = delta[row * width : (row + 1) * width], words[skipped : skipped + width]
         for i in range(width):
-            kept = (drawn[i] < bound) & (_bits(part[i]) & MAGNITUDE >= lowest)
-            part[i] = (part[i] if kept else np.float32(0)) * scale
+            kept = (drawn[i] < model.bound) & (_magnitude(part[i]) >= model.lowest)
+            part[i] = (part[i] if kept else np.float32(0)) * model.scale_of_kept
 
 
 # Counts.
 
 
-@_compiled(void(F32, I32))
+@_inlined
 def _count_high(delta: Array, tables: Array) -> None:
     """Count the high bits, elements going to the tables in turn. (Unsigned indices spare a test for negative ones.)"""
     for i in range(len(delta)):
         high = np.uint64(_bits(delta[i]) & MAGNITUDE) >> np.uint64(15)
-        tables[np.uint64((i & (TABLES - 1)) * HIGH_BINS) + high] += 1
+        tables[np.uint64((i & (TABLES - 1)) * TABLE) + high] += 1
 
 
-@_compiled(void(F32, i64, I32))
+@intrinsic
+def _in_bin(context: Any, delta: Any, high: Any) -> Any:
+    """Return a bit for each of 64 deltas: whether its high bits are `high`; compiled code only."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        vector = ir.VectorType(ir.IntType(32), 64)
+        bits = builder.load(builder.bitcast(data, vector.as_pointer()), align=4)
+        first = builder.insert_element(vector(ir.Undefined), args[1], ir.IntType(32)(0))
+        wanted = builder.shuffle_vector(first, vector(ir.Undefined), vector([0] * 64))
+        found = builder.lshr(builder.and_(bits, vector([MAGNITUDE] * 64)), vector([15] * 64))
+        return builder.bitcast(builder.icmp_unsigned("==", found, wanted), ir.IntType(64))
+
+    return u64(delta, i32), generate
+
+
+@intrinsic
+def _num_ones(context: Any, bits: Any) -> Any:
+    return u64(u64), lambda c, builder, signature, args: builder.ctpop(args[0])
+
+
+@intrinsic
+def _first_one(context: Any, bits: Any) -> Any:
+    return u64(u64), lambda c, builder, signature, args: builder.cttz(args[0], ir.IntType(1)(1))
+
+
+@_inlined
 def _count_low(delta: Array, high: int, tables: Array) -> None:
-    """Count the low bits; what is in another bin goes to a bin behind the last: a branch would be guessed wrong."""
-    wanted, outside = np.uint64(high), np.uint64(LOW_BINS)
-    for i in range(len(delta)):
-        bits = np.uint64(_bits(delta[i]) & MAGNITUDE)
-        low = bits & np.uint64(LOW_BINS - 1) if bits >> np.uint64(15) == wanted else outside
-        tables[np.uint64((i & (TABLES - 1)) * HIGH_BINS) + low] += 1
+    """Count the low bits of the elements in the first-level bin `high`, which are few or, with ties, many.
+
+    Where they are many, what is in another bin goes to a bin behind the last: a branch would be guessed wrong.
+    """
+    wanted, outside, one = np.int32(high), np.uint64(LOW_BINS), np.uint64(1)
+    for start in range(0, len(delta), 64):
+        part = delta[start : start + 64]
+        found = _in_bin(part, wanted) if len(part) == 64 else ~np.uint64(0)
+        if _num_ones(found) > SPARSE:
+            for i in range(len(part)):
+                bits = np.uint64(_bits(part[i]) & MAGNITUDE)
+                low = bits & np.uint64(LOW_BINS - 1) if bits >> np.uint64(15) == np.uint64(high) else outside
+                tables[np.uint64((i & (TABLES - 1)) * TABLE) + low] += 1
+            continue
+        while found:
+            i = _first_one(found)
+            found &= found - one
+            low = np.uint64(_bits(part[i]) & (LOW_BINS - 1))
+            tables[(i & np.uint64(TABLES - 1)) * np.uint64(TABLE) + low] += 1
 
 
 @_compiled(void(I64, I32))
 def _empty_into(table: Array, tables: Array) -> None:
     """Add the tables to the lasting one and clear them."""
     for lane in range(TABLES):
-        part = tables[lane * HIGH_BINS : lane * HIGH_BINS + len(table)]
+        part = tables[lane * TABLE : lane * TABLE + len(table)]
         for i in range(len(table)):
             table[i] += part[i]
             part[i] = 0
@@ -419,31 +526,72 @@ def _empty_into(table: Array, tables: Array) -> None:
 # Ops: what one model's tile adds to the state.
 
 
-@numba.njit(error_model="numpy")
+@_inlined
+def _lowest(model: Any) -> Any:
+    """Return below which magnitude bits nothing is added: after dropout no trim is left to do."""
+    return np.int32(0) if model.bound >= 0 else model.lowest
+
+
+@_inlined
 def _term(delta: Any, lowest: Any, weight: Any) -> Any:
-    return (delta if _bits(delta) & MAGNITUDE >= lowest else np.float32(0)) * weight
+    return (delta if _magnitude(delta) >= lowest else np.float32(0)) * weight
 
 
-@_compiled(void(F32, i64, f32, F32))
+@_inlined
+def _positive(term: Any) -> Any:
+    return term if term > np.float32(0) else np.float32(0)
+
+
+@_inlined
+def _negative(term: Any) -> Any:
+    return term if term < np.float32(0) else np.float32(0)
+
+
+@_inlined
 def _weighted_sum(delta: Array, lowest: int, weight: float, total: Array) -> None:
     for i in range(len(delta)):
         total[i] += _term(delta[i], lowest, weight)
 
 
-@_compiled(void(F32, i64, f32, F32, F32, F32, I32))
+@_inlined
+def _one_more(term: Any) -> Any:
+    """Return 1 if the term is positive, 1 << 16 if it is negative, 0 if neither: without a mask, of which few fit."""
+    above, below = np.uint32(_bits(_positive(term))), np.uint32(_bits(_negative(term)))
+    return np.int32(min(above, np.uint32(1)) + min(below, np.uint32(1 << 16)))
+
+
+@_inlined
 def _signed_sums(
     delta: Array, lowest: int, weight: float, total: Array, positive: Array, negative: Array, counts: Array
 ) -> None:
-    zero = np.float32(0)
     for i in range(len(delta)):
         term = _term(delta[i], lowest, weight)
         total[i] += term
-        positive[i] += term if term > zero else zero
-        negative[i] += term if term < zero else zero
-        counts[i] += np.int32(term > zero) + (np.int32(term < zero) << 16)
+        positive[i] += _positive(term)
+        negative[i] += _negative(term)
+        counts[i] += _one_more(term)
 
 
-@_compiled(void(F32, i64, f32, F32, F32, F32, F32, F32))
+@_inlined
+def _signed_sums_of_few(deltas: Array, models: Array, size: int, state: Array) -> None:
+    """Add FEW models' deltas, one model after the other, while an element's state is in registers."""
+    shape = (size,)
+    total, positive = _at(state[0], np.float32, shape), _at(state[1], np.float32, shape)
+    negative, counts = _at(state[2], np.float32, shape), _at(state[3], np.int32, shape)
+    first, second, third, fourth = (
+        deltas[:size], deltas[size : 2 * size], deltas[2 * size : 3 * size], deltas[3 * size :])  # fmt: skip
+    lowest = _lowest(models[0]), _lowest(models[1]), _lowest(models[2]), _lowest(models[3])
+    weight = models[0].weight, models[1].weight, models[2].weight, models[3].weight
+    for i in range(size):
+        a, b = _term(first[i], lowest[0], weight[0]), _term(second[i], lowest[1], weight[1])
+        c, d = _term(third[i], lowest[2], weight[2]), _term(fourth[i], lowest[3], weight[3])
+        total[i] = total[i] + a + b + c + d
+        positive[i] = positive[i] + _positive(a) + _positive(b) + _positive(c) + _positive(d)
+        negative[i] = negative[i] + _negative(a) + _negative(b) + _negative(c) + _negative(d)
+        counts[i] += _one_more(a) + _one_more(b) + _one_more(c) + _one_more(d)
+
+
+@_inlined
 def _signed_sums_weighted(
     delta: Array,
     lowest: int,
@@ -458,13 +606,13 @@ def _signed_sums_weighted(
     for i in range(len(delta)):
         term = _term(delta[i], lowest, weight)
         total[i] += term
-        positive[i] += term if term > zero else zero
-        negative[i] += term if term < zero else zero
+        positive[i] += _positive(term)
+        negative[i] += _negative(term)
         positive_weight[i] += weight if term > zero else zero
         negative_weight[i] += weight if term < zero else zero
 
 
-@_compiled(void(F32, i64, f32, F32, F32, F32))
+@_inlined
 def _extremes(delta: Array, lowest: int, weight: float, total: Array, largest: Array, smallest: Array) -> None:
     for i in range(len(delta)):
         term = _term(delta[i], lowest, weight)
@@ -473,7 +621,7 @@ def _extremes(delta: Array, lowest: int, weight: float, total: Array, largest: A
         smallest[i] = term if term < smallest[i] else smallest[i]
 
 
-@_compiled(void(F32, i64, f32, I32, F32, f32))
+@_inlined
 def _agreement(delta: Array, lowest: int, weight: float, count: Array, total: Array, bound: float) -> None:
     for i in range(len(delta)):
         term = _term(delta[i], lowest, weight)
@@ -483,13 +631,13 @@ def _agreement(delta: Array, lowest: int, weight: float, count: Array, total: Ar
 # After the last model.
 
 
-@numba.njit(error_model="numpy")
+@_inlined
 def _pick(total: Any, zero_sign: Any, positive: Any, negative: Any) -> Any:
     sign = total if total != 0 else zero_sign
     return positive if sign > 0 else (negative if sign < 0 else sign * np.float32(0))
 
 
-@numba.njit(error_model="numpy")
+@_inlined
 def _mean(total: Any, divisor: Any) -> Any:
     return total / divisor if divisor != 0 else np.float32(0)
 
@@ -537,146 +685,185 @@ def _apply(base: Array, merged: Array, out: Array) -> int:
     return count
 
 
-# Tiles.
-
-NOTHING = np.empty(0, np.float32)
-"""The base's part where no source needs it."""
+# The walk: tile by tile, and in each through the models of a group.
 
 
-class _Tile(NamedTuple):
-    """A part of a slice that is worked on at a time: some columns of some rows, or a piece of one row."""
+@_inlined
+def _gather(array: int, size: int, first: int, stride: int, rows: int, width: int, place: int) -> int:
+    """Return where a tile of an array over the slice is in one piece: where it lies, else at `place`, copied there.
 
-    first: int
-    """Element of the slice."""
-    rows: int
-    width: int
-    column: int
-    """Of the first element."""
-    stride: int
-    """Columns of the matrix."""
-
-    @property
-    def contiguous(self) -> bool:
-        return self.rows == 1 or self.width == self.stride
-
-    def of(self, array: Array) -> Array:
-        """Return the tile's part of an array over the slice, a view: 1-D if contiguous, else (rows, width)."""
-        if self.contiguous:
-            return array[self.first : self.first + self.rows * self.width]
-        start = self.first - self.column
-        whole = array[start : start + self.rows * self.stride].reshape(self.rows, self.stride)
-        return whole[:, self.column : self.column + self.width]
-
-
-def _tiles(sources: Sequence[Stored], length: int) -> Iterator[_Tile]:
-    """Cut a slice: as a matrix where there are factors, else as one row.
-
-    Bands of rows rather than pieces of them, so that a large right factor is not read for each row or two; as wide as a
-    multiple of the lanes of `row_scales`.
+    Neighbouring rows may lie a power of two apart, where they would drive each other out of the cache. Arrays are
+    addresses, their elements of 4 or 8 bytes.
     """
-    columns, start = length, 0
-    for source in sources:
-        if isinstance(source, Factors):
-            columns, start = source.right.shape[1], source.start
+    there, words = array + first * size, size // 4
+    if rows == 1 or width == stride:
+        return there
+    whole, part = _at(there, np.int32, (rows * stride * words,)), _at(place, np.int32, (rows * width * words,))
+    _copy(whole, 0, stride * words, rows, part)
+    return place
+
+
+@_inlined
+def _scatter(place: int, array: int, first: int, stride: int, rows: int, width: int) -> None:
+    """Write a tile of fp32 back that was copied."""
+    for row in range(rows):
+        source = _at(place + 4 * row * width, np.float32, (width,))
+        target = _at(array + 4 * (first + row * stride), np.float32, (width,))
+        for i in range(width):
+            target[i] = source[i]
+
+
+@_inlined
+def _write(
+    model: Any,
+    length: int,
+    first: int,
+    row: int,
+    column: int,
+    stride: int,
+    rows: int,
+    width: int,
+    base: int,
+    size: int,
+    panel_address: int,
+    delta: Array,
+) -> None:
+    """Write a model's deltas of a tile; `base`: where the tile of the base is, elements of `size` bytes."""
+    out = delta[: rows * width]
+    if model.kind == FACTORS:
+        rank = model.rank
+        left = _at(model.left + 4 * row * rank, np.float32, (rows, rank))
+        panel = _at(panel_address, np.float32, (rank * BLOCK_COLUMNS,))
+        _pack(_at(model.data, np.float32, (rank, stride)), column, width, panel)
+        _product(left, panel, model.scale, width, delta)
+        if model.scales:
+            scales = _at(model.scales + 4 * row, np.float32, (rows,))
+            if size == 8:
+                _rescale(_at(base, np.float64, (rows * width,)), scales, out)
+            else:
+                _rescale(_at(base, np.float32, (rows * width,)), scales, out)
+    elif model.kind == FINISHED:
+        _copy(_at(model.data, np.float32, (length,)), first, stride, rows, out)
+    elif size == 8:
+        _subtract_stored(model, length, first, stride, rows, _at(base, np.float64, (rows * width,)), out)
+    else:
+        _subtract_stored(model, length, first, stride, rows, _at(base, np.float32, (rows * width,)), out)
+
+
+@_inlined
+def _subtract_stored(model: Any, length: int, first: int, stride: int, rows: int, base: Array, out: Array) -> None:
+    if model.kind == PLAIN_BF16:
+        _subtract(_at(model.data, np.int16, (length,)), first, stride, rows, base, out)
+    elif model.kind == PLAIN_FP16:
+        _subtract(_at(model.data, np.uint16, (length,)), first, stride, rows, base, out)
+    elif model.kind == PLAIN_FP32:
+        _subtract(_at(model.data, np.float32, (length,)), first, stride, rows, base, out)
+    else:
+        _subtract(_at(model.data, np.float64, (length,)), first, stride, rows, base, out)
+
+
+@_inlined
+def _use(what: int, constant: float, model: Any, delta: Array, state: Array, tables: int) -> None:
+    """Do with a model's deltas of a tile what is asked; state: addresses of the tile's arrays."""
+    shape, lowest, weight = (len(delta),), _lowest(model), model.weight
+    first, second = _at(state[0], np.float32, shape), _at(state[1], np.float32, shape)
+    third, fourth = _at(state[2], np.float32, shape), _at(state[3], np.float32, shape)
+    if what == COUNT_HIGH:
+        _count_high(delta, _at(tables, np.int32, (TABLES * TABLE,)))
+    elif what == COUNT_LOW:
+        _count_low(delta, np.int32(constant), _at(tables, np.int32, (TABLES * TABLE,)))
+    elif what == DELTA:
+        _copy(delta, 0, len(delta), 1, first)
+    elif what == WEIGHTED_SUM:
+        _weighted_sum(delta, lowest, weight, first)
+    elif what == SIGNED_SUMS:
+        _signed_sums(delta, lowest, weight, first, second, third, _at(state[3], np.int32, shape))
+    elif what == SIGNED_SUMS_WEIGHTED:
+        fifth = _at(state[4], np.float32, shape)
+        _signed_sums_weighted(delta, lowest, weight, first, second, third, fourth, fifth)
+    elif what == EXTREMES:
+        _extremes(delta, lowest, weight, first, second, third)
+    else:
+        _agreement(delta, lowest, weight, _at(state[0], np.int32, shape), second, np.float32(constant))
+
+
+@_compiled(void(i64, f64, MODELS, I64, SLICES, I64))
+def _walk(what: int, constant: float, models: Array, counts: Array, slices: Array, arrays: Array) -> None:
+    """Go through a slice tile by tile, and in each through the models: see `Cpu._walk`.
+
+    A slice of a matrix, in which there are factors, goes by bands of TILE_ROWS rows, and these by panels of columns;
+    any other is one row.
+    """
+    part = slices[0]
+    length, stride, start = part.length, part.stride, part.start
+    state, deltas = _at(part.state, np.int64, (5,)), _at(part.deltas, np.float32, (FEW * TILE,))
+    words = _at(part.words, np.uint32, (TILE + 8,))
     first = 0
     while first < length:
-        column = (start + first) % columns
-        whole = 0 if column else (length - first) // columns
-        rows = max(1, min(whole, max(BAND, TILE // columns)))
-        stop = columns if whole else min(columns, column + length - first)
-        width = columns if rows * columns <= TILE else TILE // rows // definition.LANES * definition.LANES
-        for left in range(column, stop, width):
-            yield _Tile(first + left - column, rows, min(width, stop - left), left, columns)
-        first += rows * (stop - column)
+        row, column = (start + first) // stride, (start + first) % stride
+        num_whole = 0 if column else (length - first) // stride
+        rows, columns = max(1, min(num_whole, TILE_ROWS)), min(stride - column, length - first)
+        for left in range(0, columns, part.step):
+            width = min(part.step, columns - left)
+            at, size, base = first + left, rows * width, np.int64(0)
+            if part.base:
+                base = _gather(part.base, part.size, at, stride, rows, width, part.place_of_base)
+            for index in range(len(arrays)):
+                state[index] = _gather(arrays[index], 4, at, stride, rows, width, part.places + 4 * index * TILE)
+            done = 0
+            while done < len(models):
+                few = FEW if what == SIGNED_SUMS and done + FEW <= len(models) else 1
+                for index in range(few):
+                    model, delta = models[done + index], deltas[index * size :]
+                    _write(
+                        model, length, at, row, column + left, stride, rows, width, base, part.size, part.panel, delta
+                    )
+                    counts[done + index] += _clean(delta[:size])
+                    if model.bound >= 0:
+                        _drop(delta[:size], rows, part.offset + at, stride, model, words)
+                if few == FEW:
+                    _signed_sums_of_few(deltas, models[done : done + FEW], size, state)
+                else:
+                    _use(what, constant, models[done], deltas[:size], state, part.tables)
+                done += few
+            if rows > 1 and width < stride:
+                for index in range(part.num_written):
+                    _scatter(state[index], arrays[index], at, stride, rows, width)
+        first += rows * columns
+
+
+# The contract.
+
+
+def _aligned(length: int, dtype: npt.DTypeLike) -> Array:
+    """Return zeros that begin where a vector may: across two cache lines a vector takes twice as long."""
+    size = length * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :][:size].view(dtype)
 
 
 class _Scratch(threading.local):
     """What a call works in; one a thread, so that calls may overlap."""
 
     def __init__(self) -> None:
-        self.delta = np.empty(TILE, np.float32)
-        self.words = np.empty(TILE + 8, np.uint32)
-        self.high = np.zeros(TABLES * HIGH_BINS, np.int32)
-        self.low = np.zeros(TABLES * HIGH_BINS, np.int32)
-        self._places: defaultdict[str, Array] = defaultdict(lambda: np.empty(TILE, np.float64))
+        self.state = np.zeros(5, np.int64)
+        self.deltas = _aligned(FEW * TILE, np.float32)
+        self.places = _aligned(5 * TILE, np.float32)
+        self.place_of_base = _aligned(TILE, np.float64)
+        self.words = _aligned(TILE + 8, np.uint32)
+        self.high = _aligned(TABLES * TABLE, np.int32)
+        self.low = _aligned(TABLES * TABLE, np.int32)
+        self._panel = _aligned(0, np.float32)
 
-    def gather(self, tile: _Tile, array: Array, name: str) -> Array:
-        """Return the tile's part of an array over the slice, contiguous: as it is, or copied to a place of that name.
-
-        Neighbouring rows may lie a power of two apart, where they would drive each other out of the cache.
-        """
-        part = tile.of(array)
-        if tile.contiguous:
-            return part
-        place = self._places[name].view(array.dtype)[: part.size]
-        np.copyto(place.reshape(part.shape), part)
-        return place
+    def panel(self, rank: int) -> Array:
+        """Return room for a panel of a right factor."""
+        if len(self._panel) < rank * BLOCK_COLUMNS:
+            self._panel = _aligned(rank * BLOCK_COLUMNS, np.float32)
+        return self._panel
 
 
-def _scatter(tile: _Tile, values: Array, array: Array) -> None:
-    """Write the tile's values into an array over the slice."""
-    part = tile.of(array)
-    np.copyto(part, values.reshape(part.shape))
-
-
-class _Dense(NamedTuple):
-    """A source of values, or of finished deltas."""
-
-    data: Array
-    finished: bool
-
-    @property
-    def needs_base(self) -> bool:
-        return not self.finished
-
-    def write(self, tile: _Tile, base: Array, out: Array, scratch: _Scratch) -> int:
-        data = scratch.gather(tile, self.data, "data")
-        if not self.finished:
-            return _subtract(data, base, out)
-        np.copyto(out, data)
-        return _clean(out)
-
-
-class _LowRank(NamedTuple):
-    """A source of factors."""
-
-    left: Array
-    right: Array
-    scale: np.float32
-    start: int
-    scales: Array | None
-
-    @property
-    def needs_base(self) -> bool:
-        return self.scales is not None
-
-    def write(self, tile: _Tile, base: Array, out: Array, scratch: _Scratch) -> int:
-        self.product(tile, out)
-        if self.scales is not None:
-            _rescale(base, self.scales[self.rows(tile)], out)
-        return _clean(out)
-
-    def product(self, tile: _Tile, out: Array) -> None:
-        _product(self.left[self.rows(tile)], self.right, self.scale, tile.column, out)
-
-    def rows(self, tile: _Tile) -> slice:
-        first = (self.start + tile.first) // tile.stride
-        return slice(first, first + tile.rows)
-
-
-def _prepared(source: Stored) -> _Dense | _LowRank:
-    if isinstance(source, Factors):
-        assert (source.magnitude is None) or (source.scales is not None)
-        return _low_rank(source)
-    return _Dense(_array(source.data), source.kind == "delta")
-
-
-def _low_rank(source: Factors) -> _LowRank:
-    scales = None if source.magnitude is None or source.scales is None else _array(source.scales)
-    return _LowRank(_array(source.left), _array(source.right), np.float32(source.scale), source.start, scales)
-
-
-# The contract.
+NOTHING = np.empty(0, np.int32)
+"""An array that is not needed."""
 
 
 class Cpu(Kernels):
@@ -688,24 +875,20 @@ class Cpu(Kernels):
 
     def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
         """See `Kernels.delta`."""
-        target = _array(out)
-        return self._each_tile(source, base, lambda tile, delta: _scatter(tile, delta, target))
+        return self._walk(DELTA, [(Term(), source)], base, [out], 1)[0]
 
     def row_scales(self, source: Factors, rows: Tensor) -> Tensor:
         """See `Kernels.row_scales`."""
-        magnitude, columns = source.magnitude, source.right.shape[1]
+        magnitude, (rank, columns) = source.magnitude, source.right.shape
         assert magnitude is not None
-        source = source._replace(start=0)
-        change, base, found = _low_rank(source), _array(rows), torch.empty(len(magnitude))
-        for tile in _tiles([source], len(base)):
-            delta = self._scratch.delta[: tile.rows * tile.width]
-            change.product(tile, delta)
-            if tile.column == 0:
-                lanes = np.zeros((tile.rows, min(columns, definition.LANES)))
-            _add_squares(self._scratch.gather(tile, base, "base"), delta, lanes)
-            if tile.column + tile.width == columns:
-                band = change.rows(tile)
-                found[band] = definition.over_norms(magnitude[band], torch.from_numpy(lanes))
+        left, right, scale = _array(source.left), _array(source.right), np.float32(source.scale)
+        panel, base, found = self._scratch.panel(rank), _array(rows), torch.empty(len(magnitude))
+        for first in range(0, len(left), TILE_ROWS):
+            band = slice(first, min(first + TILE_ROWS, len(left)))
+            lanes = np.zeros((band.stop - first, min(columns, definition.LANES)))
+            of_base = base[first * columns : band.stop * columns]
+            _add_squares(left[band], right, scale, of_base, panel, self._scratch.deltas, lanes)
+            found[band] = definition.over_norms(magnitude[band], torch.from_numpy(lanes))
         return found
 
     def start(self, op: Op, length: int) -> State:
@@ -715,41 +898,22 @@ class Cpu(Kernels):
 
     def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Stored]], offset: int) -> list[int]:
         """See `Kernels.fold`."""
-        add, constants = _adder(op)
-        sums = [_array(state[name]) for name in state_dtypes(op)]
-        total = [_array(op.total)] if isinstance(op, Agreement) else []
-        models = [(op.terms[model], _prepared(source)) for model, source in group]
-        needs_base = any(source.needs_base for _, source in models)
-        base_array, scratch = _array(base), self._scratch
-        counts = [0] * len(models)
-        for tile in _tiles([source for _, source in group], len(base)):
-            base_part = scratch.gather(tile, base_array, "base") if needs_base else NOTHING
-            arrays = [scratch.gather(tile, array, str(index)) for index, array in enumerate([*sums, *total])]
-            delta = scratch.delta[: tile.rows * tile.width]
-            for index, (term, source) in enumerate(models):
-                counts[index] += source.write(tile, base_part, delta, scratch)
-                lowest = term.lowest
-                if term.dropout is not None:
-                    _drop_tile(tile, delta, offset, term.dropout, lowest, scratch.words)
-                    lowest = 0
-                add(delta, lowest, np.float32(term.weight), *arrays, *constants)
-            if not tile.contiguous:
-                for values, array in zip(arrays[: len(sums)], sums, strict=True):
-                    _scatter(tile, values, array)
-        return counts
+        sums = [state[name] for name in state_dtypes(op)]
+        total = [op.total] if isinstance(op, Agreement) else []
+        bound = op.bound if isinstance(op, Agreement) else 0.0
+        models = [(op.terms[model], source) for model, source in group]
+        return self._walk(_code(op), models, base, sums + total, len(sums), offset=offset, constant=bound)
 
     def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
         """See `Kernels.count_high`."""
-        tables = self._scratch.high
-        count = self._each_tile(source, base, lambda _, delta: _count_high(delta, tables))
-        _empty_into(_array(table), tables)
+        count = self._walk(COUNT_HIGH, [(Term(), source)], base, [], 0, tables=self._scratch.high)[0]
+        _empty_into(_array(table), self._scratch.high)
         return count
 
     def count_low(self, source: Stored, base: Tensor, high: int, table: Tensor) -> int:
         """See `Kernels.count_low`."""
-        tables = self._scratch.low
-        count = self._each_tile(source, base, lambda _, delta: _count_low(delta, high, tables))
-        _empty_into(_array(table), tables)
+        count = self._walk(COUNT_LOW, [(Term(), source)], base, [], 0, constant=high, tables=self._scratch.low)[0]
+        _empty_into(_array(table), self._scratch.low)
         return count
 
     def elect(
@@ -771,22 +935,70 @@ class Cpu(Kernels):
         """See `Kernels.apply`."""
         return _apply(_array(base), _array(merged), _array(out))
 
-    def _each_tile(self, source: Stored, base: Tensor, use: Callable[[_Tile, Array], None]) -> int:
-        """Call `use` with each tile and its deltas; return how many were not finite."""
-        prepared, base_array, scratch = _prepared(source), _array(base), self._scratch
-        count = 0
-        for tile in _tiles([source], len(base)):
-            base_part = scratch.gather(tile, base_array, "base") if prepared.needs_base else NOTHING
-            delta = scratch.delta[: tile.rows * tile.width]
-            count += prepared.write(tile, base_part, delta, scratch)
-            use(tile, delta)
-        return count
+    def _walk(
+        self,
+        what: int,
+        group: Sequence[tuple[Term, Stored]],
+        base: Tensor,
+        arrays: Sequence[Tensor],
+        num_written: int,
+        *,
+        offset: int = 0,
+        constant: float = 0.0,
+        tables: Array = NOTHING,
+    ) -> list[int]:
+        """Do `what` with the deltas of a group, model by model; return how many were not finite.
+
+        arrays: fp32 (or what is viewed so) over the slice, of which the first `num_written` change; constant: the
+        bound, or the bin.
+        """
+        stride, start, step, rank, rows = len(base), 0, TILE, 0, []
+        for term, source in group:
+            rows.append(_described(term, source, len(base)))
+            if isinstance(source, Factors):
+                stride, start, step = source.right.shape[1], source.start, BLOCK_COLUMNS
+                rank = max(rank, len(source.right))
+        needs_base = any(_needs_base(source) for _, source in group)
+        scratch = self._scratch
+        part = (
+            len(base), stride, start, step, offset, _address(base, len(base)) if needs_base else 0,
+            base.element_size(), num_written, scratch.state.ctypes.data, scratch.deltas.ctypes.data,
+            scratch.places.ctypes.data, scratch.place_of_base.ctypes.data, scratch.words.ctypes.data,
+            tables.ctypes.data, scratch.panel(rank).ctypes.data,
+        )  # fmt: skip
+        addresses = np.array([_address(array, len(base)) for array in arrays], np.int64)
+        counts = np.zeros(len(group), np.int64)
+        _walk(what, constant, np.array(rows, MODEL), counts, np.array([part], SLICE), addresses)
+        found: list[int] = counts.tolist()
+        return found
 
 
-def _drop_tile(tile: _Tile, delta: Array, offset: int, dropout: Dropout, lowest: int, words: Array) -> None:
-    """Trim, drop and scale a tile of the slice that begins at the parameter's element `offset`."""
-    numbers = *dropout.key, dropout.bound, lowest, np.float32(dropout.scale)
-    _drop(delta, tile.rows, offset + tile.first, tile.stride, *numbers, words)
+def _needs_base(source: Stored) -> bool:
+    return source.magnitude is not None if isinstance(source, Factors) else source.kind == "dense"
+
+
+def _described(term: Term, source: Stored, length: int) -> tuple[float, ...]:
+    """Return an entry of MODEL; the source must outlive it."""
+    (key0, key1), bound, scale_of_kept = term.dropout or NO_DROPOUT
+    how = min(term.lowest, MAGNITUDE), term.weight, key0, key1, bound, scale_of_kept
+    if not isinstance(source, Factors):
+        kind = FINISHED if source.kind == "delta" else KINDS[source.data.dtype]
+        return kind, _address(source.data, length), 0, 0, 0, 0.0, *how
+    left, right, scales = source.left, source.right, 0
+    (rows, rank), columns = left.shape, right.shape[1]
+    assert source.start + length <= rows * columns
+    if source.magnitude is not None:
+        assert source.scales is not None
+        scales = _address(source.scales, rows)
+    addresses = _address(right, rank * columns), _address(left, rows * rank), scales
+    return FACTORS, *addresses, rank, source.scale, *how
+
+
+def _address(tensor: Tensor, length: int) -> int:
+    """Return where so many elements of the tensor lie; asserts, for no array stands between this and the memory."""
+    assert tensor.is_contiguous()
+    assert tensor.numel() >= length
+    return tensor.data_ptr()
 
 
 def _array(tensor: Tensor) -> Array:
@@ -795,14 +1007,13 @@ def _array(tensor: Tensor) -> Array:
     return tensor.view(as_integers.get(tensor.dtype, tensor.dtype)).numpy()
 
 
-def _adder(op: Op) -> tuple[Callable[..., None], tuple[np.float32, ...]]:
-    """Return the op's kernel and its constants."""
+def _code(op: Op) -> int:
     match op:
         case WeightedSum():
-            return _weighted_sum, ()
+            return WEIGHTED_SUM
         case SignedSums():
-            return _signed_sums_weighted if op.weighted else _signed_sums, ()
+            return SIGNED_SUMS_WEIGHTED if op.weighted else SIGNED_SUMS
         case Extremes():
-            return _extremes, ()
+            return EXTREMES
         case Agreement():
-            return _agreement, (np.float32(op.bound),)
+            return AGREEMENT
