@@ -736,3 +736,14 @@ def test_no_more_is_read_than_planned_and_of_the_base_only_what_is_needed(
         assert of_base >= sum(each.nbytes for each in pool.base_tensors.values())
     if cache == 0 and pool_name != "dora":  # of a cache the plan knows only what is certain
         assert result.bytes_read == made.bytes_read
+
+
+def test_the_two_factors_of_a_matrix_are_read_at_once(pool_of: MakePool, tmp_path: Path) -> None:
+    pool = pool_of(num_adapters=3, targets=(EVERYTHING,) * 3, hidden=48)
+    recipe = recipe_of(pool, tmp_path / "out", "average", "delta", run={**LOCAL, "workers": 1, "cache": "64MB"})
+    with reads_counted() as counted:
+        result = drive.merge(recipe)
+    matrices = sum(len(deltas) for deltas in pool.deltas)
+    of_adapters = [item for item in counted if item[0].startswith(tuple(pool.adapters)) and item[1:] != (0, 8)]
+    assert len(of_adapters) == result.requests == matrices
+    assert result.bytes_read == drive.plan(recipe).bytes_read

@@ -664,7 +664,7 @@ class _Cost:
         whole, shared = footprint.factors, footprint.shared
         kept = self._sources.kept(footprint)
         if kept == "all":
-            return segments * whole[0], segments * whole[1]
+            return segments * whole[0], segments * footprint.joined
         if blocks == 1:
             return passes * whole[0], passes * whole[1]
         own = passes * (whole[0] - shared[0] + blocks * footprint.edge)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from ties_ray import plugins
 from ties_ray.catalog import Catalog, Model
-from ties_ray.formats import Format, Parameter, Read, Source
+from ties_ray.formats import Format, Parameter, Read, Source, joined
 from ties_ray.methods import Member
 from ties_ray.recipe import Recipe
 
@@ -36,7 +36,9 @@ class Footprint(NamedTuple):
     edge: int
     """...and so many more to a slice that begins inside a row."""
     requests: int
-    """Of factors, for a slice that is not the whole."""
+    """Of factors, for a slice that is not the whole..."""
+    joined: int
+    """...and for all that is stored, read at once."""
     held: tuple[int, int]
     """(sum, largest) of the bytes that decoded factors take."""
     base: Literal["nothing", "slice", "rows"]
@@ -102,6 +104,7 @@ class Sources:
             shared=(total(one.shared[0] for _, one in parts), total(one.shared[1] for _, one in parts)),
             edge=total(one.edge for _, one in parts),
             requests=total(one.requests for _, one in parts),
+            joined=total(one.joined for _, one in parts),
             held=(total(one.held[0] for _, one in parts), max((one.held[1] for _, one in parts), default=0)),
             base=max((one.base for _, one in parts), key=NEEDS.index, default="nothing"),
         )
@@ -153,7 +156,7 @@ class Sources:
         return self._known[key]
 
 
-_NOTHING = Footprint((0, 0), (0, 0), (0, 0), 0, 0, (0, 0), "nothing")
+_NOTHING = Footprint((0, 0), (0, 0), (0, 0), 0, 0, 0, (0, 0), "nothing")
 
 
 def _footprint(form: Format, source: Source, numel: int) -> Footprint:
@@ -164,7 +167,7 @@ def _footprint(form: Format, source: Source, numel: int) -> Footprint:
     held = form.held(source)
     cost = size(whole), len(whole)
     if not held:
-        return Footprint(cost, (0, 0), (0, 0), 0, 0, (0, 0), form.needs(source))
+        return Footprint(cost, (0, 0), (0, 0), 0, 0, 0, (0, 0), form.needs(source))
     some = form.reads(source, 0, max(1, numel // 2))
     least = form.reads(source, 0, min(1, numel))
     shared = [read for read in some if read.shared]
@@ -175,6 +178,7 @@ def _footprint(form: Format, source: Source, numel: int) -> Footprint:
         shared=(size(shared), len(shared)),
         edge=edge,
         requests=len(some),
+        joined=len(joined(whole)),
         held=(held, held),
         base=form.needs(source),
     )

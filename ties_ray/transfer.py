@@ -17,7 +17,7 @@ from torch import Tensor
 from ties_ray.cache import Cache, Shelf
 from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
-from ties_ray.formats import Format, Read, Source
+from ties_ray.formats import Format, Read, Source, joined
 from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.manifest import Seen, Written
@@ -212,7 +212,7 @@ class ReadAhead:
 
     def _cut_from_kept(self, wanted: Wanted, reads: Sequence[Read]) -> list[Tensor]:
         """Return what a slice needs from all that is stored for the parameter, which is read where it is not kept."""
-        whole = self._formats[wanted.model.format].reads(wanted.source, 0, wanted.whole)
+        whole = joined(self._formats[wanted.model.format].reads(wanted.source, 0, wanted.whole))
         kept = [(read, self._kept(wanted.model.objects[read.object], read)) for read in whole]
         return [
             next(

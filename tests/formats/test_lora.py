@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.adapters import ATTENTION, MLP, Module, adapter_files, config_of, make_pool
 from tests.families import DTYPES, file_bytes
-from ties_ray.formats import Format, Found, Parameter, Rules
+from ties_ray.formats import Format, Found, Parameter, Read, Rules, joined
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
@@ -666,3 +666,16 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="(peft|transformers|torch).*")
         yield
+
+
+def test_reads_that_lie_back_to_back_are_joined_where_both_can_be_cut_out() -> None:
+    def told(*reads: tuple[int, int, int]) -> list[tuple[int, int, int, bool]]:
+        return [tuple(one) for one in joined([Read(*read) for read in reads])]
+
+    assert told((0, 100, 164), (0, 164, 200)) == [(0, 100, 200, False)]
+    assert told((0, 164, 200), (0, 100, 164)) == [(0, 100, 200, False)]
+    assert told((0, 0, 8), (0, 8, 16), (0, 16, 20)) == [(0, 0, 20, False)]
+    for apart in [((0, 0, 8), (0, 9, 16)), ((0, 0, 8), (1, 8, 16)), ((0, 0, 4), (0, 4, 16))]:
+        assert len(told(*apart)) == 2
+    assert joined([Read(0, 0, 8, shared=True), Read(0, 8, 9)]) == [Read(0, 0, 9, shared=True)]
+    assert joined([]) == []

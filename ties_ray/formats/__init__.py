@@ -56,6 +56,21 @@ class Read(NamedTuple):
     """True: every slice of the parameter needs it (a factor), so a worker keeps it at hand where it can."""
 
 
+def joined(reads: Sequence[Read]) -> list[Read]:
+    """Return reads as fewer ones where they lie back to back, as the two factors of a matrix do in an adapter's file.
+
+    Only where the second begins at a multiple of 8 bytes of the first, so that either can be looked at as any dtype.
+    """
+    found: list[Read] = []
+    for read in sorted(reads):
+        last = found[-1] if found else None
+        if last and last.object == read.object and last.stop == read.start and (read.start - last.start) % 8 == 0:
+            found[-1] = last._replace(stop=read.stop, shared=last.shared or read.shared)
+        else:
+            found.append(read)
+    return found
+
+
 class Parameter(NamedTuple):
     """One named tensor of the base."""
 
