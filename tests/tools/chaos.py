@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ from ties_ray import cli
 from ties_ray.report import RESULT_NAME
 from ties_ray.stores import Stores
 
+UNCACHED = {"cache": 0, "disk_cache": 0}
 ATTEMPTS = 6
 """Runs of one command; the last one is left alone, and must end with 0."""
 SECONDS = 240.0
@@ -127,6 +128,8 @@ class Case:
     workers: int
     faults: tuple[str, ...]
     kill: str
+    cached: bool
+    """Whether workers keep what they have read; else every round reads all again."""
 
     def script(self, attempt: int) -> tuple[list[Rule], str]:
         """Return the rules of an attempt (from 0), the kill first, and the point of that kill."""
@@ -157,6 +160,7 @@ def cases(merges: int, on_ray: int, seed: int) -> list[Case]:
                 workers=draw.randint(1, 3),
                 faults=chosen,
                 kill=kill,
+                cached="flip" not in chosen and draw.random() < 0.5,
             )
         )
     return made
@@ -345,7 +349,7 @@ class Campaign:
 
     def _undisturbed(self, kind: tuple[str, str]) -> dict[str, str]:
         prefix = f"undisturbed-{'-'.join(kind)}/"
-        ended = self._merge(self._recipe(prefix, *kind, "local", 1, self._server.url))
+        ended = self._merge(self._recipe(prefix, *kind, {"executor": "local"}, self._server.url))
         assert ended.code == 0, ended.errors
         found = self._server.digests(prefix)
         assert len(found) >= 3, "two weight files and their index"
@@ -363,7 +367,8 @@ class Campaign:
     def _attempts(self, case: Case) -> None:
         tally, prefix = self.tally, f"{case.number}/"
         with FaultProxy(self._server.url, seed=case.seed + case.number) as proxy:
-            recipe = self._recipe(prefix, case.family, case.method, case.executor, case.workers, proxy.url)
+            run = {"executor": case.executor, "workers": case.workers} | ({} if case.cached else UNCACHED)
+            recipe = self._recipe(prefix, case.family, case.method, run, proxy.url)
             ended = Ended("none", {}, "", 0.0)
             for attempt in range(ATTEMPTS):
                 killed, changed = len(proxy.killed), proxy.faults["new_etag"]
@@ -411,9 +416,9 @@ class Campaign:
             self.tally.problems[kind] += 1
         print(f"{kind}: {case}\n  {what}", flush=True)
 
-    def _recipe(self, prefix: str, family: str, method: str, executor: str, workers: int, endpoint: str) -> Path:
+    def _recipe(self, prefix: str, family: str, method: str, run: Mapping[str, object], endpoint: str) -> Path:
         path = self._folder / f"{prefix.rstrip('/')}.json"
-        run = {"executor": executor, "workers": workers} | ({"address": self._ray} if executor == "ray" else {})
+        run = {**run, "address": self._ray} if run["executor"] == "ray" else run
         recipe = {
             "base": f"s3://models/{family}/base",
             "models": [f"s3://models/{family}/model-{number}" for number in range(3)],
@@ -467,7 +472,9 @@ def prove(server: Server, folder: Path, merges: int, seed: int) -> bool:
 
     def problems(fault: str, kill: str, without: str) -> Counter[str]:
         faults = (fault,) if fault else ()
-        planned = [Case(number, seed, "bf16", "average", "local", 1, faults, kill) for number in range(merges)]
+        planned = [
+            Case(number, seed, "bf16", "average", "local", 1, faults, kill, cached=False) for number in range(merges)
+        ]
         campaign = Campaign(server, folder, "", without, verbose=False)
         with contextlib.redirect_stdout(None):  # each problem, which is what we want
             campaign.run(planned)
