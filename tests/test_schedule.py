@@ -224,6 +224,23 @@ def test_a_task_that_kills_three_workers_is_named_and_its_neighbours_are_not() -
     assert "task 3: 3 workers were lost while they ran it; the last: out of memory" in str(schedule.failure.problems[0])
 
 
+def test_where_workers_are_lost_all_the_time_a_task_is_named_later_but_named() -> None:
+    schedule = Schedule([1] * 40, 4, bytes_in_flight=100, depth=1, losses=10**6)
+    poison, others = 7, 0
+    while schedule.failure is None:
+        for worker in range(4):
+            schedule.ready(worker)
+        for worker, ticket, task in schedule.assignments():
+            others += task != poison
+            if task == poison or others % 3 == 0:  # every third of the others is lost, too
+                schedule.lost(worker, "preempted")
+            else:
+                schedule.answered(ticket)
+    assert (schedule.failure.reason, schedule.failure.task) == ("poisoned", poison)
+    kills = int(str(schedule.failure.problems[0]).split("task 7: ")[1].split()[0])
+    assert 3 < kills < 20
+
+
 def test_losing_workers_for_nothing_ends_the_run_and_progress_forgives() -> None:
     schedule = Schedule([1] * 50, 1, bytes_in_flight=100, losses=3, kills=99)
     for _ in range(10):

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 
 from ties_ray.errors import ErrorKind, Problem
 
+CHANCE = 0.001
+"""Where fewer tasks than this should have lost as many workers by chance, it was the task."""
 _RETRYABLE: frozenset[ErrorKind] = frozenset({"unavailable", "interrupted", "defect"})
 
 
@@ -70,8 +72,9 @@ class Schedule:
         `costs`: bytes each task has in flight; their sum stays within `bytes_in_flight`, except that one task may run
         alone. `depth`: tasks a worker has at a time. `prefer`: the worker a task should go to, such as the `owners` of
         an earlier round. `attempts`: refusals of one task until the run fails. `kills`: workers one task may be found
-        running on when they are lost. `losses`: workers lost in a row with nothing recorded in between (default: three
-        times as many as there are, and ten), so that a long run on spot machines goes on as long as it moves.
+        running on when they are lost, and more where so many are lost anyway that it may be chance. `losses`: workers
+        lost in a row with nothing recorded in between (default: three times as many as there are, and ten), so that a
+        long run on spot machines goes on as long as it moves.
         """
         self.failure: Failure | None = None
         self.num_tasks = len(costs)
@@ -102,6 +105,7 @@ class Schedule:
         """Workers that get a task again only where there is no other."""
         self._refusals: dict[int, int] = {}
         self._killed: dict[int, int] = {}
+        self._num_answers = 0
         for task in done:
             self._move(task, _State.RECORDED)
         self._cut_segments(prefer)
@@ -207,6 +211,7 @@ class Schedule:
         """Note that a task was handled: its worker holds it and writes it into its next record."""
         if ticket in self._tickets:
             worker, task = self._release(ticket)
+            self._num_answers += 1
             if self._state[task] is _State.RUNNING:
                 self._move(task, _State.ANSWERED)
                 self._owner[task] = worker
@@ -268,13 +273,19 @@ class Schedule:
     def _judge(self, suspect: int | None, reason: str) -> None:
         if suspect is not None and self._state[suspect] is not _State.RECORDED:
             self._killed[suspect] = self._killed.get(suspect, 0) + 1
-            if self._killed[suspect] >= self._kills:
-                what = f"{self._kills} workers were lost while they ran it; the last: {reason}"
+            if self._killed[suspect] >= self._kills and not self._is_chance(self._killed[suspect]):
+                what = f"{self._killed[suspect]} workers were lost while they ran it; the last: {reason}"
                 remedy = "give workers more memory, or look at what it reads"
                 self._fail(Failure("poisoned", "interrupted", suspect, (Problem(f"task {suspect}", what, remedy),)))
         if self._losses_in_a_row >= self._losses:
             what = f"{self._losses_in_a_row} workers were lost with nothing finished in between; the last: {reason}"
             self._fail(Failure("losses", "interrupted", None, (Problem("cluster", what, "run again to continue"),)))
+
+    def _is_chance(self, kills: int) -> bool:
+        """Return whether some task could well have lost so many workers, as often as workers are lost with others."""
+        others = self.num_losses - kills
+        share = others / max(1, others + self._num_answers)
+        return self.num_tasks * share**kills > CHANCE
 
     def _fail(self, failure: Failure) -> None:
         if self.failure is None:
