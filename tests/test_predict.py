@@ -128,6 +128,13 @@ def test_the_first_shards_tell_of_all_the_rest(workers: int) -> None:
     assert told[-1] == pytest.approx(left + work, rel=0.45)  # counting low bits takes 1.3 times as long
 
 
+def test_records_that_a_counting_round_writes_say_nothing_of_writing_weights() -> None:
+    plan = plan_of()
+    few = Work(2, 10**9, 1000, seconds=2.0, waited=0.0)
+    assert observed(plan, 0, few).write == observed(plan, 0, few).read == 5e8
+    assert observed(plan, 2, few._replace(bytes_written=10**7)).write == 5e6
+
+
 def test_time_spent_waiting_is_not_the_kernels() -> None:
     plan = plan_of()
     high = plan.result.rounds[0]

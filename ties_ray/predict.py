@@ -208,4 +208,5 @@ def observed(plan: Plan, index: int, work: Work) -> Rates:
     unit = max(0.0, seconds - work.waited) * 1e9 / max(1.0, pairs) / DEAR[rounds[index].kind]
     ns = {one.name: unit * DEAR[one.kind] for one in rounds if one.kind in DEAR}
     read = max(1, work.bytes_read) / seconds
-    return Rates(read=read, write=work.bytes_written / seconds or read, request=0.0, dense=ns, factors=ns)
+    written = work.bytes_written / seconds if load.bytes_written else 0.0  # of the weights, not of a few records
+    return Rates(read=read, write=written or read, request=0.0, dense=ns, factors=ns)
