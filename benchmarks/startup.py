@@ -63,7 +63,11 @@ def main(runs: int) -> None:
             ("import ties_ray", [python, "-c", "import ties_ray"], "import ties_ray"),
             ("ties-ray --help", [ties_ray, "--help"], through_click("--help")),
             ("ties-ray methods ties", [ties_ray, "methods", "ties"], through_click("methods", "ties")),
-            ("ties-ray plan, 2 small models", [ties_ray, "plan", str(recipe)], through_click("plan", str(recipe))),
+            (
+                "ties-ray plan, 2 small models",
+                [ties_ray, "plan", str(recipe), "--no-rates"],
+                through_click("plan", str(recipe), "--no-rates"),
+            ),
             ("import torch, numba", [python, "-c", "import torch, numba"], "import torch, numba"),
             ("import ray", [python, "-c", "import ray"], "import ray"),
         ]
