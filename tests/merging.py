@@ -6,19 +6,22 @@ import json
 import math
 import multiprocessing
 import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 
 from tests.families import Family
-from ties_ray import drive
+from ties_ray import drive, sources, work
 from ties_ray.plugins import PLUGIN_FOLDER, search_path
 from ties_ray.recipe import Recipe, parse, validate
 from ties_ray.report import MergeResult
 
+planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
 LOCAL = {"executor": "local"}
 INDEX = "model.safetensors.index.json"
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
@@ -48,6 +51,25 @@ def recipe_of(
 
 def merge(family: Family, output: object, method: object, **more: Any) -> MergeResult:
     return drive.merge(recipe_of(family, output, method, **more))
+
+
+def draw_sizes(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set all sizes below which a cut is invisible to small random ones."""
+    part = draw.choice([4096, 8192, 16_384])
+    monkeypatch.setattr(planning, "part_size", lambda recipe, files: part)
+    monkeypatch.setattr(planning, "MAX_SHARD", part * draw.randint(1, 3))
+    monkeypatch.setattr(planning, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
+    monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 256, 1001, 4096]))
+    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
+    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
+    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4])
+    for module in (planning, work, drive):
+        monkeypatch.setattr(module, "MODEL_GROUP", group)
+    for module in (planning, work):
+        monkeypatch.setattr(module, "AHEAD", ahead)
+    monkeypatch.setattr(sources, "TOGETHER", together)
+    monkeypatch.setattr(sources, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
+    monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """Whole merges of LoRA adapters: what they come to, and what must not change it."""
 
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -22,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from tests import oracle
 from tests.adapters import ATTENTION, MLP, Pool, make_pool, rounding_of
 from tests.families import Family, Tensors, write_checkpoint
-from tests.merging import LOCAL, merge_and_die, read_tensors
+from tests.merging import LOCAL, draw_sizes, merge_and_die, read_tensors
 from tests.oracle import Answer, Change, Rules
 from tests.test_promises import reads_counted
-from ties_ray import drive, sources, work
+from ties_ray import drive
 from ties_ray.recipe import Recipe, validate
 from ties_ray.report import RESULT_NAME, MergeResult, Progress
 from ties_ray.stores import Stores
@@ -35,7 +34,6 @@ with warnings.catch_warnings():
     import peft
     import transformers
 
-planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
 MakePool = Callable[..., Pool]
 EVERYTHING = (*ATTENTION, *MLP)
 SPREAD = (EVERYTHING, ("q_proj", "v_proj"), ("k_proj", "down_proj", "o_proj"), ("v_proj", "up_proj"))
@@ -390,21 +388,7 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
     settings = {"rank": draw.choice([8, "auto"]), "energy": 0.8} if kind == "adapter" else {}
     whole = merged(pool, tmp_path / "whole", method, kind, settings=settings)
 
-    part = draw.choice([4096, 8192, 16_384])
-    monkeypatch.setattr(planning, "part_size", lambda recipe, files: part)
-    monkeypatch.setattr(planning, "MAX_SHARD", part * draw.randint(1, 3))
-    monkeypatch.setattr(planning, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
-    monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 256, 1001, 4096]))
-    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
-    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
-    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4])
-    for module in (planning, work, drive):
-        monkeypatch.setattr(module, "MODEL_GROUP", group)
-    for module in (planning, work):
-        monkeypatch.setattr(module, "AHEAD", ahead)
-    monkeypatch.setattr(sources, "TOGETHER", together)
-    monkeypatch.setattr(sources, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
-    monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
+    draw_sizes(draw, monkeypatch)
     run = {**LOCAL, "workers": draw.choice([1, 2, 3]), "cache": draw.choice([0, 3000, "64MB"])}
     recipe = recipe_of(pool, tmp_path / "cut", method, kind, settings=settings, run=run)
 

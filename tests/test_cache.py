@@ -1,6 +1,5 @@
 """What a worker keeps of its inputs."""
 
-import importlib
 import os
 import random
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from tests.families import Family
-from tests.merging import LOCAL, digests, recipe_of
+from tests.merging import LOCAL, digests, planning, recipe_of
 from ties_ray import drive, work
 from ties_ray.cache import Cache, Shelf
 from ties_ray.plan import Plan
@@ -22,7 +21,6 @@ from ties_ray.report import MergeResult
 from ties_ray.schedule import Schedule
 from ties_ray.stores import Stores
 
-planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
 URI = "s3://bucket/x"
 DATA = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
 

@@ -1,7 +1,6 @@
 """The promises of the design (section 2), each by a merge that could break it."""
 
 import gzip
-import importlib
 import os
 import random
 import subprocess
@@ -18,8 +17,8 @@ import torch
 
 from tests.conftest import Bucket
 from tests.families import Family, write_checkpoint
-from tests.merging import LOCAL, digests, merge, recipe_of
-from ties_ray import drive, sources, work
+from tests.merging import LOCAL, digests, draw_sizes, merge, planning, recipe_of
+from ties_ray import drive
 from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor
 from ties_ray.executors.local import LocalExecutor
 from ties_ray.executors.ray import RayExecutor
@@ -29,7 +28,6 @@ from ties_ray.stores import Pin, Store, Stores, join
 from ties_ray.stores.local import Local
 from ties_ray.stores.s3 import S3
 
-planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
 MakeFamily = Callable[..., Family]
 METHODS: dict[str, dict[str, Any]] = {
     "official": {"name": "ties", "profile": "official", "lambda": 0.7},
@@ -138,21 +136,7 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
     method = draw.choice([*METHODS.values(), {"name": "plain_ties"}, {"name": "ties", "zero_sum": "majority"}])
     whole = merge(family, {"path": str(tmp_path / "whole"), "file_size": "9KB"}, method)
 
-    part = draw.choice([4096, 8192, 16_384])
-    monkeypatch.setattr(planning, "part_size", lambda recipe, files: part)
-    monkeypatch.setattr(planning, "MAX_SHARD", part * draw.randint(1, 3))
-    monkeypatch.setattr(planning, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
-    monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 1001, 4096]))
-    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
-    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
-    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4])
-    for module in (planning, work, drive):
-        monkeypatch.setattr(module, "MODEL_GROUP", group)
-    for module in (planning, work):
-        monkeypatch.setattr(module, "AHEAD", ahead)
-    monkeypatch.setattr(sources, "TOGETHER", together)
-    monkeypatch.setattr(sources, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
-    monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))
+    draw_sizes(draw, monkeypatch)
     run = {**LOCAL, "workers": draw.choice([1, 2, 3])}
     recipe = recipe_of(family, {"path": str(tmp_path / "cut"), "file_size": "9KB"}, method, run=run)
     assert drive.plan(recipe).layout.num_merge_shards > 1

@@ -1,6 +1,5 @@
 """Promises 6, 7 and 8: kill anything, lose nothing; nothing half-made is visible; nothing is skipped silently."""
 
-import importlib
 import json
 import os
 import shutil
@@ -23,7 +22,6 @@ from ties_ray.recipe import Recipe
 from ties_ray.report import RESULT_NAME, Progress
 from ties_ray.stores import Stores
 
-planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
 MakeFamily = Callable[..., Family]
 OFFICIAL = {"name": "ties", "profile": "official"}
 ROUNDS = 4

@@ -73,23 +73,9 @@ class KernelContract:
     ) -> None:
         base = mixed_values(base_dtype, self.LENGTH, seed=1)
         source = Encoded(near(base, dtype, seed=2))
-        deltas, highs, lows = [], [], []
-        for each in (Definition(), kernels):
-            delta = torch.full_like(base, 7, dtype=torch.float32)
-            high = torch.arange(HIGH_BINS)
-            numbers = [each.delta(source, base, delta), each.count_high(source, base, high)]
-            fullest = int((high - torch.arange(HIGH_BINS))[1:].argmax()) + 1
-            low = torch.arange(LOW_BINS)
-            numbers.append(each.count_low(source, base, fullest, low))
-            assert len(set(numbers)) == 1
-            assert numbers[0] > 0
-            deltas.append(delta)
-            highs.append(high)
-            lows.append(low)
-        assert same_bits(*deltas)
-        assert torch.equal(*highs)
-        assert torch.equal(*lows)
-        assert int(highs[1].sum() - torch.arange(HIGH_BINS).sum()) == self.LENGTH
+        number, _, high = compared(kernels, source, base)
+        assert number > 0
+        assert int(high.sum()) == self.LENGTH
 
     def test_counting_twice_counts_double(self, kernels: Kernels) -> None:
         base = torch.zeros(1000)
@@ -219,23 +205,11 @@ class KernelContract:
         start, length = columns // 2, rows * columns - columns // 2 - columns // 3
         source = some_factors(rows, columns, rank, start, dora=base_dtype is not None)
         base = mixed_values(base_dtype, length, seed=1) if base_dtype else torch.zeros(1).expand(length)
-        deltas, highs, lows = [], [], []
-        for each in (Definition(), kernels):
-            delta = torch.full((length,), 7.0)
-            high, low = torch.arange(HIGH_BINS), torch.arange(LOW_BINS)
-            numbers = [each.delta(source, base, delta), each.count_high(source, base, high)]
-            fullest = int((high - torch.arange(HIGH_BINS))[1:].argmax()) + 1
-            numbers.append(each.count_low(source, base, fullest, low))
-            assert len(set(numbers)) == 1
-            assert numbers[0] > 0 or rank == 0
-            deltas.append(delta)
-            highs.append(high)
-            lows.append(low)
-        assert same_bits(*deltas)
-        assert torch.equal(*highs)
-        assert torch.equal(*lows)
-        assert int(highs[1].sum() - torch.arange(HIGH_BINS).sum()) == length
-        assert len(set(deltas[1].tolist())) > length // 4 or rank == 0
+        number, delta, high = compared(kernels, source, base)
+        assert int(high.sum()) == length
+        if rank:
+            assert number > 0
+            assert len(set(delta.tolist())) > length // 4
 
     @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (301, 7, 2), (2, 70_001, 3), (150, 1030, 16)])
@@ -304,6 +278,28 @@ class KernelContract:
         expected = run(0)
         with ThreadPoolExecutor(4) as pool:
             assert all(same_bits(expected, found) for found in pool.map(run, range(12)))
+
+
+def compared(kernels: Kernels, source: Stored, base: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Return what the definition makes of a slice, having seen that `kernels` make the same of it.
+
+    How many deltas are not finite, the deltas, and the counts of their high bits; those of low bits, in the fullest bin
+    but the lowest, are compared too.
+    """
+    found = []
+    for each in (Definition(), kernels):
+        delta = torch.full((len(base),), 7.0)
+        high, low = torch.arange(HIGH_BINS), torch.arange(LOW_BINS)
+        numbers = [each.delta(source, base, delta), each.count_high(source, base, high)]
+        fullest = int((high - torch.arange(HIGH_BINS))[1:].argmax()) + 1
+        numbers.append(each.count_low(source, base, fullest, low))
+        assert len(set(numbers)) == 1
+        found.append((numbers[0], delta, high - torch.arange(HIGH_BINS), low))
+    (number, delta, high, low), (other, *tensors) = found
+    assert number == other
+    for wanted, seen in zip((delta, high, low), tensors, strict=True):
+        assert same_bits(wanted, seen) if wanted is delta else torch.equal(wanted, seen)
+    return number, delta, high
 
 
 def mixed_values(dtype: torch.dtype, length: int, seed: int) -> torch.Tensor:
