@@ -41,12 +41,24 @@ def test_a_round_has_to_do_what_its_models_store() -> None:
     catalog = catalog_of(PARAMETERS, 4)
     whole = replace(catalog.models[2], density=1.0)
     plan = make_plan(recipe_for(4), replace(catalog, models=(*catalog.models[:2], whole, catalog.models[3])))
-    high, low, merge = loads(plan)
+    high, low, merge = loads(plan, workers=1)
     assert high.dense == low.dense == 3 * ELEMENTS  # what is not trimmed is not counted
     assert merge.dense == 4 * ELEMENTS
     assert merge.factors == 0
     assert (high.bytes_written, merge.bytes_written) == (0, plan.bytes_written)
     assert [one.bytes_read for one in (high, low, merge)] == [one.bytes_read for one in plan.result.rounds]
+
+
+def test_what_workers_keep_of_a_bucket_is_not_read_again() -> None:
+    local, catalog = plan_of(), catalog_of(PARAMETERS, 4)
+    models = [replace(one, uri=f"s3://bucket/{one.id}") for one in (catalog.base, *catalog.models)]
+    remote = replace(catalog, base=models[0], models=tuple(models[1:]))
+    once = local.result.rounds[0].bytes_read
+    half = make_plan(recipe_for(4, run={**LOCAL, "cache": 0, "disk_cache": once // 2}), remote)
+    assert [one.bytes_read for one in loads(local, 1)] == [once] * 3
+    assert [one.bytes_read for one in loads(half, 1)] == pytest.approx([once, once // 2, once // 2], rel=1e-6)
+    assert [one.bytes_read for one in loads(half, 2)] == pytest.approx([once, 0, 0], abs=16)
+    assert [one.requests for one in loads(half, 2)][1:] == [0, 0]
 
 
 @pytest.mark.parametrize("bound", ["read", "merge", "write"])
@@ -164,7 +176,7 @@ def test_rates_of_a_pool_are_those_of_its_factors(tmp_path: Path) -> None:
     rates = measure(plan, Stores({}))
     assert rates.factors.keys() == {one.name for one in plan.result.rounds}
     assert all(ns > 0 for ns in rates.factors.values())
-    assert loads(plan)[-1].factors > 0
+    assert loads(plan, workers=1)[-1].factors > 0
 
 
 def test_a_plan_tells_machines_and_people_how_long_it_takes(family_of: Callable[..., Family], tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A worker reads, merges and writes at the same time, so that the slowest of the three sets the pace of a shard; the first
 slices of each shard are waited for, and so is its last part. What it does not know: workers that share a network card,
-a disk or a core are as fast as one alone; nothing is lost, nothing is slow, and no cache spares a read.
+a disk or a core are as fast as one alone; nothing is lost, nothing is slow, and what a cache holds takes no time.
 """
 
 import math
@@ -86,9 +86,11 @@ class Load(NamedTuple):
     """Parts that a shard writes."""
 
 
-def loads(plan: Plan) -> list[Load]:
+def loads(plan: Plan, workers: int) -> list[Load]:
     """Return the load of each round."""
     sources = Sources(plan.recipe, plan.catalog, plan.result.models)
+    kept = workers * (sources.room_for_slices() + int(plan.recipe.run.disk_cache))
+    spared = min(1.0, kept / max(1, plan.bytes_read - plan.bytes_again))  # each holds what it has read first
     need = plan.recipe.method.needs(plan.result.members)
     numels = {parameter.name: parameter.numel for parameter in plan.catalog.parameters if parameter.merged}
     known: dict[int, tuple[int, int]] = {}
@@ -117,8 +119,8 @@ def loads(plan: Plan) -> list[Load]:
         )
         found.append(
             Load(
-                bytes_read=one.bytes_read,
-                requests=one.requests,
+                bytes_read=one.bytes_read - int(spared * one.bytes_again),
+                requests=one.requests - int(spared * one.requests * one.bytes_again / max(1, one.bytes_read)),
                 dense=dense * one.passes,
                 factors=factors * one.passes,
                 bytes_written=plan.bytes_written if merges else 0,
@@ -143,7 +145,7 @@ def predict(plan: Plan, rates: Rates, workers: int, left: Sequence[int] | None =
         return None
     left = [one.num_shards for one in plan.result.rounds] if left is None else left
     rounds = []
-    for one, load, shards in zip(plan.result.rounds, loads(plan), left, strict=True):
+    for one, load, shards in zip(plan.result.rounds, loads(plan, workers), left, strict=True):
         read = max(load.bytes_read / rates.read, load.requests * rates.request / AHEAD)
         ns = load.dense * rates.dense.get(one.name, 0.0) + load.factors * rates.factors.get(one.name, 0.0)
         stages: dict[Bound, tuple[float, float]] = {  # seconds of all shards, and of the first or last piece of each
@@ -202,7 +204,7 @@ def observed(plan: Plan, index: int, work: Work) -> Rates:
     Reading was at least as fast as the work in all; so was writing, or, where nothing was written yet, as fast as that.
     """
     rounds = plan.result.rounds
-    load = loads(plan)[index]
+    load = loads(plan, workers=1)[index]
     pairs = (load.dense + load.factors) * work.shards / rounds[index].num_shards
     seconds = max(1e-9, work.seconds)
     unit = max(0.0, seconds - work.waited) * 1e9 / max(1.0, pairs) / DEAR[rounds[index].kind]

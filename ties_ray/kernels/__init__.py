@@ -223,7 +223,7 @@ class Kernels(ABC):
 
 
 def load(name: Literal["definition", "cpu", "cuda"], arithmetic: Literal["exact", "fast"] = "exact") -> Kernels:
-    """Return the implementation of that name; imports torch, and for `cpu` numba, which compiles if it must (5 s).
+    """Return the implementation of that name; imports torch, and for `cpu` numba, which compiles if it must (10 s).
 
     `cuda` works on the first GPU that is visible, and compiles when first used. Raises `LookupError`, saying what is
     missing, where there is no GPU or no Triton.
