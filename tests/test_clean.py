@@ -19,7 +19,7 @@ from ties_ray import cli, drive, lease
 from ties_ray.errors import InputError
 from ties_ray.manifest import FOLDER, find_runs
 from ties_ray.recipe import Recipe
-from ties_ray.report import RESULT_NAME, SUMS_NAME, find_result
+from ties_ray.report import RESULT_NAME, SUMS_NAME, Progress, find_result
 from ties_ray.resume import clean
 from ties_ray.stores import Stores
 from ties_ray.verify import verify
@@ -157,6 +157,21 @@ def test_fresh_takes_the_sums_of_the_earlier_merge_away(family_of: Callable[...,
     assert verify(Stores({}), str(output), sums=True).sums
     drive.merge(recipe_of(family, output, {"name": "ties"}), fresh=True)
     assert not (output / SUMS_NAME).exists()
+
+
+def test_fresh_takes_the_weights_of_the_earlier_merge_away(family_of: Callable[..., Family], tmp_path: Path) -> None:
+    """An old file of the same size must never pass for one of the new merge."""
+    family, output = family_of(num_models=2), tmp_path / "out"
+    merge(family, {"path": str(output), "file_size": "9KB"}, "average")
+    assert len(list(output.glob("*.safetensors"))) > 1
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "merge":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive.merge(recipe_of(family, output, {"name": "ties"}), fresh=True, watch=stop)
+    assert list(output.glob("*.safetensors")) == []
 
 
 def test_a_result_record_that_can_not_be_read_is_told(family_of: Callable[..., Family], tmp_path: Path) -> None:

@@ -84,9 +84,10 @@ def _refuse_others(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) ->
 
 
 def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
-    """Remove earlier runs: first what makes their result look whole, then their uploads and manifests.
+    """Remove earlier runs: first what makes their result look whole, then their weights, uploads and manifests.
 
-    A plan that can't be read, of another version or of a plugin that is not here, tells nothing, and goes as well.
+    Weights go too, lest an old file pass for one that this run has completed, where an ETag tells nothing. A plan that
+    can't be read, of another version or of a plugin that is not here, tells nothing, and goes as well.
     """
     output, store = wanted.output, stores.of(wanted.output)
     plans = [wanted]
@@ -95,7 +96,8 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
             stored = Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
             plans += [stored] if stored else []
     doors = sorted({plan.recipe.output.door(plan.result.files) for plan in plans})
-    for name in (RESULT_NAME, SUMS_NAME, *doors):
+    weights = sorted({file.name for plan in plans for file in plan.result.files})
+    for name in (RESULT_NAME, SUMS_NAME, *doors, *weights):
         store.delete(join(output, name))
     for uri, upload in store.list_uploads(output):
         store.abort_upload(uri, upload)
