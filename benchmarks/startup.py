@@ -2,7 +2,8 @@
 
     python -m benchmarks.startup [--runs 5]
 
-The best of some runs, each a process of its own; files are in the page cache. A bare Python is the limit.
+The best of some runs, each a process of its own; files are in the page cache. A bare Python is the limit. Of a merge,
+what passes until the first byte of an input's weights is asked for, by its own profile.
 """
 
 import json
@@ -27,6 +28,17 @@ def best(command: list[str], runs: int) -> float:
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def first_read(command: list[str], profile: Path, runs: int) -> float:
+    """Return the shortest time, in seconds, until a merge that writes its profile begins to read."""
+    times: list[float] = []
+    for _ in range(runs):
+        started = time.time()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        events = json.loads(profile.read_text())
+        times.append(min(event["ts"] for event in events if event["name"] == "read") / 1e6 - started)
     return min(times)
 
 
@@ -74,6 +86,11 @@ def main(runs: int) -> None:
         measure.table(("command", "seconds", "loads"))
         for name, command, program in rows:
             measure.row((name, best(command, runs), ", ".join(loaded(program)) or "-"))
+        for executor, what in (("local", "in this process"), ("ray", "on a cluster that starts by itself")):
+            profile = folder / "profile.json"
+            settings = ["--fresh", "--profile", str(profile), "--set", f"run.executor={executor}"]
+            seconds = first_read([ties_ray, "merge", str(recipe), *settings], profile, min(runs, 2))
+            measure.row((f"merge {what}: first byte read", seconds, "all"))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ class Trace:
             what = f"the profile can't be written: {error.strerror}"
             raise InputError(Problem(str(path), what, "choose another file")) from None
         self._file.write("[")
-        self._since = time.time()
         self._numbers: dict[tuple[str, str], int] = {}
         self._first = True
 
@@ -91,7 +90,7 @@ class Trace:
         """Write the spans of a process: a worker, or the driver."""
         for span in spans:
             pid, tid = self._number(process, ""), self._number(process, span.thread)
-            when = {"ts": round((span.start - self._since) * 1e6), "dur": round(span.seconds * 1e6)}
+            when = {"ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
             args = {"bytes": span.bytes} if span.bytes else {}
             self._write({"name": span.name, "ph": "X", "pid": pid, "tid": tid, **when, "args": args})
 
