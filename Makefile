@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: demo test pool engines pipelines chaos check format bench clean
+.PHONY: demo test slow engines pipelines chaos check format bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -19,8 +19,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies
 	$(BIN)/python -m benchmarks.demo .demo
 
-test: $(VENV)/installed  ## all tests, file by file on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 --ignore=tests/pipelines --ignore=tests/test_pools_on_s3.py
+SLOW := tests/test_pools_on_s3.py tests/test_benchmarks.py tests/test_gpu.py tests/kernels/test_cuda.py
+
+test: $(VENV)/installed  ## all tests but the slow ones, file by file on two cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines $(SLOW))
 
 $(UV):
 	$(PYTHON) -m venv $(ENGINES)/uv
@@ -33,8 +35,8 @@ $(ENGINES)/%/installed: pipelines/constraints-%.txt | $(UV)
 
 engines: $(foreach one,airflow dagster kfp,$(ENGINES)/$(one)/installed)
 
-pool: $(VENV)/installed  ## 200 adapters from a bucket, on Ray, to all three outputs: two minutes
-	$(BIN)/python -m pytest -q tests/test_pools_on_s3.py
+slow: $(VENV)/installed  ## 200 adapters from a bucket, on Ray; every benchmark, small; the GPU's kernels, interpreted
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(SLOW)
 
 pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/pipelines
