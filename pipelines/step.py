@@ -203,29 +203,28 @@ class Process:
         except OSError as error:
             raise JobsError(f"{site.program}: {error.strerror}", 2) from None
         self._given = command.stdin()
+        assert self._process.stdout
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
 
     def wait(self, show: Show) -> Outcome:
         """Show the log as it grows and return the outcome."""
-        with self._process as process:
+        process = self._process
+        try:
             assert process.stdin
-            assert process.stdout
             assert process.stderr
-            reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
-            reader.start()
-            try:
-                with suppress(BrokenPipeError), process.stdin as pipe:
-                    pipe.write(self._given)
-                for line in process.stderr:
-                    self._tail.append(line)
-                    show(line.rstrip("\n"))
-                code = process.wait()
-            except BaseException:
-                self.cancel()
-                process.wait()
-                raise
-            finally:
-                reader.join()
-        return Outcome(self._name, _exit_code(code), "".join(self._tail).strip(), record_in(self._out))
+            with suppress(BrokenPipeError), process.stdin as pipe:
+                pipe.write(self._given)
+            for line in process.stderr:
+                self._tail.append(line)
+                show(line.rstrip("\n"))
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            with process:  # waits for its end
+                self._reader.join()
+        return Outcome(self._name, _exit_code(process.returncode), "".join(self._tail).strip(), record_in(self._out))
 
     def cancel(self) -> None:
         """Send SIGTERM now, SIGKILL if that is not enough."""
@@ -263,8 +262,7 @@ def run(
         for number in range(1, tries + 1):
             try:
                 step = start(site, command, name)
-                with signs_of_life(name, show):
-                    outcome = step.wait(show)
+                outcome = _watched(step, name, show)
             except JobsError as error:
                 outcome = Outcome(name, error.exit_code, str(error), None)
             if verdict(outcome.exit_code) != "again" or number == tries:
@@ -273,6 +271,17 @@ def run(
             time.sleep(pause)
             pause *= 2
     return with_tries(outcome, tried_before or number > 1)
+
+
+def _watched(step: Running, name: str, show: Show) -> Outcome:
+    """Wait for a step; what ends this process ends it too, also before the step itself is being waited for."""
+    try:
+        with signs_of_life(name, show):
+            return step.wait(show)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            step.cancel()
+        raise
 
 
 def with_tries(outcome: Outcome, tried_before: bool) -> Outcome:

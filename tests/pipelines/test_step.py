@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import step
 from pipelines.jobs import JobsError, Outcome
 from pipelines.step import (
     Merge,
@@ -107,13 +108,32 @@ def test_sigterm_to_the_caller_ends_the_step(program: Callable[[str], Site], tmp
     site = program(f"trap 'touch {tmp_path}/ended; exit 143' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done")
     code = "import sys; from pipelines.step import *; run(Site(program=sys.argv[1]), Merge('r'), 'n')"
     with subprocess.Popen([sys.executable, "-S", "-c", code, site.program], cwd=ROOT) as caller:
-        end = time.monotonic() + 30
-        while not (tmp_path / "up").exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        assert_comes(tmp_path / "up")
         caller.terminate()
         assert caller.wait(10) == 143
-    assert (tmp_path / "ended").exists()
+    assert_comes(tmp_path / "ended")
+
+
+def test_what_ends_the_caller_before_it_waits_ends_the_step_too(
+    program: Callable[[str], Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = program(f"trap 'touch {tmp_path}/ended; exit 143' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done")
+
+    def interrupted(name: str, show: object) -> None:
+        assert_comes(tmp_path / "up")
+        raise SystemExit(143)
+
+    monkeypatch.setattr(step, "signs_of_life", interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        run(site, Merge("r"), "n")
+    assert_comes(tmp_path / "ended")
+
+
+def assert_comes(path: Path) -> None:
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
 
 
 def test_names_are_what_ray_takes_and_differ_where_their_parts_do() -> None:
