@@ -194,8 +194,8 @@ class FaultProxy:
         ours = self._server.server_port
         for one in psutil.net_connections("tcp"):
             if one.pid and one.laddr.port == port and one.raddr and one.raddr.port == ours:
+                self.killed.append(one.pid)  # first: who waits for its end looks here at once
                 os.kill(one.pid, signal.SIGKILL)
-                self.killed.append(one.pid)
                 return
         raise ProcessLookupError(f"nobody is connected from port {port}")
 
