@@ -182,7 +182,7 @@ class Ended(NamedTuple):
     seconds: float
 
 
-PROBLEMS = ("wrong bytes", "lost runs", "leaked uploads", "bad exits", "hangs", "not recognised as done")
+PROBLEMS = ("wrong bytes", "lost runs", "leaked uploads", "bad exits", "defects", "hangs", "not recognised as done")
 
 
 @dataclass
@@ -391,7 +391,8 @@ class Campaign:
                     or (ended.code == -9 and len(proxy.killed) > killed)
                     or (ended.code == 3 and changed)
                 ):
-                    self._problem("bad exits", case, f"attempt {attempt}, {proxy.script}: {ended.code}\n{ended.errors}")
+                    kind = "defects" if ended.code == 1 else "bad exits"
+                    self._problem(kind, case, f"attempt {attempt}, {proxy.script}: {ended.code}\n{ended.errors}")
                 if ended.code == 0:
                     break
             with tally.lock:
@@ -484,7 +485,7 @@ def prove(server: Server, folder: Path, merges: int, seed: int) -> bool:
     good = True
     for without, (fault, kill) in PROOFS.items():
         found = problems(fault, kill, without)
-        good = good and found["wrong bytes"] + found["lost runs"] > 0
+        good = good and found["wrong bytes"] + found["lost runs"] > 0 and not found["defects"]  # else it proves nothing
         good = good and problems(fault, kill, "").total() == 0
     problems("flip once", "", "")
     return good
