@@ -123,10 +123,14 @@ def test_what_ends_the_caller_before_it_waits_ends_the_step_too(
         assert_comes(tmp_path / "up")
         raise SystemExit(143)
 
+    started = step.Process(site, Merge("r"), "n")
+    monkeypatch.setattr(step, "start", lambda *_: started)
     monkeypatch.setattr(step, "signs_of_life", interrupted)
-    with pytest.raises(SystemExit, match="143"):
-        run(site, Merge("r"), "n")
-    assert_comes(tmp_path / "ended")
+    with started._process:  # whose pipes nobody closes otherwise, as we live on
+        with pytest.raises(SystemExit, match="143"):
+            run(site, Merge("r"), "n")
+        assert_comes(tmp_path / "ended")
+        started._reader.join()
 
 
 def assert_comes(path: Path) -> None:
