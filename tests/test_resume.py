@@ -19,7 +19,7 @@ from tests.oracle import Rules
 from ties_ray import drive, kernels
 from ties_ray.errors import InputError, InterruptedMerge, RecipeError
 from ties_ray.recipe import Recipe
-from ties_ray.report import RESULT_NAME, Progress
+from ties_ray.report import RESULT_NAME, MergeResult, Progress
 from ties_ray.stores import Stores
 
 MakeFamily = Callable[..., Family]
@@ -143,6 +143,25 @@ def test_uploads_forgotten_during_a_merge_are_begun_again_by_itself(
     *before, last = drive.plan(recipe).result.rounds
     assert result.shards_done_before == sum(round_.num_shards for round_ in before)
     assert result.bytes_read == drive.plan(recipe).bytes_read + last.bytes_read
+
+
+def test_workers_of_another_try_do_not_inherit_the_quarantine_of_the_first(
+    large: Family, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever say that they are ready, and with one worker nothing would ever be done."""
+    run = {**LOCAL, "workers": 1}
+    recipe = recipe_of(large, {"path": str(tmp_path / "out"), "file_size": "15MB"}, OFFICIAL, run=run)
+    publish = drive.MergeRun.publish
+
+    def lost_at_the_end(self: drive.MergeRun, *given: Any) -> MergeResult:
+        if self._tries == 1:
+            self._quarantined = frozenset({0})
+            forget_uploads(recipe)
+        return publish(self, *given)
+
+    monkeypatch.setattr(drive.MergeRun, "publish", lost_at_the_end)
+    drive.merge(recipe)
+    assert digests(tmp_path / "out") == wanted
 
 
 def test_a_store_that_forgets_every_upload_is_given_up(large: Family, tmp_path: Path) -> None:

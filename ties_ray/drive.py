@@ -157,12 +157,12 @@ class MergeRun:
         self._uploads: dict[str, str] = {}
         self._known: dict[str, Record] = {}
         """The records of the last round that an interrupted run has left, as far as they count..."""
+        self._new: list[str] = []
+        """...and the names of those that this one has written."""
         self._owners: tuple[int | None, ...] = ()
         """The worker that carried each order of the last stage out."""
         self._readers: dict[int, int] = {}
         """The worker that has read a range of the merged parameters, and may have kept it."""
-        self._new: list[str] = []
-        """...and the names of those that this one has written."""
         self._tries = 0
         self._phase = 0
 
@@ -174,6 +174,7 @@ class MergeRun:
         recipe = self._plan.recipe
         self._shards_done_before = 0
         self._tries += 1
+        self._quarantined, self._readers = frozenset(), {}  # of an earlier try: these workers are new
         profiled = self._trace is not None
         setup = Setup(self._manifest.folder, recipe.storage, profiled=profiled, device=recipe.run.device)
         needs = Needs(
