@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ties_ray.kernels import HIGH_BINS, LOW_BINS, Dropout, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
+from ties_ray.kernels import BINS, Dropout, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
 
 THRESHOLD = int(torch.tensor(1.3e-4).view(torch.int32))
 """Keeps about a fifth of the simulated updates, of std 1e-4."""
@@ -102,12 +102,12 @@ def dense_cases(kernels: Kernels, dtype: torch.dtype, length: int, models: Itera
     slices: list[Stored] = [
         Encoded((base + torch.randn(length, device=device) * 1e-4).to(dtype)) for _ in range(TOGETHER)
     ]
-    high, low = (torch.zeros(bins, dtype=torch.int64, device=device) for bins in (HIGH_BINS, LOW_BINS))
+    high, low = torch.zeros(2, BINS, dtype=torch.int64, device=device)
     delta = torch.empty(length, device=device)
     of_one = [
         ("delta", lambda: kernels.delta(slices[0], base, delta), 8),
         ("count_high", lambda: kernels.count_high(slices[0], base, high), 4),
-        ("count_low", lambda: kernels.count_low(slices[0], base, THRESHOLD >> 15, low), 4),
+        ("count_low", lambda: kernels.count_low(slices[0], base, THRESHOLD >> 16, low), 4),
     ]
     yield from (Case(what, name, run, length, 1, num_bytes + size) for what, run, num_bytes in of_one)
     group = list(enumerate(slices))
@@ -134,7 +134,7 @@ def factor_cases(kernels: Kernels, how: str, rank: int, length: int, models: Ite
         left, right = torch.randn(rows, rank, device=device), torch.randn(rank, COLUMNS, device=device)
         return Factors(left, right, 1e-4 / rank**0.5, 0)
 
-    high = torch.zeros(HIGH_BINS, dtype=torch.int64, device=device)
+    high = torch.zeros(BINS, dtype=torch.int64, device=device)
     one = factors()
     yield Case("count_high", name, lambda: kernels.count_high(one, base, high), len(base), 1, 0, rank)
     for count in models:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import HIGH_BINS, LOW_BINS, Dropout, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
+from ties_ray.kernels import BINS, Dropout, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
 from ties_ray.sources import FACTORS_TOGETHER, TOGETHER
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,7 +41,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 def find_threshold(kernels: Kernels, source: Stored, base: Tensor) -> int:
     """Return the magnitude bits at or above which a fifth of the deltas lie, to the bin."""
-    table = torch.zeros(HIGH_BINS, dtype=torch.int64)
+    table = torch.zeros(BINS, dtype=torch.int64)
     kernels.count_high(source, base, table)
     above = table.flip(0).cumsum(0).flip(0)
     return int((above >= len(base) // 5).nonzero()[-1]) << 15
@@ -55,7 +55,7 @@ def each_kernel(
     op = SignedSums((Term(threshold=threshold),) * num_models)
     random = SignedSums((Term(dropout=Dropout((1, 2), 2**32 // 5, 5.0)),) * num_models)
     state = kernels.start(op, len(base))
-    high, low = torch.zeros(HIGH_BINS, dtype=torch.int64), torch.zeros(LOW_BINS, dtype=torch.int64)
+    high, low = torch.zeros(2, BINS, dtype=torch.int64)
     data = torch.zeros(len(base), dtype=torch.bfloat16)
     copied = torch.empty_like(data)
     group = [(index, models[index % len(models)]) for index in range(num_models)]
@@ -63,7 +63,7 @@ def each_kernel(
     def count(low_bits: bool) -> None:
         for model in models:
             if low_bits:
-                kernels.count_low(model, base, threshold >> 15, low)
+                kernels.count_low(model, base, threshold >> 16, low)
             else:
                 kernels.count_high(model, base, high)
 

@@ -52,7 +52,8 @@ class _Memory:
 
     def __init__(self, size: int) -> None:
         self._size, self._end = size, 0
-        self._room = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8)  # a page that nobody touches takes nothing
+        memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._room = np.frombuffer(memory, np.uint8)  # a page that nobody touches takes nothing
 
     def take(self, size: int) -> int | None:
         """Return where `size` bytes may be put, None if there is no room; one caller at a time."""

@@ -292,6 +292,7 @@ class MergeRun:
         known = [count.member for record in records.values() if not record.shards for count in record.counts]
         done = {shard for record in records.values() for shard in record.shards}
         self._shards_done_before += len(done)
+        done |= self._needless(index, round_)
         shards = {name: record.shards for name, record in records.items()}
         costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
         of_group = {group: _of_group(known, group) for group in groups}
@@ -318,6 +319,14 @@ class MergeRun:
             names += [name for name, own in shards.items() if not own and name.endswith(f"-{group}.json")]
             folds.append(self._order("fold", index, group, tuple(names), known=of_group[group]))
         self._work(f"{round_.name}: barrier", folds.__getitem__, costs=[1] * len(folds))
+
+    def _needless(self, index: int, round_: PlannedRound) -> set[int]:
+        """Return the shards of groups all of whose thresholds the round before has settled."""
+        if round_.kind != "count_low":
+            return set()
+        before = self._manifest.read_folded(index - 1, self._groups(round_))
+        settled = {group for group, folded in before.items() if all(pick.settled for pick in folded.picks)}
+        return {shard for shard in range(round_.num_shards) if self._group(round_, shard) in settled}
 
     def _ranges(self, round_: PlannedRound) -> list[int | None]:
         """Return a range of the merged parameters, the first, that each shard of a round reads of."""

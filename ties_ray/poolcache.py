@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from ties_ray.catalog import Model
 from ties_ray.formats import Format
-from ties_ray.kernels import HIGH_BINS, LOW_BINS
 from ties_ray.manifest import Survey
 from ties_ray.plan import Plan, RoundKind
 from ties_ray.sources import formats_of
@@ -30,6 +29,8 @@ LIMIT = 2**24
 """Bytes: a full table of 65,536 bins takes 1 MiB."""
 _MD5 = re.compile("[0-9a-f]{32}")
 
+FORM = 2
+"""Of what is kept; part of its name. Raise it with any change to what a bin holds."""
 RECALLS = 16
 """Requests at a time."""
 COUNTS = TypeAdapter(Counts)
@@ -47,7 +48,7 @@ def identity(model: Model, form: Format, arithmetic: str) -> str | None:
     if not all(pin.etag for pin in model.objects):
         return None
     pins = [("" if _MD5.fullmatch(pin.etag) else pin.uri, pin.size, pin.etag) for pin in model.objects]
-    text = json.dumps([arithmetic, pins, sorted(model.sources.items())])
+    text = json.dumps([FORM, arithmetic, pins, sorted(model.sources.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -80,11 +81,11 @@ class PoolCache:
                 return None
             size = result.sizes[member]
             if kind == "count_high":
-                return self._counts(name, "high", member, HIGH_BINS, range(size, size + 1))
+                return self._counts(name, "high", member, range(size, size + 1))
             pick = picks.get(member)
-            if pick is None or pick.high < 0:
+            if pick is None or pick.settled:
                 return None
-            return self._counts(name, f"low-{pick.high}", member, LOW_BINS, range(pick.rank, size + 1))
+            return self._counts(name, f"low-{pick.high}", member, range(pick.rank, size + 1))
 
         with ThreadPoolExecutor(RECALLS) as threads:
             found = list(threads.map(look, range(len(result.models))))
@@ -98,13 +99,13 @@ class PoolCache:
         adapter: TypeAdapter[Counts] | TypeAdapter[Survey] = COUNTS if isinstance(found, Counts) else SURVEY
         self._store.put(self._uri(name, what), adapter.dump_json(found))  # type: ignore[arg-type]
 
-    def _counts(self, name: str, what: str, member: int, bins: int, number: range) -> Counts | None:
-        """Return a table of so many counted values in `bins` bins, as that of a member; None where there is none."""
+    def _counts(self, name: str, what: str, member: int, number: range) -> Counts | None:
+        """Return a table of so many counted values, as that of a member; None where there is none."""
         found = self._read(name, what, COUNTS)
         if found is None:
             return None
         with suppress(ValueError, IndexError, zlib.error):
-            table = add([found], bins)[found.member, found.parameter]
+            table = add([found])[found.member, found.parameter]
             if int(table.sum()) in number and bool(np.all(table >= 0)):
                 return found._replace(member=member)
         return None

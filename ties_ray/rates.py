@@ -14,7 +14,7 @@ from torch import Tensor
 from ties_ray import kernels
 from ties_ray.catalog import Model
 from ties_ray.formats import Format, Parameter, Source
-from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Kernels, Stored
+from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored
 from ties_ray.methods import Context
 from ties_ray.plan import AHEAD, Plan, PlannedRound, is_resident, method_round
 from ties_ray.predict import Rates
@@ -140,16 +140,16 @@ def _merging(
     plan: Plan, sources: Sources, compiled: Kernels, parameter: Parameter, stored: Stored, base: Tensor
 ) -> dict[str, float]:
     """Return, by round, the ns that the kernels take for each element of a model."""
-    table, low = torch.zeros(HIGH_BINS, dtype=torch.int64), torch.zeros(LOW_BINS, dtype=torch.int64)
+    table, low = torch.zeros(2, BINS, dtype=torch.int64)
     compiled.count_high(stored, base, table)
     above = int((table.flip(0).cumsum(0) <= len(base) // 5).sum())  # a fifth: what a trim usually keeps
-    high = max(0, HIGH_BINS - 1 - above)
+    high = max(0, BINS - 1 - above) >> 1
     runs: dict[str, Callable[[], object]] = {
         "count_high": partial(compiled.count_high, stored, base, table),
         "count_low": partial(compiled.count_low, stored, base, high, low),
     }
     num_models = min(MODELS, len(plan.result.members))
-    context = _context(plan, parameter, len(base), num_models, high << 15, compiled)
+    context = _context(plan, parameter, len(base), num_models, high << 16, compiled)
     found = {}
     for one in plan.result.rounds:
         merges = one.kind in ("gather", "merge")

@@ -1,7 +1,8 @@
 """The exact k-th largest magnitude of a task vector, from counts that can be added in any order. Pure.
 
-Level 1 counts the magnitude bits >> 15 in 65,536 bins, level 2 the low 15 bits inside the bin that holds rank k:
-fp32 magnitudes order as integers do, so the two together are an exact selection that never holds or sorts a value.
+Level 1 counts the high 15 of the 31 magnitude bits, level 2 the low 16 of those that have the high ones of rank k: fp32
+magnitudes order as integers do, so the two together are an exact selection that never holds or sorts a value. Level 1
+also tells apart what has low bits at all (`kernels.BINS`), and where rank k has none, level 2 is not needed.
 """
 
 import base64
@@ -12,18 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ties_ray.kernels import HIGH_BINS, LOW_BINS
+from ties_ray.kernels import BINS
 from ties_ray.methods import Threshold
 
 Scope = tuple[int, int]
 """(member, parameter index), or (member, WHOLE) for the whole task vector."""
 WHOLE = -1
-MAX_TABLE_BYTES = 8 * HIGH_BINS
+MAX_TABLE_BYTES = 8 * BINS
 """Of an unpacked table; whatever a stored one claims."""
 
 
 class Counts(NamedTuple):
-    """A sparse table: bf16 deltas fill about 1,300 of the 65,536 bins."""
+    """A sparse table: bf16 deltas fill about 1,500 of the 65,536 bins."""
 
     member: int
     parameter: int
@@ -35,22 +36,32 @@ class Counts(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """Where a threshold lies: after level 1 a bin, after level 2 the exact bits."""
+    """Where a threshold lies: after level 1 a bin, and the exact bits once it is settled."""
 
     member: int
     parameter: int
-    high: int
+    bin: int
     """The level-1 bin that holds the k-th largest; -1 where no value was counted (threshold 0)."""
     rank: int
     """k minus the number of values in higher bins: the rank to find inside the bin, from 1."""
     kept_above: int
     """Values in higher bins."""
     bits: int = 0
-    """The threshold's magnitude bits (after level 2)."""
+    """The threshold's magnitude bits, once settled."""
     kept: int = 0
-    """Values at or above the threshold (after level 2); a zero never counts as kept."""
+    """Values at or above the threshold, once settled; a zero never counts as kept."""
     tied: int = 0
     """Values equal to it."""
+
+    @property
+    def settled(self) -> bool:
+        """Return whether level 1 is all that is needed: an even bin holds one magnitude."""
+        return self.bin < 0 or self.bin % 2 == 0
+
+    @property
+    def high(self) -> int:
+        """Return the high bits of the threshold."""
+        return self.bin >> 1
 
 
 def pack(scope: Scope, table: NDArray[np.int64]) -> Counts | None:
@@ -61,13 +72,13 @@ def pack(scope: Scope, table: NDArray[np.int64]) -> Counts | None:
     return Counts(scope[0], scope[1], _deflate(bins.astype("<i4")), _deflate(table[bins].astype("<i8")))
 
 
-def add(records: Iterable[Counts], length: int) -> dict[Scope, NDArray[np.int64]]:
-    """Return the dense sums of sparse tables by scope; length: bins of a table. Holds one table a scope."""
+def add(records: Iterable[Counts]) -> dict[Scope, NDArray[np.int64]]:
+    """Return the dense sums of sparse tables by scope. Holds one table a scope."""
     sums: dict[Scope, NDArray[np.int64]] = {}
     for record in records:
         scope = (record.member, record.parameter)
         if scope not in sums:
-            sums[scope] = np.zeros(length, np.int64)
+            sums[scope] = np.zeros(BINS, np.int64)
         sums[scope][_inflate(record.bins, "<i4")] += _inflate(record.counts, "<i8")
     return sums
 
@@ -80,36 +91,36 @@ def kept_count(need: Threshold, member: int, size: int) -> int:
 def pick_high(
     need: Threshold, sizes: Mapping[int, int], scopes: Sequence[Scope], sums: Mapping[Scope, NDArray[np.int64]]
 ) -> list[Pick]:
-    """Return the level-1 bin of each scope. sizes: elements by parameter index (WHOLE: d)."""
+    """Return the pick of each scope after level 1. sizes: elements by parameter index (WHOLE: d)."""
     return [_pick_high(scope, kept_count(need, scope[0], sizes[scope[1]]), sums.get(scope)) for scope in scopes]
 
 
 def _pick_high(scope: Scope, k: int, table: NDArray[np.int64] | None) -> Pick:
     if table is None:
-        return Pick(*scope, high=-1, rank=0, kept_above=0)
-    assert len(table) == HIGH_BINS
-    high, above = _descend(table, k)
-    if high < 0:  # fewer than k were counted: what a model lacks is zero, as if it lay in the lowest bin
-        high, above = 0, above - int(table[0])
-    return Pick(*scope, high=high, rank=k - above, kept_above=above)
+        return Pick(*scope, bin=-1, rank=0, kept_above=0)
+    assert len(table) == BINS
+    bin, above = _descend(table, k)
+    if bin < 0:  # fewer than k were counted: what a model lacks is zero, as what lies in the lowest bin
+        bin, above = 0, above - int(table[0])
+    pick = Pick(*scope, bin=bin, rank=k - above, kept_above=above)
+    return _at(pick, bin << 15, above, int(table[bin])) if pick.settled else pick
 
 
 def pick_low(picks: Sequence[Pick], sums: Mapping[Scope, NDArray[np.int64]]) -> list[Pick]:
     """Return the picks with their exact threshold, and how many values are kept and tied."""
-    return [_pick_low(pick, sums.get((pick.member, pick.parameter))) for pick in picks]
+    return [pick if pick.settled else _pick_low(pick, sums[pick.member, pick.parameter]) for pick in picks]
 
 
-def _pick_low(pick: Pick, table: NDArray[np.int64] | None) -> Pick:
-    if pick.high < 0 or table is None:
-        return pick._replace(kept=pick.kept_above)
-    assert len(table) == LOW_BINS
+def _pick_low(pick: Pick, table: NDArray[np.int64]) -> Pick:
+    assert len(table) == BINS
     low, above = _descend(table, pick.rank)
-    assert low >= 0 or pick.high == 0, "level 2 counted fewer values than level 1"
-    if pick.high == 0 and low <= 0:
-        zeros = int(table[0])
-        return pick._replace(kept=pick.kept_above + int(table.sum()) - zeros, tied=zeros)
-    tied = int(table[low])
-    return pick._replace(bits=(pick.high << 15) | low, kept=pick.kept_above + above + tied, tied=tied)
+    assert low > 0, "level 2 counted fewer values than level 1"
+    return _at(pick, pick.high << 16 | low, pick.kept_above + above, int(table[low]))
+
+
+def _at(pick: Pick, bits: int, above: int, tied: int) -> Pick:
+    """Return the pick of a threshold that `tied` values have, and `above` are beyond."""
+    return pick._replace(bits=bits, kept=above + (tied if bits else 0), tied=tied)
 
 
 def _descend(table: NDArray[np.int64], rank: int) -> tuple[int, int]:

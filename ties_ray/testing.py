@@ -25,8 +25,7 @@ from ties_ray.errors import InputError, MergeError, Problem
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
 from ties_ray.kernels import (
-    HIGH_BINS,
-    LOW_BINS,
+    BINS,
     Agreement,
     Dropout,
     Encoded,
@@ -80,14 +79,14 @@ class KernelContract:
     def test_counting_twice_counts_double(self, kernels: Kernels) -> None:
         base = torch.zeros(1000)
         source = Encoded(mixed_values(torch.float32, 1000, seed=1))
-        once, twice = torch.zeros(2, HIGH_BINS, dtype=torch.int64)
-        low_once, low_twice = torch.zeros(2, LOW_BINS, dtype=torch.int64)
+        once, twice = torch.zeros(2, BINS, dtype=torch.int64)
+        low_once, low_twice = torch.zeros(2, BINS, dtype=torch.int64)
         for table, low in ((once, low_once), (twice, low_twice), (twice, low_twice)):
             kernels.count_high(source, base, table)
             kernels.count_low(source, base, 0, low)
         assert torch.equal(twice, 2 * once)
         assert torch.equal(low_twice, 2 * low_once)
-        assert low_once.sum() == once[0]
+        assert low_once.sum() == once[0] + once[1]
 
     @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("how", ["plain", "weights", "trim", "strict", "dropout", "all"])
@@ -189,7 +188,7 @@ class KernelContract:
         before = [base.clone(), *(source.data.clone() for _, source in group)]
         op = an_op("signed_sums", "all", 1000)
         kernels.fold(op, kernels.start(op, 1000), base, group, offset=0)
-        kernels.count_high(group[0][1], base, torch.zeros(HIGH_BINS, dtype=torch.int64))
+        kernels.count_high(group[0][1], base, torch.zeros(BINS, dtype=torch.int64))
         for old, new in zip(before, [base, *(source.data for _, source in group)], strict=True):
             assert torch.equal(as_integers(old), as_integers(new))
 
@@ -263,7 +262,7 @@ class KernelContract:
         state = kernels.start(op, 0)
         assert kernels.fold(op, state, base, group, offset=12) == [0] * len(group)
         assert kernels.elect(op, state, 0, 1.0, "mean").shape == (0,)
-        assert kernels.count_high(group[0][1], base, torch.zeros(HIGH_BINS, dtype=torch.int64)) == 0
+        assert kernels.count_high(group[0][1], base, torch.zeros(BINS, dtype=torch.int64)) == 0
         assert kernels.apply(base, torch.empty(0), torch.empty(0, dtype=torch.bfloat16)) == 0
 
     def test_calls_may_overlap_in_threads(self, kernels: Kernels) -> None:
@@ -289,12 +288,12 @@ def compared(kernels: Kernels, source: Stored, base: torch.Tensor) -> tuple[int,
     found = []
     for each in (Definition(), kernels):
         delta = torch.full((len(base),), 7.0)
-        high, low = torch.arange(HIGH_BINS), torch.arange(LOW_BINS)
+        high, low = torch.arange(BINS), torch.arange(BINS)
         numbers = [each.delta(source, base, delta), each.count_high(source, base, high)]
-        fullest = int((high - torch.arange(HIGH_BINS))[1:].argmax()) + 1
-        numbers.append(each.count_low(source, base, fullest, low))
+        fullest = int((high - torch.arange(BINS))[2:].argmax()) + 2
+        numbers.append(each.count_low(source, base, fullest >> 1, low))
         assert len(set(numbers)) == 1
-        found.append((numbers[0], delta, high - torch.arange(HIGH_BINS), low))
+        found.append((numbers[0], delta, high - torch.arange(BINS), low))
     (number, delta, high, low), (other, *tensors) = found
     assert number == other
     for wanted, seen in zip((delta, high, low), tensors, strict=True):

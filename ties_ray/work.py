@@ -30,8 +30,8 @@ from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
 from ties_ray.executors import WorkerDied
 from ties_ray.formats import Parameter
-from ties_ray.kernels import HIGH_BINS, LOW_BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
-from ties_ray.kernels.buffers import Buffers
+from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
+from ties_ray.kernels.buffers import Buffers, zeros
 from ties_ray.kernels.lowrank import norm2_of
 from ties_ray.manifest import Folded, Manifest, Matrix, Record, Seen, Survey, Written
 from ties_ray.methods import Context, Threshold
@@ -90,10 +90,11 @@ class Batch:
         self.matrices: list[Matrix] = []
         self.surveys: list[Survey] = []
 
-    def table(self, scope: Scope, bins: int, device: torch.device) -> Tensor:
-        """Return the dense counts of a scope, zero at first."""
+    def table(self, scope: Scope, device: torch.device) -> Tensor:
+        """Return the dense counts of a scope (int64, BINS), zero at first."""
         if scope not in self.tables:
-            self.tables[scope] = torch.zeros(bins, dtype=torch.int64, device=device)
+            on_gpu = device.type != "cpu"
+            self.tables[scope] = torch.zeros(BINS, dtype=torch.int64, device=device) if on_gpu else zeros(BINS)
         return self.tables[scope]
 
     def harvest(self) -> None:
@@ -113,7 +114,8 @@ class Batch:
         self.matrices += shard.matrices
         self.surveys += shard.surveys
         for scope, table in shard.tables.items():
-            self.table(scope, len(table), table.device).add_(table)
+            filled = table.nonzero().squeeze(1)  # of bf16 deltas some 1,500: only their pages are touched
+            self.table(scope, table.device).index_add_(0, filled, table[filled])
 
     def record(self, round_: int, uploads: Sequence[str]) -> Record:
         """Return the batch as it is stored; uploads: of each weight file, once they have begun."""
@@ -419,21 +421,21 @@ class Worker:
             folded = Folded(picks=tuple(self._pick(round_, order.index, counts, frozenset(order.known))))
         self._manifest.write_folded(order.round, order.index, folded)
 
-    def _summed(self, counts: Iterable[Counts], bins: int) -> Callable[[Scope], dict[Scope, NDArray[np.int64]]]:
+    def _summed(self, counts: Iterable[Counts]) -> Callable[[Scope], dict[Scope, NDArray[np.int64]]]:
         """Return what gives the table of a scope, if anything was counted there."""
         if self._need().scope == "global":  # a table a model of the group, whatever the number of records
-            sums = add(counts, bins)
+            sums = add(counts)
             return lambda scope: {scope: sums[scope]} if scope in sums else {}
         by_scope: dict[Scope, list[Counts]] = defaultdict(list)
         for count in counts:
             by_scope[count.member, count.parameter].append(count)
-        return lambda scope: add(by_scope[scope], bins)
+        return lambda scope: add(by_scope[scope])
 
     def _pick(
         self, round_: PlannedRound, group: int, counts: Iterable[Counts], known: frozenset[int]
     ) -> Iterator[Pick]:
         need = self._need()
-        tables = self._summed(counts, HIGH_BINS if round_.kind == "count_high" else LOW_BINS)
+        tables = self._summed(counts)
         members = range(group * MODEL_GROUP, min((group + 1) * MODEL_GROUP, len(self._models)))
         parameters = self._plan.catalog.parameters
         merged = [index for index, parameter in enumerate(parameters) if parameter.merged]
@@ -556,16 +558,31 @@ class Worker:
                 yield Wanted(model, source, start, stop, parameter.numel, kept) if source else None
 
     def _count(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
+        counted = self._counted(round_, shard)
+        for members, segments in itertools.groupby(shard.segments, lambda segment: counted(segment.parameter)):
+            if members:  # else the base is not read either, as the plan says
+                self._count_some(round_, list(segments), members, done)
+
+    def _counted(self, round_: PlannedRound, shard: Shard) -> Callable[[int], tuple[int, ...]]:
+        """Return what tells of a parameter which members are counted there: those with a threshold yet to be found."""
+        need, group = self._need(), shard.models[0] // MODEL_GROUP
+        picks = self._picks("count_high", group) if round_.kind == "count_low" else None
+
+        def is_open(member: int, parameter: int) -> bool:
+            if need.densities[member] == 1 or member in self._recalled:
+                return False
+            index = WHOLE if need.scope == "global" else parameter
+            return picks is None or not picks.get((member, index), _NO_PICK).settled
+
+        return lambda parameter: tuple(member for member in range(*shard.models) if is_open(member, parameter))
+
+    def _count_some(
+        self, round_: PlannedRound, segments: Sequence[Segment], members: Sequence[int], done: Batch
+    ) -> None:
         need = self._need()
-        members = [
-            member for member in range(*shard.models) if need.densities[member] < 1 and member not in self._recalled
-        ]
-        if not members:
-            return  # nor is the base read, as the plan says
-        low = round_.kind == "count_low"
-        picks = self._picks("count_high", shard.models[0] // MODEL_GROUP) if low else {}
+        picks = self._picks("count_high", members[0] // MODEL_GROUP) if round_.kind == "count_low" else {}
         counted = WHOLE
-        with closing(self._blocks(round_, shard.segments, members, done)) as blocks:
+        with closing(self._blocks(round_, segments, members, done)) as blocks:
             for block in blocks:
                 if need.scope == "tensor" and block.parameter != counted:
                     done.harvest()
@@ -574,14 +591,11 @@ class Worker:
                     if encoded is None:
                         continue  # a delta of zero lies in the lowest bin, and ranks count from the top
                     scope = (members[position], counted)
-                    if not low:
-                        table = done.table(scope, HIGH_BINS, self._kernels.device)
-                        bad = self._kernels.count_high(encoded, block.base, table)
-                    elif scope in picks and picks[scope].high >= 0:
-                        table = done.table(scope, LOW_BINS, self._kernels.device)
+                    table = done.table(scope, self._kernels.device)
+                    if scope in picks:
                         bad = self._kernels.count_low(encoded, block.base, picks[scope].high, table)
                     else:
-                        continue
+                        bad = self._kernels.count_high(encoded, block.base, table)
                     block.slices.not_finite[position] += bad
 
     def _survey(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
@@ -842,4 +856,4 @@ class Worker:
         )
 
 
-_NO_PICK = Pick(member=0, parameter=WHOLE, high=-1, rank=0, kept_above=0)
+_NO_PICK = Pick(member=0, parameter=WHOLE, bin=-1, rank=0, kept_above=0)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 from tests.interpreter import A100, H100, Compiler, interpret
 from ties_ray.kernels import (
-    HIGH_BINS,
+    BINS,
     Encoded,
     Factors,
     Kernels,
@@ -179,7 +179,7 @@ def launch_everything(kernels: Kernels) -> None:
         op = an_op(name, "trim", LENGTH)
         kernels.fold(op, kernels.start(op, LENGTH), base.double(), [(0, dense[0][1])], offset=2**40)
     for source in (dense[0][1], factors[0]):
-        kernels.count_high(source, base, torch.zeros(HIGH_BINS, dtype=torch.int64))
+        kernels.count_high(source, base, torch.zeros(BINS, dtype=torch.int64))
     kernels.delta(dense[5][1], base, torch.empty(LENGTH))
     kernels.row_scales(factors[1], base)
     op = SignedSums((Term(),))

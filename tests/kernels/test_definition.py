@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ties_ray.kernels import (
-    HIGH_BINS,
-    LOW_BINS,
+    BINS,
     Agreement,
     Dropout,
     Encoded,
@@ -79,12 +78,14 @@ def find_threshold(kernels: Kernels, source: Encoded, base: Tensor, kept: int) -
         found = int((above >= rank).nonzero()[-1])
         return found, rank - int(above[found] - table[found])
 
-    table = torch.zeros(HIGH_BINS, dtype=torch.int64)
+    table = torch.zeros(BINS, dtype=torch.int64)
     assert kernels.count_high(source, base, table) == 0
-    high, rank = bin_of(table, kept)
-    table = torch.zeros(LOW_BINS, dtype=torch.int64)
-    assert kernels.count_low(source, base, high, table) == 0
-    return high << 15 | bin_of(table, rank)[0]
+    bin, rank = bin_of(table, kept)
+    if bin % 2 == 0:
+        return bin << 15
+    table = torch.zeros(BINS, dtype=torch.int64)
+    assert kernels.count_low(source, base, bin >> 1, table) == 0
+    return (bin >> 1) << 16 | bin_of(table, rank)[0]
 
 
 @pytest.mark.parametrize("density", [0.0001, 0.2, 0.5, 1.0])

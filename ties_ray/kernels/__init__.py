@@ -24,10 +24,13 @@ ARITHMETICS = {"exact": "exact-1", "fast": "fast-1"}
 `fast` lets the tensor cores of a GPU multiply factors (`cuda.Cuda`). A CPU has none: there the chain of fused
 multiply-adds takes no longer than a BLAS, and from rank 32 on less (benchmarks/gpu.py).
 """
-HIGH_BINS = 65_536
-"""Bins of the first level of a threshold search: magnitude bits >> 15."""
-LOW_BINS = 32_768
-"""Bins of the second level: the low 15 magnitude bits inside one first-level bin."""
+BINS = 65_536
+"""Bins of either level of a threshold search.
+
+The first goes by the high 15 of the 31 magnitude bits m: bin 2b holds what is just m = b << 16, bin 2b + 1 what lies
+between that and the next, so (m >> 16) + ((m + 0xFFFF) >> 16). The deltas of 16-bit models have so few significant bits
+that nearly all lie in even bins, where no second level is needed. That goes by the low 16 bits.
+"""
 
 
 class Dropout(NamedTuple):
@@ -195,11 +198,11 @@ class Kernels(ABC):
 
     @abstractmethod
     def count_high(self, source: Stored, base: "Tensor", table: "Tensor") -> int:
-        """Add to `table` (int64, HIGH_BINS) the first-level bins of the slice; return the non-finite count."""
+        """Add to `table` (int64, BINS) the first-level bins of the slice; return the non-finite count."""
 
     @abstractmethod
     def count_low(self, source: Stored, base: "Tensor", high: int, table: "Tensor") -> int:
-        """Add to `table` (int64, LOW_BINS) the low bits of elements in first-level bin `high`; as above."""
+        """Add to `table` (int64, BINS) the low 16 bits of elements whose high 15 bits are `high`; as above."""
 
     @abstractmethod
     def elect(

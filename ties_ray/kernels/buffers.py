@@ -16,6 +16,12 @@ HUGE_PAGE = 2 * 2**20
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 
+def zeros(length: int) -> Tensor:
+    """Return a 1-D tensor of int64 zeros, of which only the pages that are written to take memory."""
+    memory = mmap.mmap(-1, 8 * length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.from_numpy(np.frombuffer(memory, np.int64))
+
+
 class Buffers:
     """Lends tensors on a few buffers of one size, the largest asked for; threads may ask at once.
 

@@ -24,8 +24,7 @@ from numba.np.arrayobj import populate_array
 from torch import Tensor
 
 from ties_ray.kernels import (
-    HIGH_BINS,
-    LOW_BINS,
+    BINS,
     Agreement,
     Dropout,
     Extremes,
@@ -55,7 +54,7 @@ TILE_ROWS = TILE // BLOCK_COLUMNS
 stay in the L2 cache."""
 TABLES = 4
 """Tables counted side by side: neighbours often fall into one bin, and must not wait for each other's store."""
-TABLE = HIGH_BINS + 272
+TABLE = BINS + 272
 """From one table to the next: a power of two apart, a load would wait for the store to another table's same bin."""
 
 FEW = 4
@@ -458,10 +457,15 @@ def _drop(delta: Array, rows: int, first: int, stride: int, model: Any, words: A
 
 @_inlined
 def _count_high(delta: Array, tables: Array) -> None:
-    """Count the high bits, elements going to the tables in turn. (Unsigned indices spare a test for negative ones.)"""
+    """Count the high bits, elements going to the tables in turn; the deltas make room for their bins.
+
+    By two loops, for only the first can be done by vectors. (Unsigned indices spare a test for negative ones.)
+    """
     for i in range(len(delta)):
-        high = np.uint64(_bits(delta[i]) & MAGNITUDE) >> np.uint64(15)
-        tables[np.uint64((i & (TABLES - 1)) * TABLE) + high] += 1
+        bits = _magnitude(delta[i])
+        delta[i] = _float(np.int32(np.int32(bits >> 16) + np.int32(np.int32(bits + 0xFFFF) >> 16)))
+    for i in range(len(delta)):
+        tables[np.uint64((i & (TABLES - 1)) * TABLE) + np.uint64(_bits(delta[i]))] += 1
 
 
 @intrinsic
@@ -474,7 +478,7 @@ def _in_bin(context: Any, delta: Any, high: Any) -> Any:
         bits = builder.load(builder.bitcast(data, vector.as_pointer()), align=4)
         first = builder.insert_element(vector(ir.Undefined), args[1], ir.IntType(32)(0))
         wanted = builder.shuffle_vector(first, vector(ir.Undefined), vector([0] * 64))
-        found = builder.lshr(builder.and_(bits, vector([MAGNITUDE] * 64)), vector([15] * 64))
+        found = builder.lshr(builder.and_(bits, vector([MAGNITUDE] * 64)), vector([16] * 64))
         return builder.bitcast(builder.icmp_unsigned("==", found, wanted), ir.IntType(64))
 
     return u64(delta, i32), generate
@@ -492,35 +496,36 @@ def _first_one(context: Any, bits: Any) -> Any:
 
 @_inlined
 def _count_low(delta: Array, high: int, tables: Array) -> None:
-    """Count the low bits of the elements in the first-level bin `high`, which are few or, with ties, many.
+    """Count the low bits of the elements whose high bits are `high`, which are few or, with ties, many.
 
     Where they are many, what is in another bin goes to a bin behind the last: a branch would be guessed wrong.
     """
-    wanted, outside, one = np.int32(high), np.uint64(LOW_BINS), np.uint64(1)
+    wanted, outside, one = np.int32(high), np.uint64(BINS), np.uint64(1)
     for start in range(0, len(delta), 64):
         part = delta[start : start + 64]
         found = _in_bin(part, wanted) if len(part) == 64 else ~np.uint64(0)
         if _num_ones(found) > SPARSE:
             for i in range(len(part)):
                 bits = np.uint64(_bits(part[i]) & MAGNITUDE)
-                low = bits & np.uint64(LOW_BINS - 1) if bits >> np.uint64(15) == np.uint64(high) else outside
+                low = bits & np.uint64(BINS - 1) if bits >> np.uint64(16) == np.uint64(high) else outside
                 tables[np.uint64((i & (TABLES - 1)) * TABLE) + low] += 1
             continue
         while found:
             i = _first_one(found)
             found &= found - one
-            low = np.uint64(_bits(part[i]) & (LOW_BINS - 1))
+            low = np.uint64(_bits(part[i]) & (BINS - 1))
             tables[(i & np.uint64(TABLES - 1)) * np.uint64(TABLE) + low] += 1
 
 
 @_compiled(void(I64, I32))
 def _empty_into(table: Array, tables: Array) -> None:
-    """Add the tables to the lasting one and clear them."""
+    """Add the tables to the lasting one and clear them; what was not counted is not written, and takes no memory."""
     for lane in range(TABLES):
         part = tables[lane * TABLE : lane * TABLE + len(table)]
         for i in range(len(table)):
-            table[i] += part[i]
-            part[i] = 0
+            if part[i]:
+                table[i] += part[i]
+                part[i] = 0
 
 
 # Ops: what one model's tile adds to the state.

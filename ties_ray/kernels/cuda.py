@@ -194,10 +194,10 @@ def _count(
     bits = _magnitude(delta)
     table = tables + which * BINS
     if OP == "high":
-        bin = bits >> 15
+        bin = (bits >> 16) + ((bits + 0xFFFF) >> 16)
     else:
         bin = bits & (BINS - 1)
-        inside = inside & (bits >> 15 == high)
+        inside = inside & (bits >> 16 == high)
     tl.atomic_add(table + bin, 1, inside & (bin > 0), sem="relaxed")
     tl.atomic_add(table, tl.sum((inside & (bin == 0)).to(tl.int32)), sem="relaxed")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ties_ray.kernels import (
-    LOW_BINS,
+    BINS,
     Agreement,
     Extremes,
     Factors,
@@ -75,7 +75,8 @@ class Definition(Kernels):
         """See `Kernels.count_high`."""
         delta = torch.empty(len(base), dtype=torch.float32)
         count = self.delta(source, base, delta)
-        table += torch.bincount(magnitude_bits(delta) >> 15, minlength=len(table))
+        bits = magnitude_bits(delta)
+        table += torch.bincount((bits >> 16) + ((bits + 0xFFFF) >> 16), minlength=len(table))
         return count
 
     def count_low(self, source: Stored, base: Tensor, high: int, table: Tensor) -> int:
@@ -83,7 +84,7 @@ class Definition(Kernels):
         delta = torch.empty(len(base), dtype=torch.float32)
         count = self.delta(source, base, delta)
         bits = magnitude_bits(delta)
-        table += torch.bincount(bits[bits >> 15 == high] & (LOW_BINS - 1), minlength=len(table))
+        table += torch.bincount(bits[bits >> 16 == high] & (BINS - 1), minlength=len(table))
         return count
 
     def elect(
