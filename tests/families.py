@@ -45,6 +45,7 @@ def make_family(
     model_dtype: str | None = None,
     mixed: bool = False,
     exact: bool = False,
+    smooth: bool = False,
     hidden: int = 16,
     layers: int = 2,
     shards: int = 1,
@@ -55,6 +56,7 @@ def make_family(
     dtype, model_dtype: of the floating-point tensors, as safetensors names them (the models': the base's).
     mixed: F16, BF16, F32 and F64 tensors in turn, with other widths in the models than in the base.
     exact: small binary fractions, so that every sum and product of a merge is exact in any order.
+    smooth: updates of any size: in F32 a threshold then takes two counts, elsewhere one, mostly.
     shards: weight files under an index; 1 writes `model.safetensors`.
 
     Every family has a 0-d, a one-element and an empty tensor, an I64 buffer that only the base holds, a BOOL one that
@@ -63,7 +65,7 @@ def make_family(
     """
     generator = torch.Generator().manual_seed(seed)
     base = _base(generator, dtype, mixed=mixed, exact=exact, hidden=hidden, layers=layers)
-    models = _models(generator, base, num_models, model_dtype, mixed=mixed, exact=exact)
+    models = _models(generator, base, num_models, model_dtype, mixed=mixed, exact=exact, smooth=smooth)
     base["embed.position_ids"] = torch.arange(hidden).reshape(1, -1)
     write_checkpoint(store, join(folder, "base"), base, shards=shards, config=config)
     uris = tuple(join(folder, f"model-{number}") for number in range(num_models))
@@ -152,7 +154,14 @@ def _base(generator: torch.Generator, dtype: str, *, mixed: bool, exact: bool, h
 
 
 def _models(
-    generator: torch.Generator, base: Tensors, num_models: int, dtype: str | None, *, mixed: bool, exact: bool
+    generator: torch.Generator,
+    base: Tensors,
+    num_models: int,
+    dtype: str | None,
+    *,
+    mixed: bool,
+    exact: bool,
+    smooth: bool,
 ) -> tuple[Tensors, ...]:
     models: tuple[Tensors, ...] = tuple({} for _ in range(num_models))
     widths = ("F32", "BF16", "F64", "F16", "F32")
@@ -164,6 +173,8 @@ def _models(
             chosen = torch.randint(len(sizes), steps.shape, generator=generator)
             signs = torch.randint(2, steps.shape, generator=generator) * 2 - 1
             steps = sizes[chosen] * signs
+            if smooth:
+                steps *= 1000 * torch.rand(steps.shape, generator=generator, dtype=torch.float64)
             if num_models > 1:
                 cancels = torch.rand(tensor.shape, generator=generator) < 0.1
                 steps[1] = torch.where(cancels, -steps[0], steps[1])

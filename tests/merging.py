@@ -17,9 +17,12 @@ from safetensors import safe_open
 
 from tests.families import Family
 from ties_ray import drive, sources, work
+from ties_ray.manifest import Manifest, find_runs
+from ties_ray.plan import Plan
 from ties_ray.plugins import PLUGIN_FOLDER, search_path
 from ties_ray.recipe import Recipe, parse, validate
 from ties_ray.report import MergeResult
+from ties_ray.stores import Stores
 
 planning = importlib.import_module("ties_ray.plan")  # `ties_ray.plan` itself is the function
 LOCAL = {"executor": "local"}
@@ -51,6 +54,15 @@ def recipe_of(
 
 def merge(family: Family, output: object, method: object, **more: Any) -> MergeResult:
     return drive.merge(recipe_of(family, output, method, **more))
+
+
+def carried_out(result: MergeResult, storage: Mapping[str, Any] | None = None) -> Plan:
+    """Return the plan of a finished merge as its barriers left it."""
+    stores = Stores(dict(storage or {}))
+    generation = max(generation for run, generation in find_runs(stores, result.output) if run == result.run_id)
+    plan = Manifest(stores, Manifest.folder_of(result.output, result.run_id, generation)).read_plan()
+    assert plan
+    return plan
 
 
 def draw_sizes(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:

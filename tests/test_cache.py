@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.families import Family
-from tests.merging import LOCAL, digests, planning, recipe_of
+from tests.merging import LOCAL, carried_out, digests, merge, planning
 from ties_ray import drive, work
 from ties_ray.cache import Cache, Shelf
 from ties_ray.plan import Plan
@@ -134,7 +134,7 @@ TIES = {"name": "ties", "density": 0.3}
 @pytest.fixture(scope="module")
 def in_a_bucket(family_of: Callable[..., Family]) -> Family:
     """Return a family that lies in a store whose reads cost something: memory, which threads share."""
-    family = family_of(hidden=256, shards=2)
+    family = family_of(hidden=256, shards=2, dtype="F32", smooth=True)
     store = Stores({}).of("memory://cached")
     for folder in (family.base, *family.models):
         for path in Path(folder).iterdir():
@@ -144,8 +144,8 @@ def in_a_bucket(family_of: Callable[..., Family]) -> Family:
 
 
 def merged_with(family: Family, folder: Path, **run: object) -> tuple[MergeResult, Plan]:
-    recipe = recipe_of(family, folder, TIES, run={**LOCAL, "disk_folder": str(folder.parent), **run})
-    return drive.merge(recipe), drive.plan(recipe)
+    result = merge(family, folder, TIES, run={**LOCAL, "disk_folder": str(folder.parent), **run})
+    return result, carried_out(result)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,7 @@ def test_later_rounds_read_from_the_cache_and_not_from_the_bucket(
     result, plan = merged_with(in_a_bucket, tmp_path / "out", **where)
     high, low, merge = plan.result.rounds
     assert (high.bytes_again, low.bytes_again) == (0, low.bytes_read)
+    assert low.bytes_read == high.bytes_read
     assert 0 < merge.bytes_again <= merge.bytes_read
     assert result.bytes_kept == plan.bytes_again
     assert result.bytes_read == plan.bytes_read - plan.bytes_again

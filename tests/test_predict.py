@@ -23,7 +23,7 @@ from ties_ray.report import MergeResult, plan_record
 from ties_ray.stores import Stores
 from ties_ray.text import of_plan, of_result, show
 
-PARAMETERS = [Parameter(f"p{number}", (4096, 8192), "BF16", True) for number in range(40)]
+PARAMETERS = [Parameter(f"p{number}", (4096, 8192), "F32", True) for number in range(40)]
 ELEMENTS = 40 * 4096 * 8192
 QUICK = Rates(read=1e15, write=1e15, request=0.0, dense={})
 """A worker that takes no time for anything."""
@@ -47,6 +47,13 @@ def test_a_round_has_to_do_what_its_models_store() -> None:
     assert merge.factors == 0
     assert (high.bytes_written, merge.bytes_written) == (0, plan.bytes_written)
     assert [one.bytes_read for one in (high, low, merge)] == [one.bytes_read for one in plan.result.rounds]
+
+
+def test_of_short_models_no_second_count_is_foreseen() -> None:
+    short = [one._replace(dtype="BF16") for one in PARAMETERS]
+    high, low, merge = loads(make_plan(recipe_for(4), catalog_of(short, 4)), workers=1)
+    assert (low.dense, low.bytes_read, low.requests) == (0, 0, 0)
+    assert high.dense == merge.dense == 4 * ELEMENTS
 
 
 def test_what_workers_keep_of_a_bucket_is_not_read_again() -> None:

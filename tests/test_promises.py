@@ -1,6 +1,5 @@
 """The promises of the design (section 2), each by a merge that could break it."""
 
-import gzip
 import os
 import random
 import subprocess
@@ -17,7 +16,7 @@ import torch
 
 from tests.conftest import Bucket
 from tests.families import Family, write_checkpoint
-from tests.merging import LOCAL, digests, draw_sizes, merge, planning, recipe_of
+from tests.merging import LOCAL, carried_out, digests, draw_sizes, merge, planning, recipe_of
 from ties_ray import drive
 from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor
 from ties_ray.executors.local import LocalExecutor
@@ -94,9 +93,9 @@ def test_inputs_and_outputs_in_a_bucket_give_the_same_bytes(
     recipe = recipe_of(
         uploaded, output, METHODS["official"], storage=s3_bucket.storage, run={**LOCAL, "workers": 2, **caches}
     )
-    made = drive.plan(recipe)
     with reads_counted() as counted:
         result = drive.merge(recipe)
+    made = carried_out(result, s3_bucket.storage)
     assert_as_planned(result, counted, uploaded, workers=0, made=made)  # only local files need a look
     assert (result.bytes_kept > made.bytes_again // 2) == (caches == {})
     copy_folder(stores, f"{s3_bucket.uri}/out", local, str(tmp_path / "back"))
@@ -117,10 +116,9 @@ def test_reading_twice_gives_the_bits_of_keeping_all_slices(
 ) -> None:
     resident = merge(large, tmp_path / "resident", name)
     monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", 2**40)
-    planned = drive.plan(recipe_of(large, tmp_path / "again", name))
     again = merge(large, tmp_path / "again", name)
     assert digests(tmp_path / "again") == digests(tmp_path / "resident")
-    assert again.bytes_read == planned.bytes_read
+    assert again.bytes_read == carried_out(again).bytes_read
     assert again.bytes_read - resident.bytes_read == sum(
         tensor.nbytes for tensors in large.model_tensors for tensor in tensors.values() if tensor.is_floating_point()
     )
@@ -147,7 +145,7 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     assert result.trims == whole.trims
     if not result.resumed:
-        assert_as_planned(result, counted, family, workers=run["workers"], made=drive.plan(recipe))
+        assert_as_planned(result, counted, family, workers=run["workers"])
 
 
 def interrupted_after(events: int, recipe: Any) -> MergeResult | None:
@@ -299,7 +297,11 @@ def test_only_short_messages_travel_and_every_executor_gives_the_same_bytes(
 # 5. Reads are planned, and the plan holds.
 
 
-@pytest.mark.parametrize("how", [{"num_models": 3}, {"num_models": 40, "layers": 1, "hidden": 8}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"num_models": 3}, {"dtype": "F32", "smooth": True}, {"num_models": 40, "layers": 1, "hidden": 8, "mixed": True}],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "method",
     [*METHODS.values(), {"name": "ties"}, {"name": "ties", "density": 1.0}, {"name": "average"}],
@@ -365,9 +367,7 @@ def assert_as_planned(
     made: Plan | None = None,
 ) -> None:
     """Bytes and requests are the same in plan, result and store; `workers` looked at each input's first 8 bytes."""
-    if made is None:
-        (stored,) = Path(result.output).glob(".ties-ray/*/*/plan.json.gz")
-        made = Plan.from_json(gzip.decompress(stored.read_bytes()))
+    made = made or carried_out(result)
     rounds = made.result.rounds
     assert result.bytes_read + result.bytes_kept == sum(round_.bytes_read for round_ in rounds) == made.bytes_read
     assert result.bytes_kept <= made.bytes_again

@@ -21,7 +21,7 @@ from ties_ray.executors import Executor, Needs
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
 from ties_ray.manifest import Manifest, Record, Survey
 from ties_ray.orders import SETUP, Answer, Order, Setup
-from ties_ray.plan import COUNTS, MODEL_GROUP, Plan, PlannedRound, make_plan, settle, without
+from ties_ray.plan import COUNTS, MODEL_GROUP, Plan, PlannedRound, make_plan, narrowed, settle, without
 from ties_ray.poolcache import PoolCache
 from ties_ray.predict import DEAR, Forecast, Pace, Work, predict, predictable
 from ties_ray.recipe import Recipe
@@ -234,7 +234,7 @@ class MergeRun:
             self._follow(without(self._plan, wrong))
 
     def _follow(self, plan: Plan) -> None:
-        """Go on by another plan, which workers read when they are told its revision."""
+        """Go on by another plan, which workers read when they are told of a new revision."""
         if plan is not self._plan:
             self._manifest.write_plan(plan)
             self._plan = plan
@@ -292,7 +292,10 @@ class MergeRun:
         known = [count.member for record in records.values() if not record.shards for count in record.counts]
         done = {shard for record in records.values() for shard in record.shards}
         self._shards_done_before += len(done)
-        done |= self._needless(index, round_)
+        if round_.kind == "count_low":
+            left = self._narrow(index)
+            round_ = self._plan.result.rounds[index]
+            done |= {shard for shard in range(round_.num_shards) if self._group(round_, shard) not in left}
         shards = {name: record.shards for name, record in records.items()}
         costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
         of_group = {group: _of_group(known, group) for group in groups}
@@ -320,13 +323,13 @@ class MergeRun:
             folds.append(self._order("fold", index, group, tuple(names), known=of_group[group]))
         self._work(f"{round_.name}: barrier", folds.__getitem__, costs=[1] * len(folds))
 
-    def _needless(self, index: int, round_: PlannedRound) -> set[int]:
-        """Return the shards of groups all of whose thresholds the round before has settled."""
-        if round_.kind != "count_low":
-            return set()
-        before = self._manifest.read_folded(index - 1, self._groups(round_))
-        settled = {group for group, folded in before.items() if all(pick.settled for pick in folded.picks)}
-        return {shard for shard in range(round_.num_shards) if self._group(round_, shard) in settled}
+    def _narrow(self, index: int) -> set[int]:
+        """Leave in the plan, and the stored one, what is still to be counted; return the groups where that is any."""
+        groups = self._groups(self._plan.result.rounds[index - 1])
+        picks = [pick for folded in self._manifest.read_folded(index - 1, groups).values() for pick in folded.picks]
+        left = {(pick.member, pick.parameter) for pick in picks if not pick.settled}
+        self._follow(narrowed(self._plan, left))
+        return {member // MODEL_GROUP for member, _ in left}
 
     def _ranges(self, round_: PlannedRound) -> list[int | None]:
         """Return a range of the merged parameters, the first, that each shard of a round reads of."""

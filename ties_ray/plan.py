@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -26,9 +26,10 @@ from ties_ray.pool import Refused
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
 from ties_ray.sources import FACTOR_ROOM, NEEDS, TOGETHER, Footprint, Sources, formats_of
+from ties_ray.statistics import WHOLE, Scope
 from ties_ray.stores import scheme_of
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Part of the run's identity. Raise it with any constant below: a resumed run works its shards out from them again."""
 MODEL_GROUP = 32
 """Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""
@@ -351,6 +352,28 @@ def without(plan: Plan, refused: Mapping[int, Problem]) -> Plan:
     return replace(made, run_id=plan.run_id, output=plan.output, notes=notes, revision=plan.revision + 1)
 
 
+def narrowed(plan: Plan, left: Collection[Scope]) -> Plan:
+    """Return the plan with what is left to count of low bits: the scopes whose thresholds are not settled yet.
+
+    Shards and orders stay as they are.
+    """
+    result, members = plan.result, sorted({member for member, _ in left})
+    cost = _Cost(plan.recipe, result, plan.layout, Sources(plan.recipe, plan.catalog, result.models))
+    cost.again(members, 1, 0)  # the round before has read them
+
+    def counted(index: int) -> list[int]:
+        return [member for member in members if (member, WHOLE) in left or (member, index) in left]
+
+    def of(round_: PlannedRound) -> PlannedRound:
+        if round_.kind != "count_low":
+            return round_
+        num_bytes, requests = cost.counting(counted, round_.block)
+        again = min(num_bytes, cost.again(members, 1, _groups(members)))
+        return round_._replace(bytes_read=num_bytes, requests=requests, bytes_again=again)
+
+    return replace(plan, results=(replace(result, rounds=tuple(map(of, result.rounds))),))
+
+
 def _sizes(
     recipe: Recipe, catalog: Catalog, members: Sequence[Member], kept: Sequence[int], layout: Layout
 ) -> tuple[int, ...]:
@@ -438,7 +461,7 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
         trimmed = [number for number, density in enumerate(need.densities) if density < 1]
         groups = -(-len(result.models) // MODEL_GROUP)
         block = _block(recipe, sources, beside=TABLES, resident=False)
-        counted = cost.counting(trimmed, block)
+        counted = cost.counting(lambda _: trimmed, block)
         for name, kind in (("threshold, high bits", "count_high"), ("threshold, low bits", "count_low")):
             again = cost.again(trimmed, 1, _groups(trimmed))
             yield PlannedRound(name, kind, 0, groups * layout.num_ranges, 1, block, *counted, again)  # type: ignore[arg-type]
@@ -588,14 +611,21 @@ class _Cost:
         self._before |= members
         return found
 
-    def counting(self, trimmed: Sequence[int], block: int) -> tuple[int, int]:
-        """Return (bytes, requests) of a counting round: trimmed members, and the base once a group that needs it."""
+    def counting(self, counted: Callable[[int], Sequence[int]], block: int) -> tuple[int, int]:
+        """Return (bytes, requests) of a counting round: members counted, and the base once a group that needs it.
+
+        counted: what tells of a parameter which members are counted there.
+        """
         cuts = _cuts(self._ranges(), block)
+        by_members: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
+        for index, cut in cuts.items():
+            by_members.setdefault(tuple(counted(index)), {})[index] = cut
         num_bytes = requests = 0
-        for _, group in itertools.groupby(trimmed, lambda member: member // MODEL_GROUP):
-            models = [self._sources.models[member] for member in group]
-            more = self._read(cuts, models, passes=1, base="nothing")
-            num_bytes, requests = num_bytes + more[0], requests + more[1]
+        for members, own in by_members.items():
+            for _, group in itertools.groupby(members, lambda member: member // MODEL_GROUP):
+                models = [self._sources.models[member] for member in group]
+                more = self._read(own, models, passes=1, base="nothing")
+                num_bytes, requests = num_bytes + more[0], requests + more[1]
         return num_bytes, requests
 
     def gathering(self, block: int, passes: int) -> tuple[int, int]:

@@ -6,14 +6,17 @@ a disk or a core are as fast as one alone; nothing is lost, nothing is slow, and
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from ties_ray.catalog import Model
 from ties_ray.plan import AHEAD, COUNTS, MODEL_GROUP, Plan
 from ties_ray.sources import Sources
 
+SHORT = {"F16", "BF16"}
+"""Dtypes whose differences are exact in few enough bits (`kernels.BINS`)."""
 Bound = Literal["read", "merge", "write"]
 DEAR = {"survey": 0.0, "count_high": 1.0, "count_low": 1.3, "gather": 1.0, "merge": 1.0}
 """What a kind of round takes for an element of a model, by what counting the high bits takes (docs/performance.md)."""
@@ -108,11 +111,17 @@ def loads(plan: Plan, workers: int) -> list[Load]:
 
     everyone = range(len(plan.result.members))
     trimmed = [member for member in everyone if need and need.densities[member] < 1]
+    is_short = _short(sources)
+    left = [member for member in trimmed if not is_short(sources.models[member])]
     parts = sum(map(plan.layout.num_parts, range(len(plan.result.files))))
     found = []
     for one in plan.result.rounds:
         merges = one.kind == "merge"
-        dense, factors = elements(trimmed if one.kind in COUNTS else everyone)
+        dense, factors = elements({"count_high": trimmed, "count_low": left}.get(one.kind, everyone))
+        if one.kind == "count_low":
+            share = len(left) / max(1, len(trimmed))
+            num_bytes, requests, again = (int(share * each) for each in (one.bytes_read, one.requests, one.bytes_again))
+            one = one._replace(bytes_read=num_bytes, requests=requests, bytes_again=again)
         models = min(MODEL_GROUP, len(trimmed)) if one.kind in COUNTS else len(everyone)
         blocks = -(
             -plan.layout.num_elements // max(1, one.num_shards if merges else plan.layout.num_ranges) // one.block
@@ -129,6 +138,22 @@ def loads(plan: Plan, workers: int) -> list[Load]:
             )
         )
     return found
+
+
+def _short(sources: Sources) -> Callable[[Model], bool]:
+    """Return what tells whether one count settles a model's threshold, as good as always: it and the base are short."""
+    merged = {parameter.name for parameter in sources.catalog.parameters if parameter.merged}
+    known: dict[int, bool] = {}
+
+    def is_short(model: Model) -> bool:
+        key = id(model.sources)
+        if key not in known:
+            stored = [source for name, source in model.sources.items() if name in merged]
+            of_factors = any(map(sources.formats[model.format].held, stored))
+            known[key] = not of_factors and all(ref.dtype in SHORT for source in stored for ref in source.tensors)
+        return known[key]
+
+    return lambda model: is_short(sources.catalog.base) and is_short(model)
 
 
 def predictable(plan: Plan) -> bool:

@@ -93,8 +93,10 @@ def of_plan(plan: PlanRecord) -> Iterator[RenderableType]:
     yield table
     rounds = _table("round", "shards >", "reads >", "requests >", "")
     for one in plan.rounds:
-        twice = f"each model {one.passes} times" if one.passes > 1 else ""
-        rounds.add_row(one.name, f"{one.shards:,}", num_bytes(one.bytes_read), f"{one.requests:,}", twice)
+        how = f"each model {one.passes} times" if one.passes > 1 else ""
+        if one.kind == "count_low":
+            how = "at most: of models whose threshold the first count leaves open"
+        rounds.add_row(one.name, f"{one.shards:,}", num_bytes(one.bytes_read), f"{one.requests:,}", how)
     rounds.add_row("together", f"{plan.shards:,}", num_bytes(plan.bytes_read), f"{plan.requests:,}", "")
     yield rounds
     again = sum(one.bytes_again for one in plan.rounds)
