@@ -174,7 +174,7 @@ def _models(
             signs = torch.randint(2, steps.shape, generator=generator) * 2 - 1
             steps = sizes[chosen] * signs
             if smooth:
-                steps *= 1000 * torch.rand(steps.shape, generator=generator, dtype=torch.float64)
+                steps *= 100_000 * torch.rand(steps.shape, generator=generator, dtype=torch.float64)
             if num_models > 1:
                 cancels = torch.rand(tensor.shape, generator=generator) < 0.1
                 steps[1] = torch.where(cancels, -steps[0], steps[1])

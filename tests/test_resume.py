@@ -30,8 +30,8 @@ ROUNDS = 4
 
 @pytest.fixture(scope="session")
 def large(family_of: MakeFamily) -> Family:
-    """Return three fine-tunes of 21 MB."""
-    return family_of(hidden=1024, shards=3)
+    """Return three fine-tunes of 21 MB, whose thresholds take two counts."""
+    return family_of(hidden=724, shards=3, dtype="F32", smooth=True)
 
 
 @pytest.fixture(scope="session")

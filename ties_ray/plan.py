@@ -355,7 +355,7 @@ def without(plan: Plan, refused: Mapping[int, Problem]) -> Plan:
 def narrowed(plan: Plan, left: Collection[Scope]) -> Plan:
     """Return the plan with what is left to count of low bits: the scopes whose thresholds are not settled yet.
 
-    Shards and orders stay as they are.
+    Where any is left, shards keep their numbers.
     """
     result, members = plan.result, sorted({member for member, _ in left})
     cost = _Cost(plan.recipe, result, plan.layout, Sources(plan.recipe, plan.catalog, result.models))
@@ -369,7 +369,8 @@ def narrowed(plan: Plan, left: Collection[Scope]) -> Plan:
             return round_
         num_bytes, requests = cost.counting(counted, round_.block)
         again = min(num_bytes, cost.again(members, 1, _groups(members)))
-        return round_._replace(bytes_read=num_bytes, requests=requests, bytes_again=again)
+        num_shards = round_.num_shards if left else 0
+        return round_._replace(num_shards=num_shards, bytes_read=num_bytes, requests=requests, bytes_again=again)
 
     return replace(plan, results=(replace(result, rounds=tuple(map(of, result.rounds))),))
 

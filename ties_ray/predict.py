@@ -148,12 +148,11 @@ def _short(sources: Sources) -> Callable[[Model], bool]:
     def is_short(model: Model) -> bool:
         key = id(model.sources)
         if key not in known:
-            stored = [source for name, source in model.sources.items() if name in merged]
-            of_factors = any(map(sources.formats[model.format].held, stored))
-            known[key] = not of_factors and all(ref.dtype in SHORT for source in stored for ref in source.tensors)
+            refs = [ref for name, source in model.sources.items() if name in merged for ref in source.tensors]
+            known[key] = all(ref.dtype in SHORT for ref in refs)
         return known[key]
 
-    return lambda model: is_short(sources.catalog.base) and is_short(model)
+    return lambda model: sources.formats[model.format].whole and is_short(sources.catalog.base) and is_short(model)
 
 
 def predictable(plan: Plan) -> bool:

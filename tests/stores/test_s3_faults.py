@@ -372,7 +372,7 @@ def test_bits_that_flip_on_their_way_are_read_again(
     assert proxy.faults["flip"] == 3
     assert Stores(result_storage(proxy)).of(bucket).get(f"{bucket}/flipped/model.safetensors", 1 << 30)[1] == wanted
     assert result.retries == 3
-    assert 0.9 * result.bytes_read < 1.5 * result.bytes_compared < result.bytes_read  # two rounds of three
+    assert 0.9 * result.bytes_read < 2 * result.bytes_compared <= result.bytes_read  # the merge, after one count
 
 
 def test_an_upload_whose_answer_was_lost_does_not_stay_behind(
