@@ -18,7 +18,7 @@ from ties_ray.sources import Sources
 SHORT = {"F16", "BF16"}
 """Dtypes whose differences are exact in few enough bits (`kernels.BINS`)."""
 Bound = Literal["read", "merge", "write"]
-DEAR = {"survey": 0.0, "count_high": 1.0, "count_low": 1.3, "gather": 1.0, "merge": 1.0}
+DEAR = {"survey": 0.0, "count_high": 1.0, "count_low": 0.6, "gather": 1.0, "merge": 1.0}
 """What a kind of round takes for an element of a model, by what counting the high bits takes (docs/performance.md)."""
 
 
