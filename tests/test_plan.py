@@ -2,7 +2,7 @@ import importlib
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import RecipeError
 from ties_ray.formats import Parameter, Source, TensorRef
 from ties_ray.outputs import PART_ALIGNMENT
-from ties_ray.plan import MODEL_GROUP, Plan, elements_in, make_plan
+from ties_ray.plan import MODEL_GROUP, Plan, Segment, elements_in, make_plan, runs_of
 from ties_ray.recipe import Recipe, validate
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Pin, Store, Stores
@@ -109,6 +109,27 @@ def test_shards_cover_every_byte_of_every_file_and_every_element_once(
         for (_, parameter), pieces in seen.items():
             edges = [0, *itertools.chain.from_iterable(sorted(pieces)), parameters[parameter].numel]
             assert edges[::2] == edges[1::2], "the pieces of each model meet, and miss nothing"
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_runs_are_all_blocks_in_order_and_as_long_as_they_may_be(seed: int) -> None:
+    draw = random.Random(seed)
+    block, run = draw.choice([128, 4096]), draw.choice([0, 64, 1024, 4096])
+    segments = [Segment(number, 3, 3 + draw.choice([0, 1, 60, 64, 500, 9000])) for number in range(30)]
+    alone = set(draw.sample(range(30), 5))
+    runs = list(runs_of(segments, block, run, lambda parameter: parameter not in alone))
+    blocks = list(itertools.chain.from_iterable(runs))
+    assert all(0 < one.stop - one.start <= block for one in blocks)
+    covered = [(one.parameter, element) for one in blocks for element in range(one.start, one.stop)]
+    assert covered == [(one.parameter, element) for one in segments for element in range(one.start, one.stop)]
+
+    def taken(some: Sequence[Segment]) -> int:
+        return sum(-(-(one.stop - one.start) // 64) * 64 for one in some)
+
+    for one in runs:
+        assert len(one) == 1 or (taken(one) <= run and not alone & {each.parameter for each in one})
+    for one, following in itertools.pairwise(runs):
+        assert taken((*one, following[0])) > run or alone & {one[-1].parameter, following[0].parameter}
 
 
 @pytest.mark.parametrize("seed", range(10))

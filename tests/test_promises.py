@@ -5,6 +5,8 @@ import random
 import subprocess
 import sys
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,14 +17,16 @@ import pytest
 import torch
 
 from tests.conftest import Bucket
-from tests.families import Family, write_checkpoint
+from tests.families import NAMES, Family, raw_bytes, write_checkpoint
 from tests.merging import LOCAL, carried_out, digests, draw_sizes, merge, planning, recipe_of
-from ties_ray import drive
+from ties_ray import drive, sources, transfer
 from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor
 from ties_ray.executors.local import LocalExecutor
 from ties_ray.executors.ray import RayExecutor
+from ties_ray.kernels.buffers import Buffers
 from ties_ray.plan import Plan
 from ties_ray.report import MergeResult, Progress
+from ties_ray.safetensors import build
 from ties_ray.stores import Pin, Store, Stores, join
 from ties_ray.stores.local import Local
 from ties_ray.stores.s3 import S3
@@ -322,6 +326,71 @@ def test_models_that_are_not_trimmed_are_not_read_for_a_threshold(family_of: Mak
     with reads_counted() as counted:
         result = merge(family, tmp_path / "out", "ties", densities=densities)
     assert_as_planned(result, counted, family)
+
+
+@pytest.mark.parametrize(
+    "how", [{"num_models": 2}, {"num_models": 6, "mixed": True}, {"num_models": 40, "shards": 3}], ids=str
+)
+@pytest.mark.parametrize("gap", [sources.GAP, 0])
+def test_small_tensors_are_read_together_and_so_is_what_lies_between(
+    how: dict[str, Any], gap: int, family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of(layers=12, **how)
+    monkeypatch.setattr(sources, "GAP", gap)
+    found = {}
+    for name in ("joined", "alone"):
+        if name == "alone":
+            monkeypatch.setattr(sources.Sources, "run_of", lambda *_: 0)
+        with reads_counted() as counted:
+            found[name] = merge(family, tmp_path / name, "ties", exclude=["*.o_proj.*"])  # lie between others
+        assert_as_planned(found[name], counted, family)
+    assert digests(tmp_path / "joined") == digests(tmp_path / "alone")
+    assert found["joined"].requests * (4 if gap else 2) < found["alone"].requests
+    assert (found["joined"].bytes_read > found["alone"].bytes_read) == (gap > 0)
+
+
+def test_models_whose_files_are_in_another_order_give_the_same_bytes(family_of: MakeFamily, tmp_path: Path) -> None:
+    family, store = family_of(layers=12), Stores({}).of("/")
+    write_checkpoint(store, str(tmp_path / "1"), family.model_tensors[1], shards=4)
+    write_checkpoint(store, str(tmp_path / "2"), family.model_tensors[2])
+    names = sorted(family.model_tensors[2], reverse=True)
+    specs = [(name, NAMES[one.dtype], tuple(one.shape)) for name in names for one in [family.model_tensors[2][name]]]
+    data = b"".join(raw_bytes(family.model_tensors[2][name]) for name in names)
+    (tmp_path / "2/model.safetensors").write_bytes(build(specs, {"format": "pt"}) + data)
+    other = replace(family, models=(family.models[0], str(tmp_path / "1"), str(tmp_path / "2")))
+    merge(family, tmp_path / "whole", "ties")
+    with reads_counted() as counted:
+        result = merge(other, tmp_path / "out", "ties")
+    assert_as_planned(result, counted, other)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("num_models", [1, 4, 5, 16, 40])
+def test_slices_that_wait_for_each_other_take_no_more_than_those_of_a_block(
+    num_models: int, family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies in a shard: whole blocks before runs, after them, and between."""
+    live, peaks = Counter[int](), Counter[int]()
+
+    class Watched(Buffers):
+        def _lend(self, wanted: int) -> Any:
+            lent = super()._lend(wanted)
+            live[id(self)] += len(lent)
+            weakref.finalize(lent, live.subtract, {id(self): len(lent)})
+            peaks[id(self)] = max(peaks[id(self)], live[id(self)])
+            return lent
+
+    monkeypatch.setattr(transfer, "Buffers", Watched)
+    monkeypatch.setattr(planning, "MAX_BLOCK", 4096)
+    family = family_of(num_models=num_models, layers=6, hidden=48)
+    for method in ("average", "ties"):
+        made = drive.plan(recipe_of(family, tmp_path / method, method))
+        assert {one.run for one in made.result.rounds} - {0}
+        monkeypatch.setattr(planning, "part_size", lambda recipe, files: 16_384)
+        peaks.clear()
+        merge(family, tmp_path / method, method, run={**LOCAL, "workers": 1})
+        of_reads = next(iter(peaks.values()))
+        assert 0 < of_reads <= (planning.AHEAD + sources.TOGETHER + 1) * made.result.rounds[-1].block * 2
 
 
 def test_a_large_plan_holds_with_several_blocks_a_part(large: Family, tmp_path: Path) -> None:

@@ -36,12 +36,12 @@ class Cache:
             return self._held.get((uri, start, stop))
 
     def put(self, uri: str, start: int, data: Tensor) -> None:
-        """Keep bytes of an object, 1-D uint8, from `start` on; not if they alone are too many."""
+        """Keep bytes of an object, 1-D uint8, from `start` on, as the newest; not if they alone are too many."""
         if len(data) > self._limit:
             return
         with self._lock:
             key = uri, start, start + len(data)
-            self._size += len(data) - len(self._held.get(key, ()))
+            self._size += len(data) - len(self._held.pop(key, ()))
             self._held[key] = data
             while self._size > self._limit:
                 self._size -= len(self._held.pop(next(iter(self._held))))

@@ -1,8 +1,8 @@
 """What will be done, worked out in advance from recipe and catalog: files, headers, rounds, shards, reads, memory.
 
 Four sizes change no byte of the result: a *part* (one upload part), a *shard* (the unit of scheduling: a run of whole
-parts), a *block* (what a worker merges at a time, one range read a model), and the kernels' tiles. Shards are computed
-from their number, not stored: a plan of 100,000 of them is as small as its headers.
+parts), a *block* (what a worker merges at a time, one range read a model, or one for a *run* of small blocks), and the
+kernels' tiles. Shards are computed from their number, not stored: a plan of 100,000 of them is as small as its headers.
 """
 
 import bisect
@@ -25,7 +25,18 @@ from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTen
 from ties_ray.pool import Refused
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
-from ties_ray.sources import FACTOR_ROOM, NEEDS, TOGETHER, Footprint, Sources, formats_of
+from ties_ray.sources import (
+    FACTOR_ROOM,
+    LEAST_BLOCK,
+    NEEDS,
+    TOGETHER,
+    Footprint,
+    Sources,
+    formats_of,
+    kept_requests,
+    requests_of,
+    rounded_up,
+)
 from ties_ray.statistics import WHOLE, Scope
 from ties_ray.stores import scheme_of
 
@@ -98,6 +109,8 @@ class PlannedRound(NamedTuple):
     requests: int
     bytes_again: int = 0
     """Of `bytes_read`: slices from buckets that were read before; the workers' caches spare what they hold of them."""
+    run: int = 0
+    """Elements: consecutive blocks of a shard that are not more in all are read together (0: each by itself)."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +372,7 @@ def narrowed(plan: Plan, left: Collection[Scope]) -> Plan:
     """
     result, members = plan.result, sorted({member for member, _ in left})
     cost = _Cost(plan.recipe, result, plan.layout, Sources(plan.recipe, plan.catalog, result.models))
-    cost.again(members, 1, 0)  # the round before has read them
+    cost.again(members, 1, 0, 0)  # the round before has read them
 
     def counted(index: int) -> list[int]:
         return [member for member in members if (member, WHOLE) in left or (member, index) in left]
@@ -367,10 +380,10 @@ def narrowed(plan: Plan, left: Collection[Scope]) -> Plan:
     def of(round_: PlannedRound) -> PlannedRound:
         if round_.kind != "count_low":
             return round_
-        num_bytes, requests = cost.counting(counted, round_.block)
-        again = min(num_bytes, cost.again(members, 1, _groups(members)))
-        num_shards = round_.num_shards if left else 0
-        return round_._replace(num_shards=num_shards, bytes_read=num_bytes, requests=requests, bytes_again=again)
+        read = cost.counting(counted, round_.block, round_.run)
+        again = min(read.num_bytes, cost.again(members, 1, _groups(members), read.gaps))
+        shards = round_.num_shards if left else 0
+        return round_._replace(num_shards=shards, bytes_read=read.num_bytes, requests=read.requests, bytes_again=again)
 
     return replace(plan, results=(replace(result, rounds=tuple(map(of, result.rounds))),))
 
@@ -462,10 +475,15 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
         trimmed = [number for number, density in enumerate(need.densities) if density < 1]
         groups = -(-len(result.models) // MODEL_GROUP)
         block = _block(recipe, sources, beside=TABLES, resident=False)
-        counted = cost.counting(lambda _: trimmed, block)
-        for name, kind in (("threshold, high bits", "count_high"), ("threshold, low bits", "count_low")):
-            again = cost.again(trimmed, 1, _groups(trimmed))
-            yield PlannedRound(name, kind, 0, groups * layout.num_ranges, 1, block, *counted, again)  # type: ignore[arg-type]
+        run = sources.run_of(block, min(MODEL_GROUP, len(result.models)))
+        counted = cost.counting(lambda _: trimmed, block, run)
+        again = cost.again(trimmed, 1, _groups(trimmed), counted.gaps)
+        shards = groups * layout.num_ranges
+        yield PlannedRound("threshold, high bits", "count_high", 0, shards, 1, block, *counted[:2], again, run)
+        if need.scope == "tensor" and run:  # which members are counted differs by parameter: there would be no runs
+            run, counted = 0, cost.counting(lambda _: trimmed, block, 0)
+        again = cost.again(trimmed, 1, _groups(trimmed), counted.gaps)
+        yield PlannedRound("threshold, low bits", "count_low", 0, shards, 1, block, *counted[:2], again, run)
     own = recipe.method.rounds()
     condenses = recipe.output.condenses
     for position, round_ in enumerate(own):
@@ -480,17 +498,19 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
         passes = 1
         if resident and block < MIN_RESIDENT_BLOCK:
             block, passes = _block(recipe, sources, beside=beside, resident=False), round_.passes
-        again = cost.again(range(len(result.models)), passes, 1)
+        run = 0 if round_.passes > 1 else sources.run_of(block, len(result.models))
+        how: tuple[RoundKind, int, _Reading]
         if not last:
-            read = *cost.gathering(block, passes), again
-            yield PlannedRound(round_.name, "gather", position, layout.num_ranges, passes, block, *read)
+            how = "gather", layout.num_ranges, cost.gathering(block, run, passes)
         elif condenses:
-            read = *cost.condensing(block, passes), again
-            yield PlannedRound(round_.name, "condense", position, len(layout.matrices), passes, block, *read)
-            yield PlannedRound("assemble", "merge", position, layout.num_merge_shards, 1, block, 0, 0)
+            how = "condense", len(layout.matrices), cost.condensing(block, passes)
         else:
-            read = *cost.merging(block, passes), again
-            yield PlannedRound(round_.name, "merge", position, layout.num_merge_shards, passes, block, *read)
+            how = "merge", layout.num_merge_shards, cost.merging(block, run, passes)
+        kind, shards, read = how
+        again = cost.again(range(len(result.models)), passes, 1, read.gaps)
+        yield PlannedRound(round_.name, kind, position, shards, passes, block, *read[:2], again, run)
+        if last and condenses:
+            yield PlannedRound("assemble", "merge", position, layout.num_merge_shards, 1, block, 0, 0)
 
 
 def _groups(members: Iterable[int]) -> int:
@@ -500,10 +520,7 @@ def _groups(members: Iterable[int]) -> int:
 
 def _element_bytes(sources: Sources, slices: int) -> int:
     """Return what an element of a block costs while `slices` models' slices are held."""
-    base = {ref.dtype for source in sources.catalog.base.sources.values() for ref in source.tensors}
-    widths = {dtype: DTYPE_BITS[dtype] // 8 for dtype in ("F64", "F32", "F16", "BF16")}
-    widest = max((widths[dtype] for dtype in sources.dense_dtypes & widths.keys()), default=0)
-    of_base = max((widths[dtype] for dtype in base & widths.keys()), default=4)
+    of_base, widest = sources.widths[0] or 4, sources.widths[1]
     return STATE_BYTES + max(4, of_base, widest) + of_base + widest * slices
 
 
@@ -528,7 +545,7 @@ def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> 
     beside += _held(sources, resident)
     room = int(recipe.run.memory) - _overhead(sources.catalog) - beside
     elements = room // _element_bytes(sources, _slices(sources, resident))
-    if not resident and elements < 2**16:
+    if not resident and elements < LEAST_BLOCK:
         raise RecipeError(
             Problem(
                 "run.memory",
@@ -551,8 +568,7 @@ def _memory(recipe: Recipe, result: PlannedResult, round_: PlannedRound, layout:
         needed += largest_matrix(recipe, result, layout, sources)
     if round_.kind != "merge" or not recipe.output.condenses:
         resident = is_resident(recipe, round_)
-        largest = max(parameter.numel for parameter in layout.parameters)
-        needed += min(round_.block, largest) * _element_bytes(sources, _slices(sources, resident))
+        needed += sources.filled(round_.block) * _element_bytes(sources, _slices(sources, resident))
         needed += _held(sources, resident)
     factors = any(sources.footprint(parameter, sources.models).factors[0] for parameter in layout.parameters)
     if factors or any(one.bytes_again for one in result.rounds):
@@ -579,6 +595,101 @@ def _overhead(catalog: Catalog) -> int:
     return OVERHEAD + ENTRY_BYTES * (sum(layouts.values()) + sum(len(model.objects) for model in models))
 
 
+def runs_of(
+    segments: Iterable[Segment], block: int, run: int, joins: Callable[[int], bool]
+) -> Iterator[tuple[Segment, ...]]:
+    """Yield the blocks of a shard in order, those together that have at most `run` elements in all.
+
+    joins: tells of a parameter whether its blocks may be joined with others.
+    """
+    together: list[Segment] = []
+    room = run
+    for parameter, begin, end in segments:
+        for start in range(begin, end, block):
+            one = Segment(parameter, start, min(start + block, end))
+            size = rounded_up(one.stop - one.start) if joins(parameter) else run + 1
+            if together and size > room:
+                yield tuple(together)
+                together, room = [], run
+            together.append(one)
+            room -= size
+    if together:
+        yield tuple(together)
+
+
+class _Reading(NamedTuple):
+    """What is read, added up."""
+
+    num_bytes: int
+    requests: int
+    gaps: int
+    """Of the bytes, those that nobody needs."""
+
+    def plus(self, other: "_Reading") -> "_Reading":
+        return _Reading(*(one + more for one, more in zip(self, other, strict=True)))
+
+
+_NOTHING = _Reading(0, 0, 0)
+
+
+class _Walk:
+    """How the shards of a round go through the parameters, and what is read together on the way."""
+
+    def __init__(
+        self, layout: Layout, sources: Sources, shards: Iterable[Sequence[Segment]], block: int, run: int = 0
+    ) -> None:
+        shards = list(shards)
+        self.cuts = _cuts(itertools.chain.from_iterable(shards), block)
+        self._parameters = layout.parameters
+        self._sources = sources
+        self._room = run * max(sources.widths)
+        self._runs: list[tuple[Segment, ...]] = []
+        self._factored: list[tuple[Parameter, ...]] = []
+        for shard in shards if run else ():
+            self._runs += (one for one in self._joined(shard, block, run) if len(one) > 1)
+            self._factored += (some for some in [self._with_factors(shard)] if len(some) > 1)
+        self._known: dict[tuple[int, frozenset[int] | None], _Reading] = {}
+
+    def _joined(self, shard: Sequence[Segment], block: int, run: int) -> Iterator[tuple[Segment, ...]]:
+        # Of whole blocks, which no other block is joined with, one a segment tells as much as all.
+        ends = (one._replace(start=max(one.start, one.stop - (one.stop - one.start) % block - block)) for one in shard)
+        return runs_of(ends, block, run, lambda index: self._parameters[index].name not in self._sources.factored)
+
+    def _with_factors(self, shard: Sequence[Segment]) -> tuple[Parameter, ...]:
+        found = dict.fromkeys(self._parameters[segment.parameter] for segment in shard)
+        return tuple(one for one in found if one.name in self._sources.factored)
+
+    def joined(self, model: Model, parameters: frozenset[int] | None = None) -> _Reading:
+        """Return what the runs change for a model, of some parameters or of all: bytes more, requests fewer."""
+        key = id(model.sources), parameters
+        if key not in self._known:
+            form, requests, gaps = self._sources.formats[model.format], 0, 0
+            for run in self._runs:
+                slices = [
+                    (source, start, stop)
+                    for index, start, stop in run
+                    if parameters is None or index in parameters
+                    if (source := model.sources.get(self._parameters[index].name))
+                ]
+                for group in requests_of(form, slices, self._room)[1]:
+                    requests -= len(group) - 1
+                    gaps += group[-1].stop - group[0].start - sum(read.stop - read.start for read in group)
+            self._known[key] = _Reading(gaps, requests, gaps)
+        return self._known[key]
+
+    def kept_together(self, models: Sequence[Model]) -> int:
+        """Return how many requests fewer the factors of neighbours take where they are kept."""
+        counts, kinds = self._sources.alike(models)
+        fewer = 0
+        for names in self._factored:
+            for together in self._sources.kept_together(names, models):
+                for (_, count), model in zip(counts, kinds, strict=True):
+                    slices = self._sources.factors(model, together)
+                    groups = kept_requests(self._sources.formats[model.format], slices)
+                    fewer += count * sum(len(group) - 1 for group in groups)
+        return fewer
+
+
 class _Cost:
     """Bytes and requests of a round, summed over parameters, not over shards times models."""
 
@@ -590,8 +701,11 @@ class _Cost:
         self._before: set[int] = set()
         """The members that an earlier round has read."""
 
-    def again(self, members: Iterable[int], passes: int, times_base: int) -> int:
-        """Return the bytes of a round's slices, from buckets, that were read before; to be asked round by round."""
+    def again(self, members: Iterable[int], passes: int, times_base: int, gaps: int) -> int:
+        """Return the bytes of a round's slices, from buckets, that were read before; to be asked round by round.
+
+        gaps: the round's, of which any may have been read before.
+        """
         members, models = set(members), self._sources.models
 
         def size(some: Iterable[int]) -> int:
@@ -610,70 +724,72 @@ class _Cost:
             )
             found += (times_base - (not self._before)) * of_base
         self._before |= members
-        return found
+        return found and found + gaps
 
-    def counting(self, counted: Callable[[int], Sequence[int]], block: int) -> tuple[int, int]:
-        """Return (bytes, requests) of a counting round: members counted, and the base once a group that needs it.
+    def counting(self, counted: Callable[[int], Sequence[int]], block: int, run: int) -> _Reading:
+        """Return what a counting round reads: members counted, and the base once a group that needs it.
 
-        counted: what tells of a parameter which members are counted there.
+        counted: what tells of a parameter which members are counted there; of all the same, where there are runs.
         """
-        cuts = _cuts(self._ranges(), block)
-        by_members: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
-        for index, cut in cuts.items():
-            by_members.setdefault(tuple(counted(index)), {})[index] = cut
-        num_bytes = requests = 0
+        walk = self._ranges(block, run)
+        by_members: dict[tuple[int, ...], set[int]] = {}
+        for index in walk.cuts:
+            by_members.setdefault(tuple(counted(index)), set()).add(index)
+        total = _NOTHING
         for members, own in by_members.items():
             for _, group in itertools.groupby(members, lambda member: member // MODEL_GROUP):
                 models = [self._sources.models[member] for member in group]
-                more = self._read(own, models, passes=1, base="nothing")
-                num_bytes, requests = num_bytes + more[0], requests + more[1]
-        return num_bytes, requests
+                total = total.plus(self._read(walk, models, passes=1, base="nothing", only=own))
+        return total
 
-    def gathering(self, block: int, passes: int) -> tuple[int, int]:
-        """Return (bytes, requests) of a round that gathers a method's statistics."""
-        return self._read(_cuts(self._ranges(), block), self._sources.models, passes, "nothing")
+    def gathering(self, block: int, run: int, passes: int) -> _Reading:
+        """Return what a round reads that gathers a method's statistics."""
+        return self._read(self._ranges(block, run), self._sources.models, passes, "nothing")
 
-    def condensing(self, block: int, passes: int) -> tuple[int, int]:
-        """Return (bytes, requests) of a round that condenses matrices: as blocks of the merge, or all factors once."""
-        num_bytes = requests = 0
+    def condensing(self, block: int, passes: int) -> _Reading:
+        """Return what a round reads that condenses matrices: as blocks of the merge, or all factors once."""
+        total = _NOTHING
         for index in self._layout.matrices:
             parameter = self._layout.parameters[index]
             if self._sources.rank_sum(self._recipe, self._result.members, parameter):
-                more = self._sources.footprint(parameter, self._sources.models).factors
+                more = _Reading(*self._sources.footprint(parameter, self._sources.models).factors, 0)
             else:
-                cuts = _cuts([Segment(index, 0, parameter.numel)], block)
-                more = self._read(cuts, self._sources.models, passes, "nothing")
-            num_bytes, requests = num_bytes + more[0], requests + more[1]
-        return num_bytes, requests
+                walk = _Walk(self._layout, self._sources, [[Segment(index, 0, parameter.numel)]], block)
+                more = self._read(walk, self._sources.models, passes, "nothing")
+            total = total.plus(more)
+        return total
 
-    def merging(self, block: int, passes: int) -> tuple[int, int]:
-        """Return (bytes, requests) of the merge: merged segments, and the base's bytes of what is copied."""
-        segments, copied, copies = [], 0, 0
-        for file in range(len(self._layout.files)):
-            for number in range(self._layout.num_parts(file)):
-                for placed, start, stop in elements_in(self._layout, file, number):
+    def merging(self, block: int, run: int, passes: int) -> _Reading:
+        """Return what the merge reads: merged segments, and the base's bytes of what is copied."""
+        shards, copied, copies = [], 0, 0
+        for index in range(self._layout.num_merge_shards):
+            shard = self._layout.merge_shard(index, 0)
+            shards.append(self._layout.segments(shard))
+            for number in range(*shard.parts):
+                for placed, start, stop in elements_in(self._layout, shard.file, number):
                     if placed.tensor.origin == "base":
                         copied += (stop - start) * DTYPE_BITS[placed.tensor.dtype] // 8
                         copies += stop > start
-                    elif stop > start:
-                        segments.append(Segment(self._layout.by_name[placed.tensor.parameter], start, stop))
         base: Literal["nothing", "slice"] = "slice" if self._recipe.output.reads_base else "nothing"
-        num_bytes, requests = self._read(_cuts(segments, block), self._sources.models, passes, base)
-        return num_bytes + copied, requests + copies
+        walk = _Walk(self._layout, self._sources, shards, block, run)
+        return self._read(walk, self._sources.models, passes, base).plus(_Reading(copied, copies, 0))
 
-    def _ranges(self) -> Iterator[Segment]:
-        return itertools.chain.from_iterable(map(self._layout.range_, range(self._layout.num_ranges)))
+    def _ranges(self, block: int, run: int) -> _Walk:
+        return _Walk(self._layout, self._sources, map(self._layout.range_, range(self._layout.num_ranges)), block, run)
 
     def _read(
         self,
-        cuts: Mapping[int, tuple[int, int]],
+        walk: _Walk,
         models: Sequence[Model],
         passes: int,
         base: Literal["nothing", "slice"],
-    ) -> tuple[int, int]:
-        """Return (bytes, requests) for parameters given with their numbers of segments and blocks."""
+        only: Collection[int] | None = None,
+    ) -> _Reading:
+        """Return what some models and, where needed, the base take on a walk through all parameters or some only."""
         num_bytes = requests = 0
-        for index, (segments, blocks) in cuts.items():
+        of_base = set()
+        for index in walk.cuts if only is None else only:
+            segments, blocks = walk.cuts[index]
             parameter = self._layout.parameters[index]
             footprint = self._sources.footprint(parameter, models)
             num_bytes += passes * footprint.dense[0]
@@ -683,12 +799,17 @@ class _Cost:
             requests += reads
             need = max(base, footprint.base, key=NEEDS.index)
             if need != "nothing":
+                of_base.add(index)
                 size, reads = self._sources.of_base(parameter).dense
                 num_bytes += size
                 requests += reads * blocks
                 if need == "rows":  # those that a block begins and ends in
                     num_bytes += 2 * blocks * size // max(1, parameter.shape[0])
-        return num_bytes, requests
+        total = _Reading(num_bytes, requests - walk.kept_together(models), 0)
+        counts, kinds = self._sources.alike(models)
+        for (_, count), model in zip(counts, kinds, strict=True):
+            total = total.plus(_Reading(*(count * each for each in walk.joined(model))))
+        return total.plus(walk.joined(self._sources.catalog.base, frozenset(of_base))) if of_base else total
 
     def _factors(self, footprint: Footprint, segments: int, blocks: int, passes: int) -> tuple[int, int]:
         """Return (bytes, requests) of a parameter's factors; what is kept is read once a segment, at most."""

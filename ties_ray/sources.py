@@ -1,7 +1,8 @@
 """What the models that are merged store for each parameter: the same numbers for planner and worker."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ from ties_ray.catalog import Catalog, Model
 from ties_ray.formats import Format, Parameter, Read, Source, joined
 from ties_ray.methods import Member
 from ties_ray.recipe import Recipe
+from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 
 TOGETHER = 4
 """Slices merged together, so that the sums stay in the CPU's cache for several models..."""
@@ -17,11 +19,47 @@ FACTORS_TOGETHER = 32
 FACTOR_ROOM = 64 * 2**20
 """...and of factors, which are small, as many more as fit: half of so many bytes, decoded; what malloc keeps of them as
 they were read is no more than that again."""
+LEAST_BLOCK = 2**16
+"""Elements."""
+GAP = 64 * 2**10
+"""Bytes that nobody needs, read where they lie between two reads: 0.02 ms of CPU, where a second request costs 1.6."""
+GRAIN = 64
+"""Elements, and bytes of a buffer: slices that are read together begin at multiples of it."""
 
 
 def formats_of(models: Sequence[Model]) -> dict[str, Format]:
     """Return the formats of some models by name."""
     return {name: plugins.load("formats", name, Format)() for name in {model.format for model in models} - {""}}
+
+
+def requests_of(
+    form: Format, slices: Iterable[tuple[Source, int, int]], room: int
+) -> tuple[list[tuple[Read, ...]], list[list[Read]]]:
+    """Return what each of some slices (source, start, stop) of a model needs, and the same in groups, a request each.
+
+    room: bytes of memory for all of it, `GRAIN`s of a group; what the slices leave of it is for gaps.
+    """
+    slices = list(slices)
+    needed = [form.reads(*one) for one in slices]
+    reads = list(itertools.chain.from_iterable(needed))
+    width = max((DTYPE_BITS[ref.dtype] // 8 for source, _, _ in slices for ref in source.tensors), default=1)
+    spare = room - sum(rounded_up(read.stop - read.start) for read in reads)
+    return needed, joined(reads, width=width, gap=GAP, spare=spare)
+
+
+def kept_requests(form: Format, slices: Iterable[tuple[Source, int, int]]) -> list[list[Read]]:
+    """Return what a model stores for some parameters, kept whole, in groups, a request each."""
+    return joined([hull(group) for one in slices for group in joined(form.reads(*one))])
+
+
+def hull(group: Sequence[Read]) -> Read:
+    """Return the range of a group's request."""
+    return group[0]._replace(stop=group[-1].stop)
+
+
+def rounded_up(size: int) -> int:
+    """Return the next multiple of `GRAIN`."""
+    return -(-size // GRAIN) * GRAIN
 
 
 class Footprint(NamedTuple):
@@ -63,25 +101,56 @@ class Sources:
     @cached_property
     def dense_dtypes(self) -> frozenset[str]:
         """The dtypes of what models store as whole tensors."""
-        _, models = self._alike(self.models)
-        return frozenset(
-            ref.dtype
-            for model in models
-            for source in model.sources.values()
-            if not self.formats[model.format].held(source)
-            for ref in source.tensors
+        return frozenset(ref.dtype for _, source, factors in self._stored() if not factors for ref in source.tensors)
+
+    @cached_property
+    def factored(self) -> frozenset[str]:
+        """The parameters for which any model stores factors."""
+        return frozenset(name for name, _, factors in self._stored() if factors)
+
+    def _stored(self) -> Iterator[tuple[str, Source, bool]]:
+        """Yield (parameter, source, whether it is factors) of each kind of model."""
+        for model in self.alike(self.models)[1]:
+            held = self.formats[model.format].held
+            yield from ((name, source, held(source) > 0) for name, source in model.sources.items())
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Bytes of the widest element that can be merged, in the base and in the models' whole tensors; 0: none."""
+        of_base = {ref.dtype for source in self.catalog.base.sources.values() for ref in source.tensors}
+        base, models = (
+            max((DTYPE_BITS[dtype] // 8 for dtype in dtypes & MERGEABLE), default=0)
+            for dtypes in (of_base, self.dense_dtypes)
         )
+        return base, models
+
+    def filled(self, block: int) -> int:
+        """Return how many elements of a block are ever used at most."""
+        return min(block, self._largest)
+
+    @cached_property
+    def _largest(self) -> int:
+        return max(LEAST_BLOCK, *(parameter.numel for parameter in self.catalog.parameters))
+
+    def run_of(self, block: int, num_models: int) -> int:
+        """Return how many elements a run may have: the slices of all models wait while its first blocks are merged.
+
+        They take no more memory than the `TOGETHER` slices of a block, in so many buffers: those read ahead may be of a
+        block again.
+        """
+        of_one = self.filled(block) // -(-num_models // TOGETHER)
+        return of_one - of_one % GRAIN
 
     def footprint(self, parameter: Parameter, models: Sequence[Model]) -> Footprint:
         """Return what these models store for a parameter; quick where many of them store theirs alike."""
-        counts, kinds = self._alike(models)
+        counts, kinds = self.alike(models)
         key = parameter.name, counts
         if key not in self._sums:
             parts = [(count, self._one(parameter, model)) for (_, count), model in zip(counts, kinds, strict=True)]
             self._sums[key] = self._sum(parts)
         return self._sums[key]
 
-    def _alike(self, models: Sequence[Model]) -> tuple[tuple[tuple[int, int], ...], tuple[Model, ...]]:
+    def alike(self, models: Sequence[Model]) -> tuple[tuple[tuple[int, int], ...], tuple[Model, ...]]:
         """Return (identity of the sources, models that share them) for each kind among them, and one model of each.
 
         Planning asks for one parameter after the other of the same models, so the last answer is kept.
@@ -122,6 +191,39 @@ class Sources:
         if footprint.factors[0] <= self._cache:
             return "all"
         return "shared" if footprint.shared[0] <= self._cache else "nothing"
+
+    def kept_together(self, parameters: Iterable[Parameter], models: Sequence[Model]) -> Iterator[list[Parameter]]:
+        """Yield consecutive parameters whose factors are read at once, and kept until all of them are done.
+
+        Of one model they hold no more than twice the largest parameter's: while they are cut apart there are their
+        bytes, and one's again, where the plan counts those of one as read, aligned and decoded (`Format.held`).
+        """
+        found: list[Parameter] = []
+        room = largest = 0
+        for parameter in parameters:
+            one = self.footprint(parameter, models)
+            if found and (one.factors[0] > room or one.held[1] > largest):
+                yield found
+                found = []
+            if not found:
+                room, largest = self._cache, 2 * self._largest_held
+            found.append(parameter)
+            room, largest = room - one.factors[0], largest - one.held[1]
+        if found:
+            yield found
+
+    def factors(self, model: Model, parameters: Iterable[Parameter]) -> list[tuple[Source, int, int]]:
+        """Return what a model stores as factors for some parameters, each whole: (source, start, stop)."""
+        held = self.formats[model.format].held
+        return [
+            (source, 0, one.numel)
+            for one in parameters
+            if (source := model.sources.get(one.name)) is not None and held(source)
+        ]
+
+    @cached_property
+    def _largest_held(self) -> int:
+        return max((self.footprint(one, self.models).held[1] for one in self.catalog.parameters), default=0)
 
     def room_for_slices(self) -> int:
         """Return the bytes of a worker's cache that are left beside all factors."""

@@ -17,10 +17,11 @@ from torch import Tensor
 from ties_ray.cache import Cache, Shelf
 from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
-from ties_ray.formats import Format, Read, Source, joined
+from ties_ray.formats import Format, Read, Source
 from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.manifest import Seen, Written
+from ties_ray.sources import kept_requests, requests_of, rounded_up
 from ties_ray.stores import Pin, Stores, crc32c, scheme_of, shown
 from ties_ray.trace import Times
 
@@ -36,10 +37,23 @@ class Wanted(NamedTuple):
     source: Source
     start: int
     stop: int
-    whole: int = 0
-    """Elements of the whole parameter..."""
     kept: Literal["nothing", "shared", "all"] = "nothing"
-    """...and what is kept of its factors: of all that is stored, read at once, or of what every slice needs."""
+    """What is kept of its factors: all that is stored, or what every slice needs."""
+    together: Sequence[tuple[Source, int, int]] = ()
+    """Where all is kept: what is read with it, its own included; whole, as (source, 0, elements of the parameter)."""
+
+
+class Room(NamedTuple):
+    """Memory for what is read together, in bytes."""
+
+    run: int
+    """Of one model's slices of a run..."""
+    buffer: int
+    """...and of the buffers that those of several models share."""
+
+
+ALONE = Room(0, 0)
+"""Nothing is read together."""
 
 
 class Ledger:
@@ -128,6 +142,8 @@ class ReadAhead:
         self._cache = cache
         self._shelf = shelf
         self._lock = threading.Lock()
+        self._reading: dict[str, threading.Lock] = {}
+        """Of models whose factors are kept."""
         self._times = times
         self.bytes_read = 0
         self.requests = 0
@@ -144,31 +160,39 @@ class ReadAhead:
         return self._threads.map(function, items)
 
     def stream(
-        self, wanted: Iterable[Wanted | None], take: Callable[[Stored], Stored] = lambda stored: stored
-    ) -> Generator[Stored | None, None, None]:
-        """Yield the slices in order; None for None (a parameter that the model lacks).
+        self,
+        wanted: Iterable[Sequence[Wanted | None]],
+        room: Room = ALONE,
+        take: Callable[[Stored], Stored] = lambda stored: stored,
+    ) -> Generator[list[Stored | None], None, None]:
+        """Yield the slices in order, several of a model that are read together; None for None (it lacks the parameter).
 
         take: brings a slice to where it is needed, while others are read and merged. A slice's memory is used again as
-        soon as nobody refers to the slice.
+        soon as nobody refers to the slice, or to another that was read with it.
         """
-        coming: collections.deque[Future[Stored] | None] = collections.deque()
+        coming: collections.deque[Future[list[Stored | None]]] = collections.deque()
         remaining = iter(wanted)
         try:
             while True:
-                for item in itertools.islice(remaining, self._ahead - len(coming)):
-                    coming.append(item and self._threads.submit(self._fetch, item, take))
+                for run in itertools.islice(remaining, self._ahead - len(coming)):
+                    coming.append(self._threads.submit(self._fetch, run, room, take) if any(run) else _none(len(run)))
                 if not coming:
                     return
                 yield self._await(coming.popleft())
         finally:
-            wait([future for future in coming if future and not future.cancel()])
+            wait([future for future in coming if not future.cancel()])
 
-    def _await(self, future: Future[Stored] | None) -> Stored | None:
+    def _await(self, future: Future[list[Stored | None]]) -> list[Stored | None]:
         with self._times.spent("wait_read"):
-            return future.result() if future else None
+            return future.result()
 
-    def read(self, pin: Pin, start: int, into: Tensor, *, again: bool = False) -> None:
-        """Fill `into` (1-D uint8) with an input's bytes from `start` on; again: this round may ask for them again."""
+    def read(
+        self, pin: Pin, start: int, into: Tensor, *, again: bool = False, needed: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Fill `into` (1-D uint8) with an input's bytes from `start` on; again: this round may ask for them again.
+
+        needed: the ranges of these bytes that somebody needs, where that is not all of them.
+        """
         store, data = self._stores.of(pin.uri), into.numpy()
         keeps = (self.keeps or again) and scheme_of(pin.uri) != "local"  # files the system keeps by itself
         for repeated in (False, True):
@@ -181,7 +205,11 @@ class ReadAhead:
                 self.bytes_read += last - first
                 self.bytes_kept += len(data) - (last - first)
                 self.requests += missing is not None
-            mismatch = self.ledger.mismatch(pin.uri, start, data)
+            mismatches = (
+                self.ledger.mismatch(pin.uri, begin, data[begin - start : end - start])
+                for begin, end in needed or ((start, start + len(data)),)
+            )
+            mismatch = next(filter(None, mismatches), None)
             if mismatch is None:
                 if keeps and missing:
                     self._shelf.put(pin.uri, first, data[first - start : last - start])
@@ -191,19 +219,39 @@ class ReadAhead:
             self._shelf.forget(pin.uri)
             store.meter.add(retries=1)  # read it once more: they may have changed on the way here only
 
-    def _fetch(self, wanted: Wanted, take: Callable[[Stored], Stored]) -> Stored:
+    def _fetch(self, run: Sequence[Wanted | None], room: Room, take: Callable[[Stored], Stored]) -> list[Stored | None]:
+        some = [wanted for wanted in run if wanted]
+        brought = iter(self._together(some, room) if len(run) > 1 else map(self._alone, some))
+
+        def encoded(wanted: Wanted) -> Stored:
+            form = self._formats[wanted.model.format]
+            return take(form.encoded(wanted.source, wanted.start, wanted.stop, next(brought)))
+
+        return [wanted and encoded(wanted) for wanted in run]
+
+    def _together(self, some: Sequence[Wanted], room: Room) -> list[list[Tensor]]:
+        """Return what each of some slices of a model needs, brought by as few requests as the plan says."""
+        model, slices = some[0].model, [(wanted.source, wanted.start, wanted.stop) for wanted in some]
+        needed, requests = requests_of(self._formats[model.format], slices, room.run)
+        views: dict[Read, Tensor] = {}
+        for group in requests:
+            start, size = group[0].start, group[-1].stop - group[0].start
+            data = self._buffers.piece(rounded_up(size), room.buffer)[:size]
+            self.read(model.objects[group[0].object], start, data, needed=[read[1:3] for read in group])
+            views |= {read: data[read.start - start : read.stop - start] for read in group}
+        return [[views[read] for read in reads] for reads in needed]
+
+    def _alone(self, wanted: Wanted) -> list[Tensor]:
         form = self._formats[wanted.model.format]
         reads = form.reads(wanted.source, wanted.start, wanted.stop)
         if wanted.kept == "all" and form.held(wanted.source):
-            views = self._cut_from_kept(wanted, reads)
-        else:
-            views = [
-                self._kept(wanted.model.objects[read.object], read)
-                if read.shared and wanted.kept == "shared"
-                else self._buffered(wanted, read, again=bool(form.held(wanted.source)))
-                for read in reads
-            ]
-        return take(form.encoded(wanted.source, wanted.start, wanted.stop, views))
+            return self._cut_from_kept(wanted, reads)
+        return [
+            self._kept(wanted.model.objects[read.object], read)
+            if read.shared and wanted.kept == "shared"
+            else self._buffered(wanted, read, again=bool(form.held(wanted.source)))
+            for read in reads
+        ]
 
     def _buffered(self, wanted: Wanted, read: Read, *, again: bool) -> Tensor:
         view = self._buffers.empty(read.stop - read.start, torch.uint8)
@@ -211,25 +259,67 @@ class ReadAhead:
         return view
 
     def _cut_from_kept(self, wanted: Wanted, reads: Sequence[Read]) -> list[Tensor]:
-        """Return what a slice needs from all that is stored for the parameter, which is read where it is not kept."""
-        whole = joined(self._formats[wanted.model.format].reads(wanted.source, 0, wanted.whole))
-        kept = [(read, self._kept(wanted.model.objects[read.object], read)) for read in whole]
+        """Return what a slice needs from all that is stored for the parameter and its neighbours, which is kept."""
+        model = wanted.model
+        groups = kept_requests(self._formats[model.format], wanted.together)
+        with self._reading.setdefault(model.uri, threading.Lock()):  # of few models the next block is under way too
+            kept = {read: data for group in groups for read, data in self._kept_group(model.objects, group)}
         return [
             next(
                 data[read.start - all_.start : read.stop - all_.start]
-                for all_, data in kept
+                for all_, data in kept.items()
                 if all_.object == read.object and all_.start <= read.start and read.stop <= all_.stop
             )
             for read in reads
         ]
 
+    def _kept_group(self, pins: Sequence[Pin], group: Sequence[Read]) -> list[tuple[Read, Tensor]]:
+        """Return what is kept of the reads of a group; what is not, and all between, is read by one request."""
+        pin = pins[group[0].object]
+        kept = {read: self._cache.get(pin.uri, read.start, read.stop) for read in group}
+        missing = [read for read, data in kept.items() if data is None]
+        if missing:
+            start, stop = missing[0].start, missing[-1].stop
+            data = torch.empty(stop - start, dtype=torch.uint8)
+            self.read(pin, start, data, again=True, needed=[read[1:3] for read in missing])
+            for read, known in kept.items():  # all become the newest, to go when these parameters are done
+                if known is None:
+                    known = data[read.start - start : read.stop - start]
+                    known = known if len(known) == len(data) else known.clone()
+                kept[read] = known
+                self._cache.put(pin.uri, read.start, known)
+        return [(read, data) for read, data in kept.items() if data is not None]
+
     def _kept(self, pin: Pin, read: Read) -> Tensor:
-        data = self._cache.get(pin.uri, read.start, read.stop)
-        if data is None:
-            data = torch.empty(read.stop - read.start, dtype=torch.uint8)
-            self.read(pin, read.start, data, again=True)
-            self._cache.put(pin.uri, read.start, data)
+        ((_, data),) = self._kept_group([pin], [read._replace(object=0)])
         return data
+
+
+def dealt(stream: Iterator[Sequence[T]], count: int) -> list[Iterator[T]]:
+    """Return `count` iterators: over the first of each run of slices that comes, over the second, ...
+
+    They are worked off one after the other; what the first has taken waits for the others.
+    """
+    waiting: list[collections.deque[T]] = [collections.deque() for _ in range(count)]
+
+    def take(run: Sequence[T]) -> None:
+        for queue, one in zip(waiting, run, strict=True):
+            queue.append(one)
+
+    def each(queue: collections.deque[T]) -> Iterator[T]:
+        while True:
+            if not queue:
+                take(next(stream))  # a function of its own: a loop variable here would hold a slice's memory
+            yield queue.popleft()
+
+    return [each(queue) for queue in waiting]
+
+
+def _none(count: int) -> Future[list[Stored | None]]:
+    """Return what nobody need read."""
+    future: Future[list[Stored | None]] = Future()
+    future.set_result([None] * count)
+    return future
 
 
 class WriteBehind:

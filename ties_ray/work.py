@@ -49,6 +49,7 @@ from ties_ray.plan import (
     elements_in,
     is_resident,
     method_round,
+    runs_of,
 )
 from ties_ray.poolcache import PoolCache, identity
 from ties_ray.safetensors import DTYPE_BITS
@@ -57,7 +58,7 @@ from ties_ray.sources import NEEDS, Footprint, Sources
 from ties_ray.statistics import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
 from ties_ray.stores import Stores, join, scheme_of
 from ties_ray.trace import Times
-from ties_ray.transfer import Ledger, ReadAhead, Wanted, WriteBehind
+from ties_ray.transfer import Ledger, ReadAhead, Room, Wanted, WriteBehind, dealt
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RECORD_SHARDS = 256
@@ -479,28 +480,36 @@ class Worker:
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; each is gone when the next comes."""
         resident = is_resident(self._plan.recipe, round_)
-        blocks = [
-            (parameter, start, min(start + round_.block, stop))
-            for parameter, begin, stop in segments
-            for start in range(begin, stop, round_.block)
-        ]
-        wanted = (item for block in blocks for item in self._wanted(round_, block, members, round_.passes))
-        with closing(self._reads.stream(wanted, self._kernels.take)) as coming:
-            for parameter, start, stop in blocks:
-                known = self._plan.catalog.parameters[parameter]
-                together = self._sources.together(self._footprint(parameter, members))
-                begin, end = self._base_range(round_, (parameter, start, stop), members)
-                rows = self._decoded(next(coming), known, stop - start)
+        parameters, segments = self._plan.catalog.parameters, list(segments)
+        factored, widest = self._sources.factored, max(self._sources.widths)
+        runs = list(runs_of(segments, round_.block, round_.run, lambda one: parameters[one].name not in factored))
+        together = self._kept_together(segments if round_.run else (), members)
+        wanted = itertools.chain.from_iterable(self._wanted(round_, run, members, together) for run in runs)
+        room = Room(round_.run * widest, self._sources.filled(round_.block) * widest)
+        with closing(self._reads.stream(wanted, room, self._kernels.take)) as stream:
+            blocks = (block for run in runs for block in zip(run, dealt(stream, len(run)), strict=True))
+            for block, coming in blocks:
+                parameter, start, stop = block
+                group = self._sources.together(self._footprint(parameter, members))
+                begin, end = self._base_range(round_, block, members)
+                rows = self._decoded(next(coming), parameters[parameter], stop - start)
                 base = rows[start - begin : stop - begin] if begin < end else rows
                 slices = Slices(
                     self._kernels, base, start, len(members), map(partial(self._with_scales, rows), coming),
-                    passes=round_.passes, resident=resident, together=together,
+                    passes=round_.passes, resident=resident, together=group,
                 )  # fmt: skip
                 yield Block(parameter, start, stop, base, slices)
                 slices.close()
                 self._judge(slices.not_finite, members, parameter, done)
 
-    def _base_range(self, round_: PlannedRound, block: tuple[int, int, int], members: Sequence[int]) -> tuple[int, int]:
+    def _kept_together(self, segments: Iterable[Segment], members: Sequence[int]) -> dict[str, list[Parameter]]:
+        """Return, for each parameter with factors, those whose factors are read with its own where they are kept."""
+        models, parameters = [self._models[member] for member in members], self._plan.catalog.parameters
+        found = dict.fromkeys(parameters[segment.parameter] for segment in segments)
+        factored = (one for one in found if one.name in self._sources.factored)
+        return {one.name: some for some in self._sources.kept_together(factored, models) for one in some}
+
+    def _base_range(self, round_: PlannedRound, block: Segment, members: Sequence[int]) -> tuple[int, int]:
         """Return which of the base's elements a block needs: none, its own, or the rows that it touches whole."""
         index, start, stop = block
         parameter = self._plan.catalog.parameters[index]
@@ -542,20 +551,33 @@ class Worker:
         return self._bases.empty(len(stored), dtype).copy_(stored)
 
     def _wanted(
-        self, round_: PlannedRound, block: tuple[int, int, int], members: Sequence[int], passes: int
-    ) -> Iterator[Wanted | None]:
-        index, start, stop = block
-        parameter = self._plan.catalog.parameters[index]
-        base = self._plan.catalog.base
-        begin, end = self._base_range(round_, block, members)
-        # A slice without elements is asked for too: whoever reads it learns the base's dtype.
-        needed = begin < end or (start == stop and parameter.name in base.sources)
-        yield Wanted(base, base.sources[parameter.name], begin, end) if needed else None
-        kept = self._sources.kept(self._footprint(index, members))
-        for _ in range(passes):
+        self,
+        round_: PlannedRound,
+        run: Sequence[Segment],
+        members: Sequence[int],
+        together: Mapping[str, Sequence[Parameter]],
+    ) -> Iterator[list[Wanted | None]]:
+        """Yield what is read for a run of blocks: of the base, then of each model."""
+        yield [self._of_base(round_, block, members) for block in run]
+        for _ in range(round_.passes):
             for model in (self._models[member] for member in members):
-                source = model.sources.get(parameter.name)
-                yield Wanted(model, source, start, stop, parameter.numel, kept) if source else None
+                yield [self._of_model(model, block, members, together) for block in run]
+
+    def _of_base(self, round_: PlannedRound, block: Segment, members: Sequence[int]) -> Wanted | None:
+        name, base = self._plan.catalog.parameters[block.parameter].name, self._plan.catalog.base
+        begin, end = self._base_range(round_, block, members)
+        return Wanted(base, base.sources[name], begin, end) if begin < end else None
+
+    def _of_model(
+        self, model: Model, block: Segment, members: Sequence[int], together: Mapping[str, Sequence[Parameter]]
+    ) -> Wanted | None:
+        parameter = self._plan.catalog.parameters[block.parameter]
+        source = model.sources.get(parameter.name)
+        if source is None:
+            return None
+        kept = self._sources.kept(self._footprint(block.parameter, members))
+        factors = self._sources.factors(model, together.get(parameter.name, [parameter]))
+        return Wanted(model, source, block.start, block.stop, kept, factors)
 
     def _count(self, round_: PlannedRound, shard: Shard, done: Batch) -> None:
         counted = self._counted(round_, shard)
@@ -605,13 +627,13 @@ class Worker:
         numels = {parameter.name: parameter.numel for parameter in self._plan.catalog.parameters if parameter.merged}
         form = self._formats[model.format]
         wanted = [
-            Wanted(model, source, 0, numels[name])
+            [Wanted(model, source, 0, numels[name])]
             for name, source in model.sources.items()
             if name in numels and form.held(source)
         ]
         norm2, not_finite = 0.0, 0
         with closing(self._reads.stream(wanted)) as coming:
-            for one in coming:
+            for (one,) in coming:
                 if isinstance(one, Factors):
                     norm2 += norm2_of(one)
                     stored = [each for each in (one.left, one.right, one.magnitude) if each is not None]
@@ -733,13 +755,13 @@ class Worker:
         found = [model.sources.get(parameter.name) for model in self._models]
         coefficients = self._plan.recipe.method.coefficients(self._result.members, [one is not None for one in found])
         wanted = [
-            Wanted(model, source, 0, parameter.numel) if source else None
+            [Wanted(model, source, 0, parameter.numel) if source else None]
             for model, source in zip(self._models, found, strict=True)
         ]
         with closing(self._reads.stream(wanted)) as coming:
             factors = [
                 (coefficient, one)
-                for coefficient, one in zip(coefficients or (), coming, strict=True)
+                for coefficient, (one,) in zip(coefficients or (), coming, strict=True)
                 if isinstance(one, Factors)
             ]
         finite = all(bool(one.left.isfinite().all() and one.right.isfinite().all()) for _, one in factors)

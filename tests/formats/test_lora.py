@@ -17,6 +17,7 @@ from ties_ray.formats import Format, Found, Parameter, Read, Rules, joined
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
+from ties_ray.sources import hull
 from ties_ray.stores import Stores
 from ties_ray.testing import FormatContract, folder_of
 
@@ -670,12 +671,25 @@ def _quiet() -> Iterator[None]:
 
 def test_reads_that_lie_back_to_back_are_joined_where_both_can_be_cut_out() -> None:
     def told(*reads: tuple[int, int, int]) -> list[tuple[int, int, int, bool]]:
-        return [tuple(one) for one in joined([Read(*read) for read in reads])]
+        return [tuple(one) for one in map(hull, joined([Read(*read) for read in reads]))]
 
     assert told((0, 100, 164), (0, 164, 200)) == [(0, 100, 200, False)]
     assert told((0, 164, 200), (0, 100, 164)) == [(0, 100, 200, False)]
     assert told((0, 0, 8), (0, 8, 16), (0, 16, 20)) == [(0, 0, 20, False)]
     for apart in [((0, 0, 8), (0, 9, 16)), ((0, 0, 8), (1, 8, 16)), ((0, 0, 4), (0, 4, 16))]:
         assert len(told(*apart)) == 2
-    assert joined([Read(0, 0, 8, shared=True), Read(0, 8, 9)]) == [Read(0, 0, 9, shared=True)]
+    assert joined([Read(0, 0, 8, shared=True), Read(0, 8, 9)]) == [[Read(0, 0, 8, shared=True), Read(0, 8, 9)]]
     assert joined([]) == []
+
+
+def test_reads_are_joined_over_gaps_as_long_as_there_is_room_for_what_nobody_needs() -> None:
+    def groups(*starts: int, **how: int) -> list[int]:
+        return [len(group) for group in joined([Read(0, start, start + 8) for start in starts], **how)]
+
+    assert groups(0, 16, 40) == groups(0, 16, 40, gap=7, spare=99) == [1, 1, 1]
+    assert groups(0, 16, 40, gap=8, spare=99) == [2, 1]
+    assert groups(0, 16, 40, gap=16, spare=24) == [3]
+    assert groups(0, 16, 40, 48, gap=16, spare=23) == [2, 2]
+    assert groups(0, 10, 20, gap=16, spare=99) == [1, 1, 1]
+    assert groups(0, 10, 20, gap=16, spare=99, width=2) == [3]
+    assert [len(group) for group in joined([Read(0, 0, 8), Read(0, 4, 12)], gap=16, spare=99, width=1)] == [1, 1]

@@ -27,6 +27,23 @@ def test_buffers_grow_to_the_largest_size_asked_for() -> None:
     assert buffers.empty(10, torch.uint8).data_ptr() == place
 
 
+def test_pieces_share_a_buffer_which_comes_back_when_the_last_is_gone() -> None:
+    buffers = Buffers()
+    pieces = [buffers.piece(400, 1000).fill_(number) for number in range(3)]
+    places = [piece.data_ptr() for piece in pieces]
+    assert places[1] == places[0] + 400, "two have room..."
+    assert not 0 <= places[2] - places[0] < 1000, "...and the third has not"
+    assert [int(piece.max()) for piece in pieces] == [int(piece.min()) for piece in pieces] == [0, 1, 2]
+    del pieces[0], pieces[1]  # the first and the third
+    assert buffers.empty(1000, torch.uint8).data_ptr() == places[2]
+    held = buffers.empty(1000, torch.uint8)
+    assert held.data_ptr() != places[0], "one of its pieces lives"
+    pieces.clear()
+    lent = [buffers.empty(1000, torch.uint8) for _ in range(2)]
+    assert places[0] in {one.data_ptr() for one in lent}
+    assert len(buffers.piece(3000, 1000)) == 3000
+
+
 def test_threads_never_share_a_buffer() -> None:
     buffers, wrong = Buffers(), []
 

@@ -56,18 +56,22 @@ class Read(NamedTuple):
     """True: every slice of the parameter needs it (a factor), so a worker keeps it at hand where it can."""
 
 
-def joined(reads: Sequence[Read]) -> list[Read]:
-    """Return reads as fewer ones where they lie back to back, as the two factors of a matrix do in an adapter's file.
+def joined(reads: Sequence[Read], *, width: int = 8, gap: int = 0, spare: int = 0) -> list[list[Read]]:
+    """Return reads in groups that one request brings: of one object, back to back or with bytes between them.
 
-    Only where the second begins at a multiple of 8 bytes of the first, so that either can be looked at as any dtype.
+    gap, spare: so many bytes between two reads at most, and of all groups together. width: reads of a group begin at
+    multiples of it from the first, so that each can be looked at as a dtype of so many bytes.
     """
-    found: list[Read] = []
+    found: list[list[Read]] = []
     for read in sorted(reads):
-        last = found[-1] if found else None
-        if last and last.object == read.object and last.stop == read.start and (read.start - last.start) % 8 == 0:
-            found[-1] = last._replace(stop=read.stop, shared=last.shared or read.shared)
+        first, last = (found[-1][0], found[-1][-1]) if found else (read, read)
+        between = read.start - last.stop
+        near = last.object == read.object and 0 <= between <= min(gap, spare)
+        if found and near and (read.start - first.start) % width == 0:
+            found[-1].append(read)
+            spare -= between
         else:
-            found.append(read)
+            found.append([read])
     return found
 
 

@@ -2,7 +2,9 @@
 
 import collections
 import mmap
+import threading
 import weakref
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -34,15 +36,32 @@ class Buffers:
         self._pinned = pinned
         self._size = 0
         self._free: collections.deque[Bytes] = collections.deque()
+        self._lock = threading.Lock()
+        self._shared: Callable[[], Bytes | None] = lambda: None
+        """The buffer that pieces are cut from, while any of them lives, and..."""
+        self._cut = 0
+        """...how much of it is gone."""
 
     def empty(self, length: int, dtype: torch.dtype) -> Tensor:
         """Return a 1-D tensor of any content."""
-        wanted = length * dtype.itemsize
+        return torch.from_numpy(self._lend(length * dtype.itemsize)).view(dtype)
+
+    def piece(self, size: int, of: int) -> Tensor:
+        """Return `size` bytes of any content, cut one after the other from buffers of `of` bytes that they share."""
+        with self._lock:
+            shared = self._shared()
+            if shared is None or self._cut + size > len(shared):
+                shared, self._cut = self._lend(max(size, of)), 0
+                self._shared = weakref.ref(shared)
+            self._cut += size
+            return torch.from_numpy(shared)[self._cut - size : self._cut]
+
+    def _lend(self, wanted: int) -> Bytes:
         if wanted > self._size:
             self._size = -(-wanted // HUGE_PAGE) * HUGE_PAGE
         lent = (whole := self._take(wanted))[:wanted]
-        weakref.finalize(lent, self._give_back, whole).atexit = False  # the tensor holds `lent` as long as it lives
-        return torch.from_numpy(lent).view(dtype)
+        weakref.finalize(lent, self._give_back, whole).atexit = False  # a tensor holds `lent` as long as it lives
+        return lent
 
     def _take(self, wanted: int) -> Bytes:
         while self._free:
