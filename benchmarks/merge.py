@@ -1,7 +1,7 @@
 """Whole TIES merges against their limit, copying every byte once, and against mergekit; from disk and from a bucket.
 
     OMP_NUM_THREADS=1 python -m benchmarks.merge --models 4 --models 64 --mergekit PYTHON
-    OMP_NUM_THREADS=1 python -m benchmarks.merge --models 16 --bucket [--rate 200]
+    OMP_NUM_THREADS=1 python -m benchmarks.merge --models 16 --bucket [--rate 200 [--latency 30]]
 
 `copy` reads every input once and writes an output of the same size, through the same store and as many threads as a
 worker reads with, and does nothing else. mergekit trims each tensor for itself; an exact threshold of the whole task
@@ -41,21 +41,20 @@ BUCKET = "family"
 def copy(given: str) -> None:
     """Read what a merge reads, once, and write what it writes, in this process."""
     from ties_ray import drive
-    from ties_ray.plan import AHEAD
     from ties_ray.stores import Stores
 
     plan = drive.plan(ties_ray.load_recipe(given))
     stores = Stores(plan.recipe.storage)
     pins = [pin for model in (plan.catalog.base, *plan.catalog.models) for pin in model.objects]
     reads = [(pin, start) for pin in pins for start in range(0, pin.size, BLOCK)]
-    buffers = [bytearray(plan.layout.part_size) for _ in range(AHEAD)]
+    buffers = [bytearray(plan.layout.part_size) for _ in range(plan.ahead)]
 
     def read(thread: int) -> None:
-        for pin, start in reads[thread::AHEAD]:
+        for pin, start in reads[thread :: plan.ahead]:
             stores.of(pin.uri).read(pin, start, memoryview(buffers[thread])[: min(BLOCK, pin.size - start)])
 
-    with ThreadPoolExecutor(AHEAD) as threads:
-        list(threads.map(read, range(AHEAD)))
+    with ThreadPoolExecutor(plan.ahead) as threads:
+        list(threads.map(read, range(plan.ahead)))
     store = stores.of(plan.output)
     for index, file in enumerate(plan.result.files):
         uri = f"{plan.output}/{file.name}"
@@ -120,14 +119,14 @@ def program(code: str, recipe: Mapping[str, object]) -> measure.Seen:
 
 
 @contextmanager
-def in_a_bucket(place: Path, rate: float | None) -> Iterator[dict[str, object]]:
-    """Upload the family to a server on loopback; yield `storage`, with a wire of so many MB/s between."""
+def in_a_bucket(place: Path, rate: float | None, latency: float) -> Iterator[dict[str, object]]:
+    """Upload the family to a server on loopback; yield `storage`, with a wire of so many MB/s and ms between."""
     with tempfile.TemporaryDirectory() as folder, measure.s3_server(Path(folder) / "log") as endpoint:
         measure.upload(place, endpoint, BUCKET)
         if rate is None:
             yield {"s3": {"endpoint_url": endpoint}}
             return
-        command = [sys.executable, "-m", "benchmarks.throttle", urlsplit(endpoint).netloc, str(rate)]
+        command = [sys.executable, "-m", "benchmarks.throttle", urlsplit(endpoint).netloc, str(rate), str(latency)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as wire:
             try:
                 assert wire.stdout
@@ -175,15 +174,16 @@ def compare(
 @click.option("--mergekit", "other", type=click.Path(path_type=Path), help="Python of an environment with mergekit")
 @click.option("--bucket", is_flag=True, help="read from and write to an S3 server on loopback instead of the disk")
 @click.option("--rate", type=float, help="MB/s of the wire to that server; none: as fast as it is")
+@click.option("--latency", default=0.0, help="ms until that server has what it is asked, where there is a wire")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the family lies or shall lie; else a temporary")
 def main(
     models: tuple[int, ...], size: str, runs: tuple[str, ...], other: Path | None, bucket: bool, rate: float | None,
-    folder: Path | None,
+    latency: float, folder: Path | None,
 ) -> None:  # fmt: skip
     """Merge families in several ways and print what each took."""
     with measure.family_in(folder, size, max(models)) as place:
         if bucket:
-            with in_a_bucket(place, rate) as storage:
+            with in_a_bucket(place, rate, latency) as storage:
                 for number in models:
                     compare(f"s3://{BUCKET}", number, runs, storage, None)
         else:

@@ -1,8 +1,9 @@
-"""A wire of a given rate before a server, for measuring what happens where storage is the limit and cores are not.
+"""A wire of a given rate and length before a server, for measuring where storage is the limit and cores are not.
 
-    python -m benchmarks.throttle HOST:PORT MEGABYTES_A_SECOND
+    python -m benchmarks.throttle HOST:PORT MEGABYTES_A_SECOND [MILLISECONDS]
 
-It prints its own address and forwards until it is killed. All connections share the rate, either way.
+It prints its own address and forwards until it is killed. All connections share the rate, either way; what is asked
+arrives so many milliseconds later.
 """
 
 import asyncio
@@ -24,24 +25,41 @@ class Wire:
         await asyncio.sleep(self._free - time.monotonic())
 
 
-async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter, wire: Wire) -> None:
-    try:
-        while data := await source.read(CHUNK):
+async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter, wire: Wire, seconds: float) -> None:
+    """Hand on what comes, each piece so many seconds after it came."""
+    on_its_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
+
+    async def take() -> None:
+        data = b"-"
+        while data:
+            data = await source.read(CHUNK)
+            await on_its_way.put((time.monotonic() + seconds, data))
+
+    async def give() -> None:
+        due, data = await on_its_way.get()
+        while data:
+            await asyncio.sleep(due - time.monotonic())
             await wire.carry(len(data))
             target.write(data)
             await target.drain()
-    except ConnectionError:
+            due, data = await on_its_way.get()
+
+    try:
+        async with asyncio.TaskGroup() as both:
+            both.create_task(take())
+            both.create_task(give())
+    except* ConnectionError:
         pass  # one side has gone; the other is told
     finally:
         target.close()
 
 
-async def serve(host: str, port: int, rate: float) -> None:
+async def serve(host: str, port: int, rate: float, seconds: float) -> None:
     there, back = Wire(rate), Wire(rate)
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_connection(host, port)
-        await asyncio.gather(forward(reader, to_server, there), forward(from_server, writer, back))
+        await asyncio.gather(forward(reader, to_server, there, seconds), forward(from_server, writer, back, 0.0))
 
     server = await asyncio.start_server(connect, "127.0.0.1", limit=CHUNK)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
@@ -50,4 +68,5 @@ async def serve(host: str, port: int, rate: float) -> None:
 
 if __name__ == "__main__":
     host, _, port = sys.argv[1].rpartition(":")
-    asyncio.run(serve(host, int(port), float(sys.argv[2]) * 1e6))
+    rate, milliseconds = map(float, [*sys.argv[2:], "0"][:2])
+    asyncio.run(serve(host, int(port), rate * 1e6, milliseconds / 1e3))

@@ -77,8 +77,7 @@ def draw_sizes(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4])
     for module in (planning, work, drive):
         monkeypatch.setattr(module, "MODEL_GROUP", group)
-    for module in (planning, work):
-        monkeypatch.setattr(module, "AHEAD", ahead)
+    monkeypatch.setattr(planning, "AHEAD", ahead)
     monkeypatch.setattr(sources, "TOGETHER", together)
     monkeypatch.setattr(sources, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
     monkeypatch.setattr(work, "RECORD_SHARDS", draw.choice([1, 2, 256]))

@@ -210,6 +210,19 @@ def test_a_worker_never_needs_more_than_the_recipes_memory(
         assert made.result.rounds[-1].passes == 2, "300 slices do not fit, so they are read twice"
 
 
+@pytest.mark.parametrize(("memory", "ahead"), [("264MiB", [4]), ("340MiB", range(5, 16)), ("512MiB", [16])])
+def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(memory: str, ahead: Sequence[int]) -> None:
+    local = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
+    pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
+    far = replace(local, models=tuple(replace(model, objects=pins) for model in local.models))
+    recipe = recipe_for(8, "average", run={"memory": memory})
+    assert make_plan(recipe, local).ahead == 4
+    plan = make_plan(recipe, far)
+    assert plan.ahead in ahead
+    assert plan.memory <= recipe.run.memory
+    assert plan.memory - make_plan(recipe, local).memory == (plan.ahead - 4) * 8 * 2**20
+
+
 def test_too_little_memory_for_the_parts_is_refused() -> None:
     parameters = [Parameter("a", (300_000, 3000), "BF16", True)]
     with pytest.raises(RecipeError, match=r"run\.memory: .*128.* is too little beside 128 MiB of parts"):

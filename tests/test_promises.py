@@ -390,7 +390,7 @@ def test_slices_that_wait_for_each_other_take_no_more_than_those_of_a_block(
         peaks.clear()
         merge(family, tmp_path / method, method, run={**LOCAL, "workers": 1})
         of_reads = next(iter(peaks.values()))
-        assert 0 < of_reads <= (planning.AHEAD + sources.TOGETHER + 1) * made.result.rounds[-1].block * 2
+        assert 0 < of_reads <= (made.ahead + sources.TOGETHER + 1) * made.result.rounds[-1].block * 2
 
 
 def test_a_large_plan_holds_with_several_blocks_a_part(large: Family, tmp_path: Path) -> None:

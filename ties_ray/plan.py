@@ -57,8 +57,9 @@ MAX_BLOCK = 4 * 2**20
 """Elements: 8 MiB reads of bf16, large enough for object storage."""
 MIN_RESIDENT_BLOCK = 128 * 2**10
 """Elements: below this, a method that goes through its models twice reads them twice."""
-AHEAD = 4
-"""Slices read ahead of the one that is merged."""
+AHEAD, MOST_AHEAD = 4, 16
+"""Slices read ahead of the one that is merged; from buckets, which are far and serve many at once, more where memory
+allows."""
 OVERHEAD = 64 * 2**20
 """Bytes a worker needs beside blocks, parts, tables and the plan: clients, records, what malloc keeps (measured)."""
 FRAGMENTS = 32 * 2**20
@@ -141,6 +142,8 @@ class Plan:
     memory: int
     """Peak of a worker beyond its imports, in bytes."""
     notes: tuple[str, ...]
+    ahead: int = AHEAD
+    """Slices that a worker reads ahead."""
     revision: int = 0
     """How often it was changed by what a barrier told; workers read it again."""
 
@@ -307,6 +310,7 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
         what = f"{recipe.run.memory.human_readable()} is too little: the largest matrix alone takes a worker"
         remedy = f"raise it by {memory - recipe.run.memory - recipe.run.cache:,} bytes"
         raise RecipeError(Problem("run.memory", f"{what} {memory:,} bytes", remedy))
+    deeper = _deeper(recipe, result, sources, memory)
     notes = [*catalog.notes, *(f"model {model.id} ({model.uri}): weight 0, left out" for model in dropped)]
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -316,8 +320,9 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
         catalog=catalog,
         results=(result,),
         output=recipe.output.path.replace("{run_id}", run_id).rstrip("/"),
-        memory=memory,
+        memory=memory + deeper.memory,
         notes=tuple(notes),
+        ahead=AHEAD + deeper.slices,
     )
 
 
@@ -574,6 +579,25 @@ def _memory(recipe: Recipe, result: PlannedResult, round_: PlannedRound, layout:
     if factors or any(one.bytes_again for one in result.rounds):
         needed += int(recipe.run.cache)
     return needed
+
+
+class _Deeper(NamedTuple):
+    """What is read ahead beyond `AHEAD`."""
+
+    slices: int
+    memory: int
+
+
+def _deeper(recipe: Recipe, result: PlannedResult, sources: Sources, memory: int) -> _Deeper:
+    """Return how many more slices are read ahead in what is left of a worker's memory; of local files none."""
+    models = (sources.catalog.base, *sources.models)
+    if all(scheme_of(pin.uri) == "local" for model in models for pin in model.objects[:1]):
+        return _Deeper(0, 0)
+    slice_ = max(sources.filled(round_.block) for round_ in result.rounds) * max(sources.widths)
+    largest = max(slice_, sources.largest_held)
+    fitting = (int(recipe.run.memory) - memory) // largest if largest else 0
+    slices = max(0, min(MOST_AHEAD - AHEAD, fitting))
+    return _Deeper(slices, slices * largest)
 
 
 def largest_matrix(recipe: Recipe, result: PlannedResult, layout: Layout, sources: Sources) -> int:

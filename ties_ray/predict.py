@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.catalog import Model
-from ties_ray.plan import AHEAD, COUNTS, MODEL_GROUP, Plan
+from ties_ray.plan import COUNTS, MODEL_GROUP, Plan
 from ties_ray.sources import Sources
 
 SHORT = {"F16", "BF16"}
@@ -170,10 +170,10 @@ def predict(plan: Plan, rates: Rates, workers: int, left: Sequence[int] | None =
     left = [one.num_shards for one in plan.result.rounds] if left is None else left
     rounds = []
     for one, load, shards in zip(plan.result.rounds, loads(plan, workers), left, strict=True):
-        read = max(load.bytes_read / rates.read, load.requests * rates.request / AHEAD)
+        read = max(load.bytes_read / rates.read, load.requests * rates.request / plan.ahead)
         ns = load.dense * rates.dense.get(one.name, 0.0) + load.factors * rates.factors.get(one.name, 0.0)
         stages: dict[Bound, tuple[float, float]] = {  # seconds of all shards, and of the first or last piece of each
-            "read": (read, read * min(1.0, AHEAD / load.slices)),
+            "read": (read, read * min(1.0, plan.ahead / load.slices)),
             "merge": (ns / 1e9, ns / 1e9 / load.slices),
             "write": (load.bytes_written / rates.write, load.bytes_written / rates.write / load.parts),
         }

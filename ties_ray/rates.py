@@ -16,7 +16,7 @@ from ties_ray.catalog import Model
 from ties_ray.formats import Format, Parameter, Source
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored
 from ties_ray.methods import Context
-from ties_ray.plan import AHEAD, Plan, PlannedRound, is_resident, method_round
+from ties_ray.plan import Plan, PlannedRound, is_resident, method_round
 from ties_ray.predict import Rates
 from ties_ray.slices import Slices
 from ties_ray.sources import Sources
@@ -72,7 +72,7 @@ def _reading(plan: Plan, sources: Sources, stores: Stores) -> tuple[float, float
 
     def read(_: int) -> int:
         done, buffer = 0, bytearray(READ_AT_ONCE)
-        while time.monotonic() < end and done < READ_BYTES // AHEAD:
+        while time.monotonic() < end and done < READ_BYTES // plan.ahead:
             with lock:
                 one = next(wanted, None)
             if one is None:
@@ -83,8 +83,8 @@ def _reading(plan: Plan, sources: Sources, stores: Stores) -> tuple[float, float
         return done
 
     began = time.monotonic()
-    with ThreadPoolExecutor(AHEAD) as threads:
-        done = sum(threads.map(read, range(AHEAD)))
+    with ThreadPoolExecutor(plan.ahead) as threads:
+        done = sum(threads.map(read, range(plan.ahead)))
     return min(requests), max(1, done) / (time.monotonic() - began)
 
 

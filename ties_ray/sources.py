@@ -206,7 +206,7 @@ class Sources:
                 yield found
                 found = []
             if not found:
-                room, largest = self._cache, 2 * self._largest_held
+                room, largest = self._cache, 2 * self.largest_held
             found.append(parameter)
             room, largest = room - one.factors[0], largest - one.held[1]
         if found:
@@ -222,7 +222,8 @@ class Sources:
         ]
 
     @cached_property
-    def _largest_held(self) -> int:
+    def largest_held(self) -> int:
+        """The most bytes that a model's factors take, decoded, for one parameter."""
         return max((self.footprint(one, self.models).held[1] for one in self.catalog.parameters), default=0)
 
     def room_for_slices(self) -> int:

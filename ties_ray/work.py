@@ -38,7 +38,6 @@ from ties_ray.methods import Context, Threshold
 from ties_ray.orders import ANSWER, ORDER, SETUP, Answer, Order, Setup
 from ties_ray.outputs import Placed
 from ties_ray.plan import (
-    AHEAD,
     COUNTS,
     MODEL_GROUP,
     Plan,
@@ -185,7 +184,13 @@ class Worker:
         shelf = Shelf(self._sources.room_for_slices(), int(run.disk_cache), run.disk_folder)
         cache = Cache(int(run.cache))
         return ReadAhead(
-            self._stores, self._formats, self._times, ahead=AHEAD, cache=cache, shelf=shelf, pinned=self._on_gpu
+            self._stores,
+            self._formats,
+            self._times,
+            ahead=self._plan.ahead,
+            cache=cache,
+            shelf=shelf,
+            pinned=self._on_gpu,
         )
 
     def _loaded(self, device: Literal["cpu", "cuda"]) -> Kernels:
