@@ -1,6 +1,8 @@
 """Whole merges of real, small models: what transformers loads is what was merged."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -182,3 +184,27 @@ def test_what_a_model_lacks_does_not_move_if_the_recipe_allows_it(
     found = {(trim.model, trim.parameter): trim for trim in result.trims}
     for key, wanted in answer.trims.items():
         assert (found[key].threshold, found[key].kept) == (wanted.threshold, wanted.kept), key
+
+
+WITHOUT_RAY = """
+import importlib.metadata, sys
+sys.modules["ray"] = None
+version = importlib.metadata.version
+def installed(package):
+    if package == "ray":
+        raise importlib.metadata.PackageNotFoundError(package)
+    return version(package)
+importlib.metadata.version = installed
+import ties_ray
+print(ties_ray.merge(sys.argv[1]).provenance.ray)
+"""
+
+
+def test_the_local_executor_merges_where_ray_is_not_installed(tmp_path: Path) -> None:
+    family, _ = fine_tunes(BERT, transformers.AutoModel, tmp_path, torch.float32)
+    recipe = {"base": family.base, "models": list(family.models), "method": "average",
+              "output": str(tmp_path / "out"), "run": LOCAL}  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    command = [sys.executable, "-c", WITHOUT_RAY, str(tmp_path / "recipe.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.stdout == "nothing\n", done.stderr

@@ -609,6 +609,13 @@ def _error(failure: Failure, stage: str) -> MergeError:
     return error
 
 
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "nothing"  # which is enough where it is not used: `local` needs no Ray
+
+
 def provenance(run_plan: Plan) -> Provenance:
     """Return what a result is made of, and by what versions."""
     catalog: Catalog = run_plan.catalog
@@ -628,7 +635,7 @@ def provenance(run_plan: Plan) -> Provenance:
         python=platform.python_version(),
         torch=importlib.metadata.version("torch"),
         numba=importlib.metadata.version("numba"),
-        ray=importlib.metadata.version("ray"),
+        ray=_installed("ray"),
         arithmetic=run_plan.arithmetic,
         method=run_plan.recipe.method.model_dump(mode="json"),
         base=of(catalog.base),
