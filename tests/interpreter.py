@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.experimental.gluon  # imported late by Triton itself, when its functions must still be its own
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter
@@ -37,23 +38,31 @@ class Standard(interpreter.InterpretedFunction[Any]):
             scope.restore()
 
 
-def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    """The interpreter's own rounds twice, numpy having no fma; this is the definition's, which rounds once."""
-    shape = np.broadcast_shapes(x.data.shape, y.data.shape, z.data.shape)
-    tensors = (torch.from_numpy(np.broadcast_to(each.data, shape).copy()) for each in (x, y, z))
-    return interpreter.TensorHandle(definition.fma(*tensors).numpy(), z.dtype.scalar)
+def dot(builder: Any, a: Any, b: Any, total: Any, input_precision: Any, max_num_imprecise_acc: int) -> Any:
+    """Of fp32 by fp32 (`ieee`) a chain of fused multiply-adds, as Triton compiles it."""
+    if input_precision != ir.INPUT_PRECISION.IEEE:
+        return DOT(builder, a, b, total, input_precision, max_num_imprecise_acc)
+    left, right, found = (torch.from_numpy(each.data) for each in (a, b, total))
+    for of_rows, of_columns in zip(left.unbind(1), right.unbind(0), strict=True):
+        found = definition.fma(of_rows[:, None], of_columns, found)
+    return interpreter.TensorHandle(found.numpy(), total.dtype.scalar)
+
+
+DOT = interpreter.InterpreterBuilder.create_dot
 
 
 def interpret(patch: pytest.MonkeyPatch) -> None:
     """Let Triton's interpreter run the kernels on tensors of the CPU, until `patch` is undone.
 
     One launch at a time, since it keeps its state in modules. Tiles are larger than on a GPU, since its cost is by the
-    operation; no bit depends on them.
+    operation; no bit depends on them. PTX it can't run: sums by sign and counts take other ways.
     """
     patch.setattr(triton.knobs.runtime, "interpret", True)
-    patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
-    for name, size in (("BLOCK", 16_384), ("ROWS", 64), ("COLUMNS", 512)):
-        patch.setattr(cuda, name, size)
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    tile, block = cuda.Tile(64, 512, 1, 0), 16_384
+    changed = {"BLOCK": block, "COUNT_BLOCK": block, "EXACT": tile, "FAST": tile, "COUNT": tile, "PTX": False}
+    for name, value in changed.items():
+        patch.setattr(cuda, name, value)
     for module, kind in ((tl, Standard), (tl.standard, Standard), (cuda, Interpreted)):
         for name, function in jitted(module):
             patch.setattr(module, name, kind(function.fn))
@@ -74,14 +83,15 @@ class Compiler:
     """Stands for a kernel: compiles what it is launched with, for a GPU that need not be there, and runs nothing."""
 
     def __init__(self, kernel: Any, target: GPUTarget) -> None:
-        self.compiled: list[Any] = []
+        self.compiled: list[tuple[dict[str, Any], Any]] = []
+        """With the constants that each was compiled for."""
         self._kernel = kernel
         self._target = target
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self._launch
 
-    def _launch(self, *args: Any, enable_fp_fusion: bool, **constants: Any) -> None:
+    def _launch(self, *args: Any, **more: Any) -> None:
         """As Triton does: addresses are multiples of 16, and so are the integers that are."""
         kinds, multiples = {}, {}
         for place, (parameter, arg) in enumerate(zip(self._kernel.params[: len(args)], args, strict=True)):
@@ -89,6 +99,8 @@ class Compiler:
             number = isinstance(arg, int) and not parameter.do_not_specialize and arg % 16 == 0
             if number or isinstance(arg, torch.Tensor):
                 multiples[place,] = [["tt.divisibility", 16]]
+        names = [parameter.name for parameter in self._kernel.params]
+        constants = {name: value for name, value in more.items() if name in names}
+        options = {name: value for name, value in more.items() if name not in names}
         source = ASTSource(self._kernel, kinds | dict.fromkeys(constants, "constexpr"), constants, multiples)
-        options = {"enable_fp_fusion": enable_fp_fusion}
-        self.compiled.append(triton.compile(source, target=self._target, options=options))
+        self.compiled.append((constants, triton.compile(source, target=self._target, options=options)))

@@ -21,10 +21,10 @@ from ties_ray.kernels import (
     State,
     Stored,
     Term,
-    WeightedSum,
     cuda,
 )
-from ties_ray.testing import KernelContract, a_group, an_op, some_factors
+from ties_ray.kernels.definition import Definition
+from ties_ray.testing import KernelContract, a_group, an_op, same_bits, some_factors
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -102,16 +102,24 @@ class TestCuda(KernelContract):
         return FromCpu(cuda.Cuda(DEVICE))
 
 
-def test_more_models_than_one_launch_notes_bits_for_are_all_judged() -> None:
-    num_models = cuda.AT_ONCE + 2
-    values = torch.zeros(num_models, 5)
-    for model in range(num_models):
-        values[model, : model % 5] = float("nan")
-    op = WeightedSum((Term(),) * num_models)
-    kernels = FromCpu(cuda.Cuda(DEVICE))
+@pytest.mark.parametrize("how", ["trim", "dropout"])
+@pytest.mark.parametrize("name", ["weighted_sum", "agreement"])
+def test_what_is_not_finite_is_told_of_each_model_even_where_sums_were_not_finite_before(name: str, how: str) -> None:
+    values = torch.randn(7, 3000, generator=torch.Generator().manual_seed(1))
+    for model in range(7):
+        values[model, 100 * model : 101 * model] = float("nan")
+    values[5, 2000], values[6, 2000] = float("inf"), -float("inf")
+    op = an_op(name, how, 3000)
     group = [(model, Encoded(each)) for model, each in enumerate(values)]
-    counts = kernels.fold(op, kernels.start(op, 5), torch.zeros(5), group, 0)
-    assert counts == [model % 5 for model in range(num_models)]
+    found = []
+    for kernels in (Definition(), FromCpu(cuda.Cuda(DEVICE))):
+        state = kernels.start(op, 3000)
+        if name == "weighted_sum":
+            state["sum"][1000] = float("inf")
+        counts = kernels.fold(op, state, torch.zeros(3000), group, 0)
+        assert counts == [0, 1, 2, 3, 4, 6, 7]
+        found.append(state)
+    assert all(same_bits(part, found[1][key]) for key, part in found[0].items())
 
 
 # Fast arithmetic.
@@ -156,15 +164,22 @@ def test_fast_bits_do_not_depend_on_the_cut() -> None:
 def compiled(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], Iterator[tuple[str, str]]]:
-    """Let kernels be compiled instead of run; return what yields (name, PTX) of what was launched so far."""
+    """Let kernels be compiled instead of run; return what yields (name, PTX) of what was launched so far.
+
+    What multiplies factors has a name that ends in *.
+    """
     target = {"A100": A100, "H100": H100}[request.param]
     compilers = {name: Compiler(getattr(cuda, name), target) for name in LAUNCHED}
     for name, compiler in compilers.items():
         monkeypatch.setattr(cuda, name, compiler)
-    return lambda: ((name, each.asm["ptx"]) for name, one in compilers.items() for each in one.compiled)
+    return lambda: (
+        (name + "*" * (name == "_squares" or ("HOW" in constants and constants["HOW"].matrix)), each.asm["ptx"])
+        for name, one in compilers.items()
+        for constants, each in one.compiled
+    )
 
 
-LAUNCHED = ("_dense", "_factors", "_squares", "_over_lanes", "_elect", "_apply")
+LAUNCHED = ("_fold", "_counts", "_squares", "_over_lanes", "_elect", "_apply")
 LENGTH = 704 * 64
 
 
@@ -180,6 +195,7 @@ def launch_everything(kernels: Kernels) -> None:
         kernels.fold(op, kernels.start(op, LENGTH), base.double(), [(0, dense[0][1])], offset=2**40)
     for source in (dense[0][1], factors[0]):
         kernels.count_high(source, base, torch.zeros(BINS, dtype=torch.int64))
+        kernels.count_low(source, base, 0, torch.zeros(BINS, dtype=torch.int64))
     kernels.delta(dense[5][1], base, torch.empty(LENGTH))
     kernels.row_scales(factors[1], base)
     op = SignedSums((Term(),))
@@ -195,10 +211,11 @@ def instructions(ptx: str, pattern: str) -> list[str]:
 def test_what_a_gpu_is_given_contracts_flushes_and_approximates_nothing(compiled: Any) -> None:
     launch_everything(cuda.Cuda(torch.device("cpu")))
     found = list(compiled())
-    assert {name for name, _ in found} == set(LAUNCHED)
+    multiply = {"_fold*", "_counts*", "_squares*"}
+    assert {name for name, _ in found} == {"_fold", "_counts", "_over_lanes", "_elect", "_apply"} | multiply
     for name, ptx in found:
         fused = set(instructions(ptx, r"(?:fma|mad)\.\w*\.?f\d\d"))
-        assert fused == ({"fma.rn.f32"} if name in ("_factors", "_squares") else set()), name
+        assert fused == ({"fma.rn.f32"} if name in multiply else set()), name
         assert not re.search(r"\.ftz|\.approx|div\.full|mma", ptx), name
         rounded = instructions(ptx, r"(?:add|sub|mul|fma|div|sqrt)\.\w*\.?f\d\d")
         assert {one.split(".")[1] for one in rounded} <= {"rn"}, name  # which no later pass contracts
@@ -221,5 +238,5 @@ def test_fast_takes_tensor_cores(compiled: Any) -> None:
     source = some_factors(64, 704, 16, 0)
     cuda.Cuda(torch.device("cpu"), fast=True).delta(source, torch.zeros(LENGTH), torch.empty(LENGTH))
     ((_, ptx),) = compiled()
-    assert instructions(ptx, r"mma\.sync\.\S*tf32")
+    assert instructions(ptx, r"(?:wg)?mma\S*\.sync\.\S*tf32")
     assert not instructions(ptx, "fma")

@@ -1,15 +1,16 @@
 """The kernels of a GPU, in Triton: one launch a group of models, no delta ever in memory, the same bits as elsewhere.
 
-Two kernels make deltas, one of dense slices and one of factors, and do with them at once what is asked: add them to
-the sums of an op, which stay in registers for the whole group, count their magnitudes, or write them. In `exact`
-nothing is contracted (`enable_fp_fusion=False`), divisions are IEEE, and denormals are kept: Triton sets no flag that
-flushes them. Calls that return counts wait for the GPU.
+Two kernels make deltas, of dense slices or of factors, and do with them at once what is asked: `_fold` adds them to the
+sums of an op, which stay in registers for the whole group, and `_counts` counts their magnitudes. In `exact` nothing is
+contracted (`enable_fp_fusion=False`) but the products of factors, divisions are IEEE, and denormals are kept: Triton
+sets no flag that flushes them. Calls that return counts wait for the GPU.
 """
 
 import itertools
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,40 +33,162 @@ from ties_ray.kernels import (
     state_dtypes,
 )
 
-BLOCK = 512
+BLOCK, WARPS = 512, 4
 """Elements of a dense tile: 4 a thread, of fp32 one read of 16 bytes. With 8 the compiler gives bf16 other places than
 fp32, and moves values between threads for each model."""
-ROWS, COLUMNS = 16, 128
-"""Of a tile of a matrix: 16 elements a thread, whose state, product and sums just fit its 255 registers."""
-STEP = 16
-"""Of k, that a tensor core instruction takes at a time in `fast`."""
+
+
+class Tile(NamedTuple):
+    """How a matrix is cut: elements, warps, and registers that a thread may have."""
+
+    rows: int
+    columns: int
+    warps: int
+    registers: int
+
+
+EXACT = Tile(64, 32, 4, 240)
+"""16 elements a thread. With 168 registers, and room for 12 warps instead of 8, sums took 2 % longer on an H100; with
+128, which do not suffice, 76 %."""
+FAST = Tile(64, 32, 4, 128)
+"""Of sums and counts: how tensor cores round may depend on it."""
+COUNT = Tile(64, 32, 4, 128)
+"""Of counts in `exact`."""
+PTX = True
+"""False for Triton's interpreter, which can't run it."""
 NORM_ROWS, LANES = 8, 256
 """Of a tile of `row_scales`; the lanes are those of the definition."""
-TABLES = 16
-"""Counted into side by side, and added up afterwards: deltas of bf16 fill some 1,300 bins, and atomics on one address
-wait for each other. The 65,536 bins of one table (256 KiB) are more than a multiprocessor's own memory holds, so all
-tables lie in the L2 cache (4 MiB). Zeros, the fullest bin of all, are counted in registers."""
-AT_ONCE = 32
-"""Models of a launch: one bit each in the word that notes what is not finite."""
+COUNT_BLOCK, COUNT_WARPS, COUNTERS = 4096, 16, 2
+MATRIX_COUNTERS = 4
+"""Programs that count on each multiprocessor, tile after tile, each with a table of its own..."""
+WINDOW = tl.constexpr(8192)
+"""...of so many bins, 32 KiB of shared memory: magnitudes from 2**-16 to 2**16 times an average one. Atomics are faster
+there than in the L2 cache, where those on one address wait for each other: deltas of bf16 fill some 1,300 bins."""
 
-# What the kernels know of a model: one row of int64 numbers, floats as the bits of their fp32.
+TABLE = tl.constexpr(f".shared .align 4 .b32 bins[{WINDOW.value + 1}]; mov.u32 $0, bins;")
+UNFINISHED = tl.constexpr(0x7F80 * 2)
+"""The bin of infinity; of NaN are those above."""
+PACK = tl.constexpr(4)
+"""Elements that are counted by one piece of PTX."""
+
+
+def _counting() -> str:
+    """Return PTX that counts `PACK` bins (from $12 on); those outside the window go to one bin behind it at first.
+
+    $0: the notes, from $4 on; $8: the table in shared memory; $16: the first bin there; $20: the table itself.
+    """
+    near = [
+        f"""sub.u32 slot{i}, ${12 + i}, ${16 + i};
+        min.u32 slot{i}, slot{i}, {WINDOW.value};
+        mad.lo.u32 at, slot{i}, 4, ${8 + i};
+        red.shared.add.u32 [at], 1;
+        mov.b32 ${i}, ${4 + i};
+        setp.eq.u32 far{i}, slot{i}, {WINDOW.value};
+        setp.ne.and.u32 far{i}, ${12 + i}, 0, far{i};
+        or.pred any, any, far{i};"""
+        for i in range(PACK.value)
+    ]
+    far = [
+        f"""setp.lt.and.u32 finite, ${12 + i}, {UNFINISHED.value}, far{i};
+        mad.wide.u32 bin, ${12 + i}, 8, ${20 + i};
+        @finite red.global.add.u64 [bin], 1;
+        @finite add.u32 ${i}, ${i}, 1;
+        setp.ge.and.u32 finite, ${12 + i}, {UNFINISHED.value}, far{i};
+        @finite add.u32 ${i}, ${i}, 65536;"""
+        for i in range(PACK.value)
+    ]
+    declared = f""".reg .b32 at, slot<{PACK.value}>; .reg .b64 bin; .reg .pred any, finite, far<{PACK.value}>;
+        setp.ne.u32 any, 0, 0;"""
+    return "{" + "\n".join([declared, *near, "@!any bra done;", *far, "done:"]) + "}"
+
+
+BY_SIGN = tl.constexpr("""{
+    .reg .pred positive, negative;
+    setp.gt.f32 positive, $6, 0f00000000;
+    setp.lt.f32 negative, $6, 0f00000000;
+    mov.b32 $0, $3;
+    mov.b32 $1, $4;
+    mov.b32 $2, $5;
+    @positive add.rn.f32 $0, $0, $6;
+    @negative add.rn.f32 $1, $1, $6;
+    @positive add.s32 $2, $2, 1;
+    @negative add.s32 $2, $2, 65536;
+}""")
+"""Adds a term ($6) to the sums and counts of its sign; made of `where` that takes three instructions more."""
+COUNTING = tl.constexpr(_counting())
+COUNTED = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 16 + ["l"] * 4))
+
+# What the kernels know of a model, or of a step of its product: a row of int64 numbers, floats as their fp32 bits.
 DATA = tl.constexpr(0)
-"""Address of a dense slice, or of the left factor."""
+"""Address of a dense slice, or of the left factor where the step begins..."""
 RIGHT = tl.constexpr(1)
-RANK = tl.constexpr(2)
-SCALE = tl.constexpr(3)
-ROW_SCALES = tl.constexpr(4)
+"""...and of the right one."""
+TAKEN = tl.constexpr(2)
+"""Of k, in this step."""
+LAST = tl.constexpr(3)
+"""Whether the model's product is complete."""
+MODEL = tl.constexpr(4)
+SCALE = tl.constexpr(5)
+ROW_SCALES = tl.constexpr(6)
 """Address of DoRA's c."""
-LOWEST = tl.constexpr(5)
-WEIGHT = tl.constexpr(6)
-KEY = tl.constexpr(7)
+LOWEST = tl.constexpr(7)
+"""At least the smallest number: to drop zeros changes no sum."""
+WEIGHT = tl.constexpr(8)
+KEY = tl.constexpr(9)
 """The first word in the low half."""
-BOUND = tl.constexpr(8)
-KEPT_SCALE = tl.constexpr(9)
-FACTS = tl.constexpr(10)
+BOUND = tl.constexpr(10)
+KEPT_SCALE = tl.constexpr(11)
+FACTS = tl.constexpr(12)
+
+STEP = tl.constexpr(16)
+"""Of k, that a product takes at a time."""
 
 MAGNITUDE = tl.constexpr(0x7FFF_FFFF)
 INFINITY = tl.constexpr(0x7F80_0000)
+LOW = tl.constexpr(0xFFFF)
+"""The bits of a magnitude that the first level of a threshold search leaves to the second."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What a kernel is compiled for; the kernels read it as one constant."""
+
+    op: str
+    """A state, as `_name` names it, or `delta`; of counts, `high` or `low`."""
+    stored: Any = tl.float32
+    """Of dense slices as they are stored, bf16 being int16."""
+    matrix: bool = False
+    """Tiles of the matrix whose elements [start, start + length) are the slice; else 1-D tiles."""
+    based: bool = False
+    """The deltas need the base."""
+    aligned: bool = False
+    """Slices, or right factors, begin at multiples of 16 bytes."""
+    whole: bool = False
+    """All ranks are multiples of `STEP`."""
+    fast: bool = False
+    held: int = 0
+    """Parts of the state."""
+    drops: bool = False
+    quads: bool = False
+    """Each fourth element is the first of its block of random words."""
+    weighs: bool = False
+    unroll: int = 1
+    block: int = 0
+    """Elements of a 1-D tile..."""
+    rows: int = 0
+    columns: int = 0
+    """...and of one of a matrix."""
+    ptx: bool = True
+    """Whether PTX can be run, which Triton's interpreter doesn't know."""
+
+    @property
+    def near(self) -> bool:
+        """Whether bins are counted in shared memory."""
+        return self.op == "high" and self.ptx
+
+
+Shape = tuple[int, int, int, int]
+"""Of factors: rows, columns, where in the first row the slice begins, and how far the columns of the left are apart."""
 
 
 # Numbers.
@@ -77,28 +200,13 @@ def _float(entry: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _magnitude(delta: tl.tensor) -> tl.tensor:
-    return delta.to(tl.int32, bitcast=True) & MAGNITUDE
+def _finite(delta: tl.tensor) -> tl.tensor:
+    return tl.abs(delta) < float("inf")
 
 
 @triton.jit
-def _values(entry: tl.tensor, at: tl.tensor, inside: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """Return a dense slice's elements as fp32 or fp64, exactly; bf16 travels as int16."""
-    pointer = tl.load(entry + DATA).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    stored = tl.load(pointer + at, inside, other=0)
-    if TYPE == tl.int16:
-        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif TYPE == tl.float16:
-        return stored.to(tl.float32)
-    else:
-        return stored
-
-
-@triton.jit
-def _word(element: tl.tensor, key: tl.tensor) -> tl.tensor:
-    """Return the Philox4x32-10 word (as int64) of each element (int64) of a parameter; see `randomness.philox`."""
+def _philox(element: tl.tensor, key: tl.tensor) -> tl.tensor:
+    """Return the four Philox4x32-10 words of each element's block; see `randomness.philox`."""
     block = element >> 2
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     c2, c3 = c0 * 0, c0 * 0
@@ -108,17 +216,52 @@ def _word(element: tl.tensor, key: tl.tensor) -> tl.tensor:
         c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, b.to(tl.uint32)
         c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ k1, a.to(tl.uint32)
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    which = element & 3
-    low, high = tl.where(which == 0, c0, c1), tl.where(which == 2, c2, c3)
-    return tl.where(which < 2, low, high).to(tl.int64)
+    return c0, c1, c2, c3
 
 
-# What is done with the deltas of a tile.
+@triton.jit
+def _words(element: tl.tensor, key: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
+    """Return the random word (as int64) of each element; of every fourth, where these begin the blocks of all."""
+    w0, w1, w2, w3 = _philox(element, key)
+    if HOW.quads:
+        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    else:
+        which = element & 3
+        words = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+    return words.to(tl.int64)
+
+
+# A tile, and its deltas.
+
+
+@triton.jit
+def _tile(tile: tl.tensor, num_columns: tl.tensor, start: tl.tensor, EVERY: tl.constexpr,
+          HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return a tile's rows and columns, and where in the slice its elements are; EVERY fourth, or all."""
+    if HOW.matrix:
+        across = tl.cdiv(num_columns, HOW.columns)
+        rows = tile // across * HOW.rows + tl.arange(0, HOW.rows)
+        columns = tile % across * HOW.columns + tl.arange(0, HOW.columns // EVERY) * EVERY
+        return rows, columns, rows[:, None] * num_columns + columns[None, :] - start
+    else:
+        at = tile * HOW.block + tl.arange(0, HOW.block // EVERY) * EVERY
+        return at, at, at
+
+
+@triton.jit
+def _inside(rows: tl.tensor, columns: tl.tensor, at: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
+            start: tl.tensor, length: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    if HOW.matrix:
+        first = start - rows * num_columns
+        last = tl.where(rows < num_rows, tl.minimum(first + length, num_columns), 0)
+        return (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+    else:
+        return at < length
 
 
 @triton.jit
 def _held(pointer: tl.tensor, at: tl.tensor, inside: tl.tensor, HELD: tl.constexpr) -> tl.tensor:
-    """Return a part of the state, or anything where the op has no such part."""
+    """Return what lies at a tile's places, or anything where there is no such thing."""
     if HELD:
         return tl.load(pointer + at, inside, other=0)
     else:
@@ -132,199 +275,371 @@ def _keep(pointer: tl.tensor, at: tl.tensor, value: tl.tensor, inside: tl.tensor
 
 
 @triton.jit
-def _finite(delta: tl.tensor, unfinished: tl.tensor, model: tl.tensor) -> tl.tensor:
-    """Return the deltas with +0 where one is not finite, and the word that notes where, a bit a model."""
-    finite = _magnitude(delta) < INFINITY
-    return tl.where(finite, delta, 0.0), tl.where(finite, unfinished, unfinished | (1 << model))
-
-
-@triton.jit
-def _tell(unfinished: tl.tensor, inside: tl.tensor, bad: tl.tensor, num_models: tl.tensor) -> None:
-    """Count what was not finite; in a healthy model there is nothing, and one sum a tile shows it."""
-    unfinished = tl.where(inside, unfinished, 0)
-    if tl.sum((unfinished != 0).to(tl.int32)) > 0:
-        for model in range(num_models):
-            tl.atomic_add(bad + model, tl.sum((unfinished >> model) & 1), sem="relaxed")
-
-
-@triton.jit
-def _term(delta: tl.tensor, entry: tl.tensor, element: tl.tensor, DROPS: tl.constexpr) -> tl.tensor:
-    """Return what a model's deltas add to the sums."""
-    kept = _magnitude(delta) >= tl.load(entry + LOWEST).to(tl.int32)
-    if DROPS:
-        kept = kept & (_word(element, tl.load(entry + KEY)) < tl.load(entry + BOUND))
-        delta = tl.where(kept, delta, 0.0) * _float(entry + KEPT_SCALE)
+def _place_of(step: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
+    """Return where the factors of a step begin, and how many of k it has."""
+    left = tl.load(step + DATA).to(tl.pointer_type(tl.float32))
+    right = tl.load(step + RIGHT).to(tl.pointer_type(tl.float32))
+    left = tl.multiple_of(left, 16)
+    if HOW.aligned:
+        right = tl.multiple_of(right, 16)
+    if HOW.whole:
+        return left, right, left
     else:
-        delta = tl.where(kept, delta, 0.0)
-    return delta * _float(entry + WEIGHT)
+        return left, right, tl.load(step + TAKEN).to(tl.int32)
 
 
 @triton.jit
-def _add(term: tl.tensor, weight: tl.tensor, total: tl.tensor, bound: tl.tensor, s0: tl.tensor, s1: tl.tensor,
-         s2: tl.tensor, s3: tl.tensor, s4: tl.tensor, OP: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return the state with one model's terms added; its parts in the order of `state_dtypes`."""
-    if OP == "agreement":
+def _parts(left: tl.tensor, right: tl.tensor, count: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+           num_columns: tl.tensor, stride: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return what a step multiplies, by (k, row) and (k, column).
+
+    Beyond the rank that is 0 * -0, which changes not even a zero; beyond the rows anything, up to the stride.
+    """
+    k = tl.arange(0, STEP)
+    of_left, of_right = (rows < stride)[None, :], (columns < num_columns)[None, :]
+    if not HOW.whole:
+        of_left, of_right = of_left & (k < count)[:, None], of_right & (k < count)[:, None]
+    a = tl.load(left + k[:, None] * stride + rows[None, :], of_left, other=0.0)
+    b = tl.load(right + k[:, None] * num_columns + columns[None, :], of_right, other=-0.0)
+    return a, b
+
+
+@triton.jit
+def _multiplied(a: tl.tensor, b: tl.tensor, product: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
+    """Add a step to a product.
+
+    `ieee` is the canonical chain: of fp32 Triton makes one fused multiply-add after the other, k ascending, whose
+    operands come from shared memory, four rows or columns at a time, for which both lie there by (k, ...).
+    """
+    return tl.dot(tl.trans(a), b, product, input_precision="tf32" if HOW.fast else "ieee")
+
+
+@triton.jit
+def _product(facts: tl.tensor, num_facts: tl.tensor, rows: tl.tensor, columns: tl.tensor, num_columns: tl.tensor,
+             stride: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return a tile of left @ right of one model."""
+    product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
+    for step in range(num_facts):
+        left, right, count = _place_of(facts + step * FACTS, HOW)
+        a, b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
+        product = _multiplied(a, b, product, HOW)
+    return product
+
+
+@triton.jit
+def _change(product: tl.tensor, scale: tl.tensor, entry: tl.tensor, origin: tl.tensor, rows: tl.tensor,
+            num_rows: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return the deltas that a product of factors stands for, which need not be finite; origin: of the base."""
+    delta = product * scale
+    if HOW.based:
+        scales = tl.load(entry + ROW_SCALES).to(tl.pointer_type(tl.float32))
+        base = origin.to(tl.float32)
+        delta = tl.load(scales + rows, rows < num_rows, other=0.0)[:, None] * (base + delta) - base
+    return delta
+
+
+@triton.jit
+def _difference(entry: tl.tensor, origin: tl.tensor, at: tl.tensor, inside: tl.tensor,
+                HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return the deltas of a dense slice, which need not be finite."""
+    pointer = tl.load(entry + DATA).to(tl.pointer_type(HOW.stored))
+    if HOW.aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    delta = tl.load(pointer + at, inside, other=0)
+    if HOW.stored == tl.int16:
+        delta = (delta.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if HOW.stored == tl.float16:
+        delta = delta.to(tl.float32)
+    if HOW.based:
+        delta = delta - origin
+    return delta.to(tl.float32)
+
+
+@triton.jit
+def _tell(unfinished: tl.tensor, bad: tl.tensor) -> None:
+    """Count what is not finite; in a healthy model there is nothing, and one sum a tile shows it."""
+    count = tl.sum(unfinished.to(tl.int32))
+    if count > 0:
+        tl.atomic_add(bad, count, sem="relaxed")
+
+
+# Sums.
+
+
+@triton.jit
+def _add(term: tl.tensor, weight: tl.tensor, total: tl.tensor, bound: tl.tensor, s0: tl.tensor,
+         s1: tl.tensor, s2: tl.tensor, s3: tl.tensor, s4: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return the state with one model's terms added, its parts in the order of `state_dtypes`."""
+    if HOW.op == "agreement":
         s0 += (tl.abs(term) > bound * tl.abs(total - term)).to(tl.int32)
     else:
         s0 += term
-    if OP == "extremes":
+    if HOW.op == "extremes":
         s1, s2 = tl.where(term > s1, term, s1), tl.where(term < s2, term, s2)
-    if OP == "signed_sums" or OP == "signed_sums_weighted":
-        s1 += tl.where(term > 0, term, 0.0)
-        s2 += tl.where(term < 0, term, 0.0)
-    if OP == "signed_sums":
-        s3 += (term > 0).to(tl.int32) + ((term < 0).to(tl.int32) << 16)
-    if OP == "signed_sums_weighted":
+    if HOW.op == "signed_sums" and HOW.ptx:
+        s1, s2, s3 = tl.inline_asm_elementwise(
+            BY_SIGN, "=&f,=&f,=&r,f,f,r,f", [s1, s2, s3, term], (tl.float32, tl.float32, tl.int32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    elif HOW.op == "signed_sums" or HOW.op == "signed_sums_weighted":
+        s1 += tl.maximum(term, 0.0)
+        s2 += tl.minimum(term, 0.0)
+    if HOW.op == "signed_sums" and HOW.ptx == 0:
+        s3 += tl.where(term > 0, 1, tl.where(term < 0, 1 << 16, 0))
+    if HOW.op == "signed_sums_weighted":
         s3 += tl.where(term > 0, weight, 0.0)
         s4 += tl.where(term < 0, weight, 0.0)
     return s0, s1, s2, s3, s4
 
 
 @triton.jit
-def _count(
-    delta: tl.tensor,
-    inside: tl.tensor,
-    tables: tl.tensor,
-    which: tl.tensor,
-    high: tl.tensor,
-    OP: tl.constexpr,
-    BINS: tl.constexpr,
-) -> None:
-    """Count magnitudes into one of the tables; those in bin 0 first in registers."""
-    bits = _magnitude(delta)
-    table = tables + which * BINS
-    if OP == "high":
-        bin = (bits >> 16) + ((bits + 0xFFFF) >> 16)
-    else:
-        bin = bits & (BINS - 1)
-        inside = inside & (bits >> 16 == high)
-    tl.atomic_add(table + bin, 1, inside & (bin > 0), sem="relaxed")
-    tl.atomic_add(table, tl.sum((inside & (bin == 0)).to(tl.int32)), sem="relaxed")
-
-
-# The two that make deltas. op: what is done with them; `target` is where deltas or counts go, or the total of an
-# agreement; `bound` its bound; `high` the bin of a second count.
-
-
-@triton.jit(do_not_specialize=["num_models", "offset", "high"])
-def _dense(models: tl.tensor, num_models: tl.tensor, base: tl.tensor, bad: tl.tensor, target: tl.tensor,
-           p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor, length: tl.tensor,
-           offset: tl.int64, bound: tl.tensor, high: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-           SUBTRACTS: tl.constexpr, OP: tl.constexpr, DROPS: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr,
-           TABLES: tl.constexpr, BLOCK: tl.constexpr) -> None:  # fmt: skip
-    """Go through dense slices of one dtype: 1-D tiles of `length` elements, all models one after the other."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < length
-    s0, s1 = _held(p0, at, inside, HELD > 0), _held(p1, at, inside, HELD > 1)
-    s2, s3 = _held(p2, at, inside, HELD > 2), _held(p3, at, inside, HELD > 3)
-    s4, total = _held(p4, at, inside, HELD > 4), _held(target, at, inside, OP == "agreement")
-    origin = _held(base, at, inside, SUBTRACTS)
-    unfinished = (at * 0).to(tl.uint32)
-    for model in tl.range(0, num_models, loop_unroll_factor=1 if DROPS else 4):  # so many slices are on their way
-        entry = models + model * FACTS
-        delta = _values(entry, at, inside, TYPE, ALIGNED)
-        if SUBTRACTS:
-            delta = (delta - origin).to(tl.float32)
-        delta, unfinished = _finite(delta, unfinished, model)
-        if OP == "delta":
-            tl.store(target + at, delta, inside)
-        elif BINS:
-            _count(delta, inside, target, tl.program_id(0) % TABLES, high, OP, BINS)
-        else:
-            term = _term(delta, entry, at.to(tl.int64) + offset, DROPS)
-            s0, s1, s2, s3, s4 = _add(term, _float(entry + WEIGHT), total, bound, s0, s1, s2, s3, s4, OP)
-    _keep(p0, at, s0, inside, HELD > 0)
-    _keep(p1, at, s1, inside, HELD > 1)
-    _keep(p2, at, s2, inside, HELD > 2)
-    _keep(p3, at, s3, inside, HELD > 3)
-    _keep(p4, at, s4, inside, HELD > 4)
-    _tell(unfinished, inside, bad, num_models)
+def _one_added(delta: tl.tensor, lowest: tl.tensor, weight: tl.tensor, entry: tl.tensor, bad: tl.tensor,
+               inside: tl.tensor, element: tl.tensor, total: tl.tensor, bound: tl.tensor, s0: tl.tensor, s1: tl.tensor,
+               s2: tl.tensor, s3: tl.tensor, s4: tl.tensor, largest: tl.tensor, CAREFUL: tl.constexpr,
+               HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return the state with a model's deltas added; see `_all_added`."""
+    if CAREFUL:
+        finite = _finite(delta)
+        _tell(inside & (finite == 0), bad + tl.load(entry + MODEL))
+        delta = tl.where(finite, delta, 0.0)
+    kept = (tl.abs(delta) < lowest) == 0  # NaN is kept, to be seen in the sum
+    if HOW.drops or HOW.op == "agreement":
+        largest = tl.maximum(largest, tl.abs(delta), propagate_nan=tl.PropagateNan.ALL)
+    if HOW.drops:
+        kept = kept & (_words(element, tl.load(entry + KEY), HOW) < tl.load(entry + BOUND))
+    term = tl.where(kept, delta, 0.0)
+    if HOW.drops:
+        term *= _float(entry + KEPT_SCALE)
+    if HOW.weighs:
+        term *= weight
+    s0, s1, s2, s3, s4 = _add(term, weight, total, bound, s0, s1, s2, s3, s4, HOW)
+    return s0, s1, s2, s3, s4, largest
 
 
 @triton.jit
-def _product(entry: tl.tensor, rows: tl.tensor, columns: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
-             FAST: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-             STEP: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return a tile of scale * left @ right: the canonical chain, k ascending, or `fast` by tensor cores."""
-    left = tl.load(entry + DATA).to(tl.pointer_type(tl.float32))
-    right = tl.load(entry + RIGHT).to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        right = tl.multiple_of(right, 16)
-    rank = tl.load(entry + RANK).to(tl.int32)
-    product = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    if FAST:
-        for first in range(0, rank, STEP):
-            k = first + tl.arange(0, STEP)
-            there = (rows < num_rows)[:, None] & (k < rank)[None, :]
-            a = tl.load(left + rows[:, None] * rank + k[None, :], there, other=0.0)
-            there = (k < rank)[:, None] & (columns < num_columns)[None, :]
-            b = tl.load(right + k[:, None] * num_columns + columns[None, :], there, other=0.0)
-            product = tl.dot(a, b, product, input_precision="tf32")
+def _all_added(facts: tl.tensor, num_facts: tl.tensor, bad: tl.tensor, origin: tl.tensor, total: tl.tensor,
+               p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor, rows: tl.tensor,
+               columns: tl.tensor, at: tl.tensor, inside: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
+               stride: tl.tensor, element: tl.tensor, bound: tl.tensor, CAREFUL: tl.constexpr,
+               HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return the state with the terms of all models added, and numbers that are finite where all deltas are.
+
+    CAREFUL: counts deltas that are not finite, and takes them for 0.
+    """
+    s0, s1 = _held(p0, at, inside, HOW.held > 0), _held(p1, at, inside, HOW.held > 1)
+    s2, s3 = _held(p2, at, inside, HOW.held > 2), _held(p3, at, inside, HOW.held > 3)
+    s4, largest = _held(p4, at, inside, HOW.held > 4), at.to(tl.float32)
+    if HOW.matrix:
+        # What a step multiplies is asked for one step ahead, and where that lies two.
+        left, right, count = _place_of(facts, HOW)
+        a, b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
+        left, right, count = _place_of(facts + FACTS, HOW)
+        product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
+        for step in range(num_facts):
+            entry = facts + step * FACTS
+            next_a, next_b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
+            left, right, count = _place_of(entry + 2 * FACTS, HOW)
+            last, scale, lowest = tl.load(entry + LAST), _float(entry + SCALE), _float(entry + LOWEST)
+            weight = _float(entry + WEIGHT) if HOW.weighs else 1.0
+            product = _multiplied(a, b, product, HOW)
+            if last > 0:
+                delta = _change(product, scale, entry, origin, rows, num_rows, HOW)
+                s0, s1, s2, s3, s4, largest = _one_added(
+                    delta, lowest, weight, entry, bad, inside, element, total, bound, s0, s1, s2, s3, s4, largest,
+                    CAREFUL, HOW,
+                )  # fmt: skip
+                product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
+            a, b = next_a, next_b
     else:
-        for k in tl.range(0, rank, loop_unroll_factor=4):
-            a = tl.load(left + rows * rank + k, rows < num_rows, other=0.0)
-            b = tl.load(right + k * num_columns + columns, columns < num_columns, other=0.0)
-            product = tl.fma(a[:, None], b[None, :], product)
-    return product * _float(entry + SCALE)
+        for model in tl.range(0, num_facts, loop_unroll_factor=HOW.unroll):  # so many slices are on their way
+            entry = facts + model * FACTS
+            lowest, weight = _float(entry + LOWEST), _float(entry + WEIGHT) if HOW.weighs else 1.0
+            delta = _difference(entry, origin, at, inside, HOW)
+            s0, s1, s2, s3, s4, largest = _one_added(
+                delta, lowest, weight, entry, bad, inside, element, total, bound, s0, s1, s2, s3, s4, largest,
+                CAREFUL, HOW,
+            )  # fmt: skip
+    if HOW.drops or HOW.op == "agreement":
+        return s0, s1, s2, s3, s4, largest
+    else:
+        return s0, s1, s2, s3, s4, s0
 
 
-@triton.jit(do_not_specialize=["num_models", "offset", "high", "num_rows"])
-def _factors(models: tl.tensor, num_models: tl.tensor, base: tl.tensor, bad: tl.tensor, target: tl.tensor,
-             p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor, length: tl.tensor,
-             offset: tl.int64, bound: tl.tensor, high: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
-             start: tl.tensor, ALIGNED: tl.constexpr, DORA: tl.constexpr, FAST: tl.constexpr, OP: tl.constexpr,
-             DROPS: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr, TABLES: tl.constexpr, ROWS: tl.constexpr,
-             COLUMNS: tl.constexpr, STEP: tl.constexpr) -> None:  # fmt: skip
-    """Go through factors: tiles of the matrix whose elements [start, start + length) are the slice."""
-    across = tl.cdiv(num_columns, COLUMNS)
-    rows = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    at = rows[:, None] * num_columns + columns[None, :] - start
-    inside = (columns < num_columns)[None, :] & (at >= 0) & (at < length)
-    s0, s1 = _held(p0, at, inside, HELD > 0), _held(p1, at, inside, HELD > 1)
-    s2, s3 = _held(p2, at, inside, HELD > 2), _held(p3, at, inside, HELD > 3)
-    s4, total = _held(p4, at, inside, HELD > 4), _held(target, at, inside, OP == "agreement")
-    origin = _held(base, at, inside, DORA).to(tl.float32)
-    unfinished = (at * 0).to(tl.uint32)
-    for model in range(num_models):
-        entry = models + model * FACTS
-        delta = _product(entry, rows, columns, num_rows, num_columns, FAST, ALIGNED, ROWS, COLUMNS, STEP)
-        if DORA:
-            scales = tl.load(entry + ROW_SCALES).to(tl.pointer_type(tl.float32))
-            delta = tl.load(scales + rows, rows < num_rows, other=0.0)[:, None] * (origin + delta) - origin
-        delta, unfinished = _finite(delta, unfinished, model)
-        if OP == "delta":
-            tl.store(target + at, delta, inside)
-        elif BINS:
-            _count(delta, inside, target, tl.program_id(0) % TABLES, high, OP, BINS)
+@triton.jit(do_not_specialize=["num_facts", "offset", "num_rows"])
+def _fold(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.tensor, target: tl.tensor,
+          p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor, length: tl.tensor,
+          offset: tl.int64, bound: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor, start: tl.tensor,
+          stride: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
+    """Add models to a tile of the state, one after the other; or write a model's deltas.
+
+    target: where deltas go, or the total of an agreement. What is not finite is not looked for at first, since no sum
+    that has met it is finite again: where one isn't, the tile is done once more, with care.
+    """
+    rows, columns, at = _tile(tl.program_id(0), num_columns, start, 1, HOW)
+    inside = _inside(rows, columns, at, num_rows, num_columns, start, length, HOW)
+    origin = _held(base, at, inside, HOW.based)
+    if HOW.op == "delta":
+        if HOW.matrix:
+            product = _product(facts, num_facts, rows, columns, num_columns, stride, HOW)
+            delta = _change(product, _float(facts + SCALE), facts, origin, rows, num_rows, HOW)
         else:
-            term = _term(delta, entry, at.to(tl.int64) + offset, DROPS)
-            s0, s1, s2, s3, s4 = _add(term, _float(entry + WEIGHT), total, bound, s0, s1, s2, s3, s4, OP)
-    _keep(p0, at, s0, inside, HELD > 0)
-    _keep(p1, at, s1, inside, HELD > 1)
-    _keep(p2, at, s2, inside, HELD > 2)
-    _keep(p3, at, s3, inside, HELD > 3)
-    _keep(p4, at, s4, inside, HELD > 4)
-    _tell(unfinished, inside, bad, num_models)
+            delta = _difference(facts, origin, at, inside, HOW)
+        finite = _finite(delta)
+        tl.store(target + at, tl.where(finite, delta, 0.0), inside)
+        _tell(inside & (finite == 0), bad)
+    else:
+        total = _held(target, at, inside, HOW.op == "agreement")
+        _, _, element = _tile(tl.program_id(0), num_columns, start, 4 if HOW.quads else 1, HOW)
+        element = element.to(tl.int64) + offset
+        s0, s1, s2, s3, s4, seen = _all_added(
+            facts, num_facts, bad, origin, total, p0, p1, p2, p3, p4, rows, columns, at, inside, num_rows,
+            num_columns, stride, element, bound, False, HOW,
+        )  # fmt: skip
+        if tl.sum((inside & (_finite(seen) == 0)).to(tl.int32)) > 0:
+            s0, s1, s2, s3, s4, seen = _all_added(
+                facts, num_facts, bad, origin, total, p0, p1, p2, p3, p4, rows, columns, at, inside, num_rows,
+                num_columns, stride, element, bound, True, HOW,
+            )  # fmt: skip
+        _keep(p0, at, s0, inside, HOW.held > 0)
+        _keep(p1, at, s1, inside, HOW.held > 1)
+        _keep(p2, at, s2, inside, HOW.held > 2)
+        _keep(p3, at, s3, inside, HOW.held > 3)
+        _keep(p4, at, s4, inside, HOW.held > 4)
+
+
+# Counts.
+
+
+@triton.jit
+def _cleared(WINDOW: tl.constexpr) -> tl.tensor:
+    """Return the address of a zeroed table in shared memory; of it Triton knows nothing, so PTX says what is done."""
+    table = tl.inline_asm_elementwise(TABLE, "=r", [], tl.int32, is_pure=False, pack=1)
+    at = table + tl.arange(0, WINDOW) * 4  # the bin behind them is never read
+    tl.inline_asm_elementwise("st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [at], tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    return table
+
+
+@triton.jit
+def _counted(near: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
+    tl.debug_barrier()
+    at = near + tl.arange(0, WINDOW) * 4
+    return tl.inline_asm_elementwise("ld.shared.u32 $0, [$1];", "=r,r", [at], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _add_1(bin: tl.tensor, chosen: tl.tensor, HOW: tl.constexpr) -> None:
+    """Add 1 where it is chosen; Triton's own atomics would first bring elements to other threads."""
+    if HOW.ptx:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.global.add.u64 [$1], 1; mov.u32 $0, 0; }", "=r,l,r",
+            [bin.to(tl.int64), chosen.to(tl.int32)], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.atomic_add(bin, 1, chosen, sem="relaxed")
+
+
+@triton.jit
+def _first(magnitude: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
+    """Return the first bin of a window around the mean exponent of what is not zero; an exponent has 256 bins."""
+    others = magnitude > 0
+    exponents = tl.sum(tl.where(others, magnitude >> 23, 0))
+    middle = exponents // tl.maximum(tl.sum(others.to(tl.int32)), 1)
+    return tl.minimum(tl.maximum(middle * 256 - WINDOW // 2, 1), UNFINISHED - WINDOW)
+
+
+@triton.jit
+def _noted(notes: tl.tensor, delta: tl.tensor, inside: tl.tensor, high: tl.tensor, first: tl.tensor, near: tl.tensor,
+           table: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Count a tile's magnitudes, all but zeros or those in bin `high`; return the notes, and the first near bin.
+
+    Notes are of each place of a tile: 1 for all that were counted in `table` itself, 1 << 16 for what is not finite.
+    """
+    magnitude = tl.where(inside, delta, 0.0).to(tl.int32, bitcast=True) & MAGNITUDE
+    if HOW.op == "high":
+        if HOW.near:
+            first = _first(magnitude, WINDOW) if first == 0 else first
+        unsigned = magnitude.to(tl.uint32)
+        bin = ((unsigned >> 16) + ((unsigned + LOW) >> 16)).to(tl.int32)
+        if HOW.near:
+            notes = tl.inline_asm_elementwise(
+                COUNTING, COUNTED, [notes, near, bin, first, table.to(tl.int64)], tl.int32, is_pure=False, pack=PACK
+            )
+        else:
+            finite = bin < UNFINISHED
+            _add_1(table + bin, finite & (bin > 0), HOW)
+            notes += tl.where(finite, (bin > 0).to(tl.int32), 1 << 16)
+    else:
+        finite = magnitude < INFINITY
+        magnitude = tl.where(finite, magnitude, 0)
+        chosen = inside & (magnitude >> 16 == high)
+        _add_1(table + (magnitude & LOW), chosen, HOW)
+        notes += tl.where(finite, 0, 1 << 16)
+    return notes, first
+
+
+@triton.jit(do_not_specialize=["num_facts", "num_tiles", "high", "num_rows"])
+def _counts(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.tensor, table: tl.tensor,
+            high: tl.tensor, length: tl.tensor, num_tiles: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
+            start: tl.tensor, stride: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
+    """Count the magnitudes of one model, tile after tile; of a first level, zeros are what is not counted elsewhere."""
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    rows, columns, at = _tile(tile, num_columns, start, 1, HOW)
+    notes, first, near = at * 0, high * 0, high
+    if HOW.near:
+        near = _cleared(WINDOW)
+    if HOW.matrix:
+        left, right, count = _place_of(facts, HOW)
+        a, b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
+        product, scale = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32), _float(facts + SCALE)
+        left, right, count = _place_of(facts + 1 % num_facts * FACTS, HOW)
+        for step in range(1, (num_tiles - tile + tiles - 1) // tiles * num_facts + 1):
+            next_rows, next_columns, next_at = _tile(tile + step // num_facts * tiles, num_columns, start, 1, HOW)
+            next_a, next_b = _parts(left, right, count, next_rows, next_columns, num_columns, stride, HOW)
+            left, right, count = _place_of(facts + (step + 1) % num_facts * FACTS, HOW)
+            product = _multiplied(a, b, product, HOW)
+            if step % num_facts == 0:
+                inside = _inside(rows, columns, at, num_rows, num_columns, start, length, HOW)
+                origin = _held(base, at, inside, HOW.based)
+                delta = _change(product, scale, facts, origin, rows, num_rows, HOW)
+                notes, first = _noted(notes, delta, inside, high, first, near, table, HOW)
+                product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
+            a, b, rows, columns, at = next_a, next_b, next_rows, next_columns, next_at
+    else:
+        for each in range(tile, num_tiles, tiles):
+            rows, columns, at = _tile(each, num_columns, start, 1, HOW)
+            inside = _inside(rows, columns, at, num_rows, num_columns, start, length, HOW)
+            origin = _held(base, at, inside, HOW.based)
+            delta = _difference(facts, origin, at, inside, HOW)
+            notes, first = _noted(notes, delta, inside, high, first, near, table, HOW)
+    _tell(notes >> 16, bad)
+    if HOW.op == "high":
+        others = tl.sum(notes & 0xFFFF)
+        if HOW.near:
+            counts = _counted(near, WINDOW)
+            tl.atomic_add(table + first + tl.arange(0, WINDOW), counts.to(tl.int64), counts > 0, sem="relaxed")
+            others += tl.sum(counts)
+        zeros = tl.where(tile == 0, length, 0) - others
+        tl.atomic_add(table, zeros.to(tl.int64), sem="relaxed")
 
 
 # Norms of rows, for DoRA.
 
 
-@triton.jit
-def _squares(entry: tl.tensor, base: tl.tensor, lanes: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
-             ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr) -> None:  # fmt: skip
+@triton.jit(do_not_specialize=["num_facts", "num_rows"])
+def _squares(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, lanes: tl.tensor, num_rows: tl.tensor,
+             num_columns: tl.tensor, stride: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
     """Write the sums of squares of base + change by row and lane (fp64), each lane in the order of its columns."""
-    rows, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
-    total = tl.full((ROWS, LANES), 0.0, tl.float64)
-    for first in range(0, num_columns, LANES):
+    rows, lane = tl.program_id(0) * HOW.rows + tl.arange(0, HOW.rows), tl.arange(0, HOW.columns)
+    total = tl.full((HOW.rows, HOW.columns), 0.0, tl.float64)
+    for first in range(0, num_columns, HOW.columns):
         columns = first + lane
         inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        product = _product(facts, num_facts, rows, columns, num_columns, stride, HOW)
         value = tl.load(base + rows[:, None] * num_columns + columns[None, :], inside, other=0).to(tl.float32)
-        value += _product(entry, rows, columns, num_rows, num_columns, False, ALIGNED, ROWS, LANES, STEP)
-        wide = value.to(tl.float64)
+        wide = (value + product * _float(facts + SCALE)).to(tl.float64)
         total += tl.where(inside, wide * wide, 0.0)
-    tl.store(lanes + rows[:, None] * LANES + lane[None, :], total, (rows < num_rows)[:, None])
+    tl.store(lanes + rows[:, None] * HOW.columns + lane[None, :], total, (rows < num_rows)[:, None])
 
 
 @triton.jit
@@ -438,7 +753,7 @@ class Cuda(Kernels):
     `fast` has tensor cores multiply the factors: TF32, 11 bits of each factor, sums in fp32. A change of rank r then
     errs from the exact one by at most (2**-9 + (r + 2) * 2**-22) * |scale| * sum of |left[i, k] * right[k, j]|, and
     factors that were stored in bf16 or fp16, which fit 11 bits, by (r + 2) * 2**-22 of it. An element's bits do not
-    depend on how slices are cut: k goes in steps of 16 from 0, whatever the tile. Everything else is as in `exact`.
+    depend on how slices are cut: k goes in steps of 16 from 0, in tiles of one size. Everything else is as in `exact`.
     """
 
     def __init__(self, device: torch.device, fast: bool = False) -> None:
@@ -446,6 +761,8 @@ class Cuda(Kernels):
         self._device = device
         self._fast = fast
         self._own = _Own(device)
+        on_gpu = device.type == "cuda"
+        self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
 
     @property
     def device(self) -> torch.device:
@@ -453,7 +770,10 @@ class Cuda(Kernels):
         return self._device
 
     def take(self, source: Stored) -> Stored:
-        """See `Kernels.take`: on a stream of the calling thread's own, so that copies go on while others compute."""
+        """See `Kernels.take`: on a stream of the calling thread's own, so that copies go on while others compute.
+
+        Left factors are turned here, that the kernels read by whole vectors.
+        """
         if self._own.stream is None:
             return source
         with torch.cuda.stream(self._own.stream):
@@ -461,7 +781,7 @@ class Cuda(Kernels):
                 taken: Stored = source._replace(data=self._there(source.data))
             else:
                 taken = source._replace(
-                    left=self._there(source.left),
+                    left=_turned(self._there(source.left)),
                     right=self._there(source.right),
                     magnitude=None if source.magnitude is None else self._there(source.magnitude),
                 )
@@ -476,20 +796,26 @@ class Cuda(Kernels):
 
     def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
         """See `Kernels.delta`."""
-        return self._one("delta", source, base, out)
+        bad = self._zero()
+        self._add("delta", [(Term(), source)], base, bad, out, [])
+        return int(bad)
 
     def row_scales(self, source: Factors, rows: Tensor) -> Tensor:
         """See `Kernels.row_scales`; in `fast` too by the canonical product."""
-        assert source.magnitude is not None
+        magnitude = source.magnitude
+        assert magnitude is not None
         num_rows, num_columns = len(source.left), source.right.shape[1]
         lanes = torch.empty(num_rows * LANES, dtype=torch.float64, device=self.device)
         sums = torch.empty(num_rows, dtype=torch.float64, device=self.device)
+        source = source._replace(left=_turned(source.left))
+        facts, num_facts = self._facts([(Term(), source)])
+        how = How("", matrix=True, aligned=_aligned([source]), whole=_whole([source]), rows=NORM_ROWS, columns=LANES)
         _launch(
-            _squares, triton.cdiv(num_rows, NORM_ROWS), self._facts([(Term(), source)]), rows, lanes, num_rows,
-            num_columns, ALIGNED=_aligned([source]), ROWS=NORM_ROWS, LANES=LANES, STEP=STEP,
+            _squares, triton.cdiv(num_rows, NORM_ROWS), facts, num_facts, rows, lanes, num_rows, num_columns,
+            source.left.stride(1), HOW=how, num_stages=1,
         )  # fmt: skip
         _launch(_over_lanes, triton.cdiv(num_rows, BLOCK), lanes, sums, num_rows, LANES=LANES, BLOCK=BLOCK)
-        return (source.magnitude / sums.sqrt()).float()
+        return (magnitude / sums.sqrt()).float()
 
     def start(self, op: Op, length: int) -> State:
         """See `Kernels.start`."""
@@ -502,10 +828,10 @@ class Cuda(Kernels):
         bad = torch.zeros(len(models), dtype=torch.int32, device=self.device)
         parts = [state[name] for name in state_dtypes(op)]
         target, bound = (op.total, op.bound) if isinstance(op, Agreement) else (parts[0], 0.0)
-        for _, run in itertools.groupby(range(len(models)), lambda one: (_kind(models[one][1]), one // AT_ONCE)):
+        for _, run in itertools.groupby(range(len(models)), lambda one: _kind(models[one][1])):
             first, *others = run
             few = models[first : first + 1 + len(others)]
-            self._run(_name(op), few, base, bad[first:], target, parts, offset=offset, bound=bound)
+            self._add(_name(op), few, base, bad[first:], target, parts, offset, bound)
         return [int(count) for count in bad.tolist()]
 
     def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
@@ -532,7 +858,7 @@ class Cuda(Kernels):
     def apply(self, base: Tensor, merged: Tensor, out: Tensor) -> int:
         """See `Kernels.apply`; `out` may be elsewhere, and is then filled by one copy."""
         here = out if out.device == self.device else torch.empty_like(out, device=self.device)
-        bad = torch.zeros(1, dtype=torch.int32, device=self.device)
+        bad = self._zero()
         wide = torch.float64 in (base.dtype, out.dtype)
         _launch(
             _apply, triton.cdiv(len(out), BLOCK), base, merged, _bits(here), bad, len(out),
@@ -542,62 +868,79 @@ class Cuda(Kernels):
             out.copy_(here)
         return int(bad)
 
-    def _count(self, name: str, source: Stored, base: Tensor, table: Tensor, high: int) -> int:
-        tables = torch.zeros(TABLES, len(table), dtype=torch.int32, device=self.device)
-        bad = self._one(name, source, base, tables, high=high, bins=len(table))
-        table += tables.sum(0)
-        return bad
+    def _zero(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int32, device=self.device)
 
-    def _one(self, name: str, source: Stored, base: Tensor, target: Tensor, high: int = 0, bins: int = 0) -> int:
-        """Make the deltas of one slice, and do with them what `name` says."""
-        bad = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._run(name, [(Term(), source)], base, bad, target, [], high=high, bins=bins)
-        return int(bad)
-
-    def _run(self, name: str, models: Sequence[tuple[Term, Stored]], base: Tensor, bad: Tensor, target: Tensor,
-             parts: Sequence[Tensor], *, offset: int = 0, bound: float = 0.0, high: int = 0, bins: int = 0,
-    ) -> None:  # fmt: skip
+    def _add(self, name: str, models: Sequence[tuple[Term, Stored]], base: Tensor, bad: Tensor, target: Tensor,
+             parts: Sequence[Tensor], offset: int = 0, bound: float = 0.0) -> None:  # fmt: skip
         """Launch what goes through models that are stored alike."""
-        length, source = len(base), models[0][1]
-        assert length < 2**30, "blocks are planned smaller: indices have 31 bits"
+        models = [(term, _prepared(source)) for term, source in models]
+        how, shape, options = self._how(name, [one for _, one in models], len(base))
+        _, num_columns, start, _ = shape
+        drops = any(term.dropout for term, _ in models)
+        how = replace(
+            how, held=len(parts), drops=drops, weighs=any(_fp32(term.weight) != _fp32(1.0) for term, _ in models),
+            quads=drops and num_columns % 4 == 0 and (offset - start) % 4 == 0,
+            unroll=1 if drops or how.matrix else 4,
+        )  # fmt: skip
         pointers = [*parts, *[target] * (5 - len(parts))]
-        numbers = length, offset, float(np.float32(bound)), high
-        arguments = self._facts(models), len(models), base, bad, target, *pointers, *numbers
-        options = {
-            "ALIGNED": _aligned([one for _, one in models]), "OP": name, "HELD": len(parts), "BINS": bins,
-            "DROPS": any(term.dropout for term, _ in models), "TABLES": TABLES,
-        }  # fmt: skip
-        if isinstance(source, Encoded):
-            subtracts = source.kind == "dense"
-            _launch(
-                _dense, triton.cdiv(length, BLOCK), *arguments, **options,
-                TYPE=_STORED_TYPES[source.data.dtype], SUBTRACTS=subtracts, BLOCK=BLOCK,
-            )  # fmt: skip
-            return
-        num_rows, num_columns = len(source.left), source.right.shape[1]
         _launch(
-            _factors, triton.cdiv(num_rows, ROWS) * triton.cdiv(num_columns, COLUMNS), *arguments, num_rows,
-            num_columns, source.start, **options,
-            DORA=source.magnitude is not None, FAST=self._fast, ROWS=ROWS, COLUMNS=COLUMNS, STEP=STEP,
+            _fold, _num_tiles(how, shape, len(base)), *self._facts(models), base, bad, target, *pointers,
+            len(base), offset, float(np.float32(bound)), *shape, HOW=how, **options,
         )  # fmt: skip
 
-    def _facts(self, models: Sequence[tuple[Term, Stored]]) -> Tensor:
-        """Return what the kernels know of the models: (models, FACTS) int64."""
-        facts = np.zeros((len(models), FACTS.value), np.int64)
-        for row, (term, source) in zip(facts, models, strict=True):
-            if isinstance(source, Encoded):
-                row[DATA.value] = source.data.data_ptr()
-            else:
-                row[DATA.value], row[RIGHT.value] = source.left.data_ptr(), source.right.data_ptr()
-                row[RANK.value], row[SCALE.value] = source.left.shape[1], _fp32(source.scale)
-                row[ROW_SCALES.value] = 0 if source.scales is None else source.scales.data_ptr()
-            row[LOWEST.value], row[WEIGHT.value] = term.lowest, _fp32(term.weight)
-            row[BOUND.value], row[KEPT_SCALE.value] = 2**32, _fp32(1.0)  # keeps all: no dropout
+    def _count(self, name: str, source: Stored, base: Tensor, table: Tensor, high: int) -> int:
+        source = _prepared(source)
+        how, shape, options = self._how(name, [source], len(base))
+        counters = MATRIX_COUNTERS
+        if not how.matrix:
+            how, options, counters = replace(how, block=COUNT_BLOCK), {"num_warps": COUNT_WARPS}, COUNTERS
+        num_tiles, bad = _num_tiles(how, shape, len(base)), self._zero()
+        _launch(
+            _counts, min(num_tiles, counters * self._num_multiprocessors), *self._facts([(Term(), source)]), base, bad,
+            table, high, len(base), num_tiles, *shape, HOW=how, **options,
+        )  # fmt: skip
+        return int(bad)
+
+    def _how(self, name: str, sources: Sequence[Stored], length: int) -> tuple[How, Shape, dict[str, int]]:
+        """Return what goes through sources that are stored alike, the matrix of factors, and options of a launch."""
+        assert length < 2**30, "blocks are planned smaller: indices have 31 bits"
+        source = sources[0]
+        how = How(name, aligned=_aligned(sources), ptx=PTX)
+        if isinstance(source, Encoded):
+            kind = _STORED_TYPES[source.data.dtype]
+            how = replace(how, stored=kind, based=source.kind == "dense", block=BLOCK)
+            return how, (0, 0, 0, 0), {"num_warps": WARPS}
+        tile = FAST if self._fast else (COUNT if name in ("high", "low") else EXACT)
+        how = replace(
+            how, matrix=True, based=source.magnitude is not None, whole=_whole(sources), fast=self._fast,
+            rows=tile.rows, columns=tile.columns,
+        )  # fmt: skip
+        shape = len(source.left), source.right.shape[1], source.start, source.left.stride(1)
+        return how, shape, {"num_warps": tile.warps, "maxnreg": tile.registers, "num_stages": 1}
+
+    def _facts(self, models: Sequence[tuple[Term, Stored]]) -> tuple[Tensor, int]:
+        """Return what the kernels know of the models, (rows, FACTS) int64, and how many rows."""
+        rows: list[list[int]] = []
+        for model, (term, source) in enumerate(models):
+            key, bound, kept_scale = 0, 2**32, _fp32(1.0)  # keeps all: no dropout
             if term.dropout:
                 first, second = term.dropout.key
-                row[KEY.value] = np.uint64(second << 32 | first).astype(np.int64)
-                row[BOUND.value], row[KEPT_SCALE.value] = term.dropout.bound, _fp32(term.dropout.scale)
-        return self._there(torch.from_numpy(facts))
+                key, bound, kept_scale = second << 32 | first, term.dropout.bound, _fp32(term.dropout.scale)
+            lowest = min(max(1, term.lowest), INFINITY.value)
+            of_term = [lowest, _fp32(term.weight), key - (key >> 63 << 64), bound, kept_scale]
+            if isinstance(source, Encoded):
+                rows.append([source.data.data_ptr(), 0, 0, 1, model, 0, 0, *of_term])
+                continue
+            rank, num_columns = source.right.shape
+            scales = 0 if source.scales is None else source.scales.data_ptr()
+            of_model = [model, _fp32(source.scale), scales, *of_term]
+            for k in range(0, max(1, rank), STEP.value):
+                left = source.left.data_ptr() + 4 * k * source.left.stride(1)
+                right, last = source.right.data_ptr() + 4 * k * num_columns, k + STEP.value >= rank
+                rows.append([left, right, min(rank - k, STEP.value), last, *of_model])
+        ahead = rows[-1:] * 2  # for steps that are asked for and never come
+        return self._there(torch.tensor(rows + ahead, dtype=torch.int64)), len(rows)
 
 
 _TYPES = {
@@ -619,7 +962,7 @@ def _kind(source: Stored) -> tuple[object, ...]:
     """Return what a launch has in common."""
     if isinstance(source, Encoded):
         return source.kind, source.data.dtype
-    return source.magnitude is None, source.right.shape[1], source.start
+    return source.magnitude is None, source.left.shape[0], source.right.shape[1], source.start
 
 
 def _name(op: Op) -> str:
@@ -634,9 +977,34 @@ def _name(op: Op) -> str:
             return "agreement"
 
 
+def _prepared(source: Stored) -> Stored:
+    return source if isinstance(source, Encoded) else source._replace(left=_turned(source.left))
+
+
+def _turned(left: Tensor) -> Tensor:
+    """Return a left factor whose columns lie one after the other, each in a multiple of 64 bytes."""
+    num_rows, rank = left.shape
+    stride = -(-num_rows // 16) * 16
+    if left.stride() == (1, stride) and left.data_ptr() % 64 == 0:
+        return left
+    return left.new_empty(rank, stride)[:, :num_rows].T.copy_(left)
+
+
+def _num_tiles(how: How, shape: Shape, length: int) -> int:
+    if how.matrix:
+        return -(-shape[0] // how.rows) * -(-shape[1] // how.columns)
+    return -(-length // how.block)
+
+
 def _aligned(sources: Sequence[Stored]) -> bool:
     """Return whether slices, or right factors, begin where 16 bytes can be read at a time; fresh memory does."""
     return all((one.data if isinstance(one, Encoded) else one.right).data_ptr() % 16 == 0 for one in sources)
+
+
+def _whole(sources: Sequence[Stored]) -> bool:
+    """Return whether no step of a product goes beyond the rank."""
+    ranks = [one.left.shape[1] for one in sources if isinstance(one, Factors)]
+    return all(rank and rank % STEP.value == 0 for rank in ranks)
 
 
 def _bits(tensor: Tensor) -> Tensor:
