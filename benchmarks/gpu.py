@@ -1,17 +1,20 @@
 """What the kernels of a GPU cost, beside what the same GPU copies and multiplies; needs a GPU, and says so if none is.
 
-    python -m benchmarks.gpu [--length 134217728] [--models 4 32] [--ranks 16 64]
+    python -m benchmarks.gpu [--length 134217728] [--models 4 32] [--ranks 16 64] [--actors 1 2 4]
 
 Imports torch, triton, numpy and numba alone, so that it runs where nothing else of ours is installed. A row is one
-call as a worker makes it: with Python, launches, and the wait for its counts. Bound: of what moves bytes, the GPU's
-own copy of a large tensor; of factors, its rate of fp32 fused multiply-adds on registers, if that takes longer. The
-first table needs no GPU: why a CPU has no `fast`.
+call as a worker makes it: with Python, launches, and the wait for its counts; `alone`: what the GPU is busy for. Bound:
+of what moves bytes, the GPU's own copy of a large tensor; of factors, its rate of fp32 fused multiply-adds on
+registers, if that takes longer. The first table needs no GPU: why a CPU has no `fast`. The last are slices brought from
+pinned memory and merged, as a worker does it in its threads, by one process and by several that share the GPU.
 """
 
 import argparse
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -23,8 +26,10 @@ from ties_ray.kernels import BINS, Dropout, Encoded, Factors, Kernels, SignedSum
 THRESHOLD = int(torch.tensor(1.3e-4).view(torch.int32))
 """Keeps about a fifth of the simulated updates, of std 1e-4."""
 COLUMNS = 4096
-TOGETHER, READERS = 4, 4
-"""Dense slices of a launch, and threads that bring them: as a worker has them."""
+TOGETHER, READERS, BLOCK = 4, 4, 1 << 22
+"""Dense slices of a launch, threads that bring them, and elements of a slice: as a worker has them."""
+TURNS = 8
+"""Times that actors merge all of their slices, the slowest of which ends the measure."""
 CHAIN, LANES = 4096, 4096
 """Of the measure of arithmetic: steps, and numbers a program works on, 32 a thread."""
 
@@ -73,6 +78,17 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
     return best
 
 
+def busy_seconds(run: Callable[[], object], repeats: int = 3) -> float:
+    """Return for how long the GPU works, as its driver counts, in the best of some runs."""
+    best = float("inf")
+    for _ in range(repeats):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        best = min(best, sum(each.self_device_time_total for each in profile.key_averages()) / 1e6)
+    return best
+
+
 def cpu_seconds(run: Callable[[], object], repeats: int = 5) -> float:
     best = float("inf")
     for _ in range(repeats):
@@ -98,7 +114,7 @@ def products_of_a_cpu(ranks: Iterable[int]) -> None:
 
 def dense_cases(kernels: Kernels, dtype: torch.dtype, length: int, models: Iterable[int]) -> Iterable[Case]:
     device, size, name = kernels.device, dtype.itemsize, str(dtype).removeprefix("torch.")
-    base = torch.randn(length, device=device) * 0.02
+    base = (torch.randn(length, device=device) * 0.02).to(dtype).float()
     slices: list[Stored] = [
         Encoded((base + torch.randn(length, device=device) * 1e-4).to(dtype)) for _ in range(TOGETHER)
     ]
@@ -132,7 +148,7 @@ def factor_cases(kernels: Kernels, how: str, rank: int, length: int, models: Ite
 
     def factors() -> Stored:
         left, right = torch.randn(rows, rank, device=device), torch.randn(rank, COLUMNS, device=device)
-        return Factors(left, right, 1e-4 / rank**0.5, 0)
+        return kernels.take(Factors(left, right, 1e-4 / rank**0.5, 0))
 
     high = torch.zeros(BINS, dtype=torch.int64, device=device)
     one = factors()
@@ -161,38 +177,78 @@ def fma_rate() -> float:
 def measure(cases: Iterable[Case], copied: float, multiplied: float) -> None:
     for case in cases:
         took = seconds(case.run)
+        busy = busy_seconds(case.run)
         moved, done = case.elements * case.num_bytes, case.elements * case.fmas
-        share = max(moved / copied, done / multiplied) / took
+        least = max(moved / copied, done / multiplied)
         each = took / case.elements / case.models * 1e9
-        row(case.name, case.stored, case.models, each, moved / took / 1e9, done / took / 1e9, f"{share:.0%}")
+        shares = f"{least / took:.0%}", f"{least / busy:.0%}"
+        row(case.name, case.stored, case.models, each, moved / took / 1e9, done / took / 1e9, *shares)
+
+
+class Merge:
+    """Slices in pinned memory, threads that bring them, and the state that they are added to."""
+
+    def __init__(self, kernels: Kernels, length: int, num_slices: int) -> None:
+        self._kernels = kernels
+        self._waiting = [torch.zeros(length, dtype=torch.bfloat16, pin_memory=True) for _ in range(num_slices)]
+        self._base = torch.zeros(length, device=kernels.device)
+        self._op = SignedSums((Term(),) * num_slices)
+        self._state = kernels.start(self._op, length)
+        self._readers = ThreadPoolExecutor(READERS)
+        self.num_bytes = sum(one.nbytes for one in self._waiting)
+
+    def coming(self) -> Iterable[Stored]:
+        """Yield the slices on the GPU, a few on their way at a time."""
+        remaining = iter(self._waiting)
+        going = [self._readers.submit(self._kernels.take, Encoded(one)) for one in islice(remaining, READERS)]
+        while going:
+            yield going.pop(0).result()
+            going += [self._readers.submit(self._kernels.take, Encoded(one)) for one in islice(remaining, 1)]
+
+    def merge(self, slices: Iterable[Stored]) -> None:
+        group: list[tuple[int, Stored]] = []
+        for index, one in enumerate(slices):
+            group.append((index, one))
+            if len(group) == TOGETHER:
+                self._kernels.fold(self._op, self._state, self._base, group, 0)
+                group.clear()
 
 
 def overlap(kernels: Kernels, length: int) -> None:
-    """Bring slices from pinned memory in threads, as a worker does, alone and while others are merged."""
-    base = torch.zeros(length, device=kernels.device)
-    waiting = [torch.zeros(length, dtype=torch.bfloat16, pin_memory=True) for _ in range(4 * READERS)]
-    op = SignedSums((Term(),) * len(waiting))
-    state = kernels.start(op, length)
-    with ThreadPoolExecutor(READERS) as readers:
-
-        def coming() -> Iterable[Stored]:
-            return readers.map(kernels.take, map(Encoded, waiting))
-
-        def merge(slices: Iterable[Stored]) -> None:
-            group: list[tuple[int, Stored]] = []
-            for index, one in enumerate(slices):
-                group.append((index, one))
-                if len(group) == TOGETHER:
-                    kernels.fold(op, state, base, group, 0)
-                    group.clear()
-
-        here = list(coming())
-        copying, merging = seconds(lambda: list(coming())), seconds(lambda: merge(here))
-        both = seconds(lambda: merge(coming()))
-    num_bytes = sum(one.nbytes for one in waiting)
-    table("bf16 slices from pinned memory", "s", "GB/s")
+    """Bring slices alone, and while others are merged."""
+    one = Merge(kernels, length, 4 * READERS)
+    here = list(one.coming())
+    copying, merging = seconds(lambda: list(one.coming())), seconds(lambda: one.merge(here))
+    both = seconds(lambda: one.merge(one.coming()))
+    table(f"bf16 slices of {length >> 20} Mi from pinned memory", "s", "GB/s")
     for what, took in (("copied", copying), ("merged, there already", merging), ("copied and merged", both)):
-        row(what, took, num_bytes / took / 1e9)
+        row(what, took, one.num_bytes / took / 1e9)
+
+
+def actor(together: "multiprocessing.synchronize.Barrier", found: "multiprocessing.Queue[tuple[float, float]]") -> None:
+    """Bring and merge slices as large as a worker's, beside others; tell when that began and ended."""
+    one = Merge(load("cuda"), BLOCK, 16 * READERS)
+    one.merge(one.coming())
+    together.wait()
+    started = time.time()
+    for _ in range(TURNS):
+        one.merge(one.coming())
+    found.put((started, time.time()))
+
+
+def actors(numbers: Iterable[int]) -> None:
+    table("processes", f"GB/s of bf16 slices of {BLOCK >> 20} Mi brought and merged, all together")
+    spawned = multiprocessing.get_context("spawn")
+    for number in numbers:
+        together, found = spawned.Barrier(number), spawned.Queue()
+        processes = [spawned.Process(target=actor, args=(together, found)) for _ in range(number)]
+        for process in processes:
+            process.start()
+        started, ended = zip(*(found.get() for _ in processes), strict=True)
+        for process in processes:
+            process.join()
+        num_bytes = number * TURNS * 16 * READERS * 2 * BLOCK
+        row(number, num_bytes / (max(ended) - min(started)) / 1e9)
 
 
 def main() -> None:
@@ -200,6 +256,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1 << 27, help="elements of a slice")
     parser.add_argument("--models", type=int, nargs="+", default=[4, 32])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4], help="processes that share the GPU")
     asked = parser.parse_args()
     products_of_a_cpu(asked.ranks)
     if not torch.cuda.is_available():
@@ -208,14 +265,20 @@ def main() -> None:
     copied, multiplied = copy_rate(), fma_rate()
     print(f"\n{torch.cuda.get_device_name()}: copies at {copied / 1e9:,.0f} GB/s (read and written together), "
           f"{multiplied / 1e9:,.0f} G fma/s in fp32")  # fmt: skip
-    table("kernel", "slices", "models", "ns per (element, model)", "GB/s", "G fma/s", "share of the bound")
+    heads = "kernel", "slices", "models", "ns per (element, model)", "GB/s", "G fma/s", "of the bound", "alone"
+    table(*heads)
     exact, fast = load("cuda"), load("cuda", "fast")
     for dtype in (torch.bfloat16, torch.float32):
         measure(dense_cases(exact, dtype, asked.length, asked.models), copied, multiplied)
     for how, kernels in (("exact", exact), ("fast", fast)):
         for rank in asked.ranks:
             measure(factor_cases(kernels, how, rank, asked.length, asked.models), copied, multiplied)
-    overlap(exact, asked.length // 4)
+    print(f"\nThe same on slices as large as a worker's, {BLOCK >> 20} Mi elements:")
+    table(*heads)
+    measure(dense_cases(exact, torch.bfloat16, min(asked.length, BLOCK), asked.models[:1]), copied, multiplied)
+    for length in (asked.length // 4, min(asked.length // 4, BLOCK)):
+        overlap(exact, length)
+    actors(asked.actors)
 
 
 if __name__ == "__main__":

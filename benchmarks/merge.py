@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.merge --models 4 --models 64 --mergekit PYTHON
     OMP_NUM_THREADS=1 python -m benchmarks.merge --models 16 --bucket [--rate 200 [--latency 30]]
+    OMP_NUM_THREADS=1 python -m benchmarks.merge --models 8 --size 200M --run local/1 --run local/1/cuda
 
 `copy` reads every input once and writes an output of the same size, through the same store and as many threads as a
 worker reads with, and does nothing else. mergekit trims each tensor for itself; an exact threshold of the whole task
@@ -10,6 +11,7 @@ leaves out what a process takes that has imported everything, started and done n
 process beyond those imports.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -63,6 +65,15 @@ def copy(given: str) -> None:
             start, stop = plan.layout.part(index, number)
             parts.append(store.write_part(uri, upload, number + 1, start, memoryview(buffers[0])[: stop - start]))
         store.complete_upload(uri, upload, parts)
+
+
+def digest(folder: Path) -> str:
+    """Return one SHA-256 of all weight files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def recipe_of(place: str, num_models: int, **more: object) -> dict[str, object]:
@@ -146,7 +157,9 @@ def compare(
         f" GB in all rounds, {plan.bytes_again / 1e9:.2f} of it again; write {plan.bytes_written / 1e9:.2f} GB"
     )
     table = Table(1e9 / plan.layout.num_elements / num_models)
-    idles = {name: measure.run(["-c", IDLE, name], ray=name == "ray").workers[0] for name in ("local", "ray")}
+    kinds = {one.partition("/")[0] for one in runs}
+    idles = {name: measure.run(["-c", IDLE, name], ray=name == "ray").workers[0] for name in kinds}
+    written = set()
 
     def fresh(number: int) -> dict[str, object]:
         """Return a recipe whose output is not there yet."""
@@ -155,11 +168,14 @@ def compare(
 
     (planned,) = program(PLAN, fresh(0) | {"run": run}).workers
     table.add("copy", program(COPY, fresh(0) | {"run": run}), planned)
-    for number, (executor, _, workers) in enumerate((one.partition("/") for one in runs), 1):
-        seen, _ = measure.merge(
-            fresh(number) | {"run": {"executor": executor, "workers": int(workers)}}, ray=executor == "ray"
-        )
-        table.add(f"ties_ray, {executor}, {workers} workers", seen, idles[executor])
+    for number, one in enumerate(runs, 1):
+        executor, workers, *device = one.split("/")
+        run = {"executor": executor, "workers": int(workers), "device": device[0] if device else "cpu"}
+        seen, _ = measure.merge(fresh(number) | {"run": run}, ray=executor == "ray")
+        table.add(f"ties_ray, {executor}, {workers} workers{', a GPU' * len(device)}", seen, idles[executor])
+        written.add(digest(Path(place) / "merged"))
+    if not storage and len(runs) > 1:
+        click.echo(f"\nAll wrote the same bytes: {len(written) == 1}")
     if other:
         fresh(0)
         (idle,) = measure.run(["-c", "import mergekit.scripts.run_yaml"], ray=False, python=str(other)).workers
@@ -170,7 +186,14 @@ def compare(
 @click.command()
 @click.option("--models", multiple=True, default=[8], show_default=True, help="how many; may be repeated")
 @click.option("--size", type=click.Choice(list(SHAPES)), default="60M", show_default=True)
-@click.option("--run", "runs", multiple=True, default=["local/1", "local/2", "ray/1", "ray/2"], show_default=True)
+@click.option(
+    "--run",
+    "runs",
+    multiple=True,
+    default=["local/1", "local/2", "ray/1", "ray/2"],
+    show_default=True,
+    help="executor/workers, or executor/workers/cuda",
+)
 @click.option("--mergekit", "other", type=click.Path(path_type=Path), help="Python of an environment with mergekit")
 @click.option("--bucket", is_flag=True, help="read from and write to an S3 server on loopback instead of the disk")
 @click.option("--rate", type=float, help="MB/s of the wire to that server; none: as fast as it is")
