@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.kernels [--length 4194304] [--models 8 32] [--ranks 16 64 mixed]
 
 Models are simulated fine-tunes: base std 0.02, update std 1e-4, in their own dtype, trimmed to a density of 0.2, and
-folded in groups as a worker does. `start`, `elect` and `apply` run once for all models, so their share falls with the
-number of models. `rounds` is all that TIES with exact global trim does: both counts, start, fold, elect, apply. Of
-factors (rows of the shapes of Llama-3.1-8B's linear layers, about --length elements) `merge` is start, fold and elect:
-the round that writes; "dense" is bf16 in the same loops. `aim` is what is asked of `rounds` or of `merge`.
+folded in groups as a worker does. `merge` is what the round that writes does with them: start, fold and elect, or all
+in one walk where one group holds all models. `start`, `elect` and `apply` run once for all models, so their share falls
+with the number of models. `rounds` is all that TIES with exact global trim does: both counts, merge, apply. Of factors
+(rows of the shapes of Llama-3.1-8B's linear layers, about --length elements) "dense" is bf16 in the same loops. `aim`
+is what is asked of `rounds` or of `merge`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import BINS, Dropout, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
+from ties_ray.kernels import BINS, Dropout, Election, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
 from ties_ray.sources import FACTORS_TOGETHER, TOGETHER
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -75,6 +76,14 @@ def each_kernel(
         for first in range(0, num_models, together):
             kernels.fold(op, state, base, group[first : first + together], 0)
 
+    def merge() -> None:
+        if num_models <= together:
+            kernels.merge(op, base, group, 0, Election())
+        else:
+            kernels.start(op, len(base))
+            fold(op)
+            kernels.elect(op, state, 0, 1.0, "mean")
+
     runs: dict[str, tuple[Callable[[], object], int]] = {
         "memcpy": (lambda: copied.copy_(data), 1),
         "count_high": (lambda: count(low_bits=False), len(models)),
@@ -83,6 +92,7 @@ def each_kernel(
         "fold": (lambda: fold(op), num_models),
         "fold+dropout": (lambda: fold(random), num_models),
         "elect": (lambda: kernels.elect(op, state, 0, 1.0, "mean"), num_models),
+        "merge": (merge, num_models),
     }
     if bin % 2 == 0:
         runs["count_low"] = (lambda: None, 1)
@@ -99,9 +109,7 @@ def measure(kernels: Kernels, dtype: torch.dtype, num_models: int, length: int, 
     found = each_kernel(kernels, models, num_models, base, TOGETHER, repeats)
     merged, out = torch.randn(length, generator=source), torch.empty(length, dtype=dtype)
     found["apply"] = seconds(lambda: kernels.apply(base, merged, out), repeats) / length / num_models * 1e9
-    return found | {
-        "rounds": sum(found[name] for name in ("count_high", "count_low", "start", "fold", "elect", "apply"))
-    }
+    return found | {"rounds": sum(found[name] for name in ("count_high", "count_low", "merge", "apply"))}
 
 
 def measure_factors(
@@ -119,8 +127,7 @@ def measure_factors(
         left, right = torch.randn(rows, width, generator=source), torch.randn(width, columns, generator=source)
         models.append(Factors(left, right, 1e-4, 0))
     together = TOGETHER if rank == "dense" else FACTORS_TOGETHER
-    found = each_kernel(kernels, models, num_models, base, together, repeats)
-    return found | {"merge": sum(found[name] for name in ("start", "fold", "elect"))}
+    return each_kernel(kernels, models, num_models, base, together, repeats)
 
 
 def print_row(title: tuple[str, ...], found: dict[str, float], aim: str, named: tuple[str, ...], head: bool) -> None:

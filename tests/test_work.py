@@ -17,7 +17,7 @@ from tests.families import Family
 from tests.merging import LOCAL, carried_out, digests, merge, recipe_of
 from ties_ray import drive, work
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
-from ties_ray.kernels import Encoded, SignedSums, Term, WeightedSum, load
+from ties_ray.kernels import Election, Encoded, SignedSums, Term, WeightedSum, load
 from ties_ray.manifest import Manifest, Record
 from ties_ray.methods import Context, Deltas, Result, Round
 from ties_ray.methods.average import Average
@@ -67,6 +67,22 @@ def test_iterating_and_folding_give_the_same_bits(count: int, together: int) -> 
         assert bool(delta.any()) == (models[model] is not None), "a model that lacks the parameter moves nothing"
         total += delta * torch.tensor(0.3 + model, dtype=torch.float32)
     assert torch.equal(folded, total)
+
+
+@pytest.mark.parametrize("lacking", [0, 4, 8])
+@pytest.mark.parametrize("together", [1, 4, 8, 9])
+def test_an_election_has_the_bits_of_folding_first(together: int, lacking: int) -> None:
+    models, base = some_models(9)
+    models[lacking] = None
+    assert models[3] is not None
+    models[3][7] = float("nan")
+    op, election = SignedSums((Term(threshold=0x3F00_0000),) * 9), Election(factor=0.7)
+    one, other = (make_slices(models, base, together=together)[0] for _ in range(2))
+    merged = one.elect(op, election)
+    assert torch.equal(merged, load("cpu").elect(op, other.fold(op), *election))
+    assert merged.count_nonzero() > 500
+    assert one.not_finite == other.not_finite == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+    one.close()
 
 
 @pytest.mark.parametrize("resident", [True, False])

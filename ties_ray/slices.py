@@ -1,11 +1,11 @@
 """The models' slices of one block: what a merge method sees of them (the contract `Deltas`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import Factors, Kernels, Op, State, Stored
+from ties_ray.kernels import Election, Factors, Kernels, Op, State, Stored
 from ties_ray.methods import Deltas, Slice
 from ties_ray.sources import FACTOR_ROOM
 
@@ -43,7 +43,7 @@ class Slices(Deltas):
         delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
         for model, encoded in self.models():
             if encoded:
-                self._note(model, self._kernels.delta(encoded, self._base, delta))
+                self._note([(model, encoded)], [self._kernels.delta(encoded, self._base, delta)])
             else:
                 delta.zero_()
             del encoded
@@ -51,27 +51,45 @@ class Slices(Deltas):
 
     def fold(self, op: Op) -> State:
         """Return the op's state over all models; a model that lacks the parameter adds nothing."""
-        state = self._kernels.start(op, len(self._base))
         models = self.models()
-        while group := self._group(models):
-            members = [model for model, _ in group]
-            counts = self._kernels.fold(op, state, self._base, group, self._offset)
-            del group  # its memory is for the slices to come
-            for model, count in zip(members, counts, strict=True):
-                self._note(model, count)
+        return self._folded(op, models, *self._group(models))
+
+    def elect(self, op: Op, election: Election) -> Tensor:
+        """Return the merged delta; where one group holds all models, no state is ever written to memory."""
+        models = self.models()
+        group, last = self._group(models)
+        if not last:
+            return self._kernels.elect(op, self._folded(op, models, group, last), *election)
+        merged, counts = self._kernels.merge(op, self._base, group, self._offset, election)
+        self._note(group, counts)
+        return merged
+
+    def _folded(
+        self, op: Op, models: Iterator[tuple[int, Stored | None]], group: list[tuple[int, Stored]], last: bool
+    ) -> State:
+        """Return the state of a first group and, if it is not the last, of those that follow."""
+        state = self._kernels.start(op, len(self._base))
+        while group:
+            self._note(group, self._kernels.fold(op, state, self._base, group, self._offset))
+            group.clear()  # its memory is for the slices to come
+            if not last:
+                group, last = self._group(models)
         return state
 
-    def _group(self, models: Iterator[tuple[int, Stored | None]]) -> list[tuple[int, Stored]]:
-        """Take the next models that change the parameter: as many as are merged together, or as many factors as fit."""
+    def _group(self, models: Iterator[tuple[int, Stored | None]]) -> tuple[list[tuple[int, Stored]], bool]:
+        """Take the next models that change the parameter, as many slices as are merged together, or factors as fit.
+
+        And return whether no model follows.
+        """
         group: list[tuple[int, Stored]] = []
         decoded = 0
         for model, one in models:
             if one:
                 group.append((model, one))
                 decoded += one.left.nbytes + one.right.nbytes if isinstance(one, Factors) else 0
-            if len(group) == self._together or decoded > FACTOR_ROOM // 2:
-                break
-        return group
+            if model < self._num_models - 1 and (len(group) == self._together or decoded > FACTOR_ROOM // 2):
+                return group, False
+        return group, True
 
     def models(self) -> Iterator[tuple[int, Stored | None]]:
         """Yield (model, slice) in recipe order; who holds on to slices holds their memory."""
@@ -100,6 +118,7 @@ class Slices(Deltas):
             next(self._coming)
         self._taken = position
 
-    def _note(self, model: int, count: int) -> None:
+    def _note(self, group: Sequence[tuple[int, Stored]], counts: Sequence[int]) -> None:
         if self._pass == 1:
-            self.not_finite[model] += count
+            for (model, _), count in zip(group, counts, strict=True):
+                self.not_finite[model] += count

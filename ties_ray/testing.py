@@ -28,6 +28,7 @@ from ties_ray.kernels import (
     BINS,
     Agreement,
     Dropout,
+    Election,
     Encoded,
     Extremes,
     Factors,
@@ -237,6 +238,22 @@ class KernelContract:
             assert same_bits(expected, states[1][key]), key
             assert expected.count_nonzero() > self.LENGTH // 100, key
         assert total is None or (isinstance(op, Agreement) and same_bits(total, op.total))
+
+    @pytest.mark.parametrize("factors", [True, False])
+    @pytest.mark.parametrize(
+        ("name", "merge"),
+        [("signed_sums", "mean"), ("signed_sums_weighted", "mean"), ("signed_sums", "sum"), ("extremes", "max")],
+    )
+    def test_a_group_of_all_models_is_merged_as_by_the_definition(
+        self, kernels: Kernels, name: str, merge: Literal["mean", "sum", "max"], factors: bool
+    ) -> None:
+        base, group = (a_mixed_group if factors else a_group)(torch.float32, self.LENGTH)
+        op, election = an_op(name, "all", self.LENGTH), Election(1, 0.3, merge)
+        expected, counts = Definition().merge(op, base, group, 2**34 + 3, election)
+        merged, found = kernels.merge(op, base, group, 2**34 + 3, election)
+        assert counts == found
+        assert same_bits(expected, merged)
+        assert expected.count_nonzero() > self.LENGTH // 2
 
     @pytest.mark.parametrize("name", ["signed_sums", "agreement"])
     def test_cuts_inside_rows_change_no_bit_of_what_factors_add(self, kernels: Kernels, name: str) -> None:
@@ -966,6 +983,10 @@ class Held(Deltas):
         group = [(model, Encoded(delta, "delta")) for model, delta in enumerate(self._deltas)]
         self._kernels.fold(op, state, torch.zeros(length), group, self._start)
         return state
+
+    def elect(self, op: Op, election: Election) -> torch.Tensor:
+        """Return what is elected from it."""
+        return self._kernels.elect(op, self.fold(op), *election)
 
     def _pass(self) -> None:
         assert self._left > 0, "the method goes through its models more often than its round's `passes` says"

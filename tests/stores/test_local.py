@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import tempfile
@@ -189,6 +190,52 @@ def test_several_processes_write_one_file(store: Local, tmp_path: Path) -> None:
         parts = pool.starmap(_write_elsewhere, [(uri, upload, start, data) for start in range(0, len(data), 50_000)])
     store.complete_upload(uri, upload, parts)
     assert Path(uri).read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [100, 4096, 3 * 4096 + 100])
+@pytest.mark.parametrize("can", [True, False])
+def test_whole_sectors_of_a_part_are_written_past_the_page_cache_where_that_can_be(
+    store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool, size: int
+) -> None:
+    """Shown by the flags of the file that the bytes went to, on a file system that this test makes able or not."""
+    uri, data = str(tmp_path / "x"), memoryview(os.urandom(4096 + size))
+    straight, written = set(), {}
+    opening, writing = os.open, os.pwrite
+
+    def opened(path: Path, flags: int, mode: int) -> int:
+        if flags & os.O_DIRECT and not can:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        file = opening(path, flags & ~os.O_DIRECT, mode)
+        (straight.add if flags & os.O_DIRECT else straight.discard)(file)
+        return file
+
+    def pwrite(file: int, part: memoryview, offset: int) -> int:
+        written[file in straight] = written.get(file in straight, 0) + len(part)
+        return writing(file, part, offset)
+
+    upload = store.begin_upload(uri, len(data))
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    parts = [store.write_part(uri, upload, 1, 0, data[:4096]), store.write_part(uri, upload, 2, 4096, data[4096:])]
+    store.complete_upload(uri, upload, parts)
+    assert Path(uri).read_bytes() == data
+    tail = size % 4096
+    assert written.get(True, 0) == (4096 + size - tail if can else 0)
+    assert written.get(False, 0) == (tail if can else 4096 + size)
+
+
+def test_a_disk_that_fails_past_the_page_cache_is_told(
+    store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "x")
+    upload = store.begin_upload(uri, 4096)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(UnavailableError, match="can't write it: Input/output error"):
+        store.write_part(uri, upload, 1, 0, memoryview(bytes(4096)))
 
 
 @contextmanager

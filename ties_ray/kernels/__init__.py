@@ -153,6 +153,14 @@ Stored = Encoded | Factors
 """What a format makes of the bytes it asked for."""
 
 
+class Election(NamedTuple):
+    """How TIES makes a delta of the sums; see `Kernels.elect`."""
+
+    zero_sign: int = 0
+    factor: float = 1.0
+    merge: Literal["mean", "sum", "max"] = "mean"
+
+
 class Kernels(ABC):
     """The operations on slices. `base` is 1-D fp32, or fp64 where the base is stored in F64; already decoded.
 
@@ -215,6 +223,14 @@ class Kernels(ABC):
         extreme of that sign. Then times fp32(factor). (Yadav et al. 2023, section 3.2.) NaN where the sum is NaN (it
         overflowed), so that `apply` sees it.
         """
+
+    def merge(
+        self, op: Op, base: "Tensor", group: Sequence[tuple[int, Stored]], offset: int, election: Election
+    ) -> "tuple[Tensor, list[int]]":
+        """Return what is elected where one group holds all models, and what `fold` returns: start, fold and elect."""
+        state = self.start(op, len(base))
+        counts = self.fold(op, state, base, group, offset)
+        return self.elect(op, state, *election), counts
 
     @abstractmethod
     def apply(self, base: "Tensor", merged: "Tensor", out: "Tensor") -> int:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from ties_ray import plugins
 from ties_ray.errors import Problem
 from ties_ray.formats import Parameter
-from ties_ray.kernels import Kernels, Op, State
+from ties_ray.kernels import Election, Kernels, Op, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,10 @@ class Deltas(ABC):
     @abstractmethod
     def fold(self, op: Op) -> State:
         """Return the op's state over all models, fused where a kernel can; equal bit for bit to iterating."""
+
+    @abstractmethod
+    def elect(self, op: Op, election: Election) -> "Tensor":
+        """Return the delta that TIES makes of the op's state, as `Kernels.elect` would, fused where a kernel can."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.kernels import Dropout, SignedSums, Term, WeightedSum
+from ties_ray.kernels import Dropout, Election, SignedSums, Term, WeightedSum
 from ties_ray.kernels.randomness import key
 from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
 
@@ -52,7 +52,7 @@ class Dare(Method):
         if self.combine == "linear":
             return Result(merged=deltas.fold(WeightedSum(terms))["sum"].mul_(self.lambda_))
         op = SignedSums(terms, weighted=any(term.weight != 1 for term in terms))
-        return Result(merged=context.kernels.elect(op, deltas.fold(op), 0, self.lambda_, "mean"))
+        return Result(merged=deltas.elect(op, Election(factor=self.lambda_)))
 
     def _term(self, member: Member, parameter: str) -> Term:
         density = self.density if member.density is None else member.density

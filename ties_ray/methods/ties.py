@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, FiniteFloat, model_validator
 
 from ties_ray.errors import Problem
-from ties_ray.kernels import Extremes, SignedSums, Term
+from ties_ray.kernels import Election, Extremes, SignedSums, Term
 from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, Threshold
 
 ZERO_SIGN = {"none": 0, "positive": 1}
@@ -119,8 +119,7 @@ class Ties(Method):
             op: SignedSums | Extremes = Extremes(terms)
         else:
             op = SignedSums(terms, weighted=any(term.weight != 1 for term in terms))
-        state = deltas.fold(op)
-        return Result(merged=context.kernels.elect(op, state, self._zero_sign(context), self.lambda_, self.merge))
+        return Result(merged=deltas.elect(op, Election(self._zero_sign(context), self.lambda_, self.merge)))
 
     def _zero_sign(self, context: Context) -> int:
         if self.zero_sum != "majority":

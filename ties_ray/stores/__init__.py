@@ -55,7 +55,7 @@ class Part(NamedTuple):
     """From 1."""
     size: int
     etag: str
-    """As the store named it (S3), or the CRC32C of the bytes in hex (local)."""
+    """As the store named it, empty where it has none (local)."""
     checksum: str = ""
     """What was sent along to prove the bytes, in the store's own form; to be handed back at completion."""
 

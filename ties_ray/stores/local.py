@@ -13,12 +13,16 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Store, changed, crc32c, join, no_upload
+from ties_ray.stores import Listing, Part, Pin, Store, changed, join, no_upload
 
 _HIDDEN = ".ties-ray-part"
 """The names of our unfinished files begin with a dot and end so; a listing leaves them out, as S3 does."""
 _READ = os.O_RDONLY | os.O_NONBLOCK
 """Not to wait for the other end of what turns out to be a pipe."""
+_STRAIGHT = getattr(os, "O_DIRECT", 0)
+"""Past the page cache, where the system knows that."""
+_SECTOR = 4096
+"""Bytes; what goes past the page cache begins and ends at multiples of this, or of less, of all common disks."""
 
 
 class LocalOptions(BaseModel):
@@ -177,14 +181,32 @@ class Local(Store):
                 return f"{token}-{os.fstat(file).st_ino}"
 
     def write_part(self, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
-        """Write in place and flush; the ETag is the CRC32C of the bytes."""
+        """Write in place and flush; a file knows no ETag of its parts."""
+        path, data = _unfinished(uri, upload), data.cast("B")
         try:
-            with _explained(uri, "write"), _opened(_unfinished(uri, upload), os.O_WRONLY) as file:
-                self._write(file, offset, data)
-                os.fdatasync(file)
+            with _explained(uri, "write"):
+                straight = self._write_straight(path, offset, data[: data.nbytes - data.nbytes % _SECTOR])
+                with _opened(path, os.O_WRONLY) as file:
+                    self._write(file, offset + straight, data[straight:])
+                    os.fdatasync(file)
         except FileNotFoundError:
             raise no_upload(uri, f"writing part {number}") from None
-        return Part(number, data.nbytes, crc32c(data))
+        return Part(number, data.nbytes, "")
+
+    def _write_straight(self, path: Path, offset: int, data: memoryview) -> int:
+        """Write from the caller's memory to the disk, without a copy in the page cache; return how many bytes.
+
+        0 where the file system can't, or not from such memory. A part waits for the disk anyway. A copy took 0.2 ns a
+        byte, 1 to 2 where the cache had to get fresh memory from a virtual machine's host, and would drive out inputs.
+        """
+        try:
+            with _opened(path, os.O_WRONLY | _STRAIGHT) as file:
+                self._write(file, offset, data)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return 0
+        return data.nbytes
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
         """Return () for a known upload: a file doesn't know its parts."""
