@@ -60,6 +60,8 @@ TABLES = 4
 TABLE = BINS + 272
 """From one table to the next: a power of two apart, a load would wait for the store to another table's same bin."""
 
+RUN = 256
+"""Bins that are looked through at once for any count."""
 FEW = 4
 """Deltas that are added to the state at once: it is read and written once for all of them."""
 SPARSE = 32
@@ -538,13 +540,22 @@ def _count_low(delta: Array, high: int, tables: Array) -> None:
 
 @_compiled(void(I64, I32))
 def _empty_into(table: Array, tables: Array) -> None:
-    """Add the tables to the lasting one and clear them; what was not counted is not written, and takes no memory."""
-    for lane in range(TABLES):
-        part = tables[lane * TABLE : lane * TABLE + len(table)]
-        for i in range(len(table)):
-            if part[i]:
-                table[i] += part[i]
-                part[i] = 0
+    """Add the tables to the lasting one and clear them; where nothing was counted it is not written to.
+
+    By runs of bins, which vectors look through: of a small slice most of the time goes for this.
+    """
+    for start in range(0, len(table), RUN):
+        counted = np.int32(0)
+        for lane in range(TABLES):
+            part = tables[lane * TABLE + start : lane * TABLE + start + RUN]
+            for i in range(RUN):
+                counted |= part[i]
+        if counted:
+            for lane in range(TABLES):
+                part = tables[lane * TABLE + start : lane * TABLE + start + RUN]
+                for i in range(RUN):
+                    table[start + i] += part[i]
+                    part[i] = 0
 
 
 # Ops: what one model's tile adds to the state.
