@@ -22,11 +22,11 @@ import pytest
 
 from tests.conftest import tool
 from tests.families import Family
-from tests.merging import LOCAL, digests, merge, recipe_of
+from tests.merging import LOCAL, carried_out, digests, merge, recipe_of
 from ties_ray import drive, stage
 from ties_ray.errors import InterruptedMerge, MergeError, UnavailableError
 from ties_ray.recipe import Recipe
-from ties_ray.report import RESULT_NAME
+from ties_ray.report import RESULT_NAME, MergeResult
 
 MakeFamily = Callable[..., Family]
 OUTPUT = {"file_size": "15MB", "part_size": "5MiB"}
@@ -172,8 +172,8 @@ def test_a_shard_that_always_fails_ends_the_run_and_the_mended_run_continues(
 
 def assert_continues(recipe: Recipe, wanted: dict[str, str]) -> None:
     """Merge again after a failure in the last round: nothing of the rounds before is done again."""
-    rounds = drive.plan(recipe).result.rounds
     result = drive.merge(recipe)
+    rounds = carried_out(result).result.rounds
     assert result.resumed
     assert result.shards_done_before >= sum(round_.num_shards for round_ in rounds[:-1])
     assert result.bytes_read <= rounds[-1].bytes_read
@@ -279,9 +279,9 @@ def command(recipe: Recipe, folder: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]", log: Path) -> None:
-    """Wait until a file is there."""
+    """Wait until a file is there, with something in it."""
     end = time.monotonic() + 100
-    while not path.exists():
+    while not path.exists() or not path.stat().st_size:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.02)
@@ -391,7 +391,7 @@ def test_the_workers_of_a_killed_driver_go_with_it_and_the_same_command_continue
     with command(recipe, trouble.parent) as process:
         assert process.wait(120) == 0, (trouble.parent / "log").read_text()
     result = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
-    rounds = drive.plan(recipe).result.rounds
+    rounds = carried_out(MergeResult.model_validate(result)).result.rounds
     assert result["resumed"]
     assert result["shards_done_before"] >= sum(round_.num_shards for round_ in rounds[:-1])
     assert (result["workers_lost"], result["shards_again"]) == (0, 0)
