@@ -74,7 +74,7 @@ def draw_sizes(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 256, 1001, 4096]))
     monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
     monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
-    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4])
+    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4, 16])
     for module in (planning, work, drive):
         monkeypatch.setattr(module, "MODEL_GROUP", group)
     monkeypatch.setattr(planning, "AHEAD", ahead)

@@ -210,8 +210,10 @@ def test_a_worker_never_needs_more_than_the_recipes_memory(
         assert made.result.rounds[-1].passes == 2, "300 slices do not fit, so they are read twice"
 
 
-@pytest.mark.parametrize(("memory", "ahead"), [("264MiB", [4]), ("340MiB", range(5, 16)), ("512MiB", [16])])
-def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(memory: str, ahead: Sequence[int]) -> None:
+@pytest.mark.parametrize(("memory", "ahead"), [("380MiB", [4]), ("420MiB", range(5, 16)), ("512MiB", [16])])
+def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(
+    memory: str, ahead: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     local = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
     pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
     far = replace(local, models=tuple(replace(model, objects=pins) for model in local.models))
@@ -220,7 +222,19 @@ def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(memory: str, a
     plan = make_plan(recipe, far)
     assert plan.ahead in ahead
     assert plan.memory <= recipe.run.memory
-    assert plan.memory - make_plan(recipe, local).memory == (plan.ahead - 4) * 8 * 2**20
+    assert {one.block for one in plan.result.rounds} == {4 * 2**20}
+    monkeypatch.setattr(planning, "MOST_AHEAD", 4)
+    assert plan.memory - make_plan(recipe, far).memory == (plan.ahead - 4) * 8 * 2**20
+
+
+def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
+    local = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
+    pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
+    far = replace(local, base=replace(local.base, objects=pins))
+    near, beside = (make_plan(recipe_for(8, "ties"), one) for one in (local, far))
+    assert {one.block for one in near.result.rounds} == {2**20}
+    assert {one.block for one in beside.result.rounds} == {4 * 2**20}, "one that is far is enough"
+    assert near.memory < beside.memory
 
 
 def test_too_little_memory_for_the_parts_is_refused() -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import Counter
@@ -214,7 +215,7 @@ def peak_of(recipe_file: Path) -> int:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Return 16 models of 25 MB over one base; their files are links to three, since only their number matters."""
+    """Return 64 models of 25 MB over one base; their files are links to three, since only their number matters."""
     root = tmp_path_factory.mktemp("many")
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 6_000_000, generator=generator).to(torch.bfloat16)
@@ -223,16 +224,16 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Family:
         noise = torch.randint(-2, 3, values.shape, generator=generator, dtype=torch.int16)
         changed = (values.view(torch.int16) + noise * (number > 0)).view(torch.bfloat16)
         write_checkpoint(store, str(root / str(number)), {"a.weight": changed[0], "b.weight": changed[1]})
-    for number in range(4, 17):
+    for number in range(4, 65):
         (root / str(number)).mkdir()
         for file in (root / str(number % 3 + 1)).iterdir():
             os.link(file, root / str(number) / file.name)
-    return Family(str(root / "0"), tuple(str(root / str(number)) for number in range(1, 17)), {}, ())
+    return Family(str(root / "0"), tuple(str(root / str(number)) for number in range(1, 65)), {}, ())
 
 
 @pytest.mark.parametrize(
     ("method", "memory", "counts"),
-    [("average", "128MiB", (4, 16)), ("ties", "384MiB", (8, 16))],  # ties: fewer than 8 models need fewer tables
+    [("average", "128MiB", (16, 64)), ("ties", "384MiB", (32, 64))],  # fewer take less: slices, tables of counts
 )
 def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
     method: str, memory: str, counts: tuple[int, int], many: Family, tmp_path: Path
@@ -253,7 +254,7 @@ def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
 
 def test_a_method_that_keeps_all_slices_keeps_to_its_memory_too(many: Family, tmp_path: Path) -> None:
     run = {**LOCAL, "workers": 1, "memory": "192MiB"}
-    recipe = recipe_of(many, tmp_path / "out", "consensus", run=run)
+    recipe = recipe_of(replace(many, models=many.models[:16]), tmp_path / "out", "consensus", run=run)
     made = drive.plan(recipe)
     assert made.result.rounds[-1].passes == 1, "the slices of 16 models fit"
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
@@ -391,6 +392,23 @@ def test_slices_that_wait_for_each_other_take_no_more_than_those_of_a_block(
         merge(family, tmp_path / method, method, run={**LOCAL, "workers": 1})
         of_reads = next(iter(peaks.values()))
         assert 0 < of_reads <= (made.ahead + sources.TOGETHER + 1) * made.result.rounds[-1].block * 2
+
+
+@pytest.mark.parametrize("at_hand", [False, True])
+def test_what_the_system_holds_is_copied_by_the_worker_itself(
+    at_hand: bool, family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers, read = set[str](), Local.read
+
+    def noted(self: Local, pin: Pin, start: int, into: memoryview) -> None:
+        if pin.uri.endswith(".safetensors"):
+            readers.add(threading.current_thread().name.partition("_")[0])
+        read(self, pin, start, into)
+
+    monkeypatch.setattr(Local, "read", noted)
+    monkeypatch.setattr(Local, "at_hand", lambda self, pin, position: at_hand)
+    merge(family_of(num_models=3), tmp_path, "ties", run={**LOCAL, "workers": 1})
+    assert readers - {"MainThread"} == {"ties-ray-0"} | ({"read"} if not at_hand else set())
 
 
 def test_a_large_plan_holds_with_several_blocks_a_part(large: Family, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from ties_ray.methods import Member
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 
-TOGETHER = 4
-"""Slices merged together, so that the sums stay in the CPU's cache for several models..."""
+TOGETHER = 16
+"""Slices merged together: the sums go to memory and back once for so many models, and never where these are all..."""
 FACTORS_TOGETHER = 32
 FACTOR_ROOM = 64 * 2**20
 """...and of factors, which are small, as many more as fit: half of so many bytes, decoded; what malloc keeps of them as

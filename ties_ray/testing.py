@@ -77,6 +77,18 @@ class KernelContract:
         assert number > 0
         assert int(high.sum()) == self.LENGTH
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_base_is_decoded_exactly_and_what_is_not_finite_counted(
+        self, kernels: Kernels, dtype: torch.dtype
+    ) -> None:
+        stored = mixed_values(dtype, self.LENGTH, seed=1)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        decoded = torch.empty(self.LENGTH, dtype=wide)
+        count = kernels.decode(stored, decoded)
+        assert same_bits(stored.to(wide), decoded)
+        assert count == int((~stored.isfinite()).sum()) > 0
+        assert kernels.decode(stored.nan_to_num(0, 1, -1), decoded) == 0
+
     def test_counting_twice_counts_double(self, kernels: Kernels) -> None:
         base = torch.zeros(1000)
         source = Encoded(mixed_values(torch.float32, 1000, seed=1))

@@ -4,8 +4,10 @@ import base64
 import collections
 import itertools
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 import google_crc32c
@@ -72,42 +74,39 @@ class Ledger:
         """What was read here first."""
         self._keeps = keeps
         self._lock = threading.Lock()
-        self._known: dict[str, dict[tuple[int, int], NDArray[np.uint32]]] = {}
+        self._known: dict[str, dict[tuple[int, int], list[int]]] = {}
         for seen in known:
-            sums = np.frombuffer(base64.b64decode(seen.sums), "<u4")
+            sums = np.frombuffer(base64.b64decode(seen.sums), "<u4").tolist()
             before = self._known.setdefault(seen.uri, {}).setdefault((seen.start, seen.stop), sums)
-            if not np.array_equal(before, sums):  # two groups of models have each read this of the base
+            if before != sums:  # two groups of models have each read this of the base
                 raise differs(seen.uri, seen.start, seen.stop)
 
     def mismatch(self, uri: str, start: int, data: NDArray[np.uint8]) -> tuple[int, int] | None:
         """Return the first piece [start, stop) that is not as it was; None if there is none, and take note."""
         stop = start + len(data)
         with self._lock:
-            known = list(self._known.get(uri, {}).items())
+            known = [one for one in self._known.get(uri, {}).items() if one[0][0] < stop and one[0][1] > start]
         compared = 0
         for (first, last), sums in known:
-            if first >= stop or last <= start:
-                continue
             cuts = _cuts(first, last)
-            begin, end = cuts.searchsorted(start), cuts.searchsorted(stop, "right") - 1
-            for piece in range(begin, end):
-                low, high = int(cuts[piece]), int(cuts[piece + 1])
+            for piece in range(bisect_left(cuts, start), bisect_right(cuts, stop) - 1):
+                low, high = cuts[piece], cuts[piece + 1]
                 if google_crc32c.value(data[low - start : high - start]) != sums[piece]:
                     return low, high
                 compared += high - low
         with self._lock:
             self.compared += compared
             if self._keeps and (start, stop) not in self._known.setdefault(uri, {}):
-                pieces = itertools.pairwise(_cuts(start, stop) - start)
-                sums = np.array([google_crc32c.value(data[low:high]) for low, high in pieces], "<u4")
+                pieces = itertools.pairwise(_cuts(start, stop))
+                sums = [google_crc32c.value(data[low - start : high - start]) for low, high in pieces]
                 self._known[uri][start, stop] = sums
-                self.new.append(Seen(uri, start, stop, base64.b64encode(sums.tobytes()).decode()))
+                self.new.append(Seen(uri, start, stop, base64.b64encode(np.array(sums, "<u4").tobytes()).decode()))
         return None
 
 
-def _cuts(start: int, stop: int) -> NDArray[np.int64]:
+def _cuts(start: int, stop: int) -> list[int]:
     """Return where the pieces of a range begin, and its end."""
-    return np.array([start, *range(start - start % PIECE + PIECE, stop, PIECE), stop])
+    return [start, *range(start - start % PIECE + PIECE, stop, PIECE), stop]
 
 
 def differs(uri: str, start: int, stop: int) -> InputError:
@@ -139,6 +138,7 @@ class ReadAhead:
         self._ahead = ahead
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
         self._buffers = Buffers(pinned=pinned)
+        self._pinned = pinned
         self._cache = cache
         self._shelf = shelf
         self._lock = threading.Lock()
@@ -170,21 +170,38 @@ class ReadAhead:
         take: brings a slice to where it is needed, while others are read and merged. A slice's memory is used again as
         soon as nobody refers to the slice, or to another that was read with it.
         """
-        coming: collections.deque[Future[list[Stored | None]]] = collections.deque()
-        remaining = iter(wanted)
+        coming: collections.deque[Future[list[Stored | None]] | Callable[[], list[Stored | None]]] = collections.deque()
+        remaining, at_hand = iter(wanted), dict[str, bool]()
         try:
             while True:
                 for run in itertools.islice(remaining, self._ahead - len(coming)):
-                    coming.append(self._threads.submit(self._fetch, run, room, take) if any(run) else _none(len(run)))
+                    fetch = partial(self._fetch, run, room, take)
+                    coming.append(fetch if self._at_hand(run, at_hand) else self._threads.submit(fetch))
                 if not coming:
                     return
                 yield self._await(coming.popleft())
         finally:
-            wait([future for future in coming if not future.cancel()])
+            wait([one for one in coming if isinstance(one, Future) and not one.cancel()])
 
-    def _await(self, future: Future[list[Stored | None]]) -> list[Stored | None]:
+    def _await(self, coming: Future[list[Stored | None]] | Callable[[], list[Stored | None]]) -> list[Stored | None]:
         with self._times.spent("wait_read"):
-            return future.result()
+            return coming.result() if isinstance(coming, Future) else coming()
+
+    def _at_hand(self, run: Sequence[Wanted | None], known: dict[str, bool]) -> bool:
+        """Return whether the caller may as well fetch a run itself: a thread would only copy, or there is nothing.
+
+        Asked once for each object, of the last byte that is wanted: the system reads a little ahead by itself. For a
+        GPU threads copy as well.
+        """
+        last = next((wanted for wanted in reversed(run) if wanted), None)
+        if last is None or self._pinned:
+            return not last
+        if not (reads := self._formats[last.model.format].reads(last.source, last.start, last.stop)):
+            return True
+        pin = last.model.objects[reads[-1].object]
+        if pin.uri not in known:
+            known[pin.uri] = self._stores.of(pin.uri).at_hand(pin, reads[-1].stop - 1)
+        return known[pin.uri]
 
     def read(
         self, pin: Pin, start: int, into: Tensor, *, again: bool = False, needed: Sequence[tuple[int, int]] = ()
@@ -221,7 +238,7 @@ class ReadAhead:
 
     def _fetch(self, run: Sequence[Wanted | None], room: Room, take: Callable[[Stored], Stored]) -> list[Stored | None]:
         some = [wanted for wanted in run if wanted]
-        brought = iter(self._together(some, room) if len(run) > 1 else map(self._alone, some))
+        brought = iter(self._together(some, room) if some and len(run) > 1 else map(self._alone, some))
 
         def encoded(wanted: Wanted) -> Stored:
             form = self._formats[wanted.model.format]
@@ -313,13 +330,6 @@ def dealt(stream: Iterator[Sequence[T]], count: int) -> list[Iterator[T]]:
             yield queue.popleft()
 
     return [each(queue) for queue in waiting]
-
-
-def _none(count: int) -> Future[list[Stored | None]]:
-    """Return what nobody need read."""
-    future: Future[list[Stored | None]] = Future()
-    future.set_result([None] * count)
-    return future
 
 
 class WriteBehind:

@@ -544,16 +544,15 @@ class Worker:
         if encoded is None:
             return torch.zeros(1, device=self._kernels.device).expand(length)  # a base that nobody reads
         assert isinstance(encoded, Encoded), "a base is stored whole"
-        stored = encoded.data
-        if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():  # NaN and Inf come through; nothing is copied
-            count = int((~torch.isfinite(stored)).sum())
+        dtype = torch.float64 if encoded.data.dtype == torch.float64 else torch.float32
+        size, device = len(encoded.data), self._kernels.device
+        decoded = torch.empty(size, dtype=dtype, device=device) if self._on_gpu else self._bases.empty(size, dtype)
+        count = self._kernels.decode(encoded.data, decoded)
+        if count:
             where = f"{self._plan.catalog.base.uri}: {parameter.name}"
             remedy = "repair the base, or exclude the parameter"
             raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
-        dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        if self._on_gpu:
-            return stored.to(dtype)
-        return self._bases.empty(len(stored), dtype).copy_(stored)
+        return decoded
 
     def _wanted(
         self,

@@ -1,4 +1,6 @@
+import ctypes
 import errno
+import mmap
 import multiprocessing
 import os
 import tempfile
@@ -6,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ties_ray.errors import InputError, UnavailableError
@@ -53,6 +56,32 @@ def test_a_file_cut_short_is_refused(store: Local, tmp_path: Path) -> None:
     os.truncate(path, 3)
     with pytest.raises(InputError, match=r"10 bytes with mark .*, now 3 with"):
         store.read(pin, 0, memoryview(bytearray(10)))
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system can't be asked")
+def test_it_knows_what_the_page_cache_holds(store: Local, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(2**20))
+    pin, _ = store.head(str(path), 0)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        assert store.at_hand(pin, 2**20 - 1)
+        assert not store.at_hand(pin, 2**20), "there is no such byte"
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            resident = is_resident(mapped, 2**20 - mmap.PAGESIZE)  # asked first: a read makes the system fetch more
+            assert store.at_hand(pin, 2**20 - 1) == resident
+    path.unlink()
+    assert not store.at_hand(pin, 0), "the read will say what is wrong"
+
+
+def is_resident(mapped: mmap.mmap, offset: int) -> bool:
+    """Return what the system itself says of the page at an offset."""
+    found = (ctypes.c_ubyte * 1)()
+    address = np.frombuffer(mapped, np.uint8).ctypes.data + offset
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), found) == 0
+    return bool(found[0] & 1)
 
 
 def test_links_are_followed_and_a_dangling_one_is_refused(store: Local, tmp_path: Path) -> None:

@@ -181,6 +181,18 @@ class Kernels(ABC):
         """Bring a slice to where the kernels work, and return when it is there; any thread may call."""
         return source
 
+    def decode(self, stored: "Tensor", out: "Tensor") -> int:
+        """Write a base's values, as they are stored, into `out` (fp32, or fp64 of fp64); return how many aren't finite.
+
+        NaN and Inf are written as they are.
+        """
+        import torch
+
+        out.copy_(stored)
+        if torch.isfinite(torch.stack(torch.aminmax(stored))).all():  # both show NaN and Inf, and nothing is copied
+            return 0
+        return int((~torch.isfinite(stored)).sum())
+
     @abstractmethod
     def delta(self, source: Stored, base: "Tensor", out: "Tensor") -> int:
         """Write the fp32 delta into `out`; return how many elements were not finite."""

@@ -301,15 +301,29 @@ def _at(context: Any, address: Any, kind: Any, shape: Any) -> Any:
 # Deltas.
 
 
+@_compiled(*(i64(stored, F32) for stored in (BF16, FP16, F32)), i64(F64, F64))
+def _decode_base(stored: Array, out: Array) -> int:
+    count = 0
+    for i in range(len(out)):
+        out[i] = _decode(stored[i])
+        count += not np.isfinite(out[i])
+    return count
+
+
 @_inlined
-def _subtract(data: Array, first: int, stride: int, rows: int, base: Array, out: Array) -> None:
-    """Write the deltas of a tile, whose rows are `stride` apart in `data` from the element `first` on."""
-    width = len(out) // rows
+def _subtract(data: Array, first: int, stride: int, rows: int, base: Array, out: Array) -> Any:
+    """Write the deltas of a tile, whose rows are `stride` apart in `data` from the element `first` on.
+
+    Returns the largest of their magnitudes, as bits: it tells whether any is not finite.
+    """
+    width, largest = len(out) // rows, np.int32(0)
     for row in range(rows):
         part = data[first + row * stride : first + row * stride + width]
         of_base, delta = base[row * width : (row + 1) * width], out[row * width : (row + 1) * width]
         for i in range(width):
             delta[i] = np.float32(_decode(part[i]) - of_base[i])
+            largest = max(largest, _magnitude(delta[i]))
+    return largest
 
 
 @_inlined
@@ -323,16 +337,22 @@ def _copy(array: Array, first: int, stride: int, rows: int, out: Array) -> None:
 
 
 @_inlined
-def _clean(delta: Array) -> int:
-    """Replace what is not finite by 0; return how many were not. Mostly none is, which the largest tells soonest."""
-    largest, count = np.int32(0), 0
+def _largest(delta: Array) -> Any:
+    """Return the largest magnitude, as bits."""
+    largest = np.int32(0)
     for i in range(len(delta)):
         largest = max(largest, _magnitude(delta[i]))
-    if largest >= INFINITY:
-        for i in range(len(delta)):
-            finite = _magnitude(delta[i]) < INFINITY
-            delta[i] = delta[i] if finite else np.float32(0)
-            count += not finite
+    return largest
+
+
+@_inlined
+def _clean(delta: Array) -> int:
+    """Replace what is not finite by 0; return how many were not."""
+    count = 0
+    for i in range(len(delta)):
+        finite = _magnitude(delta[i]) < INFINITY
+        delta[i] = delta[i] if finite else np.float32(0)
+        count += not finite
     return count
 
 
@@ -770,8 +790,11 @@ def _write(
     base: int,
     size: int,
     delta: Array,
-) -> None:
-    """Write a model's deltas of a tile; `base`: where the tile of the base is, elements of `size` bytes."""
+) -> Any:
+    """Write a model's deltas of a tile; `base`: where the tile of the base is, elements of `size` bytes.
+
+    Returns the largest of their magnitudes, as bits.
+    """
     out = delta[: rows * width]
     if model.kind == FACTORS:
         rank = model.rank
@@ -787,21 +810,21 @@ def _write(
     elif model.kind == FINISHED:
         _copy(_at(model.data, np.float32, (length,)), first, stride, rows, out)
     elif size == 8:
-        _subtract_stored(model, length, first, stride, rows, _at(base, np.float64, (rows * width,)), out)
+        return _subtract_stored(model, length, first, stride, rows, _at(base, np.float64, (rows * width,)), out)
     else:
-        _subtract_stored(model, length, first, stride, rows, _at(base, np.float32, (rows * width,)), out)
+        return _subtract_stored(model, length, first, stride, rows, _at(base, np.float32, (rows * width,)), out)
+    return _largest(out)
 
 
 @_inlined
-def _subtract_stored(model: Any, length: int, first: int, stride: int, rows: int, base: Array, out: Array) -> None:
+def _subtract_stored(model: Any, length: int, first: int, stride: int, rows: int, base: Array, out: Array) -> Any:
     if model.kind == PLAIN_BF16:
-        _subtract(_at(model.data, np.int16, (length,)), first, stride, rows, base, out)
-    elif model.kind == PLAIN_FP16:
-        _subtract(_at(model.data, np.uint16, (length,)), first, stride, rows, base, out)
-    elif model.kind == PLAIN_FP32:
-        _subtract(_at(model.data, np.float32, (length,)), first, stride, rows, base, out)
-    else:
-        _subtract(_at(model.data, np.float64, (length,)), first, stride, rows, base, out)
+        return _subtract(_at(model.data, np.int16, (length,)), first, stride, rows, base, out)
+    if model.kind == PLAIN_FP16:
+        return _subtract(_at(model.data, np.uint16, (length,)), first, stride, rows, base, out)
+    if model.kind == PLAIN_FP32:
+        return _subtract(_at(model.data, np.float32, (length,)), first, stride, rows, base, out)
+    return _subtract(_at(model.data, np.float64, (length,)), first, stride, rows, base, out)
 
 
 @_inlined
@@ -876,8 +899,8 @@ def _tile(
         few = FEW if what == SIGNED_SUMS and done + FEW <= len(models) else 1
         for index in range(few):
             model, delta = models[done + index], deltas[index * size :]
-            _write(model, length, at, row, stride, rows, width, base, part.size, delta)
-            counts[done + index] += _clean(delta[:size])
+            if _write(model, length, at, row, stride, rows, width, base, part.size, delta) >= INFINITY:
+                counts[done + index] += _clean(delta[:size])
             if model.bound >= 0:
                 _drop(delta[:size], rows, part.offset + at, stride, model, words)
         if few == FEW:
@@ -941,6 +964,8 @@ class _Scratch(threading.local):
         self.places = _aligned(5 * TILE, np.float32)
         self.place_of_base = _aligned(TILE, np.float64)
         self.words = _aligned(TILE + 8, np.uint32)
+        places = self.state, self.deltas, self.places, self.place_of_base, self.words
+        self.addresses = tuple(array.ctypes.data for array in places)
         self.high = _aligned(TABLES * TABLE, np.int32)
         self.low = _aligned(TABLES * TABLE, np.int32)
         self._panels = _aligned(0, np.float32)
@@ -962,6 +987,10 @@ class Cpu(Kernels):
     def __init__(self) -> None:
         self._scratch = _Scratch()
         self._buffers = Buffers()
+
+    def decode(self, stored: Tensor, out: Tensor) -> int:
+        """See `Kernels.decode`."""
+        return _decode_base(_array(stored), _array(out))
 
     def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
         """See `Kernels.delta`."""
@@ -1057,10 +1086,8 @@ class Cpu(Kernels):
         out, election = elected or (None, Election())
         part = (
             len(base), stride, start, step, offset, _address(base, len(base)) if needs_base else 0,
-            base.element_size(), num_written, scratch.state.ctypes.data, scratch.deltas.ctypes.data,
-            scratch.places.ctypes.data, scratch.place_of_base.ctypes.data, scratch.words.ctypes.data,
-            tables.ctypes.data, _address(out, len(base)), _election_code(what, election),
-            election.zero_sign, election.factor,
+            base.element_size(), num_written, *scratch.addresses, tables.ctypes.data, _address(out, len(base)),
+            _election_code(what, election), election.zero_sign, election.factor,
         )  # fmt: skip
         addresses = np.array([_address(array, len(base)) for array in arrays], np.int64)
         counts = np.zeros(len(group), np.int64)

@@ -134,6 +134,10 @@ class Store(ABC):
         Raises `InputError` if the object is gone or no longer the pinned one; nothing is returned from another content.
         """
 
+    def at_hand(self, pin: Pin, position: int) -> bool:
+        """Return whether the byte at `position` is in this machine's memory, so that a read would copy and not wait."""
+        return False
+
     def get(self, uri: str, limit: int) -> tuple[Pin, bytes]:
         """Return a small object whole, in one request; raise `InputError` if it has more than `limit` bytes.
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import os
 import secrets
 import shutil
@@ -19,6 +20,8 @@ _HIDDEN = ".ties-ray-part"
 """The names of our unfinished files begin with a dot and end so; a listing leaves them out, as S3 does."""
 _READ = os.O_RDONLY | os.O_NONBLOCK
 """Not to wait for the other end of what turns out to be a pipe."""
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+"""To read what is in memory, and else nothing."""
 _STRAIGHT = getattr(os, "O_DIRECT", 0)
 """Past the page cache, where the system knows that."""
 _SECTOR = 4096
@@ -106,6 +109,13 @@ class Local(Store):
                 self._unchanged(file, pin)
         except FileNotFoundError:
             raise changed(pin, "the file is gone") from None
+
+    def at_hand(self, pin: Pin, position: int) -> bool:
+        """Ask the page cache, where the system and the file system know how."""
+        if _NOWAIT:
+            with suppress(OSError), _opened(_path(pin.uri), _READ) as file:
+                return os.preadv(file, [bytearray(1)], position, _NOWAIT) == 1
+        return False
 
     def _fill(self, file: int, start: int, into: memoryview) -> None:
         """Read up to the end of the file; `_unchanged` then tells why it was too short."""
@@ -252,6 +262,7 @@ class Local(Store):
             _unfinished(uri, upload).unlink(missing_ok=True)
 
 
+@functools.lru_cache(4096)
 def _path(uri: str) -> Path:
     if "\0" in uri:
         raise InputError(Problem(repr(uri), "no path holds a NUL", "check the path"))
