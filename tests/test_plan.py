@@ -235,6 +235,8 @@ def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
     assert {one.block for one in near.result.rounds} == {2**20}
     assert {one.block for one in beside.result.rounds} == {4 * 2**20}, "one that is far is enough"
     assert near.memory < beside.memory
+    on_gpu = make_plan(recipe_for(8, "ties", run={"device": "cuda"}), local)
+    assert {one.block for one in on_gpu.result.rounds} == {4 * 2**20}, "a GPU would wait for Python more often"
 
 
 def test_too_little_memory_for_the_parts_is_refused() -> None:

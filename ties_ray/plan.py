@@ -40,7 +40,7 @@ from ties_ray.sources import (
 from ties_ray.statistics import WHOLE, Scope
 from ties_ray.stores import scheme_of
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Part of the run's identity. Raise it with any constant below: a resumed run works its shards out from them again."""
 MODEL_GROUP = 32
 """Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""
@@ -55,7 +55,7 @@ SHARDS_AT_LEAST = 16
 """Small merges are cut finer than the sizes above, so that several workers have something to do."""
 MAX_BLOCK, MAX_LOCAL_BLOCK = 4 * 2**20, 2**20
 """Elements: 8 MiB reads of bf16 are large enough for object storage; of local files, blocks whose slices stay in the
-CPU's cache from when they are read until they are merged."""
+CPU's cache from when they are read until they are merged. A GPU would wait for Python more often."""
 MIN_RESIDENT_BLOCK = 128 * 2**10
 """Elements: below this, a method that goes through its models twice reads them twice."""
 AHEAD, MOST_AHEAD = 4, 16
@@ -560,7 +560,7 @@ def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> 
                 f"give it {(beside + _overhead(sources.catalog)) // 2**20 + 256} MiB, or lower output.part_size",
             )
         )
-    most = MAX_LOCAL_BLOCK if _is_local(sources) else MAX_BLOCK
+    most = MAX_LOCAL_BLOCK if _is_local(sources) and recipe.run.device == "cpu" else MAX_BLOCK
     return max(1, min(most, MAX_BLOCK, elements - elements % 4096))
 
 
