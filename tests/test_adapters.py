@@ -706,6 +706,7 @@ def test_no_more_is_read_than_planned_and_of_the_base_only_what_is_needed(
     run = {**LOCAL, "workers": 2, "cache": cache, "memory": "256MiB"}
     recipe = recipe_of(pool, tmp_path / "out", method_of(RULES[rules]), kind, run=run)
     made = drive.plan(recipe)
+    assert min(one.block for one in made.result.rounds) > 2**20, "of factors nothing is gained by less"
     with reads_counted() as counted:
         result = drive.merge(recipe)
     looks = [item for item in counted if item[1:] == (0, 8)]  # each worker sees whether it sees the inputs

@@ -55,7 +55,8 @@ SHARDS_AT_LEAST = 16
 """Small merges are cut finer than the sizes above, so that several workers have something to do."""
 MAX_BLOCK, MAX_LOCAL_BLOCK = 4 * 2**20, 2**20
 """Elements: 8 MiB reads of bf16 are large enough for object storage; of local files, blocks whose slices stay in the
-CPU's cache from when they are read until they are merged. A GPU would wait for Python more often."""
+CPU's cache from when they are read until they are merged. A GPU would wait for Python more often;
+of factors most is read once for all blocks."""
 MIN_RESIDENT_BLOCK = 128 * 2**10
 """Elements: below this, a method that goes through its models twice reads them twice."""
 AHEAD, MOST_AHEAD = 4, 16
@@ -560,8 +561,8 @@ def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> 
                 f"give it {(beside + _overhead(sources.catalog)) // 2**20 + 256} MiB, or lower output.part_size",
             )
         )
-    most = MAX_LOCAL_BLOCK if _is_local(sources) and recipe.run.device == "cpu" else MAX_BLOCK
-    return max(1, min(most, MAX_BLOCK, elements - elements % 4096))
+    copied = _is_local(sources) and recipe.run.device == "cpu" and sources.dense_dtypes
+    return max(1, min(MAX_LOCAL_BLOCK if copied else MAX_BLOCK, MAX_BLOCK, elements - elements % 4096))
 
 
 def _is_local(sources: Sources) -> bool:
