@@ -89,6 +89,20 @@ class KernelContract:
         assert count == int((~stored.isfinite()).sum()) > 0
         assert kernels.decode(stored.nan_to_num(0, 1, -1), decoded) == 0
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+    def test_one_value_that_is_not_finite_is_found_alone(
+        self, kernels: Kernels, value: float, dtype: torch.dtype
+    ) -> None:
+        stored, base = torch.ones(self.LENGTH, dtype=dtype), torch.zeros(self.LENGTH)
+        delta, decoded = torch.empty(self.LENGTH), torch.empty(self.LENGTH, dtype=(stored[:0] + base[:0]).dtype)
+        for place in (0, self.LENGTH // 2, self.LENGTH - 1):
+            stored[place] = value
+            assert kernels.delta(Encoded(stored), base, delta) == 1
+            assert delta.count_nonzero() == self.LENGTH - 1
+            assert kernels.decode(stored, decoded) == 1
+            stored[place] = 1
+
     def test_counting_twice_counts_double(self, kernels: Kernels) -> None:
         base = torch.zeros(1000)
         source = Encoded(mixed_values(torch.float32, 1000, seed=1))
