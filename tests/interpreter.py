@@ -59,8 +59,8 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
     """
     patch.setattr(triton.knobs.runtime, "interpret", True)
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-    tile, block = cuda.Tile(64, 512, 1, 0), 16_384
-    changed = {"BLOCK": block, "COUNT_BLOCK": block, "EXACT": tile, "FAST": tile, "COUNT": tile, "PTX": False}
+    tile, block = cuda.Tile(64, 512, 1, 0, 1), 16_384
+    changed = {"BLOCK": block, "COUNT_BLOCK": block, "TILE": tile, "PTX": False}
     for name, value in changed.items():
         patch.setattr(cuda, name, value)
     for module, kind in ((tl, Standard), (tl.standard, Standard), (cuda, Interpreted)):

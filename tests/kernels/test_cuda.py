@@ -122,6 +122,21 @@ def test_what_is_not_finite_is_told_of_each_model_even_where_sums_were_not_finit
     assert all(same_bits(part, found[1][key]) for key, part in found[0].items())
 
 
+def test_groups_of_more_models_than_a_launch_counts() -> None:
+    number = 2 * cuda.TOGETHER + 90
+    deltas = torch.randn(number, 40, generator=torch.Generator().manual_seed(1))
+    deltas[:, :3] = torch.tensor([-1.0, 0.0, 1.0])
+    op = SignedSums((Term(),) * number)
+    group = [(model, Encoded(each, "delta")) for model, each in enumerate(deltas)]
+    found = []
+    for kernels in (Definition(), FromCpu(cuda.Cuda(DEVICE))):
+        state = kernels.start(op, 40)
+        kernels.fold(op, state, torch.zeros(40), group, 0)
+        found.append(state)
+    assert found[0]["counts"][:3].tolist() == [number << 16, 0, number]
+    assert all(same_bits(part, found[1][key]) for key, part in found[0].items())
+
+
 # Fast arithmetic.
 
 
@@ -205,6 +220,8 @@ def launch_everything(kernels: Kernels) -> None:
 
 
 def instructions(ptx: str, pattern: str) -> list[str]:
+    """Return what the compiler made of the kernels, and not what they say in PTX."""
+    ptx = re.sub(r"// begin inline asm\s+\{.*?// end inline asm", "", ptx, flags=re.DOTALL)
     return re.findall(rf"^\s+(?:@\S+ )?({pattern}[\w.]*)", ptx, re.MULTILINE)
 
 

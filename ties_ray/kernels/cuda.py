@@ -39,114 +39,154 @@ fp32, and moves values between threads for each model."""
 
 
 class Tile(NamedTuple):
-    """How a matrix is cut: elements, warps, and registers that a thread may have."""
+    """How a matrix is cut: elements, warps, registers that a thread may have, and steps of a product on their way."""
 
     rows: int
     columns: int
     warps: int
     registers: int
+    stages: int
 
 
-EXACT = Tile(64, 32, 4, 240)
-"""16 elements a thread. With 168 registers, and room for 12 warps instead of 8, sums took 2 % longer on an H100; with
-128, which do not suffice, 76 %."""
-FAST = Tile(64, 32, 4, 128)
-"""Of sums and counts: how tensor cores round may depend on it."""
-COUNT = Tile(64, 32, 4, 128)
-"""Of counts in `exact`."""
+TILE = Tile(64, 32, 4, 128, 3)
+"""16 elements a thread; how tensor cores round may depend on it. Exact sums of rank 16 took 4 % longer on an H200 with
+168 registers and two stages, 19 % with 128 and two, and 17 to 26 % with twice the elements a thread, which read less
+from shared memory."""
+TOGETHER = 255
+"""Models of a launch, whose counts fit the 24 bits of an fp32 number twice."""
 PTX = True
 """False for Triton's interpreter, which can't run it."""
 NORM_ROWS, LANES = 8, 256
 """Of a tile of `row_scales`; the lanes are those of the definition."""
 COUNT_BLOCK, COUNT_WARPS, COUNTERS = 4096, 16, 2
 MATRIX_COUNTERS = 4
-"""Programs that count on each multiprocessor, tile after tile, each with a table of its own..."""
-WINDOW = tl.constexpr(8192)
-"""...of so many bins, 32 KiB of shared memory: magnitudes from 2**-16 to 2**16 times an average one. Atomics are faster
-there than in the L2 cache, where those on one address wait for each other: deltas of bf16 fill some 1,300 bins."""
+"""Programs that count on each multiprocessor, tile after tile, each with a table of its own in shared memory. Atomics
+are faster there than in the L2 cache, where those on one address wait for each other."""
 
-TABLE = tl.constexpr(f".shared .align 4 .b32 bins[{WINDOW.value + 1}]; mov.u32 $0, bins;")
+
+MAGNITUDE = tl.constexpr(0x7FFF_FFFF)
+INFINITY = tl.constexpr(0x7F80_0000)
+LOW = tl.constexpr(0xFFFF)
+"""The bits of a magnitude that the first level of a threshold search leaves to the second."""
 UNFINISHED = tl.constexpr(0x7F80 * 2)
 """The bin of infinity; of NaN are those above."""
 PACK = tl.constexpr(4)
 """Elements that are counted by one piece of PTX."""
 
 
-def _counting() -> str:
-    """Return PTX that counts `PACK` bins (from $12 on); those outside the window go to one bin behind it at first.
+@dataclass(frozen=True)
+class Near:
+    """What is counted in shared memory: so many values of magnitudes' high 15 bits, around those of a mean one."""
 
-    $0: the notes, from $4 on; $8: the table in shared memory; $16: the first bin there; $20: the table itself.
-    """
-    near = [
-        f"""sub.u32 slot{i}, ${12 + i}, ${16 + i};
-        min.u32 slot{i}, slot{i}, {WINDOW.value};
-        mad.lo.u32 at, slot{i}, 4, ${8 + i};
-        red.shared.add.u32 [at], 1;
-        mov.b32 ${i}, ${4 + i};
-        setp.eq.u32 far{i}, slot{i}, {WINDOW.value};
-        setp.ne.and.u32 far{i}, ${12 + i}, 0, far{i};
-        or.pred any, any, far{i};"""
-        for i in range(PACK.value)
-    ]
-    far = [
-        f"""setp.lt.and.u32 finite, ${12 + i}, {UNFINISHED.value}, far{i};
-        mad.wide.u32 bin, ${12 + i}, 8, ${20 + i};
-        @finite red.global.add.u64 [bin], 1;
-        @finite add.u32 ${i}, ${i}, 1;
-        setp.ge.and.u32 finite, ${12 + i}, {UNFINISHED.value}, far{i};
-        @finite add.u32 ${i}, ${i}, 65536;"""
-        for i in range(PACK.value)
-    ]
-    declared = f""".reg .b32 at, slot<{PACK.value}>; .reg .b64 bin; .reg .pred any, finite, far<{PACK.value}>;
-        setp.ne.u32 any, 0, 0;"""
-    return "{" + "\n".join([declared, *near, "@!any bra done;", *far, "done:"]) + "}"
+    span: int
+    halves: int
+    """2: bins of magnitudes whose low 16 bits are zero, and of others; 1: only of others."""
 
+    @property
+    def half(self) -> int:
+        """Numbers that a half takes, with one for what is not near."""
+        return self.span + 1
+
+    @property
+    def table(self) -> str:
+        """PTX that gives the address of a table."""
+        return f".shared .align 4 .b32 bins[{self.half * self.halves}]; mov.u32 $0, bins;"
+
+    @property
+    def counting(self) -> str:
+        """PTX that counts the magnitudes of `PACK` deltas (from $8 on); those that are not near, elsewhere.
+
+        $0: the notes; $12: the table; $16: the first high bits there; $20: where all bins are.
+        """
+        declared = f""".reg .b32 bits, slot, low, at, magnitude<{PACK.value}>; .reg .b64 bin; .reg .pred odd, far, any;
+            setp.ne.u32 any, 0, 0;"""
+        if self.halves == 2:
+            other_half = f"setp.ne.u32 odd, low, 0; @odd add.u32 at, at, {4 * self.half};"
+            near, far = "", "setp.eq.u32 far, slot, {span}; setp.ne.and.u32 far, magnitude{i}, 0, far;"
+        else:
+            other_half = ""
+            near, far = "setp.eq.u32 far, low, 0; selp.b32 slot, {span}, slot, far;", "setp.eq.u32 far, slot, {span};"
+        looked = [
+            f"""mov.b32 bits, ${8 + i};
+            and.b32 magnitude{i}, bits, {MAGNITUDE.value};
+            and.b32 low, bits, {LOW.value};
+            shr.u32 slot, magnitude{i}, 16;
+            sub.u32 slot, slot, ${16 + i};
+            min.u32 slot, slot, {self.span};
+            {near.format(span=self.span)}
+            {far.format(span=self.span, i=i)}"""
+            for i in range(PACK.value)
+        ]
+        counted = [
+            f"""mad.lo.u32 at, slot, 4, $12;
+            {other_half}
+            red.shared.add.u32 [at], 1;
+            or.pred any, any, far;"""
+        ] * PACK.value
+        others = [
+            f"""shr.u32 slot, magnitude{i}, 16;
+            add.u32 low, magnitude{i}, {LOW.value};
+            shr.u32 low, low, 16;
+            add.u32 slot, slot, low;
+            setp.ne.and.u32 far, slot, 0, far;
+            setp.lt.and.u32 odd, slot, {UNFINISHED.value}, far;
+            mad.wide.u32 bin, slot, 8, ${20 + i};
+            @odd red.global.add.u64 [bin], 1;
+            @odd add.u32 ${i}, ${i}, 1;
+            setp.ge.and.u32 odd, slot, {UNFINISHED.value}, far;
+            @odd add.u32 ${i}, ${i}, 65536;"""
+            for i in range(PACK.value)
+        ]
+        parts = [*map("".join, zip(looked, counted, strict=True)), "@!any bra done;"]
+        parts += map("".join, zip(looked, others, strict=True))
+        return "{" + "\n".join([declared, *parts, "done:"]) + "}"
+
+
+SLICE, PRODUCT = Near(4096, halves=2), Near(4096, halves=1)
+"""Magnitudes from 2**-16 to 2**16 times a mean one; the low 16 bits of products are seldom all zero."""
+SLICE_TABLE, SLICE_COUNTING = tl.constexpr(SLICE.table), tl.constexpr(SLICE.counting)
+PRODUCT_TABLE, PRODUCT_COUNTING = tl.constexpr(PRODUCT.table), tl.constexpr(PRODUCT.counting)
+"""Of modules, by which Triton knows what it compiled before."""
 
 BY_SIGN = tl.constexpr("""{
-    .reg .pred positive, negative;
-    setp.gt.f32 positive, $6, 0f00000000;
-    setp.lt.f32 negative, $6, 0f00000000;
-    mov.b32 $0, $3;
-    mov.b32 $1, $4;
-    mov.b32 $2, $5;
-    @positive add.rn.f32 $0, $0, $6;
-    @negative add.rn.f32 $1, $1, $6;
-    @positive add.s32 $2, $2, 1;
-    @negative add.s32 $2, $2, 65536;
+    .reg .f32 below, positive, negative;
+    neg.f32 below, $9;
+    set.geu.f32.f32 positive, $8, $9;
+    set.le.f32.f32 negative, $8, below;
+    fma.rn.f32 $0, $8, positive, $0;
+    fma.rn.f32 $0, $8, negative, $0;
+    fma.rn.f32 $1, $8, positive, $1;
+    fma.rn.f32 $2, $8, negative, $2;
+    add.rn.f32 $3, $3, positive;
+    fma.rn.f32 $3, negative, 0f47800000, $3;
 }""")
-"""Adds a term ($6) to the sums and counts of its sign; made of `where` that takes three instructions more."""
-COUNTING = tl.constexpr(_counting())
-COUNTED = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 16 + ["l"] * 4))
+"""Adds a delta ($8) whose magnitude is at least $9, or NaN, to the sums, and 1 or 65536 to the count.
+
+What is true is the number 1, by which a delta is multiplied exactly: of predicates the compiler uses one, for one delta
+after the other. Sums of what is not finite are wrong; `_fold` sees it.
+"""
+COUNTED = tl.constexpr(",".join(["=&r"] * 4 + ["0", "1", "2", "3"] + ["f"] * 4 + ["r"] * 8 + ["l"] * 4))
 
 # What the kernels know of a model, or of a step of its product: a row of int64 numbers, floats as their fp32 bits.
 DATA = tl.constexpr(0)
-"""Address of a dense slice, or of the left factor where the step begins..."""
-RIGHT = tl.constexpr(1)
-"""...and of the right one."""
-TAKEN = tl.constexpr(2)
-"""Of k, in this step."""
-LAST = tl.constexpr(3)
+"""Address of a dense slice."""
+LAST = tl.constexpr(1)
 """Whether the model's product is complete."""
-MODEL = tl.constexpr(4)
-SCALE = tl.constexpr(5)
-ROW_SCALES = tl.constexpr(6)
+MODEL = tl.constexpr(2)
+SCALE = tl.constexpr(3)
+ROW_SCALES = tl.constexpr(4)
 """Address of DoRA's c."""
-LOWEST = tl.constexpr(7)
+LOWEST = tl.constexpr(5)
 """At least the smallest number: to drop zeros changes no sum."""
-WEIGHT = tl.constexpr(8)
-KEY = tl.constexpr(9)
+WEIGHT = tl.constexpr(6)
+KEY = tl.constexpr(7)
 """The first word in the low half."""
-BOUND = tl.constexpr(10)
-KEPT_SCALE = tl.constexpr(11)
-FACTS = tl.constexpr(12)
+BOUND = tl.constexpr(8)
+KEPT_SCALE = tl.constexpr(9)
+FACTS = tl.constexpr(10)
 
 STEP = tl.constexpr(16)
 """Of k, that a product takes at a time."""
-
-MAGNITUDE = tl.constexpr(0x7FFF_FFFF)
-INFINITY = tl.constexpr(0x7F80_0000)
-LOW = tl.constexpr(0xFFFF)
-"""The bits of a magnitude that the first level of a threshold search leaves to the second."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +202,10 @@ class How:
     based: bool = False
     """The deltas need the base."""
     aligned: bool = False
-    """Slices, or right factors, begin at multiples of 16 bytes."""
-    whole: bool = False
-    """All ranks are multiples of `STEP`."""
+    """Slices begin at multiples of 16 bytes."""
     fast: bool = False
+    single: bool = False
+    """Each product takes one step."""
     held: int = 0
     """Parts of the state."""
     drops: bool = False
@@ -180,15 +220,21 @@ class How:
     """...and of one of a matrix."""
     ptx: bool = True
     """Whether PTX can be run, which Triton's interpreter doesn't know."""
+    near: Near | None = None
+    """What is counted in shared memory."""
 
     @property
-    def near(self) -> bool:
-        """Whether bins are counted in shared memory."""
-        return self.op == "high" and self.ptx
+    def plain(self) -> bool:
+        """Whether terms are trimmed deltas, which one piece of PTX trims and adds by their sign."""
+        return self.op == "signed_sums" and self.ptx and not self.drops and not self.weighs
 
 
-Shape = tuple[int, int, int, int]
-"""Of factors: rows, columns, where in the first row the slice begins, and how far the columns of the left are apart."""
+Shape = tuple[int, int, int]
+"""Of factors: rows, columns, and where in the first row the slice begins."""
+
+
+class Laid(Factors):
+    """Factors as they lie on a GPU; see `Cuda._laid`."""
 
 
 # Numbers.
@@ -260,6 +306,16 @@ def _inside(rows: tl.tensor, columns: tl.tensor, at: tl.tensor, num_rows: tl.ten
 
 
 @triton.jit
+def _partial(tile: tl.tensor, num_columns: tl.tensor, start: tl.tensor, length: tl.tensor,
+             HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return whether a tile of a matrix may lie partly beyond the slice."""
+    across = tl.cdiv(num_columns, HOW.columns)
+    first = tile // across * HOW.rows * num_columns
+    end = first + HOW.rows * num_columns
+    return (first < start) | (end > start + length) | (num_columns % HOW.columns != 0)
+
+
+@triton.jit
 def _held(pointer: tl.tensor, at: tl.tensor, inside: tl.tensor, HELD: tl.constexpr) -> tl.tensor:
     """Return what lies at a tile's places, or anything where there is no such thing."""
     if HELD:
@@ -275,55 +331,29 @@ def _keep(pointer: tl.tensor, at: tl.tensor, value: tl.tensor, inside: tl.tensor
 
 
 @triton.jit
-def _place_of(step: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
-    """Return where the factors of a step begin, and how many of k it has."""
-    left = tl.load(step + DATA).to(tl.pointer_type(tl.float32))
-    right = tl.load(step + RIGHT).to(tl.pointer_type(tl.float32))
-    left = tl.multiple_of(left, 16)
-    if HOW.aligned:
-        right = tl.multiple_of(right, 16)
-    if HOW.whole:
-        return left, right, left
-    else:
-        return left, right, tl.load(step + TAKEN).to(tl.int32)
-
-
-@triton.jit
-def _parts(left: tl.tensor, right: tl.tensor, count: tl.tensor, rows: tl.tensor, columns: tl.tensor,
-           num_columns: tl.tensor, stride: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return what a step multiplies, by (k, row) and (k, column).
-
-    Beyond the rank that is 0 * -0, which changes not even a zero; beyond the rows anything, up to the stride.
-    """
+def _places(left: tl.tensor, right: tl.tensor, rows: tl.tensor, columns: tl.tensor, of_left: tl.tensor,
+            of_right: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Return where a tile's first step of factors lies, by (k, row) and (k, column); see `_laid`."""
     k = tl.arange(0, STEP)
-    of_left, of_right = (rows < stride)[None, :], (columns < num_columns)[None, :]
-    if not HOW.whole:
-        of_left, of_right = of_left & (k < count)[:, None], of_right & (k < count)[:, None]
-    a = tl.load(left + k[:, None] * stride + rows[None, :], of_left, other=0.0)
-    b = tl.load(right + k[:, None] * num_columns + columns[None, :], of_right, other=-0.0)
-    return a, b
+    if HOW.fast:
+        return left + (rows[:, None] * of_left + k[None, :]), right + (columns[:, None] * of_right + k[None, :])
+    else:
+        return left + (k[:, None] * of_left + rows[None, :]), right + (k[:, None] * of_right + columns[None, :])
 
 
 @triton.jit
-def _multiplied(a: tl.tensor, b: tl.tensor, product: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
+def _multiplied(left: tl.tensor, right: tl.tensor, product: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
     """Add a step to a product.
 
     `ieee` is the canonical chain: of fp32 Triton makes one fused multiply-add after the other, k ascending, whose
-    operands come from shared memory, four rows or columns at a time, for which both lie there by (k, ...).
+    operands come from shared memory, four rows or columns at a time, for which both lie there by (k, ...). Tensor cores
+    want (..., k) of both.
     """
-    return tl.dot(tl.trans(a), b, product, input_precision="tf32" if HOW.fast else "ieee")
-
-
-@triton.jit
-def _product(facts: tl.tensor, num_facts: tl.tensor, rows: tl.tensor, columns: tl.tensor, num_columns: tl.tensor,
-             stride: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return a tile of left @ right of one model."""
-    product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
-    for step in range(num_facts):
-        left, right, count = _place_of(facts + step * FACTS, HOW)
-        a, b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
-        product = _multiplied(a, b, product, HOW)
-    return product
+    a, b = tl.load(left), tl.load(right)
+    if HOW.fast:
+        return tl.dot(a, tl.trans(b), product, input_precision="tf32")
+    else:
+        return tl.dot(tl.trans(a), b, product, input_precision="ieee")
 
 
 @triton.jit
@@ -376,15 +406,10 @@ def _add(term: tl.tensor, weight: tl.tensor, total: tl.tensor, bound: tl.tensor,
         s0 += term
     if HOW.op == "extremes":
         s1, s2 = tl.where(term > s1, term, s1), tl.where(term < s2, term, s2)
-    if HOW.op == "signed_sums" and HOW.ptx:
-        s1, s2, s3 = tl.inline_asm_elementwise(
-            BY_SIGN, "=&f,=&f,=&r,f,f,r,f", [s1, s2, s3, term], (tl.float32, tl.float32, tl.int32), is_pure=True,
-            pack=1,
-        )  # fmt: skip
-    elif HOW.op == "signed_sums" or HOW.op == "signed_sums_weighted":
+    if HOW.op == "signed_sums" or HOW.op == "signed_sums_weighted":
         s1 += tl.maximum(term, 0.0)
         s2 += tl.minimum(term, 0.0)
-    if HOW.op == "signed_sums" and HOW.ptx == 0:
+    if HOW.op == "signed_sums":
         s3 += tl.where(term > 0, 1, tl.where(term < 0, 1 << 16, 0))
     if HOW.op == "signed_sums_weighted":
         s3 += tl.where(term > 0, weight, 0.0)
@@ -402,46 +427,58 @@ def _one_added(delta: tl.tensor, lowest: tl.tensor, weight: tl.tensor, entry: tl
         finite = _finite(delta)
         _tell(inside & (finite == 0), bad + tl.load(entry + MODEL))
         delta = tl.where(finite, delta, 0.0)
-    kept = (tl.abs(delta) < lowest) == 0  # NaN is kept, to be seen in the sum
     if HOW.drops or HOW.op == "agreement":
         largest = tl.maximum(largest, tl.abs(delta), propagate_nan=tl.PropagateNan.ALL)
-    if HOW.drops:
-        kept = kept & (_words(element, tl.load(entry + KEY), HOW) < tl.load(entry + BOUND))
-    term = tl.where(kept, delta, 0.0)
-    if HOW.drops:
-        term *= _float(entry + KEPT_SCALE)
-    if HOW.weighs:
-        term *= weight
-    s0, s1, s2, s3, s4 = _add(term, weight, total, bound, s0, s1, s2, s3, s4, HOW)
+    if HOW.plain:
+        s0, s1, s2, s3 = tl.inline_asm_elementwise(
+            BY_SIGN, "=&f,=&f,=&f,=&f,0,1,2,3,f,f", [s0, s1, s2, s3, delta, lowest],
+            (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        kept = (tl.abs(delta) < lowest) == 0  # NaN is kept, to be seen in the sum
+        if HOW.drops:
+            kept = kept & (_words(element, tl.load(entry + KEY), HOW) < tl.load(entry + BOUND))
+        term = tl.where(kept, delta, 0.0)
+        if HOW.drops:
+            term *= _float(entry + KEPT_SCALE)
+        if HOW.weighs:
+            term *= weight
+        s0, s1, s2, s3, s4 = _add(term, weight, total, bound, s0, s1, s2, s3, s4, HOW)
     return s0, s1, s2, s3, s4, largest
 
 
 @triton.jit
-def _all_added(facts: tl.tensor, num_facts: tl.tensor, bad: tl.tensor, origin: tl.tensor, total: tl.tensor,
-               p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor, rows: tl.tensor,
-               columns: tl.tensor, at: tl.tensor, inside: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
-               stride: tl.tensor, element: tl.tensor, bound: tl.tensor, CAREFUL: tl.constexpr,
-               HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
+def _of_step(entry: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
+    """Return whether a step completes a product, and what comes of it then; asked for a step ahead."""
+    last = 1 if HOW.single else tl.load(entry + LAST).to(tl.int32)
+    return last, _float(entry + SCALE), _float(entry + LOWEST), _float(entry + WEIGHT) if HOW.weighs else 1.0
+
+
+@triton.jit
+def _all_added(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.tensor, bad: tl.tensor,
+               origin: tl.tensor, total: tl.tensor, p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor,
+               p4: tl.tensor, rows: tl.tensor, columns: tl.tensor, at: tl.tensor, inside: tl.tensor,
+               num_rows: tl.tensor, of_left: tl.tensor, of_right: tl.tensor, element: tl.tensor, bound: tl.tensor,
+               CAREFUL: tl.constexpr, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Return the state with the terms of all models added, and numbers that are finite where all deltas are.
 
     CAREFUL: counts deltas that are not finite, and takes them for 0.
     """
     s0, s1 = _held(p0, at, inside, HOW.held > 0), _held(p1, at, inside, HOW.held > 1)
     s2, s3 = _held(p2, at, inside, HOW.held > 2), _held(p3, at, inside, HOW.held > 3)
+    if HOW.plain:
+        s3 = at.to(tl.float32) * 0.0
     s4, largest = _held(p4, at, inside, HOW.held > 4), at.to(tl.float32)
     if HOW.matrix:
-        # What a step multiplies is asked for one step ahead, and where that lies two.
-        left, right, count = _place_of(facts, HOW)
-        a, b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
-        left, right, count = _place_of(facts + FACTS, HOW)
         product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
+        left, right = _places(left, right, rows, columns, of_left, of_right, HOW)
+        further_left, further_right = (STEP, STEP) if HOW.fast else (STEP * of_left, STEP * of_right)
+        last, scale, lowest, weight = _of_step(facts, HOW)
         for step in range(num_facts):
             entry = facts + step * FACTS
-            next_a, next_b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
-            left, right, count = _place_of(entry + 2 * FACTS, HOW)
-            last, scale, lowest = tl.load(entry + LAST), _float(entry + SCALE), _float(entry + LOWEST)
-            weight = _float(entry + WEIGHT) if HOW.weighs else 1.0
-            product = _multiplied(a, b, product, HOW)
+            next_last, next_scale, next_lowest, next_weight = _of_step(entry + FACTS, HOW)
+            product = _multiplied(left, right, product, HOW)
+            left, right = left + further_left, right + further_right
             if last > 0:
                 delta = _change(product, scale, entry, origin, rows, num_rows, HOW)
                 s0, s1, s2, s3, s4, largest = _one_added(
@@ -449,7 +486,7 @@ def _all_added(facts: tl.tensor, num_facts: tl.tensor, bad: tl.tensor, origin: t
                     CAREFUL, HOW,
                 )  # fmt: skip
                 product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
-            a, b = next_a, next_b
+            last, scale, lowest, weight = next_last, next_scale, next_lowest, next_weight
     else:
         for model in tl.range(0, num_facts, loop_unroll_factor=HOW.unroll):  # so many slices are on their way
             entry = facts + model * FACTS
@@ -459,6 +496,8 @@ def _all_added(facts: tl.tensor, num_facts: tl.tensor, bad: tl.tensor, origin: t
                 delta, lowest, weight, entry, bad, inside, element, total, bound, s0, s1, s2, s3, s4, largest,
                 CAREFUL, HOW,
             )  # fmt: skip
+    if HOW.plain:
+        s3 = _held(p3, at, inside, True) + s3.to(tl.int32)
     if HOW.drops or HOW.op == "agreement":
         return s0, s1, s2, s3, s4, largest
     else:
@@ -466,10 +505,10 @@ def _all_added(facts: tl.tensor, num_facts: tl.tensor, bad: tl.tensor, origin: t
 
 
 @triton.jit(do_not_specialize=["num_facts", "offset", "num_rows"])
-def _fold(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.tensor, target: tl.tensor,
-          p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor, length: tl.tensor,
-          offset: tl.int64, bound: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor, start: tl.tensor,
-          stride: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
+def _fold(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.tensor, base: tl.tensor, bad: tl.tensor,
+          target: tl.tensor, p0: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, p4: tl.tensor,
+          length: tl.tensor, offset: tl.int64, bound: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
+          start: tl.tensor, of_left: tl.tensor, of_right: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
     """Add models to a tile of the state, one after the other; or write a model's deltas.
 
     target: where deltas go, or the total of an agreement. What is not finite is not looked for at first, since no sum
@@ -480,7 +519,12 @@ def _fold(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.tenso
     origin = _held(base, at, inside, HOW.based)
     if HOW.op == "delta":
         if HOW.matrix:
-            product = _product(facts, num_facts, rows, columns, num_columns, stride, HOW)
+            product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
+            left, right = _places(left, right, rows, columns, of_left, of_right, HOW)
+            further_left, further_right = (STEP, STEP) if HOW.fast else (STEP * of_left, STEP * of_right)
+            for _ in range(num_facts):
+                product = _multiplied(left, right, product, HOW)
+                left, right = left + further_left, right + further_right
             delta = _change(product, _float(facts + SCALE), facts, origin, rows, num_rows, HOW)
         else:
             delta = _difference(facts, origin, at, inside, HOW)
@@ -492,13 +536,13 @@ def _fold(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.tenso
         _, _, element = _tile(tl.program_id(0), num_columns, start, 4 if HOW.quads else 1, HOW)
         element = element.to(tl.int64) + offset
         s0, s1, s2, s3, s4, seen = _all_added(
-            facts, num_facts, bad, origin, total, p0, p1, p2, p3, p4, rows, columns, at, inside, num_rows,
-            num_columns, stride, element, bound, False, HOW,
+            facts, num_facts, left, right, bad, origin, total, p0, p1, p2, p3, p4, rows, columns, at, inside,
+            num_rows, of_left, of_right, element, bound, False, HOW,
         )  # fmt: skip
         if tl.sum((inside & (_finite(seen) == 0)).to(tl.int32)) > 0:
             s0, s1, s2, s3, s4, seen = _all_added(
-                facts, num_facts, bad, origin, total, p0, p1, p2, p3, p4, rows, columns, at, inside, num_rows,
-                num_columns, stride, element, bound, True, HOW,
+                facts, num_facts, left, right, bad, origin, total, p0, p1, p2, p3, p4, rows, columns, at, inside,
+                num_rows, of_left, of_right, element, bound, True, HOW,
             )  # fmt: skip
         _keep(p0, at, s0, inside, HOW.held > 0)
         _keep(p1, at, s1, inside, HOW.held > 1)
@@ -511,19 +555,26 @@ def _fold(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.tenso
 
 
 @triton.jit
-def _cleared(WINDOW: tl.constexpr) -> tl.tensor:
+def _cleared(HOW: tl.constexpr) -> tl.tensor:
     """Return the address of a zeroed table in shared memory; of it Triton knows nothing, so PTX says what is done."""
-    table = tl.inline_asm_elementwise(TABLE, "=r", [], tl.int32, is_pure=False, pack=1)
-    at = table + tl.arange(0, WINDOW) * 4  # the bin behind them is never read
-    tl.inline_asm_elementwise("st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [at], tl.int32, is_pure=False, pack=1)
+    table = tl.inline_asm_elementwise(
+        PRODUCT_TABLE if HOW.matrix else SLICE_TABLE, "=r", [], tl.int32, is_pure=False, pack=1
+    )
+    at = tl.arange(0, HOW.near.span) * 4  # what is behind them is never read
+    HALVES: tl.constexpr = HOW.near.halves
+    for half in tl.static_range(HALVES):
+        tl.inline_asm_elementwise(
+            "st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [table + half * HOW.near.half * 4 + at], tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
     tl.debug_barrier()
     return table
 
 
 @triton.jit
-def _counted(near: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
-    tl.debug_barrier()
-    at = near + tl.arange(0, WINDOW) * 4
+def _counted(near: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
+    """Return what was counted in a half of a table, by high bits."""
+    at = near + tl.arange(0, HOW.near.span) * 4
     return tl.inline_asm_elementwise("ld.shared.u32 $0, [$1];", "=r,r", [at], tl.int32, is_pure=False, pack=1)
 
 
@@ -540,36 +591,37 @@ def _add_1(bin: tl.tensor, chosen: tl.tensor, HOW: tl.constexpr) -> None:
 
 
 @triton.jit
-def _first(magnitude: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
-    """Return the first bin of a window around the mean exponent of what is not zero; an exponent has 256 bins."""
+def _first(magnitude: tl.tensor, SPAN: tl.constexpr) -> tl.tensor:
+    """Return the first of so many high bits around the mean exponent of what is not zero; each has 128 of them."""
     others = magnitude > 0
     exponents = tl.sum(tl.where(others, magnitude >> 23, 0))
     middle = exponents // tl.maximum(tl.sum(others.to(tl.int32)), 1)
-    return tl.minimum(tl.maximum(middle * 256 - WINDOW // 2, 1), UNFINISHED - WINDOW)
+    return tl.minimum(tl.maximum(middle * 128 - SPAN // 2, 1), (UNFINISHED // 2) - SPAN)
 
 
 @triton.jit
 def _noted(notes: tl.tensor, delta: tl.tensor, inside: tl.tensor, high: tl.tensor, first: tl.tensor, near: tl.tensor,
            table: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Count a tile's magnitudes, all but zeros or those in bin `high`; return the notes, and the first near bin.
+    """Count a tile's magnitudes, all but zeros or those in bin `high`; return the notes, and the first near bits.
 
-    Notes are of each place of a tile: 1 for all that were counted in `table` itself, 1 << 16 for what is not finite.
+    Deltas beyond the slice are zero. Notes are of each place of a tile: 1 for all that were counted in `table` itself,
+    1 << 16 for what is not finite.
     """
-    magnitude = tl.where(inside, delta, 0.0).to(tl.int32, bitcast=True) & MAGNITUDE
-    if HOW.op == "high":
-        if HOW.near:
-            first = _first(magnitude, WINDOW) if first == 0 else first
-        unsigned = magnitude.to(tl.uint32)
+    if HOW.near is not None:
+        if first == 0:
+            first = _first(delta.to(tl.int32, bitcast=True) & MAGNITUDE, HOW.near.span)
+        notes = tl.inline_asm_elementwise(
+            PRODUCT_COUNTING if HOW.matrix else SLICE_COUNTING, COUNTED,
+            [notes, delta, near, first, table.to(tl.int64)], tl.int32, is_pure=False, pack=PACK,
+        )  # fmt: skip
+    elif HOW.op == "high":
+        unsigned = (delta.to(tl.int32, bitcast=True) & MAGNITUDE).to(tl.uint32)
         bin = ((unsigned >> 16) + ((unsigned + LOW) >> 16)).to(tl.int32)
-        if HOW.near:
-            notes = tl.inline_asm_elementwise(
-                COUNTING, COUNTED, [notes, near, bin, first, table.to(tl.int64)], tl.int32, is_pure=False, pack=PACK
-            )
-        else:
-            finite = bin < UNFINISHED
-            _add_1(table + bin, finite & (bin > 0), HOW)
-            notes += tl.where(finite, (bin > 0).to(tl.int32), 1 << 16)
+        finite = bin < UNFINISHED
+        _add_1(table + bin, finite & (bin > 0), HOW)
+        notes += tl.where(finite, (bin > 0).to(tl.int32), 1 << 16)
     else:
+        magnitude = delta.to(tl.int32, bitcast=True) & MAGNITUDE
         finite = magnitude < INFINITY
         magnitude = tl.where(finite, magnitude, 0)
         chosen = inside & (magnitude >> 16 == high)
@@ -578,47 +630,51 @@ def _noted(notes: tl.tensor, delta: tl.tensor, inside: tl.tensor, high: tl.tenso
     return notes, first
 
 
-@triton.jit(do_not_specialize=["num_facts", "num_tiles", "high", "num_rows"])
-def _counts(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.tensor, table: tl.tensor,
-            high: tl.tensor, length: tl.tensor, num_tiles: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor,
-            start: tl.tensor, stride: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
+@triton.jit(do_not_specialize=["num_tiles", "high", "num_rows"])
+def _counts(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.tensor, base: tl.tensor, bad: tl.tensor,
+            table: tl.tensor, high: tl.tensor, length: tl.tensor, num_tiles: tl.tensor, num_rows: tl.tensor,
+            num_columns: tl.tensor, start: tl.tensor, of_left: tl.tensor, of_right: tl.tensor,
+            HOW: tl.constexpr) -> None:  # fmt: skip
     """Count the magnitudes of one model, tile after tile; of a first level, zeros are what is not counted elsewhere."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
-    rows, columns, at = _tile(tile, num_columns, start, 1, HOW)
+    _, _, at = _tile(tile, num_columns, start, 1, HOW)
     notes, first, near = at * 0, high * 0, high
-    if HOW.near:
-        near = _cleared(WINDOW)
+    if HOW.near is not None:
+        near = _cleared(HOW)
     if HOW.matrix:
-        left, right, count = _place_of(facts, HOW)
-        a, b = _parts(left, right, count, rows, columns, num_columns, stride, HOW)
         product, scale = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32), _float(facts + SCALE)
-        left, right, count = _place_of(facts + 1 % num_facts * FACTS, HOW)
-        for step in range(1, (num_tiles - tile + tiles - 1) // tiles * num_facts + 1):
-            next_rows, next_columns, next_at = _tile(tile + step // num_facts * tiles, num_columns, start, 1, HOW)
-            next_a, next_b = _parts(left, right, count, next_rows, next_columns, num_columns, stride, HOW)
-            left, right, count = _place_of(facts + (step + 1) % num_facts * FACTS, HOW)
-            product = _multiplied(a, b, product, HOW)
-            if step % num_facts == 0:
+        for step in range((num_tiles - tile + tiles - 1) // tiles * num_facts):
+            each = tile + step // num_facts * tiles
+            rows, columns, at = _tile(each, num_columns, start, 1, HOW)
+            further_left, further_right = (STEP, STEP) if HOW.fast else (STEP * of_left, STEP * of_right)
+            k = step % num_facts
+            of_tile = _places(left + k * further_left, right + k * further_right, rows, columns, of_left, of_right, HOW)
+            product = _multiplied(of_tile[0], of_tile[1], product, HOW)
+            if (step + 1) % num_facts == 0:
                 inside = _inside(rows, columns, at, num_rows, num_columns, start, length, HOW)
                 origin = _held(base, at, inside, HOW.based)
                 delta = _change(product, scale, facts, origin, rows, num_rows, HOW)
+                if _partial(each, num_columns, start, length, HOW):
+                    delta = tl.where(inside, delta, 0.0)
                 notes, first = _noted(notes, delta, inside, high, first, near, table, HOW)
                 product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
-            a, b, rows, columns, at = next_a, next_b, next_rows, next_columns, next_at
     else:
         for each in range(tile, num_tiles, tiles):
             rows, columns, at = _tile(each, num_columns, start, 1, HOW)
             inside = _inside(rows, columns, at, num_rows, num_columns, start, length, HOW)
             origin = _held(base, at, inside, HOW.based)
-            delta = _difference(facts, origin, at, inside, HOW)
+            delta = tl.where(inside, _difference(facts, origin, at, inside, HOW), 0.0)
             notes, first = _noted(notes, delta, inside, high, first, near, table, HOW)
     _tell(notes >> 16, bad)
     if HOW.op == "high":
         others = tl.sum(notes & 0xFFFF)
-        if HOW.near:
-            counts = _counted(near, WINDOW)
-            tl.atomic_add(table + first + tl.arange(0, WINDOW), counts.to(tl.int64), counts > 0, sem="relaxed")
-            others += tl.sum(counts)
+        if HOW.near is not None:
+            HALVES: tl.constexpr = HOW.near.halves
+            for half in tl.static_range(HALVES):
+                counts = _counted(near + half * HOW.near.half * 4, HOW)
+                bin = (first + tl.arange(0, HOW.near.span)) * 2 + (half + 2 - HOW.near.halves)
+                tl.atomic_add(table + bin, counts.to(tl.int64), counts > 0, sem="relaxed")
+                others += tl.sum(counts)
         zeros = tl.where(tile == 0, length, 0) - others
         tl.atomic_add(table, zeros.to(tl.int64), sem="relaxed")
 
@@ -626,20 +682,28 @@ def _counts(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, bad: tl.ten
 # Norms of rows, for DoRA.
 
 
-@triton.jit(do_not_specialize=["num_facts", "num_rows"])
-def _squares(facts: tl.tensor, num_facts: tl.tensor, base: tl.tensor, lanes: tl.tensor, num_rows: tl.tensor,
-             num_columns: tl.tensor, stride: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
+@triton.jit(do_not_specialize=["rank", "num_rows"])
+def _squares(left: tl.tensor, right: tl.tensor, scale: tl.tensor, rank: tl.tensor, base: tl.tensor, lanes: tl.tensor,
+             num_rows: tl.tensor, num_columns: tl.tensor, left_row: tl.tensor, left_k: tl.tensor, right_k: tl.tensor,
+             right_column: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr) -> None:  # fmt: skip
     """Write the sums of squares of base + change by row and lane (fp64), each lane in the order of its columns."""
-    rows, lane = tl.program_id(0) * HOW.rows + tl.arange(0, HOW.rows), tl.arange(0, HOW.columns)
-    total = tl.full((HOW.rows, HOW.columns), 0.0, tl.float64)
-    for first in range(0, num_columns, HOW.columns):
+    rows, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
+    total = tl.full((ROWS, LANES), 0.0, tl.float64)
+    for first in range(0, num_columns, LANES):
         columns = first + lane
         inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-        product = _product(facts, num_facts, rows, columns, num_columns, stride, HOW)
+        product = tl.full((ROWS, LANES), 0.0, tl.float32)
+        for step in range(0, rank, STEP):
+            k = step + tl.arange(0, STEP)
+            of_left = (k < rank)[:, None] & (rows < num_rows)[None, :]
+            of_right = (k < rank)[:, None] & (columns < num_columns)[None, :]
+            a = tl.load(left + k[:, None] * left_k + rows[None, :] * left_row, of_left, other=0.0)
+            b = tl.load(right + k[:, None] * right_k + columns[None, :] * right_column, of_right, other=-0.0)
+            product = tl.dot(tl.trans(a), b, product, input_precision="ieee")
         value = tl.load(base + rows[:, None] * num_columns + columns[None, :], inside, other=0).to(tl.float32)
-        wide = (value + product * _float(facts + SCALE)).to(tl.float64)
+        wide = (value + product * scale).to(tl.float64)
         total += tl.where(inside, wide * wide, 0.0)
-    tl.store(lanes + rows[:, None] * HOW.columns + lane[None, :], total, (rows < num_rows)[:, None])
+    tl.store(lanes + rows[:, None] * LANES + lane[None, :], total, (rows < num_rows)[:, None])
 
 
 @triton.jit
@@ -772,7 +836,7 @@ class Cuda(Kernels):
     def take(self, source: Stored) -> Stored:
         """See `Kernels.take`: on a stream of the calling thread's own, so that copies go on while others compute.
 
-        Left factors are turned here, that the kernels read by whole vectors.
+        Factors are laid as the kernels read them.
         """
         if self._own.stream is None:
             return source
@@ -780,11 +844,9 @@ class Cuda(Kernels):
             if isinstance(source, Encoded):
                 taken: Stored = source._replace(data=self._there(source.data))
             else:
-                taken = source._replace(
-                    left=_turned(self._there(source.left)),
-                    right=self._there(source.right),
-                    magnitude=None if source.magnitude is None else self._there(source.magnitude),
-                )
+                magnitude = None if source.magnitude is None else self._there(source.magnitude)
+                there = source._replace(left=self._there(source.left), right=self._there(source.right))
+                taken = self._laid(there._replace(magnitude=magnitude))
         self._own.stream.synchronize()
         for part in taken:
             if isinstance(part, Tensor):  # its memory is not used again before the kernels' stream is done with it
@@ -807,12 +869,10 @@ class Cuda(Kernels):
         num_rows, num_columns = len(source.left), source.right.shape[1]
         lanes = torch.empty(num_rows * LANES, dtype=torch.float64, device=self.device)
         sums = torch.empty(num_rows, dtype=torch.float64, device=self.device)
-        source = source._replace(left=_turned(source.left))
-        facts, num_facts = self._facts([(Term(), source)])
-        how = How("", matrix=True, aligned=_aligned([source]), whole=_whole([source]), rows=NORM_ROWS, columns=LANES)
         _launch(
-            _squares, triton.cdiv(num_rows, NORM_ROWS), facts, num_facts, rows, lanes, num_rows, num_columns,
-            source.left.stride(1), HOW=how, num_stages=1,
+            _squares, triton.cdiv(num_rows, NORM_ROWS), source.left, source.right, float(np.float32(source.scale)),
+            len(source.right), rows, lanes, num_rows, num_columns, *source.left.stride(), *source.right.stride(),
+            ROWS=NORM_ROWS, LANES=LANES, num_stages=1,
         )  # fmt: skip
         _launch(_over_lanes, triton.cdiv(num_rows, BLOCK), lanes, sums, num_rows, LANES=LANES, BLOCK=BLOCK)
         return (magnitude / sums.sqrt()).float()
@@ -829,9 +889,10 @@ class Cuda(Kernels):
         parts = [state[name] for name in state_dtypes(op)]
         target, bound = (op.total, op.bound) if isinstance(op, Agreement) else (parts[0], 0.0)
         for _, run in itertools.groupby(range(len(models)), lambda one: _kind(models[one][1])):
-            first, *others = run
-            few = models[first : first + 1 + len(others)]
-            self._add(_name(op), few, base, bad[first:], target, parts, offset, bound)
+            alike = list(run)
+            for first in alike[::TOGETHER]:
+                few = models[first : min(first + TOGETHER, alike[-1] + 1)]
+                self._add(_name(op), few, base, bad[first:], target, parts, offset, bound)
         return [int(count) for count in bad.tolist()]
 
     def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
@@ -874,31 +935,38 @@ class Cuda(Kernels):
     def _add(self, name: str, models: Sequence[tuple[Term, Stored]], base: Tensor, bad: Tensor, target: Tensor,
              parts: Sequence[Tensor], offset: int = 0, bound: float = 0.0) -> None:  # fmt: skip
         """Launch what goes through models that are stored alike."""
-        models = [(term, _prepared(source)) for term, source in models]
-        how, shape, options = self._how(name, [one for _, one in models], len(base))
-        _, num_columns, start, _ = shape
+        models = [(term, self._prepared(source)) for term, source in models]
+        sources = [source for _, source in models]
+        how, shape, options = self._how(name, sources, len(base))
+        _, num_columns, start = shape
         drops = any(term.dropout for term, _ in models)
         how = replace(
             how, held=len(parts), drops=drops, weighs=any(_fp32(term.weight) != _fp32(1.0) for term, _ in models),
             quads=drops and num_columns % 4 == 0 and (offset - start) % 4 == 0,
             unroll=1 if drops or how.matrix else 4,
+            single=all(isinstance(each, Factors) and each.left.shape[1] <= STEP.value for each in sources),
         )  # fmt: skip
+        left, right = self._stacked(sources, base)
         pointers = [*parts, *[target] * (5 - len(parts))]
         _launch(
-            _fold, _num_tiles(how, shape, len(base)), *self._facts(models), base, bad, target, *pointers,
-            len(base), offset, float(np.float32(bound)), *shape, HOW=how, **options,
+            _fold, _num_tiles(how, shape, len(base)), *self._facts(models), left, right, base, bad, target, *pointers,
+            len(base), offset, float(np.float32(bound)), *shape, left.stride(0), right.stride(0), HOW=how, **options,
         )  # fmt: skip
 
     def _count(self, name: str, source: Stored, base: Tensor, table: Tensor, high: int) -> int:
-        source = _prepared(source)
+        source = self._prepared(source)
         how, shape, options = self._how(name, [source], len(base))
         counters = MATRIX_COUNTERS
         if not how.matrix:
             how, options, counters = replace(how, block=COUNT_BLOCK), {"num_warps": COUNT_WARPS}, COUNTERS
+        if name == "high" and PTX:
+            how = replace(how, near=PRODUCT if how.matrix else SLICE)
         num_tiles, bad = _num_tiles(how, shape, len(base)), self._zero()
+        left, right = self._stacked([source], base)
         _launch(
-            _counts, min(num_tiles, counters * self._num_multiprocessors), *self._facts([(Term(), source)]), base, bad,
-            table, high, len(base), num_tiles, *shape, HOW=how, **options,
+            _counts, min(num_tiles, counters * self._num_multiprocessors), *self._facts([(Term(), source)]),
+            left, right, base, bad, table, high, len(base), num_tiles, *shape, left.stride(0), right.stride(0), HOW=how,
+            **options,
         )  # fmt: skip
         return int(bad)
 
@@ -906,18 +974,54 @@ class Cuda(Kernels):
         """Return what goes through sources that are stored alike, the matrix of factors, and options of a launch."""
         assert length < 2**30, "blocks are planned smaller: indices have 31 bits"
         source = sources[0]
-        how = How(name, aligned=_aligned(sources), ptx=PTX)
         if isinstance(source, Encoded):
             kind = _STORED_TYPES[source.data.dtype]
-            how = replace(how, stored=kind, based=source.kind == "dense", block=BLOCK)
-            return how, (0, 0, 0, 0), {"num_warps": WARPS}
-        tile = FAST if self._fast else (COUNT if name in ("high", "low") else EXACT)
-        how = replace(
-            how, matrix=True, based=source.magnitude is not None, whole=_whole(sources), fast=self._fast,
-            rows=tile.rows, columns=tile.columns,
+            how = How(name, kind, based=source.kind == "dense", aligned=_aligned(sources), block=BLOCK, ptx=PTX)
+            return how, (0, 0, 0), {"num_warps": WARPS}
+        how = How(
+            name, matrix=True, based=source.magnitude is not None, fast=self._fast, rows=TILE.rows,
+            columns=TILE.columns, ptx=PTX,
         )  # fmt: skip
-        shape = len(source.left), source.right.shape[1], source.start, source.left.stride(1)
-        return how, shape, {"num_warps": tile.warps, "maxnreg": tile.registers, "num_stages": 1}
+        shape = len(source.left), source.right.shape[1], source.start
+        return how, shape, {"num_warps": TILE.warps, "maxnreg": TILE.registers, "num_stages": TILE.stages}
+
+    def _laid(self, source: Factors) -> "Laid":
+        """Return factors in memory of as many rows, columns and k as tiles and steps have.
+
+        Exact: by (k, row) and (k, column); for tensor cores by (row, k) and (column, k). Beyond the rank lie zeros of
+        the left and negative ones of the right, whose product changes not even a zero; elsewhere anything.
+        """
+        left, right = source.left, source.right
+        (num_rows, rank), num_columns = left.shape, right.shape[1]
+        if rank == 0:
+            left, right = left.new_zeros(num_rows, 1), right.new_zeros(1, num_columns)
+        ks, rows, columns = _up(left.shape[1], STEP.value), _up(num_rows, TILE.rows), _up(num_columns, TILE.columns)
+        if self._fast:
+            left = _padded(left, (rows, ks), 0.0, beyond=1)
+            right = _padded(right.T, (columns, ks), -0.0, beyond=1).T
+        else:
+            left = _padded(left.T, (ks, rows), 0.0, beyond=0).T
+            right = _padded(right, (ks, columns), -0.0, beyond=0)
+        return Laid(left, right, *source[2:])
+
+    def _prepared(self, source: Stored) -> Stored:
+        return source if isinstance(source, Encoded | Laid) else self._laid(source)
+
+    def _stacked(self, sources: Sequence[Stored], other: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of models as one product's, k after k, in whole steps; anything for dense slices."""
+        lefts, rights = [], []
+        for one in sources:
+            if isinstance(one, Encoded):
+                return other, other
+            if self._fast:
+                lefts.append(_whole(one.left, TILE.rows))
+                rights.append(_whole(one.right.T, TILE.columns))
+            else:
+                lefts.append(_whole(one.left.T, STEP.value))
+                rights.append(_whole(one.right, STEP.value))
+        if len(sources) == 1:
+            return lefts[0], rights[0]
+        return torch.cat(lefts, dim=int(self._fast)), torch.cat(rights, dim=int(self._fast))
 
     def _facts(self, models: Sequence[tuple[Term, Stored]]) -> tuple[Tensor, int]:
         """Return what the kernels know of the models, (rows, FACTS) int64, and how many rows."""
@@ -930,16 +1034,15 @@ class Cuda(Kernels):
             lowest = min(max(1, term.lowest), INFINITY.value)
             of_term = [lowest, _fp32(term.weight), key - (key >> 63 << 64), bound, kept_scale]
             if isinstance(source, Encoded):
-                rows.append([source.data.data_ptr(), 0, 0, 1, model, 0, 0, *of_term])
+                rows.append([source.data.data_ptr(), 1, model, 0, 0, *of_term])
                 continue
-            rank, num_columns = source.right.shape
             scales = 0 if source.scales is None else source.scales.data_ptr()
-            of_model = [model, _fp32(source.scale), scales, *of_term]
-            for k in range(0, max(1, rank), STEP.value):
-                left = source.left.data_ptr() + 4 * k * source.left.stride(1)
-                right, last = source.right.data_ptr() + 4 * k * num_columns, k + STEP.value >= rank
-                rows.append([left, right, min(rank - k, STEP.value), last, *of_model])
-        ahead = rows[-1:] * 2  # for steps that are asked for and never come
+            rank = source.left.shape[1]
+            rows += (
+                [0, k + STEP.value >= rank, model, _fp32(source.scale), scales, *of_term]
+                for k in range(0, rank, STEP.value)
+            )
+        ahead = rows[-1:]  # which is asked for and never used
         return self._there(torch.tensor(rows + ahead, dtype=torch.int64)), len(rows)
 
 
@@ -977,17 +1080,23 @@ def _name(op: Op) -> str:
             return "agreement"
 
 
-def _prepared(source: Stored) -> Stored:
-    return source if isinstance(source, Encoded) else source._replace(left=_turned(source.left))
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
-def _turned(left: Tensor) -> Tensor:
-    """Return a left factor whose columns lie one after the other, each in a multiple of 64 bytes."""
-    num_rows, rank = left.shape
-    stride = -(-num_rows // 16) * 16
-    if left.stride() == (1, stride) and left.data_ptr() % 64 == 0:
-        return left
-    return left.new_empty(rank, stride)[:, :num_rows].T.copy_(left)
+def _padded(part: Tensor, shape: tuple[int, int], value: float, beyond: int) -> Tensor:
+    """Return a view of a matrix in memory of a larger shape, with a value beyond it in one of the dimensions."""
+    if part.shape == shape and part.is_contiguous():
+        return part
+    rows, columns = part.shape
+    memory = part.new_empty(shape)
+    (memory[rows:] if beyond == 0 else memory[:, columns:]).fill_(value)
+    return memory[:rows, :columns].copy_(part)
+
+
+def _whole(part: Tensor, multiple: int) -> Tensor:
+    """Return the memory of which `_padded` made a view, whose rows were made a multiple."""
+    return part.as_strided((_up(part.shape[0], multiple), part.stride(0)), (part.stride(0), 1))
 
 
 def _num_tiles(how: How, shape: Shape, length: int) -> int:
@@ -997,14 +1106,8 @@ def _num_tiles(how: How, shape: Shape, length: int) -> int:
 
 
 def _aligned(sources: Sequence[Stored]) -> bool:
-    """Return whether slices, or right factors, begin where 16 bytes can be read at a time; fresh memory does."""
-    return all((one.data if isinstance(one, Encoded) else one.right).data_ptr() % 16 == 0 for one in sources)
-
-
-def _whole(sources: Sequence[Stored]) -> bool:
-    """Return whether no step of a product goes beyond the rank."""
-    ranks = [one.left.shape[1] for one in sources if isinstance(one, Factors)]
-    return all(rank and rank % STEP.value == 0 for rank in ranks)
+    """Return whether slices begin where 16 bytes can be read at a time; fresh memory does."""
+    return all(one.data.data_ptr() % 16 == 0 for one in sources if isinstance(one, Encoded))
 
 
 def _bits(tensor: Tensor) -> Tensor:
