@@ -144,7 +144,7 @@ def work_out(plan: "Plan") -> None:
     """Work out what each shard of all rounds covers."""
     for one in plan.result.rounds:
         for index in range(one.num_shards):
-            plan.layout.shard(one, index, len(plan.result.models))
+            plan.layout.shard(one.kind, index, len(plan.result.models))
 
 
 def plan_large(num_models: int) -> None:

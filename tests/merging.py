@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 
 from tests.families import Family
-from ties_ray import drive, sources, work
+from ties_ray import drive, reading, sources, work
+from ties_ray import layout as layouts
 from ties_ray.manifest import Manifest, find_runs
 from ties_ray.plan import Plan
 from ties_ray.plugins import PLUGIN_FOLDER, search_path
@@ -68,14 +69,14 @@ def carried_out(result: MergeResult, storage: Mapping[str, Any] | None = None) -
 def draw_sizes(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set all sizes below which a cut is invisible to small random ones."""
     part = draw.choice([4096, 8192, 16_384])
-    monkeypatch.setattr(planning, "part_size", lambda recipe, files: part)
-    monkeypatch.setattr(planning, "MAX_SHARD", part * draw.randint(1, 3))
-    monkeypatch.setattr(planning, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
+    monkeypatch.setattr(layouts, "part_size", lambda recipe, files: part)
+    monkeypatch.setattr(layouts, "MAX_SHARD", part * draw.randint(1, 3))
+    monkeypatch.setattr(layouts, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
     monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 256, 1001, 4096]))
-    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
+    monkeypatch.setattr(layouts, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
     monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
     group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4, 16])
-    for module in (planning, work, drive):
+    for module in (layouts, reading, planning, work, drive):
         monkeypatch.setattr(module, "MODEL_GROUP", group)
     monkeypatch.setattr(planning, "AHEAD", ahead)
     monkeypatch.setattr(sources, "TOGETHER", together)

@@ -14,7 +14,8 @@ import torch
 
 from tests.families import Family
 from tests.merging import LOCAL, carried_out, digests, merge, planning
-from ties_ray import drive, work
+from ties_ray import drive, reading, work
+from ties_ray import layout as layouts
 from ties_ray.cache import Cache, Shelf
 from ties_ray.plan import Plan
 from ties_ray.report import MergeResult
@@ -184,7 +185,7 @@ def test_shards_go_to_the_worker_that_has_read_their_bytes(
     in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Schedule, "_steal", lambda schedule, thief: False)  # how fast a worker is must not matter here
-    monkeypatch.setattr(planning, "MIN_RANGE", 2**16)
+    monkeypatch.setattr(layouts, "MIN_RANGE", 2**16)
     result, plan = merged_with(in_a_bucket, tmp_path / "out", workers=3)
     assert plan.result.rounds[0].num_shards > 6
     assert result.bytes_read + result.bytes_kept == plan.bytes_read
@@ -197,7 +198,7 @@ def test_shards_go_to_the_worker_that_has_read_their_bytes(
 def test_groups_of_models_share_the_base(
     in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (planning, drive, work):
+    for module in (layouts, reading, planning, drive, work):
         monkeypatch.setattr(module, "MODEL_GROUP", 2)
     result, plan = merged_with(in_a_bucket, tmp_path / "out")
     assert plan.result.rounds[0].bytes_again > 0

@@ -12,11 +12,14 @@ import pytest
 from tests.families import Family
 from tests.merging import recipe_of
 from ties_ray import drive
+from ties_ray import layout as layouts
 from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import RecipeError
 from ties_ray.formats import Parameter, Source, TensorRef
+from ties_ray.layout import MODEL_GROUP, Segment, elements_in
 from ties_ray.outputs import PART_ALIGNMENT
-from ties_ray.plan import MODEL_GROUP, Plan, Segment, elements_in, make_plan, runs_of
+from ties_ray.plan import Plan, make_plan
+from ties_ray.reading import runs_of
 from ties_ray.recipe import Recipe, validate
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Pin, Store, Stores
@@ -63,10 +66,10 @@ def test_shards_cover_every_byte_of_every_file_and_every_element_once(
 ) -> None:
     draw = random.Random(seed)
     part = PART_ALIGNMENT * draw.randint(1, 9)
-    monkeypatch.setattr(planning, "part_size", lambda recipe, files: part)
-    monkeypatch.setattr(planning, "MAX_SHARD", part * draw.randint(1, 4))
-    monkeypatch.setattr(planning, "MIN_RANGE", draw.choice([100, 4096, 2**20]))
-    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", draw.choice([1, 7, 50]))
+    monkeypatch.setattr(layouts, "part_size", lambda recipe, files: part)
+    monkeypatch.setattr(layouts, "MAX_SHARD", part * draw.randint(1, 4))
+    monkeypatch.setattr(layouts, "MIN_RANGE", draw.choice([100, 4096, 2**20]))
+    monkeypatch.setattr(layouts, "SHARDS_AT_LEAST", draw.choice([1, 7, 50]))
     parameters = random_parameters(draw)
     num_models = draw.choice([1, 2, MODEL_GROUP, MODEL_GROUP + 1])
     output = {"path": "/out", "file_size": draw.choice(["1KB", "40KB", "5GB"])}
@@ -77,7 +80,7 @@ def test_shards_cover_every_byte_of_every_file_and_every_element_once(
     elements = {parameter.name: [0] * parameter.numel for parameter in parameters}
     written = {file: 0 for file in range(len(made.result.files))}
     for index in range(by_kind["merge"].num_shards):
-        shard = layout.shard(by_kind["merge"], index, num_models)
+        shard = layout.shard("merge", index, num_models)
         assert shard.models == (0, num_models)
         for number in range(*shard.parts):
             start, stop = layout.part(shard.file, number)
@@ -96,7 +99,7 @@ def test_shards_cover_every_byte_of_every_file_and_every_element_once(
     for kind in ("count_high", "count_low"):
         seen: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index in range(by_kind[kind].num_shards):
-            shard = layout.shard(by_kind[kind], index, num_models)
+            shard = layout.shard(kind, index, num_models)
             assert 0 < shard.models[1] - shard.models[0] <= MODEL_GROUP
             for parameter, start, stop in shard.segments:
                 assert start < stop

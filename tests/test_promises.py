@@ -21,6 +21,7 @@ from tests.conftest import Bucket
 from tests.families import NAMES, Family, raw_bytes, write_checkpoint
 from tests.merging import LOCAL, carried_out, digests, draw_sizes, merge, planning, recipe_of
 from ties_ray import drive, sources, transfer
+from ties_ray import layout as layouts
 from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor
 from ties_ray.executors.local import LocalExecutor
 from ties_ray.executors.ray import RayExecutor
@@ -387,7 +388,7 @@ def test_slices_that_wait_for_each_other_take_no_more_than_those_of_a_block(
     for method in ("average", "ties"):
         made = drive.plan(recipe_of(family, tmp_path / method, method))
         assert {one.run for one in made.result.rounds} - {0}
-        monkeypatch.setattr(planning, "part_size", lambda recipe, files: 16_384)
+        monkeypatch.setattr(layouts, "part_size", lambda recipe, files: 16_384)
         peaks.clear()
         merge(family, tmp_path / method, method, run={**LOCAL, "workers": 1})
         of_reads = next(iter(peaks.values()))

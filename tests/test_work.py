@@ -15,7 +15,8 @@ import torch
 
 from tests.families import Family
 from tests.merging import LOCAL, carried_out, digests, merge, recipe_of
-from ties_ray import drive, work
+from ties_ray import drive, reading, work
+from ties_ray import layout as layouts
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.kernels import Election, Encoded, SignedSums, Term, WeightedSum, load
 from ties_ray.manifest import Manifest, Record
@@ -129,10 +130,10 @@ def test_what_is_not_finite_is_counted_once_however_often_it_is_seen(resident: b
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the merge of a tiny family into dozens of shards, in groups of two models, recorded two at a time."""
-    monkeypatch.setattr(planning, "part_size", lambda recipe, files: 4096)
-    monkeypatch.setattr(planning, "MIN_RANGE", 700)
-    monkeypatch.setattr(planning, "SHARDS_AT_LEAST", 100)
-    for module in (planning, work, drive):
+    monkeypatch.setattr(layouts, "part_size", lambda recipe, files: 4096)
+    monkeypatch.setattr(layouts, "MIN_RANGE", 700)
+    monkeypatch.setattr(layouts, "SHARDS_AT_LEAST", 100)
+    for module in (layouts, reading, planning, work, drive):
         monkeypatch.setattr(module, "MODEL_GROUP", 2)
     monkeypatch.setattr(work, "RECORD_SHARDS", 2)
 

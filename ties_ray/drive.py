@@ -19,9 +19,10 @@ from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Executor, Needs
 from ties_ray.finalize import complete_uploads, publish_documents, publish_result
+from ties_ray.layout import COUNTS, MODEL_GROUP
 from ties_ray.manifest import Manifest, Record, Survey
 from ties_ray.orders import SETUP, Answer, Order, Setup
-from ties_ray.plan import COUNTS, MODEL_GROUP, Plan, PlannedRound, make_plan, narrowed, settle, without
+from ties_ray.plan import Plan, PlannedRound, make_plan, narrowed, settle, without
 from ties_ray.poolcache import PoolCache
 from ties_ray.predict import DEAR, Forecast, Pace, Work, predict, predictable
 from ties_ray.recipe import Recipe
@@ -338,7 +339,7 @@ class MergeRun:
             return [index % layout.num_ranges for index in range(round_.num_shards)]
         if round_.kind == "survey" or self._num_workers == 1:
             return [None] * round_.num_shards
-        firsts = [layout.segments(layout.shard(round_, index, 0))[:1] for index in range(round_.num_shards)]
+        firsts = [layout.segments(layout.shard(round_.kind, index, 0))[:1] for index in range(round_.num_shards)]
         return [min(layout.ranges_over(first), default=None) for first in firsts]
 
     def _reader(self, range_: int | None) -> int | None:

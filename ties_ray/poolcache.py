@@ -18,8 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ties_ray.catalog import Model
 from ties_ray.formats import Format
+from ties_ray.layout import RoundKind
 from ties_ray.manifest import Survey
-from ties_ray.plan import Plan, RoundKind
+from ties_ray.plan import Plan
 from ties_ray.sources import formats_of
 from ties_ray.statistics import Counts, Pick, add
 from ties_ray.stores import Stores, join

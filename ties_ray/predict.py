@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.catalog import Model
-from ties_ray.plan import COUNTS, MODEL_GROUP, Plan
+from ties_ray.layout import COUNTS, MODEL_GROUP
+from ties_ray.plan import Plan
 from ties_ray.sources import Sources
 
 SHORT = {"F16", "BF16"}

@@ -33,24 +33,14 @@ from ties_ray.formats import Parameter
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers, zeros
 from ties_ray.kernels.lowrank import norm2_of
+from ties_ray.layout import COUNTS, MODEL_GROUP, Segment, Shard, elements_in
 from ties_ray.manifest import Folded, Manifest, Matrix, Record, Seen, Survey, Written
 from ties_ray.methods import Context, Threshold
 from ties_ray.orders import ANSWER, ORDER, SETUP, Answer, Order, Setup
 from ties_ray.outputs import Placed
-from ties_ray.plan import (
-    COUNTS,
-    MODEL_GROUP,
-    Plan,
-    PlannedResult,
-    PlannedRound,
-    Segment,
-    Shard,
-    elements_in,
-    is_resident,
-    method_round,
-    runs_of,
-)
+from ties_ray.plan import Plan, PlannedResult, PlannedRound, is_resident, method_round
 from ties_ray.poolcache import PoolCache, identity
+from ties_ray.reading import runs_of
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.slices import Slices
 from ties_ray.sources import NEEDS, Footprint, Sources
@@ -363,7 +353,7 @@ class Worker:
         if self._result.rounds[order.round].kind == "merge":
             self._learn_of_uploads()
         round_ = self._result.rounds[order.round]
-        shard = self._plan.layout.shard(round_, order.index, len(self._models))
+        shard = self._plan.layout.shard(round_.kind, order.index, len(self._models))
         work = {
             "survey": self._survey,
             "gather": self._gather,
