@@ -650,7 +650,9 @@ class ExecutorContract:
             for ticket in range(20):
                 executor.submit(0, ticket, f"m{ticket}")
             expected = [Answered(0, ticket, f"{ticket + 1}:s:m{ticket}") for ticket in range(20)]
-            assert self.events(executor, 20) == expected
+            found = self.events(executor, 20)  # where one answer may overtake another
+            assert len(found) == 20
+            assert all(event in found for event in expected)
 
     def test_workers_work_at_the_same_time(self, tmp_path: Path) -> None:
         with self.started(2) as executor:

@@ -120,7 +120,7 @@ class Executor(ABC):
 
     @abstractmethod
     def wait(self, timeout: float) -> list[Event]:
-        """Return what happened, at least one event, or [] after `timeout` seconds."""
+        """Return what happened, at least one event, or [] after `timeout` seconds; news may overtake each other."""
 
     @abstractmethod
     def give_up(self, worker: int) -> None:
