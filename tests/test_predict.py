@@ -13,6 +13,7 @@ from tests.families import Family, write_checkpoint
 from tests.merging import LOCAL, recipe_of
 from tests.test_plan import catalog_of, recipe_for
 from ties_ray import drive
+from ties_ray.catalog import Catalog
 from ties_ray.cli import commands
 from ties_ray.formats import Parameter
 from ties_ray.plan import Plan, make_plan
@@ -29,8 +30,21 @@ QUICK = Rates(read=1e15, write=1e15, request=0.0, dense={})
 """A worker that takes no time for anything."""
 
 
-def plan_of(num_models: int = 4, **more: object) -> Plan:
-    return make_plan(recipe_for(num_models, **more), catalog_of(PARAMETERS, num_models))
+def plan_of(num_models: int = 4, *, local: bool = False, **more: object) -> Plan:
+    """Return a plan of models in a bucket, of which workers keep nothing, or in local files."""
+    catalog = catalog_of(PARAMETERS, num_models)
+    recipe = recipe_for(num_models, **{"run": {**LOCAL, "cache": 0, "disk_cache": 0}, **more})
+    return make_plan(recipe, catalog if local else in_a_bucket(catalog))
+
+
+def in_a_bucket(catalog: Catalog) -> Catalog:
+    models = [
+        replace(
+            one, uri=f"s3://bucket/{one.id}", objects=tuple(pin._replace(uri=f"s3:/{pin.uri}") for pin in one.objects)
+        )
+        for one in (catalog.base, *catalog.models)
+    ]
+    return replace(catalog, base=models[0], models=tuple(models[1:]))
 
 
 def with_ns(rates: Rates, plan: Plan, ns: float) -> Rates:
@@ -57,9 +71,7 @@ def test_of_short_models_no_second_count_is_foreseen() -> None:
 
 
 def test_what_workers_keep_of_a_bucket_is_not_read_again() -> None:
-    local, catalog = plan_of(), catalog_of(PARAMETERS, 4)
-    models = [replace(one, uri=f"s3://bucket/{one.id}") for one in (catalog.base, *catalog.models)]
-    remote = replace(catalog, base=models[0], models=tuple(models[1:]))
+    local, remote = plan_of(local=True), in_a_bucket(catalog_of(PARAMETERS, 4))
     once = local.result.rounds[0].bytes_read
     half = make_plan(recipe_for(4, run={**LOCAL, "cache": 0, "disk_cache": once // 2}), remote)
     assert [one.bytes_read for one in loads(local, 1)] == [once] * 3
@@ -96,6 +108,20 @@ def test_stages_overlap_but_for_the_first_reads_and_the_last_part_of_each_shard(
     assert max(read, alone.seconds) < found.seconds < read + alone.seconds
 
 
+def test_what_a_worker_copies_by_itself_it_reads_and_merges_in_turn() -> None:
+    plan = plan_of(local=True)
+    read = sum(one.bytes_read for one in plan.result.rounds) / 1e9
+    both = with_ns(QUICK, plan, 1.0).model_copy(update={"read": 1e9})
+    alone = predict(plan, with_ns(QUICK, plan, 1.0), 1)
+    found = predict(plan, both, 1)
+    assert found
+    assert alone
+    assert found.seconds == pytest.approx(read + alone.seconds, rel=1e-6)
+    work = Work(1, 10**9, 0, seconds=10.0, waited=4.0)
+    assert observed(plan, 0, work).read == 10**9 / 4
+    assert observed(plan_of(), 0, work).read == 10**9 / 10
+
+
 def test_rounds_and_start_add_up_and_more_workers_take_as_much_less() -> None:
     plan = plan_of()
     rates = with_ns(QUICK, plan, 1.5).model_copy(update={"read": 5e8, "start": 7.0})
@@ -112,7 +138,7 @@ def test_small_requests_take_their_time_where_there_is_little_to_read() -> None:
     found = predict(plan, QUICK.model_copy(update={"request": 0.1}), 1)
     assert found
     assert [one.seconds for one in found.rounds] == pytest.approx(
-        [one.requests * 0.1 / 4 for one in plan.result.rounds], rel=0.01
+        [one.requests * 0.1 / plan.ahead for one in plan.result.rounds], rel=0.01
     )
 
 

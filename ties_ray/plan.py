@@ -130,6 +130,12 @@ class Plan:
         """Return the size of all weight files."""
         return sum(file.size for file in self.result.files)
 
+    @property
+    def copies(self) -> bool:
+        """Return whether workers copy by themselves what the system holds of their inputs; see `Store.at_hand`."""
+        of_result = (self.catalog.models[index] for index in self.result.models)
+        return self.recipe.run.device == "cpu" and _are_local((self.catalog.base, *of_result))
+
     @cached_property
     def layout(self) -> "Layout":
         """Return the plan's index: which shard covers what."""
@@ -368,13 +374,12 @@ def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> 
                 f"give it {(beside + _overhead(sources.catalog)) // 2**20 + 256} MiB, or lower output.part_size",
             )
         )
-    copied = _is_local(sources) and recipe.run.device == "cpu" and sources.dense_dtypes
+    copied = _are_local((sources.catalog.base, *sources.models)) and recipe.run.device == "cpu" and sources.dense_dtypes
     return max(1, min(MAX_LOCAL_BLOCK if copied else MAX_BLOCK, MAX_BLOCK, elements - elements % 4096))
 
 
-def _is_local(sources: Sources) -> bool:
+def _are_local(models: Iterable[Model]) -> bool:
     """Return whether everything is read from files that the system caches."""
-    models = (sources.catalog.base, *sources.models)
     return all(scheme_of(pin.uri) == "local" for model in models for pin in model.objects[:1])
 
 
@@ -406,7 +411,7 @@ class _Deeper(NamedTuple):
 
 def _deeper(recipe: Recipe, result: PlannedResult, sources: Sources, memory: int) -> _Deeper:
     """Return how many more slices are read ahead in what is left of a worker's memory; of local files none."""
-    if _is_local(sources):
+    if _are_local((sources.catalog.base, *sources.models)):
         return _Deeper(0, 0)
     slice_ = max(sources.filled(round_.block) for round_ in result.rounds) * max(sources.widths)
     largest = max(slice_, sources.largest_held)

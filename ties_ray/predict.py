@@ -1,7 +1,8 @@
 """How long a merge takes: worked out from the plan and from what one worker achieves. Pure.
 
 A worker reads, merges and writes at the same time, so that the slowest of the three sets the pace of a shard; the first
-slices of each shard are waited for, and so is its last part. What it does not know: workers that share a network card,
+slices of each shard are waited for, and so is its last part. Of local files it reads and merges in turn, as if the
+system held them (`Plan.copies`). What it does not know: workers that share a network card,
 a disk or a core are as fast as one alone; nothing is lost, nothing is slow, and what a cache holds takes no time.
 """
 
@@ -178,8 +179,10 @@ def predict(plan: Plan, rates: Rates, workers: int, left: Sequence[int] | None =
             "merge": (ns / 1e9, ns / 1e9 / load.slices),
             "write": (load.bytes_written / rates.write, load.bytes_written / rates.write / load.parts),
         }
-        bound = max(stages, key=lambda stage: stages[stage][0])
-        seconds = stages[bound][0] + sum(piece for stage, (_, piece) in stages.items() if stage != bound)
+        in_turn: list[list[Bound]] = [["read", "merge"], ["write"]] if plan.copies else [["read"], ["merge"], ["write"]]
+        slowest = max(in_turn, key=lambda some: sum(stages[stage][0] for stage in some))
+        bound = max(slowest, key=lambda stage: stages[stage][0])
+        seconds = sum(whole if stage in slowest else piece for stage, (whole, piece) in stages.items())
         waves = math.ceil(shards / workers)
         rounds.append(RoundPrediction(name=one.name, seconds=seconds / max(1, one.num_shards) * waves, bound=bound))
     return Prediction(workers=workers, seconds=rates.start + sum(one.seconds for one in rounds), rounds=rounds)
@@ -226,7 +229,8 @@ class Pace:
 def observed(plan: Plan, index: int, work: Work) -> Rates:
     """Return the rates that some shards of a round show; of the other rounds' kernels by what is known of their kinds.
 
-    Reading was at least as fast as the work in all; so was writing, or, where nothing was written yet, as fast as that.
+    Reading was at least as fast as the work in all, or took what was waited, where that is done in turn. So was
+    writing, or, where nothing was written yet, as fast as that.
     """
     rounds = plan.result.rounds
     load = loads(plan, workers=1)[index]
@@ -234,6 +238,6 @@ def observed(plan: Plan, index: int, work: Work) -> Rates:
     seconds = max(1e-9, work.seconds)
     unit = max(0.0, seconds - work.waited) * 1e9 / max(1.0, pairs) / DEAR[rounds[index].kind]
     ns = {one.name: unit * DEAR[one.kind] for one in rounds if one.kind in DEAR}
-    read = max(1, work.bytes_read) / seconds
+    read = max(1, work.bytes_read) / (max(1e-9, work.waited) if plan.copies else seconds)
     written = work.bytes_written / seconds if load.bytes_written else 0.0  # of the weights, not of a few records
     return Rates(read=read, write=written or read, request=0.0, dense=ns, factors=ns)

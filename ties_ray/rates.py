@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ties_ray.predict import Rates
 from ties_ray.slices import Slices
 from ties_ray.sources import Sources
 from ties_ray.stores import Pin, Stores
+from ties_ray.transfer import Ledger
 
 READ_SECONDS = 0.5
 READ_BYTES = 256 * 2**20
@@ -60,31 +62,32 @@ def measure(plan: Plan, stores: Stores) -> Rates:
 
 
 def _reading(plan: Plan, sources: Sources, stores: Stores) -> tuple[float, float]:
-    """Return (seconds a small request, bytes a second) of as many threads as a worker has."""
+    """Return (seconds a small request, bytes a second) of as many threads as a worker has for it, with checksums."""
     first = next(pin for model in sources.models for pin in model.objects)
     requests = []
     for _ in range(3):
         began = time.monotonic()
         stores.of(first.uri).read(first, 0, memoryview(bytearray(8)))
         requests.append(time.monotonic() - began)
-    wanted = _ranges(plan, sources)
+    wanted, num_threads = _ranges(plan, sources), 1 if plan.copies else plan.ahead
     lock, end = threading.Lock(), time.monotonic() + READ_SECONDS
 
     def read(_: int) -> int:
-        done, buffer = 0, bytearray(READ_AT_ONCE)
-        while time.monotonic() < end and done < READ_BYTES // plan.ahead:
+        done, buffer, ledger = 0, np.empty(READ_AT_ONCE, np.uint8), Ledger(keeps=True)
+        while time.monotonic() < end and done < READ_BYTES // num_threads:
             with lock:
                 one = next(wanted, None)
             if one is None:
                 break
             pin, start, stop = one
-            stores.of(pin.uri).read(pin, start, memoryview(buffer)[: stop - start])
+            stores.of(pin.uri).read(pin, start, buffer[: stop - start].data)
+            ledger.mismatch(pin.uri, start, buffer[: stop - start])
             done += stop - start
         return done
 
     began = time.monotonic()
-    with ThreadPoolExecutor(plan.ahead) as threads:
-        done = sum(threads.map(read, range(plan.ahead)))
+    with ThreadPoolExecutor(num_threads) as threads:
+        done = sum(threads.map(read, range(num_threads)))
     return min(requests), max(1, done) / (time.monotonic() - began)
 
 
