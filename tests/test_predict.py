@@ -97,29 +97,21 @@ def test_the_slowest_of_reading_merging_and_writing_sets_the_pace(bound: str) ->
         assert found.rounds[0].seconds < 0.01
 
 
-def test_stages_overlap_but_for_the_first_reads_and_the_last_part_of_each_shard() -> None:
-    plan = plan_of()
+@pytest.mark.parametrize("local", [False, True])
+def test_stages_overlap_unless_a_worker_copies_by_itself_what_it_merges(local: bool) -> None:
+    plan = plan_of(local=local)
     read = sum(one.bytes_read for one in plan.result.rounds) / 1e9
     both = with_ns(QUICK, plan, 1.0).model_copy(update={"read": 1e9})
     alone = predict(plan, with_ns(QUICK, plan, 1.0), 1)
     found = predict(plan, both, 1)
     assert found
     assert alone
-    assert max(read, alone.seconds) < found.seconds < read + alone.seconds
-
-
-def test_what_a_worker_copies_by_itself_it_reads_and_merges_in_turn() -> None:
-    plan = plan_of(local=True)
-    read = sum(one.bytes_read for one in plan.result.rounds) / 1e9
-    both = with_ns(QUICK, plan, 1.0).model_copy(update={"read": 1e9})
-    alone = predict(plan, with_ns(QUICK, plan, 1.0), 1)
-    found = predict(plan, both, 1)
-    assert found
-    assert alone
-    assert found.seconds == pytest.approx(read + alone.seconds, rel=1e-6)
-    work = Work(1, 10**9, 0, seconds=10.0, waited=4.0)
-    assert observed(plan, 0, work).read == 10**9 / 4
-    assert observed(plan_of(), 0, work).read == 10**9 / 10
+    if local:
+        assert found.seconds == pytest.approx(read + alone.seconds, rel=1e-6)
+    else:  # but for the first reads and the last part of each shard
+        assert max(read, alone.seconds) < found.seconds < read + alone.seconds
+    shown = observed(plan, 0, Work(1, 10**9, 0, seconds=10.0, waited=4.0))
+    assert shown.read == 10**9 / (4 if local else 10)
 
 
 def test_rounds_and_start_add_up_and_more_workers_take_as_much_less() -> None:

@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_told_of_each_model_even_where_sums_were_not_finit
 
 
 def test_groups_of_more_models_than_a_launch_counts() -> None:
-    number = 2 * cuda.TOGETHER + 90
+    number = 2 * cuda.MOST_MODELS + 90
     deltas = torch.randn(number, 40, generator=torch.Generator().manual_seed(1))
     deltas[:, :3] = torch.tensor([-1.0, 0.0, 1.0])
     op = SignedSums((Term(),) * number)

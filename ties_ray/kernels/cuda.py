@@ -52,8 +52,8 @@ TILE = Tile(64, 32, 4, 128, 3)
 """16 elements a thread; how tensor cores round may depend on it. Exact sums of rank 16 took 4 % longer on an H200 with
 168 registers and two stages, 19 % with 128 and two, and 17 to 26 % with twice the elements a thread, which read less
 from shared memory."""
-TOGETHER = 255
-"""Models of a launch, whose counts fit the 24 bits of an fp32 number twice."""
+MOST_MODELS = 255
+"""Of a launch, whose counts fit the 24 bits of an fp32 number twice."""
 PTX = True
 """False for Triton's interpreter, which can't run it."""
 NORM_ROWS, LANES = 8, 256
@@ -146,7 +146,7 @@ SLICE, PRODUCT = Near(4096, halves=2), Near(4096, halves=1)
 """Magnitudes from 2**-16 to 2**16 times a mean one; the low 16 bits of products are seldom all zero."""
 SLICE_TABLE, SLICE_COUNTING = tl.constexpr(SLICE.table), tl.constexpr(SLICE.counting)
 PRODUCT_TABLE, PRODUCT_COUNTING = tl.constexpr(PRODUCT.table), tl.constexpr(PRODUCT.counting)
-"""Of modules, by which Triton knows what it compiled before."""
+"""Globals, since by them Triton knows what it compiled before."""
 
 BY_SIGN = tl.constexpr("""{
     .reg .f32 below, positive, negative;
@@ -342,6 +342,15 @@ def _places(left: tl.tensor, right: tl.tensor, rows: tl.tensor, columns: tl.tens
 
 
 @triton.jit
+def _further(of_left: tl.tensor, of_right: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
+    """Return how far the next step lies, of the left and of the right."""
+    if HOW.fast:
+        return STEP, STEP
+    else:
+        return STEP * of_left, STEP * of_right
+
+
+@triton.jit
 def _multiplied(left: tl.tensor, right: tl.tensor, product: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
     """Add a step to a product.
 
@@ -472,7 +481,7 @@ def _all_added(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: t
     if HOW.matrix:
         product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
         left, right = _places(left, right, rows, columns, of_left, of_right, HOW)
-        further_left, further_right = (STEP, STEP) if HOW.fast else (STEP * of_left, STEP * of_right)
+        further_left, further_right = _further(of_left, of_right, HOW)
         last, scale, lowest, weight = _of_step(facts, HOW)
         for step in range(num_facts):
             entry = facts + step * FACTS
@@ -521,7 +530,7 @@ def _fold(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.ten
         if HOW.matrix:
             product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
             left, right = _places(left, right, rows, columns, of_left, of_right, HOW)
-            further_left, further_right = (STEP, STEP) if HOW.fast else (STEP * of_left, STEP * of_right)
+            further_left, further_right = _further(of_left, of_right, HOW)
             for _ in range(num_facts):
                 product = _multiplied(left, right, product, HOW)
                 left, right = left + further_left, right + further_right
@@ -646,7 +655,7 @@ def _counts(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.t
         for step in range((num_tiles - tile + tiles - 1) // tiles * num_facts):
             each = tile + step // num_facts * tiles
             rows, columns, at = _tile(each, num_columns, start, 1, HOW)
-            further_left, further_right = (STEP, STEP) if HOW.fast else (STEP * of_left, STEP * of_right)
+            further_left, further_right = _further(of_left, of_right, HOW)
             k = step % num_facts
             of_tile = _places(left + k * further_left, right + k * further_right, rows, columns, of_left, of_right, HOW)
             product = _multiplied(of_tile[0], of_tile[1], product, HOW)
@@ -890,8 +899,8 @@ class Cuda(Kernels):
         target, bound = (op.total, op.bound) if isinstance(op, Agreement) else (parts[0], 0.0)
         for _, run in itertools.groupby(range(len(models)), lambda one: _kind(models[one][1])):
             alike = list(run)
-            for first in alike[::TOGETHER]:
-                few = models[first : min(first + TOGETHER, alike[-1] + 1)]
+            for first in alike[::MOST_MODELS]:
+                few = models[first : min(first + MOST_MODELS, alike[-1] + 1)]
                 self._add(_name(op), few, base, bad[first:], target, parts, offset, bound)
         return [int(count) for count in bad.tolist()]
 
