@@ -265,6 +265,25 @@ class KernelContract:
             assert expected.count_nonzero() > self.LENGTH // 100, key
         assert total is None or (isinstance(op, Agreement) and same_bits(total, op.total))
 
+    @pytest.mark.parametrize("how", ["plain", "trim"])
+    @pytest.mark.parametrize("ranks", [(16,) * 7, (32, 5, 16, 48, 1, 64, 17)])
+    def test_products_of_several_ranks_fold_one_after_the_other(
+        self, kernels: Kernels, ranks: Sequence[int], how: str
+    ) -> None:
+        rows, columns = 67, self.LENGTH // 67
+        length = rows * columns
+        factors = [some_factors(rows, columns, rank, 0) for rank in ranks]
+        group = [(model, one._replace(left=one.left.roll(model, 0))) for model, one in enumerate(factors)]
+        states, counts = [], []
+        for each in (Definition(), kernels):
+            op = an_op("signed_sums", how, length)
+            state = each.start(op, length)
+            counts.append(each.fold(op, state, torch.zeros(1).expand(length), group, offset=0))
+            states.append(state)
+        assert counts[0] == counts[1]
+        assert all(same_bits(expected, states[1][key]) for key, expected in states[0].items())
+        assert len(set(states[0]["counts"].tolist())) > 7
+
     @pytest.mark.parametrize("factors", [True, False])
     @pytest.mark.parametrize(
         ("name", "merge"),
