@@ -57,6 +57,7 @@ class Troubled(Ties):
         return False
 
     def _kill(self) -> None:
+        time.sleep(0.3)  # an answer that died with the worker would have the shard before blamed, too
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _stop(self) -> None:
