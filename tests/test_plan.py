@@ -230,12 +230,28 @@ def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(
     assert plan.memory - make_plan(recipe, far).memory == (plan.ahead - 4) * 8 * 2**20
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("BF16", 2), ("F32", 4)])
+def test_slices_of_local_files_that_are_needed_together_take_as_much_whatever_the_number_of_models(
+    dtype: str, width: int
+) -> None:
+    parameters = [Parameter("p", (8192, 4096), dtype, True)]
+    for number, together in ((2, 2), (4, 4), (8, 8), (16, 16), (300, 16)):
+        ties, consensus = (
+            make_plan(recipe_for(number, method), catalog_of(parameters, number)).result.rounds
+            for method in ("ties", {"name": "consensus", "agree": 1})
+        )
+        assert [one.block for one in ties] == [2**20, 2**20, min(2**20, 2**23 // width // together)]
+        counting, merging = ties[0].run * min(number, MODEL_GROUP), ties[-1].run * number
+        assert 2**21 < max(counting, merging) * width <= 2**23
+        assert consensus[-1].block == max(2**17, min(2**20, 2**23 // width // number)), "it keeps all slices"
+
+
 def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
     local = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
     pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
     far = replace(local, base=replace(local.base, objects=pins))
     near, beside = (make_plan(recipe_for(8, "ties"), one) for one in (local, far))
-    assert {one.block for one in near.result.rounds} == {2**20}
+    assert [one.block for one in near.result.rounds] == [2**20, 2**20, 2**19]
     assert {one.block for one in beside.result.rounds} == {4 * 2**20}, "one that is far is enough"
     assert near.memory < beside.memory
     on_gpu = make_plan(recipe_for(8, "ties", run={"device": "cuda"}), local)

@@ -233,24 +233,24 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 @pytest.mark.parametrize(
-    ("method", "memory", "counts"),
-    [("average", "128MiB", (16, 64)), ("ties", "384MiB", (32, 64))],  # fewer take less: slices, tables of counts
+    ("method", "memory"),
+    [("average", "128MiB"), ("ties", "384MiB")],
 )
 def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
-    method: str, memory: str, counts: tuple[int, int], many: Family, tmp_path: Path
+    method: str, memory: str, many: Family, tmp_path: Path
 ) -> None:
-    peaks, planned = [], set()
-    for count in counts:
+    peaks, planned = [], []
+    for count in (4, 64):
         family = replace(many, models=many.models[:count])
         run = {**LOCAL, "workers": 1, "memory": memory}
         recipe = recipe_of(family, tmp_path / f"out-{count}", method, run=run)
         made = drive.plan(recipe)
         (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
         peaks.append(peak_of(tmp_path / "recipe.json"))
-        planned.add(made.memory)
+        planned.append(made.memory)
         assert 20 * 2**20 < peaks[-1] <= made.memory <= recipe.run.memory, f"{peaks[-1]:,} bytes for {count} models"
-    assert max(planned) - min(planned) < 2**20
-    assert peaks[1] <= 1.1 * peaks[0] + 8 * 2**20
+    assert planned[1] < planned[0] + 2**20
+    assert peaks[1] <= 1.1 * peaks[0] + 4 * 2**20
 
 
 def test_a_method_that_keeps_all_slices_keeps_to_its_memory_too(many: Family, tmp_path: Path) -> None:

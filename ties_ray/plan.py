@@ -33,15 +33,19 @@ from ties_ray.sources import (
 from ties_ray.statistics import WHOLE, Scope
 from ties_ray.stores import scheme_of
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Part of the run's identity. Raise it with any constant below, in layout.py or sources.py: a resumed run works its
 shards out from them again."""
 TABLES = 2 * MODEL_GROUP * 65_536 * 8
 """Bytes: a shard's own tables, and those they are added to."""
-MAX_BLOCK, MAX_LOCAL_BLOCK = 4 * 2**20, 2**20
-"""Elements: 8 MiB reads of bf16 are large enough for object storage; of local files, blocks whose slices stay in the
-CPU's cache from when they are read until they are merged. A GPU would wait for Python more often;
-of factors most is read once for all blocks."""
+MAX_BLOCK = 4 * 2**20
+"""Elements: 8 MiB reads of bf16 are large enough for object storage; with less a GPU would wait for Python more often;
+and of factors most is read once for all blocks."""
+LEAST_LOCAL_BLOCK, MAX_LOCAL_BLOCK = 2**17, 2**20
+"""Elements, of dense tensors in local files, which a worker copies by itself; between the two as many as let..."""
+LOCAL_ROOM = 8 * 2**20
+"""...the slices that are needed together take so many bytes: they stay in the CPU's caches, and hundreds of models take
+no more memory than four."""
 MIN_RESIDENT_BLOCK = 128 * 2**10
 """Elements: below this, a method that goes through its models twice reads them twice."""
 AHEAD, MOST_AHEAD = 4, 16
@@ -298,8 +302,8 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
     if need:
         trimmed = [number for number, density in enumerate(need.densities) if density < 1]
         groups = -(-len(result.models) // MODEL_GROUP)
-        block = _block(recipe, sources, beside=TABLES, resident=False)
-        run = sources.run_of(block, min(MODEL_GROUP, len(result.models)))
+        block = _block(recipe, sources, beside=TABLES, slices=1)
+        run = _run(recipe, sources, block, min(MODEL_GROUP, len(result.models)))
         counted = cost.counting(lambda _: trimmed, block, run)
         again = cost.again(trimmed, 1, _groups(trimmed), counted.gaps)
         shards = groups * layout.num_ranges
@@ -313,12 +317,12 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
     for position, round_ in enumerate(own):
         last = position == len(own) - 1
         beside = largest_matrix(recipe, result, layout, sources) if last and condenses else 2 * layout.part_size
-        resident = round_.passes > 1
-        block = _block(recipe, sources, beside=beside, resident=resident)
-        passes = 1
+        resident, together, passes = round_.passes > 1, min(len(result.models), TOGETHER), 1
+        slices = len(result.models) if resident else together
+        block = _block(recipe, sources, beside=beside, slices=slices, resident=resident)
         if resident and block < MIN_RESIDENT_BLOCK:
-            block, passes = _block(recipe, sources, beside=beside, resident=False), round_.passes
-        run = 0 if round_.passes > 1 else sources.run_of(block, len(result.models))
+            block, passes = _block(recipe, sources, beside=beside, slices=together), round_.passes
+        run = 0 if round_.passes > 1 else _run(recipe, sources, block, len(result.models))
         how: tuple[RoundKind, int, Reading]
         if not last:
             how = "gather", layout.num_ranges, cost.gathering(block, run, passes)
@@ -360,8 +364,11 @@ def _held(sources: Sources, resident: bool) -> int:
     return needed and needed + FRAGMENTS
 
 
-def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> int:
-    """Return how many elements a worker can hold of all slices; beside: bytes of its tables, parts or matrix."""
+def _block(recipe: Recipe, sources: Sources, *, beside: int, slices: int, resident: bool = False) -> int:
+    """Return how many elements a worker can hold of all slices; beside: bytes of its tables, parts or matrix.
+
+    slices: how many are needed together; resident: for several passes.
+    """
     beside += _held(sources, resident)
     room = int(recipe.run.memory) - _overhead(sources.catalog) - beside
     elements = room // _element_bytes(sources, _slices(sources, resident))
@@ -374,8 +381,23 @@ def _block(recipe: Recipe, sources: Sources, *, beside: int, resident: bool) -> 
                 f"give it {(beside + _overhead(sources.catalog)) // 2**20 + 256} MiB, or lower output.part_size",
             )
         )
-    copied = _are_local((sources.catalog.base, *sources.models)) and recipe.run.device == "cpu" and sources.dense_dtypes
-    return max(1, min(MAX_LOCAL_BLOCK if copied else MAX_BLOCK, MAX_BLOCK, elements - elements % 4096))
+    most = MAX_BLOCK
+    if _copied(recipe, sources):
+        fitting = LOCAL_ROOM // (slices * sources.widths[1])
+        most = min(MAX_BLOCK, MAX_LOCAL_BLOCK, max(LEAST_LOCAL_BLOCK, fitting - fitting % 4096))
+    return max(1, min(most, elements - elements % 4096))
+
+
+def _run(recipe: Recipe, sources: Sources, block: int, num_models: int) -> int:
+    """Return how many elements a run of small blocks may have."""
+    slices = LOCAL_ROOM // (sources.filled(block) * sources.widths[1]) if _copied(recipe, sources) else TOGETHER
+    return sources.run_of(block, num_models, max(1, min(slices, TOGETHER)))
+
+
+def _copied(recipe: Recipe, sources: Sources) -> bool:
+    """Return whether workers copy dense slices by themselves."""
+    local = _are_local((sources.catalog.base, *sources.models))
+    return local and recipe.run.device == "cpu" and bool(sources.dense_dtypes)
 
 
 def _are_local(models: Iterable[Model]) -> bool:

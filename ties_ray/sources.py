@@ -132,13 +132,13 @@ class Sources:
     def _largest(self) -> int:
         return max(LEAST_BLOCK, *(parameter.numel for parameter in self.catalog.parameters))
 
-    def run_of(self, block: int, num_models: int) -> int:
+    def run_of(self, block: int, num_models: int, slices: int) -> int:
         """Return how many elements a run may have: the slices of all models wait while its first blocks are merged.
 
-        They take no more memory than the `TOGETHER` slices of a block, in so many buffers: those read ahead may be of a
-        block again.
+        They take no more memory than so many slices of a block, in so many buffers: those read ahead may be of a block
+        again.
         """
-        of_one = self.filled(block) // -(-num_models // TOGETHER)
+        of_one = self.filled(block) // -(-num_models // slices)
         return of_one - of_one % GRAIN
 
     def footprint(self, parameter: Parameter, models: Sequence[Model]) -> Footprint:

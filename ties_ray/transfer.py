@@ -74,9 +74,9 @@ class Ledger:
         """What was read here first."""
         self._keeps = keeps
         self._lock = threading.Lock()
-        self._known: dict[str, dict[tuple[int, int], list[int]]] = {}
+        self._known: dict[str, dict[tuple[int, int], Sequence[int]]] = {}
         for seen in known:
-            sums = np.frombuffer(base64.b64decode(seen.sums), "<u4").tolist()
+            sums = np.frombuffer(base64.b64decode(seen.sums), "<u4").astype(np.uint32).data
             before = self._known.setdefault(seen.uri, {}).setdefault((seen.start, seen.stop), sums)
             if before != sums:  # two groups of models have each read this of the base
                 raise differs(seen.uri, seen.start, seen.stop)
@@ -154,6 +154,10 @@ class ReadAhead:
         """Whether a later round reads again what is read now."""
         self.ledger = Ledger()
         """What was read before; of the shard that is worked on."""
+
+    def forget(self) -> None:
+        """Give the memory of slices back: those to come are of another size."""
+        self._buffers.forget()
 
     def each(self, function: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
         """Return the function's results in order, several calls at a time."""

@@ -250,6 +250,9 @@ class Worker:
         else:
             if self._is_full() or self._is_of_another_kind(order):
                 self._flush()  # if this fails the batch stays, and only the shard is tried again
+            if self._result.rounds[order.round].block != self._result.rounds[self._round].block:
+                self._reads.forget()  # a buffer is as large as the largest block that was asked for
+                self._bases.forget()
             self._round = order.round
             self._recalled = frozenset(order.known)
             self._shard(order)

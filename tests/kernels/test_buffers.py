@@ -47,6 +47,28 @@ def test_pieces_share_a_buffer_which_comes_back_when_the_last_is_gone() -> None:
     assert len(buffers.piece(3000, 1000)) == 3000
 
 
+def test_what_was_lent_for_larger_blocks_is_given_back() -> None:
+    buffers, size = Buffers(), 64 * 2**20
+    before = anonymous()
+    kept, free = (buffers.empty(size, torch.uint8).fill_(1) for _ in range(2))
+    del free
+    assert anonymous() - before > 1.9 * size
+    buffers.forget()
+    assert anonymous() - before < 1.1 * size, "what nobody holds goes at once"
+    assert int(kept.min()) == 1
+    del kept
+    assert anonymous() - before < 0.1 * size, "and the rest as it comes back"
+    assert len(buffers.empty(1000, torch.uint8)) == 1000
+    assert anonymous() - before < 0.1 * size
+
+
+def test_a_small_buffer_takes_the_memory_that_is_used() -> None:
+    buffers, size, number = Buffers(), 256 * 2**10, 64
+    before = anonymous()
+    lent = [buffers.empty(size, torch.uint8).fill_(1) for _ in range(number)]
+    assert anonymous() - before < 1.2 * sum(map(len, lent))
+
+
 def test_threads_never_share_a_buffer() -> None:
     buffers, wrong = Buffers(), []
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 * 2**20
-"""Sizes are multiples of this; what is not touched takes no memory."""
+"""Sizes are multiples of this."""
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -56,6 +56,11 @@ class Buffers:
             self._cut += size
             return torch.from_numpy(shared)[self._cut - size : self._cut]
 
+    def forget(self) -> None:
+        """Give back all memory that is not lent, and what is lent as it comes: what is wanted next is smaller."""
+        self._free.clear()
+        self._size = 0
+
     def _lend(self, wanted: int) -> Bytes:
         if wanted > self._size:
             self._size = -(-wanted // HUGE_PAGE) * HUGE_PAGE
@@ -74,8 +79,8 @@ class Buffers:
         if self._pinned:
             return torch.empty(max(self._size, HUGE_PAGE), dtype=torch.uint8, pin_memory=True).numpy()
         memory = mmap.mmap(-1, max(self._size, HUGE_PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # of small buffers most of a page would only take memory
+            memory.madvise(mmap.MADV_HUGEPAGE if wanted > HUGE_PAGE // 2 else mmap.MADV_NOHUGEPAGE)
         return np.frombuffer(memory, np.uint8)
 
     def _give_back(self, whole: Bytes) -> None:
