@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+from tests import ptx
 from ties_ray.kernels import cuda, definition
 
 H100, A100 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
@@ -55,12 +56,13 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
     """Let Triton's interpreter run the kernels on tensors of the CPU, until `patch` is undone.
 
     One launch at a time, since it keeps its state in modules. Tiles are larger than on a GPU, since its cost is by the
-    operation; no bit depends on them. PTX it can't run: sums by sign and counts take other ways.
+    operation; no bit depends on them.
     """
     patch.setattr(triton.knobs.runtime, "interpret", True)
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", ptx.inline_asm(ptx.Machine()))
     tile, block = cuda.Tile(64, 512, 1, 0, 1), 16_384
-    changed = {"BLOCK": block, "COUNT_BLOCK": block, "TILE": tile, "PTX": False}
+    changed = {"BLOCK": block, "COUNT_BLOCK": block, "TILE": tile}
     for name, value in changed.items():
         patch.setattr(cuda, name, value)
     for module, kind in ((tl, Standard), (tl.standard, Standard), (cuda, Interpreted)):

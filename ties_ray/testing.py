@@ -237,6 +237,16 @@ class KernelContract:
             assert number > 0
             assert len(set(delta.tolist())) > length // 4
 
+    def test_products_with_few_digits_are_counted_apart(self, kernels: Kernels) -> None:
+        generator = torch.Generator().manual_seed(1)
+        left, right = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((70, 5), (5, 704)))
+        right[0, :9] = 1001.0
+        _, delta, high = compared(kernels, Factors(left, right, 0.5, 3), torch.zeros(1).expand(70 * 704 - 100))
+        few, more = high[::2], high[1::2]
+        assert int(few.sum()) == int((delta.view(torch.int32) & 0xFFFF == 0).sum()) > 40_000
+        assert few.count_nonzero() > 30
+        assert more.count_nonzero() > 10
+
     @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (301, 7, 2), (2, 70_001, 3), (150, 1030, 16)])
     def test_row_scales_are_those_of_the_definition(

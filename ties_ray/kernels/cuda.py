@@ -54,8 +54,6 @@ TILE = Tile(64, 32, 4, 128, 3)
 from shared memory."""
 MOST_MODELS = 255
 """Of a launch, whose counts fit the 24 bits of an fp32 number twice."""
-PTX = True
-"""False for Triton's interpreter, which can't run it."""
 NORM_ROWS, LANES = 8, 256
 """Of a tile of `row_scales`; the lanes are those of the definition."""
 COUNT_BLOCK, COUNT_WARPS, COUNTERS = 4096, 16, 2
@@ -218,15 +216,13 @@ class How:
     rows: int = 0
     columns: int = 0
     """...and of one of a matrix."""
-    ptx: bool = True
-    """Whether PTX can be run, which Triton's interpreter doesn't know."""
     near: Near | None = None
-    """What is counted in shared memory."""
+    """What is counted in shared memory, of `high`."""
 
     @property
     def plain(self) -> bool:
         """Whether terms are trimmed deltas, which one piece of PTX trims and adds by their sign."""
-        return self.op == "signed_sums" and self.ptx and not self.drops and not self.weighs
+        return self.op == "signed_sums" and not self.drops and not self.weighs
 
 
 Shape = tuple[int, int, int]
@@ -588,15 +584,12 @@ def _counted(near: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _add_1(bin: tl.tensor, chosen: tl.tensor, HOW: tl.constexpr) -> None:
+def _add_1(bin: tl.tensor, chosen: tl.tensor) -> None:
     """Add 1 where it is chosen; Triton's own atomics would first bring elements to other threads."""
-    if HOW.ptx:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.global.add.u64 [$1], 1; mov.u32 $0, 0; }", "=r,l,r",
-            [bin.to(tl.int64), chosen.to(tl.int32)], tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        tl.atomic_add(bin, 1, chosen, sem="relaxed")
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.global.add.u64 [$1], 1; mov.u32 $0, 0; }", "=r,l,r",
+        [bin.to(tl.int64), chosen.to(tl.int32)], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -616,25 +609,19 @@ def _noted(notes: tl.tensor, delta: tl.tensor, inside: tl.tensor, high: tl.tenso
     Deltas beyond the slice are zero. Notes are of each place of a tile: 1 for all that were counted in `table` itself,
     1 << 16 for what is not finite.
     """
-    if HOW.near is not None:
+    if HOW.op == "high":
         if first == 0:
             first = _first(delta.to(tl.int32, bitcast=True) & MAGNITUDE, HOW.near.span)
         notes = tl.inline_asm_elementwise(
             PRODUCT_COUNTING if HOW.matrix else SLICE_COUNTING, COUNTED,
             [notes, delta, near, first, table.to(tl.int64)], tl.int32, is_pure=False, pack=PACK,
         )  # fmt: skip
-    elif HOW.op == "high":
-        unsigned = (delta.to(tl.int32, bitcast=True) & MAGNITUDE).to(tl.uint32)
-        bin = ((unsigned >> 16) + ((unsigned + LOW) >> 16)).to(tl.int32)
-        finite = bin < UNFINISHED
-        _add_1(table + bin, finite & (bin > 0), HOW)
-        notes += tl.where(finite, (bin > 0).to(tl.int32), 1 << 16)
     else:
         magnitude = delta.to(tl.int32, bitcast=True) & MAGNITUDE
         finite = magnitude < INFINITY
         magnitude = tl.where(finite, magnitude, 0)
         chosen = inside & (magnitude >> 16 == high)
-        _add_1(table + (magnitude & LOW), chosen, HOW)
+        _add_1(table + (magnitude & LOW), chosen)
         notes += tl.where(finite, 0, 1 << 16)
     return notes, first
 
@@ -648,7 +635,7 @@ def _counts(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.t
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     _, _, at = _tile(tile, num_columns, start, 1, HOW)
     notes, first, near = at * 0, high * 0, high
-    if HOW.near is not None:
+    if HOW.op == "high":
         near = _cleared(HOW)
     if HOW.matrix:
         product, scale = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32), _float(facts + SCALE)
@@ -677,13 +664,12 @@ def _counts(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.t
     _tell(notes >> 16, bad)
     if HOW.op == "high":
         others = tl.sum(notes & 0xFFFF)
-        if HOW.near is not None:
-            HALVES: tl.constexpr = HOW.near.halves
-            for half in tl.static_range(HALVES):
-                counts = _counted(near + half * HOW.near.half * 4, HOW)
-                bin = (first + tl.arange(0, HOW.near.span)) * 2 + (half + 2 - HOW.near.halves)
-                tl.atomic_add(table + bin, counts.to(tl.int64), counts > 0, sem="relaxed")
-                others += tl.sum(counts)
+        HALVES: tl.constexpr = HOW.near.halves
+        for half in tl.static_range(HALVES):
+            counts = _counted(near + half * HOW.near.half * 4, HOW)
+            bin = (first + tl.arange(0, HOW.near.span)) * 2 + (half + 2 - HOW.near.halves)
+            tl.atomic_add(table + bin, counts.to(tl.int64), counts > 0, sem="relaxed")
+            others += tl.sum(counts)
         zeros = tl.where(tile == 0, length, 0) - others
         tl.atomic_add(table, zeros.to(tl.int64), sem="relaxed")
 
@@ -968,7 +954,7 @@ class Cuda(Kernels):
         counters = MATRIX_COUNTERS
         if not how.matrix:
             how, options, counters = replace(how, block=COUNT_BLOCK), {"num_warps": COUNT_WARPS}, COUNTERS
-        if name == "high" and PTX:
+        if name == "high":
             how = replace(how, near=PRODUCT if how.matrix else SLICE)
         num_tiles, bad = _num_tiles(how, shape, len(base)), self._zero()
         left, right = self._stacked([source], base)
@@ -985,11 +971,11 @@ class Cuda(Kernels):
         source = sources[0]
         if isinstance(source, Encoded):
             kind = _STORED_TYPES[source.data.dtype]
-            how = How(name, kind, based=source.kind == "dense", aligned=_aligned(sources), block=BLOCK, ptx=PTX)
+            how = How(name, kind, based=source.kind == "dense", aligned=_aligned(sources), block=BLOCK)
             return how, (0, 0, 0), {"num_warps": WARPS}
         how = How(
             name, matrix=True, based=source.magnitude is not None, fast=self._fast, rows=TILE.rows,
-            columns=TILE.columns, ptx=PTX,
+            columns=TILE.columns,
         )  # fmt: skip
         shape = len(source.left), source.right.shape[1], source.start
         return how, shape, {"num_warps": TILE.warps, "maxnreg": TILE.registers, "num_stages": TILE.stages}
