@@ -52,6 +52,16 @@ def test_however_a_range_is_cut_again_only_its_edges_are_not_compared(seed: int)
     assert found[0] <= at < found[1] <= found[0] + PIECE
 
 
+def test_all_ranges_that_hold_a_piece_are_compared_however_they_overlap() -> None:
+    ledger = Ledger(keeps=True)
+    for start, stop in ((9, 12), (0, 20), (10, 11), (3, 5), (10, 14), (11, 12)):
+        ledger.mismatch(URI, start * PIECE, DATA[start * PIECE : stop * PIECE])
+    before = ledger.compared
+    assert ledger.mismatch(URI, 10 * PIECE, DATA[10 * PIECE : 11 * PIECE]) is None
+    assert ledger.compared - before == 4 * PIECE
+    assert ledger.mismatch(URI, 10 * PIECE, flipped(10 * PIECE)[10 * PIECE : 11 * PIECE])
+
+
 def test_what_was_not_read_before_is_noted_only_where_asked() -> None:
     silent, noting = Ledger(), Ledger(keeps=True)
     for ledger in (silent, noting):

@@ -4,7 +4,8 @@ import base64
 import collections
 import itertools
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -58,6 +59,30 @@ ALONE = Room(0, 0)
 """Nothing is read together."""
 
 
+class _Ranges:
+    """The checksums of an object's ranges, which may overlap."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, int], Sequence[int]] = {}
+        self._sorted: list[tuple[int, int]] = []
+        self._longest = 0
+
+    def __contains__(self, range_: tuple[int, int]) -> bool:
+        return range_ in self._sums
+
+    def add(self, start: int, stop: int, sums: Sequence[int]) -> Sequence[int]:
+        """Return the checksums of a range: those that were there, or else these."""
+        if (start, stop) not in self._sums:
+            insort(self._sorted, (start, stop))
+            self._longest = max(self._longest, stop - start)
+        return self._sums.setdefault((start, stop), sums)
+
+    def over(self, start: int, stop: int) -> list[tuple[int, int, Sequence[int]]]:
+        """Return (start, stop, checksums) of those that have a byte of [start, stop)."""
+        low, high = (bisect_left(self._sorted, (place,)) for place in (start - self._longest, stop))
+        return [(*one, self._sums[one]) for one in self._sorted[low:high] if one[1] > start]
+
+
 class Ledger:
     """The CRC32C of every piece that was read; a piece that is read again must have the same.
 
@@ -74,20 +99,19 @@ class Ledger:
         """What was read here first."""
         self._keeps = keeps
         self._lock = threading.Lock()
-        self._known: dict[str, dict[tuple[int, int], Sequence[int]]] = {}
+        self._known: defaultdict[str, _Ranges] = defaultdict(_Ranges)
         for seen in known:
             sums = np.frombuffer(base64.b64decode(seen.sums), "<u4").astype(np.uint32).data
-            before = self._known.setdefault(seen.uri, {}).setdefault((seen.start, seen.stop), sums)
-            if before != sums:  # two groups of models have each read this of the base
+            if self._known[seen.uri].add(seen.start, seen.stop, sums) != sums:  # two groups have each read the base
                 raise differs(seen.uri, seen.start, seen.stop)
 
     def mismatch(self, uri: str, start: int, data: NDArray[np.uint8]) -> tuple[int, int] | None:
         """Return the first piece [start, stop) that is not as it was; None if there is none, and take note."""
         stop = start + len(data)
         with self._lock:
-            known = [one for one in self._known.get(uri, {}).items() if one[0][0] < stop and one[0][1] > start]
+            known = self._known[uri].over(start, stop)
         compared = 0
-        for (first, last), sums in known:
+        for first, last, sums in known:
             cuts = _cuts(first, last)
             for piece in range(bisect_left(cuts, start), bisect_right(cuts, stop) - 1):
                 low, high = cuts[piece], cuts[piece + 1]
@@ -96,10 +120,10 @@ class Ledger:
                 compared += high - low
         with self._lock:
             self.compared += compared
-            if self._keeps and (start, stop) not in self._known.setdefault(uri, {}):
+            if self._keeps and (start, stop) not in self._known[uri]:
                 pieces = itertools.pairwise(_cuts(start, stop))
                 sums = [google_crc32c.value(data[low - start : high - start]) for low, high in pieces]
-                self._known[uri][start, stop] = sums
+                self._known[uri].add(start, stop, sums)
                 self.new.append(Seen(uri, start, stop, base64.b64encode(np.array(sums, "<u4").tobytes()).decode()))
         return None
 

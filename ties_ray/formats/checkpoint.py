@@ -58,6 +58,7 @@ REFUSED = {
     "C64": "the methods are defined on real numbers",
 }
 """Why a dtype is not merged, by the start of its name."""
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Checkpoint(Format):
@@ -111,9 +112,7 @@ class Checkpoint(Format):
         """Return the model's values as stored, without a copy where the buffer is aligned to them."""
         import torch  # here, so that planning does not wait for it
 
-        dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[
-            source.tensors[0].dtype
-        ]
+        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[source.tensors[0].dtype])
         if start == stop:
             return Encoded(torch.empty(0, dtype=dtype))
         (buffer,) = buffers

@@ -44,7 +44,8 @@ class Buffers:
 
     def empty(self, length: int, dtype: torch.dtype) -> Tensor:
         """Return a 1-D tensor of any content."""
-        return torch.from_numpy(self._lend(length * dtype.itemsize)).view(dtype)
+        found = torch.from_numpy(self._lend(length * dtype.itemsize))
+        return found if dtype == torch.uint8 else found.view(dtype)
 
     def piece(self, size: int, of: int) -> Tensor:
         """Return `size` bytes of any content, cut one after the other from buffers of `of` bytes that they share."""

@@ -966,19 +966,17 @@ class _Scratch(threading.local):
         self.words = _aligned(TILE + 8, np.uint32)
         places = self.state, self.deltas, self.places, self.place_of_base, self.words
         self.addresses = tuple(array.ctypes.data for array in places)
-        self.high = _aligned(TABLES * TABLE, np.int32)
-        self.low = _aligned(TABLES * TABLE, np.int32)
+        self.high, self.low = (_aligned(TABLES * TABLE, np.int32) for _ in range(2))
+        self.address_of_high, self.address_of_low = self.high.ctypes.data, self.low.ctypes.data
         self._panels = _aligned(0, np.float32)
 
     def panels(self, rank: int) -> int:
         """Return where there is room for panels of right factors whose ranks add up to this."""
+        if not rank:
+            return 0
         if len(self._panels) < rank * BLOCK_COLUMNS:
             self._panels = _aligned(rank * BLOCK_COLUMNS, np.float32)
         return self._panels.ctypes.data
-
-
-NOTHING = np.empty(0, np.int32)
-"""An array that is not needed."""
 
 
 class Cpu(Kernels):
@@ -1034,13 +1032,15 @@ class Cpu(Kernels):
 
     def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
         """See `Kernels.count_high`."""
-        count = self._walk(COUNT_HIGH, [(Term(), source)], base, [], 0, tables=self._scratch.high)[0]
+        count = self._walk(COUNT_HIGH, [(Term(), source)], base, [], 0, tables=self._scratch.address_of_high)[0]
         _empty_into(_array(table), self._scratch.high)
         return count
 
     def count_low(self, source: Stored, base: Tensor, high: int, table: Tensor) -> int:
         """See `Kernels.count_low`."""
-        count = self._walk(COUNT_LOW, [(Term(), source)], base, [], 0, constant=high, tables=self._scratch.low)[0]
+        count = self._walk(
+            COUNT_LOW, [(Term(), source)], base, [], 0, constant=high, tables=self._scratch.address_of_low
+        )[0]
         _empty_into(_array(table), self._scratch.low)
         return count
 
@@ -1066,7 +1066,7 @@ class Cpu(Kernels):
         *,
         offset: int = 0,
         constant: float = 0.0,
-        tables: Array = NOTHING,
+        tables: int = 0,
         elected: tuple[Tensor, Election] | None = None,
     ) -> list[int]:
         """Do `what` with the deltas of a group, model by model; return how many were not finite.
@@ -1074,22 +1074,23 @@ class Cpu(Kernels):
         arrays: fp32 (or what is viewed so) over the slice, of which the first `num_written` change, or None: zeros that
         are not kept; constant: the bound, or the bin; elected: where what is elected in the end goes.
         """
-        scratch, stride, start, step = self._scratch, len(base), 0, TILE
+        scratch, length, start, step = self._scratch, base.numel(), 0, TILE
+        stride = length
         panel = scratch.panels(sum(len(source.right) for _, source in group if isinstance(source, Factors)))
         rows = []
         for term, source in group:
-            rows.append(_described(term, source, len(base), panel))
+            rows.append(_described(term, source, length, panel))
             if isinstance(source, Factors):
                 stride, start, step = source.right.shape[1], source.start, BLOCK_COLUMNS
                 panel += 4 * len(source.right) * BLOCK_COLUMNS
         needs_base = any(_needs_base(source) for _, source in group)
         out, election = elected or (None, Election())
         part = (
-            len(base), stride, start, step, offset, _address(base, len(base)) if needs_base else 0,
-            base.element_size(), num_written, *scratch.addresses, tables.ctypes.data, _address(out, len(base)),
+            length, stride, start, step, offset, _address(base, length) if needs_base else 0,
+            base.element_size(), num_written, *scratch.addresses, tables, _address(out, length),
             _election_code(what, election), election.zero_sign, election.factor,
         )  # fmt: skip
-        addresses = np.array([_address(array, len(base)) for array in arrays], np.int64)
+        addresses = np.array([_address(array, length) for array in arrays], np.int64)
         counts = np.zeros(len(group), np.int64)
         _walk(what, constant, np.array(rows, MODEL), counts, np.array([part], SLICE), addresses)
         found: list[int] = counts.tolist()
@@ -1128,8 +1129,11 @@ def _address(tensor: Tensor | None, length: int) -> int:
 
 def _array(tensor: Tensor) -> Array:
     """Return the tensor's memory as an array; 16-bit floats as the integers that stand for them here."""
-    as_integers = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}
-    return tensor.view(as_integers.get(tensor.dtype, tensor.dtype)).numpy()
+    integers = _AS_INTEGERS.get(tensor.dtype)
+    return (tensor if integers is None else tensor.view(integers)).numpy()
+
+
+_AS_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}
 
 
 def _election_code(what: int, election: Election) -> int:
