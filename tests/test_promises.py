@@ -253,6 +253,30 @@ def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
     assert peaks[1] <= 1.1 * peaks[0] + made.layout.part_size, "and perhaps one part more on its way to the disk"
 
 
+def test_a_round_of_smaller_blocks_does_not_work_in_the_buffers_of_larger_ones(
+    many: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, int]] = []
+    take = Buffers._take
+
+    def noted(self: Buffers, wanted: int) -> Any:
+        taken.append((wanted, len(found := take(self, wanted))))
+        return found
+
+    monkeypatch.setattr(planning, "MAX_LOCAL_BLOCK", 2**21)
+    monkeypatch.setattr(layouts, "SHARDS_AT_LEAST", 1)
+    monkeypatch.setattr(Buffers, "_take", noted)
+    drive.merge(
+        recipe_of(replace(many, models=many.models[:16]), tmp_path / "out", "ties", run={**LOCAL, "workers": 1})
+    )
+    assert {2**22, 2**23} <= {wanted for wanted, _ in taken}, (
+        "slices and the base where it is counted, in bf16 and fp32"
+    )
+    merging = [size for wanted, size in taken if wanted in (2**19, 2**20)]
+    assert len(merging) > 16 * 40, "slices and the base where they are merged"
+    assert max(merging) == 2**21
+
+
 def test_a_method_that_keeps_all_slices_keeps_to_its_memory_too(many: Family, tmp_path: Path) -> None:
     run = {**LOCAL, "workers": 1, "memory": "192MiB"}
     recipe = recipe_of(replace(many, models=many.models[:16]), tmp_path / "out", "consensus", run=run)

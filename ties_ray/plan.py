@@ -395,9 +395,9 @@ def _run(recipe: Recipe, sources: Sources, block: int, num_models: int) -> int:
 
 
 def _copied(recipe: Recipe, sources: Sources) -> bool:
-    """Return whether workers copy dense slices by themselves."""
+    """Return whether there are dense slices which workers copy by themselves where the system holds them."""
     local = _are_local((sources.catalog.base, *sources.models))
-    return local and recipe.run.device == "cpu" and bool(sources.dense_dtypes)
+    return local and recipe.run.device == "cpu" and sources.widths[1] > 0
 
 
 def _are_local(models: Iterable[Model]) -> bool:

@@ -73,14 +73,12 @@ def pack(scope: Scope, table: NDArray[np.int64]) -> Counts | None:
 
 
 def add(records: Iterable[Counts]) -> dict[Scope, NDArray[np.int64]]:
-    """Return the dense sums of sparse tables by scope. Holds a table a scope; what is zero takes no memory."""
-    from ties_ray.kernels.buffers import zeros  # here, so that planning does not wait for torch
-
+    """Return the dense sums of sparse tables by scope. Holds one table a scope."""
     sums: dict[Scope, NDArray[np.int64]] = {}
     for record in records:
         scope = (record.member, record.parameter)
         if scope not in sums:
-            sums[scope] = zeros(BINS).numpy()
+            sums[scope] = np.zeros(BINS, np.int64)
         sums[scope][_inflate(record.bins, "<i4")] += _inflate(record.counts, "<i8")
     return sums
 

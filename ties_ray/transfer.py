@@ -5,7 +5,6 @@ import collections
 import itertools
 import threading
 from bisect import bisect_left, bisect_right, insort
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -99,7 +98,7 @@ class Ledger:
         """What was read here first."""
         self._keeps = keeps
         self._lock = threading.Lock()
-        self._known: defaultdict[str, _Ranges] = defaultdict(_Ranges)
+        self._known: collections.defaultdict[str, _Ranges] = collections.defaultdict(_Ranges)
         for seen in known:
             sums = np.frombuffer(base64.b64decode(seen.sums), "<u4").astype(np.uint32).data
             if self._known[seen.uri].add(seen.start, seen.stop, sums) != sums:  # two groups have each read the base
