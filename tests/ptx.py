@@ -1,8 +1,8 @@
 """A machine for what the kernels say in PTX, so that Triton's interpreter can run all of them; see `interpret`.
 
 It knows the instructions that they use, refuses any other, and runs all instances of a piece of PTX at a time: a
-register holds a number of each. Its registers have no end: it can't see whether the compiler may give an output the place
-of an input (`&`). The rules are those of NVIDIA's "Parallel Thread Execution ISA", section 9.7.
+register holds a number of each. It has a register for each name: what `&` is for, outputs in the place of inputs, it
+can't see. The rules are those of NVIDIA's "Parallel Thread Execution ISA", section 9.7.
 """
 
 import ctypes
