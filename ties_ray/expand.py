@@ -10,19 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
 from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.recipe import ModelEntry, Recipe, unfit
-from ties_ray.stores import Stores, scheme_of
+from ties_ray.stores import Stores, leads_from, scheme_of, shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 TABLE_BYTES = 4 * 2**20
-"""Largest table of models that is read."""
+"""Largest table of models that is read..."""
+TABLE_ROWS = 40_000
+"""...and the most rows of one: a table of empty rows would take a hundred times its size in memory."""
+LINE_SHOWN = 200
+"""Characters of a header row that a message repeats."""
 LINES_SHOWN = 20
 """Problems shown of one table; the rest is counted."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -195,17 +200,26 @@ def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
     table = asked.table or ""
     try:
         _, data = stores.of(table).get(table, TABLE_BYTES)
-        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True))
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True)
+        columns = reader.fieldnames or []
+        known = "path" in columns and set(columns) <= set(COLUMNS)
+        rows = list(islice(reader, TABLE_ROWS + 1)) if known else []
     except FileNotFoundError:
         raise InputError(Problem(place, f"there is no table {table}", "check the path")) from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(Problem(table, f"is not a CSV file in UTF-8 ({error})", "save it again")) from None
-    columns = set[str | None]().union(*rows)
-    if "path" not in columns or not columns <= set(COLUMNS):
+    if not rows:
         what = f"needs a header row and at least one model; columns: {', '.join(COLUMNS)}, the last two optional"
-        raise InputError(Problem(table, f"{what}; it has {', '.join(map(str, columns)) or 'none'}"))
+        raise InputError(Problem(table, f"{what}; it has {', '.join(columns)[:LINE_SHOWN] or 'none'}"))
+    if len(rows) > TABLE_ROWS:
+        raise InputError(Problem(table, f"has more than {TABLE_ROWS:,} rows", "split it into several tables"))
     entries, problems = [], []
     for line, row in enumerate(rows, start=2):
+        if None in row:
+            problems.append(
+                Problem(f"{table}:{line}", "has more fields than the header row", "quote a path with commas")
+            )
+            continue
         given = {key: value.strip() for key, value in row.items() if value and value.strip()}
         wrong = [problem._replace(where=f"{table}:{line}") for problem in unfit(given)]
         if wrong:
@@ -218,6 +232,10 @@ def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
             continue
         if model.path is None or _is_glob(model.path):
             problems.append(Problem(f"{table}:{line}", "has a glob as its path", "write one folder a row"))
+            continue
+        if not leads_from(table, model.path):
+            what = f"names {shown(model.path)}, and a table of {scheme_of(table)}:// may only name what lies there too"
+            problems.append(Problem(f"{table}:{line}", what, "write that model into the recipe"))
             continue
         place = f"{table}:{line}"
         path = model.path.rstrip("/")

@@ -29,7 +29,7 @@ from ties_ray import plugins
 from ties_ray.errors import Problem, RecipeError
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.stores import SECRET_IN_URL, shown, store_class
+from ties_ray.stores import SECRET_IN_URL, Uri, shown, store_class
 
 Json = dict[str, Any]
 
@@ -61,9 +61,9 @@ class Strict(BaseModel):
 class ModelEntry(Strict):
     """One line of `models`: a path, a glob, or a table of paths. A bare string is a path."""
 
-    path: str | None = None
+    path: Uri | None = None
     """Folder, or a glob that expands to folders, sorted by the bytes of their paths."""
-    table: str | None = None
+    table: Uri | None = None
     """CSV file with the columns path, weight, density (the last two optional)."""
     id: str | None = None
     """Name of this model: for random methods, and to list one path twice."""
@@ -152,7 +152,7 @@ class Run(Strict):
     """The folder of that file; None: the system's temporary one."""
     log: Literal["none", "json"] = "none"
     """`json`: each worker writes a line about every shard on its standard error, and so does progress."""
-    pool_cache: str | None = None
+    pool_cache: Uri | None = None
     """Folder where magnitude counts and norms of adapters are kept, for later merges of any of them; a bucket's, or one
     that all nodes share. Without it they are found again."""
 
@@ -201,7 +201,7 @@ def _by_name(folder: str, key: str, contract: type[BaseModel], value: Any) -> An
 class Recipe(Strict):
     """A whole merge."""
 
-    base: str | None = None
+    base: Uri | None = None
     """Folder of the model that all others were made from. May be left out where all are adapters and what is written
     is a change too (`kind: adapter` or `delta`): shapes then come from the factors."""
     models: tuple[ModelEntry, ...] = Field(min_length=1)
@@ -269,7 +269,10 @@ def validate(data: Json) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(item, data) for item in error.errors(include_url=False)]
+        counted = (
+            item for item in error.errors(include_url=False) if not (item["type"] == "too_short" and item["input"])
+        )
+        problems = [_problem(item, data) for item in counted]  # an entry that is wrong is not missing, too
         raise RecipeError(problems + list(_no_base(data, problems))) from None
 
 

@@ -1,6 +1,6 @@
+import json
 import secrets
 import threading
-import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,8 +11,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
+from ties_ray import drive, recipe, stores
 from ties_ray.errors import InputError, RecipeError, UnavailableError
-from ties_ray.stores import Listing, Stores
+from ties_ray.expand import entries_of
+from ties_ray.recipe import ModelEntry
+from ties_ray.stores import REMOTE, Listing, Stores, leads_from, store_class
 from ties_ray.stores.fsspec import Fsspec
 
 
@@ -27,6 +30,12 @@ class _Elsewhere(MemoryFileSystem):
 
 
 fsspec.register_implementation("elsewhere", _Elsewhere, clobber=True)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a URI name that scheme, as no user could."""
+    monkeypatch.setattr(stores, "REMOTE", REMOTE | {"elsewhere"})
 
 
 @pytest.fixture
@@ -121,13 +130,73 @@ def test_no_message_holds_a_presigned_query(web: str) -> None:
     assert "0123abcd" not in str(caught.value)
 
 
-def test_a_chain_reads_inside_an_archive(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("m/x", b"0123456789")
-    store = Stores({}).of(f"zip://m::file://{tmp_path}/a.zip")
-    (pin,) = store.list(f"zip://m::file://{tmp_path}/a.zip").files
-    assert pin.uri == f"zip://m/x::file://{tmp_path}/a.zip"
-    assert store.get(pin.uri, 10)[1] == b"0123456789"
+HOSTILE = [
+    "reference://::file:///x.json", "reference://x", "simplecache::s3://b/k", "filecache::http://h/x", "filecache://x",
+    "blockcache://x", "cached://x", "zip://m::file:///a.zip", "tar://m::https://h/a.tar", "libarchive://m::/a", "git://x",
+    "dir://x", "local:///etc/passwd", "jupyter://h/x", "jlab://h/x", "dask://x", "data://text/plain,x", "generic://x",
+    "asyncwrapper://x", "pyscript://x", "dvc://x", "smb://h/x", "fsspec:///etc/passwd", "https://h/a::file:///etc/passwd",
+    "gs://b/a::reference://x", "FILE:///etc/passwd", "S3://b/k", " https://h/x", "https ://h/x", "://x", "\t://x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("uri", HOSTILE)
+def test_a_uri_that_could_lead_from_its_store_to_another_is_refused(uri: str) -> None:
+    with pytest.raises(RecipeError, match=r"unknown scheme|is a chain of URIs"):
+        Stores({}).of(uri)
+    data = {"base": uri, "models": [uri, {"table": uri}], "method": "ties", "output": uri, "run": {"pool_cache": uri}}
+    with pytest.raises(RecipeError, match=r"unknown scheme|is a chain of URIs|holds a control character") as raised:
+        recipe.validate(data)
+    assert len(raised.value.problems) == 5
+
+
+def test_a_row_of_a_table_cannot_run_what_a_reference_says(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    template = "{{ x.__init__.__globals__['__builtins__']['open']('" + str(ran) + "', 'w') }}"
+    document = {"version": 1, "templates": {"x": "{{y}}"}, "refs": {"model.safetensors": [template]}}
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    (tmp_path / "pool.csv").write_text(f"path\nreference://::file://{tmp_path}/x.json\n")
+    (tmp_path / "base").mkdir()
+    data = {"base": f"{tmp_path}/base", "models": [{"table": f"{tmp_path}/pool.csv"}], "method": "ties"}
+    with pytest.raises(InputError, match=r"pool.csv:2: path: unknown scheme 'reference'"):
+        drive.plan(recipe.validate(data | {"output": f"{tmp_path}/out"}))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("scheme", sorted(REMOTE))
+def test_every_remote_scheme_is_one_of_fsspec_that_keeps_no_local_files(scheme: str) -> None:
+    found = known_implementations.get(scheme, {"class": "of another package"})["class"]
+    assert not found.startswith(("fsspec.implementations.cached", "fsspec.implementations.local"))
+    assert issubclass(store_class(scheme), Fsspec)
+    with pytest.raises(RecipeError, match=r"`protocol` would lead"):
+        Stores({scheme: {"protocol": "file"}}).of(f"{scheme}://x")
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "allowed"),
+    [
+        ("s3://b/t.csv", "s3://other/m", True),
+        ("s3://b/t.csv", "/etc", False),
+        ("s3://b/t.csv", "relative", False),
+        ("s3://b/t.csv", "~/m", False),
+        ("s3://b/t.csv", "file:///etc", False),
+        ("s3://b/t.csv", "memory://x", False),
+        ("s3://b/t.csv", "http://169.254.169.254/latest", False),
+        ("http://h/t.csv", "https://h/m", True),
+        ("gs://b/t.csv", "gcs://b/m", True),
+        ("abfs://b/t.csv", "az://b/m", True),
+        ("hf://o/r/t.csv", "s3://b/m", False),
+        ("/t.csv", "/m", True),
+        ("file:///t.csv", "s3://b/m", True),
+    ],
+)
+def test_a_table_of_a_store_names_only_what_that_store_holds(table: str, path: str, allowed: bool) -> None:
+    assert leads_from(table, path) == allowed
+
+
+def test_a_row_that_leads_from_a_remote_table_to_a_local_path_is_refused_by_its_line(folder: str) -> None:
+    _write(f"{folder}/t.csv", f"path\n{folder}/m\n/etc\nrelative\n".encode())
+    with pytest.raises(InputError, match=r"(?s)t.csv:3: names /etc, and a table of elsewhere.*t.csv:4: names relative"):
+        list(entries_of(ModelEntry(table=f"{folder}/t.csv"), "models.0", Stores({}), None, []))  # type: ignore[arg-type]
 
 
 def test_options_reach_the_file_system_and_secrets_are_refused(folder: str) -> None:
@@ -136,12 +205,12 @@ def test_options_reach_the_file_system_and_secrets_are_refused(folder: str) -> N
     with pytest.raises(RecipeError, match="never holds one") as caught:
         Stores({"http": {"client_kwargs": {"headers": {"Authorization": "Bearer 0123abcd"}}}}).of("http://x/y")
     assert "0123abcd" not in str(caught.value)
-    with pytest.raises(RecipeError, match="unknown scheme 'nonsense'"):
-        Stores({}).of("nonsense://x").head("nonsense://x", 1)
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(known_implementations, "odd", {"class": "odd_cloud.files.OddFileSystem", "err": "install it"})
-    store = Stores({}).of("odd://bucket/x")
-    with pytest.raises(InputError, match=r"odd:// needs another package; run `pip install odd-cloud`"):
-        store.head("odd://bucket/x", 1)
+    monkeypatch.setitem(known_implementations, "oci", {"class": "odd_cloud.files.OddFileSystem", "err": "install it"})
+    store = Stores({}).of("oci://bucket/x")
+    with pytest.raises(InputError, match=r"oci:// needs another package; run `pip install odd-cloud`"):
+        store.head("oci://bucket/x", 1)
+    with pytest.raises(InputError, match=r"no package is installed that serves abfss://; install one for fsspec"):
+        Stores({}).of("abfss://bucket/x").head("abfss://bucket/x", 1)

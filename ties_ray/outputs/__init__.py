@@ -16,6 +16,7 @@ from ties_ray import plugins
 from ties_ray.errors import Problem
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Factors, Kernels
+from ties_ray.stores import Uri
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +99,7 @@ class Output(BaseModel, ABC):
         frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, use_attribute_docstrings=True
     )
 
-    path: str
+    path: Uri
     """Folder to write; may hold `{run_id}`."""
     kind: str
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None

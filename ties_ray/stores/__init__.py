@@ -13,10 +13,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import tenacity
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ties_ray import plugins
 from ties_ray.errors import InputError, InterruptedMerge, Problem, RecipeError, UnavailableError
@@ -204,6 +204,50 @@ class Store(ABC):
         raise NotImplementedError
 
 
+REMOTE = frozenset({
+    "abfs", "abfss", "adl", "arrow_hdfs", "az", "box", "dbfs", "dropbox", "ftp", "gcs", "gdrive", "gist", "github",
+    "gs", "hdfs", "hf", "http", "https", "lakefs", "oci", "ocilake", "oss", "s3a", "sftp", "ssh", "tos", "tosfs",
+    "webdav", "webhdfs",
+})  # fmt: skip
+"""Schemes that `fsspec.py` serves: each names files of one remote store, and nothing else.
+
+fsspec knows others, which lead from a URI to other URIs, to local files or to code: `reference`, `filecache`, `zip`,
+`local`, `memory`, `git`, `jupyter`, ... No URI gets there; a store of one's own is a plugin.
+"""
+_FAMILIES = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
+"""Schemes that are spellings of one service."""
+
+
+def unserved(uri: str) -> str:
+    """Return why no store serves a URI, for a message; empty where one does."""
+    scheme, separator, _ = uri.partition("://")
+    if not separator or scheme == "file":
+        return ""
+    if scheme in REMOTE and "::" in uri:
+        return "is a chain of URIs (::), which could lead anywhere: give the plain URI of one folder or file"
+    own = set(plugins.names("stores")) - {"fsspec", "local"}
+    if scheme in own | REMOTE:
+        return ""
+    return plugins.unknown(scheme, sorted(own | {"file"} | REMOTE), "scheme")
+
+
+def _served(uri: str) -> str:
+    wrong = unserved(uri)
+    if wrong:
+        raise ValueError(wrong)
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(_served)]
+"""A path or URI in a recipe, which some store serves."""
+
+
+def leads_from(table: str, uri: str) -> bool:
+    """Return whether a table may name a URI: a local one any, another one only what its own service holds."""
+    ours, theirs = scheme_of(table), scheme_of(uri)
+    return ours in ("local", theirs) or any({ours, theirs} <= set(family) for family in _FAMILIES)
+
+
 def scheme_of(uri: str) -> str:
     """Return the scheme of a URI; `local` for a path and for `file://`."""
     scheme, separator, _ = uri.partition("://")
@@ -216,9 +260,8 @@ def absolute(uri: str) -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """Return the URI of `name` inside `folder`; of a chain (`zip://a::http://b/c.zip`) the first link is the folder."""
-    first, chained, rest = folder.partition("::") if "://" in folder else (folder, "", "")
-    return f"{first.rstrip('/')}/{name}{chained}{rest}"
+    """Return the URI of `name` inside `folder`."""
+    return f"{folder.rstrip('/')}/{name}"
 
 
 class Stores:
@@ -237,6 +280,9 @@ class Stores:
             remedy = "give the plain URL; credentials come from the environment, a profile or a role"
             raise InputError(Problem(shown(uri), what, remedy))
         scheme = scheme_of(uri)
+        wrong = unserved(uri) if scheme not in self._open or "::" in uri else ""
+        if wrong:
+            raise RecipeError(Problem(shown(uri), wrong, "check the URI"))
         with self._opening:
             if scheme not in self._open:
                 options = options_of(scheme, self.options.get(scheme, {}))
@@ -249,8 +295,9 @@ class Stores:
 
 
 def store_class(scheme: str) -> type[Store]:
-    """Return the class that serves a scheme: its own file, or the generic one."""
-    return plugins.load("stores", scheme if scheme in plugins.names("stores") else "fsspec", Store)
+    """Return the class that serves a scheme: its own file, or the generic one. Raises `RecipeError` if none does."""
+    generic = scheme in REMOTE and scheme not in plugins.names("stores")
+    return plugins.load("stores", "fsspec" if generic else scheme, Store)
 
 
 def options_of(scheme: str, given: Mapping[str, object]) -> BaseModel:

@@ -1,4 +1,4 @@
-"""Every scheme without a file of its own, through fsspec: gs, az, hf (with @revision), http, github, ...; read only."""
+"""The schemes of `stores.REMOTE`, through fsspec: gs, az, hf (with @revision), http, github, ...; read only."""
 
 import posixpath
 from collections.abc import Callable, Mapping
@@ -29,6 +29,8 @@ class FsspecOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, given: object) -> object:
+        if isinstance(given, Mapping) and "protocol" in given:
+            raise ValueError("`protocol` would lead from this scheme to another one: leave it out")
         return refuse_secrets(given)
 
 
@@ -126,7 +128,8 @@ class Fsspec(Store):
         except ValueError as error:
             if scheme in fsspec.available_protocols():
                 raise
-            raise RecipeError(Problem(shown(uri), f"unknown scheme {scheme!r}", "check the URI")) from error
+            what, remedy = f"no package is installed that serves {scheme}://", "install one for fsspec on every node"
+            raise InputError(Problem(shown(uri), what, remedy)) from error
         except TypeError as error:
             raise RecipeError(Problem(f"storage.{scheme}", shown(error), "see fsspec's documentation")) from error
         return files, path
