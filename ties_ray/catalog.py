@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray import plugins, pool, tokenizers
+from ties_ray import answers, plugins, pool, tokenizers
 from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
 from ties_ray.foreign import problem as foreign_problem
@@ -98,6 +98,8 @@ HEAD_BYTES = 256 * 2**10
 """Fetched of a weight file at first; the header of 1000 tensors has about 100 KB."""
 TEXT_BYTES = 16 * 2**20
 """Largest config or index that is read."""
+COMPARED_BYTES = 16 * 2**20
+"""Read to compare tensors without a note that says so."""
 README_BYTES = 64 * 2**10
 """Fetched of a README, for its front matter."""
 SMALL_FILE_BYTES = 256 * 2**20
@@ -146,20 +148,26 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     folders, problems = fetch(everything, stores, threads)
     read: dict[str, pool.Read] = {}
     base: dict[str, Parameter] = {}
-    for entry in everything:  # the base comes first, and without it there is nothing to check the others against
-        if entry.id not in folders or (entry.id != BASE and problems[BASE]):
-            continue
-        looked, folder = folders[entry.id]
-        foreign = foreign_problem(folder)
-        known = base if recipe.base and entry.id != BASE else None
-        found = Found(problems=(foreign,)) if foreign else looked.format.read(folder, known, rules)
-        read[entry.id] = pool.Read(entry, looked.format, found)
-        problems[entry.id] += found.problems
-        if entry.id == BASE and not looked.format.whole:
+    num_compared = 0
+    of_base = {BASE: folders[BASE]} if BASE in folders else {}
+    of_models = {name: one for name, one in folders.items() if name != BASE}
+    for some in (of_base, of_models):  # the base comes first: the models are checked against it
+        if problems[BASE]:
+            break
+        known = base if recipe.base and some is of_models else None
+        made, num_bytes = read_folders(some, of_base.get(BASE), known, rules, stores, threads)
+        num_compared += num_bytes
+        for name, found in made.items():
+            looked = some[name][0]
+            read[name] = pool.Read(looked.entry, looked.format, found)
+            problems[name] += found.problems
+        if BASE in made and not looked.format.whole:
             what = f"is no whole model: its format is {looked.format.name}"
-            problems[BASE].append(Problem(f"base: {entry.uri}", what, "name the model that the adapters were made for"))
-        if entry.id == BASE and not problems[BASE]:
-            base = {name: _parameter(name, source, rules) for name, source in found.sources.items()}
+            problems[BASE].append(
+                Problem(f"base: {looked.entry.uri}", what, "name the model that the adapters were made for")
+            )
+        if BASE in made and not problems[BASE]:
+            base = {name: _parameter(name, source, rules) for name, source in made[BASE].sources.items()}
     for name, problem in pool.disagreements(recipe, [one for one in read.values() if one.entry.id != BASE]):
         problems[name].append(problem)
     entries, refused = pool.drop(recipe, everything, problems)
@@ -189,6 +197,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         *_idle(recipe.exclude, parameters),
         *_weak_pins(inputs),
         *pinned,
+        *_compared(num_compared),
         *(tokenizers.notes(tokenizer, others, stores, threads) if tokenizer else ()),
         *aside,
     ]
@@ -246,6 +255,34 @@ def fetch(
         contents[owner][_name(pin.uri)] = content
     sound = [one for one in looked if not problems[one.entry.id]]
     return {one.entry.id: (one, _folder(one, contents[one.entry.id])) for one in sound}, problems
+
+
+def read_folders(
+    folders: Mapping[str, tuple[Looked, Folder]],
+    of_base: tuple[Looked, Folder] | None,
+    base: Mapping[str, Parameter] | None,
+    rules: Rules,
+    stores: Stores,
+    threads: Executor,
+) -> tuple[dict[str, Found], int]:
+    """Return, by id, what each folder's format made of it, and how many bytes were read to answer the formats.
+
+    of_base: the base's folder, where a question may be about its tensors. base: as `Format.read` has it.
+    """
+    foreign = {name: problem for name, (_, folder) in folders.items() if (problem := foreign_problem(folder))}
+    asked: list[answers.Inquiry] = []
+    for name, (looked, folder) in folders.items():
+        questions = () if name in foreign else looked.format.questions(folder, base, rules)
+        if questions:
+            theirs = answers.stored(of_base[1], of_base[0].format) if of_base else {}
+            asked += answers.inquiries(name, questions, answers.stored(folder, looked.format), theirs)
+    told = answers.answer(asked, stores, threads)
+    made: dict[str, Found] = {}
+    for name, (looked, folder) in folders.items():
+        wrong = told.problems.get(name) or ([foreign[name]] if name in foreign else [])
+        answered = replace(folder, answers=told.same.get(name, {}))
+        made[name] = Found(problems=tuple(wrong)) if wrong else looked.format.read(answered, base, rules)
+    return made, told.num_bytes
 
 
 def _folder(looked: Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -> Folder:
@@ -471,6 +508,12 @@ def _idle(patterns: Sequence[str], parameters: Sequence[Parameter]) -> list[str]
     names = [parameter.name for parameter in parameters]
     idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     return [f"no parameter of the base is called {pattern!r} (exclude)" for pattern in idle]
+
+
+def _compared(num_bytes: int) -> list[str]:
+    if num_bytes <= COMPARED_BYTES:
+        return []
+    return [f"{num_bytes:,} bytes of weights were read while planning, to tell equal tensors from different ones"]
 
 
 def _weak_pins(models: Sequence[Model]) -> list[str]:

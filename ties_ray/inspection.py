@@ -14,7 +14,6 @@ from ties_ray import catalog
 from ties_ray.catalog import README, licence_of
 from ties_ray.errors import Problem
 from ties_ray.expand import Entry, entries_of
-from ties_ray.foreign import problem as foreign_problem
 from ties_ray.formats import Folder, Format, Found, Rules, Source, TensorRef
 from ties_ray.recipe import ModelEntry
 from ties_ray.report import elements_by_dtype
@@ -158,8 +157,8 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], 
     if entry.id not in fetched:
         return Inspection(uri=entry.uri, problems=_findings(problems[entry.id]), notes=notes)
     looked, folder = fetched[entry.id]
-    foreign = foreign_problem(folder)
-    found = Found(problems=(foreign,)) if foreign else looked.format.read(folder, None, Rules(saved_modules=True))
+    rules = Rules(saved_modules=True)
+    found = catalog.read_folders(fetched, None, None, rules, stores, threads)[0][entry.id]
     sources = found.sources or _stored(folder)
     dtypes = elements_by_dtype(sources.values())
     wrong = list(found.problems)

@@ -117,6 +117,16 @@ class Rules(NamedTuple):
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
+class Question(NamedTuple):
+    """Whether two stored tensors have the same bytes: a format asks, and the catalog, which may read, answers."""
+
+    mine: str
+    """Of the folder; as its weight files name it, like `other`."""
+    other: str
+    of: Literal["model", "base"]
+    """Whether `other` is of the same folder, or of the base."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """What the catalog fetched of one input: headers and small files, no weights."""
@@ -127,6 +137,8 @@ class Folder:
     """By file name; the pin of the same file in `files` is then a full one."""
     texts: Mapping[str, bytes]
     """Small files by name."""
+    answers: Mapping[Question, bool] = field(default_factory=dict)
+    """To what the format has asked; True: the bytes are the same."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +178,18 @@ class Format(ABC):
     @abstractmethod
     def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return (safetensors files whose headers are needed, small files whose text is needed)."""
+
+    def weight_files(self, folder: Folder) -> tuple[str, ...]:
+        """Return the files whose tensors are the model's, so that a name in them means one tensor."""
+        return tuple(folder.headers)
+
+    def questions(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> tuple[Question, ...]:
+        """Return what only the bytes can tell; `read` finds the answers in the folder.
+
+        Arguments as of `read`, and like it, it never raises. Each question may cost a reading of both tensors, so ask
+        only what decides something.
+        """
+        return ()
 
     @abstractmethod
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:

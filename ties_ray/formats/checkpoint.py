@@ -78,6 +78,12 @@ class Checkpoint(Format):
             tuple(name for name in names if name == CONFIG or name.endswith(INDEX)),
         )
 
+    def weight_files(self, folder: Folder) -> tuple[str, ...]:
+        """Return the files that the index names, or the one file; none where that is unclear."""
+        problems: list[Problem] = []
+        names = _weight_files(folder, problems, [])
+        return () if problems else tuple(names)
+
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
         """Return every tensor of the base, or one source for each merged parameter that the model stores."""
         problems: list[Problem] = []
