@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.adapters import ATTENTION, MLP, Module, adapter_files, config_of, make_pool
 from tests.families import DTYPES, file_bytes
+from tests.test_patterns import HOSTILE
 from ties_ray.formats import Format, Found, Parameter, Read, Rules, joined
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
@@ -483,7 +484,6 @@ def only(path: str, a: torch.Tensor, b: torch.Tensor, **config: object) -> Files
 WEIGHTS = {"adapter_model.safetensors": PLAIN["adapter_model.safetensors"]}
 TEXT = {"adapter_config.json": PLAIN["adapter_config.json"]}
 Q = "model.a.q_proj"
-EVIL = "(a+)+b"
 REFUSED: list[tuple[str, Files, str]] = [
     ("config_missing", WEIGHTS, "scale is unknown"),
     ("config_json", {**PLAIN, "adapter_config.json": b"[]"}, "not a JSON object"),
@@ -498,9 +498,8 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("config_value", configured(alpha_pattern={"q_proj": "2"}), "alpha_pattern"),
     ("config_value", configured(use_rslora="no"), "use_rslora: 'no'"),
     ("config_value", configured(base_model_name_or_path=[1]), "base_model_name_or_path"),
-    ("pattern", configured(rank_pattern={EVIL: 2}), "a\\+"),
-    ("pattern", configured(alpha_pattern={"(": 2}), "forever"),
-    ("pattern", configured(alpha_pattern={".*" * 40: 2}), "forever"),
+    ("pattern", configured(rank_pattern={"(?i)a": 2}), "flags.*: '\\(\\?i\\)a'"),
+    ("pattern", configured(alpha_pattern={"(": 2}), "no regular expressions"),
     ("peft_type", configured(peft_type="LOHA"), "LOHA"),
     ("peft_type", configured(peft_type="LOKR"), "LOKR"),
     ("peft_type", configured(peft_type="VERA"), "VERA"),
@@ -594,14 +593,14 @@ def test_all_that_is_wrong_with_an_adapter_is_told_at_once() -> None:
     assert set(codes(found)) == wanted
 
 
-def test_a_hostile_pattern_is_refused_in_no_time() -> None:
+def test_a_hostile_pattern_delays_nobody() -> None:
     path = "model." + "a" * 200
     base = {f"{path}.weight": Parameter(f"{path}.weight", (3, 4), "F32", True)}
-    began = time.monotonic()
-    for key in ("(a*)*b", "(a|a)*c", ".*a.*a.*a.*a.*a.*ab", "(a?){64}b", "(a|a)" * 60 + "b", "a?" * 200 + "b"):
+    for key in HOSTILE:
+        began = time.monotonic()
         files = adapter_files({path: module(3, 4)}, config={"alpha_pattern": {key: 2}})
-        assert codes(read(files, base)) == ["pattern"], key
-    assert time.monotonic() - began < 2
+        assert codes(read(files, base)) in ([], ["pattern"]), key
+        assert time.monotonic() - began < 10, key
 
 
 def test_patterns_that_people_write_are_not_taken_for_hostile() -> None:

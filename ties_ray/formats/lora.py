@@ -6,27 +6,24 @@ rank; the config decides the scale alone, and a config of another rank is refuse
 a factor nor known to be harmless is refused, with a reason of `REASONS`.
 """
 
-import functools
 import json
 import math
 import re
 import reprlib
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ties_ray.errors import Problem, printable
 from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded, Factors
+from ties_ray.patterns import UnfitKey, resolve
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE, TensorInfo, nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ties_ray.kernels import Stored
-
-T = TypeVar("T")
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +38,10 @@ REASONS: Mapping[str, tuple[str, str]] = {
     "config_missing": (f"has no {CONFIG}, without which the scale is unknown", "add it beside the weights"),
     "config_json": (f"{CONFIG} is not a JSON object", "upload it again"),
     "config_value": (f"{CONFIG} has values that mean nothing", "correct them"),
-    "pattern": ("has patterns that are no regular expressions, or could take forever to match", "write module names"),
+    "pattern": (
+        "has patterns that are no regular expressions, are too many, or hold flags, look-around or references",
+        "write module names",
+    ),
     "peft_type": ("is no LoRA adapter", "merge it into its base first (PEFT: merge_and_unload), or leave it out"),
     "variant": ("is a variant of LoRA whose change is not scale * B @ A", _PLAIN),
     "layer_replication": ("has more layers than its base (layer_replication)", _PLAIN),
@@ -90,7 +90,7 @@ refused: it may be a variant that did not exist when this was written."""
 _UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva"})
 """Values of `init_lora_weights` that leave the base as it was; PEFT's conversion of the others writes true."""
 
-_PREFIX = "base_model.model."
+_PREFIXES = re.compile(r"\A(?:base_model\.model\.)*")
 _FACTOR = re.compile(
     r"(?P<path>.+)\.lora_(?:"
     r"(?P<linear>A|B)(?:\.[^.]+)?\.(?P<what>weight|bias)"
@@ -100,8 +100,6 @@ _FACTOR = re.compile(
 )
 """A factor's key; the adapter's name is left out or left in."""
 _SAVED = re.compile(r"\.(?:modules_to_save\.[^.]+|base_layer)(?=\.[^.]+$)")
-_STEPS = 2e9
-"""Of a regular expression engine that all patterns of an adapter may take: 20 s of a hostile one."""
 _LARGEST = 2**31
 """Rank or alpha that is taken for a number and no attack."""
 
@@ -293,8 +291,9 @@ class _Settings(NamedTuple):
     r: int | None
     """None where the config does not say it in a way that can be used."""
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    ranks: Mapping[str, int]
+    """By path, of modules that have one of their own; so are the alphas."""
+    alphas: Mapping[str, float]
     rslora: bool
     transposed: bool
     dora: bool
@@ -303,7 +302,7 @@ class _Settings(NamedTuple):
 
     def scale(self, path: str, rank: int) -> float:
         """Return what multiplies B @ A of a module."""
-        alpha = _resolved(self.alpha_pattern, path, self.alpha)
+        alpha = self.alphas.get(path, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -404,7 +403,7 @@ class _Adapter:
 
     def _same_rank(self, path: str, a: TensorRef, b: TensorRef) -> bool:
         """Return whether both factors have the rank that the config resolves to."""
-        rank = self._settings.r and _resolved(self._settings.rank_pattern, path, self._settings.r)
+        rank = self._settings.r and self._settings.ranks.get(path, self._settings.r)
         same = a.shape[0] == b.shape[1] and rank in (None, a.shape[0])
         if not same:
             said = "" if rank is None else f", r {rank}"
@@ -516,9 +515,7 @@ def _stored(
     saved: dict[str, tuple[str, TensorRef]] = {}
     for key, info in tensors.items():
         ref = TensorRef(0, info.start, info.dtype, info.shape)
-        name = key
-        while name.startswith(_PREFIX):
-            name = name.removeprefix(_PREFIX)
+        name = _PREFIXES.sub("", key, count=1)
         match = _FACTOR.fullmatch(name)
         if ".trainable_tokens_" in name:
             refused.add("trainable_tokens", key)
@@ -577,7 +574,11 @@ def _settings(config: Mapping[str, Any], modules: Collection[str], refused: _Ref
 
     def pattern(key: str, usable: Callable[[Any], bool]) -> Any:
         given = value(key, None, lambda it: it is None or (isinstance(it, dict) and all(map(usable, it.values()))))
-        return given or {}
+        try:
+            return resolve(given or {}, modules)
+        except UnfitKey as error:
+            refused.add("pattern", _shown(str(error)))
+            return {}
 
     def flag(key: str) -> bool:
         return bool(value(key, False, lambda it: it is None or isinstance(it, bool)))
@@ -587,14 +588,13 @@ def _settings(config: Mapping[str, Any], modules: Collection[str], refused: _Ref
 
     r = value("r", 8, _is_rank)  # 8 and 8 are PEFT's own defaults
     alpha = value("lora_alpha", 8, _is_alpha)
-    patterns = pattern("rank_pattern", _is_rank), pattern("alpha_pattern", _is_alpha)
-    usable = _usable_patterns([*patterns[0], *patterns[1]], modules, refused)
-    said = bool(config) and usable and "config_value" not in refused
+    ranks, alphas = pattern("rank_pattern", _is_rank), pattern("alpha_pattern", _is_alpha)
+    said = bool(config) and "pattern" not in refused and "config_value" not in refused
     return _Settings(
         r=r if said else None,
         alpha=float(alpha),
-        rank_pattern=patterns[0] if usable else {},
-        alpha_pattern=patterns[1] if usable else {},
+        ranks=ranks,
+        alphas=alphas,
         rslora=flag("use_rslora"),
         transposed=flag("fan_in_fan_out"),
         dora=flag("use_dora"),
@@ -609,58 +609,6 @@ def _is_rank(value: object) -> bool:
 
 def _is_alpha(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < _LARGEST  # type: ignore[arg-type]  # nan compares false
-
-
-def _resolved(pattern: Mapping[str, T], path: str, default: T) -> T:
-    """Return a module's own number: of the first key, in the config's order, that matches the end of its path.
-
-    As PEFT's `get_pattern_key`: keys are regular expressions, and the part that they match begins after a dot.
-    """
-    key = next((key for key in pattern if _compiled(key).match(path)), path)
-    return pattern.get(key, default)
-
-
-@functools.lru_cache(4096)
-def _compiled(key: str) -> re.Pattern[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what may mean something else in a future Python
-        return re.compile(rf"(.*\.)?({key})$")
-
-
-def _usable_patterns(keys: Sequence[str], paths: Collection[str], refused: _Refused) -> bool:
-    """Return whether all keys are regular expressions that can be matched in bounded time."""
-    length = max(map(len, paths), default=0)
-    dots = max((path.count(".") for path in paths), default=0)
-    steps = 0.0
-    for key in keys:
-        steps += 1e4 + 200 * len(key) + len(paths) * _steps(key, length, dots)  # the first two: compiling it
-        try:
-            usable = steps < _STEPS and bool(_compiled(key))
-        except (re.error, OverflowError, RecursionError):
-            usable = False
-        if not usable:
-            refused.add("pattern", _shown(key))
-            return False
-    return True
-
-
-def _steps(key: str, length: int, dots: int) -> float:
-    """Return at most how many steps it takes to match a key with a path of so many characters and dots.
-
-    A match that fails tries everything: any of the dots as the beginning, any ends of the repetitions, one after the
-    other, any alternatives of the groups. A repeated group could repeat what repeats in it, which takes exponential
-    time.
-    """
-    if re.search(r"\)[*+{]", key):
-        return math.inf
-    repeats, groups = sum(map(key.count, "*+{")), key.count("(") + 1
-    exponent = (
-        math.log((length + len(key) + 1) * (dots + 1))
-        + math.lgamma(length + repeats + 1) - math.lgamma(repeats + 1) - math.lgamma(length + 1)
-        + key.count("?") * math.log(2)
-        + groups * math.log(key.count("|") / groups + 1)
-    )  # fmt: skip
-    return math.exp(min(exponent, 700.0))
 
 
 def _range(values: Iterable[float]) -> str:
