@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from tests.adapters import Module, Pool, adapter_files, make_pool
 from tests.families import file_bytes, write_checkpoint
-from tests.merging import LOCAL
+from tests.merging import LOCAL, carried_out
 from ties_ray import drive
 from ties_ray.errors import InputError, MergeError, RecipeError
 from ties_ray.formats.lora import REASONS
@@ -64,7 +66,13 @@ NAMED: dict[str, Files] = {
     "nothing": adapter_files({}),
     "empty": of(Q, torch.empty(0), normal(16, 2)),
     "orphan": plain(extra={f"{UP}.lora_A.weight": normal(2, 16)}),
-    "duplicate": plain(extra={f"{Q}.lora_A.second.weight": normal(2, 16)}),
+    "prompt": plain({"peft_type": "PROMPT_TUNING"}),
+    "conditional": plain({"alora_invocation_tokens": [1]}),
+    "residual_base": plain({"init_lora_weights": "corda"}),
+    "unknown_initialisation": plain({"init_lora_weights": "unheard-of"}),
+    "head": plain(extra={"base_model.model.score.weight": normal(2, 16)}),
+    "several_adapters": plain(extra={f"{Q}.lora_A.second.weight": normal(2, 16)}),
+    "duplicate": plain(extra={f"base_model.model.{Q}.lora_A.weight": normal(2, 16)}),
     "unknown_tensor": plain(extra={f"{Q}.lora_E": normal(2, 2)}),
     "dtype": of(Q, normal(2, 16).double(), normal(16, 2)),
     "rank_mismatch": plain({"r": 3}),
@@ -249,6 +257,57 @@ def test_other_names_of_the_base_are_let_through_where_the_recipe_lists_them(poo
     with pytest.raises(InputError, match=r"base is 'tests/llama'; is not among allow\.base_names") as raised:
         merged(pool, tmp_path / "none", allow={"base_names": ["somebody/*"]})
     assert by_place(raised.value).keys() == {Path(uri).name for uri in pool.adapters}
+
+
+def named_bases(pool: Pool, *names: str) -> list[str]:
+    """Let adapters of the pool call their base so; return their URIs."""
+    for uri, name in zip(pool.adapters, names, strict=False):
+        config = Path(uri) / CONFIG
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+    return list(pool.adapters[: len(names)])
+
+
+def test_a_slash_case_and_address_are_no_other_name_of_a_base(pool: Pool, tmp_path: Path) -> None:
+    models = named_bases(pool, "Org/Base", "org/base/", "https://huggingface.co/org/base")
+    result = merged(pool, tmp_path / "out", models)
+    assert {model.facts["base_name"] for model in carried_out(result).catalog.models} == {"Org/Base"}
+
+
+def test_the_remedy_for_several_names_can_be_pasted_into_the_recipe(pool: Pool, tmp_path: Path) -> None:
+    models = named_bases(pool, "org/base", "/data/[x] models/base", "unsloth/base-bnb-4bit")
+    with pytest.raises(InputError, match="base_name") as raised:
+        merged(pool, tmp_path / "out", models)
+    (line,) = {re.search(r"allow: (\{.*\})", problem.remedy)[1] for problem in raised.value.problems}  # type: ignore[index]
+    merged(pool, tmp_path / "out", models, allow=YAML(typ="safe").load(line))
+
+
+def test_a_table_of_twins_gives_their_base_one_name(pool: Pool, tmp_path: Path) -> None:
+    models = named_bases(pool, "org/base", "unsloth/base-bnb-4bit", "else/where")
+    twins = {"base_names": {"org/base": ["unsloth/base*"]}}
+    with pytest.raises(InputError, match=r"'else/where'; 2 of 3 name 'org/base'"):
+        merged(pool, tmp_path / "out", models, allow=twins)
+    result = merged(pool, tmp_path / "out", models[:2], allow=twins)
+    assert {model.facts["base_name"] for model in carried_out(result).catalog.models} == {"org/base"}
+
+
+def shortened(pool: Pool, uri: str) -> None:
+    """Let an adapter spell its modules as one trained without the head does."""
+    weights = Path(uri) / WEIGHTS
+    tensors = load_file(weights)
+    save_file({key.replace("model.model.", "model.", 1): tensor for key, tensor in tensors.items()}, weights)
+
+
+def test_two_spellings_of_the_modules_are_one_with_a_base_and_refused_without(pool: Pool, tmp_path: Path) -> None:
+    models = list(pool.adapters)
+    adapter = {"kind": "adapter", "rank": 32}
+    merged(pool, tmp_path, models, output={"path": str(tmp_path / "same"), **adapter})
+    shortened(pool, models[1])
+    merged(pool, tmp_path, models, output={"path": str(tmp_path / "out"), **adapter})
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn.*\[spelling\]; name the `base`") as raised:
+        merged(pool, tmp_path / "none", models, base=None)
+    assert by_place(raised.value) == {Path(models[1]).name: {"spelling"}}
 
 
 def test_without_a_base_adapters_must_agree_with_each_other_and_need_none(pool: Pool, tmp_path: Path) -> None:

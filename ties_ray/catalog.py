@@ -168,6 +168,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
             )
         if BASE in made and not problems[BASE]:
             base = {name: _parameter(name, source, rules) for name, source in made[BASE].sources.items()}
+    read = pool.named(recipe, read)
     for name, problem in pool.disagreements(recipe, [one for one in read.values() if one.entry.id != BASE]):
         problems[name].append(problem)
     entries, refused = pool.drop(recipe, everything, problems)

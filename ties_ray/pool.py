@@ -1,14 +1,23 @@
 """What the models of one recipe must agree on: base, shapes, the kind of each matrix; and which are left out."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import NamedTuple
 
 from ties_ray.errors import InputError, Problem, printable
 from ties_ray.expand import BASE, Entry
 from ties_ray.formats import Format, Found, Parameter
 from ties_ray.recipe import Recipe
+from ties_ray.spelling import Spelling, other_spellings
+
+NAMES_PRINTED = 8
+"""Names of a base that a remedy lists; where there are more it takes any name."""
+_ON_THE_HUB = re.compile(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)")
 
 
 class Read(NamedTuple):
@@ -27,11 +36,40 @@ class Refused(NamedTuple):
     problems: tuple[Problem, ...]
 
 
+def named(recipe: Recipe, reads: Mapping[str, Read]) -> dict[str, Read]:
+    """Return the models with one name for what is one base: by the recipe's table, and by slash and case."""
+    table = recipe.allow.base_names if isinstance(recipe.allow.base_names, Mapping) else {}
+    said = {id_: read.found.facts["base_name"] for id_, read in reads.items() if read.found.facts.get("base_name")}
+    told = {
+        name: next((one for one, patterns in table.items() if name == one or _matches(name, patterns)), name)
+        for name in said.values()
+    }
+    counts = Counter(told[name] for name in said.values())
+    usual: dict[str, str] = {}
+    for name in sorted(counts, key=lambda name: (-counts[name], name.endswith("/"), name)):
+        usual.setdefault(_plain(name), name)
+
+    def renamed(read: Read, name: str) -> Read:
+        facts = {**read.found.facts, "base_name": usual[_plain(told[name])]}
+        return read._replace(found=replace(read.found, facts=facts))
+
+    return {id_: renamed(read, said[id_]) if id_ in said else read for id_, read in reads.items()}
+
+
+def _plain(name: str) -> str:
+    """Return what two spellings of one name have in common; the hub does not tell upper from lower case."""
+    name = name.strip().rstrip("/")
+    match = _ON_THE_HUB.fullmatch(name)
+    return match[1].lower() if match else name
+
+
 def disagreements(recipe: Recipe, models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
     """Yield (model id, problem) where a model does not belong with the others, or needs a base that is not named."""
-    yield from _base_names(recipe.allow.base_names, models)
+    allowed = recipe.allow.base_names
+    yield from _base_names(() if isinstance(allowed, Mapping) else allowed, models)
     if recipe.base is None:
         yield from _needy(models)
+        yield from _spellings(models)
         yield from _shapes(models)
     yield from _kinds(models)
 
@@ -58,10 +96,19 @@ def parameters(base: Mapping[str, Parameter], models: Sequence[Read]) -> tuple[P
         for model in models
         for name, source in sorted(model.found.sources.items())
     }
-    called = {name: told for model in models for name, told in model.found.called.items()}
+    spelling = Spelling(
+        {name: model.found.called.get(name, name) for name in model.found.sources}
+        for model in models
+        if not model.format.whole
+    )
     names = list(base) or sorted(changed)
+
+    def called(name: str) -> str:
+        told = spelling(name)
+        return "" if told == name else told
+
     return tuple(
-        known[name]._replace(changed=name in changed, kind=kinds.get(name, "linear"), called=called.get(name, ""))
+        known[name]._replace(changed=name in changed, kind=kinds.get(name, "linear"), called=called(name))
         for name in names
     )
 
@@ -70,18 +117,33 @@ def _base_names(allowed: Sequence[str], models: Sequence[Read]) -> Iterator[tupl
     said = {model.entry.id: name for model in models if (name := model.found.facts.get("base_name"))}
     counts = Counter(said.values())
     usual = min(counts, key=lambda name: (-counts[name], name), default="")
+    names = [usual, *sorted(counts.keys() - {usual})]
+    listed = ", ".join(json.dumps(escape(name)) for name in names) if len(names) <= NAMES_PRINTED else '"*"'
     for model in models:
         name = said.get(model.entry.id, usual)
-        if any(fnmatchcase(name, pattern) for pattern in allowed) or (not allowed and name == usual):
+        if _matches(name, allowed) or (not allowed and name == usual):
             continue
         others = f"is not among allow.base_names ({', '.join(allowed)})"
         if not allowed:
             others = f"{counts[usual]} of {len(models)} name {printable(usual)!r}"
-        remedy = "if they are one model under several names: allow: {base_names: [...]}, else leave it out"
+        remedy = f"if these are names of one model: allow: {{base_names: [{printable(listed)}]}}, else leave it out"
         yield (
             model.entry.id,
             Problem(model.entry.uri, f"says that its base is {printable(name)!r}; {others}", remedy, "base_name"),
         )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _spellings(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+    """Yield the models whose names of modules differ from the others' by leading words alone."""
+    others = other_spellings([model.found.sources.keys() for model in models])
+    for number, (name, usual) in sorted(others.items()):
+        model = models[number]
+        what = f"calls {printable(name)} what more of the others call {printable(usual)}"
+        yield model.entry.id, Problem(model.entry.uri, what, "name the `base`, which tells what is meant", "spelling")
 
 
 def _needy(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:

@@ -111,8 +111,9 @@ class Allow(Strict):
     """A model that would be refused is left out, as long as one is left."""
     saved_modules: Literal["merge"] | None = None
     """Whole tensors that an adapter saved beside its factors (embeddings, heads) are merged as dense changes."""
-    base_names: tuple[str, ...] = ()
-    """Patterns of what adapters may call their base, where they do not all call it the same."""
+    base_names: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
+    """Patterns of what adapters may call their base, where they do not all call it the same; or a table of known twins:
+    to each name the patterns of its other names, which then count as it."""
 
 
 class Bounds(Strict):

@@ -161,6 +161,10 @@ VARIANTS: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any]]] = {
     "modules_to_save": (llama, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
     "bias all": (llama, {"r": 4, "target_modules": ["q_proj"], "bias": "all"}),
     "bias lora_only": (llama, {"r": 4, "target_modules": ["q_proj", "k_proj"], "bias": "lora_only"}),
+    **{how: (llama, {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": how})
+       for how in ("gaussian", "orthogonal", "eva", "mica")},
+    "velora": (llama, {"r": 4, "target_modules": ["q_proj"], "velora_config": {"num_groups": 4}}),
+    "monteclora": (llama, {"r": 4, "target_modules": ["q_proj"], "monteclora_config": {"num_samples": 2}}),
 }  # fmt: skip
 
 
@@ -220,8 +224,7 @@ def test_an_adapter_on_a_mutated_base_is_refused_until_peft_has_converted_it(tmp
 def test_copies_of_base_layers_beside_their_factors_are_left_aside_with_a_note(tmp_path: Path) -> None:
     adapted, base = trained(llama, r=4, target_modules=["embed_tokens", "lm_head"])
     files = saved(adapted, tmp_path)
-    assert codes(read(files, base_of(base))) == ["saved_modules"]
-    found = good(files, base_of(base), SAVED)
+    found = good(files, base_of(base))
     assert found.sources.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
     assert found.kinds == {"model.embed_tokens.weight": "embedding"}
     (note,) = found.notes
@@ -371,6 +374,22 @@ def test_saved_modules_and_biases_are_dense_and_only_where_the_recipe_allows_the
     )
 
 
+def test_the_remedy_for_a_head_names_it_and_leaves_it_out_with_a_note() -> None:
+    extra = {
+        f"{PREFIX}{name}": normal(4)
+        for name in ("classifier.dense.weight", "classifier.out_proj.bias", "model.score[0].weight", "norm.weight")
+    }
+    files = adapter_files(MODULES, extra=extra)
+    head, saved_too = read(files, {**BASE, "norm.weight": Parameter("norm.weight", (4,), "F32", True)}).problems
+    assert (head.code, saved_too.code) == ("head", "saved_modules")
+    assert 'exclude: ["classifier.*", "model.score[[]0].*"]' in head.remedy
+    assert 'exclude: ["norm.weight"]' in saved_too.remedy
+    found = good(files, rules=Rules(exclude=("classifier.*", "model.score[[]0].*", "norm.weight")))
+    assert found.sources.keys() == {"model.a.q_proj.weight", "model.b.q_proj.weight"}
+    (note,) = found.notes
+    assert "classifier.dense.weight" in note
+
+
 def test_a_whole_tensor_beside_factors_of_the_same_module_is_one_change_too_many() -> None:
     found = read(beside(f"{Q}.weight", normal(6, 4)), rules=SAVED)
     assert codes(found) == ["duplicate"]
@@ -505,17 +524,22 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("peft_type", configured(peft_type="VERA"), "VERA"),
     ("peft_type", configured(peft_type="IA3"), "IA3"),
     ("peft_type", configured(peft_type=None), "None"),
+    *(("prompt", configured(peft_type=kind), kind) for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "XLORA")),
     ("peft_type", configured(peft_type=["LORA"]), "LORA"),
     ("variant", configured(use_qalora=True), "use_qalora"),
-    ("variant", configured(arrow_config={"top_k": 3}), "arrow_config"),
-    ("variant", configured(alora_invocation_tokens=[1]), "alora"),
+    ("variant", configured(use_bdlora={"nblocks": 2}), "use_bdlora"),
+    ("conditional", configured(arrow_config={"top_k": 3}), "arrow_config"),
+    ("conditional", configured(alora_invocation_tokens=[1]), "alora"),
     ("variant", configured(use_tomorrows_idea=True), "tomorrow"),
     ("layer_replication", configured(layer_replication=[[0, 2]]), "more layers"),
     ("trainable_tokens", configured(trainable_token_indices=[1]), "rows"),
     ("trainable_tokens", beside("model.embed_tokens.token_adapter.trainable_tokens_delta", normal(2, 4)), "delta"),
     ("target_parameters", configured(target_parameters=["experts.w"]), "experts"),
     *(("mutated_base", configured(init_lora_weights=how), how)
-      for how in ("pissa", "pissa_niter_16", "olora", "corda", "mica", "lora_ga", "loftq", "unheard-of")),
+      for how in ("pissa", "pissa_niter_16", "olora", "loftq")),
+    *(("residual_base", configured(init_lora_weights=how), how) for how in ("corda", "lora_ga")),
+    ("unknown_initialisation", configured(init_lora_weights="unheard-of"), "unheard-of"),
+    ("unknown_initialisation", configured(init_lora_weights={"a": 1}), "'a': 1"),
     ("mutated_base", configured(kasa_config={"beta": 1}), "kasa"),
     ("pickle", {**TEXT, "adapter_model.bin": b"x"}, "pickle"),
     ("weights_missing", TEXT, "adapter_model.safetensors"),
@@ -526,10 +550,12 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("orphan", without(f"{PREFIX}{Q}.lora_B.weight"), Q),
     ("orphan", beside("model.square.lora_embedding_A", normal(2, 4)), "embedding_A"),
     ("duplicate", beside(f"{PREFIX}{Q}.lora_A.weight", normal(2, 4)), Q),
-    ("duplicate", beside(f"{Q}.lora_A.other.weight", normal(2, 4)), Q),
+    ("several_adapters", beside(f"{Q}.lora_A.other.weight", normal(2, 4)), "other"),
     ("unknown_tensor", beside(f"{Q}.lora_E", normal(2, 4)), "lora_E"),
     ("unknown_tensor", beside(f"{Q}.lora_A.bias", normal(2)), "lora_A.bias"),
-    ("unknown_tensor", beside("classifier.weight", normal(2)), "classifier"),
+    ("unknown_tensor", beside(f"{Q}.lora_diag", normal(2)), "lora_diag"),
+    ("unknown_tensor", beside(f"{Q}.hada_w1_a", normal(2, 4)), "hada_w1_a"),
+    ("head", beside("classifier.weight", normal(2)), "classifier"),
     ("dtype", only(Q, normal(2, 4, dtype="F64"), normal(6, 2)), "F64"),
     ("dtype", only(Q, normal(2, 4), torch.ones(6, 2, dtype=torch.int32)), "I32"),
     ("rank_mismatch", configured(r=3), "r 3"),
@@ -586,7 +612,7 @@ def test_all_that_is_wrong_with_an_adapter_is_told_at_once() -> None:
         "layer_replication",
         "mutated_base",
         "orphan",
-        "unknown_tensor",
+        "head",
         "rank_mismatch",
         "saved_modules",
     }

@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -164,11 +164,34 @@ def test_the_config_is_what_serving_engines_read() -> None:
     config = json.loads(data)
     assert name == "adapter_config.json"
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 16, 16, "none")
-    assert config["target_modules"] == ["embed_tokens", "k_proj", "q_proj", "to_out.0"]
+    assert config["target_modules"] == ["embed_tokens", "k_proj", "layers.0.q_proj", "to_out.0"]
     assert (config["base_model_name_or_path"], config["task_type"]) == ("s3://models/base", None)
     assert not any(config[key] for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"))
     named = Adapter(path="/out").index((), parameters, {"base": "s3://models/base", "base_name": "meta/llama"})
     assert json.loads(named[1])["base_model_name_or_path"] == "meta/llama"
+
+
+def linear(*paths: str, changed: bool = True) -> list[Parameter]:
+    return [Parameter(f"{path}.weight", (9, 9), "F32", True, changed) for path in paths]
+
+
+def test_targets_are_the_shortest_ends_that_name_no_other_module() -> None:
+    def chosen(parameters: Sequence[Parameter]) -> object:
+        return json.loads(Adapter(path="/out").index((), parameters, {})[1])["target_modules"]
+
+    changed = linear("decoder.layers.0.self_attn.q", "decoder.layers.1.self_attn.q")
+    assert chosen(changed) == ["q"]
+    assert chosen([*changed, *linear("decoder.layers.0.mlp.q", changed=False)]) == ["self_attn.q"]
+    encoder = linear("encoder.layers.0.self_attn.q", "encoder.layers.1.self_attn.q", "norm", changed=False)
+    assert chosen([*changed, *encoder]) == ["decoder.layers.0.self_attn.q", "decoder.layers.1.self_attn.q"]
+    holds_others = linear("q.inner", "layers.q.0.v", changed=False)
+    assert chosen([*changed, *holds_others]) == ["self_attn.q"]
+
+
+@pytest.mark.parametrize(("task", "written"), [("SEQ_CLS", None), ("TOKEN_CLS", None), ("CAUSAL_LM", "CAUSAL_LM")])
+def test_a_task_whose_head_is_not_there_is_not_named(task: str, written: str | None) -> None:
+    config = json.loads(Adapter(path="/out").index((), linear("q"), {"task_type": task})[1])
+    assert config["task_type"] == written
 
 
 def test_what_an_adapter_can_not_hold_is_named() -> None:

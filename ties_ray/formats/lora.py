@@ -12,6 +12,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ties_ray.errors import Problem, printable
@@ -30,10 +31,11 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 
-_SAVED_REMEDY = "`allow: {saved_modules: merge}` merges them as dense changes, saved minus base"
 _AGAIN = "save the adapter again, whole (save_pretrained)"
-_PLAIN = "train or convert it as plain LoRA, or leave this adapter out"
-_SAME_BASE = "is it an adapter of this base? (an output layer tied to the input embedding has no parameter of its own)"
+_OUT = "leave it out (`allow: {refused_model: drop}` does)"
+_WHOLE = f"give the whole model that PEFT makes of it (merge_and_unload, save_pretrained) in its place, or {_OUT}"
+_SAME_BASE = f"name the base that it was trained on, or {_OUT}"
+_EXCLUDED = "`exclude: [{patterns}]` leaves them out, with what was trained in them"
 REASONS: Mapping[str, tuple[str, str]] = {
     "config_missing": (f"has no {CONFIG}, without which the scale is unknown", "add it beside the weights"),
     "config_json": (f"{CONFIG} is not a JSON object", "upload it again"),
@@ -42,14 +44,29 @@ REASONS: Mapping[str, tuple[str, str]] = {
         "has patterns that are no regular expressions, are too many, or hold flags, look-around or references",
         "write module names",
     ),
-    "peft_type": ("is no LoRA adapter", "merge it into its base first (PEFT: merge_and_unload), or leave it out"),
-    "variant": ("is a variant of LoRA whose change is not scale * B @ A", _PLAIN),
-    "layer_replication": ("has more layers than its base (layer_replication)", _PLAIN),
-    "trainable_tokens": ("replaces rows of the embedding (trainable_token_indices), which is no change", _PLAIN),
-    "target_parameters": ("has factors for single parameters of experts (target_parameters)", _PLAIN),
+    "prompt": ("learns virtual tokens or a router and changes no weight of its base", _OUT),
+    "peft_type": ("is no LoRA adapter", _WHOLE),
+    "conditional": ("changes the base for some tokens only, or by a router, and no weights do the same", _OUT),
+    "variant": ("is a variant of LoRA whose change is not scale * B @ A", _WHOLE),
+    "layer_replication": ("has more layers than its base (layer_replication)", _OUT),
+    "trainable_tokens": (
+        "replaces rows of the embedding (trainable_token_indices), which is no low-rank change",
+        _WHOLE,
+    ),
+    "target_parameters": ("has factors for single parameters of experts (target_parameters)", _WHOLE),
     "mutated_base": (
-        "was trained on a base that its initialisation may have changed",
-        "convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
+        "was trained on a base that its initialisation had changed",
+        f"{_WHOLE}: PEFT repeats the initialisation where it loads the adapter",
+    ),
+    "residual_base": (
+        "was trained on a base that its initialisation had changed by what it saw of the data, which the adapter does"
+        " not tell",
+        f"where that base was saved, name it as `base` and write init_lora_weights: true into {CONFIG}; otherwise save"
+        f" it again from its training (path_initial_model_for_weight_conversion), or {_OUT}",
+    ),
+    "unknown_initialisation": (
+        "names an initialisation that is not known here and may have changed the base",
+        f"if it leaves the base alone, write init_lora_weights: true into {CONFIG}; otherwise {_WHOLE}",
     ),
     "pickle": (
         f"holds its weights as a pickle ({PICKLE}), which can run code when opened",
@@ -60,10 +77,11 @@ REASONS: Mapping[str, tuple[str, str]] = {
     "empty": ("has empty or flattened tensors, as a save under ZeRO-3 or FSDP that gathered nothing leaves", _AGAIN),
     "orphan": ("has one factor of a pair without the other", _AGAIN),
     "duplicate": ("has two changes for one parameter", "keep one of them"),
-    "unknown_tensor": ("has tensors that are neither factors of a LoRA nor parameters of the base", _PLAIN),
+    "several_adapters": ("holds several adapters in one file", "save each in a folder of its own (save_pretrained)"),
+    "unknown_tensor": ("has tensors of adapters that are not known here", _WHOLE),
     "dtype": ("has tensors of a dtype that is not merged", "save it as float32, float16 or bfloat16"),
     "rank_mismatch": (f"has factors of another rank than {CONFIG} says, so the scale is unknown", "correct r"),
-    "conv": ("has factors of convolutions, whose change is not a matrix", _PLAIN),
+    "conv": ("has factors of convolutions, whose change is not a matrix", _WHOLE),
     "unknown_module": ("changes parameters that the base lacks", _SAME_BASE),
     "not_floating": ("changes parameters that are not floating-point numbers in the base", "give the unquantised base"),
     "shape_mismatch": ("has factors that do not fit the base", _SAME_BASE),
@@ -72,34 +90,55 @@ REASONS: Mapping[str, tuple[str, str]] = {
         f"set fan_in_fan_out in {CONFIG} as it is for these modules, and name the others in `exclude`",
     ),
     "dora_mismatch": (f"has magnitudes where {CONFIG} says use_dora: false, or lacks them where it says true", _AGAIN),
-    "dora_transposed": ("has DoRA magnitudes for modules that are not linear (out, in)", _PLAIN),
-    "saved_modules": ("has whole tensors beside its factors (modules_to_save, embeddings or biases)", _SAVED_REMEDY),
+    "dora_transposed": ("has DoRA magnitudes for modules that are not linear (out, in)", _WHOLE),
+    "head": ("has parameters of its own that the base lacks (the head of its task)", _EXCLUDED),
+    "saved_modules": (
+        "has whole tensors beside its factors (modules_to_save, embeddings or biases)",
+        f"`allow: {{saved_modules: merge}}` merges them as dense changes, saved minus base; {_EXCLUDED}",
+    ),
 }
 """Why an adapter is refused, and the remedy, by code; the modules or values follow in the message."""
 
-_VARIANTS = (
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
-    "megatron_config",
-)  # fmt: skip
+_VARIANTS: Mapping[str, str] = {
+    "use_qalora": "variant",
+    "use_bdlora": "variant",
+    "megatron_config": "variant",
+    "alora_invocation_tokens": "conditional",
+    "arrow_config": "conditional",
+}
+"""Keys whose change is not scale * B @ A, with the reason's code."""
 _HARMLESS = frozenset({
-    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config",
-    "megatron_config", "kasa_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config",
+    "use_dora", "use_rslora", "velora_config", "monteclora_config", "kasa_config", "eva_config", "corda_config",
+    "lora_ga_config", "loftq_config", "runtime_config", *_VARIANTS,
 })  # fmt: skip
-"""`use_...` and `..._config` keys that are dealt with, or say only how training began. Any other that is set is
+"""`use_...` and `..._config` keys that are dealt with, or say only how training went. Any other that is set is
 refused: it may be a variant that did not exist when this was written."""
-_UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva"})
+_UNCHANGED_BASE = frozenset({"true", "false", "gaussian", "orthogonal", "eva", "mica"})
 """Values of `init_lora_weights` that leave the base as it was; PEFT's conversion of the others writes true."""
+_REPEATED = ("pissa", "olora", "loftq")
+"""Those that subtract from the base what it alone tells, so that PEFT's loading does the same again."""
+_FROM_DATA = ("corda", "lora_ga")
+"""Those that subtract what data or gradients tell."""
+_TRAINING_ONLY = re.compile(r".+\.lora_(?:velora|monteclora)_.+", re.DOTALL)
+"""Keys of what only training uses: the change is scale * B @ A without them."""
+_WITHOUT_CHANGE = frozenset({
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
+    "POLY", "XLORA",
+})  # fmt: skip
+"""`peft_type`s that PEFT can't merge into the base."""
 
 _PREFIXES = re.compile(r"\A(?:base_model\.model\.)*")
 _FACTOR = re.compile(
     r"(?P<path>.+)\.lora_(?:"
-    r"(?P<linear>A|B)(?:\.[^.]+)?\.(?P<what>weight|bias)"
-    r"|(?P<embedding>embedding_A|embedding_B)(?:\.[^.]+)?"
+    r"(?P<linear>A|B)(?:\.(?P<name1>[^.]+))?\.(?P<what>weight|bias)"
+    r"|(?P<embedding>embedding_A|embedding_B)(?:\.(?P<name2>[^.]+))?"
     r"|(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)",
     re.DOTALL,
 )
 """A factor's key; the adapter's name is left out or left in."""
 _SAVED = re.compile(r"\.(?:modules_to_save\.[^.]+|base_layer)(?=\.[^.]+$)")
+_TUNER = re.compile(r"\.(?:lora|hada|lokr|ia3|vera|oft|boft|hra|miss|c3a|shira|delora|adapter|router)_")
+"""In keys that are a tuner's own, and no parameter of a model."""
 _LARGEST = 2**31
 """Rank or alpha that is taken for a number and no attack."""
 
@@ -134,7 +173,7 @@ class Lora(Format):
         pins = {pin.uri.rpartition("/")[2]: pin for pin in folder.files}
         if WEIGHTS not in pins:
             refused.add("pickle" if PICKLE in pins else "weights_missing")
-        if WEIGHTS not in pins or "peft_type" in refused:  # the rest would follow from it
+        if WEIGHTS not in pins or "peft_type" in refused or "prompt" in refused:  # the rest would follow from it
             return Found(problems=refused.problems(folder.uri))
         modules, saved = _stored(folder.headers[WEIGHTS].tensors, refused)
         adapter = _Adapter(_settings(config, modules, refused), modules, base, rules, refused)
@@ -269,17 +308,25 @@ class _Refused:
 
     def __init__(self) -> None:
         self._found: dict[str, list[str]] = {}
+        self._patterns: dict[str, dict[str, None]] = {}
 
-    def add(self, code: str, item: str = "") -> None:
+    def add(self, code: str, item: str = "", pattern: str = "") -> None:
+        """Note an item; pattern: what `exclude` would need to leave it out."""
         self._found.setdefault(code, []).append(item)
+        self._patterns.setdefault(code, {})[pattern] = None
 
     def __contains__(self, code: object) -> bool:
         return code in self._found
 
     def problems(self, where: str) -> tuple[Problem, ...]:
-        """Return one problem a code, with the first few of its items."""
+        """Return one problem a code, with the first few of its items, and all patterns."""
         return tuple(
-            Problem(where, what + (f": {_listed(self._found[code])}" if any(self._found[code]) else ""), remedy, code)
+            Problem(
+                where,
+                what + (f": {_listed(self._found[code])}" if any(self._found[code]) else ""),
+                remedy.replace("{patterns}", ", ".join(map(_quoted, self._patterns[code]))),
+                code,
+            )
             for code, (what, remedy) in REASONS.items()
             if code in self._found
         )
@@ -327,11 +374,13 @@ class _Adapter:
         self._ranks: set[int] = set()
         self._variants: set[str] = {"rslora"} if settings.rslora else set()
         self._copies: list[str] = []
+        self._excluded: list[str] = []
 
     def add_module(self, path: str, parts: Parts) -> None:
         """Add the changes of a module's weight, and of its bias."""
         names = [f"{path}.weight", f"{path}.bias"] if "bias" in parts else [f"{path}.weight"]
         if all(self._rules.excludes(self._rename(name)) for name in names):
+            self._excluded.append(path)
             return
         a, b = parts.get("A", parts.get("embedding_A")), parts.get("B", parts.get("embedding_B"))
         if parts.keys() & {"A", "B"} and parts.keys() & {"embedding_A", "embedding_B"}:
@@ -351,27 +400,43 @@ class _Adapter:
         """Add a whole tensor that was saved beside the factors."""
         name = self._rename(name)
         if self._rules.excludes(name):
+            self._excluded.append(key)
             return
         known = name.endswith((".weight", ".bias")) if self._base is None else name in self._base
         if not known:
-            self._refused.add("unknown_tensor", key)
+            of_tuner = bool(_TUNER.search(key))
+            self._refused.add("unknown_tensor" if of_tuner else "head", key, "" if of_tuner else self._pattern(name))
         elif 0 in ref.shape:
             self._refused.add("empty", key)
         elif ref.dtype not in MERGEABLE:
             self._refused.add("dtype", f"{key} ({ref.dtype})")
-        elif not self._rules.saved_modules:
-            self._refused.add("saved_modules", key)
         elif key.endswith(".base_layer.weight") and name in self.sources and ref.shape == _shape(self.sources[name]):
             self._copies.append(key)
+        elif not self._rules.saved_modules:
+            self._refused.add("saved_modules", key, self._pattern(name))
         else:
             self._variants.add("saved_modules")
             self._add(name, ref.shape, Source((ref,)))
 
+    def _pattern(self, name: str) -> str:
+        """Return the pattern that excludes a parameter, or the whole head that it is part of."""
+        words = name.split(".")
+        for count in range(1, len(words)):
+            head = ".".join(words[:count]) + "."
+            if self._base is not None and not any(known.startswith(head) for known in self._base):
+                return f"{escape(head)}*"
+        return escape(name)
+
     def notes(self) -> list[str]:
         """Return what was left aside."""
-        if not self._copies:
-            return []
-        return [f"left aside, copies of base layers that PEFT saves beside their factors: {_listed(self._copies)}"]
+        notes = []
+        if self._copies:
+            notes.append(
+                f"left aside, copies of base layers that PEFT saves beside their factors: {_listed(self._copies)}"
+            )
+        if self._excluded:
+            notes.append(f"left out with all that was trained in them, as `exclude` says: {_listed(self._excluded)}")
+        return notes
 
     def facts(self) -> dict[str, str]:
         """Return what a report tells of the adapter."""
@@ -513,22 +578,28 @@ def _stored(
     """Return the factors by module, and by key what else there is with its name in the model."""
     modules: dict[str, Parts] = {}
     saved: dict[str, tuple[str, TensorRef]] = {}
+    adapters: dict[str, None] = {}
     for key, info in tensors.items():
         ref = TensorRef(0, info.start, info.dtype, info.shape)
         name = _PREFIXES.sub("", key, count=1)
         match = _FACTOR.fullmatch(name)
         if ".trainable_tokens_" in name:
             refused.add("trainable_tokens", key)
+        elif _TRAINING_ONLY.fullmatch(name):
+            continue
         elif match is None:
             saved[key] = (_SAVED.sub("", name), ref)
         elif match["linear"] == "A" and match["what"] == "bias":
             refused.add("unknown_tensor", key)
         else:
             role = "bias" if match["what"] == "bias" else match["linear"] or match["embedding"] or match["magnitude"]
+            adapters[match["name1"] or match["name2"] or ""] = None
             parts = modules.setdefault(match["path"], {})
-            if role in parts:
+            if role in parts and len(adapters) == 1:
                 refused.add("duplicate", key)
             parts[role] = ref
+    for name in adapters if len(adapters) > 1 else ():
+        refused.add("several_adapters", name or "one without a name")
     return modules, saved
 
 
@@ -544,22 +615,33 @@ def _config(folder: Folder, refused: _Refused) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         refused.add("config_json")
         return {}
-    if config.get("peft_type") != "LORA":
-        refused.add("peft_type", _shown(config.get("peft_type")))
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        refused.add("prompt" if isinstance(kind, str) and kind in _WITHOUT_CHANGE else "peft_type", _shown(kind))
     for key in ("layer_replication", "target_parameters"):
         if config.get(key):
             refused.add(key)
     if config.get("trainable_token_indices"):
         refused.add("trainable_tokens")
-    initialised = config.get("init_lora_weights", True)
-    known = initialised is None or (isinstance(initialised, bool | str) and str(initialised).lower() in _UNCHANGED_BASE)
-    if not known or config.get("kasa_config"):
-        refused.add("mutated_base", "kasa" if config.get("kasa_config") else _shown(initialised))
+    initialised = "kasa" if config.get("kasa_config") else config.get("init_lora_weights", True)
+    code = _of_initialisation(initialised)
+    if code:
+        refused.add(code, _shown(initialised))
     for key, value in config.items():
         unheard = (key.startswith("use_") or key.endswith("_config")) and key not in _HARMLESS
         if value and (unheard or key in _VARIANTS):
-            refused.add("variant", key)
+            refused.add(_VARIANTS.get(key, "variant"), key)
     return config
+
+
+def _of_initialisation(value: object) -> str | None:
+    """Return the reason to refuse an initialisation, by what it does to the base; None where that stays as it was."""
+    name = str(value).lower() if isinstance(value, bool | str) else ""
+    if value is None or name in _UNCHANGED_BASE:
+        return None
+    if name.startswith(_REPEATED) or name == "kasa":
+        return "mutated_base"
+    return "residual_base" if name in _FROM_DATA else "unknown_initialisation"
 
 
 def _settings(config: Mapping[str, Any], modules: Collection[str], refused: _Refused) -> _Settings:
@@ -620,6 +702,11 @@ def _range(values: Iterable[float]) -> str:
 def _shown(value: object) -> str:
     """Return a short text of anything that JSON may hold."""
     return reprlib.repr(value)
+
+
+def _quoted(pattern: str) -> str:
+    """Return a pattern as a recipe takes it, in YAML and in JSON."""
+    return json.dumps(printable(pattern))
 
 
 def _listed(names: Sequence[str]) -> str:

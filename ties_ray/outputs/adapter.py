@@ -9,7 +9,8 @@ and an embedding (rows, width) stand for the transposed product: A = L.T, B = R.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -30,6 +31,8 @@ KEYS: dict[Kind, tuple[str, str]] = {
     "transposed": (".lora_A.weight", ".lora_B.weight"),
     "embedding": (".lora_embedding_A", ".lora_embedding_B"),
 }
+WITHOUT_HEAD = frozenset({"CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"})
+"""Task types for which PEFT demands no saved head of an adapter; with others it won't load one that has none."""
 LIBRARY = 16 * 2**20
 """Bytes for what linear algebra holds beside matrices."""
 SMALLEST = 8
@@ -98,7 +101,7 @@ class Adapter(Output):
         rank = self.ranks[-1]
         config: dict[str, object] = {
             "peft_type": "LORA",
-            "task_type": facts.get("task_type") or None,
+            "task_type": facts["task_type"] if facts.get("task_type") in WITHOUT_HEAD else None,
             "base_model_name_or_path": facts.get("base_name") or facts.get("base") or None,
             "inference_mode": True,
             "r": rank,
@@ -108,7 +111,7 @@ class Adapter(Output):
             "use_dora": False,
             "bias": "none",
             "fan_in_fan_out": any(each.kind == "transposed" for each in changed),
-            "target_modules": sorted({_target(_path(each)) for each in changed}),
+            "target_modules": targets([_path(each) for each in changed], [_path(each) for each in parameters]),
             "rank_pattern": {},
             "alpha_pattern": {},
             "modules_to_save": None,
@@ -185,13 +188,22 @@ def _is_turned(parameter: Parameter) -> bool:
     return parameter.kind != "linear"
 
 
-def _target(path: str) -> str:
-    """Return the last word of a module's path, and those before it while it is a number: `0` would name layers too."""
-    words = path.split(".")
-    start = len(words) - 1
-    while start and words[start].isdigit():
-        start -= 1
-    return ".".join(words[start:])
+def targets(changed: Collection[str], known: Iterable[str]) -> list[str]:
+    """Return the shortest ends of paths that name the changed modules and no other, as PEFT matches them.
+
+    changed: paths of modules. known: those of all modules; what holds them is known by that. An end begins with a
+    number only where no other does.
+    """
+    wanted = {tuple(path.split(".")) for path in changed}
+    paths = [tuple(path.split(".")) for path in known]
+    others = {words[:count] for words in paths for count in range(1, len(words) + 1)}
+    ends = Counter(words[start:] for words in others - wanted for start in range(len(words)))
+    found = set()
+    for words in wanted:
+        starts = [start for start in range(len(words) - 1, -1, -1) if not ends[words[start:]]]
+        named = [start for start in starts if not words[start].isdigit()]
+        found.add(words[(named or starts or [0])[0] :])
+    return sorted(".".join(words) for words in found)
 
 
 def _listed(names: Sequence[str]) -> str:
