@@ -46,7 +46,7 @@ def plan_once(given: str) -> None:
 
     recipe = ties_ray.load_recipe(given)
     calls: Counter[str] = Counter()
-    kind = store_class("s3" if (recipe.base or "").startswith("s3://") else "local")
+    kind = store_class("s3" if (recipe.base.path if recipe.base else "").startswith("s3://") else "local")
     for name in ("list", "head", "read"):
         setattr(kind, name, _counted(getattr(kind, name), name, calls))
     started, cpu = time.monotonic(), time.process_time()

@@ -169,7 +169,7 @@ def test_what_globs_and_tables_lack_is_told_at_once(stores: Stores, store: Store
     assert found[0].startswith(f"models.0: no folder matches {root}/x-*")
     assert found[1].startswith("models.1: ")
     assert "yields 1 models, at_least is 2" in found[1]
-    assert "`not` leaves out all 1 matches" in found[2]
+    assert "`not` and `links` leave out all 1 matches" in found[2]
     assert f"models.3: there is no table {root}/t" in found[3]
 
 

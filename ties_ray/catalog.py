@@ -12,13 +12,16 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
 from ties_ray import answers, plugins, pool, tokenizers
+from ties_ray.candidates import Candidate, candidates, choose, is_weights, listed, others
+from ties_ray.downloads import SNIFFED, UNFINISHED, mistaken, unfinished
 from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
 from ties_ray.foreign import problem as foreign_problem
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
+from ties_ray.libraries import MODEL_INDEX, TRANSFORMERS, Library
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
-from ties_ray.stores import Listing, Pin, Store, Stores, absolute, scheme_of, shown
+from ties_ray.stores import Listing, Pin, Store, Stores, absolute, join, scheme_of, shown
 from ties_ray.tokenizers import Tokenizer, check_common_ids
 
 T = TypeVar("T")
@@ -85,6 +88,8 @@ class Catalog:
     """Models that are left out although the recipe names them."""
     waiting: tuple[str, ...] = ()
     """Folders that are left for a later merge, and why."""
+    library: Library = TRANSFORMERS
+    """What opens the input that `output.files_from` names; a whole model is written under the names it looks for."""
 
     @property
     def facts(self) -> dict[str, str]:
@@ -126,6 +131,23 @@ _FOREIGN = {
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), _PICKLES),
 }
 """What is wrong with a folder of no known format, and the remedy, by the first pattern that a file of it matches."""
+_TRAINING = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "random_states*")
+"""Pickles that a trainer leaves beside the weights."""
+_TRAINED = {
+    "pytorch_model_fsdp_*": (
+        "holds the sharded state of a training with FSDP",
+        "`accelerate merge-weights FOLDER OUTPUT` makes safetensors of it",
+    ),
+    "*.distcp": (
+        "holds the sharded state of a distributed training",
+        "`accelerate merge-weights FOLDER OUTPUT` makes safetensors of it",
+    ),
+    "global_step*": (
+        "holds the state of a training with DeepSpeed",
+        "`python zero_to_fp32.py . OUTPUT --safe_serialization` in it makes safetensors of it",
+    ),
+}
+"""The same for what is no model yet, by file or folder."""
 
 
 def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
@@ -193,6 +215,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     inputs = [_model(*folders[entry.id], read[entry.id].found, same) for entry in entries]
     notes = [
         *noted,
+        *(f"{one.entry.uri}: {note}" for entry in entries for one in [folders[entry.id][0]] for note in _choice(one)),
         *(f"left out, as allowed: {problem}" for one in refused for problem in one.problems),
         *(note for entry in entries for note in read[entry.id].found.notes),
         *_idle(recipe.exclude, parameters),
@@ -204,7 +227,26 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     ]
     if recipe.base is None:
         inputs.insert(0, Model("", BASE, "", (), {}))
-    return Catalog(inputs[0], tuple(inputs[1:]), parameters, taken, tuple(notes), refused, waiting)
+    library = read[files_from].found.library if files_from else TRANSFORMERS
+    if files_from and recipe.output.kind == "checkpoint":
+        notes += _unopened(folders[files_from][0], library)
+    return Catalog(inputs[0], tuple(inputs[1:]), parameters, taken, tuple(notes), refused, waiting, library)
+
+
+def _unopened(looked: "Looked", library: Library) -> list[str]:
+    """Return a note where the output will lack what a library needs beside the weights."""
+    if library.config in looked.files:
+        return []
+    what = f"{looked.entry.uri} has no {library.config}, so the output has none and no library can open it"
+    return [f"{what}; output.files_from may name a model that has it"]
+
+
+def _choice(looked: "Looked") -> list[str]:
+    """Return a note on the model of a folder that the recipe chooses."""
+    if not looked.chosen:
+        return []
+    aside = f"; left aside: {', '.join(sorted(looked.others))}" if looked.others else ""
+    return [f"the recipe chooses {looked.chosen}{aside}"]
 
 
 def _rules(recipe: Recipe) -> Rules:
@@ -223,11 +265,15 @@ class Looked(NamedTuple):
     entry: Entry
     listing: Listing
     format: Format
+    chosen: str = ""
+    """The candidate that the recipe chooses."""
+    others: frozenset[str] = frozenset()
+    """Files of the candidates that it does not choose."""
 
     @property
     def files(self) -> dict[str, Pin]:
-        """Return the pins by file name."""
-        return {_name(pin.uri): pin for pin in self.listing.files}
+        """Return the pins by file name, without what belongs to a model of the folder that was not chosen."""
+        return {name: pin for pin in self.listing.files if (name := _name(pin.uri)) not in self.others}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -246,6 +292,12 @@ def fetch(
     jobs: list[tuple[str, tuple[Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]]] = []
     for one in looked:
         weights, texts = one.format.wanted(list(one.files))
+        for name in weights:
+            if half := unfinished(name, one.files):
+                what = f"is not downloaded to its end: {half} lies beside it"
+                problems[one.entry.id].append(
+                    Problem(join(one.entry.uri, name), what, "complete the download", "download")
+                )
         front = [README] if README in one.files else []
         for fetched, names in ((_header, weights), (_text, texts), (_front, front)):
             jobs += [(one.entry.id, (one.files[name], fetched)) for name in names]
@@ -292,6 +344,7 @@ def _folder(looked: Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -
         files=tuple(fetched[name][0] if name in fetched else pin for name, pin in looked.files.items()),
         headers={name: content for name, (_, content) in fetched.items() if isinstance(content, Header)},
         texts={name: content for name, (_, content) in fetched.items() if isinstance(content, bytes)},
+        chosen=looked.chosen,
     )
 
 
@@ -329,30 +382,52 @@ def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> Looked:
             raise InputError(_unrecognised(entry, Listing((), ()), store)) from None
         raise
     names = [_name(pin.uri) for pin in listing.files]
+    every = candidates(names)
+    kept = choose(every, entry.file, entry.variant) if entry.file or entry.variant else None
+    if kept is None and (entry.file or entry.variant):
+        raise InputError(_no_candidate(entry, every))
+    aside = others(every, kept) if kept else frozenset[str]()
+    left = [name for name in names if name not in aside]
+    pipeline = MODEL_INDEX in names and not kept
     for known in formats:
-        if known.recognises(names):
-            return Looked(found, listing, known)
+        if not pipeline and known.recognises(left):
+            return Looked(found, listing, known, kept.name if kept else "", aside)
     raise InputError(_unrecognised(entry, listing, store))
+
+
+def _no_candidate(entry: Entry, every: Sequence[Candidate]) -> Problem:
+    """Say that the recipe chooses a model which the folder does not have."""
+    asked = ", ".join(f"{key} {value!r}" for key, value in (("file", entry.file), ("variant", entry.variant)) if value)
+    remedy = f"it has {listed(every)}" if every else "it holds no safetensors file"
+    return Problem(f"{entry.place}: {entry.uri}", f"has no model, or several, of the {asked}", remedy, "candidates")
 
 
 def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
     """Say why a folder is no model, and what to do."""
     names = [_name(pin.uri) for pin in listing.files]
+    folders = [_name(uri) for uri in listing.folders if not _name(uri).startswith(".")]
     where = f"{entry.place}: {entry.uri}"
+    if MODEL_INDEX in names:
+        return _pipeline(where, listing, store)
     for pattern, (what, remedy) in _FOREIGN.items():
-        if fnmatch.filter(names, pattern):
-            return Problem(where, what, remedy)
-    if listing.folders and not names:
-        some = ", ".join(_name(uri) for uri in listing.folders[:4])
-        return Problem(where, f"holds only folders ({some}{', ...' * (len(listing.folders) > 4)})", "name one of them")
+        if own := [name for name in fnmatch.filter(names, pattern) if not _matches(name, _TRAINING)]:
+            return Problem(where, f"{what} ({_few(own)})", remedy)
+    for pattern, (what, remedy) in _TRAINED.items():
+        if own := fnmatch.filter([*names, *folders], pattern):
+            return Problem(where, f"{what} ({_few(own)})", remedy)
+    if folders and not names:
+        return Problem(where, f"holds only folders ({_few(folders)})", "name one of them")
     if names:
-        return Problem(
-            where,
-            f"holds no safetensors file ({', '.join(names[:4])}{', ...' * (len(names) > 4)})",
-            "give the folder with the model's weights",
-        )
+        remedy = "give the folder with the model's weights"
+        if folders:
+            remedy += f"; it may be one of those inside ({_few(folders)})"
+        if half := [name for name in names if name.endswith(UNFINISHED)]:
+            remedy = f"complete the download: {_few(half)} is not finished"
+        return Problem(where, f"holds no safetensors file ({_few(names)})", remedy)
     if _is_file(entry.uri, store):
-        return Problem(where, "is a file", "give the folder that holds it")
+        folder, _, name = entry.uri.rpartition("/")
+        which = f": {{path: {folder or '.'}, file: {name}}}" if is_weights(name) else ""
+        return Problem(where, "is a file", f"give the folder that holds it{which}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", entry.uri):
         name = _name(entry.uri)
         fetch = f"`hf download {entry.uri} --local-dir {name}` and write ./{name}, or write hf://{entry.uri}@<revision>"
@@ -360,6 +435,21 @@ def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
             where, "there is no such folder; it looks like the name of a model on the Hugging Face hub", fetch
         )
     return Problem(where, "there is nothing", "check the path, and that it may be listed")
+
+
+def _pipeline(where: str, listing: Listing, store: Store) -> Problem:
+    """Say that a folder is a pipeline of several models, and which of its folders are models."""
+    parts = [_name(uri) for uri in listing.folders if any(is_weights(_name(pin.uri)) for pin in store.list(uri).files)]
+    single = candidates([_name(pin.uri) for pin in listing.files])
+    what = f"is a pipeline of diffusers; its models are {', '.join(parts) or 'not stored as safetensors'}"
+    remedy = f"merge one of them: write {parts[0]} behind the path of base and models" if parts else "save it again"
+    if single:
+        remedy += f"; or a single file beside them: {listed(single)}"
+    return Problem(where, what, remedy, "pipeline")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:4])) + ", ..." * (len(names) > 4)
 
 
 def _is_file(uri: str, store: Store) -> bool:
@@ -374,6 +464,8 @@ def _header(store: Store, listed: Pin) -> tuple[Pin, Header]:
     """Return a weight file's full pin and header."""
     pin, head = _head(store, listed.uri, HEAD_BYTES)
     where = shown(pin.uri)
+    if head[8:9] != b"{" and (other := mistaken(head[:SNIFFED], pin.size)):
+        raise InputError(Problem(where, *other, "download"))
     size = header_bytes(head, pin.size, where)
     if size > len(head):
         whole = bytearray(size)
@@ -388,6 +480,8 @@ def _text(store: Store, listed: Pin) -> tuple[Pin, bytes]:
     if pin.size > TEXT_BYTES:
         what = f"has {pin.size:,} bytes, and at most {TEXT_BYTES:,} were expected"
         raise InputError(Problem(shown(pin.uri), what, "check that this is the right file"))
+    if other := mistaken(data[:SNIFFED], pin.size, text=True):
+        raise InputError(Problem(shown(pin.uri), *other, "download"))
     return pin, data
 
 

@@ -421,7 +421,7 @@ def _paths(recipe: Recipe, options: Options) -> Iterator[tuple[str, str]]:
     for number, entry in enumerate(recipe.models):
         yield f"models.{number}", entry.path or entry.table or ""
     for place, path in (
-        ("base", recipe.base),
+        ("base", recipe.base and recipe.base.path),
         ("output.path", recipe.output.path),
         ("run.pool_cache", recipe.run.pool_cache),
         ("--result", options.result),

@@ -506,7 +506,7 @@ class MergeRun:
             run_id=self._plan.run_id,
             resumed=self._resumed,
             output=self._plan.output,
-            opened_by=self._plan.recipe.output.opened_by.replace("{output}", self._plan.output),
+            opened_by=self._plan.library.opened_by.replace("{output}", self._plan.output),
             files=files,
             shards=sum(round_.num_shards for round_ in self._plan.result.rounds),
             shards_done_before=self._shards_done_before,

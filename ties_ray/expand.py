@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.recipe import ModelEntry, Recipe, unfit
 from ties_ray.stores import Stores, leads_from, scheme_of, shown
 
@@ -32,7 +33,7 @@ LINES_SHOWN = 20
 """Problems shown of one table; the rest is counted."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 """Endings of files that hold weights, also of such as are refused afterwards."""
-COLUMNS = ("path", "weight", "density")
+COLUMNS = ("path", "weight", "density", "file", "variant")
 BASE = "base"
 """The base's id."""
 
@@ -52,6 +53,9 @@ class Entry:
     version_id: Mapping[str, str] = field(default_factory=dict)
     settle: float = 0.0
     """Seconds that its newest file must be old."""
+    file: str | None = None
+    variant: str | None = None
+    """Which of several models in the folder is meant."""
 
 
 class Expanded(NamedTuple):
@@ -87,7 +91,10 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
             if len(found) < (asked.at_least or 0):
                 what = f"{asked.path or asked.table} yields {len(found)} models, at_least is {asked.at_least}"
                 missing.append(Problem(place, what, "look for models that were not written"))
-    base = [] if recipe.base is None else [Entry(BASE, recipe.base.rstrip("/") or "/", BASE)]
+    base = []
+    if recipe.base:
+        uri = recipe.base.path.rstrip("/") or "/"
+        base.append(Entry(BASE, uri, BASE, file=recipe.base.file, variant=recipe.base.variant))
     everything = [*base, *entries]
     wrong += [*_repeated(everything), *_overlapping(recipe.output.path, everything)]
     named = [*base, *(replace(entry, id=entry.id or str(position)) for position, entry in enumerate(entries))]
@@ -118,26 +125,53 @@ def _real(uri: str) -> str:
 def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor, notes: list[str]) -> Iterator[Entry]:
     """Yield the models that one line of `models` means; what a reader should know is added to `notes`."""
     if asked.table is not None:
-        yield from (entry for entry in _table(asked, place, stores) if not _left_out(entry.uri, asked.not_))
+        rows = _table(asked, place, stores)
+        gone = _left_out([entry.uri for entry in rows], asked.not_)
+        yield from (entry for entry in rows if entry.uri not in gone)
         return
     path = asked.path or ""
-    if not _is_glob(path):
-        yield Entry(
-            place, path.rstrip("/") or "/", asked.id or "", asked.weight, asked.density, asked.sha256, asked.version_id
-        )
+    model = Entry(place, path.rstrip("/") or "/", weight=asked.weight, density=asked.density)
+    model = replace(model, file=asked.file, variant=asked.variant)
+    if not asked.is_glob or _exists(path, stores):
+        yield replace(model, id=asked.id or "", sha256=asked.sha256, version_id=asked.version_id, settle=asked.settle)
         return
     matched, checkpoints = _match(path, place, stores, threads)
     if checkpoints:
         notes.append(
             f"{path}: {len(checkpoints)} checkpoint-* folders are not taken as models unless the glob names them"
         )
-    found = [uri for uri in matched if not _left_out(uri, asked.not_)]
+    links = [uri for uri in matched if _is_link(uri)]
+    gone = _left_out(matched, asked.not_) | (set() if asked.links else set(links))
+    found = [uri for uri in matched if uri not in gone]
     if not found:
-        what = f"no folder matches {path}" if not matched else f"`not` leaves out all {len(matched)} matches of {path}"
+        what = f"no folder matches {path}"
+        if matched:
+            what = f"`not` and `links` leave out all {len(matched)} matches of {path}"
         hint = f"name them: {path.rstrip('/')}/checkpoint-*" if checkpoints else "check the path and its permissions"
+        if "[" in path and not matched:
+            hint += "; `[` begins a set of characters: `glob: false` or `[[]` takes it as it is"
         raise InputError(Problem(place, what, hint))
+    if followed := [f"{_last(uri)} to {_real(uri)}" for uri in found if uri in links]:
+        notes.append(f"{path}: {len(followed)} folders are links ({_few(followed)}); `links: false` leaves them out")
     for uri in found:
-        yield Entry(place, uri, weight=asked.weight, density=asked.density, settle=asked.settle)
+        yield replace(model, uri=uri, settle=asked.settle)
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(map(printable, texts[:4])) + ", ..." * (len(texts) > 4)
+
+
+def _exists(path: str, stores: Stores) -> bool:
+    """Return whether there is a folder of that very path, whatever its characters mean in a pattern."""
+    try:
+        listing = stores.of(path).list(path.rstrip("/") or "/")
+    except InputError:  # of a local path: a file, or a folder whose links lead out, which is told when it is read
+        return scheme_of(path) == "local"
+    return bool(listing.files or listing.folders)
+
+
+def _is_link(uri: str) -> bool:
+    return scheme_of(uri) == "local" and os.path.islink(uri.removeprefix("file://"))
 
 
 def _settled(entries: Sequence[Entry], stores: Stores, threads: Executor, waiting: list[str]) -> list[Entry]:
@@ -177,7 +211,7 @@ def _match(path: str, place: str, stores: Stores, threads: Executor) -> tuple[li
     level = [scheme + separator + "/".join(segments[:first]) or ("/" if path.startswith("/") else ".")]
     passed_over: list[str] = []
     for segment in segments[first:]:
-        below = [uri for listing in threads.map(lambda uri: stores.of(uri).list(uri), level) for uri in listing.folders]
+        below = [uri for some in threads.map(lambda uri: stores.of(uri).folders(uri), level) for uri in some]
         matched = [uri for uri in below if fnmatchcase(_last(uri), segment)]
         matched = [uri for uri in matched if segment.startswith(".") or not _last(uri).startswith(".")]
         # A trainer leaves its intermediate states beside the model, in folders that look like models.
@@ -187,13 +221,24 @@ def _match(path: str, place: str, stores: Stores, threads: Executor) -> tuple[li
     return sorted(level), passed_over  # code points sort as their UTF-8 bytes do
 
 
-def _left_out(uri: str, patterns: Sequence[str]) -> bool:
-    """Return whether a pattern matches the path, or as many of its last segments as the pattern has."""
-    segments = uri.split("/")
-    return any(
-        fnmatchcase(uri, pattern) or fnmatchcase("/".join(segments[-pattern.count("/") - 1 :]), pattern)
-        for pattern in (pattern.rstrip("/") for pattern in patterns)
-    )
+def _left_out(uris: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """Return the paths which a pattern matches, or whose last segments do, as many as the pattern has.
+
+    A pattern that is the very path of some, or their last segments, means these alone.
+    """
+    gone: set[str] = set()
+    for pattern in (pattern.rstrip("/") for pattern in patterns):
+        ends = {uri: "/".join(uri.split("/")[-pattern.count("/") - 1 :]) for uri in uris}
+        exact = {uri for uri, end in ends.items() if pattern in (uri, end)}
+        gone |= exact or {uri for uri, end in ends.items() if fnmatchcase(uri, pattern) or fnmatchcase(end, pattern)}
+    return gone
+
+
+def _plain(path: str, stores: Stores) -> str | None:
+    """Return the one folder that a path with `*`, `?` or `[` means: itself, or what it quotes; None for a pattern."""
+    quoted = re.sub(r"\[([][*?])\]", r"\1", path)
+    rest = re.sub(r"\[[][*?]\]", "", path)
+    return path if _exists(path, stores) else None if any(char in rest for char in "*?[") else quoted
 
 
 def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
@@ -226,20 +271,23 @@ def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
             problems += wrong
             continue
         try:
-            model = ModelEntry.model_validate({"weight": asked.weight, "density": asked.density, **given})
+            shared = {"weight": asked.weight, "density": asked.density, "file": asked.file, "variant": asked.variant}
+            model = ModelEntry.model_validate({**shared, **given})
         except ValidationError as error:
             problems += [Problem(f"{table}:{line}", _message(item)) for item in error.errors(include_url=False)]
             continue
-        if model.path is None or _is_glob(model.path):
-            problems.append(Problem(f"{table}:{line}", "has a glob as its path", "write one folder a row"))
-            continue
-        if not leads_from(table, model.path):
-            what = f"names {shown(model.path)}, and a table of {scheme_of(table)}:// may only name what lies there too"
-            problems.append(Problem(f"{table}:{line}", what, "write that model into the recipe"))
-            continue
         place = f"{table}:{line}"
-        path = model.path.rstrip("/")
-        entries.append(Entry(place, path, weight=model.weight, density=model.density, settle=asked.settle))
+        path = (model.path or "").rstrip("/") or "/"
+        if not leads_from(table, path):
+            what = f"names {shown(path)}, and a table of {scheme_of(table)}:// may only name what lies there too"
+            problems.append(Problem(place, what, "write that model into the recipe"))
+            continue
+        plain = _plain(path, stores) if model.is_glob else path
+        if plain is None:
+            problems.append(Problem(place, "has a glob as its path", "write one folder a row; `[[]` stands for `[`"))
+            continue
+        own = Entry(place, plain, weight=model.weight, density=model.density, settle=asked.settle)
+        entries.append(replace(own, file=model.file, variant=model.variant))
     if len(problems) > LINES_SHOWN:
         more = Problem(table, f"and {len(problems) - LINES_SHOWN:,} more problems")
         problems = [*problems[:LINES_SHOWN], more]
@@ -254,6 +302,8 @@ def _repeated(entries: Sequence[Entry]) -> Iterator[Problem]:
         other = first.setdefault(_real(entry.uri), entry)
         if other is not entry and not (entry.id and other.id):
             remedy = "give each an `id` if this is meant" if other.id != BASE else "leave it out: its change is zero"
+            if not entry.id and other.place == entry.place:  # of one glob: one is a link to the other
+                remedy = f"leave one out: `links: false`, or `not: [{_last(entry.uri)}]`"
             yield Problem(entry.place, f"{entry.uri} stands in the recipe twice, first as {other.place}", remedy)
 
 

@@ -49,7 +49,7 @@ def publish_documents(plan: Plan, stores: Stores, result: MergeResult) -> None:
     """Write what stands beside the weights; the file by which a loader finds them comes last."""
     output = plan.recipe.output
     store = stores.of(plan.output)
-    door = output.door(plan.result.files)
+    door = output.door(plan.result.files, plan.library)
     last: bytes | None = None
     for small in plan.catalog.small_files:
         data = output.rewrite(small.name, _read(stores.of(small.pin.uri), small.pin.uri))
@@ -59,7 +59,7 @@ def publish_documents(plan: Plan, stores: Stores, result: MergeResult) -> None:
             store.put(join(plan.output, small.name), data)
     store.put(join(plan.output, "README.md"), card(plan, result).encode())
     store.put(join(plan.output, RECIPE_NAME), _yaml(plan.recipe.model_dump(mode="json", exclude_unset=True)).encode())
-    index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts)
+    index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
     if index and index[0] == door:
         last = index[1]
     elif index:
@@ -86,8 +86,7 @@ def card(plan: Plan, result: MergeResult) -> str:
     front: dict[str, object] = {"base_model": [_short(model.uri) for model in inputs]}
     if len(licences) == 1 and "" not in licences:
         front["license"] = licences.pop()
-    if result.truncation:
-        front["library_name"] = "peft"
+    front["library_name"] = plan.library.name
     front["tags"] = ["merge", "ties-ray", recipe.method.name]
     rows = [_row(model.id, model) for model in inputs]
     lines = [

@@ -180,15 +180,16 @@ def plan_files(recipe: Recipe, catalog: Catalog) -> tuple[OutputFile, ...]:
     """Return the weight files: tensors dealt out in catalog order up to `file_size`, each file in canonical order."""
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
+    library = recipe.output.library(catalog.library)
     for tensor in recipe.output.tensors(catalog.parameters):
         size = tensor_bytes(tensor)
-        if groups[-1] and filled + size > recipe.output.file_size and not recipe.output.one_file:
+        if groups[-1] and filled + size > recipe.output.file_size and library.shards:
             groups.append([])
             filled = 0
         groups[-1].append(tensor)
         filled += size
     return tuple(
-        _plan_file(recipe.output.file_name(number, len(groups)), group) for number, group in enumerate(groups, start=1)
+        _plan_file(library.file_name(number, len(groups)), group) for number, group in enumerate(groups, start=1)
     )
 
 

@@ -18,6 +18,7 @@ from ties_ray.catalog import Catalog, Model
 from ties_ray.errors import Problem, RecipeError
 from ties_ray.kernels import ARITHMETICS
 from ties_ray.layout import COUNTS, MODEL_GROUP, Layout, RoundKind, plan_files
+from ties_ray.libraries import Library
 from ties_ray.methods import Member, Round
 from ties_ray.outputs import OutputFile
 from ties_ray.pool import Refused
@@ -118,6 +119,11 @@ class Plan:
     def result(self) -> PlannedResult:
         """Return the one result a recipe can ask for so far."""
         return self.results[0]
+
+    @property
+    def library(self) -> Library:
+        """Return what opens the output."""
+        return self.recipe.output.library(self.catalog.library)
 
     @property
     def bytes_read(self) -> int:

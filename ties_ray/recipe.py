@@ -16,8 +16,10 @@ from pydantic import (
     Field,
     FiniteFloat,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import InitErrorDetails
@@ -58,13 +60,41 @@ class Strict(BaseModel):
     )
 
 
+class Base(Strict):
+    """The base model. A bare string is its path."""
+
+    path: Uri
+    """Folder."""
+    file: str | None = None
+    """Of several models in the folder, the one with this weight file or index."""
+    variant: str | None = None
+    """Of several models in the folder, the one of this variant: `fp16` of `model.fp16.safetensors`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _to_path(self, write: SerializerFunctionWrapHandler) -> Any:
+        return write(self) if self.file or self.variant else self.path
+
+
 class ModelEntry(Strict):
     """One line of `models`: a path, a glob, or a table of paths. A bare string is a path."""
 
     path: Uri | None = None
     """Folder, or a glob that expands to folders, sorted by the bytes of their paths."""
+    glob: bool = True
+    """False: `*`, `?` and `[` in the path stand for themselves. So they do where a folder of that very path exists."""
+    links: bool = True
+    """False: a glob leaves out folders that are links."""
     table: Uri | None = None
-    """CSV file with the columns path, weight, density (the last two optional)."""
+    """CSV file with the columns path, weight, density, file, variant (all but the first optional)."""
+    file: str | None = None
+    """Of several models in a folder, the one with this weight file or index."""
+    variant: str | None = None
+    """Of several models in a folder, the one of this variant: `fp16` of `model.fp16.safetensors`."""
     id: str | None = None
     """Name of this model: for random methods, and to list one path twice."""
     weight: FiniteFloat = 1.0
@@ -90,12 +120,18 @@ class ModelEntry(Strict):
     def _one_source(self) -> "ModelEntry":
         if (self.path is None) == (self.table is None):
             raise ValueError("give either `path` or `table`")
-        many = self.table is not None or any(char in (self.path or "") for char in "*?[")
-        if not many and (self.not_ or self.at_least or self.settle):
-            raise ValueError("`not`, `at_least` and `settle` belong to a glob or a table")
+        many = self.table is not None or self.is_glob
+        if not many and (self.not_ or self.at_least or self.settle or not self.links):
+            raise ValueError("`not`, `at_least`, `settle` and `links` belong to a glob or a table")
         if many and (self.id or self.sha256 or self.version_id):
-            raise ValueError("`id`, `sha256` and `version_id` name one model, not a glob or a table")
+            hint = " (`glob: false` takes `*`, `?` and `[` as they are)" if self.is_glob else ""
+            raise ValueError(f"`id`, `sha256` and `version_id` name one model, not a glob or a table{hint}")
         return self
+
+    @property
+    def is_glob(self) -> bool:
+        """Whether the path may stand for several folders."""
+        return self.glob and any(char in (self.path or "") for char in "*?[")
 
 
 class Allow(Strict):
@@ -202,7 +238,7 @@ def _by_name(folder: str, key: str, contract: type[BaseModel], value: Any) -> An
 class Recipe(Strict):
     """A whole merge."""
 
-    base: Uri | None = None
+    base: Base | None = None
     """Folder of the model that all others were made from. May be left out where all are adapters and what is written
     is a change too (`kind: adapter` or `delta`): shapes then come from the factors."""
     models: tuple[ModelEntry, ...] = Field(min_length=1)
@@ -410,7 +446,13 @@ def _got(value: object) -> str:
 
 def _known_keys(place: tuple[int | str, ...], data: Json) -> list[str]:
     """Return the keys that may stand at a place of the recipe."""
-    sections: dict[str, type[BaseModel]] = {"models": ModelEntry, "allow": Allow, "bounds": Bounds, "run": Run}
+    sections: dict[str, type[BaseModel]] = {
+        "base": Base,
+        "models": ModelEntry,
+        "allow": Allow,
+        "bounds": Bounds,
+        "run": Run,
+    }
     if not place:
         section: type[BaseModel] = Recipe
     elif place[0] == "method":

@@ -95,7 +95,7 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
         with suppress(InputError):
             stored = Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
             plans += [stored] if stored else []
-    doors = sorted({plan.recipe.output.door(plan.result.files) for plan in plans})
+    doors = sorted({plan.recipe.output.door(plan.result.files, plan.library) for plan in plans})
     weights = sorted({file.name for plan in plans for file in plan.result.files})
     for name in (RESULT_NAME, SUMS_NAME, *doors, *weights):
         store.delete(join(output, name))

@@ -43,6 +43,7 @@ from ties_ray.kernels import (
     state_dtypes,
 )
 from ties_ray.kernels.definition import Definition
+from ties_ray.libraries import Library
 from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
 from ties_ray.outputs import Output, OutputFile, Placed
 from ties_ray.statistics import kept_count
@@ -1179,8 +1180,9 @@ class OutputContract:
             assert tensor.origin != "base" or (tensor.dtype == source.dtype and output.reads_base)
 
     def test_weight_files_have_names_of_their_own(self, output: Output) -> None:
-        for count in (1,) if output.one_file else (1, 2, 3):
-            names = [output.file_name(number, count) for number in range(1, count + 1)]
+        library = output.library(Library())
+        for count in (1, 2, 3) if library.shards else (1,):
+            names = [library.file_name(number, count) for number in range(1, count + 1)]
             assert len(set(names)) == count
             assert all(name.endswith(".safetensors") and "/" not in name for name in names)
 
@@ -1188,12 +1190,13 @@ class OutputContract:
     def test_a_loader_finds_every_file_through_the_door(
         self, output: Output, parameters: tuple[Parameter, ...], count: int
     ) -> None:
-        groups = [[tensor] for tensor in output.tensors(parameters)[: 1 if output.one_file else count]]
+        library = output.library(Library())
+        groups = [[tensor] for tensor in output.tensors(parameters)[: count if library.shards else 1]]
         files = tuple(
-            OutputFile(output.file_name(number, len(groups)), "{}", (Placed(tensor, 0, 8),), 8)
+            OutputFile(library.file_name(number, len(groups)), "{}", (Placed(tensor, 0, 8),), 8)
             for number, (tensor,) in enumerate(groups, start=1)
         )
-        door, index = output.door(files), output.index(files, parameters, {})
+        door, index = output.door(files, library), output.index(files, parameters, {}, library)
         assert door
         assert door not in {file.name for file in files}
         if index is not None:

@@ -15,7 +15,8 @@ from tests.adapters import make_pool
 from ties_ray import drive
 from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors
-from ties_ray.outputs.adapter import Adapter
+from ties_ray.libraries import TRANSFORMERS
+from ties_ray.outputs.adapter import PEFT, Adapter
 from ties_ray.recipe import validate
 from ties_ray.report import MergeResult
 from ties_ray.stores import Stores
@@ -59,8 +60,8 @@ def written(adapter: Adapter, folder: Path, parameters: list[Parameter], changes
         tensor.name: adapter.assemble(tensor, known[tensor.parameter], scratch[tensor.parameter]).reshape(tensor.shape)
         for tensor in adapter.tensors(parameters)
     }
-    save_file(tensors, folder / adapter.file_name(1, 1), {"format": "pt"})
-    name, data = adapter.index((), parameters, {"task_type": "CAUSAL_LM", "base_name": "tests/base"})
+    save_file(tensors, folder / adapter.library(TRANSFORMERS).file_name(1, 1), {"format": "pt"})
+    name, data = adapter.index((), parameters, {"task_type": "CAUSAL_LM", "base_name": "tests/base"}, PEFT)
     (folder / name).write_bytes(data)
     return folder
 
@@ -160,14 +161,14 @@ def test_auto_takes_the_smallest_rank_that_keeps_enough_over_all_modules() -> No
 
 def test_the_config_is_what_serving_engines_read() -> None:
     parameters = [*MATRICES, Parameter("net.3.to_out.0.weight", (9, 9), "F32", True)]
-    name, data = Adapter(path="/out", rank=16).index((), parameters, {"base": "s3://models/base"})
+    name, data = Adapter(path="/out", rank=16).index((), parameters, {"base": "s3://models/base"}, PEFT)
     config = json.loads(data)
     assert name == "adapter_config.json"
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 16, 16, "none")
     assert config["target_modules"] == ["embed_tokens", "k_proj", "layers.0.q_proj", "to_out.0"]
     assert (config["base_model_name_or_path"], config["task_type"]) == ("s3://models/base", None)
     assert not any(config[key] for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"))
-    named = Adapter(path="/out").index((), parameters, {"base": "s3://models/base", "base_name": "meta/llama"})
+    named = Adapter(path="/out").index((), parameters, {"base": "s3://models/base", "base_name": "meta/llama"}, PEFT)
     assert json.loads(named[1])["base_model_name_or_path"] == "meta/llama"
 
 

@@ -6,7 +6,7 @@ import torch
 from ties_ray.formats import Parameter
 from ties_ray.kernels import load
 from ties_ray.outputs import OutputFile, Placed
-from ties_ray.outputs.delta import Delta
+from ties_ray.outputs.delta import LIBRARY, Delta
 from ties_ray.testing import OutputContract, same_bits
 
 
@@ -52,9 +52,9 @@ def test_a_change_that_is_not_a_number_is_counted() -> None:
 def test_one_file_has_an_index_too() -> None:
     delta = Delta(path="/out")
     (tensor,) = delta.tensors([Parameter("a.weight", (4, 6), "BF16", True)])
-    files = (OutputFile(delta.file_name(1, 1), "{}", (Placed(tensor, 8, 104),), 104),)
-    name, data = delta.index(files, (), {})
-    assert name == delta.door(files) == "delta.safetensors.index.json"
+    files = (OutputFile(LIBRARY.file_name(1, 1), "{}", (Placed(tensor, 8, 104),), 104),)
+    name, data = delta.index(files, (), {}, LIBRARY)
+    assert name == delta.door(files, LIBRARY) == "delta.safetensors.index.json"
     assert json.loads(data) == {
         "metadata": {"total_size": 96}, "weight_map": {"a.weight": "delta.safetensors"},
     }  # fmt: skip

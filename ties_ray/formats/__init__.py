@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
+from ties_ray.libraries import TRANSFORMERS, Library
 from ties_ray.safetensors import Header
 from ties_ray.stores import Pin
 
@@ -139,6 +140,8 @@ class Folder:
     """Small files by name."""
     answers: Mapping[Question, bool] = field(default_factory=dict)
     """To what the format has asked; True: the bytes are the same."""
+    chosen: str = ""
+    """The candidate that the recipe chooses (`candidates.Candidate.name`); what belongs to others is not in `files`."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ class Found:
     """By base parameter, where the format knows it and it is not `linear`."""
     called: Mapping[str, str] = field(default_factory=dict)
     """By base parameter, what the model calls it where that differs: checkpoints may lack a prefix."""
+    library: Library = TRANSFORMERS
+    """What opens a model that is stored so."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What a report or an output may want to know of the model: `base_name` (the base it says it was trained on),
     `task_type`, `rank`, `scale`, ..."""

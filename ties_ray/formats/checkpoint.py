@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ties_ray.candidates import ADAPTER, STEMS, Candidate, candidates, is_index, is_weights, listed, usual
+from ties_ray.downloads import unfinished
 from ties_ray.errors import Problem, printable
 from ties_ray.formats import Folder, Format, Found, Parameter, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded
+from ties_ray.libraries import CONFIGS, library_of
 from ties_ray.safetensors import COPYABLE, DTYPE_BITS, MERGEABLE
 from ties_ray.stores import join
 
@@ -14,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = ".safetensors.index.json"
+CHOOSE = "`file: {name}` beside its `path` chooses it"
+"""What a recipe may do where a folder holds several models."""
 
 _DECODERS = (
     "model", "model.decoder", "model.language_model", "language_model.model",
@@ -67,16 +71,22 @@ class Checkpoint(Format):
     name = "checkpoint"
 
     def recognises(self, names: Sequence[str]) -> bool:
-        """Return whether there are safetensors files that are not an adapter's."""
-        adapter = "adapter_config.json" in names or "adapter_model.safetensors" in names
-        return not adapter and any(_is_weights(name) or name.endswith(INDEX) for name in names)
+        """Return whether there are safetensors files that are not an adapter's.
+
+        A whole model stays one beside an `adapter_config.json` that somebody left there.
+        """
+        whole = [one for one in candidates(names) if one.stem != ADAPTER]
+        adapter = "adapter_config.json" in names
+        return f"{ADAPTER}.safetensors" not in names and any(one.stem in STEMS or not adapter for one in whole)
 
     def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return all safetensors files, and the index and config."""
-        return (
-            tuple(name for name in names if _is_weights(name)),
-            tuple(name for name in names if name == CONFIG or name.endswith(INDEX)),
-        )
+        """Return the weights and texts of the model; all weights, where an index says which are the model's."""
+        every = candidates(names)
+        usually = usual(every)
+        weights = usually.files if usually else ()
+        if usually.index if usually else any(one.index for one in every):
+            weights = tuple(name for name in names if is_weights(name))
+        return weights, tuple(name for name in names if name in CONFIGS or is_index(name))
 
     def weight_files(self, folder: Folder) -> tuple[str, ...]:
         """Return the files that the index names, or the one file; none where that is unclear."""
@@ -93,7 +103,8 @@ class Checkpoint(Format):
             what = "is quantised (it has a quantization_config)"
             problems.append(Problem(join(folder.uri, CONFIG), what, "give the unquantised model, or dequantise it"))
         names = _weight_files(folder, problems, notes)
-        pins = {pin.uri.rpartition("/")[2]: pin for pin in folder.files}
+        library = library_of([_name(pin.uri) for pin in folder.files], names, config)
+        pins = {_name(pin.uri): pin for pin in folder.files}
         objects = tuple(pins[name] for name in names)
         stored = _stored(folder, names, problems)
         if not problems:
@@ -104,7 +115,8 @@ class Checkpoint(Format):
             longer = checked.extra_rows
         if problems:
             return Found(problems=tuple(problems))
-        return Found(objects, sources, (), tuple(f"{folder.uri}: {note}" for note in notes), longer)
+        found = Found(objects, sources, (), tuple(f"{folder.uri}: {note}" for note in notes), longer)
+        return replace(found, library=library)
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
         """Return the one range of the elements; none where there are no elements."""
@@ -254,28 +266,48 @@ def _setting(config: Mapping[str, Any], key: str, default: object) -> object:
 
 def _weight_files(folder: Folder, problems: list[Problem], notes: list[str]) -> list[str]:
     """Return the files that hold the weights, sorted; check the index, where there is one, against their headers."""
-    names = [pin.uri.rpartition("/")[2] for pin in folder.files]
-    weights = [name for name in names if _is_weights(name)]
-    indices = [name for name in names if name.endswith(INDEX)]
-    index = SINGLE + ".index.json" if SINGLE + ".index.json" in indices else "".join(indices[:1])
-    if len(indices) > 1 and index != SINGLE + ".index.json":
-        problems.append(Problem(folder.uri, f"has several indices: {_listed(indices)}", "keep one of them"))
+    names = [_name(pin.uri) for pin in folder.files]
+    every = candidates(names)
+    model = next((one for one in every if one.name == folder.chosen), None) or usual(every)
+    weights = [name for name in names if is_weights(name)]
+    if model is None:
+        what = f"holds {len(every)} models: {listed(every)}"
+        problems.append(Problem(folder.uri, what, CHOOSE.format(name=every[0].name), "candidates"))
         return []
-    if index:
-        used = _indexed_files(folder, index, weights, problems)
-        if SINGLE in weights and SINGLE not in used and not problems:
-            what = f"has both {SINGLE} and {index}, which does not name it"
-            problems.append(Problem(folder.uri, what, "remove the one that is not the model"))
-    elif SINGLE in weights or len(weights) == 1:
-        used = [SINGLE] if SINGLE in weights else weights
+    if model.index:
+        used = _indexed_files(folder, model.index, weights, problems)
+        single = f"{model.stem}.safetensors"
+        if single in weights and single not in used and not folder.chosen and not problems:
+            what = f"has both {single} and {model.index}, which does not name it"
+            remedy = f"remove the one that is not the model, or choose: {CHOOSE.format(name=model.index)}"
+            problems.append(Problem(folder.uri, what, remedy, "candidates"))
     else:
-        what = f"has {len(weights)} safetensors files and no index: {_listed(weights)}"
-        problems.append(Problem(folder.uri, what, f"save it again with save_pretrained, or keep only {SINGLE}"))
-        return []
+        used = list(model.files)
+        _check_shards(folder, model, names, problems)
     aside = [name for name in weights if name not in used]
-    if aside:
-        notes.append(f"left aside, not part of the model: {_listed(aside)}")
+    if aside and not problems:
+        notes.append(f"left aside, not part of the model: {_listed(aside)} ({CHOOSE.format(name=aside[0])})")
+    left = [name for name in ("adapter_config.json", "adapter_model.bin") if name in names]
+    if left:
+        notes.append(f"is a whole model; left aside, as of an adapter: {', '.join(left)}")
     return used
+
+
+def _check_shards(folder: Folder, model: Candidate, names: Collection[str], problems: list[Problem]) -> None:
+    """Add a problem where shards have lost their index, or the index its shards."""
+    if model.missing:
+        what = f"lacks {len(model.missing)} of {model.count} shards: {_listed(model.missing)}"
+        problems.append(Problem(folder.uri, what, _completing(model.missing, names)))
+    elif model.count > 1 and not folder.chosen:
+        what = f"has {model.count} shards and no index that says they belong together: {_listed(model.files)}"
+        remedy = f"download the index too, or read these shards as they are: {CHOOSE.format(name=model.files[0])}"
+        problems.append(Problem(folder.uri, what, remedy))
+
+
+def _completing(missing: Sequence[str], names: Collection[str]) -> str:
+    """Return the remedy for files that are not there; it names what an unfinished download has left of them."""
+    left = [part for name in missing if (part := unfinished(name, names))]
+    return f"complete the download or upload{f' ({_listed(left)} is not finished)' if left else ''}"
 
 
 def _indexed_files(folder: Folder, index: str, weights: Collection[str], problems: list[Problem]) -> list[str]:
@@ -296,7 +328,7 @@ def _indexed_files(folder: Folder, index: str, weights: Collection[str], problem
     missing = [file for file in files if file not in weights and file not in outside]
     if missing:
         what = f"names {len(missing)} files that are not there: {_listed(missing)}"
-        problems.append(Problem(where, what, "complete the download or upload"))
+        problems.append(Problem(where, what, _completing(missing, [_name(pin.uri) for pin in folder.files])))
     used = [file for file in files if file in weights]
     absent = [name for name, file in weight_map.items() if file in used and name not in folder.headers[file].tensors]
     if absent:
@@ -336,8 +368,8 @@ def _object(folder: Folder, name: str, problems: list[Problem]) -> Mapping[str, 
     return value
 
 
-def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and not name.startswith(".")
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]
 
 
 def _shapes(names: Sequence[str], kept: Mapping[str, TensorRef], base: Mapping[str, Parameter]) -> str:

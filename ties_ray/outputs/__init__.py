@@ -16,6 +16,7 @@ from ties_ray import plugins
 from ties_ray.errors import Problem
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Factors, Kernels
+from ties_ray.libraries import Library
 from ties_ray.stores import Uri
 
 if TYPE_CHECKING:
@@ -111,15 +112,11 @@ class Output(BaseModel, ABC):
     files_from: str = "base"
     """Which input gives config, tokenizer and chat template: `base`, or a model's id or path."""
 
-    opened_by: ClassVar[str] = ""
-    """A line of Python that opens it; `{output}` stands for the folder."""
     reads_base: ClassVar[bool] = True
     """Whether `values` uses the base: if not, and no model needs it either, a recipe may leave the base out."""
     condenses: ClassVar[bool] = False
     """Whether matrices are condensed in a round of their own, one a shard, into scratch; then all tensors come from
     there, and `ranks`, `condense`, `combine`, `choose` and `assemble` are used."""
-    one_file: ClassVar[bool] = False
-    """Whether loaders look for a single weight file, so that `file_size` does not apply."""
 
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return why these parameters can't be written as this kind."""
@@ -138,12 +135,14 @@ class Output(BaseModel, ABC):
         """
 
     @abstractmethod
-    def file_name(self, number: int, count: int) -> str:
-        """Return the name of weight file `number` (from 1) of `count`."""
+    def library(self, inputs: Library) -> Library:
+        """Return what opens the output, and how it calls and divides the weight files; `inputs`: what opens the input
+        that `files_from` names.
+        """
 
     @abstractmethod
     def index(
-        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes] | None:
         """Return name and content of what leads a loader to the weights (an index, a config), if it needs one.
 
@@ -156,7 +155,7 @@ class Output(BaseModel, ABC):
         """Return what a small file of `files_from` becomes in the output; None leaves it out."""
 
     @abstractmethod
-    def door(self, files: Sequence[OutputFile]) -> str:
+    def door(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the file by which a loader finds the weights; it is published last, before the result record."""
 
     # -- kinds that condense

@@ -18,13 +18,14 @@ from pydantic import Field
 from ties_ray.errors import Problem
 from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors, Kernels
+from ties_ray.libraries import Library
 from ties_ray.outputs import DTYPES, Condensed, Output, OutputFile, OutputTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PEFT = Library("peft", "adapter_model", CONFIG, 'peft: PeftModel.from_pretrained(base_model, "{output}")', shards=False)
 PREFIX = "base_model.model."
 KEYS: dict[Kind, tuple[str, str]] = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
@@ -54,10 +55,8 @@ class Adapter(Output):
     max_rank: int = Field(default=256, ge=SMALLEST)
     """For auto: the largest rank, taken where none keeps enough."""
 
-    opened_by = 'peft: PeftModel.from_pretrained(base_model, "{output}")'
     reads_base = False
     condenses = True
-    one_file = True
 
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return which changed parameters have no place in an adapter, and that layouts are mixed."""
@@ -89,12 +88,12 @@ class Adapter(Output):
         """Not called: every tensor comes from scratch."""
         raise NotImplementedError
 
-    def file_name(self, number: int, count: int) -> str:
-        """Return the one name that PEFT and serving engines look for."""
-        return WEIGHTS
+    def library(self, inputs: Library) -> Library:
+        """Return PEFT: it and serving engines look for one file."""
+        return PEFT
 
     def index(
-        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes]:
         """Return the config: what PEFT writes for a plain LoRA, less what says nothing."""
         changed = _changed(parameters)
@@ -122,7 +121,7 @@ class Adapter(Output):
         """Leave out what belongs to a whole model."""
         return None
 
-    def door(self, files: Sequence[OutputFile]) -> str:
+    def door(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the config."""
         return CONFIG
 

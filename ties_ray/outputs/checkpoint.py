@@ -2,24 +2,21 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
+from ties_ray.libraries import Library
 from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor, weight_map
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint(Output):
     """All parameters of the base, merged or copied."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-
-    opened_by: ClassVar[str] = 'transformers: AutoModel.from_pretrained("{output}")'
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return every base parameter; only merged ones change their dtype."""
@@ -39,15 +36,15 @@ class Checkpoint(Output):
         """Write base + merged, rounded once."""
         return kernels.apply(base, merged, out)
 
-    def file_name(self, number: int, count: int) -> str:
-        """Return the name that transformers looks for."""
-        return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    def library(self, inputs: Library) -> Library:
+        """Return the inputs' own."""
+        return inputs
 
     def index(
-        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes] | None:
         """Return the map from tensor to file."""
-        return None if len(files) == 1 else (INDEX, weight_map(files))
+        return None if len(files) == 1 else (library.index, weight_map(files))
 
     def rewrite(self, name: str, data: bytes) -> bytes | None:
         """Return the file as it is, but for the dtype that config.json names."""
@@ -59,6 +56,6 @@ class Checkpoint(Output):
             config[key] = self.dtype
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def door(self, files: Sequence[OutputFile]) -> str:
+    def door(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index, or the config where there is one weight file."""
-        return "config.json" if len(files) == 1 else INDEX
+        return library.config if len(files) == 1 else library.index

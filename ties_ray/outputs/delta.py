@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
+from ties_ray.libraries import Library
 from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor, weight_map
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "delta.safetensors.index.json"
+LIBRARY = Library("safetensors", "delta", opened_by='safetensors.torch: load_file("{output}/delta.safetensors")')
 TILE = 65_536
 """Elements written at a time, so that the zeros they are added to stay in the cache."""
 
@@ -22,7 +23,6 @@ class Delta(Output):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
     """Of the tensors."""
 
-    opened_by = 'safetensors.torch: load_file("{output}/delta.safetensors")'
     reads_base = False
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
@@ -43,20 +43,20 @@ class Delta(Output):
             overflow += kernels.apply(zeros[: len(tile)], tile, out[start : start + size])
         return overflow
 
-    def file_name(self, number: int, count: int) -> str:
-        """Return a name that no loader takes for a model's."""
-        return "delta.safetensors" if count == 1 else f"delta-{number:05d}-of-{count:05d}.safetensors"
+    def library(self, inputs: Library) -> Library:
+        """Return names that no loader takes for a model's."""
+        return LIBRARY
 
     def index(
-        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes]:
         """Return the map from tensor to file, also where there is one file: it is the door."""
-        return INDEX, weight_map(files)
+        return library.index, weight_map(files)
 
     def rewrite(self, name: str, data: bytes) -> bytes | None:
         """Leave out what belongs to a whole model."""
         return None
 
-    def door(self, files: Sequence[OutputFile]) -> str:
+    def door(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index."""
-        return INDEX
+        return library.index

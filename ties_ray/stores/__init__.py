@@ -113,6 +113,10 @@ class Store(ABC):
     def list(self, uri: str) -> Listing:
         """Return what lies directly in the folder `uri` (empty where there is nothing)."""
 
+    def folders(self, uri: str) -> tuple[str, ...]:
+        """Return the folders in a folder, as `list` does, whatever its files are."""
+        return self.list(uri).folders
+
     def newest(self, uri: str) -> float | None:
         """Return when the newest file directly in the folder was written (seconds since 1970, by the store's clock).
 

@@ -86,6 +86,16 @@ class Local(Store):
             tuple(sorted(files, key=lambda pin: os.fsencode(pin.uri))), tuple(sorted(folders, key=os.fsencode))
         )
 
+    def folders(self, uri: str) -> tuple[str, ...]:
+        """Return the folders, and links that lead nowhere: they may have led to folders."""
+        with _explained(uri, "list"), suppress(FileNotFoundError):
+            entries = list(os.scandir(_path(uri)))
+            for entry in entries:
+                _demand_utf8(uri, entry.name)
+            found = [entry.name for entry in entries if entry.is_dir() or not os.path.exists(entry)]
+            return tuple(sorted((join(uri, name) for name in found), key=os.fsencode))
+        return ()
+
     def newest(self, uri: str) -> float | None:
         """Return the newest modification time."""
         with _explained(uri, "list"), suppress(FileNotFoundError):

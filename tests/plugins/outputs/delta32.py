@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
+from ties_ray.libraries import Library
 from ties_ray.outputs import Output, OutputFile, OutputTensor
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ class Delta32(Output):
         out.copy_(merged)
         return int((merged.isfinite() & ~out.isfinite()).sum())
 
-    def file_name(self, number: int, count: int) -> str:
-        return f"delta-{number:05d}.safetensors"
+    def library(self, inputs: Library) -> Library:
+        return Library("safetensors", "delta")
 
     def index(
-        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str]
+        self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes]:
         weight_map = {placed.tensor.name: file.name for file in files for placed in file.tensors}
         return "delta.json", json.dumps({"weight_map": weight_map}).encode()
@@ -42,5 +43,5 @@ class Delta32(Output):
     def rewrite(self, name: str, data: bytes) -> bytes | None:
         return None
 
-    def door(self, files: Sequence[OutputFile]) -> str:
+    def door(self, files: Sequence[OutputFile], library: Library) -> str:
         return "delta.json"

@@ -1,0 +1,71 @@
+"""The library that opens a folder of weights, and the file names that it looks for."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+CONFIG = "config.json"
+MODEL_INDEX = "model_index.json"
+"""At the root of a diffusers pipeline."""
+CONFIGS = (CONFIG, "open_clip_config.json", "params.json")
+"""Files that say how a model is built; a library opens no weights without its own."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """How a library stores a model."""
+
+    name: str = "transformers"
+    """As the hub's `library_name` calls it."""
+    stem: str = "model"
+    """Its weights are in `<stem>.safetensors`, or in shards `<stem>-00001-of-00002.safetensors` under an index."""
+    config: str = CONFIG
+    """Without this file it opens nothing."""
+    opened_by: str = 'transformers: AutoModel.from_pretrained("{output}")'
+    """A line of Python that opens a folder; `{output}` stands for it."""
+    shards: bool = True
+    """Whether it opens shards; if not, there is one file, of any size."""
+
+    def file_name(self, number: int, count: int) -> str:
+        """Return the name of weight file `number` (from 1) of `count`."""
+        return f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """Return the name of the index of several weight files."""
+        return f"{self.stem}.safetensors.index.json"
+
+
+TRANSFORMERS = Library()
+TENSORS = Library("safetensors", opened_by='safetensors.torch: load_file("{output}/model.safetensors")')
+"""Weights alone, of which nothing says how they are put together."""
+
+
+def library_of(names: Collection[str], weights: Sequence[str], config: Mapping[str, object]) -> Library:
+    """Return what opens a folder.
+
+    names: its files. weights: those that are the model's. config: the content of config.json.
+    """
+    stem = weights[0].partition(".")[0].partition("-0")[0] if weights else "model"
+    kind = config.get("_class_name")
+    if isinstance(kind, str) and kind.isidentifier() and "_diffusers_version" in config:
+        line = f'diffusers: {kind}.from_pretrained("{{output}}")'
+        return Library("diffusers", "diffusion_pytorch_model", CONFIG, line)
+    if stem in ("open_clip_model", "open_clip_pytorch_model"):
+        line = 'open_clip: open_clip.create_model_and_transforms("local-dir:{output}")'
+        return Library("open_clip", "open_clip_model", "open_clip_config.json", line, shards=False)
+    if stem == "consolidated":
+        one = len(weights) == 1  # which Mistral's own library wants
+        line = (
+            'mistral_inference: Transformer.from_folder("{output}")'
+            if one
+            else "vllm serve {output} --load-format mistral"
+        )
+        return Library("mistral-common", "consolidated", "params.json", line, shards=not one)
+    if CONFIG not in names:
+        return TENSORS
+    if "pretrained_cfg" in config or ("architecture" in config and "num_classes" in config):
+        line = 'timm: timm.create_model("local-dir:{output}", pretrained=True)'
+        return Library("timm", "model", CONFIG, line, shards=False)
+    if "modules.json" in names:
+        return Library("sentence-transformers", opened_by='sentence_transformers: SentenceTransformer("{output}")')
+    return TRANSFORMERS
