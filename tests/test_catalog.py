@@ -215,7 +215,7 @@ def test_a_table_gives_paths_weights_and_densities(stores: Stores, store: Store,
         (b"path,weight\n/m,heavy\nmemory://n,1\n/o,nan\n", ":2: weight: .*\n.*:4: weight: "),
         (b"path,density\n/m,1.5\n", ":2: density: .*less than or equal to 1"),
         (b"path,weight\n,1\n", ":2: give either `path` or"),
-        (b"path\n/m-*\n", ":2: has a glob"),
+        (b"path\nmemory://m-*\n", ":2: has a glob"),
         (b"\xff\xfe", "is not a CSV file in UTF-8"),
     ],
 )

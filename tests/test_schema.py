@@ -57,6 +57,8 @@ def test_every_method_is_in_the_schema_short_and_long(validator: Any, name: str)
         ("output.file_size", "5GB"),
         ("output.file_size", 5_000_000),
         ("models", ["m", {"path": "n", "weight": 0.5}, {"table": "pool.csv"}]),
+        ("base", {"path": "b", "file": "model.safetensors"}),
+        ("models", [{"path": "m[1]", "glob": False, "variant": "fp16"}]),
         ("method.lambda", 0.5),
         ("storage.s3.endpoint_url", "https://minio:9000"),
         ("run.executor", "local"),

@@ -78,6 +78,7 @@ def recipe_schema() -> Json:
     }
     path = {"type": "string", "description": "A folder, or a glob that means folders."}
     fields["models"]["items"] = {"oneOf": [path, fields["models"]["items"]]}
+    fields["base"]["anyOf"].insert(0, {"type": "string", "description": "A folder."})
     fields["storage"]["properties"] = {name: reference(model) for name, model in options.items()}
     for unused in ("Method", "Output"):
         definitions.pop(unused, None)
