@@ -24,7 +24,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("key", HOSTILE, ids=lambda key: key[:20])
-def test_a_hostile_key_takes_no_longer_than_the_steps_allow(key: str) -> None:
+def test_a_hostile_key_takes_no_longer_than_is_allowed(key: str) -> None:
     began = time.monotonic()
     for path in ("model." + "a" * 40, "a" * 200, "a." * 2000):
         with suppress(UnfitKey):
@@ -34,12 +34,19 @@ def test_a_hostile_key_takes_no_longer_than_the_steps_allow(key: str) -> None:
 
 @pytest.mark.parametrize(
     "key", ["(?i)a", "(?x)a", "a(?i:b)", "(?x:a)", "(?=a)", "(?<!a)b", "(a)\\1", "(?P<n>a)(?P=n)", "(?>a)", "a*+",
-            "\\bq", "(", "a)(b", "*", "[", "a{2,1}", "(?(1)a|b)", "(?L)a", "(?s:.)", "(?-i:a)", "x" * (MAX_KEY + 1)],
+            "\\bq", "a\\Z", "a{,2}", "[[:alpha:]]", "(", "a)(b", "*", "[", "a{2,1}", "(?(1)a|b)", "(?L)a", "(?s:.)",
+            "(?-i:a)", "x" * (MAX_KEY + 1)],
 )  # fmt: skip
 def test_what_is_not_matched_here_is_refused_and_shown(key: str) -> None:
     with pytest.raises(UnfitKey) as raised:
         resolve({key: 1}, ["model.q"])
     assert str(raised.value) == key
+
+
+def test_a_class_of_characters_is_refused_for_a_path_with_other_letters() -> None:
+    assert resolve({r"q\d+": 1}, ["model.q1"]) == {"model.q1": 1}
+    with pytest.raises(UnfitKey):
+        resolve({r"q\d+": 1}, ["model.q\u0663"])
 
 
 def test_the_first_key_in_the_configs_order_counts() -> None:
@@ -67,20 +74,17 @@ def test_an_entry_for_each_of_many_modules_is_looked_up_at_once() -> None:
     assert time.monotonic() - began < 20
 
 
-TEXT = st.text(st.sampled_from("ab.10_\u00e9\u0663 -"), max_size=9)
+TEXT = st.text(st.sampled_from("ab.10_ -"), max_size=9)
 CLASS = st.sampled_from(
     ["[ab]", "[^a.]", "[0-9]", r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", r"[\d.]", r"[^\w]", ".", r"\."]
 )
 ATOM = CLASS | st.sampled_from(["a", "b", "1", ".", "_", "\u00e9", "-", " "])
-TIMES = ["*", "+", "?", "*?", "+?", "??", "{2}", "{1,3}", "{,2}", "{0}"]
 KEY = st.recursive(
-    ATOM | st.sampled_from(["^", "$", r"\A", r"\Z", ""]),
+    ATOM | st.sampled_from(["^", "$", r"\A", ""]),
     lambda inner: st.one_of(
         st.lists(inner, max_size=4).map("".join),
         st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"({'|'.join(parts)})"),
-        st.builds(
-            "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "*?", "+?", "??", "{2}", "{1,3}", "{,2}", "{0}"])
-        ),
+        st.builds("(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "*?", "+?", "??", "{2}", "{1,3}", "{0}"])),
     ),
     max_leaves=8,
 )
