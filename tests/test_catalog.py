@@ -358,7 +358,7 @@ def test_the_output_takes_small_files_from_the_input_that_is_named(stores: Store
     assert [file.name for file in catalog.small_files] == [
         "LICENSE", "config.json", "modeling_x.py", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    assert f"not taken over from {root}/base: training_args.bin, onnx/" in catalog.notes
+    assert f"not taken over from {root}/base: onnx/, training_args.bin" in catalog.notes
     for named in ("0", f"{root}/m"):
         recipe = recipe_of(root, "m", output={"path": f"{root}-out", "files_from": named})
         assert "chat_template.jinja" in [file.name for file in read_catalog(recipe, stores).small_files]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray import answers, plugins, pool, tokenizers
+from ties_ray import answers, plugins, pool, smallfiles, tokenizers
 from ties_ray.candidates import Candidate, candidates, choose, is_weights, listed, others
 from ties_ray.downloads import SNIFFED, UNFINISHED, mistaken, unfinished
 from ties_ray.errors import InputError, Problem, RecipeError, printable
@@ -19,21 +19,15 @@ from ties_ray.expand import BASE, Entry, expand
 from ties_ray.foreign import problem as foreign_problem
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
 from ties_ray.libraries import MODEL_INDEX, TRANSFORMERS, Library
+from ties_ray.loaders import CARD_NAME, role
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
+from ties_ray.smallfiles import SmallFile
 from ties_ray.stores import Listing, Pin, Store, Stores, absolute, join, scheme_of, shown
 from ties_ray.tokenizers import Tokenizer, check_common_ids
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class SmallFile:
-    """A file beside the weights that the output may take over (config, tokenizer, chat template, licence)."""
-
-    name: str
-    pin: Pin
 
 
 @dataclass(frozen=True)
@@ -107,32 +101,19 @@ COMPARED_BYTES = 16 * 2**20
 """Read to compare tensors without a note that says so."""
 README_BYTES = 64 * 2**10
 """Fetched of a README, for its front matter."""
-SMALL_FILE_BYTES = 256 * 2**20
-"""Largest file that the output takes over."""
 HASH_BYTES = 16 * 2**20
 """Read at a time where a SHA-256 is verified."""
 THREADS = 32
 """Requests in flight; what is waited for is the storage's latency."""
 
-README = "README.md"
+README = CARD_NAME
 
-_TAKEN = (
-    "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "tekken.json", "*.model", "*processor*.json", "image_*config.json",
-    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*.py",
-    "LICENSE*", "LICENCE*", "license*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""What the output takes over from the input that `files_from` names."""
-_LEFT = (".*", "README*", "*.safetensors", "*.safetensors.index.json")
-"""What it does not take, as everybody expects; anything else left aside is a note."""
 _PICKLES = ("holds its weights as pickles, which can run code when opened", "save it as safetensors (save_pretrained)")
 _FOREIGN = {
     "*.gguf": ("holds GGUF files, which are made for inference", "give the original safetensors checkpoint"),
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), _PICKLES),
 }
 """What is wrong with a folder of no known format, and the remedy, by the first pattern that a file of it matches."""
-_TRAINING = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "random_states*")
-"""Pickles that a trainer leaves beside the weights."""
 _TRAINED = {
     "pytorch_model_fsdp_*": (
         "holds the sharded state of a training with FSDP",
@@ -210,7 +191,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         raise InputError(wrong + pins_wrong)
 
     files_from = _files_from(recipe, entries, refused) if recipe.output.reads_base else ""
-    taken, aside = _small_files(folders[files_from][0], stores, threads) if files_from else ((), [])
+    taken, aside = _small_files(folders, files_from, models, stores, threads) if files_from else ((), ())
     same: dict[Hashable, dict[str, Source]] = {}
     inputs = [_model(*folders[entry.id], read[entry.id].found, same) for entry in entries]
     notes = [
@@ -410,7 +391,7 @@ def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
     if MODEL_INDEX in names:
         return _pipeline(where, listing, store)
     for pattern, (what, remedy) in _FOREIGN.items():
-        if own := [name for name in fnmatch.filter(names, pattern) if not _matches(name, _TRAINING)]:
+        if own := [name for name in fnmatch.filter(names, pattern) if role(name) != "training"]:
             return Problem(where, f"{what} ({_few(own)})", remedy)
     for pattern, (what, remedy) in _TRAINED.items():
         if own := fnmatch.filter([*names, *folders], pattern):
@@ -462,7 +443,7 @@ def _is_file(uri: str, store: Store) -> bool:
 
 def _header(store: Store, listed: Pin) -> tuple[Pin, Header]:
     """Return a weight file's full pin and header."""
-    pin, head = _head(store, listed.uri, HEAD_BYTES)
+    pin, head = store.head_listed(listed, HEAD_BYTES)
     where = shown(pin.uri)
     if head[8:9] != b"{" and (other := mistaken(head[:SNIFFED], pin.size)):
         raise InputError(Problem(where, *other, "download"))
@@ -476,7 +457,7 @@ def _header(store: Store, listed: Pin) -> tuple[Pin, Header]:
 
 
 def _text(store: Store, listed: Pin) -> tuple[Pin, bytes]:
-    pin, data = _head(store, listed.uri, TEXT_BYTES)
+    pin, data = store.head_listed(listed, TEXT_BYTES)
     if pin.size > TEXT_BYTES:
         what = f"has {pin.size:,} bytes, and at most {TEXT_BYTES:,} were expected"
         raise InputError(Problem(shown(pin.uri), what, "check that this is the right file"))
@@ -486,14 +467,7 @@ def _text(store: Store, listed: Pin) -> tuple[Pin, bytes]:
 
 
 def _front(store: Store, listed: Pin) -> tuple[Pin, bytes]:
-    return _head(store, listed.uri, README_BYTES)
-
-
-def _head(store: Store, uri: str, nbytes: int) -> tuple[Pin, bytes]:
-    try:
-        return store.head(uri, nbytes)
-    except FileNotFoundError:
-        raise InputError(Problem(shown(uri), "is gone although it was listed", "keep inputs unchanged")) from None
+    return store.head_listed(listed, README_BYTES)
 
 
 def _parameter(name: str, source: Source, rules: Rules) -> Parameter:
@@ -585,18 +559,20 @@ def _files_from(recipe: Recipe, entries: Sequence[Entry], refused: Sequence[pool
     raise RecipeError(Problem("output.files_from", what, "write `base`, or a model's id, position or path"))
 
 
-def _small_files(looked: Looked, stores: Stores, threads: Executor) -> tuple[tuple[SmallFile, ...], list[str]]:
-    """Return what the output takes over beside the weights, pinned, and a note on what it leaves."""
-    wanted = {
-        name: pin
-        for name, pin in looked.files.items()
-        if _matches(name, _TAKEN) and not _matches(name, _LEFT) and pin.size <= SMALL_FILE_BYTES
-    }
-    left = [name for name in looked.files if name not in wanted and not _matches(name, _LEFT)]
-    left += [f"{_name(uri)}/" for uri in looked.listing.folders if not _name(uri).startswith(".")]
-    pins = threads.map(lambda pin: _head(stores.of(pin.uri), pin.uri, 1)[0], wanted.values())
-    files = tuple(SmallFile(name, pin) for name, pin in zip(wanted, pins, strict=True))
-    return files, [f"not taken over from {looked.entry.uri}: {printable(', '.join(left))}"] if left else []
+def _small_files(
+    folders: Mapping[str, tuple[Looked, Folder]],
+    files_from: str,
+    models: Sequence[pool.Read],
+    stores: Stores,
+    threads: Executor,
+) -> tuple[tuple[SmallFile, ...], tuple[str, ...]]:
+    """Return what the output takes over from an input beside its weights, and what a reader should know of it."""
+    looked = folders[files_from][0]
+    listing = Listing(tuple(looked.files.values()), looked.listing.folders)
+    taken = smallfiles.take(looked.entry.uri, listing, stores, threads)
+    others = {one.entry.id: one.entry.uri for one in models if one.entry.id != files_from and one.format.whole}
+    differing = smallfiles.differing_modules(taken.files, others, stores, threads)
+    return taken.files, (*taken.notes, *differing)
 
 
 def _idle(patterns: Sequence[str], parameters: Sequence[Parameter]) -> list[str]:
@@ -618,10 +594,6 @@ def _weak_pins(models: Sequence[Model]) -> list[str]:
         f"{count} files under {scheme}:// are pinned by their size alone: a change that keeps it goes unseen"
         for scheme, count in sorted(weak.items())
     ]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _name(uri: str) -> str:

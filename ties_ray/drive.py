@@ -18,8 +18,17 @@ from ties_ray import lease, plugins, resume
 from ties_ray.catalog import Catalog, Model, read_catalog
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Executor, Needs
-from ties_ray.finalize import complete_uploads, publish_documents, publish_result
+from ties_ray.finalize import (
+    as_loaded,
+    complete_uploads,
+    demand_no_foreign,
+    demand_space,
+    publish_documents,
+    publish_result,
+    read_documents,
+)
 from ties_ray.layout import COUNTS, MODEL_GROUP
+from ties_ray.loaders import opened_by, remarks, unloadable
 from ties_ray.manifest import Manifest, Record, Survey
 from ties_ray.orders import SETUP, Answer, Order, Setup
 from ties_ray.plan import Plan, PlannedRound, make_plan, narrowed, settle, without
@@ -62,7 +71,11 @@ def plan(recipe: Recipe) -> Plan:
     if not stores.of(made.output).writable:
         what = f"{made.output} can only be read"
         raise InputError(Problem("output.path", what, "write to a local folder or an s3:// bucket"))
-    return made
+    folder = as_loaded(made, read_documents(made, stores, texts=True))
+    problems = unloadable(folder)
+    if problems:
+        raise InputError(problems)
+    return replace(made, notes=(*made.notes, *(remarks(folder) if made.recipe.output.reads_base else ())))
 
 
 def forecast(made: Plan) -> Forecast | None:
@@ -106,7 +119,11 @@ def _carry_out(wanted: Plan, started: float, watch: Watch, trace: Trace | None, 
         return finished.model_copy(update={"waiting": list(wanted.catalog.waiting)})
     taken_over: list[str] = []
     with lease.acquire(stores, wanted.output, taken_over.append) as held:
+        finished = None if fresh else resume.finished(wanted, stores)  # by the run that held the lease until now
+        if finished:
+            return finished.model_copy(update={"waiting": list(wanted.catalog.waiting)})
         opened, manifest, resumed = resume.open_run(wanted, stores, fresh=fresh)
+        demand_space(opened, stores)
         opened = replace(opened, notes=(*opened.notes, *taken_over))
         run = MergeRun(opened, stores, manifest, resumed=resumed, watch=watch, trace=trace)
         for left in reversed(range(TRIES)):
@@ -500,13 +517,17 @@ class MergeRun:
         for member, parameter, count in (*lost, *(one for record in records for one in record.zeroed)):
             key = f"{self._plan.result.members[member].id}: {parameter}"
             zeroed[key] = zeroed.get(key, 0) + count
+        documents = read_documents(self._plan, self._stores)
+        demand_no_foreign(self._plan, self._stores, documents)
         files = complete_uploads(self._plan, self._stores, self._uploads, parts, check)
+        folder = as_loaded(self._plan, documents)
+        opener = opened_by(folder, self._plan.library.name) or self._plan.library.opened_by
         result = MergeResult(
             status="done",
             run_id=self._plan.run_id,
             resumed=self._resumed,
             output=self._plan.output,
-            opened_by=self._plan.library.opened_by.replace("{output}", self._plan.output),
+            opened_by=opener.replace("{output}", self._plan.output),
             files=files,
             shards=sum(round_.num_shards for round_ in self._plan.result.rounds),
             shards_done_before=self._shards_done_before,
@@ -529,10 +550,10 @@ class MergeRun:
             provenance=provenance(self._plan),
         )
         check()
-        publish_documents(self._plan, self._stores, result)
+        written = publish_documents(self._plan, self._stores, documents, result)
         predicted = None if self._expected is None else round(self._expected - started, 3)
         seconds = round(time.monotonic() - started, 3)
-        result = result.model_copy(update={"seconds": seconds, "predicted_seconds": predicted})
+        result = result.model_copy(update={"documents": written, "seconds": seconds, "predicted_seconds": predicted})
         check()
         publish_result(self._plan, self._stores, result)
         if self._plan.recipe.output.condenses:

@@ -4,19 +4,20 @@ Every step may be done twice, so that a kill anywhere is mended by the same comm
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ruamel.yaml import YAML
 
-from ties_ray.catalog import Model
-from ties_ray.errors import InterruptedMerge, Problem
+from ties_ray.catalog import TEXT_BYTES, Model
+from ties_ray.errors import InputError, InterruptedMerge, Problem, UnavailableError, printable
+from ties_ray.loaders import CARD_NAME, LOADED_FOLDERS, RECIPE_NAME, RESULT_NAME, TEXTS, ModelFolder, strangers
 from ties_ray.manifest import Written
 from ties_ray.plan import Plan
-from ties_ray.report import RECIPE_NAME, RESULT_NAME, MergeResult, Truncation, WrittenFile
-from ties_ray.stores import Store, Stores, crc32c_joined, join
+from ties_ray.report import MergeResult, Truncation, WrittenFile
+from ties_ray.stores import Stores, crc32c, crc32c_joined, join, within
 
-LARGEST_SMALL_FILE = 256 * 2**20
-"""Bytes: tokenizers of large vocabularies come near 40 MB."""
+FEW = 8
+"""Names shown in one message; of more, the first ones and a count."""
 
 
 def complete_uploads(
@@ -45,37 +46,105 @@ def complete_uploads(
     return written
 
 
-def publish_documents(plan: Plan, stores: Stores, result: MergeResult) -> None:
-    """Write what stands beside the weights; the file by which a loader finds them comes last."""
+def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[str, bytes]:
+    """Return what stands beside the weights but the card, by relative name, in the order in which it is written.
+
+    The file by which a loader finds the weights is last. texts: only the files that say what else has to be there.
+    Reads small files as they were planned; raises `InputError` where one is another by now.
+    """
     output = plan.recipe.output
-    store = stores.of(plan.output)
-    door = output.door(plan.result.files, plan.library)
-    last: bytes | None = None
+    found: dict[str, bytes] = {}
     for small in plan.catalog.small_files:
-        data = output.rewrite(small.name, _read(stores.of(small.pin.uri), small.pin.uri))
-        if small.name == door:
-            last = data
-        elif data is not None:
-            store.put(join(plan.output, small.name), data)
-    store.put(join(plan.output, "README.md"), card(plan, result).encode())
-    store.put(join(plan.output, RECIPE_NAME), _yaml(plan.recipe.model_dump(mode="json", exclude_unset=True)).encode())
+        if texts and not (small.name in TEXTS and small.pin.size <= TEXT_BYTES):
+            continue
+        data = output.rewrite(small.name, stores.of(small.pin.uri).get_pinned(small.pin))
+        if data is not None:
+            found[small.name] = data
     index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
-    if index and index[0] == door:
-        last = index[1]
-    elif index:
-        store.put(join(plan.output, index[0]), index[1])
-    if last is not None:
-        store.put(join(plan.output, door), last)
+    if index:
+        found[index[0]] = index[1]
+    door = output.door(plan.result.files, plan.library)
+    if door in found:
+        found[door] = found.pop(door)
+    return found
+
+
+def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
+    """Return what a loader will find in the output; documents: of small files, those in `TEXTS` at least."""
+    small = (small.name for small in plan.catalog.small_files)
+    files = plan.result.files
+    return ModelFolder(
+        uri=plan.output,
+        names=frozenset((*small, *documents, *(file.name for file in files))),
+        texts={name: documents[name] for name in TEXTS if name in documents},
+        shapes={placed.tensor.name: placed.tensor.shape for file in files for placed in file.tensors},
+    )
+
+
+def own_names(plan: Plan) -> set[str]:
+    """Return the relative names that a run of the plan may publish, but for card, recipe and result."""
+    index = plan.recipe.output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
+    names = {small.name for small in plan.catalog.small_files} | {file.name for file in plan.result.files}
+    return names | {index[0]} if index else names
+
+
+def foreign_files(stores: Stores, output: str, own: Collection[str]) -> list[str]:
+    """Return the files in an output that a loader may take for the model's, and that are not among its `own` names."""
+    store = stores.of(output)
+    listing = store.list(output)
+    names = [_last(pin.uri) for pin in listing.files]
+    lying = {_last(folder) for folder in listing.folders}
+    inside = {name.rpartition("/")[0] for name in own if "/" in name} | set(LOADED_FOLDERS)
+    for folder in sorted(inside):
+        if folder.partition("/")[0] in lying:
+            names += [f"{folder}/{_last(pin.uri)}" for pin in store.list_below(output, folder).files]
+    return strangers(names, own)
+
+
+def demand_space(plan: Plan, stores: Stores) -> None:
+    """Raise `UnavailableError` where the output's disk has less room than the weights, and scratch, still need."""
+    store = stores.of(plan.output)
+    space = store.space(plan.output)
+    if space is None:
+        return
+    own = {file.name for file in plan.result.files}
+    done = sum(pin.size for pin in store.list(plan.output).files if _last(pin.uri) in own)
+    needed = plan.bytes_written + plan.bytes_of_scratch - space.held - done
+    if needed > space.free:
+        what = f"the merge needs {needed:,} bytes there, and {space.free:,} are free"
+        raise UnavailableError(Problem(plan.output, what, "free space, and run the same command again"))
+
+
+def demand_no_foreign(plan: Plan, stores: Stores, documents: Collection[str]) -> None:
+    """Raise `InputError` where the output holds what a loader may take for a part of this model."""
+    own = {*documents, *(file.name for file in plan.result.files)}
+    foreign = foreign_files(stores, plan.output, own)
+    if foreign:
+        what = f"holds files of another model, which a loader would take for this one's: {listed(foreign)}"
+        raise InputError(Problem(plan.output, what, "remove them, and run the same command again"))
+
+
+def publish_documents(
+    plan: Plan, stores: Stores, documents: Mapping[str, bytes], result: MergeResult
+) -> list[WrittenFile]:
+    """Write what stands beside the weights, and return it; the file by which a loader finds them comes last."""
+    store = stores.of(plan.output)
+    store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
+    store.put(join(plan.output, RECIPE_NAME), _yaml(plan.recipe.model_dump(mode="json", exclude_unset=True)).encode())
+    door = plan.recipe.output.door(plan.result.files, plan.library)
+    written = []
+    for name, data in documents.items():
+        if name == door:
+            demand_no_foreign(plan, stores, documents)
+        pin = store.put(within(plan.output, name), data)
+        written.append(WrittenFile(name=name, size=pin.size, etag=pin.etag, crc32c=crc32c(memoryview(data))))
+    return written
 
 
 def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
     """Write the result record: from now on the merge is done."""
     text = result.model_dump_json(indent=2) + "\n"
     stores.of(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
-
-
-def _read(store: Store, uri: str) -> bytes:
-    return store.get(uri, LARGEST_SMALL_FILE)[1]
 
 
 def card(plan: Plan, result: MergeResult) -> str:
@@ -116,6 +185,16 @@ def card(plan: Plan, result: MergeResult) -> str:
     if plan.notes:
         lines += ["", "## Notes", *(f"* {note}" for note in plan.notes)]
     return "\n".join(lines) + "\n"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return printable(", ".join(names[:FEW])) + more
+
+
+def _last(uri: str) -> str:
+    return uri.rpartition("/")[2]
 
 
 def _row(name: str, model: Model) -> str:

@@ -34,7 +34,7 @@ from ties_ray.sources import (
 from ties_ray.statistics import WHOLE, Scope
 from ties_ray.stores import scheme_of
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Part of the run's identity. Raise it with any constant below, in layout.py or sources.py: a resumed run works its
 shards out from them again."""
 TABLES = 2 * MODEL_GROUP * 65_536 * 8
@@ -139,6 +139,14 @@ class Plan:
     def bytes_written(self) -> int:
         """Return the size of all weight files."""
         return sum(file.size for file in self.result.files)
+
+    @property
+    def bytes_of_scratch(self) -> int:
+        """Return about what condensed matrices take until they are assembled: two factors of the largest rank, fp32."""
+        if not self.recipe.output.condenses:
+            return 0
+        layout, rank = self.layout, self.recipe.output.ranks[-1]
+        return sum(4 * rank * sum(layout.parameters[index].shape) for index in layout.matrices)
 
     @property
     def copies(self) -> bool:
@@ -294,7 +302,8 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
         (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects])
         for model in (catalog.base, *catalog.models)
     ]
-    text = json.dumps([SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs], sort_keys=True)
+    beside = [(small.name, tuple(small.pin)) for small in catalog.small_files]
+    text = json.dumps([SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs, beside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -11,15 +11,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ties_ray.catalog import Model
 from ties_ray.errors import ErrorKind, InputError, MergeError, Problem
 from ties_ray.formats import Source
+from ties_ray.loaders import RECIPE_NAME as RECIPE_NAME
+from ties_ray.loaders import RESULT_NAME as RESULT_NAME
+from ties_ray.loaders import SUMS_NAME as SUMS_NAME
 from ties_ray.plan import Plan
 from ties_ray.predict import Forecast
 from ties_ray.stores import Stores, join
 
-RESULT_NAME = "ties-ray.result.json"
-"""The last object written into an output; its presence means that the merge is whole."""
-RECIPE_NAME = "ties-ray.recipe.yaml"
-SUMS_NAME = "SHA256SUMS"
-"""Written by `verify --sha256`."""
 RESULT_SCHEMA_VERSION = 1
 
 
@@ -110,13 +108,13 @@ class Truncation(_Record):
 
 
 class WrittenFile(_Record):
-    """One weight file of the output."""
+    """One file of the output."""
 
     name: str
     size: int
     etag: str
     crc32c: str
-    """Of the whole file, 8 hex digits: joined from those of its parts, as the workers had them in memory."""
+    """Of the whole file, 8 hex digits; of weights it is joined from those of the parts that workers had in memory."""
 
 
 class Cleaning(_Record):
@@ -154,6 +152,8 @@ class MergeResult(_Record):
     opened_by: str = ""
     """A line of Python that opens it."""
     files: list[WrittenFile] = []
+    documents: list[WrittenFile] = []
+    """What stands beside the weights, with relative names: config, index, tokenizer, ...; the card is not among it."""
     shards: int = 0
     """Shards of all rounds."""
     shards_done_before: int = 0

@@ -1,13 +1,16 @@
 """What an output folder holds already: nothing, this merge done or half-done, another one, or something else."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
 from ties_ray.errors import InputError, Problem
+from ties_ray.finalize import demand_no_foreign, foreign_files, listed, own_names
+from ties_ray.loaders import RESULT_NAME, SUMS_NAME, is_loaded
 from ties_ray.manifest import FOLDER, Manifest, find_runs
 from ties_ray.plan import Plan
-from ties_ray.report import RESULT_NAME, SUMS_NAME, MergeResult, find_result
-from ties_ray.stores import Stores, join
+from ties_ray.report import MergeResult, find_result
+from ties_ray.stores import Pin, Stores, join, within
 
 
 def finished(wanted: Plan, stores: Stores) -> MergeResult | None:
@@ -27,8 +30,9 @@ def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manife
     output = wanted.output
     runs = find_runs(stores, output)
     mine = [generation for run_id, generation in runs if run_id == wanted.run_id]
+    removed: list[str] = []
     if fresh:
-        _forget(wanted, stores, runs)
+        removed = _forget(wanted, stores, runs)
     else:
         _refuse_others(wanted, stores, runs)
         if mine:
@@ -37,6 +41,9 @@ def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manife
             if stored:
                 return _with_run_settings(stored, wanted), manifest, True
     manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, max(mine, default=0) + 1))
+    if removed:
+        note = f"--fresh has removed what a loader might have taken for this model: {listed(removed)}"
+        wanted = replace(wanted, notes=(*wanted.notes, note))
     manifest.write_plan(wanted)
     return wanted, manifest, False
 
@@ -81,13 +88,16 @@ def _refuse_others(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) ->
         foreign = [name for name in names if name != FOLDER]
         if foreign:
             raise InputError(Problem(output, f"holds something else: {', '.join(foreign[:5])}", remedy))
+    demand_no_foreign(wanted, stores, own_names(wanted))
 
 
-def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
-    """Remove earlier runs: first what makes their result look whole, then their weights, uploads and manifests.
+def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[str]:
+    """Remove earlier runs, and files that a loader would take; return the names of those that no run has written.
 
-    Weights go too, lest an old file pass for one that this run has completed, where an ETag tells nothing. A plan that
-    can't be read, of another version or of a plugin that is not here, tells nothing, and goes as well.
+    First goes what makes an earlier result look whole, then weights, uploads and manifests. Weights go too, lest an old
+    file pass for one that this run has completed, where an ETag tells nothing. A plan that can't be read, of another
+    version or of a plugin that is not here, tells nothing, and goes as well. Only files that a listing of the folder
+    shows are removed, and in folders only those that an earlier run of this output has written.
     """
     output, store = wanted.output, stores.of(wanted.output)
     plans = [wanted]
@@ -95,19 +105,34 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
         with suppress(InputError):
             stored = Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
             plans += [stored] if stored else []
-    doors = sorted({plan.recipe.output.door(plan.result.files, plan.library) for plan in plans})
-    weights = sorted({file.name for plan in plans for file in plan.result.files})
-    for name in (RESULT_NAME, SUMS_NAME, *doors, *weights):
+    own, written = own_names(wanted), set[str]().union(*(own_names(plan) for plan in plans[1:]))
+    own |= written
+    inside = [name for name in foreign_files(stores, output, own) if "/" in name]
+    if inside:
+        what = f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
+        raise InputError(Problem(output, what, "remove these folders yourself, or choose another output"))
+    lying = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
+    doors = {plan.recipe.output.door(plan.result.files, plan.library) for plan in plans}
+    taken = [name for name in sorted(lying) if name in own or is_loaded(name)]
+    first = [RESULT_NAME, SUMS_NAME, *sorted(doors)]
+    for name in (*(name for name in first if name in lying), *(name for name in taken if name not in first)):
         store.delete(join(output, name))
+    folders = {name.partition("/")[0] for name in own if "/" in name}
+    for folder in folders & {uri.rpartition("/")[2] for uri in store.list(output).folders}:
+        store.list_below(output, folder)  # refuses a link that leads out of the output
+        for name in sorted(name for name in own if name.startswith(f"{folder}/")):
+            store.delete(within(output, name))
     for uri, upload in store.list_uploads(output):
         store.abort_upload(uri, upload)
     for run in runs:
         store.delete_folder(Manifest.folder_of(output, *run))
+    return [name for name in taken if name not in written and name not in (RESULT_NAME, SUMS_NAME)]
 
 
 def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:
     sizes = {pin.uri.rsplit("/", 1)[-1]: pin.size for pin in stores.of(output).list(output).files}
     gone = [file.name for file in result.files if sizes.get(file.name) != file.size]
+    gone += [file.name for file in result.documents if "/" not in file.name and file.name not in sizes]
     if gone:
         what = f"the result record is there, but not as it says: {', '.join(gone[:5])}"
         raise InputError(Problem(output, what, "put the files back, or merge again with --fresh"))
@@ -121,10 +146,17 @@ def _what_changed(wanted: Plan, stored: Plan | None) -> str:
         changes.append(f"arithmetic {stored.arithmetic} there, {wanted.arithmetic} here")
     fields = ("method", "exclude", "allow", "output")
     changes += [f"`{field}`" for field in fields if getattr(stored.recipe, field) != getattr(wanted.recipe, field)]
-    before = {pin.uri: pin for model in (stored.catalog.base, *stored.catalog.models) for pin in model.objects}
-    now = {pin.uri: pin for model in (wanted.catalog.base, *wanted.catalog.models) for pin in model.objects}
+    before, now = ({pin.uri: pin for pin in _pins(plan)} for plan in (stored, wanted))
     changes += [f"input {uri}" for uri in sorted(before.keys() | now.keys()) if before.get(uri) != now.get(uri)][:3]
     return "; ".join(changes) or "models, weights or ids"
+
+
+def _pins(plan: Plan) -> Iterator[Pin]:
+    """Yield the pins of all files that decide what comes out."""
+    for model in (plan.catalog.base, *plan.catalog.models):
+        yield from model.objects
+    for small in plan.catalog.small_files:
+        yield small.pin
 
 
 def _with_run_settings(stored: Plan, wanted: Plan) -> Plan:

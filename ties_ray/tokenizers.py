@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.stores import Pin, Stores, scheme_of
+from ties_ray.stores import Pin, Stores, scheme_of, shown
 
 VOCABULARY = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
@@ -124,11 +124,12 @@ def _same(one: Pin, other: Pin) -> bool:
     return bool(one.etag) and (one.size, one.etag) == (other.size, other.etag)
 
 
-def _fetch(stores: Stores, pin: Pin) -> bytes:
-    try:
-        return stores.of(pin.uri).get(pin.uri, MOST_BYTES)[1]
-    except FileNotFoundError:
-        raise InputError(Problem(pin.uri, "is gone although it was listed", "keep inputs unchanged")) from None
+def _fetch(stores: Stores, listed: Pin) -> bytes:
+    pin, data = stores.of(listed.uri).head_listed(listed, MOST_BYTES)
+    if pin.size > MOST_BYTES:
+        what = f"has {pin.size:,} bytes, and at most {MOST_BYTES:,} were expected"
+        raise InputError(Problem(shown(pin.uri), what, "check that this is the right file"))
+    return data
 
 
 def _json(data: bytes) -> Any:

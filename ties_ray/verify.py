@@ -5,7 +5,7 @@ A sample of it can be computed again from the inputs, and every file can be give
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, Problem
+from ties_ray.finalize import foreign_files
+from ties_ray.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
 from ties_ray.manifest import Manifest, Written, find_runs
 from ties_ray.outputs import DEFAULT_PART, OutputFile
 from ties_ray.plan import Plan
-from ties_ray.report import RESULT_NAME, SUMS_NAME, MergeResult, Progress, Sample, Watch, find_result
+from ties_ray.report import MergeResult, Progress, Sample, Watch, find_result
 from ties_ray.safetensors import DTYPE_BITS, Header, header_bytes, parse
-from ties_ray.stores import Pin, Store, Stores, crc32c, crc32c_joined, join
+from ties_ray.stores import Pin, Store, Stores, crc32c, crc32c_joined, join, within
 
 AGAIN = "merge again with --fresh"
 THREADS = 4
@@ -128,7 +130,9 @@ def verify(
     notes: list[str] = []
     plan, manifest = _plan_of(stores, output, result, notes)
     files = _files(stores, output, result, problems)
+    documents = _documents(stores, output, result, problems)
     problems += _strangers(stores, output, result)
+    problems += unloadable(_as_loaded(output, result, files, documents))
     if plan:
         problems += _against_plan(plan, files)
     problems += _against_index(stores, output, files)
@@ -184,12 +188,42 @@ def _files(stores: Stores, output: str, result: MergeResult, problems: list[Prob
     return found
 
 
+def _documents(stores: Stores, output: str, result: MergeResult, problems: list[Problem]) -> dict[str, bytes]:
+    """Return the files beside the weights that the result names, and that are as they were written, by name."""
+    found = {}
+    for file in result.documents:
+        try:
+            data = stores.of(output).get(within(output, file.name), max(file.size, 1))[1]
+        except FileNotFoundError:
+            problems.append(Problem(file.name, "is not there", "put it back, or merge again with --fresh"))
+        except InputError as error:
+            problems += error.problems
+        else:
+            found[file.name] = data
+            if crc32c(memoryview(data)) != file.crc32c:
+                what = f"its CRC32C is {crc32c(memoryview(data))}, {file.crc32c} was written"
+                problems.append(Problem(file.name, what, "put it back as it was, or merge again with --fresh"))
+    return found
+
+
+def _as_loaded(
+    output: str, result: MergeResult, files: Sequence[_Weights], documents: Mapping[str, bytes]
+) -> ModelFolder:
+    return ModelFolder(
+        uri=output,
+        names=frozenset((*documents, *(file.name for file in files))),
+        texts={name: documents[name] for name in TEXTS if name in documents},
+        shapes={name: info.shape for file in files for name, info in file.header.tensors.items()},
+    )
+
+
 def _strangers(stores: Stores, output: str, result: MergeResult) -> list[Problem]:
-    """Return the weight files that the merge did not write: a loader may take them for the model's."""
-    own = {file.name for file in result.files}
-    names = [pin.uri.rpartition("/")[2] for pin in stores.of(output).list(output).files]
-    strange = [name for name in names if name.endswith(".safetensors") and name not in own]
-    return [Problem(name, "was not written by this merge", "remove it") for name in strange]
+    """Return the files that the merge did not write, and that a loader may take for the model's."""
+    own = {file.name for file in (*result.files, *result.documents)}
+    strange = foreign_files(stores, output, own)
+    if not result.documents:  # of a version that did not name what stands beside the weights
+        strange = [name for name in strange if name.endswith(".safetensors")]
+    return [Problem(name, "was not written by this merge, and a loader may take it", "remove it") for name in strange]
 
 
 def _against_plan(plan: Plan, files: Sequence[_Weights]) -> list[Problem]:

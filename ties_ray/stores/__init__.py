@@ -60,6 +60,17 @@ class Part(NamedTuple):
     """What was sent along to prove the bytes, in the store's own form; to be handed back at completion."""
 
 
+class Space(NamedTuple):
+    """The room that a folder's disk has."""
+
+    free: int
+    """Bytes that this process may still fill."""
+    held: int
+    """Bytes that unfinished uploads of objects directly in the folder have taken already."""
+
+
+KEEP = "keep inputs unchanged while they are planned and merged, and run it again"
+
 _METER = threading.Lock()
 """One for all meters, so that a meter stays a plain value that can be copied and sent."""
 
@@ -102,6 +113,8 @@ class Store(ABC):
     pinned_by: ClassVar[str] = "ETag"
     """How well a read is tied to the planned content, for the plan's text."""
     writable: ClassVar[bool] = False
+    exact_listing: ClassVar[bool] = False
+    """Whether a listing's pins are those that `head` gives, so that a file which changed in between shows."""
 
     def __init__(self, options: BaseModel) -> None:
         self.meter = Meter()
@@ -117,6 +130,17 @@ class Store(ABC):
         """Return the folders in a folder, as `list` does, whatever its files are."""
         return self.list(uri).folders
 
+    def list_below(self, root: str, name: str) -> Listing:
+        """Return what lies directly in the folder `name` (relative, `a/b`) of the folder `root`.
+
+        A store that knows links raises `InputError` where one leads out of `root`.
+        """
+        return self.list(within(root, name))
+
+    def space(self, folder: str) -> "Space | None":
+        """Return how much room there is for files in a folder; None where the store has no limit that it tells."""
+        return None
+
     def newest(self, uri: str) -> float | None:
         """Return when the newest file directly in the folder was written (seconds since 1970, by the store's clock).
 
@@ -130,6 +154,25 @@ class Store(ABC):
 
         Raises `FileNotFoundError` where there is no such object.
         """
+
+    def head_listed(self, listed: Pin, nbytes: int) -> tuple[Pin, bytes]:
+        """Return what `head` returns of a file that a listing has shown.
+
+        Raises `InputError` where it is gone, or where the listing's pin shows that it is another file by now.
+        """
+        try:
+            pin, data = self.head(listed.uri, nbytes)
+        except FileNotFoundError:
+            raise InputError(Problem(shown(listed.uri), "is gone although it was listed", KEEP)) from None
+        if self.exact_listing and pin != listed:
+            raise InputError(Problem(shown(listed.uri), "changed while the plan was made", KEEP))
+        return pin, data
+
+    def get_pinned(self, pin: Pin) -> bytes:
+        """Return a small object whole, as pinned; raise `InputError` where it is another by now."""
+        data = bytearray(pin.size)
+        self.read(pin, 0, memoryview(data))
+        return bytes(data)
 
     @abstractmethod
     def read(self, pin: Pin, start: int, into: memoryview) -> None:
@@ -266,6 +309,21 @@ def absolute(uri: str) -> str:
 def join(folder: str, name: str) -> str:
     """Return the URI of `name` inside `folder`."""
     return f"{folder.rstrip('/')}/{name}"
+
+
+def within(folder: str, name: str) -> str:
+    """Return the URI of a relative name of one or more components (`1_Pooling/config.json`) inside a folder.
+
+    Raises `InputError` for a name that could lead anywhere else.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or set(part) & set("\\\0:") for part in parts):
+        raise InputError(
+            Problem(shown(folder), f"{name!r} is no name of a file in a folder", "do not trust this folder")
+        )
+    for part in parts:
+        folder = join(folder, part)
+    return folder
 
 
 class Stores:

@@ -14,12 +14,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Store, changed, join, no_upload
+from ties_ray.stores import Listing, Part, Pin, Space, Store, changed, join, no_upload, within
 
 _HIDDEN = ".ties-ray-part"
 """The names of our unfinished files begin with a dot and end so; a listing leaves them out, as S3 does."""
 _READ = os.O_RDONLY | os.O_NONBLOCK
 """Not to wait for the other end of what turns out to be a pipe."""
+_LOOK = getattr(os, "O_PATH", _READ)
+"""To tell what a file is and where it lies, with no permission to read it."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 """To read what is in memory, and else nothing."""
 _STRAIGHT = getattr(os, "O_DIRECT", 0)
@@ -52,6 +54,7 @@ class Local(Store):
 
     pinned_by = "size, time of change and inode"
     writable = True
+    exact_listing = True
 
     def __init__(self, options: BaseModel) -> None:
         super().__init__(options)
@@ -63,25 +66,37 @@ class Local(Store):
 
         Raises `InputError` for a link that leads nowhere or out of the folder, and for a name that is not UTF-8.
         """
+        return self._list(uri)
+
+    def list_below(self, root: str, name: str) -> Listing:
+        """Return the same of a folder inside `root`, whose links must not lead out of `root`."""
+        return self._list(within(root, name), root)
+
+    def _list(self, uri: str, root: str = "") -> Listing:
+        """Return a listing. One descriptor of the folder serves all looks at it, so that no link can be swapped."""
         files, folders = [], []
         with _explained(uri, "list"):
             try:
-                entries = list(os.scandir(_path(uri)))
+                folder = os.open(_path(uri), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return Listing((), ())
-            for entry in entries:
-                if not entry.name.isascii():
-                    _demand_utf8(uri, entry.name)
-                if entry.is_dir():
-                    folders.append(join(uri, entry.name))
-                elif not (entry.name.startswith(".") and entry.name.endswith(_HIDDEN)):
-                    try:
-                        files.append(_pin(join(uri, entry.name), entry.stat()))
-                    except FileNotFoundError:
-                        if entry.is_symlink():
-                            raise _dangling(join(uri, entry.name)) from None
-                    if entry.is_symlink() and not self._follow_links:
-                        _demand_inside(join(uri, entry.name))
+            try:
+                limit = real = _real(folder, _path(uri))
+                if root and not self._follow_links:
+                    limit = Path(os.path.realpath(_path(root)))
+                    _demand_inside(uri, real, limit)
+                for entry in list(os.scandir(folder)):
+                    if not entry.name.isascii():
+                        _demand_utf8(uri, entry.name)
+                    if entry.is_dir():
+                        folders.append(join(uri, entry.name))
+                    elif entry.is_symlink():
+                        files.append(self._linked(join(uri, entry.name), folder, limit))
+                    elif not (entry.name.startswith(".") and entry.name.endswith(_HIDDEN)):
+                        with suppress(FileNotFoundError):
+                            files.append(_pin(join(uri, entry.name), entry.stat(follow_symlinks=False)))
+            finally:
+                os.close(folder)
         return Listing(
             tuple(sorted(files, key=lambda pin: os.fsencode(pin.uri))), tuple(sorted(folders, key=os.fsencode))
         )
@@ -95,6 +110,20 @@ class Local(Store):
             found = [entry.name for entry in entries if entry.is_dir() or not os.path.exists(entry)]
             return tuple(sorted((join(uri, name) for name in found), key=os.fsencode))
         return ()
+
+    def _linked(self, uri: str, folder: int, limit: Path) -> Pin:
+        """Return the pin of what a link in an open folder leads to: of the very file whose place was checked."""
+        path = _path(uri)
+        try:
+            file = os.open(path.name, _LOOK | os.O_CLOEXEC, dir_fd=folder)
+        except FileNotFoundError:
+            raise _dangling(uri) from None
+        try:
+            if not self._follow_links:
+                _demand_inside(uri, _real(file, path), limit)
+            return _pin(uri, os.fstat(file))
+        finally:
+            os.close(file)
 
     def newest(self, uri: str) -> float | None:
         """Return the newest modification time."""
@@ -183,6 +212,18 @@ class Local(Store):
         """Remove the folder itself, with what a killed `put` left in it."""
         with _explained(uri, "delete"), suppress(FileNotFoundError):
             shutil.rmtree(_path(uri))
+
+    def space(self, folder: str) -> Space:
+        """Return what the disk of the folder, or of what there is of its path, has left."""
+        path = _path(folder)
+        with _explained(folder, "look at"):
+            held = 0
+            with suppress(FileNotFoundError):
+                for entry in list(os.scandir(path)):
+                    if entry.name.startswith(".") and entry.name.endswith(_HIDDEN):
+                        held += 512 * entry.stat(follow_symlinks=False).st_blocks
+            disk = os.statvfs(next(one for one in (path, *path.parents) if one.exists()))
+            return Space(disk.f_bavail * disk.f_frsize, held)
 
     def begin_upload(self, uri: str, size: int) -> str:
         """Make a hidden file of the final size beside the target.
@@ -328,10 +369,16 @@ def _not_ours(uri: str) -> InputError:
     return InputError(Problem(uri, what, "leave the hidden files beside an output alone; run the merge with --fresh"))
 
 
-def _demand_inside(uri: str) -> None:
-    """Raise `InputError` where a link leads out of its folder, but to the blobs of the same Hugging Face repository."""
-    path = _path(uri)
-    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+def _real(file: int, path: Path) -> Path:
+    """Return where an open file lies; where the system can't tell, where its path leads now."""
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{file}"))
+    except OSError:
+        return Path(os.path.realpath(path))
+
+
+def _demand_inside(uri: str, target: Path, folder: Path) -> None:
+    """Raise `InputError` where a link leads out of a folder, but to the blobs of the same Hugging Face repository."""
     blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"][:1]
     if not any(target.is_relative_to(place) for place in (folder, *blobs)):
         what = f"is a link that leads out of its folder, to {target}"
