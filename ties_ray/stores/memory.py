@@ -36,7 +36,6 @@ class Memory(Store):
 
     pinned_by = "a generation number"
     writable = True
-    exact_listing = True
 
     def list(self, uri: str) -> Listing:
         """Return what lies directly in the folder."""
