@@ -161,3 +161,11 @@ def test_small_files_of_folders_are_published_under_their_names(tmp_path: Path) 
     merge(family, tmp_path / "out", TIES)
     for name in ("1_Pooling/config.json", "additional_chat_templates/rag.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == b"as it is"
+
+
+def test_a_small_file_that_was_not_downloaded_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "tokenizer.json", data=b"<!doctype html><html>log in</html>")
+    write(tmp_path, "spiece.model", data=b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    write(tmp_path, "empty.json", "notes.json", data=b"")
+    with pytest.raises(InputError, match=r"spiece.model: is a pointer of Git LFS.*\n.*tokenizer.json: is an HTML page"):
+        take(tmp_path)

@@ -39,6 +39,11 @@ _CODE = re.compile(rb"<Code>([\w.-]{1,64})</Code>")
 _SAYS_ERROR = frozenset({"error", "errors", "message", "detail", "Error", "Message", "code", "status"})
 
 
+def pointer(head: bytes) -> bool:
+    """Return whether a file stands for another one that was not downloaded; head: as `mistaken` has it."""
+    return any(head.startswith(start) for start, _, _ in _POINTERS)
+
+
 def mistaken(head: bytes, size: int, *, text: bool = False) -> tuple[str, str] | None:
     """Return (what a file is, what to do), where it is neither safetensors nor, with `text`, a JSON object; else None.
 

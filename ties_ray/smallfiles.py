@@ -5,8 +5,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ties_ray.downloads import SNIFFED, mistaken, pointer
 from ties_ray.errors import InputError, Problem, printable
-from ties_ray.loaders import MODULES, module_folders, role
+from ties_ray.loaders import MODULES, is_loaded, module_folders, role
 from ties_ray.stores import Listing, Pin, Stores, within
 
 LIMIT = 256 * 2**20
@@ -77,8 +78,15 @@ def take(uri: str, listing: Listing, stores: Stores, threads: Executor) -> Taken
         what = f"holds {len(wanted):,} files of {size:,} bytes beside its weights, and at most {MOST_FILES:,} of"
         what += f" {MOST_BYTES:,} are taken over"
         raise InputError(Problem(uri, what, "move those aside that are not the model's"))
-    pins = threads.map(lambda pin: stores.of(pin.uri).head_listed(pin, 1)[0], wanted.values())
-    files = tuple(SmallFile(name, pin) for name, pin in zip(wanted, pins, strict=True))
+    heads = list(threads.map(lambda pin: stores.of(pin.uri).head_listed(pin, SNIFFED), wanted.values()))
+    problems = [
+        Problem(within(uri, name), *other, "download")
+        for name, (pin, head) in zip(wanted, heads, strict=True)
+        if (other := _mistaken(name, head, pin.size))
+    ]
+    if problems:
+        raise InputError(problems)
+    files = tuple(SmallFile(name, pin) for name, (pin, _) in zip(wanted, heads, strict=True))
     return Taken(files, tuple(_notes(uri, [one.name for one in files], list(dict.fromkeys(left)))))
 
 
@@ -110,6 +118,13 @@ def differing_modules(
         " `output.files_from`"
         for name, ids in sorted(who.items())
     ]
+
+
+def _mistaken(name: str, head: bytes, size: int) -> tuple[str, str] | None:
+    """Return what a file is, and what to do, where it is a pointer, or a page instead of a JSON text that is loaded."""
+    if pointer(head):
+        return mistaken(head, size)
+    return mistaken(head, size, text=True) if name.endswith(".json") and is_loaded(name) else None
 
 
 def _modules(uri: str, listing: Listing, stores: Stores) -> tuple[str, ...]:
