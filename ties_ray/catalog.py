@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray import answers, plugins, pool, smallfiles, tokenizers
+from ties_ray import answers, naming, plugins, pool, smallfiles, tokenizers
 from ties_ray.candidates import Candidate, candidates, choose, is_weights, listed, others
 from ties_ray.downloads import SNIFFED, UNFINISHED, mistaken, unfinished
 from ties_ray.errors import InputError, Problem, RecipeError, printable
@@ -171,6 +172,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
             )
         if BASE in made and not problems[BASE]:
             base = {name: _parameter(name, source, rules) for name, source in made[BASE].sources.items()}
+            rules = rules._replace(kinds=_kinds(some[BASE][1]))
     read = pool.named(recipe, read)
     for name, problem in pool.disagreements(recipe, [one for one in read.values() if one.entry.id != BASE]):
         problems[name].append(problem)
@@ -238,6 +240,11 @@ def _rules(recipe: Recipe) -> Rules:
         extra_rows=allow.extra_rows == "drop",
         saved_modules=allow.saved_modules == "merge",
     )
+
+
+def _kinds(base: Folder) -> tuple[str, ...]:
+    """Return what the base's config calls it; its format has refused a config that is no object."""
+    return naming.kinds_of(json.loads(base.texts.get("config.json", b"{}")))
 
 
 class Looked(NamedTuple):

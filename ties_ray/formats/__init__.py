@@ -112,6 +112,8 @@ class Rules(NamedTuple):
     """Rows beyond the base's are left aside."""
     saved_modules: bool = False
     """Whole tensors that an adapter saved beside its factors are merged as dense changes."""
+    kinds: tuple[str, ...] = ()
+    """What the base's config calls it (`naming.kinds_of`), by which its names are known."""
 
     def excludes(self, name: str) -> bool:
         """Return whether the recipe takes the parameter from the base unchanged."""
