@@ -77,7 +77,6 @@ NAMED: dict[str, Files] = {
     "dtype": of(Q, normal(2, 16).double(), normal(16, 2)),
     "rank_mismatch": plain({"r": 3}),
     "conv": of(Q, normal(2, 16, 3, 3), normal(16, 2, 1, 1)),
-    "fused": of("h.mlp.experts.0.up_proj", normal(2, 4), normal(3, 2)),
     "unknown_module": of("model.layers.7.self_attn.q_proj", normal(2, 16), normal(16, 2)),
     "not_floating": of("ids", normal(2, 16), normal(16, 2)),
     "shape_mismatch": of(Q, normal(2, 24), normal(24, 2)),
@@ -116,7 +115,6 @@ def pool(tmp_path: Path) -> Pool:
     store = Stores({}).of("/")
     made = make_pool(store, str(tmp_path / "pool"), targets=(("q_proj", "k_proj", "lm_head"), ("q_proj", "v_proj")))
     more = {"ids.weight": torch.zeros(16, 16, dtype=torch.int64), "h.c_attn.weight": normal(16, 36)}
-    more["h.mlp.experts.gate_up_proj"] = normal(1, 6, 4)
     shutil.rmtree(made.base)
     write_checkpoint(store, made.base, {**made.base_tensors, **more}, config={"architectures": ["LlamaForCausalLM"]})
     return made

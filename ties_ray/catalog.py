@@ -2,7 +2,6 @@
 
 import fnmatch
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray import answers, naming, plugins, pool, smallfiles, tokenizers
+from ties_ray import answers, plugins, pool, smallfiles, tokenizers
 from ties_ray.candidates import Candidate, candidates, choose, is_weights, listed, others
 from ties_ray.downloads import SNIFFED, UNFINISHED, mistaken, unfinished
 from ties_ray.errors import InputError, Problem, RecipeError, printable
@@ -88,10 +87,11 @@ class Catalog:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return what all models agree on, and `base`, the base's URI if there is one."""
+        """Return what all models agree on; `base`, the base's URI if there is one, and `untied`, if its format says."""
         first, *others = (model.facts for model in self.models)
         shared = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
-        return {**shared, "base": self.base.uri} if self.base.uri else shared
+        untied = {key: value for key, value in self.base.facts.items() if key == "untied"}
+        return {**shared, "base": self.base.uri, **untied} if self.base.uri else shared
 
 
 HEAD_BYTES = 256 * 2**10
@@ -172,7 +172,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
             )
         if BASE in made and not problems[BASE]:
             base = {name: _parameter(name, source, rules) for name, source in made[BASE].sources.items()}
-            rules = rules._replace(kinds=_kinds(some[BASE][1]))
+    base = pool.untie(base, read)
     read = pool.named(recipe, read)
     for name, problem in pool.disagreements(recipe, [one for one in read.values() if one.entry.id != BASE]):
         problems[name].append(problem)
@@ -201,7 +201,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         *(f"{one.entry.uri}: {note}" for entry in entries for one in [folders[entry.id][0]] for note in _choice(one)),
         *(f"left out, as allowed: {problem}" for one in refused for problem in one.problems),
         *(note for entry in entries for note in read[entry.id].found.notes),
-        *_idle(recipe.exclude, parameters),
+        *_idle(recipe.exclude, parameters, [one.found for one in models]),
         *_weak_pins(inputs),
         *pinned,
         *_compared(num_compared),
@@ -240,11 +240,6 @@ def _rules(recipe: Recipe) -> Rules:
         extra_rows=allow.extra_rows == "drop",
         saved_modules=allow.saved_modules == "merge",
     )
-
-
-def _kinds(base: Folder) -> tuple[str, ...]:
-    """Return what the base's config calls it; its format has refused a config that is no object."""
-    return naming.kinds_of(json.loads(base.texts.get("config.json", b"{}")))
 
 
 class Looked(NamedTuple):
@@ -582,8 +577,8 @@ def _small_files(
     return taken.files, (*taken.notes, *differing)
 
 
-def _idle(patterns: Sequence[str], parameters: Sequence[Parameter]) -> list[str]:
-    names = [parameter.name for parameter in parameters]
+def _idle(patterns: Sequence[str], parameters: Sequence[Parameter], models: Sequence[Found]) -> list[str]:
+    names = [parameter.name for parameter in parameters] + [name for one in models for name in one.excluded]
     idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     return [f"no parameter of the base is called {pattern!r} (exclude)" for pattern in idle]
 

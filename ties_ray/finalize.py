@@ -57,7 +57,7 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
     for small in plan.catalog.small_files:
         if texts and not (small.name in TEXTS and small.pin.size <= TEXT_BYTES):
             continue
-        data = output.rewrite(small.name, stores.of(small.pin.uri).get_pinned(small.pin))
+        data = output.rewrite(small.name, stores.of(small.pin.uri).get_pinned(small.pin), plan.catalog.facts)
         if data is not None:
             found[small.name] = data
     index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)

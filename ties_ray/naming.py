@@ -89,6 +89,20 @@ def tied_by_default(kind: object) -> bool:
     return isinstance(kind, str) and kind in _tables()["tied"]
 
 
+def always_tied(kind: object) -> bool:
+    """Return whether a model of this `model_type` ties the embeddings whatever its config says."""
+    return isinstance(kind, str) and kind in _tables()["always_tied"]
+
+
+def ties_only_the_head(config: Mapping[str, Any]) -> bool:
+    """Return whether a model of this config ties its head and nothing else, so that the config may say that it doesn't.
+
+    Else the config's word is also that of other ties, or changes how the head is scaled (T5).
+    """
+    kinds = kinds_of(config)
+    return not any(map(always_tied, kinds)) and bool(kinds) and kinds[0] in _tables()["ties_only_the_head"]
+
+
 class Renaming(NamedTuple):
     """A pattern that is replaced where it is found first."""
 

@@ -74,6 +74,24 @@ def disagreements(recipe: Recipe, models: Sequence[Read]) -> Iterator[tuple[str,
     yield from _kinds(models)
 
 
+def untie(base: Mapping[str, Parameter], models: dict[str, Read]) -> dict[str, Parameter]:
+    """Return the base's parameters with those that a model has of its own and the base ties to another of its own.
+
+    models: by id, with the base; brought up to date. In the base, and in whole models that tie it too, such a parameter
+    has the other's value. The base's fact `untied` names all of them.
+    """
+    untied = {name: kept for model in models.values() for name, kept in model.found.untied.items() if kept in base}
+    known = {**{name: base[kept]._replace(name=name) for name, kept in untied.items()}, **base}
+    for id_, model in models.items() if untied else ():
+        sources, facts = dict(model.found.sources), dict(model.found.facts)
+        if model.format.whole:
+            sources |= {name: sources[kept] for name, kept in untied.items() if kept in sources and name not in sources}
+        if id_ == BASE:
+            facts["untied"] = ", ".join(untied)
+        models[id_] = model._replace(found=replace(model.found, sources=sources, facts=facts))
+    return {name: known[name] for name in (*base, *untied)}
+
+
 def drop(
     recipe: Recipe, entries: Sequence[Entry], problems: Mapping[str, Sequence[Problem]]
 ) -> tuple[list[Entry], tuple[Refused, ...]]:

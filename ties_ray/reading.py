@@ -62,6 +62,12 @@ class _Walk:
         self.cuts = _cuts(itertools.chain.from_iterable(shards), block)
         self._parameters = layout.parameters
         self._sources = sources
+        self._divided = [
+            Segment(index, start, min(start + block, end))
+            for index, begin, end in itertools.chain.from_iterable(shards if sources.divided else ())
+            if layout.parameters[index].name in sources.divided
+            for start in range(begin, end, block)
+        ]
         self._room = run * max(sources.widths)
         self._runs: list[tuple[Segment, ...]] = []
         self._factored: list[tuple[Parameter, ...]] = []
@@ -73,7 +79,7 @@ class _Walk:
     def _joined(self, shard: Sequence[Segment], block: int, run: int) -> Iterator[tuple[Segment, ...]]:
         # Of whole blocks, which no other block is joined with, one a segment tells as much as all.
         ends = (one._replace(start=max(one.start, one.stop - (one.stop - one.start) % block - block)) for one in shard)
-        return runs_of(ends, block, run, lambda index: self._parameters[index].name not in self._sources.factored)
+        return runs_of(ends, block, run, lambda index: self._parameters[index].name not in self._sources.alone)
 
     def _with_factors(self, shard: Sequence[Segment]) -> tuple[Parameter, ...]:
         found = dict.fromkeys(self._parameters[segment.parameter] for segment in shard)
@@ -96,6 +102,14 @@ class _Walk:
                     gaps += group[-1].stop - group[0].start - sum(read.stop - read.start for read in group)
             self._known[key] = Reading(gaps, requests, gaps)
         return self._known[key]
+
+    def dense_requests(self, index: int, models: Sequence[Model], of_each: int) -> int:
+        """Return how many requests bring a parameter's blocks; of_each: of a block, where none are divided."""
+        parameter = self._parameters[index]
+        if parameter.name not in self._sources.divided:
+            return of_each * self.cuts[index][1]
+        blocks = [one for one in self._divided if one.parameter == index]
+        return sum(self._sources.dense_requests(parameter, models, one.start, one.stop) for one in blocks)
 
     def kept_together(self, models: Sequence[Model]) -> int:
         """Return how many requests fewer the factors of neighbours take where they are kept."""
@@ -213,7 +227,7 @@ class Cost:
             parameter = self._layout.parameters[index]
             footprint = self._sources.footprint(parameter, models)
             num_bytes += passes * footprint.dense[0]
-            requests += passes * footprint.dense[1] * blocks
+            requests += passes * walk.dense_requests(index, models, footprint.dense[1])
             of_factors, reads = self._factors(footprint, segments, blocks, passes)
             num_bytes += of_factors
             requests += reads

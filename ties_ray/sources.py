@@ -108,6 +108,26 @@ class Sources:
         """The parameters for which any model stores factors."""
         return frozenset(name for name, _, factors in self._stored() if factors)
 
+    @cached_property
+    def divided(self) -> frozenset[str]:
+        """The parameters that any model stores as several tensors, end to end."""
+        return frozenset(name for name, source, factors in self._stored() if not factors and len(source.tensors) > 1)
+
+    @cached_property
+    def alone(self) -> frozenset[str]:
+        """The parameters whose blocks are not read together with others: those of factors, and the divided ones."""
+        return self.factored | self.divided
+
+    def dense_requests(self, parameter: Parameter, models: Sequence[Model], start: int, stop: int) -> int:
+        """Return how many requests bring elements [start, stop) of what some models store as whole tensors."""
+        counts, kinds = self.alike(models)
+        found = 0
+        for (_, count), model in zip(counts, kinds, strict=True):
+            form, source = self.formats[model.format], model.sources.get(parameter.name)
+            if source and not form.held(source):
+                found += count * len(form.reads(source, start, stop))
+        return found
+
     def _stored(self) -> Iterator[tuple[str, Source, bool]]:
         """Yield (parameter, source, whether it is factors) of each kind of model."""
         for model in self.alike(self.models)[1]:

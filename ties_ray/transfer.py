@@ -290,12 +290,24 @@ class ReadAhead:
         reads = form.reads(wanted.source, wanted.start, wanted.stop)
         if wanted.kept == "all" and form.held(wanted.source):
             return self._cut_from_kept(wanted, reads)
+        if len(reads) > 1 and not form.held(wanted.source):
+            return [self._end_to_end(wanted.model.objects, reads)]
         return [
             self._kept(wanted.model.objects[read.object], read)
             if read.shared and wanted.kept == "shared"
             else self._buffered(wanted, read, again=bool(form.held(wanted.source)))
             for read in reads
         ]
+
+    def _end_to_end(self, pins: Sequence[Pin], reads: Sequence[Read]) -> Tensor:
+        """Return what reads of several tensors bring, in one buffer."""
+        whole = self._buffers.empty(sum(read.stop - read.start for read in reads), torch.uint8)
+        start = 0
+        for read in reads:
+            stop = start + read.stop - read.start
+            self.read(pins[read.object], read.start, whole[start:stop])
+            start = stop
+        return whole
 
     def _buffered(self, wanted: Wanted, read: Read, *, again: bool) -> Tensor:
         view = self._buffers.empty(read.stop - read.start, torch.uint8)

@@ -479,8 +479,8 @@ class Worker:
         """Yield the blocks of some segments with the slices of some members; each is gone when the next comes."""
         resident = is_resident(self._plan.recipe, round_)
         parameters, segments = self._plan.catalog.parameters, list(segments)
-        factored, widest = self._sources.factored, max(self._sources.widths)
-        runs = list(runs_of(segments, round_.block, round_.run, lambda one: parameters[one].name not in factored))
+        alone, widest = self._sources.alone, max(self._sources.widths)
+        runs = list(runs_of(segments, round_.block, round_.run, lambda one: parameters[one].name not in alone))
         together = self._kept_together(segments if round_.run else (), members)
         wanted = itertools.chain.from_iterable(self._wanted(round_, run, members, together) for run in runs)
         room = Room(round_.run * widest, self._sources.filled(round_.block) * widest)

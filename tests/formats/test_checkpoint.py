@@ -1,8 +1,10 @@
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
+import safetensors.torch
 import torch
 
 from tests.families import CONFIG, file_bytes
@@ -40,7 +42,13 @@ def read(
     base: dict[str, Parameter] | None = None,
     rules: Rules = Rules(),  # noqa: B008
 ) -> Found:
-    return Checkpoint().read(folder_of(Checkpoint(), files), base, rules)
+    form, folder = Checkpoint(), folder_of(Checkpoint(), files)
+    stored = {
+        name: one for file in form.weight_files(folder) for name, one in safetensors.torch.load(files[file]).items()
+    }
+    asked = form.questions(folder, base, rules)
+    answers = {one: torch.equal(stored[one.mine], stored[one.other]) for one in asked}
+    return form.read(replace(folder, answers=answers), base, rules)
 
 
 def base_of(
@@ -121,8 +129,8 @@ def test_integers_that_the_base_lacks_are_left_aside_with_a_note() -> None:
 def test_a_float_that_the_base_lacks_is_refused_unless_it_is_excluded() -> None:
     files = files_of({**BASE, "score.weight": torch.zeros(2)})
     assert problems(read(files, base_of())) == [
-        "memory://model: holds 1 floating-point tensors that the base lacks: score.weight; is it a fine-tune of this"
-        " base? else name them in `exclude`"
+        "memory://model: holds 1 floating-point tensors that the base lacks (among them a head for one task):"
+        ' score.weight; is it a fine-tune of this base? `exclude: ["score.weight"]` leaves them out of the merge'
     ]
     found = read(files, base_of(), Rules(exclude=("score.*",)))
     assert (problems(found), "score.weight" in found.sources) == ([], False)
@@ -133,7 +141,8 @@ def test_a_missing_float_is_refused_unless_it_is_allowed_or_excluded() -> None:
     files = files_of({"model.norm.weight": BASE["model.norm.weight"]})
     assert problems(read(files, base_of())) == [
         "memory://model: lacks 1 of the base's 2 merged parameters: model.embed_tokens.weight; is it a fine-tune of"
-        " this base? `allow: {missing: zero}` takes their change as zero"
+        ' this base? `exclude: ["model.embed_tokens.weight"]` copies the base\'s; `allow: {missing: zero}` takes their'
+        " change as zero"
     ]
     allowed = read(files, base_of(), Rules(missing=True))
     assert (list(allowed.sources), len(allowed.notes)) == (["model.norm.weight"], 1)
@@ -230,9 +239,11 @@ def test_a_head_of_its_own_shape_is_not_tied() -> None:
 def test_some_architectures_tie_without_saying_so(model_type: str, embedding: str, head: str) -> None:
     tensors = {embedding: torch.zeros(4, 2), head: torch.zeros(4, 2)}
     assert list(read(files_of(tensors, {"model_type": model_type})).sources) == [embedding]
+    apart = read(files_of({**tensors, head: torch.ones(4, 2)}, {"model_type": model_type}))
+    assert apart.untied == {head: embedding}
+    assert apart.sources.keys() == {embedding, head}
     untied = {"model_type": "llama", "tie_word_embeddings": False}
-    kept = {embedding} if head == "decoder.embed_tokens.weight" else {embedding, head}
-    assert read(files_of(tensors, untied)).sources.keys() == kept
+    assert read(files_of(tensors, untied)).sources.keys() == {embedding, head}
 
 
 def test_a_multimodal_config_ties_in_its_text_part() -> None:
@@ -241,12 +252,77 @@ def test_a_multimodal_config_ties_in_its_text_part() -> None:
     assert list(read(files_of(tensors, config)).sources) == ["model.language_model.embed_tokens.weight"]
 
 
-def test_a_fine_tunes_tied_copy_is_left_aside_and_an_untied_one_refused() -> None:
+@pytest.mark.parametrize("config", [TIED, CONFIG, {**CONFIG, "tie_word_embeddings": False}])
+def test_a_fine_tunes_equal_copy_is_merged_once_and_a_head_of_its_own_is_a_parameter(config: Config) -> None:
     model = {**BASE, "lm_head.weight": BASE["model.embed_tokens.weight"]}
-    found = read(files_of(model, TIED), base_of(config=TIED))
+    found = read(files_of(model, config), base_of(config=TIED))
+    assert (problems(found), found.untied) == ([], {})
+    assert found.notes == (
+        "memory://model: lm_head.weight is tied to model.embed_tokens.weight, and holds the same: merged once",
+    )
+    found = read(files_of({**model, "lm_head.weight": torch.ones(4, 2)}, config), base_of(config=TIED))
+    assert (problems(found), found.untied) == ([], {"lm_head.weight": "model.embed_tokens.weight"})
+    assert "differs from model.embed_tokens.weight, to which the base ties it" in found.notes[0]
+    assert found.sources["lm_head.weight"].tensors[0].dtype == "F32"
+    found = read(
+        files_of({**model, "lm_head.weight": torch.ones(4, 2)}, config), base_of(config=TIED), Rules(("lm_*",))
+    )
+    assert (problems(found), found.untied, found.excluded) == ([], {}, ("lm_head.weight",))
+
+
+def test_the_head_of_a_tied_fine_tune_of_an_untied_base_is_its_embedding() -> None:
+    base = base_of({**BASE, "lm_head.weight": torch.ones(4, 2)})
+    found = read(files_of(BASE, TIED), base)
     assert problems(found) == []
-    assert found.notes == ("memory://model: lm_head.weight is tied to model.embed_tokens.weight: left aside",)
-    assert "that the base lacks: lm_head.weight" in problems(read(files_of(model, CONFIG), base_of(config=TIED)))[0]
+    assert found.sources["lm_head.weight"] == found.sources["model.embed_tokens.weight"]
+    assert "lm_head.weight is not stored, and is tied to model.embed_tokens.weight" in found.notes[0]
+    untied = read(files_of(BASE, {**CONFIG, "tie_word_embeddings": False}), base)
+    assert "lacks 1 of the base's 3 merged parameters (among them a head for one task): lm_head" in problems(untied)[0]
+
+
+def test_tensors_under_other_names_are_merged_and_noted() -> None:
+    found = read(files_of({f"module.{name}": tensor for name, tensor in BASE.items()}), base_of())
+    assert (problems(found), found.sources.keys()) == ([], {"model.embed_tokens.weight", "model.norm.weight"})
+    assert "3 parameters are stored under other names: model.ids is module.model.ids, " in found.notes[0]
+
+
+EXPERTS = {f"m.mlp.experts.{n}.{part}_proj.weight": torch.rand(3, 2) for n in range(2) for part in ("gate", "up")}
+FUSED = torch.stack(
+    [torch.cat([EXPERTS[f"m.mlp.experts.{n}.{part}_proj.weight"] for part in ("gate", "up")]) for n in (0, 1)]
+)
+
+
+def values(found: Found, name: str, files: dict[str, bytes], start: int, stop: int) -> torch.Tensor:
+    form, source = Checkpoint(), found.sources[name]
+    data = torch.frombuffer(bytearray(files["model.safetensors"]), dtype=torch.uint8)
+    buffers = [data[read.start : read.stop] for read in form.reads(source, start, stop)]
+    return form.encoded(source, start, stop, buffers).data
+
+
+def test_experts_apart_and_fused_are_read_from_each_other() -> None:
+    apart, fused = files_of(EXPERTS), files_of({"m.mlp.experts.gate_up_proj": FUSED})
+    found = read(fused, base_of(EXPERTS))
+    assert problems(found) == []
+    for name, tensor in EXPERTS.items():
+        assert torch.equal(values(found, name, fused, 1, 6), tensor.flatten()[1:6])
+    found = read(apart, base_of({"m.mlp.experts.gate_up_proj": FUSED}))
+    assert problems(found) == []
+    for start, stop in ((0, 24), (3, 4), (5, 13), (6, 12), (0, 0), (23, 24)):
+        assert torch.equal(values(found, "m.mlp.experts.gate_up_proj", apart, start, stop), FUSED.flatten()[start:stop])
+
+
+def test_parts_of_several_dtypes_are_refused() -> None:
+    mixed = files_of(EXPERTS | {"m.mlp.experts.1.up_proj.weight": torch.rand(3, 2).half()})
+    found = read(mixed, base_of({"m.mlp.experts.gate_up_proj": FUSED}))
+    assert "stores the parts of one parameter in several dtypes: m.mlp.experts.gate_up_proj" in problems(found)[0]
+
+
+def test_a_model_that_shares_no_name_with_the_base_is_refused_without_advice_to_leave_it_aside() -> None:
+    (problem,) = problems(read(files_of({"x": torch.zeros(2, 2), "y": torch.zeros(3)}), base_of()))
+    assert "has none of the base's 2 merged parameters" in problem
+    assert "exclude" not in problem
+    assert "missing" not in problem
+    assert problems(read(files_of({"x": torch.zeros(2)}), base_of(), Rules(("x",), missing=True)))
 
 
 def test_a_fine_tune_that_stores_only_the_tied_copy_is_read_from_it() -> None:

@@ -31,8 +31,10 @@ def collected() -> dict[str, Any]:
         "rules": {key: mappings[key] for key in sorted(mappings) if same[key] == key},
         "alike": {key: same[key] for key in sorted(mappings) if same[key] != key},
         "classes": dict(sorted(classes.items())),
-        "tied": sorted(kind for kind in CONFIG_MAPPING if _ties_by_default(kind)),
-        "ties": sorted({pair for cls in model_classes() for pair in _ties(cls)}),
+        "tied": sorted(kind for kind in CONFIG_MAPPING if _ties(kind)),
+        "always_tied": sorted(kind for kind in CONFIG_MAPPING if _ties(kind, tie_word_embeddings=False)),
+        "ties_only_the_head": sorted({cls.__name__ for cls in model_classes() if len(list(_tied_keys(cls))) == 1}),
+        "ties": sorted({pair for cls in model_classes() for pair in _tied_keys(cls)}),
     }
 
 
@@ -69,14 +71,14 @@ def _settings(operation: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(operation).items() if value not in (None, False)}
 
 
-def _ties_by_default(kind: str) -> bool:
+def _ties(kind: str, **settings: bool) -> bool:
     try:
-        return getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False) is True
+        return getattr(CONFIG_MAPPING[kind](**settings), "tie_word_embeddings", False) is True
     except Exception:  # configs that can't be made without arguments
         return False
 
 
-def _ties(cls: type[PreTrainedModel]) -> Iterator[tuple[str, str]]:
+def _tied_keys(cls: type[PreTrainedModel]) -> Iterator[tuple[str, str]]:
     keys = getattr(cls, "_tied_weights_keys", None)
     if isinstance(keys, dict):
         yield from keys.items()

@@ -39,7 +39,7 @@ class TensorRef(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What one model stores for one base parameter: a dense tensor, or the factors of its change."""
+    """What one model stores for one base parameter: its values, in one or several tensors, or factors of its change."""
 
     tensors: tuple[TensorRef, ...]
     numbers: tuple[tuple[str, float], ...] = ()
@@ -112,8 +112,6 @@ class Rules(NamedTuple):
     """Rows beyond the base's are left aside."""
     saved_modules: bool = False
     """Whole tensors that an adapter saved beside its factors are merged as dense changes."""
-    kinds: tuple[str, ...] = ()
-    """What the base's config calls it (`naming.kinds_of`), by which its names are known."""
 
     def excludes(self, name: str) -> bool:
         """Return whether the recipe takes the parameter from the base unchanged."""
@@ -158,6 +156,10 @@ class Found:
     """What was let through or left aside and belongs in plan and result."""
     extra_rows: tuple[str, ...] = ()
     """Base parameters of which the model stores more rows; their common rows must mean the same tokens."""
+    untied: Mapping[str, str] = field(default_factory=dict)
+    """What the model has of its own where the base ties it to a parameter: that parameter, by the name that it gets."""
+    excluded: tuple[str, ...] = ()
+    """Tensors that the base lacks and the recipe excludes."""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     """By base parameter, where the format knows it and it is not `linear`."""
     called: Mapping[str, str] = field(default_factory=dict)
@@ -212,7 +214,10 @@ class Format(ABC):
 
     @abstractmethod
     def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> "Stored":
-        """Return the slice from what the reads brought: one 1-D uint8 tensor a read, not to be written to."""
+        """Return the slice from what the reads brought: one 1-D uint8 tensor a read, not to be written to.
+
+        Several reads of a dense source may come end to end in one tensor.
+        """
 
     def needs(self, source: Source) -> Literal["nothing", "slice", "rows"]:
         """Return what of the base must be known to tell the change: nothing, the same slice, or its rows whole."""

@@ -1,14 +1,17 @@
 """A Hugging Face checkpoint: `model.safetensors`, or shards under an index, with names as in its `config.json`."""
 
 import json
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ties_ray import naming
 from ties_ray.candidates import ADAPTER, STEMS, Candidate, candidates, is_index, is_weights, listed, usual
 from ties_ray.downloads import unfinished
 from ties_ray.errors import Problem, printable
-from ties_ray.formats import Folder, Format, Found, Parameter, Read, Rules, Source, TensorRef
+from ties_ray.formats import Folder, Format, Found, Parameter, Question, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded
 from ties_ray.libraries import CONFIGS, library_of
 from ties_ray.safetensors import COPYABLE, DTYPE_BITS, MERGEABLE
@@ -21,40 +24,6 @@ CONFIG = "config.json"
 CHOOSE = "`file: {name}` beside its `path` chooses it"
 """What a recipe may do where a folder holds several models."""
 
-_DECODERS = (
-    "model", "model.decoder", "model.language_model", "language_model.model",
-)  # fmt: skip
-_ENCODERS = ("albert", "bert", "distilbert", "electra", "roberta")
-EMBEDDINGS: tuple[tuple[str, ...], ...] = (
-    *((f"{prefix}.embed_tokens.weight",) for prefix in _DECODERS),
-    *((f"{prefix}.embeddings.word_embeddings.weight",) for prefix in _ENCODERS),
-    ("transformer.wte.weight",),
-    ("wte.weight",),
-    ("transformer.word_embeddings.weight",),
-    ("gpt_neox.embed_in.weight",),
-    ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
-)
-"""Where architectures keep their input embedding; the further names of a line always share its storage."""
-HEADS = (
-    "lm_head.weight",
-    "language_model.lm_head.weight",
-    "embed_out.weight",
-    "cls.predictions.decoder.weight",
-    "lm_head.decoder.weight",
-    "vocab_projector.weight",
-    "generator_lm_head.weight",
-)
-"""Output embeddings, which share the input's storage where the config ties them."""
-TIED_BIASES = (
-    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
-    ("lm_head.bias", "lm_head.decoder.bias"),
-)
-TIED_BY_DEFAULT = frozenset({
-    "albert", "bart", "bert", "bloom", "cohere", "distilbert", "electra", "falcon", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gpt2", "gpt_neo", "mbart", "opt", "roberta", "t5", "xlm-roberta",
-})  # fmt: skip
-"""`model_type`s whose configs tie the embeddings unless they say otherwise (and then leave the key out)."""
 REFUSED = {
     "F8": "8-bit floats mean nothing without the scales stored elsewhere",
     "F6": "6-bit floats mean nothing without the scales stored elsewhere",
@@ -94,6 +63,16 @@ class Checkpoint(Format):
         names = _weight_files(folder, problems, [])
         return () if problems else tuple(names)
 
+    def questions(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> tuple[Question, ...]:
+        """Return whether tensors that a config may tie are stored twice: as one value, or as two."""
+        problems: list[Problem] = []
+        config = _object(folder, CONFIG, problems)
+        stored = _stored(folder, _weight_files(folder, problems, []), problems)
+        if problems:
+            return ()
+        pairs = _base_ties(stored, config) if base is None else _Names(stored, config, base).pairs()
+        return tuple(Question(alias, kept, "model") for alias, kept in pairs)
+
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
         """Return every tensor of the base, or one source for each merged parameter that the model stores."""
         problems: list[Problem] = []
@@ -107,33 +86,46 @@ class Checkpoint(Format):
         pins = {_name(pin.uri): pin for pin in folder.files}
         objects = tuple(pins[name] for name in names)
         stored = _stored(folder, names, problems)
-        if not problems:
-            checked = _check_base(stored, config) if base is None else _check_model(stored, config, base, rules)
-            problems += [Problem(folder.uri, what, remedy) for what, remedy in checked.problems]
-            notes += checked.notes
-            sources = {name: Source((ref,)) for name, ref in checked.tensors.items()}
-            longer = checked.extra_rows
         if problems:
             return Found(problems=tuple(problems))
-        found = Found(objects, sources, (), tuple(f"{folder.uri}: {note}" for note in notes), longer)
-        return replace(found, library=library)
+        same = {(question.mine, question.other) for question, same in folder.answers.items() if same}
+        check = (
+            partial(_check_base, stored, config) if base is None else partial(_check_model, stored, config, base, rules)
+        )
+        checked = check(same)
+        problems += [Problem(folder.uri, what, remedy) for what, remedy in checked.problems]
+        if problems:
+            return Found(problems=tuple(problems))
+        return Found(
+            objects,
+            {name: Source(refs) for name, refs in checked.tensors.items()},
+            notes=tuple(f"{folder.uri}: {note}" for note in (*notes, *checked.notes)),
+            extra_rows=checked.extra_rows,
+            untied=checked.untied,
+            excluded=checked.excluded,
+            library=library,
+        )
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
-        """Return the one range of the elements; none where there are no elements."""
-        if start == stop:
-            return ()
-        tensor = source.tensors[0]
-        width = DTYPE_BITS[tensor.dtype] // 8
-        return (Read(tensor.object, tensor.start + start * width, tensor.start + stop * width),)
+        """Return the range of the elements in each tensor that has some of them; none where there are no elements."""
+        found: list[Read] = []
+        first = 0
+        for tensor in source.tensors:
+            width = DTYPE_BITS[tensor.dtype] // 8
+            low, high = max(start - first, 0), min(stop - first, math.prod(tensor.shape))
+            if low < high:
+                found.append(Read(tensor.object, tensor.start + low * width, tensor.start + high * width))
+            first += math.prod(tensor.shape)
+        return tuple(found)
 
     def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> Encoded:
-        """Return the model's values as stored, without a copy where the buffer is aligned to them."""
+        """Return the model's values as stored, without a copy where they are one buffer that is aligned to them."""
         import torch  # here, so that planning does not wait for it
 
         dtype: torch.dtype = getattr(torch, _TORCH_NAMES[source.tensors[0].dtype])
         if start == stop:
             return Encoded(torch.empty(0, dtype=dtype))
-        (buffer,) = buffers
+        buffer = buffers[0] if len(buffers) == 1 else torch.cat(list(buffers))
         if buffer.storage_offset() % dtype.itemsize or buffer.data_ptr() % dtype.itemsize:
             buffer = buffer.clone()
         return Encoded(buffer.view(dtype))
@@ -142,78 +134,235 @@ class Checkpoint(Format):
 class _Checked(NamedTuple):
     """What holds for a whole checkpoint: its tensors by base parameter, and (what, remedy) of each problem."""
 
-    tensors: dict[str, TensorRef]
+    tensors: dict[str, tuple[TensorRef, ...]]
+    """Whose elements, one after the other, are the parameter's."""
     problems: list[tuple[str, str]]
     notes: list[str]
     extra_rows: tuple[str, ...] = ()
+    untied: Mapping[str, str] = {}
+    excluded: tuple[str, ...] = ()
 
 
-def _check_base(stored: Mapping[str, TensorRef], config: Mapping[str, Any]) -> _Checked:
-    tensors, notes = dict(stored), list[str]()
-    for first, *others in _tied(config):
-        for other in others:
-            if first in tensors and other in tensors and tensors[other].shape == tensors[first].shape:
-                del tensors[other]
-                notes.append(f"{other} is tied to {first}: merged once, not written again")
+def _check_base(
+    stored: Mapping[str, TensorRef], config: Mapping[str, Any], same: Collection[tuple[str, str]]
+) -> _Checked:
+    tensors: dict[str, tuple[TensorRef, ...]] = {name: (ref,) for name, ref in stored.items()}
+    notes: list[str] = []
+    untied: dict[str, str] = {}
+    for alias, kept in _base_ties(stored, config):
+        if (alias, kept) in same:
+            del tensors[alias]
+            notes.append(f"{alias} is tied to {kept}: merged once, not written again")
+        else:
+            untied[alias] = kept
+            notes.append(f"{alias} differs from {kept}, to which config.json ties it: a parameter of its own")
     problems = [] if tensors else [("holds no tensors", "")]
-    return _Checked(tensors, problems + list(_refused(tensors)), notes)
+    return _Checked(tensors, problems + list(_refused(stored)), notes, untied=untied)
+
+
+def _base_ties(stored: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (alias, name that is kept) of tensors that are stored twice if the config's ties hold."""
+    if not _ties(config):
+        return []
+    ties = naming.ties_of(stored, naming.kinds_of(config))
+    return [(tie.alias, tie.kept) for tie in ties if stored[tie.alias].shape == stored[tie.kept].shape]
+
+
+class _Names:
+    """A model's tensors under the base's names."""
+
+    def __init__(
+        self, stored: Mapping[str, TensorRef], config: Mapping[str, Any], base: Mapping[str, Parameter]
+    ) -> None:
+        kinds = naming.kinds_of(config)
+        match = naming.matched(
+            {name: ref.shape for name, ref in stored.items()}, {name: one.shape for name, one in base.items()}, kinds
+        )
+        self.problems = list(match.problems)
+        self.notes: list[str] = []
+        self.tensors = {name: tuple(_cut(stored[one.name], one) for one in many) for name, many in match.pieces.items()}
+        self.left = {called: (name, stored[name]) for name, called in match.left.items()}
+        """Tensors that the base lacks, with their stored names, by what it would call them."""
+        self.tied: dict[str, str] = {}
+        """Of those: the base parameter with which one may share its value."""
+        self.whole = {name: many[0].name for name, many in match.pieces.items()}
+        """The stored name of what a base parameter is; of several tensors, the first."""
+        self.notes += _renamed(match, stored)
+        if self.left or len(self.tensors) < len(base):
+            self._tie(base, naming.ties_of([*base, *self.left], kinds), _ties(config, unsaid=True))
+
+    def _tie(self, base: Mapping[str, Parameter], ties: Sequence[naming.Tie], tied: bool) -> None:
+        """Settle names that may mean one value, where the base and the model do not store the same ones of them."""
+        groups: dict[str, list[str]] = {}
+        for alias, kept in ties:
+            groups.setdefault(kept, [kept]).append(alias)
+        for group in groups.values():
+            known = [name for name in group if name in base]
+            left = [name for name in group if name in self.left]
+            if known and left and not self.tensors.keys() & known:
+                stored, ref = self.left.pop(left[0])
+                self.tensors[known[0]], self.whole[known[0]] = (ref,), stored
+                self.notes.append(f"{stored} is {known[0]}, to which it is tied")
+            here = next((name for name in known if name in self.tensors), None)
+            if here:
+                self.tied |= {name: here for name in left if name in self.left}
+                for name in known if tied else ():
+                    if name not in self.tensors and base[name].merged:
+                        self.tensors[name] = self.tensors[here]
+                        self.notes.append(f"{name} is not stored, and is tied to {here}: its value is that one's")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return stored names of tensors that may hold one value, where dtype and shape do not tell them apart."""
+        return [
+            (self.left[name][0], self.whole[kept])
+            for name, kept in self.tied.items()
+            if (self.left[name][1].dtype, self.left[name][1].shape)
+            == (self.tensors[kept][0].dtype, self.tensors[kept][0].shape)
+        ]
+
+
+def _renamed(match: naming.Match, stored: Mapping[str, TensorRef]) -> Iterator[str]:
+    """Yield notes on parameters that the model stores otherwise than the base."""
+    renamed, cut, joined = list[str](), list[str](), list[str]()
+    for name, (first, *others) in match.pieces.items():
+        if others:
+            joined.append(f"{name} is {first.name} and {len(others)} more")
+        elif first.shape != stored[first.name].shape:
+            cut.append(f"{name} is a part of {first.name}")
+        elif first.name != name:
+            renamed.append(f"{name} is {first.name}")
+    for names, what in (
+        (renamed, "are stored under other names"),
+        (cut, "are stored fused with others"),
+        (joined, "are stored in several tensors"),
+    ):
+        if names:
+            yield f"{len(names)} parameters {what}: {_listed(names)}"
+
+
+def _cut(ref: TensorRef, piece: naming.Piece) -> TensorRef:
+    """Return where a run of elements of a tensor lies."""
+    return ref._replace(start=ref.start + piece.start * DTYPE_BITS[ref.dtype] // 8, shape=piece.shape)
+
+
+def _ties(config: Mapping[str, Any], *, unsaid: bool | None = None) -> bool:
+    """Return whether a config ties the embeddings; unsaid: the answer where it does not say, else its default."""
+    text = config.get("text_config")
+    kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
+    if any(map(naming.always_tied, kinds)):
+        return True
+    default = any(map(naming.tied_by_default, kinds)) if unsaid is None else unsaid
+    return _setting(config, "tie_word_embeddings", default) is True
 
 
 def _check_model(
-    stored: Mapping[str, TensorRef], config: Mapping[str, Any], base: Mapping[str, Parameter], rules: Rules
+    stored: Mapping[str, TensorRef],
+    config: Mapping[str, Any],
+    base: Mapping[str, Parameter],
+    rules: Rules,
+    same: Collection[tuple[str, str]],
 ) -> _Checked:
-    tensors, notes = dict(stored), list[str]()
-    problems: list[tuple[str, str]] = []
-    for alias, first in _aliases(tensors, config, base):
-        tied = tensors.pop(alias)
-        if first in tensors:
-            notes.append(f"{alias} is tied to {first}: left aside")
+    names = _Names(stored, config, base)
+    tensors, notes = names.tensors, names.notes
+    problems = [(what, "save it in the layout of the base") for what in names.problems]
+    untied: dict[str, str] = {}
+    equal = {alias for alias, kept in names.pairs() if (alias, kept) in same}
+    for name, kept in names.tied.items():
+        alias, ref = names.left[name]
+        if rules.excludes(name) or rules.excludes(alias):
+            continue
+        if alias in equal:
+            notes.append(f"{alias} is tied to {kept}, and holds the same: merged once")
+        elif base[kept].merged:
+            notes.append(f"{alias} differs from {kept}, to which the base ties it: a parameter of its own")
+            untied[name], tensors[name] = kept, (ref,)
         else:
-            tensors[first] = tied
+            continue
+        del names.left[name]
+    base = {**base, **{name: base[kept]._replace(name=name) for name, kept in untied.items()}}
     merged = {name: parameter for name, parameter in base.items() if parameter.merged}
-    kept = {name: tensors[name] for name in merged if name in tensors}
+    kept_refs = {name: tensors[name] for name in merged if name in tensors}
 
-    unknown = [name for name in tensors if name not in base]
-    aside = [name for name in unknown if tensors[name].dtype in COPYABLE or rules.excludes(name)]
+    left = {stored_name: ref for stored_name, ref in names.left.values()}
+    excluded = [alias for name, (alias, _) in names.left.items() if rules.excludes(name) or rules.excludes(alias)]
+    aside = [name for name, ref in left.items() if ref.dtype in COPYABLE or name in excluded]
     if aside:
         notes.append(f"left aside, the base has no such tensors: {_listed(aside)}")
-    extra = [name for name in unknown if name not in aside]
-    problems += _refused({name: tensors[name] for name in (*kept, *extra)})
-    extra = [name for name in extra if tensors[name].dtype in MERGEABLE]
-    if extra:
-        problems.append(
-            (
-                f"holds {len(extra)} floating-point tensors that the base lacks: {_listed(extra)}",
-                "is it a fine-tune of this base? else name them in `exclude`",
-            )
-        )
-    whole = [name for name, ref in kept.items() if ref.dtype in COPYABLE]
-    if whole:
-        shown = _listed(f"{name} ({kept[name].dtype} where the base has {merged[name].dtype})" for name in whole)
-        problems.append((f"holds integers where the base holds floating-point numbers: {shown}", ""))
+    extra = {name: ref for name, ref in left.items() if name not in aside}
+    refs = {name: ref for name, many in kept_refs.items() for ref in many}
+    problems += _refused({**refs, **extra})
+    extra = {name: ref for name, ref in extra.items() if ref.dtype in MERGEABLE}
     missing = [name for name in merged if name not in tensors]
-    if missing and rules.missing:
+    problems += _one_sided(extra, missing, kept_refs, merged, rules)
+    if missing and kept_refs and rules.missing:
         notes.append(f"lacks {len(missing)} parameters, whose change is taken as zero: {_listed(missing)}")
-    elif missing:
-        problems.append(
-            (
-                f"lacks {len(missing)} of the base's {len(merged)} merged parameters: {_listed(missing)}",
-                "is it a fine-tune of this base? `allow: {missing: zero}` takes their change as zero",
-            )
-        )
-    longer, wrong = _compare_shapes(kept, merged, config)
+    whole = [name for name, ref in refs.items() if ref.dtype in COPYABLE]
+    if whole:
+        shown = _listed(f"{name} ({refs[name].dtype} where the base has {merged[name].dtype})" for name in whole)
+        problems.append((f"holds integers where the base holds floating-point numbers: {shown}", ""))
+    mixed = [name for name, many in kept_refs.items() if len({ref.dtype for ref in many}) > 1]
+    if mixed:
+        problems.append((f"stores the parts of one parameter in several dtypes: {_listed(mixed)}", "save it in one"))
+    longer, wrong = _compare_shapes(
+        {name: many[0] for name, many in kept_refs.items() if len(many) == 1}, merged, config
+    )
     if longer and not rules.extra_rows:
         problems.append(
             (
-                f"has more embedding rows than the base: {_shapes(longer, kept, merged)}",
+                f"has more embedding rows than the base: {_shapes(longer, refs, merged)}",
                 "`allow: {extra_rows: drop}` leaves them aside where the tokenizers agree on the common ids",
             )
         )
     elif longer:
-        notes.append(f"rows beyond the base's are left aside: {_shapes(longer, kept, merged)}")
+        notes.append(f"rows beyond the base's are left aside: {_shapes(longer, refs, merged)}")
     if wrong:
-        problems.append((f"has {len(wrong)} parameters of another shape: {_shapes(wrong, kept, merged)}", ""))
-    return _Checked(kept, problems, notes, tuple(longer))
+        problems.append((f"has {len(wrong)} parameters of another shape: {_shapes(wrong, refs, merged)}", ""))
+    return _Checked(kept_refs, problems, notes, tuple(longer), untied, tuple(excluded))
+
+
+def _one_sided(
+    extra: Mapping[str, TensorRef],
+    missing: Sequence[str],
+    kept: Collection[str],
+    merged: Collection[str],
+    rules: Rules,
+) -> Iterator[tuple[str, str]]:
+    """Yield (what, remedy) of floating-point tensors that only the model, or only the base, has."""
+    only = _listed(list(extra))
+    if merged and not kept:
+        what = f"has none of the base's {len(merged)} merged parameters, under these names or others that are known"
+        yield f"{what}; it holds {only}", "is it a fine-tune of this base? `ties-ray inspect` shows what each holds"
+        return
+    if extra:
+        what = f"holds {len(extra)} floating-point tensors that the base lacks{_what_they_are(extra)}: {only}"
+        yield what, f"is it a fine-tune of this base? `exclude: {_patterns(extra)}` leaves them out of the merge"
+    if missing and not rules.missing:
+        what = f"lacks {len(missing)} of the base's {len(merged)} merged parameters{_what_they_are(missing)}"
+        keep = f"`exclude: {_patterns(missing)}` copies the base's"
+        yield (
+            f"{what}: {_listed(missing)}",
+            f"is it a fine-tune of this base? {keep}; `allow: {{missing: zero}}` takes their change as zero",
+        )
+
+
+_KNOWN = {
+    "buffers that the model's code computes": r"inv_freq$|\.attn\.(?:masked_)?bias$|position_ids$|attention\.bias$",
+    "layers for multi-token prediction": r"(?:^|\.)(?:mtp|nextn|eh_proj|enorm|hnorm|shared_head)\b",
+    "a head for one task": r"(?:^|\.)(?:classifier|score|qa_outputs|cls|pooler|lm_head|(?:v|reward|value)_head)\b",
+    "factors of an adapter": r"\.lora_|\.(?:hada|lokr|oft)_",
+}
+"""What tensors are that often only one of two checkpoints stores, by a pattern of their names."""
+
+
+def _what_they_are(names: Collection[str]) -> str:
+    kinds = [kind for kind, pattern in _KNOWN.items() if any(re.search(pattern, name) for name in names)]
+    return f" (among them {' and '.join(kinds)})" if kinds else ""
+
+
+def _patterns(names: Collection[str]) -> str:
+    """Return patterns for `exclude` that match these names, as a list in a recipe."""
+    every = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(r"([*?\[])", "[\\1]", name)) for name in names)
+    return json.dumps(list(every)) if len(every) <= 8 else "[...]"
 
 
 def _compare_shapes(
@@ -238,24 +387,6 @@ def _refused(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str]]:
         reason = next(why for start, why in REFUSED.items() if dtype.startswith(start))
         names = [name for name, ref in tensors.items() if ref.dtype == dtype]
         yield f"stores {len(names)} tensors as {dtype}, and {reason}: {_listed(names)}", "give the unquantised model"
-
-
-def _tied(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return groups of names that share storage in a model of this config; the first is where it is kept."""
-    kind = config.get("model_type")
-    default = isinstance(kind, str) and kind in TIED_BY_DEFAULT
-    heads = HEADS if _setting(config, "tie_word_embeddings", default) is True else ()
-    return [*((*names, *heads) for names in EMBEDDINGS), *TIED_BIASES]
-
-
-def _aliases(names: Collection[str], config: Mapping[str, Any], base: Collection[str]) -> list[tuple[str, str]]:
-    """Return (name the model stores and the base does not, parameter of the base that it is tied to)."""
-    return [
-        (other, first)
-        for first, *others in _tied(config)
-        for other in others
-        if first in base and other in names and other not in base
-    ]
 
 
 def _setting(config: Mapping[str, Any], key: str, default: object) -> object:

@@ -151,8 +151,11 @@ class Output(BaseModel, ABC):
         """
 
     @abstractmethod
-    def rewrite(self, name: str, data: bytes) -> bytes | None:
-        """Return what a small file of `files_from` becomes in the output; None leaves it out."""
+    def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
+        """Return what a small file of `files_from` becomes in the output; None leaves it out.
+
+        facts: as of `index`, and `untied`: names of what the base's config ties and the output has as a parameter.
+        """
 
     @abstractmethod
     def door(self, files: Sequence[OutputFile], library: Library) -> str:

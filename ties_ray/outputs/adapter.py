@@ -117,7 +117,7 @@ class Adapter(Output):
         }
         return CONFIG, (json.dumps(config, indent=2) + "\n").encode()
 
-    def rewrite(self, name: str, data: bytes) -> bytes | None:
+    def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
         """Leave out what belongs to a whole model."""
         return None
 

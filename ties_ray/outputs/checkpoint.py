@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from ties_ray import naming
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
 from ties_ray.libraries import Library
@@ -46,14 +47,19 @@ class Checkpoint(Output):
         """Return the map from tensor to file."""
         return None if len(files) == 1 else (library.index, weight_map(files))
 
-    def rewrite(self, name: str, data: bytes) -> bytes | None:
-        """Return the file as it is, but for the dtype that config.json names."""
-        if name != "config.json" or self.dtype is None:
+    def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
+        """Return the file as it is, but for the dtype and the tie of the embeddings that config.json names."""
+        unties = bool(facts.get("untied"))
+        if name != "config.json" or (self.dtype is None and not unties):
             return data
         config = json.loads(data)
         # transformers writes `torch_dtype` up to version 4 and `dtype` since; both read either.
-        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
+        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"] if self.dtype else ():
             config[key] = self.dtype
+        if unties and naming.ties_only_the_head(config):
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part["tie_word_embeddings"] = False
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
     def door(self, files: Sequence[OutputFile], library: Library) -> str:

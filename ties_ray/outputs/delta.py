@@ -53,7 +53,7 @@ class Delta(Output):
         """Return the map from tensor to file, also where there is one file: it is the door."""
         return library.index, weight_map(files)
 
-    def rewrite(self, name: str, data: bytes) -> bytes | None:
+    def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
         """Leave out what belongs to a whole model."""
         return None
 

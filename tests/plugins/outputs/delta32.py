@@ -40,7 +40,7 @@ class Delta32(Output):
         weight_map = {placed.tensor.name: file.name for file in files for placed in file.tensors}
         return "delta.json", json.dumps({"weight_map": weight_map}).encode()
 
-    def rewrite(self, name: str, data: bytes) -> bytes | None:
+    def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
         return None
 
     def door(self, files: Sequence[OutputFile], library: Library) -> str:
