@@ -118,6 +118,8 @@ class Store(ABC):
 
     def __init__(self, options: BaseModel) -> None:
         self.meter = Meter()
+        self.notes: list[str] = []
+        """What the reader of a result should know: where the service lacks something, and what was done instead."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a store holds connections and credentials: build it in the process that uses it")
@@ -419,12 +421,16 @@ def shown(text: object) -> str:
 class Transient(Exception):
     """A request failed in a way that a repetition may mend; a store raises it inside `persist`."""
 
-    def __init__(self, cause: object, attempts: int | None = None, throttled: bool = False) -> None:
+    def __init__(
+        self, cause: object, attempts: int | None = None, throttled: bool = False, remedy: str | None = None
+    ) -> None:
         super().__init__(shown(cause) or type(cause).__name__)
         self.attempts = attempts
         """Give up after so many; None: when the time is spent."""
         self.throttled = throttled
         """The store asks for fewer requests."""
+        self.remedy = remedy
+        """What to do once it is given up, where another try later can't help: it is then an `InputError`."""
 
 
 class Brake:
@@ -486,9 +492,9 @@ def persist(
 ) -> T:
     """Return `attempt()`, repeated after `Transient` with growing, random pauses: the one retry layer.
 
-    Raises `UnavailableError` when `seconds()` have passed; asked anew each time, since a store that has answered
-    before deserves more patience than one that never did. `doing` says what was asked, for the message. `brake` is
-    shared by all requests that should slow down together.
+    Raises `UnavailableError` when `seconds()` have passed, or `InputError` where the last `Transient` has a remedy.
+    `seconds` is asked anew each time, since a store that has answered before deserves more patience. `doing` says what
+    was asked, for the message. `brake` is shared by all requests that should slow down together.
     """
     brake = brake or Brake()
     started = time.monotonic()
@@ -524,6 +530,8 @@ def persist(
     except Transient as error:
         count, passed = retrying.statistics["attempt_number"], time.monotonic() - started
         what = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
+        if error.remedy is not None:
+            raise InputError(Problem(shown(uri), what, error.remedy)) from None
         raise UnavailableError(Problem(shown(uri), what, "run the same command again later")) from None
 
 
