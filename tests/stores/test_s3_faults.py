@@ -173,7 +173,7 @@ def test_expired_credentials_are_looked_up_anew(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "which has run out")
     with FaultProxy(juicefs_server, [Rule("expired_token")]) as proxy:
         store = opened(proxy, patience=60)  # so that the number of tries ends it, on a busy machine too
-        with pytest.raises(InputError, match="400 ExpiredToken.*; get new credentials"):  # those of the environment
+        with pytest.raises(InputError, match=r"400 ExpiredToken.*; get new credentials"):  # those of the environment
             store.put(f"{juicefs_bucket.uri}/x", DATA)
         assert proxy.requests["put"] == 4
         proxy.script = [Rule("expired_token", nth=1)]

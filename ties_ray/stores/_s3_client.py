@@ -176,16 +176,29 @@ def _bound(client: Any) -> None:
         response = session.send(request)
         if is_object and response.status_code < 300:
             return response
-        data, late = bytearray(), time.monotonic() + DOCUMENT_SECONDS
-        for chunk in response.raw.stream(1 << 16):
-            data += chunk
-            if len(data) > DOCUMENT_BYTES:
-                what = f"it answers {event_name.rpartition('.')[2]} with more than {DOCUMENT_BYTES:,} bytes"
-                remedy = "check storage.s3.endpoint_url: a service that speaks S3 sends less"
-                raise InputError(Problem(client.meta.endpoint_url, what, remedy))
-            if time.monotonic() > late:
-                raise TimeoutError(f"its answer took more than {DOCUMENT_SECONDS:g} s")
-        response._content = bytes(data)
+        try:
+            response._content = _document(response, event_name.rpartition(".")[2], client.meta.endpoint_url)
+        except BaseException:
+            response.raw.close()
+            raise
         return response
 
     client.meta.events.register("before-send.s3", send)
+
+
+def _document(response: Any, operation: str, endpoint: str) -> bytes:
+    """Return the body of an answer; raise `InputError` where it is too long, or no XML."""
+    data, late = bytearray(), time.monotonic() + DOCUMENT_SECONDS
+    for chunk in response.raw.stream(1 << 16):
+        data += chunk
+        if len(data) > DOCUMENT_BYTES:
+            what = f"it answers {operation} with more than {DOCUMENT_BYTES:,} bytes"
+            remedy = "check storage.s3.endpoint_url: a service that speaks S3 sends less"
+            raise InputError(Problem(endpoint, what, remedy))
+        if time.monotonic() > late:
+            raise TimeoutError(f"its answer took more than {DOCUMENT_SECONDS:g} s")
+    start = bytes(data[:64]).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if response.status_code < 300 and start and (start[:1] != b"<" or start.startswith((b"<html", b"<!doctype"))):
+        what = f"it answers {operation} with something else than XML: it does not speak S3"
+        raise InputError(Problem(endpoint, what, "check storage.s3.endpoint_url and its port"))
+    return bytes(data)

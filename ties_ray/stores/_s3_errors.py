@@ -116,6 +116,8 @@ def _refused(error: Exception, uri: str, doing: str, told: str, *, unsigned: boo
         return what, _REMEDIES[code]
     if re.search("virtual.hosted|second.level.domain", message, re.IGNORECASE):
         return what, "set storage.s3.addressing: virtual"
+    if re.search("checksum|crc32", message, re.IGNORECASE):
+        return what, "take storage.s3.checksums out, or set it to when_required"
     if re.search("customer.provided|form of server.side encryption|encryption parameters", message, re.IGNORECASE):
         return what, "the object has a key of its own (SSE-C): say in storage.s3.customer_key where that key lies"
     if status in (401, 403):
@@ -188,7 +190,7 @@ def _lasting(error: Exception, boto: Any, *, reached: bool) -> str:
     if isinstance(error, boto.SSLError):
         if "certificate has expired" in text or "not yet valid" in text:
             return "the service's certificate must be renewed, or this machine's clock set"
-        if "mismatch" in text or "not valid for" in text:
+        if "mismatch" in text or "doesn't match" in text or "not valid for" in text:
             return (
                 "name the host as its certificate does in storage.s3.endpoint_url, or set storage.s3.addressing: path"
             )

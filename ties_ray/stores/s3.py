@@ -127,13 +127,15 @@ class S3(Store):
         idle = 0
         for page in self._pages(uri):
             before = len(files) + len(folders)
-            for one in page.get("Contents", ()):
+            for one in _rows(page, "Contents", "Key", "Size"):
                 name, slash, _ = one["Key"].removeprefix(prefix).partition("/")
                 if slash and name:
                     folders.add(name)
                 elif name and not name.endswith("_$folder$"):
                     files[name] = Pin(f"s3://{bucket}/{prefix}{name}", one["Size"], _bare(one.get("ETag")))
-            names = (one["Prefix"].removeprefix(prefix).partition("/")[0] for one in page.get("CommonPrefixes", ()))
+            names = (
+                one["Prefix"].removeprefix(prefix).partition("/")[0] for one in _rows(page, "CommonPrefixes", "Prefix")
+            )
             folders.update(name for name in names if name)
             count = len(files) + len(folders)
             idle = 0 if count > before else idle + 1
@@ -168,16 +170,18 @@ class S3(Store):
             yield page
             if not page.get("IsTruncated"):
                 return
-            after = {"ContinuationToken": page["NextContinuationToken"]} if "NextContinuationToken" in page else {}
-            self._lists_v2 = self._lists_v2 and bool(after)  # else version 1 was answered, though 2 was asked for
-            last = [one["Key"] for one in page.get("Contents", ())]
-            last += [one["Prefix"] for one in page.get("CommonPrefixes", ())]
+            if self._lists_v2 and "NextContinuationToken" not in page:
+                self._lists_v2 = False  # version 1 was answered, though 2 was asked for: begin anew, by that
+                continue
+            after = {"ContinuationToken": page.get("NextContinuationToken", "")}
+            last = [one["Key"] for one in _rows(page, "Contents", "Key")]
+            last += [one["Prefix"] for one in _rows(page, "CommonPrefixes", "Prefix")]
             marker = page.get("NextMarker") or max([marker, *last], key=str.encode)
 
     def newest(self, uri: str) -> float | None:
         """Return the newest LastModified of a folder, whose first 1000 keys tell enough of a model."""
         page = next(self._pages(uri))
-        return max((one["LastModified"].timestamp() for one in page.get("Contents", ())), default=None)
+        return max((one["LastModified"].timestamp() for one in _rows(page, "Contents", "LastModified")), default=None)
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second."""
@@ -428,7 +432,7 @@ class S3(Store):
                 return None
             parts += [
                 Part(one["PartNumber"], one["Size"], _bare(one["ETag"]), one.get("ChecksumCRC32C", ""))
-                for one in page.get("Parts", ())
+                for one in _rows(page, "Parts", "PartNumber", "Size", "ETag")
             ]
             if not page.get("IsTruncated"):
                 return tuple(sorted(parts))
@@ -446,14 +450,17 @@ class S3(Store):
             page = self._ask(
                 folder, "listing uploads", "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
             )
-            uploads = {(f"s3://{bucket}/{one['Key']}", str(one["UploadId"])) for one in page.get("Uploads", ())}
+            uploads = {
+                (f"s3://{bucket}/{one['Key']}", str(one["UploadId"]))
+                for one in _rows(page, "Uploads", "Key", "UploadId")
+            }
             more = page.get("IsTruncated")
-            if more and uploads <= found:
+            if more and (uploads <= found or "NextKeyMarker" not in page):
                 raise _endless(folder, "the list of uploads")
             found |= uploads
             if not more:
                 return tuple(sorted(one for one in found if "/" not in one[0].removeprefix(f"s3://{bucket}/{prefix}")))
-            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Join the parts, and look whether the object is what they must give.
@@ -535,9 +542,6 @@ class S3(Store):
         except (MergeError, Transient):
             self._answered = True
             raise
-        except KeyError as error:
-            what = f"{doing} failed: the answer lacks {error}"
-            raise InputError(Problem(uri, what, "check storage.s3.endpoint_url: S3 answers otherwise")) from error
         except Exception as error:
             status, code, _ = answer(error)
             reached, self._answered = self._answered, self._answered or status > 0
@@ -633,6 +637,16 @@ def _proof(data: memoryview, *, crc: bool) -> tuple[str, dict[str, str]]:
         return checksum, {"ChecksumCRC32C": checksum}
     checksum = _md5(data).hexdigest()
     return checksum, {"ContentMD5": b64encode(bytes.fromhex(checksum)).decode()}
+
+
+def _rows(page: Mapping[str, Any], kind: str, *names: str) -> Sequence[Mapping[str, Any]]:
+    """Return what a page lists of a kind; raise `InputError` where one lacks what it must have."""
+    rows: Sequence[Mapping[str, Any]] = page.get(kind, ())
+    missing = [name for name in names if any(name not in one for one in rows)]
+    if missing:
+        what = f"a service lists {kind} without their {', '.join(missing)}"
+        raise InputError(Problem("storage.s3", what, "check endpoint_url: S3 answers otherwise"))
+    return rows
 
 
 def _endless(uri: str, what: str) -> InputError:
