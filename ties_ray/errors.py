@@ -10,6 +10,7 @@
 Anything else that leaves the command line is a defect of ours (exit 1).
 """
 
+import re
 from collections.abc import Iterable
 from typing import ClassVar, Literal, NamedTuple
 
@@ -45,7 +46,46 @@ def printable(text: str) -> str:
 
 
 def _lines(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
+    return "\n".join(map(printable, shown(text).split("\n")))
+
+
+_USER = r"[^/@\s]*@"
+_PASSWORD = r"[^/@\s:]*:(?!\d+/)[^@\s]*@"
+"""An AWS secret often holds a slash, which nobody quotes."""
+_AZURE = r"(?:abfss?|wasbs?)://[^/@\s:]*@"
+"""A container at an account."""
+USER_IN_URL = re.compile(rf"[\w+.-]+://(?:{_PASSWORD}|{_USER})")
+_PASSWORD_IN_URL = re.compile(rf"[\w+.-]+://{_PASSWORD}")
+_SIGNED = re.compile("sig|token|credential|secret|passw|pwd|auth|sas|key", re.IGNORECASE)
+_QUERY = re.compile(r"(://[^\s?'\"]++)(\?(?=[^\s'\")>/]*=)[^\s'\")>]*)?")
+_IN_TEXT = re.compile(
+    r"((?:x-(?:amz|goog|ms)-[\w-]*|signature|credential|authorization|token|secret|passw(?:or)?d|\bpwd|\bsig"
+    r"|(?:account|access|api)[_-]?key)[\"']?\s*[=:]\s*[\"']?)(?:(?:bearer|basic)\s+)?[^\s\"'&;]+",
+    re.IGNORECASE,
+)
+_LONGEST = 20_000
+"""Characters of a message; of a longer one, as a server may send it, the rest is left out."""
+
+
+def holds_secret(url: str) -> bool:
+    """Return whether a URL holds a password, or a signed query (`?sig=`, `&X-Amz-Signature=`, `#access_token=`).
+
+    A user alone is no secret: so is a container of Azure written.
+    """
+    if not re.match(r"[\w+.-]+://", url):
+        return False
+    fields = (part.partition("=") for part in re.split("[?&#;]", url)[1:])
+    signed = any(is_field and "/" not in name and _SIGNED.search(name) for name, is_field, _ in fields)
+    return signed or bool(_PASSWORD_IN_URL.match(url))
+
+
+def shown(text: object) -> str:
+    """Return a URI or another's message fit for a log: without the query of a URL, user, password or signature."""
+    given = str(text)
+    given = given if len(given) <= _LONGEST else given[:_LONGEST] + "..."
+    given = re.sub(rf"(?<![\w+.-])(?!{_AZURE})([\w+.-]+://)(?:{_PASSWORD}|{_USER})", r"\1", given)
+    given = _QUERY.sub(lambda url: f"{url[1]}?..." if url[2] else url[0], given)
+    return _IN_TEXT.sub(r"\1...", given)
 
 
 class MergeError(Exception):

@@ -19,7 +19,16 @@ import tenacity
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ties_ray import plugins
-from ties_ray.errors import InputError, InterruptedMerge, Problem, RecipeError, UnavailableError
+from ties_ray.errors import (
+    USER_IN_URL,
+    InputError,
+    InterruptedMerge,
+    Problem,
+    RecipeError,
+    UnavailableError,
+    holds_secret,
+)
+from ties_ray.errors import shown as shown  # for all who import it from here
 
 __path__ = plugins.search_path("stores", list(__path__))
 
@@ -339,7 +348,7 @@ class Stores:
 
     def of(self, uri: str) -> Store:
         """Return the store that serves `uri`; raise `InputError` for a URI that would carry a secret into messages."""
-        if SECRET_IN_URL.match(uri):
+        if holds_secret(uri):
             what = "is a URL with a password or a signature in it"
             remedy = "give the plain URL; credentials come from the environment, a profile or a role"
             raise InputError(Problem(shown(uri), what, remedy))
@@ -379,15 +388,6 @@ _SECRET = re.compile(
     r"secret|token|passw|passphrase|credential|signature|authorization|cookie|connection_?string"
     r"|(api|access|account|private|sas|shared)_?key|^(key|auth|sas|user|username)$"
 )
-_USER = r"[^/@\s]*@"
-_PASSWORD = r"[^/@\s:]*:(?!\d+/)[^@\s]*@"
-"""An AWS secret often holds a slash, which nobody quotes."""
-_USER_IN_URL = re.compile(rf"^[\w+.-]+://(?:{_PASSWORD}|{_USER})")
-SECRET_IN_URL = re.compile(
-    rf"^[\w+.-]+://(?:{_PASSWORD}|.*[?&][^=&/]*(?:signature|sig|token|credential|secret|password|key)[^=&/]*=)",
-    re.IGNORECASE,
-)
-"""A password, or a signed query. A user alone is none: so is a container of Azure written."""
 
 
 def refuse_secrets(given: object) -> object:
@@ -406,16 +406,9 @@ def refuse_secrets(given: object) -> object:
     elif isinstance(given, list | tuple):
         for value in given:
             refuse_secrets(value)
-    elif isinstance(given, str) and _USER_IN_URL.match(given):
+    elif isinstance(given, str) and USER_IN_URL.match(given):
         raise ValueError("a URL with a user or password in it is a secret, and a recipe never holds one")
     return given
-
-
-def shown(text: object) -> str:
-    """Return a URI or another's message fit for a log: without the query of a URL, user, password or signature."""
-    text = re.sub(rf"([\w+.-]+://)(?:{_PASSWORD}|{_USER})", r"\1", str(text))
-    text = re.sub(r"(://[^\s?'\"]+)\?[^\s'\")>]*", r"\1?...", text)
-    return re.sub(r"(?i)((?:x-amz-\w*|signature|credential|authorization|token|secret)[=:]\s*)\S+", r"\1...", text)
 
 
 class Transient(Exception):
