@@ -45,8 +45,13 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _lines(text: str) -> str:
-    return "\n".join(map(printable, shown(text).split("\n")))
+def printable_lines(text: str) -> str:
+    """Return a text that may have several lines, each of them printable."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+def _told(text: str) -> str:
+    return printable_lines(shown(text))
 
 
 _USER = r"[^/@\s]*@"
@@ -99,7 +104,7 @@ class MergeError(Exception):
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         given = (problems,) if isinstance(problems, Problem) else problems
-        self.problems = tuple(Problem(*map(_lines, problem)) for problem in given)
+        self.problems = tuple(Problem(*map(_told, problem)) for problem in given)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["MergeError"], tuple[tuple[Problem, ...]]]:
