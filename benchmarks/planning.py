@@ -41,7 +41,7 @@ def plan_once(given: str) -> None:
     """Plan in this process, and print what it took as JSON."""
     import ties_ray
     from ties_ray import drive
-    from ties_ray.plan import Plan
+    from ties_ray.plan import PLAN_FORM
     from ties_ray.stores import store_class
 
     recipe = ties_ray.load_recipe(given)
@@ -54,7 +54,7 @@ def plan_once(given: str) -> None:
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     stored = plan.to_json()
     started = time.monotonic()
-    Plan.from_json(stored)
+    PLAN_FORM.validate_json(stored)
     found = {
         "seconds": seconds,
         "cpu": cpu,
@@ -149,7 +149,7 @@ def work_out(plan: "Plan") -> None:
 
 def plan_large(num_models: int) -> None:
     """Print what it takes to plan, to store the plan, to load it, and to work out all shards from it."""
-    from ties_ray.plan import Plan, make_plan
+    from ties_ray.plan import PLAN_FORM, make_plan
     from ties_ray.recipe import validate
 
     def taken(step: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -164,7 +164,7 @@ def plan_large(num_models: int) -> None:
         catalog = large_catalog(num_models, ways)
         plan, made, grown = taken(functools.partial(make_plan, recipe, catalog))
         stored, written, _ = taken(plan.to_json)
-        loaded, read, more = taken(functools.partial(Plan.from_json, stored))
+        loaded, read, more = taken(functools.partial(PLAN_FORM.validate_json, stored))
         _, worked_out, _ = taken(functools.partial(work_out, loaded))
         shards = sum(one.num_shards for one in loaded.result.rounds)
         measure.row((f"{ways} ways", shards, made, grown, written, len(stored) / 1e6,

@@ -37,7 +37,6 @@ from pipelines.jobs import (
     Outcome,
     merge_command,
     record_in,
-    visible,
 )
 
 Verdict = Literal["done", "failed", "again", "cancelled"]
@@ -105,7 +104,7 @@ class Merge:
         """Return the arguments of the command line."""
         given = [word for one in self.overrides for word in ("--set", one)]
         given += ["--result", self.result] if self.result else []
-        return ["merge", "--json", *given, "--", self.recipe if isinstance(self.recipe, str) else "-"]
+        return ["merge", self.recipe if isinstance(self.recipe, str) else "-", "--json", *given]
 
     def stdin(self) -> str:
         """Return the recipe, unless it is read from elsewhere."""
@@ -133,7 +132,7 @@ class Promote:
         """Return the arguments of the command line."""
         given = [word for one in self.overrides for word in ("--set", one)]
         given += ["--evaluate", self.evaluate] if self.evaluate else []
-        return ["promote", "--json", *given, "--", self.output, self.pointer]
+        return ["promote", self.output, self.pointer, "--json", *given]
 
     def stdin(self) -> str:
         """Return nothing: it reads none."""
@@ -170,9 +169,9 @@ class Job:
             for text in self._jobs.follow(self.attempt, poll=self._poll):
                 *lines, rest = (rest + text).split("\n")
                 for line in lines:
-                    show(visible(line))
+                    show(line)
             if rest:
-                show(visible(rest))
+                show(rest)
         except BaseException as error:
             if not isinstance(error, Exception):  # a cluster out of reach may well go on with it
                 self.cancel()
@@ -218,7 +217,7 @@ class Process:
                 pipe.write(self._given)
             for line in process.stderr:
                 self._tail.append(line)
-                show(visible(line.rstrip("\n")))
+                show(line.rstrip("\n"))
         except BaseException:
             self.cancel()
             raise
@@ -304,7 +303,7 @@ def explain(outcome: Outcome) -> str:
     """Return one line on what came of a step, for people."""
     error = (outcome.record or {}).get("error") or {}
     said = error.get("message") or outcome.message or "no message"
-    return visible(f"{outcome.submission_id}: {verdict(outcome.exit_code)}, exit code {outcome.exit_code}: {said}")
+    return f"{outcome.submission_id}: {verdict(outcome.exit_code)}, exit code {outcome.exit_code}: {said}"
 
 
 def is_new(record: Mapping[str, Any]) -> bool:

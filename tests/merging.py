@@ -61,7 +61,7 @@ def carried_out(result: MergeResult, storage: Mapping[str, Any] | None = None) -
     """Return the plan of a finished merge as its barriers left it."""
     stores = Stores(dict(storage or {}))
     generation = max(generation for run, generation in find_runs(stores, result.output) if run == result.run_id)
-    plan = Manifest(stores, Manifest.folder_of(result.output, result.run_id, generation)).read_plan()
+    plan = Manifest(stores, Manifest.folder_of(result.output, result.run_id, generation)).read_last_plan()
     assert plan
     return plan
 

@@ -142,7 +142,7 @@ def test_fresh_replaces_a_run_whose_plan_can_not_be_read(
     spoil(plan)
     recipe = recipe_of(family, output, {"name": "ties"})
     assert run("status", output).exit_code == 0
-    with pytest.raises(InputError, match="can't read the stored plan"):
+    with pytest.raises(InputError, match="its plan is not there, or can't be read"):
         drive.merge(recipe)
     drive.merge(recipe, fresh=True)
     merge(family, tmp_path / "wanted", {"name": "ties"})

@@ -18,7 +18,7 @@ from ties_ray.errors import RecipeError
 from ties_ray.formats import Parameter, Source, TensorRef
 from ties_ray.layout import MODEL_GROUP, Segment, elements_in
 from ties_ray.outputs import PART_ALIGNMENT
-from ties_ray.plan import Plan, make_plan
+from ties_ray.plan import PLAN_FORM, make_plan
 from ties_ray.reading import runs_of
 from ties_ray.recipe import Recipe, validate
 from ties_ray.safetensors import DTYPE_BITS
@@ -160,7 +160,7 @@ def test_a_plan_survives_json(family_of: MakeFamily, tmp_path: Path) -> None:
         weights=(1.0, 0.0, 2.5), densities=(0.5, None, 0.25), exclude=["lm_head.*"],
     )  # fmt: skip
     made = drive.plan(recipe)
-    again = Plan.from_json(made.to_json())
+    again = PLAN_FORM.validate_json(made.to_json())
     assert again == made
     assert again.to_json() == made.to_json()
     assert made.output == str(tmp_path / made.run_id)

@@ -66,7 +66,9 @@ def test_what_is_no_merge_or_no_pointer_is_refused(outputs: list[str], tmp_path:
     with pytest.raises(InputError, match="holds no finished merge; merge first"):
         promote(STORES, str(tmp_path / "empty"), str(tmp_path / "current.json"))
     (tmp_path / "other.json").write_text('{"important": true}')
-    with pytest.raises(InputError, match="is no pointer of ties_ray"):
+    with pytest.raises(
+        InputError, match=r"other.json: this ties_ray can't read it as a pointer .*; name another object"
+    ):
         promote(STORES, outputs[0], str(tmp_path / "other.json"))
     assert (tmp_path / "other.json").read_text() == '{"important": true}'
 

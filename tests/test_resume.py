@@ -51,6 +51,8 @@ def frail_recipe(family: Family, folder: Path, point: dict[str, object], **more:
 
 # (point, weight files that are visible, done before)
 POINTS: dict[str, tuple[dict[str, object], int, int]] = {
+    "before the start is stored": ({"what": "put", "uri": "*/run.json"}, 0, 0),
+    "after the start is stored": ({"when": "after", "what": "put", "uri": "*/run.json"}, 0, 0),
     "before the plan is stored": ({"what": "put", "uri": "*/plan.json.gz"}, 0, 0),
     "after the plan is stored": ({"when": "after", "what": "put", "uri": "*/plan.json.gz"}, 0, 0),
     "after one upload was begun": ({"when": "after", "what": "begin_upload"}, 0, 3),
@@ -87,7 +89,7 @@ def test_the_same_command_continues_wherever_the_run_was_killed(
     result = drive.merge(recipe)
     assert digests(tmp_path / "out") == wanted
     assert result.status == "done"
-    assert result.resumed == ("before the plan" not in name)
+    assert result.resumed == ("before the start" not in name)
     rounds = drive.plan(recipe).result.rounds
     assert result.shards_done_before == sum(round_.num_shards for round_ in rounds[:rounds_done])
     assert result.bytes_read == sum(round_.bytes_read for round_ in rounds[rounds_done:])
@@ -279,8 +281,8 @@ def test_a_run_may_go_on_with_other_workers_but_keeps_what_the_plan_says(
     output = {"path": f"frail://{tmp_path / 'out'}", "file_size": "15MB", "part_size": "64MiB"}
     result = merge(large, output, OFFICIAL, run={**LOCAL, "workers": 3, "memory": "1GiB"})
     assert result.resumed
-    ignored = [note.partition(": ")[2] for note in result.notes if note.startswith("continued with the stored plan")]
-    assert ignored == ["run.memory of this call is ignored", "output.part_size of this call is ignored"]
+    ignored = [note.partition(": ")[2] for note in result.notes if note.startswith("continued with the parts")]
+    assert ignored == ["output.part_size of this call is ignored"]
     assert digests(tmp_path / "out") == wanted
 
 

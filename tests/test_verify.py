@@ -196,7 +196,7 @@ def repair(output: Path) -> None:
 def run_of(output: Path) -> tuple[Plan, Manifest]:
     stores = Stores({})
     manifest = Manifest(stores, Manifest.folder_of(str(output), *find_runs(stores, str(output))[-1]))
-    plan = manifest.read_plan()
+    plan = manifest.read_last_plan()
     assert plan
     return plan, manifest
 

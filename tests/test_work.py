@@ -211,8 +211,7 @@ def setup(family_of: MakeFamily, tmp_path: Path) -> Setup:
     made = drive.plan(recipe_of(family_of(num_models=3), tmp_path / "out", "ties"))
     stores = Stores({})
     manifest = Manifest(stores, Manifest.folder_of(made.output, made.run_id))
-    manifest.write_plan(made)
-    return Setup(manifest.folder, {})
+    return Setup(manifest.folder, {}, manifest.write_plan(made))
 
 
 def order(**fields: Any) -> str:
@@ -228,7 +227,10 @@ def test_a_worker_tells_what_it_has_done_and_writes_it_when_asked(setup: Setup) 
     assert done.requests > 0
     told = ANSWER.validate_json(worker.run(order(action="flush")))
     assert (told.round, told.shards, told.bytes_read) == (0, (0,), 0)
-    record = Manifest(Stores({}), setup.folder).read_record(0, told.record)
+    manifest = Manifest(Stores({}), setup.folder)
+    made = manifest.read_plan()
+    assert made
+    record = manifest.read_record(0, made, told.record)
     assert record.shards == (0,)
     assert {count.member for count in record.counts} == {0, 1, 2}
     assert ANSWER.validate_json(worker.run(order(action="flush"))).record == ""
@@ -236,7 +238,7 @@ def test_a_worker_tells_what_it_has_done_and_writes_it_when_asked(setup: Setup) 
 
 def test_a_worker_that_does_not_see_the_output_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="this worker does not see the output folder; use a folder that all nodes"):
-        Worker(Setup(str(tmp_path), {}))
+        Worker(Setup(str(tmp_path), {}, ""))
 
 
 def test_a_worker_that_does_not_see_an_input_as_planned_gets_no_work(
@@ -248,9 +250,11 @@ def test_a_worker_that_does_not_see_an_input_as_planned_gets_no_work(
     model = made.catalog.models[1]
     missing = replace(model, objects=(model.objects[0]._replace(uri=str(tmp_path / "elsewhere/model.safetensors")),))
     models = (made.catalog.models[0], missing, made.catalog.models[2])
-    manifest.write_plan(replace(made, catalog=replace(made.catalog, models=models)))
+    digest = manifest.write_plan(replace(made, catalog=replace(made.catalog, models=models)))
+    with pytest.raises(InputError, match="another plan lies there than the one that this merge has written"):
+        Worker(setup)
     with pytest.raises(InputError, match=r"elsewhere/model\.safetensors"):
-        Worker(setup).run(order(action="hello"))
+        Worker(replace(setup, digest=digest)).run(order(action="hello"))
 
 
 def test_a_worker_that_flushes_denormals_to_zero_gets_no_work(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

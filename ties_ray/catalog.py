@@ -59,8 +59,12 @@ def _write_models(models: Sequence[Model], write: SerializerFunctionWrapHandler)
 
 
 def _read_models(plain: Any, read: ValidatorFunctionWrapHandler) -> tuple[Model, ...]:
-    """Return the models of a JSON form that `_write_models` has made."""
-    same = [one["sources"] if isinstance(one.get("sources"), int) else n for n, one in enumerate(plain)]
+    """Return the models of a JSON form that `_write_models` has made; raise `ValueError` where it has not."""
+    if not (isinstance(plain, Sequence) and all(isinstance(one, Mapping) for one in plain)):
+        return tuple(read(plain))
+    same = [one["sources"] if type(one.get("sources")) is int else n for n, one in enumerate(plain)]
+    if any(first not in range(n + 1) or same[first] != first for n, first in enumerate(same)):
+        raise ValueError("the sources of a model are said to be those of another that has none")
     models = read([one if same[n] == n else {**one, "sources": {}} for n, one in enumerate(plain)])
     return tuple(replace(model, sources=models[same[n]].sources) for n, model in enumerate(models))
 

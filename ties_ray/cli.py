@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ties_ray.errors import Cancelled, InputError, MergeError, Problem, RecipeError, UnavailableError
+from ties_ray.errors import Cancelled, InputError, MergeError, Problem, RecipeError, UnavailableError, printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -92,7 +92,7 @@ class _Desk:
 
             from ties_ray.report import Failure
 
-            _print_json(json.dumps({"error": Failure.of(error).model_dump(mode="json")}, indent=2))
+            click.echo(json.dumps({"error": Failure.of(error).model_dump(mode="json")}, indent=2))
 
     def run(self, command: Callable[[], int]) -> int:
         """Return the command's exit code; every failure is told, one line a problem."""
@@ -114,7 +114,7 @@ class _Desk:
     def tell(self, record: "BaseModel", *things: Any) -> None:
         """Print the record for machines, or the texts and tables for people."""
         if self.json:
-            _print_json(record.model_dump_json(indent=2))
+            click.echo(record.model_dump_json(indent=2))
         elif not self.quiet:
             from ties_ray import text
 
@@ -139,15 +139,6 @@ def _complain(problem: Problem) -> None:
     """Print a problem as one line that no file name or header can break or colour."""
     line = "".join(char if char.isprintable() else " " for char in str(problem))
     click.echo(f"error: {line}", err=True)
-
-
-def _print_json(text: str) -> None:
-    """Print JSON; in its strings what a terminal might act on is escaped, as JSON escapes."""
-    import json
-
-    if not text.isascii():
-        text = "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
-    click.echo(text)
 
 
 def _as_merge_error(caught: BaseException) -> MergeError:
@@ -247,7 +238,7 @@ def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool, no_rat
 
     made = drive.plan(asked)
     if full and desk.json:
-        _print_json(made.to_json().decode())
+        click.echo(made.to_json().decode())
         return 0
     from ties_ray import text
 
@@ -337,20 +328,27 @@ def _verify(desk: _Desk, output: str, overrides: Sequence[str], sample: float, s
     """Re-read a finished OUTPUT: headers, index, checksums of parts and files, values that are not finite.
 
     OUTPUT is the folder, or the recipe file that names it. Exits with 3 if anything is not as it was written, or not
-    what the inputs give.
+    what the inputs give. A sample reads the inputs that the folder's plan names, with the storage options of the recipe
+    or of --set, never with those of the plan.
 
     \b
     Examples:
       ties-ray verify s3://merged/math-code
-      ties-ray verify s3://merged/math-code --sample 0.01
+      ties-ray verify s3://merged/math-code --sample 0.01 --set storage.s3.endpoint_url=https://minio:9000
       ties-ray verify ./merged --sha256 && (cd merged && sha256sum -c SHA256SUMS)
     """
     stores, folder = _place(output, overrides)
     from ties_ray import text
     from ties_ray.verify import verify
 
+    def announce(inputs: Sequence[str]) -> None:
+        if not desk.quiet:
+            more = f" and {len(inputs) - 5} more" if len(inputs) > 5 else ""
+            named = printable(", ".join(inputs[:5]))
+            click.echo(f"sample: reads the inputs that the folder's plan names: {named}{more}", err=True)
+
     with desk.progress() as watch:
-        found = verify(stores, folder, watch, sample=sample, seed=seed, sums=sums)
+        found = verify(stores, folder, watch, sample=sample, seed=seed, sums=sums, announce=announce)
     desk.tell(found, *text.of_verification(found))
     return _report(found.findings)
 
@@ -586,7 +584,7 @@ class _Job:
             error=Failure.of(error),
         )
         if self._desk.json:
-            _print_json(result.model_dump_json(indent=2))
+            click.echo(result.model_dump_json(indent=2))
         try:
             self.write(result)
         except Exception as second:

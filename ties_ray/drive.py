@@ -29,7 +29,7 @@ from ties_ray.finalize import (
 )
 from ties_ray.layout import COUNTS, MODEL_GROUP
 from ties_ray.loaders import opened_by, remarks, unloadable
-from ties_ray.manifest import Manifest, Record, Survey
+from ties_ray.manifest import FRESH, Folded, Manifest, Record, Survey
 from ties_ray.orders import SETUP, Answer, Order, Setup
 from ties_ray.plan import Plan, PlannedRound, make_plan, narrowed, settle, without
 from ties_ray.poolcache import PoolCache
@@ -158,7 +158,7 @@ class MergeRun:
         self.watch = watch
         self._trace = trace
         self._times = Times(profiled=trace is not None)
-        self._plan = run_plan
+        self._plan = self._begun = run_plan
         self._stores = stores
         self._manifest = manifest
         self._resumed = resumed
@@ -192,9 +192,11 @@ class MergeRun:
         recipe = self._plan.recipe
         self._shards_done_before = 0
         self._tries += 1
+        self._plan = self._begun  # what barriers made of it is worked out again from what they have stored
+        self._told = 0, self._manifest.write_plan(self._plan)
         self._quarantined, self._readers = frozenset(), {}  # of an earlier try: these workers are new
         profiled = self._trace is not None
-        setup = Setup(self._manifest.folder, recipe.storage, profiled=profiled, device=recipe.run.device)
+        setup = Setup(self._manifest.folder, recipe.storage, self._told[1], profiled=profiled, device=recipe.run.device)
         needs = Needs(
             num_workers=recipe.run.workers,
             memory=self._plan.memory,
@@ -210,7 +212,7 @@ class MergeRun:
             self._work("start", lambda _: Order("hello"), costs=[1] * self._num_workers)
             for index, round_ in enumerate(self._plan.result.rounds):
                 if index and self._plan.result.rounds[index - 1].kind == "survey":
-                    self._judge(self._manifest.read_folded(index - 1, [0])[0].surveys)
+                    self._judge(self._barrier(index - 1).surveys)
                 if round_.kind == "merge":
                     self._settle(index)
                     self._uploads = self._begin_uploads(index)
@@ -223,15 +225,14 @@ class MergeRun:
     def _settle(self, index: int) -> None:
         """Give the output the rank that its matrices ask for, in the stored plan too; workers read it again."""
         if self._plan.recipe.output.condenses:
-            matrices = self._manifest.read_folded(index - 1, [0])[0].matrices
-            norms2, errors2 = [one.norm2 for one in matrices], [list(one.errors2.values()) for one in matrices]
-            settled = settle(self._plan, norms2, errors2)
-            self._follow(settled)
+            matrices, ranks = self._barrier(index - 1).matrices, self._plan.recipe.output.ranks
+            if [one.parameter for one in matrices] != self._plan.layout.matrices:
+                raise InputError(Problem(self._manifest.folder, "a condensed matrix is not recorded", FRESH))
+            errors2 = [[one.errors2[rank] for rank in ranks] for one in matrices]
+            self._follow(settle(self._plan, [one.norm2 for one in matrices], errors2))
 
     def _judge(self, surveys: Sequence[Survey]) -> None:
         """Refuse models for what a survey found of them, or go on without them where the recipe allows it."""
-        if self._plan.revision:
-            return  # an interrupted run has judged them, and the survey's numbers are those of the first plan
         recipe, models = self._plan.recipe, self._plan.catalog.models
         least, most = recipe.bounds.norm or (0.0, math.inf)
         wrong: dict[int, Problem] = {}
@@ -251,11 +252,21 @@ class MergeRun:
         if wrong:
             self._follow(without(self._plan, wrong))
 
-    def _follow(self, plan: Plan) -> None:
-        """Go on by another plan, which workers read when they are told of a new revision."""
+    def _follow(self, plan: Plan, *, tell: bool = True) -> None:
+        """Go on by another plan, which is stored; tell: workers read it when they hear of the new revision."""
         if plan is not self._plan:
-            self._manifest.write_plan(plan)
+            digest = self._manifest.write_plan(plan)
             self._plan = plan
+            if tell:
+                self._told = plan.revision, digest
+
+    def _barrier(self, index: int) -> Folded:
+        """Return what the barrier after a round has stored of all models together."""
+        found = self._manifest.read_folded(index, self._plan, [0])
+        if not found:
+            what = f"what the barrier after round {index} stored is gone"
+            raise InputError(Problem(self._manifest.folder, what, FRESH))
+        return found[0]
 
     def _begin_uploads(self, last: int) -> dict[str, str]:
         """Return the upload of each weight file; begin those that are not there, or no longer known to the store."""
@@ -299,11 +310,13 @@ class MergeRun:
     def _records_of(self, index: int) -> dict[str, Record]:
         """Return the records of a round that an interrupted run has left, or an earlier try of this one."""
         names = self._manifest.record_names(index) if self._resumed or self._tries > 1 else []
-        return dict(zip(names, self._manifest.read_records(index, names), strict=True))
+        return dict(zip(names, self._manifest.read_records(index, self._plan, names), strict=True))
 
     def _round(self, index: int, round_: PlannedRound) -> None:
         groups = self._groups(round_)
-        if round_.kind != "merge" and len(self._manifest.read_folded(index, groups)) == len(groups):
+        left = self._narrow(index) if round_.kind == "count_low" else set()
+        round_ = self._plan.result.rounds[index]
+        if round_.kind != "merge" and len(self._manifest.read_folded(index, self._plan, groups)) == len(groups):
             self._shards_done_before += round_.num_shards
             return
         records = self._accepted(index, round_) or self._recalled(index, round_)
@@ -311,8 +324,6 @@ class MergeRun:
         done = {shard for record in records.values() for shard in record.shards}
         self._shards_done_before += len(done)
         if round_.kind == "count_low":
-            left = self._narrow(index)
-            round_ = self._plan.result.rounds[index]
             done |= {shard for shard in range(round_.num_shards) if self._group(round_, shard) not in left}
         shards = {name: record.shards for name, record in records.items()}
         costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
@@ -344,9 +355,10 @@ class MergeRun:
     def _narrow(self, index: int) -> set[int]:
         """Leave in the plan, and the stored one, what is still to be counted; return the groups where that is any."""
         groups = self._groups(self._plan.result.rounds[index - 1])
-        picks = [pick for folded in self._manifest.read_folded(index - 1, groups).values() for pick in folded.picks]
+        known = self._manifest.read_folded(index - 1, self._plan, groups)
+        picks = [pick for folded in known.values() for pick in folded.picks]
         left = {(pick.member, pick.parameter) for pick in picks if not pick.settled}
-        self._follow(narrowed(self._plan, left))
+        self._follow(narrowed(self._plan, left), tell=False)  # shards keep their numbers, so workers need it not
         return {member // MODEL_GROUP for member, _ in left}
 
     def _ranges(self, round_: PlannedRound) -> list[int | None]:
@@ -376,14 +388,15 @@ class MergeRun:
         records: tuple[str, ...] = (),
         known: tuple[int, ...] = (),
     ) -> Order:
-        return Order(action, round_, index, records, self._plan.revision, known)
+        return Order(action, round_, index, records, *self._told, known)
 
     def _recalled(self, index: int, round_: PlannedRound) -> dict[str, Record]:
         """Return records of what earlier merges have left in the pool cache, stored like a worker's, one a group."""
         folder = self._plan.recipe.run.pool_cache
         if folder is None or round_.kind not in ("survey", *COUNTS):
             return {}
-        before = self._manifest.read_folded(index - 1, self._groups(round_)) if round_.kind == "count_low" else {}
+        groups = self._groups(round_) if round_.kind == "count_low" else ()
+        before = self._manifest.read_folded(index - 1, self._plan, groups)
         picks = {pick.member: pick for part in before.values() for pick in part.picks if pick.parameter == WHOLE}
         surveys, counts = PoolCache(self._stores, folder).recall(self._plan, round_.kind, picks)
         records = {}
@@ -510,7 +523,7 @@ class MergeRun:
         """
         self.watch(Progress("publish", 0, 1, self._totals.bytes_read, self._plan.bytes_read))
         last = len(self._plan.result.rounds) - 1
-        records = [*self._known.values(), *self._manifest.read_records(last, self._new)]
+        records = [*self._known.values(), *self._manifest.read_records(last, self._plan, self._new)]
         parts = [part for record in records for part in record.parts]
         truncation, lost = self._truncation(last)
         zeroed: dict[str, int] = {}
@@ -546,7 +559,7 @@ class MergeRun:
             truncation=truncation,
             waiting=list(self._plan.catalog.waiting),
             refused={one.uri: [str(problem) for problem in one.problems] for one in self._plan.catalog.refused},
-            notes=[*self._plan.notes, *(note for store in self._stores.opened() for note in store.notes)],
+            notes=list(self._plan.notes),
             provenance=provenance(self._plan),
         )
         check()
@@ -566,7 +579,7 @@ class MergeRun:
         output = self._plan.recipe.output
         if not output.condenses:
             return None, ()
-        folded = self._manifest.read_folded(last - 1, [0])[0]
+        folded = self._barrier(last - 1)
         rank = output.ranks[-1]
         norm2 = math.fsum(one.norm2 for one in folded.matrices)
         error2 = math.fsum(one.errors2[rank] for one in folded.matrices)
@@ -582,7 +595,7 @@ class MergeRun:
         parameters = self._plan.catalog.parameters
         reports = []
         for index, round_ in self._folded("count_low"):
-            for folded in self._manifest.read_folded(index, self._groups(round_)).values():
+            for folded in self._manifest.read_folded(index, self._plan, self._groups(round_)).values():
                 for pick in folded.picks:
                     whole = pick.parameter == WHOLE
                     of_whole = self._plan.result.sizes[pick.member]
@@ -602,7 +615,7 @@ class MergeRun:
     def _statistics(self) -> dict[str, int]:
         found: dict[str, int] = {}
         for index, _ in self._folded("gather"):
-            found |= self._manifest.read_folded(index, [0])[0].statistics
+            found |= self._barrier(index).statistics
         return found
 
 

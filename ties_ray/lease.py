@@ -6,6 +6,7 @@ it is taken over. Writes are conditional where the store can do that, else the l
 another token there is fenced, and may reach neither Complete nor publication.
 """
 
+import hashlib
 import os
 import secrets
 import socket
@@ -15,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from ties_ray.errors import InterruptedMerge, MergeError, Problem, UnavailableError
+from ties_ray import documents
+from ties_ray.documents import SMALL
+from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.manifest import FOLDER
 from ties_ray.stores import Store, Stores, join
 
@@ -25,7 +28,6 @@ NAME = "lease.json"
 BEAT_SECONDS = 4.0
 STILL_SECONDS = 20.0
 """A lease that has not changed for so long is taken over: five beats."""
-LIMIT = 2**16
 
 
 class Holder(BaseModel):
@@ -37,9 +39,12 @@ class Holder(BaseModel):
     host: str
     machine: str
     """Identity of the machine's boot; empty where it has none."""
-    process: str
-    """pid and start time: names one process for ever."""
+    process: str = Field(pattern="^([0-9]+-[0-9]+)?$")
+    """pid and start time: names one process for ever; empty where the system does not tell."""
     beat: int = 0
+
+
+HOLDER = TypeAdapter(Holder)
 
 
 class Lease:
@@ -134,13 +139,13 @@ def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
 
 def _read(store: Store, uri: str) -> tuple[Holder, str] | None:
     try:
-        pin, data = store.get(uri, LIMIT)
+        pin, data = store.head(uri, SMALL.stored)
     except FileNotFoundError:
         return None
     try:
-        return Holder.model_validate_json(data), pin.etag
-    except ValidationError:  # not ours to read: it stands still, and is then replaced
-        return Holder(token=data.hex(), host="unknown", machine="", process="unknown"), pin.etag
+        return documents.parse(data, HOLDER, SMALL, uri, "the lease", "remove it"), pin.etag
+    except InputError:  # not ours to read: it stands still, and is then replaced
+        return Holder(token=hashlib.sha256(data).hexdigest(), host="unknown", machine="", process=""), pin.etag
 
 
 def _bytes(holder: Holder) -> bytes:
@@ -148,12 +153,12 @@ def _bytes(holder: Holder) -> bytes:
 
 
 def _describe(holder: Holder) -> str:
-    return f"process {holder.process.partition('-')[0]} on {holder.host}"
+    return f"process {holder.process.partition('-')[0] or 'unknown'} on {holder.host}"
 
 
 def _is_gone(holder: Holder) -> bool:
     """Return whether the holder was a process of this very machine that no longer runs."""
-    if not holder.machine or holder.machine != _machine():
+    if not holder.machine or not holder.process or holder.machine != _machine():
         return False
     return _process(holder.process.partition("-")[0]) != holder.process
 

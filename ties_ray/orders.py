@@ -16,6 +16,8 @@ class Setup:
     """URI of the manifest's generation."""
     storage: dict[str, dict[str, object]]
     """The recipe's `storage` section."""
+    digest: str
+    """SHA-256 of the stored plan, as `Manifest.write_plan` gives it: a worker follows no other."""
     profiled: bool = False
     """Whether answers tell each span of time."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -33,7 +35,9 @@ class Order:
     records: tuple[str, ...] = ()
     """Names of the records to fold."""
     revision: int = 0
-    """Of the stored plan that is meant; a worker that has read another reads it again."""
+    """Of the stored plan that is meant; a worker that has read another reads it..."""
+    digest: str = ""
+    """...and demands that it is the one that was written."""
     known: tuple[int, ...] = ()
     """Members whose counts an earlier merge has left, so that they are not counted again."""
 

@@ -10,12 +10,12 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import ByteSize, TypeAdapter
 
 from ties_ray.catalog import Catalog, Model
-from ties_ray.errors import Problem, RecipeError
+from ties_ray.errors import InputError, MergeError, Problem, RecipeError
 from ties_ray.kernels import ARITHMETICS
 from ties_ray.layout import COUNTS, MODEL_GROUP, Layout, RoundKind, plan_files
 from ties_ray.libraries import Library
@@ -23,7 +23,7 @@ from ties_ray.methods import Member, Round
 from ties_ray.outputs import OutputFile
 from ties_ray.pool import Refused
 from ties_ray.reading import Cost, Reading
-from ties_ray.recipe import Recipe
+from ties_ray.recipe import Recipe, Run
 from ties_ray.sources import (
     FACTOR_ROOM,
     LEAST_BLOCK,
@@ -52,6 +52,8 @@ MIN_RESIDENT_BLOCK = 128 * 2**10
 AHEAD, MOST_AHEAD = 4, 16
 """Slices read ahead of the one that is merged; from buckets, which are far and serve many at once, more where memory
 allows."""
+MOST_BELIEVED = ByteSize(8 * 2**30)
+"""Bytes of memory that a stored plan may claim for a worker."""
 OVERHEAD = 64 * 2**20
 """Bytes a worker needs beside blocks, parts, tables and the plan: clients, records, what malloc keeps (measured)."""
 FRAGMENTS = 32 * 2**20
@@ -161,12 +163,19 @@ class Plan:
 
     def to_json(self) -> bytes:
         """Return the stored form."""
-        return _PLAN.dump_json(self, by_alias=True)
+        return PLAN_FORM.dump_json(self, by_alias=True)
 
-    @staticmethod
-    def from_json(data: bytes) -> "Plan":
-        """Return the plan of a stored form."""
-        return _PLAN.validate_json(data)
+    def digest(self) -> str:
+        """Return the SHA-256 of what a run's records rest on: pinned inputs, where each tensor lies in them, files.
+
+        Neither the settings of `run` nor storage options, notes or licences are part of it, nor `output.part_size`.
+        """
+        models = tuple(replace(model, licence="") for model in self.catalog.models)
+        base = replace(self.catalog.base, licence="")
+        catalog = replace(self.catalog, base=base, models=models, small_files=(), notes=(), refused=(), waiting=())
+        results = tuple(replace(result, rounds=()) for result in self.results)
+        data = _DECISIVE.dump_json((self.run_id, catalog, results), by_alias=True)
+        return hashlib.sha256(data).hexdigest()
 
 
 def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
@@ -213,6 +222,27 @@ def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> None:
     problems += recipe.output.problems(catalog.parameters)
     if problems:
         raise RecipeError(problems)
+
+
+def believable(claim: Plan) -> Plan:
+    """Return a plan like one that somebody has stored, with nothing in it that recipe and catalog don't lead to.
+
+    Files, rounds and memory are made anew, and no setting of its `run` is left but `arithmetic`, and the device that
+    belongs to it. What remains a claim: which inputs, and the recipe's rules. Raises `InputError` where it contradicts
+    itself.
+    """
+    arithmetic = claim.recipe.run.arithmetic
+    device: Literal["cpu", "cuda"] = "cpu" if arithmetic == "exact" else "cuda"  # a CPU finds the exact bytes of a GPU
+    memory = min(claim.recipe.run.memory, MOST_BELIEVED)
+    run = Run(arithmetic=arithmetic, device=device, memory=memory, executor="local")
+    try:
+        made = make_plan(claim.recipe.model_copy(update={"run": run, "storage": {}}), claim.catalog)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        why = str(error) if isinstance(error, MergeError) else type(error).__name__
+        raise InputError(
+            Problem("the stored plan", f"contradicts itself ({why})", "merge again with --fresh")
+        ) from error
+    return replace(made, run_id=claim.run_id, output=claim.output, arithmetic=claim.arithmetic, notes=claim.notes)
 
 
 def settle(plan: Plan, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> Plan:
@@ -268,7 +298,8 @@ def narrowed(plan: Plan, left: Collection[Scope]) -> Plan:
         shards = round_.num_shards if left else 0
         return round_._replace(num_shards=shards, bytes_read=read.num_bytes, requests=read.requests, bytes_again=again)
 
-    return replace(plan, results=(replace(result, rounds=tuple(map(of, result.rounds))),))
+    rounds = tuple(map(of, result.rounds))
+    return replace(plan, results=(replace(result, rounds=rounds),), revision=plan.revision + 1)
 
 
 def _sizes(
@@ -488,4 +519,6 @@ def method_round(recipe: Recipe, round_: PlannedRound) -> Round:
     return recipe.method.rounds()[round_.position]
 
 
-_PLAN = TypeAdapter(Plan)
+PLAN_FORM = TypeAdapter(Plan)
+"""Its JSON form; what was stored is read by `documents.parse`, which bounds it."""
+_DECISIVE = TypeAdapter(tuple[str, Catalog, tuple[PlannedResult, ...]])

@@ -33,8 +33,7 @@ def search_path(folder: str, own: list[str]) -> list[str]:
 def names(folder: str) -> list[str]:
     """Return the names a recipe may use, sorted, without importing any of them."""
     package = importlib.import_module(f"ties_ray.{folder}")
-    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    found = {name for name in modules if not name.startswith("_")}  # else a helper of several files
+    found = {module.name for module in pkgutil.iter_modules(package.__path__)}
     found.update(_entry_points(folder))
     return sorted(found)
 

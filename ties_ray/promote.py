@@ -8,15 +8,15 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from ties_ray import documents
 from ties_ray.errors import InputError, Problem, UnavailableError
 from ties_ray.report import MergeResult, find_result
 from ties_ray.stores import Stores
 
-LIMIT = 2**20
-"""Bytes of a pointer."""
 TRIES = 5
 """Swaps that may be lost to others before we give up."""
 
@@ -37,9 +37,12 @@ class Release(_Record):
 class Pointer(_Record):
     """What is in use."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     current: Release
     previous: Release | None = None
+
+
+_POINTER = TypeAdapter(Pointer)
 
 
 class Promotion(_Record):
@@ -93,8 +96,7 @@ def _evaluate(output: str, result: MergeResult, command: Sequence[str]) -> None:
         except OSError as error:
             raise InputError(Problem("--evaluate", f"{command[0]}: {error.strerror}", "check the command")) from None
     if code:
-        # its arguments may hold a key, and are not repeated
-        what = f"the evaluation by {command[0]} ended with {code}: {output} is not promoted"
+        what = f"the evaluation `{' '.join(command)}` ended with {code}: {output} is not promoted"
         raise InputError(Problem("--evaluate", what, "the pointer is as it was", "not_approved"))
 
 
@@ -113,12 +115,12 @@ def _swap(stores: Stores, pointer: str, release: Release) -> Promotion:
 def _read(stores: Stores, pointer: str) -> tuple[Pointer | None, str]:
     """Return the pointer and its ETag; None and "" where there is none."""
     try:
-        pin, data = stores.of(pointer).get(pointer, LIMIT)
-        return Pointer.model_validate_json(data), pin.etag
+        pin, found = documents.read(
+            stores.of(pointer), pointer, _POINTER, documents.SMALL, "it as a pointer", "name another object"
+        )
+        return found, pin.etag
     except FileNotFoundError:
         return None, ""
-    except ValidationError:
-        raise InputError(Problem(pointer, "is there, and is no pointer of ties_ray", "name another object")) from None
 
 
 def _told(pointer: str, now: Pointer, *, changed: bool) -> Promotion:

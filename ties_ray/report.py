@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from ties_ray import documents
 from ties_ray.catalog import Model
-from ties_ray.errors import ErrorKind, InputError, MergeError, Problem
+from ties_ray.errors import ErrorKind, MergeError
 from ties_ray.formats import Source
 from ties_ray.loaders import RECIPE_NAME as RECIPE_NAME
 from ties_ray.loaders import RESULT_NAME as RESULT_NAME
@@ -136,6 +137,8 @@ class Sample(_Record):
     elements: int
     of: int
     """All elements of these tensors."""
+    inputs: list[str] = []
+    """The folders of the inputs, which the stored plan names."""
 
 
 class MergeResult(_Record):
@@ -329,11 +332,12 @@ def elements_by_dtype(sources: Iterable[Source]) -> dict[str, int]:
 
 def find_result(stores: Stores, output: str) -> MergeResult | None:
     """Return the result record of a folder, None where there is none; `InputError` where it can't be understood."""
-    uri = join(output, RESULT_NAME)
+    remedy = "use the version that wrote it, or merge again with --fresh"
     try:
-        return MergeResult.model_validate_json(stores.of(output).get(uri, 2**30)[1])
+        uri = join(output, RESULT_NAME)
+        return documents.read(stores.of(output), uri, _RESULT, documents.LARGE, "the result record", remedy)[1]
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        what = f"this ties_ray can't read the result record ({error.errors(include_url=False)[0]['msg']})"
-        raise InputError(Problem(uri, what, "use the version that wrote it, or merge again with --fresh")) from error
+
+
+_RESULT = TypeAdapter(MergeResult)

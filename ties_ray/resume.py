@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.finalize import demand_no_foreign, foreign_files, listed, own_names
-from ties_ray.loaders import RESULT_NAME, SUMS_NAME, is_loaded
-from ties_ray.manifest import FOLDER, Manifest, find_runs
-from ties_ray.plan import Plan
+from ties_ray.loaders import LOADED_FOLDERS, RESULT_NAME, SUMS_NAME, is_loaded
+from ties_ray.manifest import FOLDER, Manifest, Start, find_runs
+from ties_ray.plan import Plan, make_plan
 from ties_ray.report import MergeResult, find_result
 from ties_ray.stores import Pin, Stores, join, within
 
@@ -37,14 +37,14 @@ def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manife
         _refuse_others(wanted, stores, runs)
         if mine:
             manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, mine[-1]))
-            stored = manifest.read_plan()
-            if stored:
-                return _with_run_settings(stored, wanted), manifest, True
+            start = manifest.read_start()
+            if start:
+                return _continued(wanted, manifest, start), manifest, True
     manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, max(mine, default=0) + 1))
     if removed:
         note = f"--fresh has removed what a loader might have taken for this model: {listed(removed)}"
         wanted = replace(wanted, notes=(*wanted.notes, note))
-    manifest.write_plan(wanted)
+    manifest.write_start(Start(digest=wanted.digest(), part_size=wanted.recipe.output.part_size))
     return wanted, manifest, False
 
 
@@ -79,7 +79,7 @@ def _refuse_others(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) ->
     if result is not None:
         raise InputError(Problem(output, f"holds the result of another merge, run {result.run_id}", remedy))
     if others:
-        changed = _what_changed(wanted, Manifest(stores, Manifest.folder_of(output, *others[-1])).read_plan())
+        changed = _what_changed(wanted, _claim(stores, output, others[-1]))
         what = f"holds an unfinished merge, run {others[-1][0]}, which differs from this one: {changed}"
         raise InputError(Problem(output, what, remedy))
     if not runs:
@@ -97,24 +97,21 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[s
     First goes what makes an earlier result look whole, then weights, uploads and manifests. Weights go too, lest an old
     file pass for one that this run has completed, where an ETag tells nothing. A plan that can't be read, of another
     version or of a plugin that is not here, tells nothing, and goes as well. Only files that a listing of the folder
-    shows are removed, and in folders only those that an earlier run of this output has written.
+    shows are removed, and in folders only those that an earlier run of this output has written. The plan of another run
+    may be anybody's: of the names in it only those count that a loader would open.
     """
     output, store = wanted.output, stores.of(wanted.output)
-    plans = [wanted]
-    for run in runs:
-        with suppress(InputError):
-            stored = Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
-            plans += [stored] if stored else []
-    own, written = own_names(wanted), set[str]().union(*(own_names(plan) for plan in plans[1:]))
+    claims = [claim for run in runs if (claim := _claim(stores, output, run))]
+    own, written = own_names(wanted), {name for claim in claims for name in _names(claim) if _may_be_ours(name)}
     own |= written
     inside = [name for name in foreign_files(stores, output, own) if "/" in name]
     if inside:
         what = f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
         raise InputError(Problem(output, what, "remove these folders yourself, or choose another output"))
     lying = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
-    doors = {plan.recipe.output.door(plan.result.files, plan.library) for plan in plans}
+    doors = {plan.recipe.output.door(plan.result.files, plan.library) for plan in (wanted, *claims)}
     taken = [name for name in sorted(lying) if name in own or is_loaded(name)]
-    first = [RESULT_NAME, SUMS_NAME, *sorted(doors)]
+    first = [RESULT_NAME, SUMS_NAME, *sorted(doors & own)]
     for name in (*(name for name in first if name in lying), *(name for name in taken if name not in first)):
         store.delete(join(output, name))
     folders = {name.partition("/")[0] for name in own if "/" in name}
@@ -140,7 +137,7 @@ def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:
 
 def _what_changed(wanted: Plan, stored: Plan | None) -> str:
     if stored is None:
-        return "its plan is not there"
+        return "its plan is not there, or can't be read"
     changes = []
     if stored.arithmetic != wanted.arithmetic:
         changes.append(f"arithmetic {stored.arithmetic} there, {wanted.arithmetic} here")
@@ -159,14 +156,38 @@ def _pins(plan: Plan) -> Iterator[Pin]:
         yield small.pin
 
 
-def _with_run_settings(stored: Plan, wanted: Plan) -> Plan:
-    """Return the stored plan with this call's cluster settings; say which other settings are ignored."""
-    ignored = [
-        f"run.{name}" for name in ("memory",) if getattr(stored.recipe.run, name) != getattr(wanted.recipe.run, name)
-    ]
-    if stored.recipe.output.part_size != wanted.recipe.output.part_size:
-        ignored.append("output.part_size")
-    run = wanted.recipe.run.model_copy(update={"memory": stored.recipe.run.memory})
-    recipe = stored.recipe.model_copy(update={"run": run, "storage": wanted.recipe.storage})
-    notes = (*stored.notes, *(f"continued with the stored plan: {name} of this call is ignored" for name in ignored))
-    return replace(stored, recipe=recipe, notes=notes)
+def _may_be_ours(name: str) -> bool:
+    """Return whether a name in a plan that lies in the output is one of those that merges publish for loaders."""
+    folder, _, last = name.rpartition("/")
+    return is_loaded(last) or folder in LOADED_FOLDERS
+
+
+def _names(claim: Plan) -> set[str]:
+    """Return the names that another run's plan claims to publish; none where it contradicts itself."""
+    with suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        return own_names(claim)
+    return set()
+
+
+def _claim(stores: Stores, output: str, run: tuple[str, int]) -> Plan | None:
+    """Return the plan that lies in another run's folder, whoever wrote it; None where none can be read."""
+    with suppress(InputError):
+        return Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
+    return None
+
+
+def _continued(wanted: Plan, manifest: Manifest, start: Start) -> Plan:
+    """Return the plan by which a run goes on: this call's own, cut into the parts that the run began with.
+
+    The stored plan is not asked. Raises `InputError` where the records rest on something else than this plan does.
+    """
+    if wanted.digest() != start.digest:
+        what = "the unfinished merge there read its inputs in another way, though their content is the same"
+        remedy = "put the configs of the inputs back as they were, or merge again with --fresh"
+        raise InputError(Problem(manifest.folder, what, remedy))
+    if wanted.recipe.output.part_size == start.part_size:
+        return wanted
+    output = wanted.recipe.output.model_copy(update={"part_size": start.part_size})
+    made = make_plan(wanted.recipe.model_copy(update={"output": output}), wanted.catalog)
+    note = "continued with the parts of the run that began: output.part_size of this call is ignored"
+    return replace(made, notes=(*made.notes, note))

@@ -1,11 +1,12 @@
 """A sample of a finished output, computed again from the inputs and compared bit by bit; for `verify --sample`."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
 from ties_ray.kernels import ARITHMETICS
 from ties_ray.manifest import Manifest
@@ -26,12 +27,21 @@ Runs = Sequence[tuple[int, int]]
 
 
 def compare(
-    stores: Stores, plan: Plan, manifest: Manifest, pins: Mapping[str, Pin], share: float, seed: int, watch: Watch
+    stores: Stores,
+    plan: Plan,
+    manifest: Manifest,
+    pins: Mapping[str, Pin],
+    share: float,
+    seed: int,
+    watch: Watch,
+    announce: Callable[[Sequence[str]], None],
 ) -> tuple[Sample, list[Problem]]:
     """Return what was taken, and the tensors that differ; pins: by name, the weight files that can be compared.
 
-    A worker merges in this process, with the stored plan and thresholds; nothing is written. Raises `InputError` where
-    it can't: another arithmetic, thresholds that are gone, inputs that are not as they were.
+    A worker merges in this process, with the stored plan and thresholds; nothing is written. Nothing of the stored
+    plan's settings is used: neither storage options nor folders on this disk. announce: gets the folders of the inputs,
+    before any is read. Raises `InputError` where it can't: another arithmetic, thresholds that are gone, inputs that
+    are not as they were.
     """
     known = ARITHMETICS[plan.recipe.run.arithmetic]
     if plan.arithmetic != known:
@@ -42,9 +52,10 @@ def compare(
         raise InputError(Problem("--sample", what, LEAVE_OUT.removeprefix("or ")))
     chosen = [(pins[name], placed, runs) for name, placed, runs in choose(plan, share, seed) if name in pins]
     total = sum(_num_bytes(placed, runs) for _, placed, runs in chosen)
-    storage = {scheme: dict(options) for scheme, options in {**plan.recipe.storage, **stores.options}.items()}
-    exact = plan.recipe.run.arithmetic == "exact"  # then a CPU finds the bytes of a GPU
-    worker = Worker(Setup(manifest.folder, storage, device="cpu" if exact else plan.recipe.run.device))
+    inputs = sorted({pin.uri.rpartition("/")[0] for model in _inputs(plan) for pin in model.objects})
+    announce(inputs)
+    storage = {scheme: dict(options) for scheme, options in stores.options.items()}
+    worker = Worker(Setup(manifest.folder, storage, "", device=plan.recipe.run.device), plan)
     problems = []
     compared = 0
     for number, (pin, placed, runs) in enumerate(chosen):
@@ -58,8 +69,13 @@ def compare(
         tensors=len(chosen),
         elements=sum(last - first for _, _, runs in chosen for first, last in runs),
         of=sum(_numel(placed) for _, placed, _ in chosen),
+        inputs=inputs,
     )
     return taken, problems
+
+
+def _inputs(plan: Plan) -> list[Model]:
+    return [plan.catalog.base, *(plan.catalog.models[index] for index in plan.result.models)]
 
 
 def choose(plan: Plan, share: float, seed: int) -> Iterator[tuple[str, Placed, Runs]]:
@@ -81,7 +97,9 @@ def _compare(stores: Stores, worker: Worker, pin: Pin, placed: Placed, runs: Run
         for (first, _), wanted in zip(runs, worker.merged(placed, runs), strict=True):
             wrong += _differing(stores, pin, placed, first, wanted)
     except InputError as error:
-        remedy = f"bring the inputs back as they were, {LEAVE_OUT}"
+        remedy = (
+            f"bring the inputs back as they were, give the options of their storage (--set storage....), {LEAVE_OUT}"
+        )
         problems = (Problem(one.where, f"can't be merged again: {one.what}", remedy) for one in error.problems)
         raise InputError(problems) from error
     if not wrong:

@@ -1,14 +1,14 @@
 """What lies in an output folder: a finished merge, or unfinished ones and how far they are."""
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from ties_ray import lease
+from ties_ray import documents, lease
 from ties_ray.errors import InputError
 from ties_ray.lease import Holder
 from ties_ray.manifest import FOLDER, Manifest, find_runs
-from ties_ray.plan import PlannedRound
+from ties_ray.plan import Plan, PlannedRound
 from ties_ray.report import MergeResult, find_result
-from ties_ray.stores import Stores, join
+from ties_ray.stores import Stores, within
 
 
 class _Record(BaseModel):
@@ -34,7 +34,7 @@ class RunStatus(_Record):
     uploads: list[str] = []
     """Weight files whose upload was begun."""
     problem: str = ""
-    """Why its plan can't be read."""
+    """Why its plan, or what is stored beside it, can't be read."""
 
 
 class Status(_Record):
@@ -54,30 +54,29 @@ def status(stores: Stores, output: str) -> Status:
 
 
 def _holder(stores: Stores, output: str) -> Holder | None:
+    uri = within(output, f"{FOLDER}/{lease.NAME}")
     try:
-        data = stores.of(output).get(join(join(output, FOLDER), lease.NAME), lease.LIMIT)[1]
-        return Holder.model_validate_json(data)
-    except (FileNotFoundError, ValidationError):
+        return documents.read(stores.of(output), uri, lease.HOLDER, documents.SMALL, "the lease", "")[1]
+    except (FileNotFoundError, InputError):
         return None
 
 
 def _run(stores: Stores, output: str, run_id: str, generation: int) -> RunStatus:
     manifest = Manifest(stores, Manifest.folder_of(output, run_id, generation))
-    uploads = list(manifest.read_uploads())
+    uploads: list[str] = []
+    rounds: list[RoundStatus] = []
+    problem = ""
     try:
-        plan = manifest.read_plan()
+        uploads = list(manifest.read_uploads())
+        plan = manifest.read_last_plan()
+        planned = enumerate(plan.result.rounds) if plan else ()
+        rounds = [_round(manifest, plan, index, round_) for index, round_ in planned if plan]
     except InputError as error:
-        return RunStatus(run_id=run_id, generation=generation, uploads=uploads, problem=str(error))
-    rounds = plan.result.rounds if plan else ()
-    return RunStatus(
-        run_id=run_id,
-        generation=generation,
-        rounds=[_round(manifest, index, round_) for index, round_ in enumerate(rounds)],
-        uploads=uploads,
-    )
+        problem = str(error)
+    return RunStatus(run_id=run_id, generation=generation, rounds=rounds, uploads=uploads, problem=problem)
 
 
-def _round(manifest: Manifest, index: int, round_: PlannedRound) -> RoundStatus:
-    records = (manifest.read_record(index, name) for name in manifest.record_names(index))
+def _round(manifest: Manifest, plan: Plan, index: int, round_: PlannedRound) -> RoundStatus:
+    records = manifest.read_records(index, plan, manifest.record_names(index))
     done = {shard for record in records for shard in record.shards}
     return RoundStatus(name=round_.name, shards=round_.num_shards, done=len(done))

@@ -47,7 +47,7 @@ from ties_ray.libraries import Library
 from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
 from ties_ray.outputs import Output, OutputFile, Placed
 from ties_ray.statistics import kept_count
-from ties_ray.stores import Listing, NoUpload, Part, Pin, Store, join
+from ties_ray.stores import Listing, NoUpload, Part, Pin, Store, join, within
 
 
 class KernelContract:
@@ -496,7 +496,7 @@ class StoreContract:
 
     def test_a_small_object_comes_back_whole_with_the_pin_that_put_returned(self, place: tuple[Store, str]) -> None:
         store, root = place
-        uri = join(root, "a/small.json")
+        uri = within(root, "a/small.json")
         pin = store.put(uri, b"hello world")
         assert store.get(uri, 100) == (pin, b"hello world")
         assert (pin.uri, pin.size) == (uri, 11)
@@ -571,13 +571,14 @@ class StoreContract:
     def test_a_listing_is_sorted_and_one_level_deep(self, place: tuple[Store, str]) -> None:
         store, root = place
         for name in ["b", "a/2", "Z", "a/1", "c/d/e", "caf\u00e9", "with space"]:
-            store.put(join(root, name), name.encode())
+            store.put(within(root, name), name.encode())
         found = store.list(root)
         assert [pin.uri for pin in found.files] == [join(root, name) for name in ["Z", "b", "caf\u00e9", "with space"]]
         assert [pin.size for pin in found.files] == [1, 1, 5, 10]
         assert found.folders == (join(root, "a"), join(root, "c"))
         assert store.list(root + "/") == found
-        assert [pin.uri for pin in store.list(found.folders[0]).files] == [join(root, "a/1"), join(root, "a/2")]
+        inside = [pin.uri for pin in store.list(found.folders[0]).files]
+        assert inside == [within(root, "a/1"), within(root, "a/2")]
 
     def test_a_missing_folder_is_empty(self, place: tuple[Store, str]) -> None:
         store, root = place
@@ -585,7 +586,7 @@ class StoreContract:
 
     def test_parts_make_an_object_in_any_order_and_the_last_writing_wins(self, place: tuple[Store, str]) -> None:
         store, root = place
-        uri, data = join(root, "out/model.safetensors"), self._data()
+        uri, data = within(root, "out/model.safetensors"), self._data()
         upload = store.begin_upload(uri, len(data))
         self._write(store, uri, upload, 1, b"\x00" * len(data))
         parts = [self._write(store, uri, upload, number, data) for number in (3, 1, 2)]

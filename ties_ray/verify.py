@@ -5,7 +5,7 @@ A sample of it can be computed again from the inputs, and every file can be give
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from ties_ray.finalize import foreign_files
 from ties_ray.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
 from ties_ray.manifest import Manifest, Written, find_runs
 from ties_ray.outputs import DEFAULT_PART, OutputFile
-from ties_ray.plan import Plan
+from ties_ray.plan import Plan, believable
 from ties_ray.report import MergeResult, Progress, Sample, Watch, find_result
 from ties_ray.safetensors import DTYPE_BITS, Header, header_bytes, parse
 from ties_ray.stores import Pin, Store, Stores, crc32c, crc32c_joined, join, within
@@ -116,12 +116,15 @@ def verify(
     sample: float = 0.0,
     seed: int = 0,
     sums: bool = False,
+    announce: Callable[[Sequence[str]], None] = lambda folders: None,
 ) -> Verification:
     """Return what is wrong with a finished output; reads all its weights once.
 
     sample: the share of the elements that is computed again from the inputs, chosen by run id and `seed`; at least one
     slice of every tensor where it is not 0. sums: if nothing is wrong, write the SHA-256 of every file of the folder
-    into it, which reads them once more. Raises `InputError` where no finished merge lies.
+    into it, which reads them once more. announce: gets the folders of inputs that a sample is going to read, since it
+    is the stored plan that names them. Storage options are those of `stores` alone. Raises `InputError` where no
+    finished merge lies.
     """
     result = find_result(stores, output)
     if result is None:
@@ -136,12 +139,12 @@ def verify(
     if plan:
         problems += _against_plan(plan, files)
     problems += _against_index(stores, output, files)
-    parts = _parts(plan, manifest) if plan and manifest else {}
+    parts = _parts(plan, manifest, problems) if plan and manifest else {}
     pieces = [piece for number, file in enumerate(files) for piece in _cut(number, file, plan, parts)]
     seen = _look(stores, files, pieces, watch)
     checks = [_check(number, file, pieces, seen) for number, file in enumerate(files)]
     problems += _broken(files, pieces, seen, checks, result) + _not_finite(files, plan, pieces, seen, notes)
-    taken = _sample(stores, plan, manifest, files, sample, seed, watch, problems) if sample else None
+    taken = _sample(stores, plan, manifest, files, sample, seed, watch, announce, problems) if sample else None
     written = _write_sums(stores, output, watch) if sums and not problems else None
     findings = [Finding(where=one.where, what=one.what, remedy=one.remedy) for one in problems]
     return Verification(
@@ -155,12 +158,12 @@ def _plan_of(stores: Stores, output: str, result: MergeResult, notes: list[str])
     for generation in reversed(generations):
         manifest = Manifest(stores, Manifest.folder_of(output, result.run_id, generation))
         try:
-            plan = manifest.read_plan()
+            plan = manifest.read_last_plan()
+            if plan:
+                return believable(plan), manifest
         except InputError as error:
             notes.append(str(error))
             break
-        if plan:
-            return plan, manifest
     notes.append(
         "without the run's plan, headers and parts can't be compared with it; whole files are, by their CRC32C"
     )
@@ -264,13 +267,16 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
     return problems
 
 
-def _parts(plan: Plan, manifest: Manifest) -> dict[str, dict[int, Written]]:
+def _parts(plan: Plan, manifest: Manifest, problems: list[Problem]) -> dict[str, dict[int, Written]]:
     """Return the recorded parts by file name and number; what was written twice has the same bytes."""
     last = len(plan.result.rounds) - 1
     found: dict[str, dict[int, Written]] = {}
-    for name in manifest.record_names(last):
-        for written in manifest.read_record(last, name).parts:
-            found.setdefault(plan.result.files[written.file].name, {})[written.part.number] = written
+    try:
+        for record in manifest.read_records(last, plan, manifest.record_names(last)):
+            for written in record.parts:
+                found.setdefault(plan.result.files[written.file].name, {})[written.part.number] = written
+    except InputError as error:
+        problems += error.problems
     return found
 
 
@@ -412,6 +418,7 @@ def _sample(
     share: float,
     seed: int,
     watch: Watch,
+    announce: Callable[[Sequence[str]], None],
     problems: list[Problem],
 ) -> Sample | None:
     """Compare a sample of the files with what the inputs give; None, and a problem, where that can't be done."""
@@ -424,7 +431,7 @@ def _sample(
     planned = {file.name: (file.size, _planned_head(file)) for file in plan.result.files}
     pins = {file.name: file.pin for file in files if (file.pin.size, file.head) == planned.get(file.name)}
     try:
-        taken, differing = compare(stores, plan, manifest, pins, share, seed, watch)
+        taken, differing = compare(stores, plan, manifest, pins, share, seed, watch, announce)
     except InputError as error:
         problems += error.problems
         return None

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ties_ray.errors import InputError, UnavailableError
-from ties_ray.stores import Part, Store
+from ties_ray.errors import InputError, InterruptedMerge, UnavailableError
+from ties_ray.stores import Part, Store, Stores
 from ties_ray.stores.local import Local, LocalOptions
 from ties_ray.testing import StoreContract
 
@@ -283,3 +283,51 @@ def _write(store: Store, uri: str, upload: str, start: int, data: bytes) -> Part
 def _write_elsewhere(uri: str, upload: str, start: int, data: bytes) -> Part:
     part = memoryview(data)[start : start + 50_000]
     return Local(LocalOptions()).write_part(uri, upload, start // 50_000 + 1, start, part)
+
+
+@pytest.mark.parametrize("planted", ["link", "hard link", "pipe", "folder"])
+def test_only_a_file_that_an_upload_has_made_is_written(planted: str, tmp_path: Path) -> None:
+    """Somebody who may write to an output puts another's file under the name of an unfinished one."""
+    store, uri, token = Stores({}).of("/"), str(tmp_path / "model.safetensors"), "0123456789abcdef"
+    mine, hidden = tmp_path / "mine", tmp_path / f".model.safetensors.{token}.ties-ray-part"
+    mine.write_bytes(b"mine")
+    if planted == "link":
+        hidden.symlink_to(mine)
+    elif planted == "hard link":
+        hidden.hardlink_to(mine)
+    elif planted == "pipe":
+        os.mkfifo(hidden)
+    else:
+        hidden.mkdir()
+    upload = f"{token}-{hidden.lstat().st_ino}"
+    with pytest.raises((InputError, UnavailableError, InterruptedMerge)):
+        store.write_part(uri, upload, 1, 0, memoryview(bytearray(4)))
+    with pytest.raises((InputError, UnavailableError, InterruptedMerge)):
+        store.complete_upload(uri, upload, [Part(1, 4, "")])
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("upload", ["../../mine", "", "x", "0123456789ABCDEF-1", "/etc/passwd-1", "0123456789abcde/-1"])
+def test_the_id_of_an_upload_names_nothing_but_its_hidden_file(upload: str, tmp_path: Path) -> None:
+    store, uri = Stores({}).of("/"), str(tmp_path / "out" / "m")
+    assert store.list_parts(uri, upload) is None
+    store.abort_upload(uri, upload)  # nothing happens
+    with pytest.raises(InterruptedMerge, match="does not know the upload"):
+        store.write_part(uri, upload, 1, 0, memoryview(bytearray(4)))
+
+
+def test_no_link_below_the_folder_of_merges_is_followed(tmp_path: Path) -> None:
+    store, victim, own = Stores({}).of("/"), tmp_path / "victim", tmp_path / "out" / ".ties-ray"
+    (victim / "1").mkdir(parents=True)
+    (victim / "1" / "diary").write_text("dear")
+    own.mkdir(parents=True)
+    (own / "0123456789abcdef").symlink_to(victim)
+    folder = f"{own}/0123456789abcdef/1"
+    for act in (
+        lambda: store.put(f"{folder}/plan.json.gz", b""), lambda: store.swap(f"{folder}/x", b"", ""),
+        lambda: store.delete(f"{folder}/diary"), lambda: store.delete_folder(folder), lambda: store.list(folder),
+        lambda: store.get(f"{folder}/diary", 9),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="0123456789abcdef: is a link, and no merge makes one"):
+            act()
+    assert [path.name for path in victim.rglob("*")] == ["1", "diary"]

@@ -7,8 +7,20 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-from ties_ray.errors import RecipeError, UnavailableError
-from ties_ray.stores import Meter, Stores, Transient, crc32c_joined, join, options_of, persist, scheme_of, shown
+from ties_ray.errors import InputError, RecipeError, UnavailableError
+from ties_ray.stores import (
+    Meter,
+    Stores,
+    Transient,
+    crc32c_joined,
+    entry_uri,
+    join,
+    options_of,
+    persist,
+    scheme_of,
+    shown,
+    within,
+)
 from ties_ray.stores.local import Local
 from ties_ray.stores.memory import Memory
 
@@ -25,7 +37,20 @@ def test_the_scheme_chooses_the_store_and_each_is_opened_once() -> None:
 def test_names_are_joined_to_folders() -> None:
     assert join("s3://a/b/", "c") == "s3://a/b/c"
     assert join("/a::b", "c") == "/a::b/c"
-    assert join("s3://b/a::b", "c") == "s3://b/a::b/c"
+    assert within("s3://a/b/", "c/d") == "s3://a/b/c/d"
+    assert entry_uri("s3://a", "odd\\name") == "s3://a/odd\\name"  # what a store lists is there, whatever its name
+
+
+@pytest.mark.parametrize("folder", ["/out", "s3://bucket/out", "memory://out", "file:///out"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/etc/passwd", "../x", "a\\b", "..\\x", "a\0b", "x/", "s3://b/k", "file:///x"]
+)
+def test_no_name_of_a_document_leads_out_of_its_folder(folder: str, name: str) -> None:
+    with pytest.raises(InputError, match="is not the name of a file in this folder; rename the file"):
+        join(folder, name)
+    if name not in ("a/b",):
+        with pytest.raises(InputError, match="is not the name of a file in this folder"):
+            within(folder, f"inner/{name}")
 
 
 def test_wrong_options_are_all_named_without_their_values() -> None:
@@ -108,7 +133,7 @@ def test_a_folder_is_deleted_with_all_that_lies_in_it_and_nothing_beside_it(sche
     root = str(tmp_path) if scheme == "local" else f"memory://{tmp_path.name}"
     store = Stores({}).of(root)
     for name in ("in/a", "in/deep/er/b", "in-side/c"):
-        store.put(join(root, name), b"x")
+        store.put(within(root, name), b"x")
     store.delete_folder(join(root, "in"))
     store.delete_folder(join(root, "in"))  # nothing happens
     assert [folder.rpartition("/")[2] for folder in store.list(root).folders] == ["in-side"]

@@ -41,6 +41,9 @@ def _part_size(value: ByteSize | None) -> ByteSize | None:
     return value
 
 
+PartSize = Annotated[ByteSize | None, AfterValidator(_part_size)]
+
+
 class OutputTensor(NamedTuple):
     """One tensor to be written."""
 
@@ -107,7 +110,7 @@ class Output(BaseModel, ABC):
     """Of the merged tensors; None: the base's, tensor by tensor."""
     file_size: ByteSize = Field(default=ByteSize(5_000_000_000), gt=0)
     """Largest weight file (a larger tensor gets a file of its own)."""
-    part_size: Annotated[ByteSize | None, AfterValidator(_part_size)] = None
+    part_size: PartSize = None
     """Of an upload part; changes no byte of the result. None: 64MiB, less where the whole output is small."""
     files_from: str = "base"
     """Which input gives config, tokenizer and chat template: `base`, or a model's id or path."""

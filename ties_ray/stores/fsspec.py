@@ -9,7 +9,18 @@ from fsspec.registry import known_implementations
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from ties_ray.errors import InputError, MergeError, Problem, RecipeError
-from ties_ray.stores import Listing, Pin, Store, Transient, changed, join, persist, refuse_secrets, scheme_of, shown
+from ties_ray.stores import (
+    Listing,
+    Pin,
+    Store,
+    Transient,
+    changed,
+    entry_uri,
+    persist,
+    refuse_secrets,
+    scheme_of,
+    shown,
+)
 
 T = TypeVar("T")
 
@@ -60,8 +71,8 @@ class Fsspec(Store):
             if [entry["name"] for entry in entries if entry["type"] == "file"] == [path]:
                 return Listing((), ())  # a file, asked for as a folder
             inside = {name: entry for entry in entries if (name := _name_in(path, entry["name"]))}
-            pins = [_pin(join(uri, name), entry) for name, entry in inside.items() if entry["type"] == "file"]
-            folders = [join(uri, name) for name, entry in inside.items() if entry["type"] == "directory"]
+            pins = [_pin(entry_uri(uri, name), entry) for name, entry in inside.items() if entry["type"] == "file"]
+            folders = [entry_uri(uri, name) for name, entry in inside.items() if entry["type"] == "directory"]
             return Listing(
                 tuple(sorted(pins, key=lambda pin: pin.uri.encode())), tuple(sorted(folders, key=str.encode))
             )
@@ -160,7 +171,8 @@ class Fsspec(Store):
 def _name_in(path: str, name: str) -> str:
     """Return the last part of an entry's name; empty for what does not lie directly in the folder `path`."""
     inside = name.rstrip("/").removeprefix(path.rstrip("/")).strip("/")
-    return "" if "/" in inside and name.startswith(path) else posixpath.basename(inside)
+    last = "" if "/" in inside and name.startswith(path) else posixpath.basename(inside)
+    return "" if last in (".", "..") else last
 
 
 def _pin(uri: str, found: Mapping[str, Any]) -> Pin:

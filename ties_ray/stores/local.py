@@ -4,6 +4,7 @@ import errno
 import fcntl
 import functools
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -14,14 +15,20 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Space, Store, changed, join, no_upload, within
+from ties_ray.stores import Listing, Part, Pin, Space, Store, changed, entry_uri, no_upload, within
 
 _HIDDEN = ".ties-ray-part"
 """The names of our unfinished files begin with a dot and end so; a listing leaves them out, as S3 does."""
+_OURS = ".ties-ray"
+"""The folder in an output where merges keep their own files."""
 _READ = os.O_RDONLY | os.O_NONBLOCK
 """Not to wait for the other end of what turns out to be a pipe."""
 _LOOK = getattr(os, "O_PATH", _READ)
 """To tell what a file is and where it lies, with no permission to read it."""
+_OWN = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+"""For our unfinished files: somebody may have put a link or a pipe under such a name."""
+_TOKEN = re.compile("[0-9a-f]{16}")
+"""Of the name of an unfinished file."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 """To read what is in memory, and else nothing."""
 _STRAIGHT = getattr(os, "O_DIRECT", 0)
@@ -77,7 +84,7 @@ class Local(Store):
         files, folders = [], []
         with _explained(uri, "list"):
             try:
-                folder = os.open(_path(uri), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                folder = os.open(_place(uri), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return Listing((), ())
             try:
@@ -89,12 +96,12 @@ class Local(Store):
                     if not entry.name.isascii():
                         _demand_utf8(uri, entry.name)
                     if entry.is_dir():
-                        folders.append(join(uri, entry.name))
+                        folders.append(entry_uri(uri, entry.name))
                     elif entry.is_symlink():
-                        files.append(self._linked(join(uri, entry.name), folder, limit))
+                        files.append(self._linked(entry_uri(uri, entry.name), folder, limit))
                     elif not (entry.name.startswith(".") and entry.name.endswith(_HIDDEN)):
                         with suppress(FileNotFoundError):
-                            files.append(_pin(join(uri, entry.name), entry.stat(follow_symlinks=False)))
+                            files.append(_pin(entry_uri(uri, entry.name), entry.stat(follow_symlinks=False)))
             finally:
                 os.close(folder)
         return Listing(
@@ -108,7 +115,7 @@ class Local(Store):
             for entry in entries:
                 _demand_utf8(uri, entry.name)
             found = [entry.name for entry in entries if entry.is_dir() or not os.path.exists(entry)]
-            return tuple(sorted((join(uri, name) for name in found), key=os.fsencode))
+            return tuple(sorted((entry_uri(uri, name) for name in found), key=os.fsencode))
         return ()
 
     def _linked(self, uri: str, folder: int, limit: Path) -> Pin:
@@ -133,7 +140,7 @@ class Local(Store):
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return the file's pin and its first bytes."""
-        with _explained(uri, "read"), _opened(_path(uri), _READ) as file:
+        with _explained(uri, "read"), _opened(_place(uri), _READ) as file:
             pin = _pin(uri, _regular(file, uri))
             data = bytearray(min(nbytes, pin.size))
             self._fill(file, 0, memoryview(data))
@@ -171,7 +178,7 @@ class Local(Store):
 
     def put(self, uri: str, data: bytes) -> Pin:
         """Write a temporary file beside the target and rename it."""
-        path = _path(uri)
+        path = _place(uri)
         with _explained(uri, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = _beside(path, secrets.token_hex(8))
@@ -189,7 +196,7 @@ class Local(Store):
 
     def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
         """Compare and write under a lock of the folder, which all processes of this machine see."""
-        folder = _path(uri).parent
+        folder = _place(uri).parent
         with _explained(uri, "write"):
             folder.mkdir(parents=True, exist_ok=True)
             with _opened(folder, os.O_RDONLY) as lock:
@@ -206,12 +213,12 @@ class Local(Store):
     def delete(self, uri: str) -> None:
         """Remove the file."""
         with _explained(uri, "delete"):
-            _path(uri).unlink(missing_ok=True)
+            _place(uri).unlink(missing_ok=True)
 
     def delete_folder(self, uri: str) -> None:
         """Remove the folder itself, with what a killed `put` left in it."""
         with _explained(uri, "delete"), suppress(FileNotFoundError):
-            shutil.rmtree(_path(uri))
+            shutil.rmtree(_place(uri))
 
     def space(self, folder: str) -> Space:
         """Return what the disk of the folder, or of what there is of its path, has left."""
@@ -243,11 +250,13 @@ class Local(Store):
 
     def write_part(self, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
         """Write in place and flush; a file knows no ETag of its parts."""
-        path, data = _unfinished(uri, upload), data.cast("B")
+        data = data.cast("B")
         try:
+            path = _unfinished(uri, upload)
             with _explained(uri, "write"):
                 straight = self._write_straight(path, offset, data[: data.nbytes - data.nbytes % _SECTOR])
-                with _opened(path, os.O_WRONLY) as file:
+                with _opened(path, _OWN) as file:
+                    _demand_own(file)
                     self._write(file, offset + straight, data[straight:])
                     os.fdatasync(file)
         except FileNotFoundError:
@@ -261,7 +270,8 @@ class Local(Store):
         byte, 1 to 2 where the cache had to get fresh memory from a virtual machine's host, and would drive out inputs.
         """
         try:
-            with _opened(path, os.O_WRONLY | _STRAIGHT) as file:
+            with _opened(path, _OWN | _STRAIGHT) as file:
+                _demand_own(file)
                 self._write(file, offset, data)
         except OSError as error:
             if error.errno != errno.EINVAL:
@@ -271,8 +281,10 @@ class Local(Store):
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
         """Return () for a known upload: a file doesn't know its parts."""
-        with _explained(uri, "read"):
-            return () if _unfinished(uri, upload).exists() else None
+        with _explained(uri, "read"), suppress(FileNotFoundError), _opened(_unfinished(uri, upload), _OWN) as file:
+            _demand_own(file)
+            return ()
+        return None
 
     def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
         """Return our hidden files; of a `put` that was killed, too."""
@@ -285,7 +297,8 @@ class Local(Store):
             for entry in entries:
                 if entry.name.startswith(".") and entry.name.endswith(_HIDDEN):
                     name, _, token = entry.name[1 : -len(_HIDDEN)].rpartition(".")
-                    found.append((join(folder, name), f"{token}-{entry.inode()}"))
+                    if name and _TOKEN.fullmatch(token):
+                        found.append((entry_uri(folder, name), f"{token}-{entry.inode()}"))
         return tuple(sorted(found))
 
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
@@ -293,7 +306,8 @@ class Local(Store):
         path, size = _path(uri), sum(part.size for part in parts)
         with _explained(uri, "write"):
             try:
-                with _opened(_unfinished(uri, upload), os.O_WRONLY) as file:
+                with _opened(_unfinished(uri, upload), _OWN) as file:
+                    _demand_own(file)
                     if os.fstat(file).st_size != size:
                         what = f"the upload has {os.fstat(file).st_size:,} bytes, its parts {size:,}"
                         raise InputError(Problem(uri, what, "run the merge with --fresh"))
@@ -309,8 +323,8 @@ class Local(Store):
 
     def abort_upload(self, uri: str, upload: str) -> None:
         """Remove the hidden file."""
-        with _explained(uri, "delete"):
-            _unfinished(uri, upload).unlink(missing_ok=True)
+        with _explained(uri, "delete"), suppress(FileNotFoundError):
+            _unfinished(uri, upload).unlink()
 
 
 @functools.lru_cache(4096)
@@ -322,12 +336,31 @@ def _path(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
+def _place(uri: str) -> Path:
+    """Return the path of what is read or written whole; below a folder `.ties-ray` no component may be a link.
+
+    Whoever may write to an output could have put one there beforehand, and it would lead our writes elsewhere.
+    """
+    path = _path(uri)
+    if _OURS in path.parts:
+        last = len(path.parts) - path.parts[::-1].index(_OURS)
+        for link in (path, *path.parents)[: len(path.parts) - last + 1]:
+            if link.is_symlink():
+                what = "is a link, and no merge makes one in its own folder"
+                raise InputError(Problem(str(link), what, "remove the link; or write to another output folder"))
+    return path
+
+
 def _beside(path: Path, token: str) -> Path:
     return path.with_name(f".{path.name}.{token}{_HIDDEN}")
 
 
 def _unfinished(uri: str, upload: str) -> Path:
-    return _beside(_path(uri), upload.partition("-")[0])
+    """Return the hidden file of an upload; raise `FileNotFoundError` for an id that `begin_upload` never gives."""
+    token, _, _ = upload.partition("-")
+    if not _TOKEN.fullmatch(token):
+        raise FileNotFoundError(errno.ENOENT, "no such upload", uri)
+    return _beside(_path(uri), token)
 
 
 def _is_from(path: Path, upload: str, size: int) -> bool:
@@ -345,6 +378,13 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+
+
+def _demand_own(file: int) -> None:
+    """Raise `FileNotFoundError` for what `begin_upload` has not made: another's file can have two names."""
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        raise FileNotFoundError(errno.ENOENT, "not the hidden file of an upload")
 
 
 def _regular(file: int, uri: str) -> os.stat_result:
