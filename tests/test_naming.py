@@ -177,3 +177,20 @@ def test_kinds_are_the_class_and_all_model_types() -> None:
     config = {"architectures": ["A"], "model_type": "a", "text_config": {"model_type": "b"}, "x": {"y": 1}}
     assert kinds_of(config) == ("A", "a", "b")
     assert kinds_of({"architectures": "A", "model_type": 3}) == ()
+
+
+def test_names_that_shift_by_one_are_renamed_only_where_the_first_is_stored() -> None:
+    kinds = ("Kimi_K25ForConditionalGeneration", "kimi_k25")
+    block = "vision_tower.encoder.blocks.0."
+    old = {f"{block}norm{n}.weight": (4,) for n in (0, 1)} | {f"{block}mlp.fc{n}.bias": (4,) for n in (0, 1)}
+    new = {f"{block}norm{n}.weight": (4,) for n in (1, 2)} | {f"{block}mlp.fc{n}.bias": (4,) for n in (1, 2)}
+    assert one_to_one(matched(old, new, kinds)) == dict(zip(new, old, strict=True))
+    assert one_to_one(matched(new, old, kinds)) == dict(zip(old, new, strict=True))
+
+
+def test_projections_whose_rows_move_are_never_taken_for_their_converted_form() -> None:
+    kinds = ("MistralLarge4ForConditionalGeneration", "mistral_large4", "mistral_large4_text")
+    old = {"vision_encoder.layers.0.attention.wq.weight": (4, 4), "output.weight": (8, 4)}
+    new = {"model.vision_tower.layers.0.attention.q_proj.weight": (4, 4), "lm_head.weight": (8, 4)}
+    for mine, base in ((old, new), (new, old)):
+        assert len(matched(mine, base, kinds).pieces) == 1

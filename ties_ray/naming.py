@@ -108,11 +108,15 @@ class Renaming(NamedTuple):
 
     pattern: re.Pattern[str]
     target: str
+    guard: re.Pattern[str] | None = None
+    """It holds only for a checkpoint that has such a name: its target is a name of the other layout, too."""
 
     def apply(self, name: str) -> str:
-        """Return the name with the pattern replaced."""
+        """Return the name with the pattern replaced; as it is where the target stands there already."""
         found = self.pattern.search(name)
-        if not found:
+        if not found or any(
+            at.start() <= found.start() and found.end() <= at.end() for at in re.finditer(re.escape(self.target), name)
+        ):
             return name
         target = re.sub(r"\\(\d)", lambda number: found.group(int(number[1])) or "", self.target)
         return name[: found.start()] + target + name[found.end() :]
@@ -138,6 +142,11 @@ class Rules(NamedTuple):
     renamings: tuple[Renaming, ...]
     conversions: tuple[Conversion, ...]
 
+    def for_names(self, names: Collection[str]) -> "Rules":
+        """Return the rules that hold for a checkpoint with these names."""
+        dropped = {one for one in self.renamings if one.guard and not any(map(one.guard.search, names))}
+        return self._replace(renamings=tuple(one for one in self.renamings if one not in dropped))
+
 
 @cache
 def rules_of(kinds: tuple[str, ...]) -> Rules:
@@ -159,6 +168,10 @@ def rules_of(kinds: tuple[str, ...]) -> Rules:
 def _renamings(rule: Sequence[Any], own: bool, root: bool) -> Iterator[Renaming]:
     """Yield a rule's renamings, without those that are anchored in a part of the model, whose place is not known."""
     kind, sources, targets, _ = rule
+    if kind == "GroupWeightRename":  # its targets are among its sources, so the last goes first
+        guard = _compiled(sources[0])
+        pairs = zip(sources[::-1], targets[::-1], strict=True)
+        yield from (Renaming(_compiled(source), _plain(target), guard) for source, target in pairs)
     if kind not in ("rename", "PrefixChange") or (kind == "PrefixChange" and not (own and root)):
         return
     for source in sources:
@@ -180,8 +193,10 @@ def _conversion(rule: Sequence[Any]) -> Conversion:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
+    """Return a pattern of the table: a `*` is an expert's number, and a dot a dot, but where it is repeated."""
     end = r"(?!\w)" if re.search(r"[a-zA-Z0-9]$", pattern) else ""
-    return re.compile(pattern.replace("*.", r"(\d+)\.") + end)
+    numbered = pattern.replace("*.", r"(\d+)\.")
+    return re.compile(re.sub(r"(?<!\\)\.(?![*+?])", r"\.", numbered) + end)
 
 
 def _plain(target: str) -> str:
@@ -245,10 +260,13 @@ def _tie_tables() -> tuple[Mapping[str, Sequence[str]], Sequence[tuple[re.Patter
     return plain, patterns
 
 
-def _canonical(name: str, renamings: Iterable[Renaming]) -> str:
+def _canonical(name: str, renamings: Iterable[Renaming], kept: Sequence[re.Pattern[str]] = ()) -> str:
+    """Return the name without wrappers, renamed; a pattern of `kept` that it has, or comes to have, it keeps."""
     name = WRAPPERS.sub("", name)
     for renaming in renamings:
-        name = renaming.apply(name)
+        renamed = renaming.apply(name)
+        if renamed != name and all(pattern.search(renamed) for pattern in kept if pattern.search(name)):
+            name = renamed
     return name
 
 
@@ -277,8 +295,10 @@ class _Side:
         self.groups: defaultdict[str, _Group] = defaultdict(_Group)
         self.twice: list[tuple[str, str]] = []
         """Stored names that became one."""
+        rules = rules.for_names(shapes)
+        moving = [one.apart[0] for one in rules.conversions if one.reason and len(one.apart) == 1]
         for name, shape in shapes.items():
-            self._add(_canonical(name, rules.renamings), name, shape, rules.conversions)
+            self._add(_canonical(name, rules.renamings, moving), name, shape, rules.conversions)
 
     def _add(self, canonical: str, name: str, shape: Shape, conversions: Iterable[Conversion]) -> None:
         for conversion in conversions:
