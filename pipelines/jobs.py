@@ -39,15 +39,31 @@ INLINE_BYTES = 100_000
 """Of a recipe in the command itself: Linux takes 128 KiB in one argument."""
 TRIES = 12
 """Of a submission..."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_PASSWORD = re.compile(r"[\w+.-]+://[^/@\s]*@")
+"""A user or a password in a URL."""
 AGENT_SECONDS = 5.0
 """...with such a pause while a cluster is there, and none of its nodes can start a job yet."""
+
+
+def visible(text: str) -> str:
+    """Return a text of another machine as it may go to a terminal: without colours, and with what is invisible escaped.
+
+    Line breaks and tabs stay.
+    """
+    plain = _COLOUR.sub("", text)
+    if plain.isprintable():
+        return plain
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in plain
+    )
 
 
 class JobsError(OSError):
     """The jobs API refuses, or can't be reached; `exit_code` says which."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(visible(message))
         self.exit_code = exit_code
 
 
@@ -196,7 +212,12 @@ class Jobs:
             with error:
                 text = error.read(10_000).decode(errors="replace").strip().splitlines() or [str(error.reason)]
             raise JobsError(f"{self.address}: {error.code}: {text[-1]}", _code_of(error.code)) from None
-        except (OSError, ValueError, http.client.HTTPException) as error:  # no answer, or one that is not the API's
+        except (
+            OSError,
+            ValueError,
+            RecursionError,
+            http.client.HTTPException,
+        ) as error:  # no answer, or one that is not the API's
             raise JobsError(f"{self.address} does not answer as Ray does: {error}", UNAVAILABLE) from None
 
 
@@ -205,9 +226,10 @@ def merge_command(recipe: str | Mapping[str, Any], *, overrides: Sequence[str] =
 
     recipe: a path or URI that the cluster can read, or the recipe itself, which then travels in the command.
     """
-    words = ["ties-ray", "merge", "-" if isinstance(recipe, Mapping) else recipe, "--json"]
+    words = ["ties-ray", "merge", "--json"]
     words += [word for one in (*overrides, "run.address=auto") for word in ("--set", one)]
-    command = shlex.join(words + (["--result", result] if result else []))
+    words += ["--result", result] if result else []
+    command = shlex.join([*words, "--", "-" if isinstance(recipe, Mapping) else recipe])
     if isinstance(recipe, str):
         return command
     text = json.dumps(recipe, separators=(",", ":"))
@@ -219,9 +241,10 @@ def merge_command(recipe: str | Mapping[str, Any], *, overrides: Sequence[str] =
 def record_in(log: str) -> Json | None:
     """Return the result record that a command printed last, or None."""
     for start in reversed([match.start() for match in re.finditer(r"^\{$", log, re.MULTILINE)]):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON, or far too deep
             found, _ = json.JSONDecoder().raw_decode(log, start)
-            if isinstance(found, dict) and {"schema_version", "status"} <= found.keys():
+            error = found.get("error") or {}
+            if {"schema_version", "status"} <= found.keys() and isinstance(error, dict):
                 return found
     return None
 
@@ -293,7 +316,13 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
         raise JobsError(f"{wrong[0]!r} is not of the form NAME=VALUE", BAD_RECIPE)
-    return dict(pair.split("=", 1) for pair in pairs)
+    given = dict(pair.split("=", 1) for pair in pairs)
+    secret = next((name for name, value in given.items() if _PASSWORD.match(value)), None)
+    if secret:
+        raise JobsError(
+            f"{secret} is a URL with a user or password in it, and a job's environment is public", BAD_RECIPE
+        )
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -316,12 +345,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except JobsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{done.submission_id}: exit code {done.exit_code}: {done.message}", file=sys.stderr)
+    print(visible(f"{done.submission_id}: exit code {done.exit_code}: {done.message}"), file=sys.stderr)
     return done.exit_code
 
 
 def _flushed(text: str) -> None:
-    print(text, end="", flush=True)
+    print(visible(text), end="", flush=True)
 
 
 if __name__ == "__main__":

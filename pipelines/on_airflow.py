@@ -13,7 +13,7 @@ from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from pipelines.jobs import UNAVAILABLE, Jobs, JobsError, Json, Outcome
+from pipelines.jobs import UNAVAILABLE, Jobs, JobsError, Json, Outcome, visible
 from pipelines.step import (
     Command,
     Job,
@@ -88,7 +88,7 @@ class _Operator(BaseOperator):
         jobs = Jobs(event["address"])
         try:
             for line in jobs.log(event["attempt"]).splitlines():
-                self.log.info(line)
+                self.log.info(visible(line))
             outcome = jobs.outcome(event["attempt"])
         except JobsError as error:
             outcome = Outcome(event["attempt"], error.exit_code, str(error), None)

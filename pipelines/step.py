@@ -37,6 +37,7 @@ from pipelines.jobs import (
     Outcome,
     merge_command,
     record_in,
+    visible,
 )
 
 Verdict = Literal["done", "failed", "again", "cancelled"]
@@ -104,7 +105,7 @@ class Merge:
         """Return the arguments of the command line."""
         given = [word for one in self.overrides for word in ("--set", one)]
         given += ["--result", self.result] if self.result else []
-        return ["merge", self.recipe if isinstance(self.recipe, str) else "-", "--json", *given]
+        return ["merge", "--json", *given, "--", self.recipe if isinstance(self.recipe, str) else "-"]
 
     def stdin(self) -> str:
         """Return the recipe, unless it is read from elsewhere."""
@@ -132,7 +133,7 @@ class Promote:
         """Return the arguments of the command line."""
         given = [word for one in self.overrides for word in ("--set", one)]
         given += ["--evaluate", self.evaluate] if self.evaluate else []
-        return ["promote", self.output, self.pointer, "--json", *given]
+        return ["promote", "--json", *given, "--", self.output, self.pointer]
 
     def stdin(self) -> str:
         """Return nothing: it reads none."""
@@ -169,9 +170,9 @@ class Job:
             for text in self._jobs.follow(self.attempt, poll=self._poll):
                 *lines, rest = (rest + text).split("\n")
                 for line in lines:
-                    show(line)
+                    show(visible(line))
             if rest:
-                show(rest)
+                show(visible(rest))
         except BaseException as error:
             if not isinstance(error, Exception):  # a cluster out of reach may well go on with it
                 self.cancel()
@@ -217,7 +218,7 @@ class Process:
                 pipe.write(self._given)
             for line in process.stderr:
                 self._tail.append(line)
-                show(line.rstrip("\n"))
+                show(visible(line.rstrip("\n")))
         except BaseException:
             self.cancel()
             raise
@@ -303,7 +304,7 @@ def explain(outcome: Outcome) -> str:
     """Return one line on what came of a step, for people."""
     error = (outcome.record or {}).get("error") or {}
     said = error.get("message") or outcome.message or "no message"
-    return f"{outcome.submission_id}: {verdict(outcome.exit_code)}, exit code {outcome.exit_code}: {said}"
+    return visible(f"{outcome.submission_id}: {verdict(outcome.exit_code)}, exit code {outcome.exit_code}: {said}")
 
 
 def is_new(record: Mapping[str, Any]) -> bool:

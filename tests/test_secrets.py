@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from tests.conftest import Bucket, tool
 from tests.families import Family, make_family, write_checkpoint
 from tests.merging import LOCAL
 from ties_ray import drive, recipe
-from ties_ray.errors import InputError, RecipeError
+from ties_ray.errors import InputError, MergeError, Problem, RecipeError, holds_secret, shown
 from ties_ray.expand import entries_of
 from ties_ray.recipe import ModelEntry
-from ties_ray.stores import Stores, shown
+from ties_ray.stores import Stores
 
 KEY = "AKIAZZTIESRAYTEST0Q7"
 SECRET = "gV9/distinctive+secret0key7Kq3xW2mZ"
@@ -309,6 +310,65 @@ def test_messages_hide_what_a_url_holds(s3_credentials: None, url: str) -> None:
     assert secrets_in(repr(raised.value).encode()) == set()
 
 
+SIGNED = {
+    "azure": f"https://acct.blob.core.windows.net/c/m?sv=2024-11-04&se=2026-12-01&sr=c&sig={quote(SECRET, safe='')}",
+    "azure, first": f"https://acct.blob.core.windows.net/c/m?sig={quote(SECRET, safe='')}&sv=2024",
+    "azure, by container": f"abfss://c@acct.dfs.core.windows.net/m?sig={quote(SECRET, safe='')}",
+    "s3": f"https://b.s3.amazonaws.com/k?X-Amz-Algorithm=a&X-Amz-Credential={KEY}%2Fx&X-Amz-Signature={SECRET}",
+    "s3, version 2": f"https://b.s3.amazonaws.com/k?AWSAccessKeyId={KEY}&Expires=1&Signature={quote(SECRET, safe='')}",
+    "google": f"https://storage.googleapis.com/b/k?GoogleAccessId=a&Expires=1&Signature={quote(SECRET, safe='')}",
+    "google, version 4": f"https://storage.googleapis.com/b/k?X-Goog-Credential={KEY}&X-Goog-Signature={SECRET}",
+    "cloudfront": f"https://d.cloudfront.net/k?Policy=x&Signature={SECRET}&Key-Pair-Id={KEY}",
+    "alibaba": f"https://b.oss-cn.aliyuncs.com/k?OSSAccessKeyId={KEY}&Expires=1&Signature={SECRET}",
+    "token": f"https://host/k?access_token={SECRET}",
+    "fragment": f"https://host/k#access_token={SECRET}",
+    "api key": f"https://host/k?api-key={SECRET}",
+}
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_a_signed_url_is_refused_wherever_it_stands_and_never_repeated(kind: str) -> None:
+    url = SIGNED[kind]
+    for change in ({"base": url}, {"models": [url]}, {"models": [{"table": url}]}, {"output": url}):
+        with pytest.raises(RecipeError, match=r"is a URL with a password or a signature|unknown scheme") as raised:
+            recipe.parse(json.dumps(GOOD | change))
+        assert secrets_in(repr(raised.value).encode()) == set()
+    with pytest.raises(InputError, match="is a URL with a password or a signature") as refused:
+        Stores({}).of(url)
+    assert secrets_in(repr(refused.value).encode()) == set()
+    error = MergeError(Problem(url, f"GET '{url}' failed", f"see ({url})"))
+    assert secrets_in(repr(error).encode()) == set()
+    assert secrets_in(str(error).encode()) == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"AccountKey={SECRET};EndpointSuffix=core.windows.net",
+        f"SharedAccessSignature=sv=2024&sig={SECRET}",
+        f'{{"token": "{SECRET}", "password": "{SECRET}"}}',
+        f"Authorization: Bearer {SECRET}",
+        f"api_key={SECRET} secret: {SECRET}",
+    ],
+)
+def test_a_servers_words_are_told_without_what_they_repeat(text: str) -> None:
+    assert secrets_in(str(MergeError(Problem("https://host/x", text))).encode()) == set()
+
+
+@pytest.mark.parametrize("text", ["http://" + "?sig" * 30_000, "a://b:" * 30_000, "://a" * 30_000, "a" * 120_000])
+def test_a_long_text_is_looked_through_in_no_time(text: str) -> None:
+    began = time.monotonic()
+    holds_secret(text)
+    assert len(shown(text)) < 25_000
+    assert list(recipe.unfit({"path": text}))
+    assert time.monotonic() - began < 5
+
+
 def test_messages_keep_the_port_and_the_path_of_a_url() -> None:
-    for url in ("http://127.0.0.1:9000/bucket/a@b", "hdfs://host:8020/m@2", "s3://bucket/a:b@c/m"):
+    for url in (
+        "http://127.0.0.1:9000/bucket/a@b",
+        "hdfs://host:8020/m@2",
+        "s3://bucket/a:b@c/m",
+        "s3://b/team-?/key=7/m",
+    ):
         assert shown(url) == url

@@ -1,13 +1,20 @@
 import io
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import RenderableType
 
 from ties_ray import text
-from ties_ray.report import InputProvenance, MergeResult, Progress, Provenance, TrimReport, WrittenFile
+from ties_ray.inspection import Inspection, Inspections
+from ties_ray.lease import Holder
+from ties_ray.promote import Promotion, Release
+from ties_ray.report import Cleaning, InputProvenance, MergeResult, Progress, Provenance, TrimReport, WrittenFile
+from ties_ray.status import RunStatus, Status
 
 
 def shown(*things: RenderableType) -> str:
@@ -122,3 +129,53 @@ def test_a_bar_shows_the_stage_at_hand() -> None:
         time.sleep(0.3)  # it is drawn ten times a second
     assert "merge" in file.getvalue()
     assert "3 of 9, 1.0 GB of 2.0 GB read" in file.getvalue()
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eelif\r\x08 [bold]x[/bold] \ud800"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_name_host_or_note_reaches_the_terminal_as_more_than_text(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = Holder(token="t", host=HOSTILE, machine="", process=HOSTILE)
+    runs = [RunStatus(run_id=HOSTILE, generation=1, rounds=[], uploads=[HOSTILE], problem=HOSTILE)]
+    release = Release(output=HOSTILE, run_id=HOSTILE, promoted_at=HOSTILE)
+    seen = inspection(HOSTILE)
+    things = [
+        *text.of_status(Status(output=HOSTILE, holder=holder, result=None, runs=runs)),
+        *text.of_promotion(Promotion(pointer=HOSTILE, changed=True, current=release, previous=release)),
+        *text.of_cleaning(Cleaning(output=HOSTILE, removed=True, found=[HOSTILE], notes=[HOSTILE])),
+        *text.of_result(result([trim(HOSTILE, 1)], notes=[HOSTILE, "a\nerror: b"], waiting=[HOSTILE]), HOSTILE),
+        *text.of_inspections(Inspections(folders=[seen])),
+        *text.of_inspections(Inspections(folders=[seen, seen])),
+    ]
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = Screen()
+    text.show(*things, file=file)
+    told = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()) if terminal else file.getvalue()  # rich's own bold
+    assert all(line.isprintable() for line in told.split("\n"))
+    assert told.count("\\x1b]0;owned") > 8
+    assert "[bold]x[/bold]" in told
+    assert "note: a\\nerror: b" in told
+
+
+@given(st.text(st.characters() | st.sampled_from("\x1b\x9b\x07\r\u202e\u2066"), max_size=30))
+def test_any_text_is_shown_in_visible_characters(name: str) -> None:
+    assert all(
+        line.isprintable()
+        for line in shown(name, *text.of_inspections(Inspections(folders=[inspection(name)]))).split("\n")
+    )
+
+
+def inspection(name: str) -> Inspection:
+    plain = {key: name for key in ("uri", "architecture", "licence")}
+    return Inspection.model_validate(
+        {**plain, "format": name, "tensors": 1, "parameters": 1, "dtypes": {name: 1}, "files": [name], "size": 1,
+         "tokenizer": [name], "facts": {"base_name": name, name: name}}
+    )  # fmt: skip

@@ -92,7 +92,7 @@ class _Desk:
 
             from ties_ray.report import Failure
 
-            click.echo(json.dumps({"error": Failure.of(error).model_dump(mode="json")}, indent=2))
+            _print_json(json.dumps({"error": Failure.of(error).model_dump(mode="json")}, indent=2))
 
     def run(self, command: Callable[[], int]) -> int:
         """Return the command's exit code; every failure is told, one line a problem."""
@@ -114,7 +114,7 @@ class _Desk:
     def tell(self, record: "BaseModel", *things: Any) -> None:
         """Print the record for machines, or the texts and tables for people."""
         if self.json:
-            click.echo(record.model_dump_json(indent=2))
+            _print_json(record.model_dump_json(indent=2))
         elif not self.quiet:
             from ties_ray import text
 
@@ -139,6 +139,15 @@ def _complain(problem: Problem) -> None:
     """Print a problem as one line that no file name or header can break or colour."""
     line = "".join(char if char.isprintable() else " " for char in str(problem))
     click.echo(f"error: {line}", err=True)
+
+
+def _print_json(text: str) -> None:
+    """Print JSON; in its strings what a terminal might act on is escaped, as JSON escapes."""
+    import json
+
+    if not text.isascii():
+        text = "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
+    click.echo(text)
 
 
 def _as_merge_error(caught: BaseException) -> MergeError:
@@ -238,7 +247,7 @@ def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool, no_rat
 
     made = drive.plan(asked)
     if full and desk.json:
-        click.echo(made.to_json().decode())
+        _print_json(made.to_json().decode())
         return 0
     from ties_ray import text
 
@@ -584,7 +593,7 @@ class _Job:
             error=Failure.of(error),
         )
         if self._desk.json:
-            click.echo(result.model_dump_json(indent=2))
+            _print_json(result.model_dump_json(indent=2))
         try:
             self.write(result)
         except Exception as second:

@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
 
-from ties_ray.errors import Problem, RecipeError
+from ties_ray.errors import USER_IN_URL, Problem, RecipeError, holds_secret
 from ties_ray.recipe import Recipe
 from ties_ray.report import PlanRecord
 
@@ -407,9 +407,9 @@ def _problems(recipe: Recipe, options: Options) -> Iterator[Problem]:
         yield Problem("--workers", "less than one")
     if not options.image or any(char.isspace() for char in options.image):
         yield Problem("--image", f"{options.image!r} names no image", "as in registry.example/ties-ray:0.1.0")
-    for name in options.env:
-        if _SECRET.search(name):
-            what = f"{name} looks like a secret, which a manifest must not hold"
+    for name, value in options.env.items():
+        if _SECRET.search(name) or holds_secret(value) or USER_IN_URL.match(value):
+            what = f"{name} looks like a secret, or holds one, which a manifest must not"
             yield Problem("--env", what, "put it into a Kubernetes secret and name that: --env-from NAME")
     for place, path in _paths(recipe, options):
         if "://" not in path or path.startswith("file://"):
@@ -438,12 +438,12 @@ def _too_large(text: str) -> Iterator[Problem]:
 
 def _quoted(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _quoted(each) for key, each in value.items()}
+        return {_quoted(key): _quoted(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_quoted(each) for each in value]
     if not isinstance(value, str):
         return value
-    if "\n" in value:
+    if "\n" in value and value[0] not in " \n" and all(line.isprintable() for line in value.split("\n")):
         return LiteralScalarString(value)
     plain = _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT and not value.endswith(":")
     return value if plain else DoubleQuotedScalarString(value)

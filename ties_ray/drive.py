@@ -559,7 +559,7 @@ class MergeRun:
             truncation=truncation,
             waiting=list(self._plan.catalog.waiting),
             refused={one.uri: [str(problem) for problem in one.problems] for one in self._plan.catalog.refused},
-            notes=list(self._plan.notes),
+            notes=[*self._plan.notes, *(note for store in self._stores.opened() for note in store.notes)],
             provenance=provenance(self._plan),
         )
         check()

@@ -10,6 +10,7 @@
 Anything else that leaves the command line is a defect of ours (exit 1).
 """
 
+import re
 from collections.abc import Iterable
 from typing import ClassVar, Literal, NamedTuple
 
@@ -44,8 +45,52 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _lines(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
+def printable_lines(text: str) -> str:
+    """Return a text that may have several lines, each of them printable."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+def _told(text: str) -> str:
+    return printable_lines(shown(text))
+
+
+_USER = r"[^/@\s]*@"
+_PASSWORD = r"[^/@\s:]*:(?!\d+/)[^@\s]*@"
+"""An AWS secret often holds a slash, which nobody quotes."""
+_AZURE = r"(?:abfss?|wasbs?)://[^/@\s:]*@"
+"""A container at an account."""
+USER_IN_URL = re.compile(rf"[\w+.-]+://(?:{_PASSWORD}|{_USER})")
+_PASSWORD_IN_URL = re.compile(rf"[\w+.-]+://{_PASSWORD}")
+_SIGNED = re.compile("sig|token|credential|secret|passw|pwd|auth|sas|key", re.IGNORECASE)
+_QUERY = re.compile(r"(://[^\s?'\"]++)(\?(?=[^\s'\")>/]*=)[^\s'\")>]*)?")
+_IN_TEXT = re.compile(
+    r"((?:x-(?:amz|goog|ms)-[\w-]*|signature|credential|authorization|token|secret|passw(?:or)?d|\bpwd|\bsig"
+    r"|(?:account|access|api)[_-]?key)[\"']?\s*[=:]\s*[\"']?)(?:(?:bearer|basic)\s+)?[^\s\"'&;]+",
+    re.IGNORECASE,
+)
+_LONGEST = 20_000
+"""Characters of a message; of a longer one, as a server may send it, the rest is left out."""
+
+
+def holds_secret(url: str) -> bool:
+    """Return whether a URL holds a password, or a signed query (`?sig=`, `&X-Amz-Signature=`, `#access_token=`).
+
+    A user alone is no secret: so is a container of Azure written.
+    """
+    if not re.match(r"[\w+.-]+://", url):
+        return False
+    fields = (part.partition("=") for part in re.split("[?&#;]", url)[1:])
+    signed = any(is_field and "/" not in name and _SIGNED.search(name) for name, is_field, _ in fields)
+    return signed or bool(_PASSWORD_IN_URL.match(url))
+
+
+def shown(text: object) -> str:
+    """Return a URI or another's message fit for a log: without the query of a URL, user, password or signature."""
+    given = str(text)
+    given = given if len(given) <= _LONGEST else given[:_LONGEST] + "..."
+    given = re.sub(rf"(?<![\w+.-])(?!{_AZURE})([\w+.-]+://)(?:{_PASSWORD}|{_USER})", r"\1", given)
+    given = _QUERY.sub(lambda url: f"{url[1]}?..." if url[2] else url[0], given)
+    return _IN_TEXT.sub(r"\1...", given)
 
 
 class MergeError(Exception):
@@ -59,7 +104,7 @@ class MergeError(Exception):
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         given = (problems,) if isinstance(problems, Problem) else problems
-        self.problems = tuple(Problem(*map(_lines, problem)) for problem in given)
+        self.problems = tuple(Problem(*map(_told, problem)) for problem in given)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["MergeError"], tuple[tuple[Problem, ...]]]:

@@ -3,17 +3,15 @@
 Every step may be done twice, so that a kill anywhere is mended by the same command.
 """
 
-import io
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from ruamel.yaml import YAML
-
-from ties_ray.catalog import TEXT_BYTES, Model
+from ties_ray.card import card, plain_yaml
+from ties_ray.catalog import TEXT_BYTES
 from ties_ray.errors import InputError, InterruptedMerge, Problem, UnavailableError, printable
 from ties_ray.loaders import CARD_NAME, LOADED_FOLDERS, RECIPE_NAME, RESULT_NAME, TEXTS, ModelFolder, strangers
 from ties_ray.manifest import Written
 from ties_ray.plan import Plan
-from ties_ray.report import MergeResult, Truncation, WrittenFile
+from ties_ray.report import MergeResult, WrittenFile
 from ties_ray.stores import Stores, crc32c, crc32c_joined, join, within
 
 FEW = 8
@@ -130,7 +128,8 @@ def publish_documents(
     """Write what stands beside the weights, and return it; the file by which a loader finds them comes last."""
     store = stores.of(plan.output)
     store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
-    store.put(join(plan.output, RECIPE_NAME), _yaml(plan.recipe.model_dump(mode="json", exclude_unset=True)).encode())
+    asked = plan.recipe.model_dump(mode="json", exclude_unset=True)
+    store.put(join(plan.output, RECIPE_NAME), plain_yaml(asked).encode())
     door = plan.recipe.output.door(plan.result.files, plan.library)
     written = []
     for name, data in documents.items():
@@ -147,46 +146,6 @@ def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
     stores.of(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
 
 
-def card(plan: Plan, result: MergeResult) -> str:
-    """Return the model card: what was merged, how, and under which licences."""
-    catalog, recipe = plan.catalog, plan.recipe
-    inputs = [catalog.base] * bool(catalog.base.uri) + list(catalog.models)
-    licences = {model.licence for model in inputs}
-    front: dict[str, object] = {"base_model": [_short(model.uri) for model in inputs]}
-    if len(licences) == 1 and "" not in licences:
-        front["license"] = licences.pop()
-    front["library_name"] = plan.library.name
-    front["tags"] = ["merge", "ties-ray", recipe.method.name]
-    rows = [_row(model.id, model) for model in inputs]
-    lines = [
-        "---",
-        _yaml(front).rstrip(),
-        "---",
-        "",
-        f"# Merge of {len(plan.result.members)} models by `{recipe.method.name}`{_cut(result.truncation)}",
-        "",
-        f"Merged by ties_ray, run `{plan.run_id}`, arithmetic `{plan.arithmetic}`. {recipe.method.paper}.",
-        "",
-        "| id | model | weight | density | licence |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-        "## Recipe",
-        "```yaml",
-        _yaml(recipe.model_dump(mode="json", exclude_unset=True, include={"method", "exclude", "allow"})).rstrip(),
-        "```",
-    ]
-    if result.trims and len(result.trims) <= 2 * len(plan.result.members):
-        lines += ["", "## Trim", "| model | threshold | kept | of |", "|---|---|---|---|"]
-        lines += [f"| {t.model} | {t.threshold:.6g} | {t.kept:,} | {t.size:,} |" for t in result.trims]
-    if result.truncation:
-        lines += ["", "## What the rank cost", "| matrix | relative error |", "|---|---|"]
-        lines += [f"| `{name}` | {error:.4%} |" for name, error in result.truncation.matrices.items()]
-    if plan.notes:
-        lines += ["", "## Notes", *(f"* {note}" for note in plan.notes)]
-    return "\n".join(lines) + "\n"
-
-
 def listed(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
@@ -195,26 +154,3 @@ def listed(names: Sequence[str]) -> str:
 
 def _last(uri: str) -> str:
     return uri.rpartition("/")[2]
-
-
-def _row(name: str, model: Model) -> str:
-    density = "" if model.density is None else str(model.density)
-    return f"| {name} | `{model.uri}` | {model.weight:g} | {density} | {model.licence or 'not stated'} |"
-
-
-def _cut(truncation: Truncation | None) -> str:
-    """Return what a title must say of a merge that was cut down to a rank."""
-    if truncation is None:
-        return ""
-    return f", cut to rank {truncation.rank} (relative error {truncation.relative_error:.2%})"
-
-
-def _short(uri: str) -> str:
-    """Return what names a model in a card: a bucket's URI, or a folder's own name."""
-    return uri if "://" in uri else uri.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _yaml(value: object) -> str:
-    stream = io.StringIO()
-    YAML(typ="safe", pure=True).dump(value, stream)
-    return stream.getvalue()

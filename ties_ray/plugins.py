@@ -33,7 +33,8 @@ def search_path(folder: str, own: list[str]) -> list[str]:
 def names(folder: str) -> list[str]:
     """Return the names a recipe may use, sorted, without importing any of them."""
     package = importlib.import_module(f"ties_ray.{folder}")
-    found = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    found = {name for name in modules if not name.startswith("_")}  # else a helper of several files
     found.update(_entry_points(folder))
     return sorted(found)
 

@@ -96,7 +96,8 @@ def _evaluate(output: str, result: MergeResult, command: Sequence[str]) -> None:
         except OSError as error:
             raise InputError(Problem("--evaluate", f"{command[0]}: {error.strerror}", "check the command")) from None
     if code:
-        what = f"the evaluation `{' '.join(command)}` ended with {code}: {output} is not promoted"
+        # its arguments may hold a key, and are not repeated
+        what = f"the evaluation by {command[0]} ended with {code}: {output} is not promoted"
         raise InputError(Problem("--evaluate", what, "the pointer is as it was", "not_approved"))
 
 

@@ -28,10 +28,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from ties_ray import plugins
-from ties_ray.errors import Problem, RecipeError
+from ties_ray.errors import Problem, RecipeError, holds_secret, shown
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.stores import SECRET_IN_URL, Uri, shown, store_class
+from ties_ray.stores import Uri, store_class
 
 Json = dict[str, Any]
 
@@ -406,9 +406,11 @@ def unfit(data: object) -> Iterator[Problem]:
     left: list[tuple[str, object]] = [("", data)]
     while left:
         place, value = left.pop()
-        if isinstance(value, str) and _UNFIT.search(value):
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            yield Problem(place, f"has {len(value):,} characters", f"at most {MAX_TEXT:,} are a path or a name")
+        elif isinstance(value, str) and _UNFIT.search(value):
             yield Problem(place, f"{reprlib.repr(value)} holds a control character or half a character")
-        elif isinstance(value, str) and SECRET_IN_URL.match(value):
+        elif isinstance(value, str) and holds_secret(value):
             what = "is a URL with a password or a signature in it, which would be written into plan, result and card"
             yield Problem(place, what, "give the plain URL; credentials come from the environment, a profile or a role")
         elif isinstance(value, Mapping):

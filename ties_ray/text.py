@@ -4,17 +4,19 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ties_ray.errors import printable, printable_lines
 from ties_ray.inspection import Inspection, Inspections, Pool
 from ties_ray.predict import Forecast
 from ties_ray.promote import Promotion
@@ -33,10 +35,19 @@ EVERY_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
 
 
+class Screen(Console):
+    """The border of all that people read: no text moves a cursor, sets a title or turns a line around."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield what is printed; what is not plainly visible in it escaped, but for rich's own control codes."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable_lines(segment.text))
+
+
 def show(*things: RenderableType, file: TextIO | None = None) -> None:
     """Print texts and tables (to standard output); colours and folding only on a terminal."""
     stream = file or sys.stdout
-    console = Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False, soft_wrap=True)
+    console = Screen(file=stream, width=None if stream.isatty() else WIDTH, highlight=False, soft_wrap=True)
     for thing in things:
         console.print(thing, markup=False, soft_wrap=isinstance(thing, str | Text))
 
@@ -159,7 +170,7 @@ class Lines(AbstractContextManager["Lines"]):
         if progress.stage == self._stage and now - self._last < EVERY_SECONDS:
             return
         self._stage, self._last = progress.stage, now
-        print(f"{progress.stage}: {_how_far(progress, rate)}", file=self._file, flush=True)
+        print(f"{printable(progress.stage)}: {_how_far(progress, rate)}", file=self._file, flush=True)
 
 
 def json_lines(file: TextIO) -> Watch:
@@ -181,7 +192,7 @@ class Bar(AbstractContextManager["Bar"]):
 
     def __init__(self, file: TextIO) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(30), TextColumn("{task.fields[far]}"))
-        self._bars = Bars(*columns, console=Console(file=file), transient=True)
+        self._bars = Bars(*columns, console=Screen(file=file), transient=True)
         self._rate = _Rate()
         self._task: TaskID | None = None
 
@@ -495,4 +506,4 @@ def _files(count: int, size: int) -> str:
 
 
 def _notes(notes: Sequence[str]) -> Iterator[str]:
-    yield from (f"note: {note}" for note in notes)
+    yield from (f"note: {printable(note)}" for note in notes)

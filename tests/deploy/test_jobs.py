@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipelines import jobs as client
-from pipelines.jobs import Job, Jobs, JobsError, exit_code_of, merge_command, record_in
+from pipelines.jobs import Job, Jobs, JobsError, exit_code_of, merge_command, record_in, visible
 from tests.conftest import free_port, tool
 from tests.families import Family
 
@@ -58,14 +60,49 @@ def test_the_result_record_is_the_last_one_in_a_log() -> None:
     assert record_in("no record { here }\n") is None
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        "{\n" + '"a": {' * 100_000,
+        "{\n" + '"a": ' + "[" * 100_000,
+        '{\n"schema_version": 1, "status": "done", "error": "x"}',
+        '{\n"schema_version": 1, "status": "done", "error": ["x"]}',
+        "{\n" * 5000,
+    ],
+)
+def test_a_log_that_is_made_to_hurt_holds_no_record(log: str) -> None:
+    assert record_in(log) is None
+    good = json.dumps({"schema_version": 1, "status": "done"}, indent=2)
+    assert record_in(f"{good}\n{log}") == {"schema_version": 1, "status": "done"}
+
+
+@given(st.text(st.characters() | st.sampled_from("\x1b\x9b\r\n\u202e[;m0"), max_size=40))
+def test_nothing_that_a_log_holds_moves_the_cursor_or_turns_the_text(log: str) -> None:
+    assert all(line.isprintable() for line in visible(log).replace("\t", "\n").split("\n"))
+    assert visible(visible(log)) == visible(log)
+
+
+def test_colours_of_a_log_are_left_out_and_other_escapes_are_shown() -> None:
+    assert visible("\x1b[36m(pid=1)\x1b[0m \x1b]0;owned\x07\n\tdone") == "(pid=1) \\x1b]0;owned\\x07\n\tdone"
+    assert str(JobsError("\x1b[2Jgone", 5)) == "\\x1b[2Jgone"
+
+
+def test_a_jobs_environment_takes_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    code = client.main(["--id", "x", "--env", "HTTPS_PROXY=http://user:hidden@proxy:3128", "--", "true"])
+    assert code == 2
+    assert "HTTPS_PROXY holds a URL with a user or password" in (told := capsys.readouterr().err)
+    assert "hidden" not in told
+
+
 def test_a_recipe_travels_in_the_command_and_a_huge_one_is_refused() -> None:
     command = merge_command({"base": "it's $HOME"}, overrides=["method.density=0.3"], result="s3://b/r.json")
     sent, _, merge = command.partition(" | ")
     assert json.loads(shlex.split(sent)[2]) == {"base": "it's $HOME"}
-    assert shlex.split(merge)[:4] == ["ties-ray", "merge", "-", "--json"]
+    assert shlex.split(merge)[:3] == ["ties-ray", "merge", "--json"]
+    assert shlex.split(merge)[-2:] == ["--", "-"]
     assert "--result s3://b/r.json" in merge
     assert "run.address=auto" in merge
-    assert merge_command("s3://r/x.yaml").startswith("ties-ray merge s3://r/x.yaml --json")
+    assert merge_command("s3://r/x.yaml") == "ties-ray merge --json --set run.address=auto -- s3://r/x.yaml"
     with pytest.raises(JobsError, match="put it where the cluster reads it") as refused:
         merge_command({"models": ["m" * 200_000]})
     assert refused.value.exit_code == 2

@@ -90,11 +90,39 @@ def recipe(s3_bucket: Bucket, tmp_path: Path) -> Path:
 def script(name: str, folder: Path, **parameters: str) -> int:
     """Run a template's script as its pod would, with /tmp and placeholders replaced; return the exit code."""
     source = TEMPLATES[name]["script"]["source"].replace("/tmp", str(folder))
+    assert "{{" not in source, "a parameter in the source is Python"
     known = {f"workflow.parameters.{key}": value for key, value in (PARAMETERS | parameters).items()}
     known |= {"workflow.name": "nightly-merge-1763777700", "workflow.namespace": "merges"}
-    source = re.sub(r"\{\{([\w.]+)\}\}", lambda match: str(known[match[1]]), source)
+    given = {one["name"]: filled(one["value"], known) for one in TEMPLATES[name]["script"]["env"]}
     path = {"PATH": f"{Path(tool('ties-ray')).parent}:{os.environ['PATH']}"}
-    return subprocess.run([sys.executable, "-c", source], env=os.environ | path, cwd=ROOT).returncode
+    return subprocess.run([sys.executable, "-c", source], env=os.environ | given | path, cwd=ROOT).returncode
+
+
+def filled(text: str, known: dict[str, object]) -> str:
+    """Return a text with Argo's placeholders replaced."""
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda match: str(known[match[1]]), text)
+
+
+@pytest.mark.parametrize(
+    "template", [one for one in TEMPLATES.values() if "script" in one], ids=lambda one: one["name"]
+)
+def test_no_parameter_stands_in_the_source_of_a_script(template: dict[str, Any]) -> None:
+    assert "{{" not in template["script"]["source"]
+
+
+def test_a_parameter_that_looks_like_python_or_an_option_is_a_value(tmp_path: Path) -> None:
+    hostile = f"--x\"; open('{tmp_path}/ran', 'w'); \""
+    assert script("plan", tmp_path, recipe=hostile, result=hostile, image="x") == 3  # there is no such file
+    assert script("record", tmp_path, result=hostile) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_record_cannot_give_options_to_what_follows() -> None:
+    for name in ("promote", "merge-on-a-cluster"):
+        words = [str(word) for word in TEMPLATES[name]["container"]["args"]]
+        last = len(words) - 1 - words[::-1].index("--")
+        assert not [word for word in words[:last] if word.startswith("{{")]
+        assert [word for word in words[last:] if word.startswith("{{")]
 
 
 def test_the_plan_step_prints_a_valid_rayjob_sized_for_the_merge(recipe: Path, tmp_path: Path) -> None:
@@ -120,7 +148,7 @@ def test_the_record_step_hands_on_what_promote_needs(tmp_path: Path) -> None:
     assert script("record", tmp_path, result=f"{tmp_path}/result.json") == 0
     assert (tmp_path / "reused").read_text() == "false"
     words = [*TEMPLATES["promote"]["container"]["command"], *TEMPLATES["promote"]["container"]["args"]]
-    known = {"{{inputs.parameters.output}}": (tmp_path / "output").read_text()}
-    known |= {"{{workflow.parameters.pointer}}": f"{tmp_path}/current.json", "{{workflow.parameters.evaluate}}": "true"}
-    subprocess.run([tool(words[0]), *(known.get(word, word) for word in words[1:])], check=True)
+    known = {"inputs.parameters.output": (tmp_path / "output").read_text()}
+    known |= {"workflow.parameters.pointer": f"{tmp_path}/current.json", "workflow.parameters.evaluate": "true"}
+    subprocess.run([tool(words[0]), *(filled(word, known) for word in words[1:])], check=True)
     assert json.loads((tmp_path / "current.json").read_text())["current"]["output"] == result.output

@@ -59,7 +59,7 @@ def test_a_step_hands_on_the_record_and_shows_the_log(program: Callable[[str], S
     assert (outcome.exit_code, outcome.record) == (0, RECORD | {"tried_before": False})
     assert shown == ["yes"]
     assert json.loads((tmp_path / "given").read_text()) == {"base": "b"}
-    called = "merge - --json --set method.density=0.3 --result r.json"
+    called = "merge --json --set method.density=0.3 --result r.json -- -"
     assert (tmp_path / "calls").read_text().strip() == called
 
 

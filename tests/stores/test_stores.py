@@ -37,6 +37,7 @@ def test_the_scheme_chooses_the_store_and_each_is_opened_once() -> None:
 def test_names_are_joined_to_folders() -> None:
     assert join("s3://a/b/", "c") == "s3://a/b/c"
     assert join("/a::b", "c") == "/a::b/c"
+    assert join("s3://b/a::b", "c") == "s3://b/a::b/c"
     assert within("s3://a/b/", "c/d") == "s3://a/b/c/d"
     assert entry_uri("s3://a", "odd\\name") == "s3://a/odd\\name"  # what a store lists is there, whatever its name
 

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -81,6 +81,18 @@ class Rule:
     """Pattern of `operation /bucket/key`: only when such a request has come before."""
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """What a service of another make lacks or demands."""
+
+    refuse: Callable[[str, str, Mapping[str, str]], tuple[int, str, str] | None] = lambda method, path, headers: None
+    """Takes method, path with query, and headers by lower-case names; returns status, code and message of a refusal."""
+    ignore: tuple[str, ...] = ()
+    """Headers that it knows nothing of, in lower case."""
+    rewrite: Callable[[str], str] = lambda path: path
+    """Takes path with query; returns what the service makes of it."""
+
+
 class Answer(NamedTuple):
     """What the server said."""
 
@@ -98,9 +110,18 @@ class Answer(NamedTuple):
 class FaultProxy:
     """The proxy, serving in a thread of its own until the block ends."""
 
-    def __init__(self, upstream: str, script: Sequence[Rule] = (), *, seed: int = 0, port: int = 0) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        script: Sequence[Rule] = (),
+        *,
+        seed: int = 0,
+        port: int = 0,
+        dialect: Dialect = Dialect(),
+    ) -> None:
         """`upstream` is the server's URL; port 0: any free one."""
         self.upstream = upstream
+        self.dialect = dialect
         self.seed = seed
         self.requests: Counter[str] = Counter()
         """Requests that came, by operation."""
@@ -262,6 +283,11 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             has_key = bool(path.strip("/").partition("/")[2])
             operation = operation_of(self.command, query, has_key=has_key, has_range="Range" in self.headers)
             asked = f"{operation} {path} {self.headers.get('Range', '')} {query.get('partNumber', '')}"
+            refusal = proxy.dialect.refuse(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
+            if refusal:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                proxy.decide(operation, path, asked)
+                return self.answer(_error(*refusal))
             rule = proxy.decide(operation, path, asked)
             fault = rule.fault if rule else None
             length = int(self.headers.get("Content-Length", 0))
@@ -288,9 +314,11 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             """Return the server's answer to the request, which lacks the header `drop`."""
             connection = http.client.HTTPConnection(to.hostname or "", to.port, timeout=120)
             try:
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                path = proxy.dialect.rewrite(self.path)
+                connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+                unknown = ("connection", "expect", "transfer-encoding", drop.lower(), *proxy.dialect.ignore)
                 for name, value in self.headers.items():
-                    if name.lower() not in ("connection", "expect", "transfer-encoding", drop.lower()):
+                    if name.lower() not in unknown:
                         connection.putheader(name, value)
                 connection.endheaders(body)
                 with connection.getresponse() as response:
@@ -390,8 +418,8 @@ def _flipped(body: bytes) -> bytes:
     return body[:last] + bytes([body[last] ^ 0x80]) + body[last + 1 :] if body else body
 
 
-def _error(status: int, code: str) -> Answer:
-    told = f"<Error><Code>{code}</Code><Message>the proxy says so</Message></Error>"
+def _error(status: int, code: str, message: str = "the proxy says so") -> Answer:
+    told = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
     text = f'<?xml version="1.0" encoding="UTF-8"?>\n{told}'
     return _document(status, text.encode(), "application/xml")
 

@@ -19,7 +19,16 @@ import tenacity
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ties_ray import plugins
-from ties_ray.errors import InputError, InterruptedMerge, Problem, RecipeError, UnavailableError
+from ties_ray.errors import (
+    USER_IN_URL,
+    InputError,
+    InterruptedMerge,
+    Problem,
+    RecipeError,
+    UnavailableError,
+    holds_secret,
+)
+from ties_ray.errors import shown as shown  # for all who import it from here
 
 __path__ = plugins.search_path("stores", list(__path__))
 
@@ -118,6 +127,8 @@ class Store(ABC):
 
     def __init__(self, options: BaseModel) -> None:
         self.meter = Meter()
+        self.notes: list[str] = []
+        """What the reader of a result should know: where the service lacks something, and what was done instead."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a store holds connections and credentials: build it in the process that uses it")
@@ -348,7 +359,7 @@ class Stores:
 
     def of(self, uri: str) -> Store:
         """Return the store that serves `uri`; raise `InputError` for a URI that would carry a secret into messages."""
-        if SECRET_IN_URL.match(uri):
+        if holds_secret(uri):
             what = "is a URL with a password or a signature in it"
             remedy = "give the plain URL; credentials come from the environment, a profile or a role"
             raise InputError(Problem(shown(uri), what, remedy))
@@ -388,15 +399,6 @@ _SECRET = re.compile(
     r"secret|token|passw|passphrase|credential|signature|authorization|cookie|connection_?string"
     r"|(api|access|account|private|sas|shared)_?key|^(key|auth|sas|user|username)$"
 )
-_USER = r"[^/@\s]*@"
-_PASSWORD = r"[^/@\s:]*:(?!\d+/)[^@\s]*@"
-"""An AWS secret often holds a slash, which nobody quotes."""
-_USER_IN_URL = re.compile(rf"^[\w+.-]+://(?:{_PASSWORD}|{_USER})")
-SECRET_IN_URL = re.compile(
-    rf"^[\w+.-]+://(?:{_PASSWORD}|.*[?&][^=&/]*(?:signature|sig|token|credential|secret|password|key)[^=&/]*=)",
-    re.IGNORECASE,
-)
-"""A password, or a signed query. A user alone is none: so is a container of Azure written."""
 
 
 def refuse_secrets(given: object) -> object:
@@ -415,27 +417,24 @@ def refuse_secrets(given: object) -> object:
     elif isinstance(given, list | tuple):
         for value in given:
             refuse_secrets(value)
-    elif isinstance(given, str) and _USER_IN_URL.match(given):
+    elif isinstance(given, str) and USER_IN_URL.match(given):
         raise ValueError("a URL with a user or password in it is a secret, and a recipe never holds one")
     return given
-
-
-def shown(text: object) -> str:
-    """Return a URI or another's message fit for a log: without the query of a URL, user, password or signature."""
-    text = re.sub(rf"([\w+.-]+://)(?:{_PASSWORD}|{_USER})", r"\1", str(text))
-    text = re.sub(r"(://[^\s?'\"]+)\?[^\s'\")>]*", r"\1?...", text)
-    return re.sub(r"(?i)((?:x-amz-\w*|signature|credential|authorization|token|secret)[=:]\s*)\S+", r"\1...", text)
 
 
 class Transient(Exception):
     """A request failed in a way that a repetition may mend; a store raises it inside `persist`."""
 
-    def __init__(self, cause: object, attempts: int | None = None, throttled: bool = False) -> None:
+    def __init__(
+        self, cause: object, attempts: int | None = None, throttled: bool = False, remedy: str | None = None
+    ) -> None:
         super().__init__(shown(cause) or type(cause).__name__)
         self.attempts = attempts
         """Give up after so many; None: when the time is spent."""
         self.throttled = throttled
         """The store asks for fewer requests."""
+        self.remedy = remedy
+        """What to do once it is given up, where another try later can't help: it is then an `InputError`."""
 
 
 class Brake:
@@ -497,9 +496,9 @@ def persist(
 ) -> T:
     """Return `attempt()`, repeated after `Transient` with growing, random pauses: the one retry layer.
 
-    Raises `UnavailableError` when `seconds()` have passed; asked anew each time, since a store that has answered
-    before deserves more patience than one that never did. `doing` says what was asked, for the message. `brake` is
-    shared by all requests that should slow down together.
+    Raises `UnavailableError` when `seconds()` have passed, or `InputError` where the last `Transient` has a remedy.
+    `seconds` is asked anew each time, since a store that has answered before deserves more patience. `doing` says what
+    was asked, for the message. `brake` is shared by all requests that should slow down together.
     """
     brake = brake or Brake()
     started = time.monotonic()
@@ -535,6 +534,8 @@ def persist(
     except Transient as error:
         count, passed = retrying.statistics["attempt_number"], time.monotonic() - started
         what = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
+        if error.remedy is not None:
+            raise InputError(Problem(shown(uri), what, error.remedy)) from None
         raise UnavailableError(Problem(shown(uri), what, "run the same command again later")) from None
 
 

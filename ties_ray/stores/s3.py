@@ -10,11 +10,12 @@ import re
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import (
@@ -29,9 +30,9 @@ from ties_ray.stores import (
     crc32c,
     no_upload,
     persist,
-    refuse_secrets,
-    shown,
 )
+from ties_ray.stores._s3_client import Connection, S3Options, connect
+from ties_ray.stores._s3_errors import EXPIRED, Unconditional, Unmet, answer, explained, refuses
 
 T = TypeVar("T")
 
@@ -41,37 +42,14 @@ _LEAST_RATE = 1 << 18
 """Bytes a second below which a transfer counts as hung, though it never falls silent..."""
 _GRACE = 60.0
 """...after so many seconds."""
-_DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
-_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
-
-
-class S3Options(BaseModel):
-    """`storage.s3` of a recipe. Credentials are found as every AWS tool finds them: environment, profile, role."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
-
-    endpoint_url: str | None = None
-    """Where the service listens, if it is not AWS."""
-    region: str | None = None
-    profile: str | None = None
-    """A profile in the AWS configuration, which every worker must have."""
-    ca: str | None = None
-    """Path of a file with the certificates to trust, on every worker."""
-    proxy: str | None = None
-    """URL of an HTTP proxy."""
-    requester_pays: bool = False
-    kms_key_id: str | None = None
-    """Encrypt what is written with this KMS key."""
-    addressing: Literal["auto", "path", "virtual"] = "auto"
-    """Whether the bucket stands in the path or in the host name."""
-    checksums: Literal["when_required", "when_supported"] | None = None
-    """What proves the bytes that are written: Content-MD5, or CRC32C, which some services other than AWS refuse; by
-    default MD5 where `endpoint_url` is given, else CRC32C."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_secrets(cls, given: object) -> object:
-        return refuse_secrets(given)
+_MOST_NAMES = 200_000
+"""What may lie directly in a folder, so that a listing without an end has one."""
+_MOST_IDLE_PAGES = 20
+"""Pages in a row that may bring nothing new; a service skips what was deleted by an empty page."""
+_CRC_LETTERS = 8
+"""Of a CRC32C in base64; an MD5 has 32, in hex."""
+_STATIC = ("env", "shared-credentials-file", "config-file")
+"""Where botocore finds credentials that do not renew themselves."""
 
 
 class S3(Store):
@@ -88,79 +66,136 @@ class S3(Store):
     silence: float = 30.0
     """Seconds without a byte after which a connection counts as dead."""
 
+    settle: float = 2.0
+    """Seconds between a write and the look at it that tells who won, at a service without conditional writes."""
+
     def __init__(self, options: BaseModel) -> None:
         super().__init__(options)
         assert isinstance(options, S3Options)
         if options.ca and not Path(options.ca).is_file():
             raise InputError(Problem("storage.s3.ca", f"there is no file {options.ca}", "every worker needs it"))
-        self._crc = (
-            options.checksums or ("when_required" if options.endpoint_url else "when_supported")
-        ) != "when_required"
         self._payer = {"RequestPayer": "requester"} if options.requester_pays else {}
-        self._sealed = (
-            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": options.kms_key_id} if options.kms_key_id else {}
-        )
+        self._sealed = options.sealed()
+        self._customer = options.customer()
         self._answered = False
         self._given_up = False
         self._brake = Brake()
         self._etags_are_md5: dict[tuple[str, bool], bool] = {}
-        """By bucket, and whether KMS encrypts; missing: not known yet."""
+        """By bucket, and whether a key encrypts; missing: not known yet."""
         self._options = options
-        self._client: Any = None
-        self._expired: Any = None
-        """The client whose credentials have run out; at first the one that is not there yet."""
+        self._connections: dict[bool, Connection] = {}
+        """By whether requests go unsigned."""
         self._connecting = threading.Lock()
         self._ask_version = True
+        self._crc: bool | None = None
+        """Whether CRC32C proves what is written, else MD5; None before the first connection."""
+        self._lists_v2 = True
+        self._conditions: dict[tuple[str, str], bool] = {}
+        """By bucket and condition, whether the service keeps it; missing: not known yet."""
+        self._under_key: dict[str, bool] = {}
+        """By bucket, whether its objects are under the customer's key; missing: taken for granted."""
 
-    def _connected(self) -> Any:
-        """Return the client; a new one, which looks for credentials anew, if those of the last have run out."""
+    def _connected(self, uri: str) -> Connection:
+        """Return the connection for a bucket."""
+        unsigned = self._options.unsigned(_split(uri)[0])
         with self._connecting:
-            if self._client is self._expired:
-                self._client = _client(self._options, self.silence)
-            return self._client
+            if unsigned not in self._connections:
+                made = connect(self._options, self.silence, unsigned=unsigned)
+                if self._crc is None:
+                    self._crc = made.checksums == "when_supported" or (made.is_aws and not made.checksums)
+                self._connections[unsigned] = made
+            return self._connections[unsigned]
+
+    def _disconnect(self, expired: Connection) -> None:
+        """Have credentials looked up anew by the next request, unless they have been already."""
+        with self._connecting:
+            self._connections = {kind: one for kind, one in self._connections.items() if one is not expired}
+
+    def _note(self, what: str) -> None:
+        """Say once, in the result, what the service lacks and what is done instead."""
+        if what not in self.notes:
+            self.notes.append(what)
 
     def list(self, uri: str) -> Listing:
-        """Return what lies directly in the folder, page by page of up to 1000 keys."""
-        bucket, key = _split(uri)
-        prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+        """Return what lies directly in the folder, page by page of up to 1000 keys.
+
+        Markers are left out: keys that end with a slash, and Hadoop's `name_$folder$`.
+        """
+        bucket, prefix = _prefix(uri)
+        files: dict[str, Pin] = {}
+        folders: set[str] = set()
+        idle = 0
+        for page in self._pages(uri):
+            before = len(files) + len(folders)
+            for one in _rows(page, "Contents", "Key", "Size"):
+                name, slash, _ = one["Key"].removeprefix(prefix).partition("/")
+                if slash and name:
+                    folders.add(name)
+                elif name and not name.endswith("_$folder$"):
+                    files[name] = Pin(f"s3://{bucket}/{prefix}{name}", one["Size"], _bare(one.get("ETag")))
+            names = (
+                one["Prefix"].removeprefix(prefix).partition("/")[0] for one in _rows(page, "CommonPrefixes", "Prefix")
+            )
+            folders.update(name for name in names if name)
+            count = len(files) + len(folders)
+            idle = 0 if count > before else idle + 1
+            if idle > _MOST_IDLE_PAGES or count > _MOST_NAMES:
+                told = f"{idle} pages in a row brought nothing new" if idle else f"more than {_MOST_NAMES:,} names"
+                what = f"its listing has no end: {told}, and the service says that more follows"
+                raise InputError(Problem(uri, what, "check storage.s3.endpoint_url, or name a smaller folder"))
+        return Listing(
+            tuple(sorted(files.values(), key=lambda pin: pin.uri.encode())),
+            tuple(sorted((f"s3://{bucket}/{prefix}{name}" for name in folders), key=str.encode)),
+        )
+
+    def _pages(self, uri: str) -> Iterator[Mapping[str, Any]]:
+        """Yield the pages of a folder's listing, by version 1 of the operation where a service knows no other."""
+        bucket, prefix = _prefix(uri)
         where = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
-        files: list[Pin] = []
-        folders: list[str] = []
-        more = True
-        while more:
-            page = self._ask(uri, "listing it", "list_objects_v2", **where)
-            files += [
-                Pin(f"s3://{bucket}/{one['Key']}", one["Size"], _bare(one.get("ETag")))
-                for one in page.get("Contents", ())
-                if one["Key"] != prefix  # a marker that some tools leave for an empty folder
-            ]
-            folders += [f"s3://{bucket}/{one['Prefix'].rstrip('/')}" for one in page.get("CommonPrefixes", ())]
-            more = page.get("IsTruncated", False)
-            where["ContinuationToken"] = page.get("NextContinuationToken", "")
-        return Listing(tuple(sorted(files, key=lambda pin: pin.uri.encode())), tuple(sorted(folders, key=str.encode)))
+        after: dict[str, str] = {}
+        marker = ""
+
+        def ask(client: Any, late: float) -> Any:
+            if self._lists_v2:
+                try:
+                    return client.list_objects_v2(**where, **after, **self._payer)
+                except Exception as error:
+                    if not refuses(error, "list-type|ListObjectsV2"):
+                        raise
+            self._lists_v2 = False
+            return client.list_objects(**where, Marker=marker, **self._payer)
+
+        while True:
+            page = self._repeat(uri, "listing it", ask, 0)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            if self._lists_v2 and "NextContinuationToken" not in page:
+                self._lists_v2 = False  # version 1 was answered, though 2 was asked for: begin anew, by that
+                continue
+            after = {"ContinuationToken": page.get("NextContinuationToken", "")}
+            last = [one["Key"] for one in _rows(page, "Contents", "Key")]
+            last += [one["Prefix"] for one in _rows(page, "CommonPrefixes", "Prefix")]
+            marker = page.get("NextMarker") or max([marker, *last], key=str.encode)
 
     def newest(self, uri: str) -> float | None:
         """Return the newest LastModified of a folder, whose first 1000 keys tell enough of a model."""
-        bucket, key = _split(uri)
-        page = self._ask(
-            uri, "listing it", "list_objects_v2", Bucket=bucket, Prefix=f"{key.rstrip('/')}/", Delimiter="/"
-        )
-        return max((one["LastModified"].timestamp() for one in page.get("Contents", ())), default=None)
+        page = next(self._pages(uri))
+        return max((one["LastModified"].timestamp() for one in _rows(page, "Contents", "LastModified")), default=None)
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second."""
         wanted = max(nbytes, 1)
 
         def get(client: Any, late: float) -> tuple[Pin, bytes]:
-            self.meter.add(requests=1)
             try:
-                response = client.get_object(Range=f"bytes=0-{wanted - 1}", **_object(uri), **self._payer)
+                response = self._get(client, uri, Range=f"bytes=0-{wanted - 1}")
             except Exception as error:
-                if _answer(error)[0] != 416:
+                if answer(error)[0] != 416:
                     raise
-                self.meter.add(requests=1)
-                response = client.get_object(**_object(uri), **self._payer)
+                response = self._get(client, uri)
             with response["Body"] as body:
+                _demand_plain(response, uri)
                 size = _whole_size(response, wanted)
                 data = bytearray(min(wanted, size))
                 self._fill(body, memoryview(data), late)
@@ -176,17 +211,16 @@ class S3(Store):
         if not into:
             return
         wanted = f"bytes {start}-{start + len(into) - 1}/{pin.size}"
-        arguments = {"Range": f"bytes={start}-{start + len(into) - 1}", **_object(pin.uri), **self._payer}
+        arguments = {"Range": f"bytes={start}-{start + len(into) - 1}"}
         if pin.etag and not pin.etag.startswith("W/"):  # a weak ETag never satisfies If-Match
             arguments["IfMatch"] = f'"{pin.etag}"'
 
         def get(client: Any, late: float) -> None:
             version = {"VersionId": pin.version} if pin.version and self._ask_version else {}
-            self.meter.add(requests=1)
             try:
-                response = client.get_object(**arguments, **version)
+                response = self._get(client, pin.uri, **arguments, **version)
             except Exception as error:
-                status, code, _ = _answer(error)
+                status, code, _ = answer(error)
                 if status in (404, 412, 416) and code != "NoSuchBucket":
                     raise changed(pin, f"the store says {code}") from error
                 if version and status == 403:  # a role may read objects, but no versions by id: the ETag pins as well
@@ -198,6 +232,22 @@ class S3(Store):
                 self._fill(body, into, late)
 
         self._repeat(pin.uri, f"reading bytes {start:,} to {start + len(into):,}", get, len(into))
+
+    def _get(self, client: Any, uri: str, **arguments: Any) -> Any:
+        """Return the answer of a GET, with the customer's key or without: a bucket may hold objects of either kind."""
+        bucket = _split(uri)[0]
+        with_key = bool(self._customer) and self._under_key.get(bucket, True)
+        self.meter.add(requests=1)
+        asked = {**_object(uri), **arguments, **self._payer}
+        try:
+            return client.get_object(**asked, **(self._customer if with_key else {}))
+        except Exception as error:
+            if not self._customer or answer(error)[0] != 400:
+                raise
+            self.meter.add(requests=1)
+            response = client.get_object(**asked, **({} if with_key else self._customer))
+            self._under_key[bucket] = not with_key
+            return response
 
     def _fill(self, body: Any, into: memoryview, late: float) -> None:
         """Receive a body, which was announced to be as long as `into`, straight into the caller's memory.
@@ -223,23 +273,62 @@ class S3(Store):
         return _pin(uri, len(data), done)
 
     def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
-        """Write with If-Match or If-None-Match; where the server ignores those, look before."""
+        """Write with If-Match or If-None-Match; where the service lacks those, write, wait, and look who has won.
+
+        So does Fischer's algorithm: of writers who saw the same state and wrote within the wait, the last one wins.
+        """
         condition = {"IfMatch": f'"{etag}"'} if etag else {"IfNoneMatch": "*"}
-        try:
-            if self.head(uri, 0)[0].etag != etag:
-                return None
-        except FileNotFoundError:
-            if etag:
-                return None
-        try:
-            done, _ = self._send(uri, "writing it", "put_object", memoryview(data), **condition, **self._sealed)
-        except (_Unmet, FileNotFoundError):  # 404 is what If-Match gives where the object has gone
+        kind = (_split(uri)[0], "IfMatch" if etag else "IfNoneMatch")
+        began = time.monotonic()
+        if not self._shows(uri, etag):
+            return None
+        if self._conditions.get(kind, True):
             try:
-                pin, there = self.head(uri, len(data) + 1)
-            except FileNotFoundError:
-                return None
-            return pin if there == data else None  # ours, if only the answer to it was lost
-        return _pin(uri, len(data), done)
+                done, _ = self._send(uri, "writing it", "put_object", memoryview(data), **condition, **self._sealed)
+                if kind in self._conditions or self._keeps_conditions(uri, data, kind):
+                    return _pin(uri, len(data), done)
+            except Unconditional:
+                self._conditions[kind] = False
+                self.put(uri, data)
+            except (Unmet, FileNotFoundError):  # 404 is what If-Match gives where the object has gone
+                return self._if_holds(uri, data)  # ours, if only the answer to it was lost
+        else:
+            self.put(uri, data)
+        self._note(
+            f"s3://{kind[0]}: the service keeps no {'If-Match' if etag else 'If-None-Match'} on writes; who writes the"
+            f" lease or a pointer waits {self.settle:g} s and looks whether another did too"
+        )
+        time.sleep(max(self.settle, 2 * (time.monotonic() - began)))
+        return self._if_holds(uri, data)
+
+    def _shows(self, uri: str, etag: str) -> bool:
+        """Return whether the object has this ETag; "": whether there is none."""
+        try:
+            return self.head(uri, 0)[0].etag == etag
+        except FileNotFoundError:
+            return not etag
+
+    def _if_holds(self, uri: str, data: bytes) -> Pin | None:
+        """Return the pin of the object if it is these bytes."""
+        try:
+            pin, there = self.head(uri, len(data) + 1)
+        except FileNotFoundError:
+            return None
+        return pin if there == data else None
+
+    def _keeps_conditions(self, uri: str, data: bytes, kind: tuple[str, str]) -> bool:
+        """Return whether the service keeps a condition, once it has taken a write under it: some take all.
+
+        Asked by writing the same bytes again under a condition that does not hold. AWS is known to keep it.
+        """
+        if not self._connected(uri).is_aws:
+            wrong = {"IfMatch": f'"{"0" * 32}"'} if kind[1] == "IfMatch" else {"IfNoneMatch": "*"}
+            try:
+                self._send(uri, "writing it", "put_object", memoryview(data), **wrong, **self._sealed)
+                self._conditions[kind] = False
+            except (Unmet, FileNotFoundError):
+                self._conditions[kind] = True
+        return self._conditions.get(kind, True)
 
     def delete(self, uri: str) -> None:
         """Remove the object."""
@@ -247,10 +336,15 @@ class S3(Store):
 
     def begin_upload(self, uri: str, size: int) -> str:
         """Start a multipart upload."""
-        algorithm = {"ChecksumAlgorithm": "CRC32C"} if self._crc else {}
-        begun = self._ask(
-            uri, "starting an upload", "create_multipart_upload", **_object(uri), **algorithm, **self._sealed
-        )
+
+        def begin(client: Any, late: float) -> Any:
+            algorithm = {"ChecksumAlgorithm": "CRC32C"} if self._crc else {}
+            with self._dialect(algorithm):
+                return client.create_multipart_upload(
+                    **_object(uri), **algorithm, **self._sealed, **self._customer, **self._payer
+                )
+
+        begun = self._repeat(uri, "starting an upload", begin, 0)
         return str(begun["UploadId"])
 
     def write_part(self, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
@@ -269,39 +363,58 @@ class S3(Store):
         three times before its ETag is believed. A worker knows: it reads the plan, which was written to the same
         place, before it writes.
         """
-        if self._crc:
-            checksum = b64encode(bytes.fromhex(crc32c(data))).decode()
-            proof = {"ChecksumCRC32C": checksum}
-        else:
-            checksum = _md5(data).hexdigest()
-            proof = {"ContentMD5": b64encode(bytes.fromhex(checksum)).decode()}
+        proofs: dict[bool, tuple[str, dict[str, str]]] = {}
         others = 0
 
-        def send(client: Any, late: float) -> Any:
+        def send(client: Any, late: float) -> tuple[Any, str]:
             nonlocal others
+            crc = bool(self._crc)
+            checksum, proof = proofs[crc] if crc in proofs else proofs.setdefault(crc, _proof(data, crc=crc))
             body = _Body(data, late)
-            answer = getattr(client, operation)(Body=body, **_object(uri), **arguments, **proof, **self._payer)
+            with self._dialect(arguments):
+                done = getattr(client, operation)(
+                    Body=body, **_object(uri), **arguments, **proof, **self._customer, **self._payer
+                )
             self.meter.add(bytes_written=len(data))
-            stored = answer.get("ChecksumCRC32C", checksum) if self._crc else _bare(answer.get("ETag"))
+            stored = done.get("ChecksumCRC32C", checksum) if crc else _bare(done.get("ETag"))
             if stored == checksum:
-                if not self._crc:
-                    self._etags_are_md5[_kind(uri, answer)] = True
-                return answer
+                if not crc:
+                    self._etags_are_md5[_kind(uri, done)] = True
+                return done, checksum
             others += 1
-            kind, is_part = _kind(uri, answer), operation == "upload_part"
-            unknown = not self._crc and kind not in self._etags_are_md5
+            kind, is_part = _kind(uri, done), operation == "upload_part"
+            unknown = not crc and kind not in self._etags_are_md5
             if unknown and (others == 3 if is_part else self._holds(client, uri, data, late)):
                 self._etags_are_md5[kind] = False
-            if self._crc or self._etags_are_md5.get(kind, True):
+            if crc or self._etags_are_md5.get(kind, True):
                 raise Transient(f"other bytes arrived than were sent: {stored}, not {checksum}", attempts=4)
-            return answer
+            return done, checksum
 
-        return self._repeat(uri, doing, send, len(data)), checksum
+        return self._repeat(uri, doing, send, len(data))
+
+    @contextmanager
+    def _dialect(self, asked: Mapping[str, Any]) -> Iterator[None]:
+        """Turn to MD5 where the service refuses a request for its CRC32C, and have it sent again.
+
+        A condition in `asked`, the arguments of the request, that is refused becomes `Unconditional`.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._crc and self._options.checksums is None and refuses(error, "checksum|crc32"):
+                self._crc = False
+                self._note("s3://: the service refuses CRC32C checksums; Content-MD5 proves what is written instead")
+                raise Transient("the service refuses CRC32C checksums") from error
+            if not asked.keys().isdisjoint(("IfMatch", "IfNoneMatch")) and refuses(
+                error, "if-none-match|if-match|condition"
+            ):
+                found = "the service does not know conditional writes"
+                raise Unconditional(Problem("", found, "use a service that does")) from error
+            raise
 
     def _holds(self, client: Any, uri: str, data: memoryview, late: float) -> bool:
         """Return whether the object is these bytes."""
-        self.meter.add(requests=1)
-        response = client.get_object(**_object(uri), **self._payer)
+        response = self._get(client, uri)
         with response["Body"] as body:
             if response.get("ContentLength") != len(data):
                 return False
@@ -310,38 +423,44 @@ class S3(Store):
         return found == data
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
-        """Return the parts which the service has, page by page of up to 1000."""
+        """Return the parts which the service has, page by page of up to 1000; () where it can't list them."""
         parts: list[Part] = []
-        marker, more = 0, True
-        while more:
+        marker = 0
+        while True:
             page = self._ask_upload(uri, "listing parts", "list_parts", upload, PartNumberMarker=marker)
             if page is None:
                 return None
             parts += [
                 Part(one["PartNumber"], one["Size"], _bare(one["ETag"]), one.get("ChecksumCRC32C", ""))
-                for one in page.get("Parts", ())
+                for one in _rows(page, "Parts", "PartNumber", "Size", "ETag")
             ]
-            more, marker = page.get("IsTruncated", False), page.get("NextPartNumberMarker", 0)
-        return tuple(sorted(parts))
+            if not page.get("IsTruncated"):
+                return tuple(sorted(parts))
+            before, marker = marker, int(page.get("NextPartNumberMarker", 0))
+            if marker <= before:
+                raise _endless(uri, "the list of parts")
 
     def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
-        """Return the multipart uploads under the prefix, page by page of up to 1000."""
+        """Return the multipart uploads under the prefix, page by page of up to 1000; () where it can't list them."""
         bucket, key = _split(folder)
         prefix = f"{key.rstrip('/')}/" if key else ""
-        found: list[tuple[str, str]] = []
+        found: set[tuple[str, str]] = set()
         marker: dict[str, str] = {}
         while True:
             page = self._ask(
                 folder, "listing uploads", "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
             )
-            found += [
-                (f"s3://{bucket}/{one['Key']}", one["UploadId"])
-                for one in page.get("Uploads", ())
-                if "/" not in one["Key"][len(prefix) :]
-            ]
-            if not page.get("IsTruncated"):
-                return tuple(sorted(found))
-            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            uploads = {
+                (f"s3://{bucket}/{one['Key']}", str(one["UploadId"]))
+                for one in _rows(page, "Uploads", "Key", "UploadId")
+            }
+            more = page.get("IsTruncated")
+            if more and (uploads <= found or "NextKeyMarker" not in page):
+                raise _endless(folder, "the list of uploads")
+            found |= uploads
+            if not more:
+                return tuple(sorted(one for one in found if "/" not in one[0].removeprefix(f"s3://{bucket}/{prefix}")))
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Join the parts, and look whether the object is what they must give.
@@ -351,14 +470,13 @@ class S3(Store):
         """
         parts = sorted(parts)
         entries: list[dict[str, int | str]] = [{"PartNumber": one.number, "ETag": f'"{one.etag}"'} for one in parts]
-        if self._crc:
-            for entry, part in zip(entries, parts, strict=True):
+        for entry, part in zip(entries, parts, strict=True):
+            if len(part.checksum) == _CRC_LETTERS:  # else it is an MD5
                 entry["ChecksumCRC32C"] = part.checksum
         done = None
         if self.list_parts(uri, upload) is not None:  # some services answer 500 about an upload they don't know
-            done = self._ask_upload(
-                uri, "completing an upload", "complete_multipart_upload", upload, MultipartUpload={"Parts": entries}
-            )
+            arguments = {"MultipartUpload": {"Parts": entries}, **self._customer}
+            done = self._ask_upload(uri, "completing an upload", "complete_multipart_upload", upload, **arguments)
         try:
             pin, _ = self.head(uri, 0)
         except FileNotFoundError:
@@ -386,10 +504,16 @@ class S3(Store):
             return None
 
     def _ask(self, uri: str, doing: str, operation: str, **arguments: Any) -> Any:
-        """Return the answer of one request without a body either way."""
+        """Return the answer of one request without a body either way; {} where the service has no such list."""
 
         def ask(client: Any, late: float) -> Any:
-            return getattr(client, operation)(**arguments, **self._payer)
+            try:
+                return getattr(client, operation)(**arguments, **self._payer)
+            except Exception as error:
+                if not (operation.startswith("list_") and refuses(error, operation)):
+                    raise
+                self._note(f"s3://: the service can't do {operation}; uploads that a kill leaves behind stay there")
+                return {}
 
         return self._repeat(uri, doing, ask, 0)
 
@@ -411,46 +535,32 @@ class S3(Store):
         return result
 
     def _once(self, uri: str, doing: str, request: Callable[[Any, float], T], nbytes: int) -> T:
-        client = None
+        connection = None
         try:
-            client = self._connected()
-            result = request(client, time.monotonic() + _GRACE + nbytes / _LEAST_RATE)
+            connection = self._connected(uri)
+            result = request(connection.client, time.monotonic() + _GRACE + nbytes / _LEAST_RATE)
         except (MergeError, Transient):
             self._answered = True
             raise
         except Exception as error:
-            status, code, _ = _answer(error)
-            self._answered = self._answered or status > 0
-            if code in _EXPIRED:
-                self._expired = client
-            raise _explained(error, uri, doing) from error
+            status, code, _ = answer(error)
+            reached, self._answered = self._answered, self._answered or status > 0
+            if connection and code in EXPIRED:
+                self._disconnect(connection)
+                raise self._expired(error, uri, connection) from error
+            raise explained(
+                error, uri, doing, reached=reached, unsigned=self._options.unsigned(_split(uri)[0])
+            ) from error
         self._answered = True
         return result
 
-
-def _client(options: S3Options, silence: float) -> Any:
-    """Return a client of botocore, of a session of its own."""
-    import botocore.session  # slow, and checking a recipe should not pay for it
-    from botocore.config import Config
-
-    config = Config(
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=silence,  # which urllib3 also gives each chunk that is sent
-        read_timeout=silence,
-        max_pool_connections=64,
-        tcp_keepalive=True,
-        s3={"addressing_style": options.addressing},
-        request_checksum_calculation="when_required",  # write_part and put send their own
-        response_checksum_validation="when_required",  # some send the whole object's checksum with a range
-        proxies={"http": options.proxy, "https": options.proxy} if options.proxy else None,
-    )
-    session = botocore.session.Session(profile=options.profile)
-    place = {"region_name": options.region, "endpoint_url": options.endpoint_url}
-    return session.create_client("s3", **place, verify=options.ca, config=config)
-
-
-class _Unmet(InputError):
-    """The condition of a write does not hold."""
+    def _expired(self, error: Exception, uri: str, connection: Connection) -> Transient:
+        """Return what to raise for credentials that have run out, after which they are looked up anew."""
+        status, code, message = answer(error)
+        what = f"{status} {code}: {message}, and so again after the credentials were looked up anew"
+        static = connection.credentials[0] in _STATIC
+        remedy = "get new credentials, and run the same command: what is done is kept"
+        return Transient(what, attempts=4, remedy=remedy if static else None)
 
 
 class _Body:
@@ -492,6 +602,12 @@ def _split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+def _prefix(uri: str) -> tuple[str, str]:
+    """Return bucket and prefix of what lies in a folder."""
+    bucket, key = _split(uri)
+    return bucket, f"{key.rstrip('/')}/" if key.strip("/") else ""
+
+
 def _object(uri: str) -> dict[str, Any]:
     bucket, key = _split(uri)
     if not bucket or not key:
@@ -509,8 +625,33 @@ def _md5(data: bytes | bytearray | memoryview) -> "hashlib._Hash":
 
 
 def _kind(uri: str, response: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return what decides whether an ETag is an MD5: the bucket, and whether KMS encrypted the object."""
-    return _split(uri)[0], str(response.get("ServerSideEncryption", "")).startswith("aws:kms")
+    """Return what decides whether an ETag is an MD5: the bucket, and whether KMS or a customer's key encrypted it."""
+    by_key = "SSECustomerAlgorithm" in response or str(response.get("ServerSideEncryption", "")).startswith("aws:kms")
+    return _split(uri)[0], by_key
+
+
+def _proof(data: memoryview, *, crc: bool) -> tuple[str, dict[str, str]]:
+    """Return the checksum of a part, and the argument of a request by which the service checks it."""
+    if crc:
+        checksum = b64encode(bytes.fromhex(crc32c(data))).decode()
+        return checksum, {"ChecksumCRC32C": checksum}
+    checksum = _md5(data).hexdigest()
+    return checksum, {"ContentMD5": b64encode(bytes.fromhex(checksum)).decode()}
+
+
+def _rows(page: Mapping[str, Any], kind: str, *names: str) -> Sequence[Mapping[str, Any]]:
+    """Return what a page lists of a kind; raise `InputError` where one lacks what it must have."""
+    rows: Sequence[Mapping[str, Any]] = page.get(kind, ())
+    missing = [name for name in names if any(name not in one for one in rows)]
+    if missing:
+        what = f"a service lists {kind} without their {', '.join(missing)}"
+        raise InputError(Problem("storage.s3", what, "check endpoint_url: S3 answers otherwise"))
+    return rows
+
+
+def _endless(uri: str, what: str) -> InputError:
+    found = f"{what} has no end: the service says that more follows, and sends nothing new"
+    return InputError(Problem(uri, found, "check storage.s3.endpoint_url: S3 answers otherwise"))
 
 
 def _pin(uri: str, size: int, response: Mapping[str, Any]) -> Pin:
@@ -527,6 +668,18 @@ def _joined(parts: Sequence[Part]) -> str:
 
 def _status(response: Mapping[str, Any]) -> int:
     return int(response["ResponseMetadata"]["HTTPStatusCode"])
+
+
+def _demand_plain(response: Mapping[str, Any], uri: str) -> None:
+    """Raise unless the bytes of an object are those of the file: some uploads compress it, and say so beside it."""
+    headers = response["ResponseMetadata"].get("HTTPHeaders", {})  # Google shows there what it has unpacked
+    encodings = f"{response.get('ContentEncoding') or ''},{headers.get('x-goog-stored-content-encoding') or ''}".lower()
+    found = {one.strip() for one in encodings.split(",")} - {"", "identity", "none", "aws-chunked"}
+    if found:
+        what = (
+            f"is stored with Content-Encoding {', '.join(sorted(found))}: its bytes are compressed, and not the file's"
+        )
+        raise InputError(Problem(uri, what, "unpack it (gzip -d), and upload it again without that header"))
 
 
 def _whole_size(response: Mapping[str, Any], wanted: int) -> int:
@@ -554,70 +707,3 @@ def _demand(response: Mapping[str, Any], wanted: str, count: int, pin: Pin) -> N
 def _told(response: Mapping[str, Any]) -> str:
     found = response.get("ContentRange", "no Content-Range")
     return f"got status {_status(response)} with {found} and {response.get('ContentLength')} bytes"
-
-
-def _answer(error: Exception) -> tuple[int, str, str]:
-    """Return HTTP status, code and message of an error that the service sent; (0, "", "") if it sent none."""
-    response = getattr(error, "response", None)
-    if not isinstance(response, Mapping):
-        return 0, "", ""
-    told = response.get("Error", {})
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status, str(told.get("Code", status)), str(told.get("Message", ""))
-
-
-def _explained(error: Exception, uri: str, doing: str) -> Exception:
-    """Return what to raise for an error of the service or of the client; the error itself if it is a defect of ours."""
-    status, code, message = _answer(error)
-    told = f"{code}: {shown(message)}" if message else code
-    if not status:
-        return _explained_client(error, uri, doing)
-    if (status >= 500 and status != 501) or status in (408, 409, 429) or code in ("RequestTimeout", "SlowDown"):
-        return Transient(f"{status} {told}", throttled=status in (429, 503) or code == "SlowDown")
-    if code in _DAMAGED:
-        return Transient(f"{status} {told}", attempts=4)
-    if code in _EXPIRED:
-        return Transient(f"{status} {told}, and so again after the credentials were looked up anew", attempts=4)
-    if code == "NoSuchBucket":
-        return InputError(Problem(uri, "there is no such bucket", "check the name, storage.s3.endpoint_url and region"))
-    if code == "NoSuchUpload":
-        return no_upload(uri, doing)
-    if status == 404:
-        return FileNotFoundError(uri)
-    if status == 412:
-        return _Unmet(Problem(uri, f"{doing}: another writer was there first", "run again"))
-    if status in (401, 403):
-        remedy = "check the credentials and their permissions; a missing object looks so too without s3:ListBucket"
-        return InputError(Problem(uri, f"{doing} was refused ({told})", remedy))
-    return InputError(Problem(uri, f"{doing} failed ({status} {told})", "check storage.s3, its region above all"))
-
-
-def _explained_client(error: Exception, uri: str, doing: str) -> Exception:
-    """Return what to raise for an error that happened on our side of the wire."""
-    import urllib3
-    from botocore import exceptions as boto
-    from botocore.parsers import ResponseParserError
-
-    what = f"{doing} failed: {shown(error)}"
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
-        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.s3.profile, or a role, on every node"
-        return InputError(Problem(uri, what, remedy))
-    if isinstance(error, boto.SSLError) and "CERTIFICATE" in str(error).upper():
-        return InputError(Problem(uri, what, "set storage.s3.ca to the certificates to trust"))
-    if isinstance(error, boto.UnauthorizedSSOTokenError | boto.SSOTokenLoadError | boto.TokenRetrievalError):
-        return UnavailableError(Problem(uri, what, "log in again, and run the same command again"))
-    passing = (
-        boto.HTTPClientError,
-        boto.ConnectionError,
-        boto.CredentialRetrievalError,
-        boto.IncompleteReadError,
-        boto.ResponseStreamingError,
-        urllib3.exceptions.HTTPError,
-        ResponseParserError,
-        OSError,
-    )
-    if isinstance(error, passing):
-        return Transient(error)
-    if isinstance(error, boto.BotoCoreError | ValueError):
-        return InputError(Problem(uri, what, "check the URI and storage.s3"))
-    return error

@@ -1,0 +1,104 @@
+"""The model card of an output: Markdown with a YAML front, in which names, licences and notes of strangers are data.
+
+`prose` and `code` are the border: nothing else puts a text that is not ours into Markdown.
+"""
+
+import io
+import re
+
+from ruamel.yaml import YAML
+
+from ties_ray.catalog import Model
+from ties_ray.errors import printable
+from ties_ray.plan import Plan
+from ties_ray.report import MergeResult, Truncation
+
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+_MARKS = re.compile(r"[\\`*\[\]|$~!]|(?<![^\W_])_|_(?![^\W_])")
+"""What makes emphasis, code, links, images, formulas or cells; an underscore inside a word makes nothing."""
+_OPENING = re.compile(r"(\d*)([-+#=:.)])")
+"""What begins a list, a heading, a rule or a table where it stands first in a line."""
+
+
+def prose(text: str) -> str:
+    """Return one line of Markdown that shows just this text, in a paragraph, list item or table cell."""
+    line = " ".join(printable(text).split())
+    marked = _MARKS.sub(r"\\\g<0>", line).translate(_ENTITIES)
+    return _OPENING.sub(r"\1\\\2", marked, count=1) if _OPENING.match(marked) else marked
+
+
+def code(text: str) -> str:
+    """Return a code span of Markdown that shows just this text, in a table cell too."""
+    line = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if line[:1] in ("`", " ") or line[-1:] in ("`", " ") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def card(plan: Plan, result: MergeResult) -> str:
+    """Return the model card: what was merged, how, and under which licences."""
+    catalog, recipe = plan.catalog, plan.recipe
+    inputs = [catalog.base] * bool(catalog.base.uri) + list(catalog.models)
+    licences = {model.licence for model in inputs}
+    front: dict[str, object] = {"base_model": [_short(model.uri) for model in inputs]}
+    if len(licences) == 1 and "" not in licences:
+        front["license"] = licences.pop()
+    front["library_name"] = plan.library.name
+    front["tags"] = ["merge", "ties-ray", recipe.method.name]
+    rows = [_row(model.id, model) for model in inputs]
+    asked = plain_yaml(
+        recipe.model_dump(mode="json", exclude_unset=True, include={"method", "exclude", "allow"})
+    ).rstrip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", asked)), default=0))
+    lines = [
+        "---",
+        plain_yaml(front).rstrip(),
+        "---",
+        "",
+        f"# Merge of {len(plan.result.members)} models by `{recipe.method.name}`{_cut(result.truncation)}",
+        "",
+        f"Merged by ties_ray, run `{plan.run_id}`, arithmetic `{plan.arithmetic}`. {recipe.method.paper}.",
+        "",
+        "| id | model | weight | density | licence |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        "## Recipe",
+        f"{fence}yaml",
+        asked,
+        fence,
+    ]
+    if result.trims and len(result.trims) <= 2 * len(plan.result.members):
+        lines += ["", "## Trim", "| model | threshold | kept | of |", "|---|---|---|---|"]
+        lines += [f"| {prose(t.model)} | {t.threshold:.6g} | {t.kept:,} | {t.size:,} |" for t in result.trims]
+    if result.truncation:
+        lines += ["", "## What the rank cost", "| matrix | relative error |", "|---|---|"]
+        lines += [f"| {code(name)} | {error:.4%} |" for name, error in result.truncation.matrices.items()]
+    if plan.notes:
+        lines += ["", "## Notes", *(f"* {prose(note)}" for note in plan.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, model: Model) -> str:
+    density = "" if model.density is None else str(model.density)
+    licence = prose(model.licence) or "not stated"
+    return f"| {prose(name)} | {code(model.uri)} | {model.weight:g} | {density} | {licence} |"
+
+
+def _cut(truncation: Truncation | None) -> str:
+    """Return what a title must say of a merge that was cut down to a rank."""
+    if truncation is None:
+        return ""
+    return f", cut to rank {truncation.rank} (relative error {truncation.relative_error:.2%})"
+
+
+def _short(uri: str) -> str:
+    """Return what names a model in a card: a bucket's URI, or a folder's own name."""
+    return uri if "://" in uri else uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def plain_yaml(value: object) -> str:
+    """Return a value as YAML that every reader understands alike."""
+    stream = io.StringIO()
+    YAML(typ="safe", pure=True).dump(value, stream)
+    return stream.getvalue()
