@@ -17,7 +17,7 @@ import ties_ray
 from tests.adapters import write_adapter
 from tests.conftest import Bucket, tool
 from tests.families import Family, make_family, write_checkpoint
-from tests.merging import carried_out, digests, recipe_of
+from tests.merging import LOCAL, carried_out, digests, merge, recipe_of
 from ties_ray import cli, drive
 from ties_ray.report import RESULT_NAME, MergeResult
 from ties_ray.stores import Stores
@@ -386,6 +386,54 @@ def test_a_signal_ends_a_busy_merge_within_seconds_and_the_same_command_continue
     assert record.resumed
     assert record.shards_done_before == 1  # what the first round found was kept
     assert run("verify", tmp_path / "out").exit_code == 0
+
+
+PHASES = [
+    ("plan", "list", "*/base"),  # which folders and files there are
+    ("inspect", "list", "*/base"),
+    ("plan", "head", "*.safetensors"),  # headers
+    ("plan", "head", "*/config.json"),
+    ("plan", "read", "*.safetensors"),  # rates
+    ("merge", "put", "*/plan*"),  # the stored plan
+    ("merge", "read", "*.safetensors"),  # rounds
+    ("merge", "write_part", "*"),
+    ("merge", "put", "*/records/*"),
+    ("merge", "complete_upload", "*"),  # publication
+    ("merge", "put", "*/README.md"),
+    ("merge", "put", "*/ties-ray.result.json"),
+    ("verify", "read", "*.safetensors"),
+    ("status", "head", "*.json"),
+]
+
+
+@pytest.mark.parametrize(("command", "what", "uri"), PHASES)
+def test_a_signal_ends_every_phase_within_seconds_also_inside_a_library(
+    family_of: Callable[..., Family], tmp_path: Path, command: str, what: str, uri: str
+) -> None:
+    family = family_of(num_models=2)
+    if command in ("verify", "status"):
+        merge(family, tmp_path / "out", TIES)
+    point = {"what": what, "uri": uri, "marker": str(tmp_path / "marker"), "how": "hang"}
+    data = {
+        "base": f"frail://{family.base}", "models": [f"frail://{uri}" for uri in family.models], "method": TIES,
+        "output": f"frail://{tmp_path}/out", "run": LOCAL, "storage": {"frail": point},
+    }  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(data))
+    storage = ["--set", f"storage.frail={json.dumps(point)}"]
+    words = [f"frail://{family.base}", *storage] if command == "inspect" else [tmp_path / "recipe.json"]
+    process = start(command, *words, TIES_RAY_PLUGINS=str(Path(__file__).with_name("plugins")))
+    try:
+        while process.poll() is None and not (tmp_path / "marker").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - began < 3
+        assert process.returncode == 143, errors
+        assert (tmp_path / "marker").exists()
+    finally:
+        process.kill()
 
 
 def test_a_signal_while_the_heavy_imports_run_ends_the_command_as_well(slow: tuple[Path, dict[str, str]]) -> None:

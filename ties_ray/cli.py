@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import select
 import shlex
 import signal
 import sys
@@ -49,6 +50,10 @@ def main() -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
+    told, heard = os.pipe()
+    os.set_blocking(heard, False)
+    signal.set_wakeup_fd(heard)
+    threading.Thread(target=_leave_late, args=(told,), name="signals", daemon=True).start()
     code = 0
     try:
         commands(prog_name="ties-ray")
@@ -56,7 +61,7 @@ def main() -> NoReturn:
         code = end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:  # before or after a command's own handling
         code = 128 + _signals[0]
-    if threading.active_count() > 1:  # a thread that waits for storage would keep the interpreter from ending
+    if threading.active_count() > 2:  # a thread that waits for storage would keep the interpreter from ending
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -65,14 +70,21 @@ def main() -> NoReturn:
 
 
 def _on_signal(number: int, _: FrameType | None) -> None:
-    """Raise in the main thread; leave for good after `PATIENCE`, or at a second signal."""
+    """Raise in the main thread, once."""
     _signals.append(number)
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, lambda number, _: os._exit(128 + number))
-    watchdog = threading.Timer(PATIENCE, os._exit, [128 + number])
-    watchdog.daemon = True
-    watchdog.start()
-    raise KeyboardInterrupt
+    if len(_signals) == 1:
+        raise KeyboardInterrupt
+
+
+def _leave_late(told: int) -> None:
+    """Leave for good `PATIENCE` after a signal, or at a second one; also where the main thread is inside a library.
+
+    A handler in Python waits until a call into C comes back. The signal's number comes by this pipe at once.
+    """
+    while (number := os.read(told, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+        pass
+    select.select([told], [], [], PATIENCE)
+    os._exit(128 + number)
 
 
 # -- what all commands share

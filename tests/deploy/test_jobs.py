@@ -90,7 +90,7 @@ def test_colours_of_a_log_are_left_out_and_other_escapes_are_shown() -> None:
 def test_a_jobs_environment_takes_no_password(capsys: pytest.CaptureFixture[str]) -> None:
     code = client.main(["--id", "x", "--env", "HTTPS_PROXY=http://user:hidden@proxy:3128", "--", "true"])
     assert code == 2
-    assert "HTTPS_PROXY holds a URL with a user or password" in (told := capsys.readouterr().err)
+    assert "HTTPS_PROXY is a URL with a user or password" in (told := capsys.readouterr().err)
     assert "hidden" not in told
 
 

@@ -1,5 +1,6 @@
-"""A store of one file: local folders under `frail://`, whose process is killed at a chosen point, once."""
+"""A store of one file: local folders under `frail://`, whose process is killed, or hangs, at a chosen point, once."""
 
+import hashlib
 import os
 import signal
 import threading
@@ -29,6 +30,8 @@ class Point(LocalOptions):
     """At the n-th such call of a process."""
     marker: str = ""
     """The file that remembers the death."""
+    how: Literal["kill", "hang"] = "kill"
+    """`hang`: compute for minutes in one call into C, which no signal handler of Python interrupts."""
 
 
 class Frail(Local):
@@ -44,10 +47,12 @@ class Frail(Local):
         self._counting = threading.Lock()
 
     def list(self, uri: str) -> Listing:
+        self._step("before", "list", uri)
         found = super().list(_path(uri))
         return Listing(tuple(map(_named, found.files)), tuple(SCHEME + folder for folder in found.folders))
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
+        self._step("before", "head", uri)
         pin, data = super().head(_path(uri), nbytes)
         return _named(pin), data
 
@@ -100,6 +105,8 @@ class Frail(Local):
             if self._calls == point.count:
                 with suppress(FileExistsError):
                     Path(point.marker).touch(exist_ok=False)
+                    if point.how == "hang":
+                        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
                     os.kill(os.getpid(), signal.SIGKILL)
 
 
