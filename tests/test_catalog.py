@@ -270,16 +270,6 @@ def test_a_file_in_the_place_of_a_folder_is_refused(stores: Stores, root: str, t
         read_catalog(recipe_of(where, "base/model.safetensors", output="memory://out"), stores)
 
 
-def test_a_hub_name_is_refused_with_the_commands_that_fetch_it(
-    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = validate({"base": "org/name", "models": ["/none"], "method": "ties", "output": "/out"})
-    found = refused(recipe, stores)
-    assert "`hf download org/name --local-dir name` and write ./name, or write hf://org/name@<revision>" in found[0]
-    assert "/none: there is nothing; check the path" in found[1]
-
-
 def test_an_unreadable_folder_is_refused(stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_small(stores.of("/"), str(tmp_path), "base", "m")
     (tmp_path / "m" / "model.safetensors").unlink()

@@ -23,7 +23,7 @@ from ties_ray.loaders import CARD_NAME, role
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
 from ties_ray.smallfiles import SmallFile
-from ties_ray.stores import Listing, Pin, Store, Stores, absolute, join, scheme_of, shown
+from ties_ray.stores import Listing, Pin, Store, Stores, hub_uri, join, scheme_of, shown
 from ties_ray.tokenizers import Tokenizer, check_common_ids
 
 T = TypeVar("T")
@@ -360,8 +360,9 @@ def _gather(
 
 def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> Looked:
     """List a folder and find its format; raise `InputError` with advice where there is none."""
-    store = stores.of(entry.uri)
-    found = replace(entry, uri=absolute(entry.uri))  # workers have other working directories
+    uri = hub_uri(entry.uri)
+    store = stores.of(uri)
+    found = replace(entry, uri=store.resolve(uri))  # workers have other working directories, and branches move
     try:
         listing = store.list(found.uri)
     except InputError:
@@ -415,12 +416,6 @@ def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
         folder, _, name = entry.uri.rpartition("/")
         which = f": {{path: {folder or '.'}, file: {name}}}" if is_weights(name) else ""
         return Problem(where, "is a file", f"give the folder that holds it{which}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", entry.uri):
-        name = _name(entry.uri)
-        fetch = f"`hf download {entry.uri} --local-dir {name}` and write ./{name}, or write hf://{entry.uri}@<revision>"
-        return Problem(
-            where, "there is no such folder; it looks like the name of a model on the Hugging Face hub", fetch
-        )
     return Problem(where, "there is nothing", "check the path, and that it may be listed")
 
 

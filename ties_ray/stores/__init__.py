@@ -133,6 +133,10 @@ class Store(ABC):
     def __reduce__(self) -> NoReturn:
         raise TypeError("a store holds connections and credentials: build it in the process that uses it")
 
+    def resolve(self, uri: str) -> str:
+        """Return the URI by which any process finds the same folder: absolute, and of a commit where there are some."""
+        return absolute(uri)
+
     @abstractmethod
     def list(self, uri: str) -> Listing:
         """Return what lies directly in the folder `uri` (empty where there is nothing)."""
@@ -315,6 +319,17 @@ def scheme_of(uri: str) -> str:
 def absolute(uri: str) -> str:
     """Return the URI as any process of this machine understands it: a local path made absolute, `~` expanded."""
     return os.path.abspath(os.path.expanduser(uri)) if scheme_of(uri) == "local" and "://" not in uri else uri
+
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@[\w./-]+)?")
+
+
+def hub_uri(uri: str) -> str:
+    """Return `hf://org/name` for a bare `org/name` that is no path of this machine; any other URI as it is."""
+    organisation = os.path.expanduser(uri).partition("/")[0]
+    if _HUB_NAME.fullmatch(uri) and not os.path.exists(organisation):
+        return f"hf://{uri}"
+    return uri
 
 
 def join(folder: str, name: str) -> str:
