@@ -23,7 +23,7 @@ from ties_ray.loaders import CARD_NAME, role
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
 from ties_ray.smallfiles import SmallFile
-from ties_ray.stores import Listing, Pin, Store, Stores, hub_uri, join, scheme_of, shown
+from ties_ray.stores import Listing, Pin, Store, Stores, hub_uri, scheme_of, shown
 from ties_ray.tokenizers import Tokenizer, check_common_ids
 
 T = TypeVar("T")
@@ -282,9 +282,7 @@ def fetch(
         for name in weights:
             if half := unfinished(name, one.files):
                 what = f"is not downloaded to its end: {half} lies beside it"
-                problems[one.entry.id].append(
-                    Problem(join(one.entry.uri, name), what, "complete the download", "download")
-                )
+                problems[one.entry.id].append(Problem(one.files[name].uri, what, "complete the download", "download"))
         front = [README] if README in one.files else []
         for fetched, names in ((_header, weights), (_text, texts), (_front, front)):
             jobs += [(one.entry.id, (one.files[name], fetched)) for name in names]

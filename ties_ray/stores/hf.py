@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
-from ties_ray.stores import Listing, Pin, Store, Transient, changed, join, persist, shown
+from ties_ray.stores import Listing, Pin, Store, Transient, changed, entry_uri, persist, shown
 
 T = TypeVar("T")
 
@@ -91,10 +91,10 @@ class Hf(Store):
         """Return what lies directly in the folder; offline, what of it the cache holds."""
         at = _at(uri)
         files, folders = self._tree(at._replace(revision=self._commit(at)))
-        pins = [self._pin(join(uri, name), file, self._commit(at)) for name, file in files.items()]
+        pins = [self._pin(entry_uri(uri, name), file, self._commit(at)) for name, file in files.items()]
         return Listing(
             tuple(sorted(pins, key=lambda pin: pin.uri.encode())),
-            tuple(sorted((join(uri, name) for name in folders), key=str.encode)),
+            tuple(sorted((entry_uri(uri, name) for name in folders), key=str.encode)),
         )
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
