@@ -41,7 +41,7 @@ def test_what_is_refused_is_shown_all_the_same_with_every_reason(tmp_path: Path)
     write_checkpoint(STORE, str(tmp_path / "quantised"), tensors, config={"quantization_config": {"bits": 8}})
     (found,) = inspect(STORES, str(tmp_path / "quantised"))
     assert found.dtypes == {"F8_E4M3": 16, "F32": 3}
-    assert "quantised" in found.problems[0].what
+    assert "8-bit floats" in found.problems[0].what
     assert found.size == (tmp_path / "quantised" / "model.safetensors").stat().st_size
 
 

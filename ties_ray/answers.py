@@ -1,5 +1,6 @@
 """Whether stored tensors have the same bytes, where a format asks: what no header tells."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -77,34 +78,44 @@ def inquiries(
 
 
 def answer(asked: Sequence[Inquiry], stores: Stores, threads: Executor) -> Answers:
-    """Compare the bytes of each two tensors, many pieces at a time; reading ends at the first difference."""
+    """Compare the bytes of each two tensors, many pieces at a time; reading ends at the first difference.
+
+    A tensor of the base is read once, however many models are compared with it.
+    """
     differs = [Event() for _ in asked]
     failed: dict[int, InputError] = {}
     num_bytes = 0
 
-    def compare(piece: _Piece) -> int | InputError:
-        number, start, stop = piece
-        if differs[number].is_set():
-            return 0
+    def digest(range_: tuple[Stored, int, int]) -> bytes | InputError:
         try:
-            if _bytes(asked[number].mine, start, stop, stores) != _bytes(asked[number].other, start, stop, stores):
-                differs[number].set()
+            return hashlib.sha256(_bytes(*range_, stores)).digest()
         except InputError as error:
             return error
-        return 2 * (stop - start)
 
     for first, last in ((0, FIRST_BYTES), (FIRST_BYTES, None)):
         pieces = [
             piece
             for number in range(len(asked))
-            if number not in failed
+            if number not in failed and not differs[number].is_set()
             for piece in _pieces(asked, number, first, last)
         ]
-        for piece, read in zip(pieces, threads.map(compare, pieces), strict=True):
-            if isinstance(read, InputError):
-                failed[piece.number] = read
-            else:
-                num_bytes += read
+        others = {(asked[number].other, start, stop): stop - start for number, start, stop in pieces}
+        digests = dict(zip(others, threads.map(digest, others), strict=True))
+        num_bytes += sum(others.values())
+
+        def compare(piece: _Piece, digests: Mapping[tuple[Stored, int, int], bytes | InputError] = digests) -> int:
+            number, start, stop = piece
+            if differs[number].is_set():
+                return 0
+            mine, other = digest((asked[number].mine, start, stop)), digests[asked[number].other, start, stop]
+            for one in (mine, other):
+                if isinstance(one, InputError):
+                    failed[number] = one
+            if mine != other:
+                differs[number].set()
+            return stop - start
+
+        num_bytes += sum(threads.map(compare, pieces))
     same: defaultdict[str, dict[Question, bool]] = defaultdict(dict)
     problems: defaultdict[str, list[Problem]] = defaultdict(list)
     for number, inquiry in enumerate(asked):

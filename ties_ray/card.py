@@ -59,8 +59,8 @@ def card(plan: Plan, result: MergeResult) -> str:
         "",
         f"Merged by ties_ray, run `{plan.run_id}`, arithmetic `{plan.arithmetic}`. {recipe.method.paper}.",
         "",
-        "| id | model | weight | density | licence |",
-        "|---|---|---|---|---|",
+        "| id | model | weight | density | licence | values |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
         "## Recipe",
@@ -82,7 +82,7 @@ def card(plan: Plan, result: MergeResult) -> str:
 def _row(name: str, model: Model) -> str:
     density = "" if model.density is None else str(model.density)
     licence = prose(model.licence) or "not stated"
-    return f"| {prose(name)} | {code(model.uri)} | {model.weight:g} | {density} | {licence} |"
+    return f"| {prose(name)} | {code(model.uri)} | {model.weight:g} | {density} | {licence} | {model.account} |"
 
 
 def _cut(truncation: Truncation | None) -> str:

@@ -11,8 +11,10 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray import answers, plugins, pool, smallfiles, tokenizers
+from ties_ray import answers, configs, plugins, pool, smallfiles, tokenizers
+from ties_ray.account import Account
 from ties_ray.candidates import Candidate, candidates, choose, is_weights, listed, others
+from ties_ray.constants import keep_dtypes
 from ties_ray.downloads import SNIFFED, UNFINISHED, mistaken, unfinished
 from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
@@ -20,6 +22,7 @@ from ties_ray.foreign import problem as foreign_problem
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
 from ties_ray.libraries import MODEL_INDEX, TRANSFORMERS, Library
 from ties_ray.loaders import CARD_NAME, role
+from ties_ray.outputs import DTYPES
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
 from ties_ray.smallfiles import SmallFile
@@ -48,6 +51,8 @@ class Model:
     """From the front matter of its README; empty where it says none."""
     facts: dict[str, str] = field(default_factory=dict)
     """What its format tells of it: `base_name`, `task_type`, `rank`, ..."""
+    account: Account = field(default_factory=Account)
+    """What becomes of every element that it stores."""
 
 
 def _write_models(models: Sequence[Model], write: SerializerFunctionWrapHandler) -> list[dict[str, object]]:
@@ -178,17 +183,18 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
             base = {name: _parameter(name, source, rules) for name, source in made[BASE].sources.items()}
     base = pool.untie(base, read)
     read = pool.named(recipe, read)
-    for name, problem in pool.disagreements(recipe, [one for one in read.values() if one.entry.id != BASE]):
+    others = [one for one in read.values() if one.entry.id != BASE]
+    for name, problem in (*pool.disagreements(recipe, others), *pool.unmerged(base, others)):
         problems[name].append(problem)
     entries, refused = pool.drop(recipe, everything, problems)
     models = [read[entry.id] for entry in entries if entry.id != BASE]
     parameters = pool.parameters(base, models)
 
     tokenizer = folders[BASE][0].tokenizer if BASE in folders else None
-    others = [folders[one.entry.id][0].tokenizer for one in models]
+    theirs = [folders[one.entry.id][0].tokenizer for one in models]
     checks = [
         (tokenizer, other, _rows(base, one.found.extra_rows), stores)
-        for one, other in zip(models, others, strict=True)
+        for one, other in zip(models, theirs, strict=True)
         if tokenizer and one.found.extra_rows
     ]
     wrong = [problem for many in threads.map(lambda check: check_common_ids(*check), checks) for problem in many]
@@ -197,7 +203,15 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         raise InputError(wrong + pins_wrong)
 
     files_from = _files_from(recipe, entries, refused) if recipe.output.reads_base else ""
+    if files_from:
+        _check_rows(files_from, *(folders[id_][1].texts.get(configs.CONFIG, b"") for id_ in (BASE, files_from)))
     taken, aside = _small_files(folders, files_from, models, stores, threads) if files_from else ((), ())
+    leftovers = read[files_from].found.leftovers if files_from else ()
+    taken = tuple(replace(one, without=leftovers) if one.name == configs.CONFIG else one for one in taken)
+    kept: list[str] = []
+    if recipe.output.reads_base and recipe.output.dtype:
+        asked = DTYPES[recipe.output.dtype]
+        parameters, kept = keep_dtypes(parameters, read[BASE].found, read[BASE].format, asked, stores, threads)
     same: dict[Hashable, dict[str, Source]] = {}
     inputs = [_model(*folders[entry.id], read[entry.id].found, same) for entry in entries]
     notes = [
@@ -206,10 +220,12 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         *(f"left out, as allowed: {problem}" for one in refused for problem in one.problems),
         *(note for entry in entries for note in read[entry.id].found.notes),
         *_idle(recipe.exclude, parameters, [one.found for one in models]),
+        *(_config_notes(folders, [one.entry.id for one in models], files_from) if BASE in folders else ()),
+        *kept,
         *_weak_pins(inputs),
         *pinned,
         *_compared(num_compared),
-        *(tokenizers.notes(tokenizer, others, stores, threads) if tokenizer else ()),
+        *(tokenizers.notes(tokenizer, theirs, stores, threads) if tokenizer else ()),
         *aside,
     ]
     if recipe.base is None:
@@ -486,6 +502,7 @@ def _model(looked: Looked, folder: Folder, found: Found, known: dict[Hashable, d
         density=entry.density,
         licence=licence_of(folder.texts.get(README, b"")),
         facts=dict(found.facts),
+        account=found.account,
     )
 
 
@@ -574,10 +591,25 @@ def _small_files(
     return taken.files, (*taken.notes, *differing)
 
 
+def _config_notes(folders: Mapping[str, tuple[Looked, Folder]], models: Sequence[str], files_from: str) -> list[str]:
+    texts = {id_: folders[id_][1].texts.get(configs.CONFIG, b"") for id_ in (BASE, *models)}
+    whose = "the base's" if files_from in ("", BASE) else f"that of model {files_from}"
+    return configs.notes(texts[BASE], [(id_, texts[id_]) for id_ in models if texts[id_]], whose) if texts[BASE] else []
+
+
+def _check_rows(files_from: str, base: bytes, chosen: bytes) -> None:
+    """Refuse small files whose config implies another number of embedding rows than the output, the base's, has."""
+    ours, theirs = configs.rows(base), configs.rows(chosen)
+    if None not in (ours, theirs) and ours != theirs:
+        what = f"the config.json of {files_from!r} says vocab_size {theirs}, and the output has the base's {ours} rows"
+        remedy = "write `files_from: base`: tokens beyond the base's rows have no embedding in the output"
+        raise RecipeError(Problem("output.files_from", what, remedy))
+
+
 def _idle(patterns: Sequence[str], parameters: Sequence[Parameter], models: Sequence[Found]) -> list[str]:
     names = [parameter.name for parameter in parameters] + [name for one in models for name in one.excluded]
     idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
-    return [f"no parameter of the base is called {pattern!r} (exclude)" for pattern in idle]
+    return [f"no tensor of base or models is called {pattern!r} (exclude)" for pattern in idle]
 
 
 def _compared(num_bytes: int) -> list[str]:

@@ -663,6 +663,7 @@ def provenance(run_plan: Plan) -> Provenance:
             density=model.density,
             licence=model.licence,
             objects=[(pin.uri, pin.size, pin.etag, pin.version) for pin in model.objects],
+            account=model.account,
         )
 
     return Provenance(

@@ -3,6 +3,7 @@
 Every step may be done twice, so that a kill anywhere is mended by the same command.
 """
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ties_ray.card import card, plain_yaml
@@ -55,7 +56,8 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
     for small in plan.catalog.small_files:
         if texts and not (small.name in TEXTS and small.pin.size <= TEXT_BYTES):
             continue
-        data = output.rewrite(small.name, stores.of(small.pin.uri).get_pinned(small.pin), plan.catalog.facts)
+        taken = _without(small.without, stores.of(small.pin.uri).get_pinned(small.pin))
+        data = output.rewrite(small.name, taken, plan.catalog.facts)
         if data is not None:
             found[small.name] = data
     index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
@@ -144,6 +146,14 @@ def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
     """Write the result record: from now on the merge is done."""
     text = result.model_dump_json(indent=2) + "\n"
     stores.of(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
+
+
+def _without(keys: Sequence[str], data: bytes) -> bytes:
+    """Return a JSON object without some of its keys."""
+    if not keys:
+        return data
+    left = {key: value for key, value in json.loads(data).items() if key not in keys}
+    return (json.dumps(left, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def listed(names: Sequence[str]) -> str:

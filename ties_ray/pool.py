@@ -92,6 +92,15 @@ def untie(base: Mapping[str, Parameter], models: dict[str, Read]) -> dict[str, P
     return {name: known[name] for name in (*base, *untied)}
 
 
+def unmerged(base: Mapping[str, Parameter], models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+    """Yield (model id, problem) where nothing that a model stores would be merged."""
+    for model in models:
+        sources = model.found.sources
+        if not model.found.problems and not any(base[name].merged if base else True for name in sources):
+            what = f"nothing of it would be merged ({model.found.account})"
+            yield model.entry.id, Problem(model.entry.uri, what, "drop the model, or mend `exclude`", "nothing")
+
+
 def drop(
     recipe: Recipe, entries: Sequence[Entry], problems: Mapping[str, Sequence[Problem]]
 ) -> tuple[list[Entry], tuple[Refused, ...]]:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from ties_ray import documents
+from ties_ray.account import Account
 from ties_ray.catalog import Model
 from ties_ray.errors import ErrorKind, MergeError
 from ties_ray.formats import Source
@@ -53,6 +54,8 @@ class InputProvenance(_Record):
     licence: str
     objects: list[tuple[str, int, str, str]]
     """(URI, size, ETag, version)."""
+    account: Account = Account()
+    """What became of every element that it stores."""
 
 
 class Provenance(_Record):
@@ -213,6 +216,8 @@ class PlannedInput(_Record):
     """Elements by dtype, as safetensors names it."""
     size: int
     """Bytes of its weight files."""
+    account: Account = Account()
+    """What will become of every element that it stores."""
 
 
 class PlannedFile(_Record):
@@ -318,6 +323,7 @@ def _planned_input(model: Model) -> PlannedInput:
         parameters=sum(dtypes.values()),
         dtypes=dtypes,
         size=sum(pin.size for pin in model.objects),
+        account=model.account,
     )
 
 

@@ -33,6 +33,8 @@ class SmallFile:
     name: str
     """Relative to the model's folder: `1_Pooling/config.json`."""
     pin: Pin
+    without: tuple[str, ...] = ()
+    """Of a JSON object: keys that the output's file lacks."""
 
 
 class Taken(NamedTuple):

@@ -1,6 +1,7 @@
 """What the models that are merged store for each parameter: the same numbers for planner and worker."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -110,8 +111,13 @@ class Sources:
 
     @cached_property
     def divided(self) -> frozenset[str]:
-        """The parameters that any model stores as several tensors, end to end."""
-        return frozenset(name for name, source, factors in self._stored() if not factors and len(source.tensors) > 1)
+        """The parameters that any model stores as several tensors, end to end, or not whole."""
+        numels = {parameter.name: parameter.numel for parameter in self.catalog.parameters}
+        return frozenset(
+            name
+            for name, source, factors in self._stored()
+            if not factors and (len(source.tensors) > 1 or math.prod(source.tensors[0].shape) < numels.get(name, 0))
+        )
 
     @cached_property
     def alone(self) -> frozenset[str]:

@@ -869,6 +869,21 @@ class FormatContract:
             if parameters[name].merged:
                 assert values(format.encoded(source, 0, 0, ()), 0).numel() == 0
 
+    def test_every_stored_element_is_accounted_for(
+        self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
+    ) -> None:
+        folder = folder_of(format, files)
+        headers = [folder.headers[name] for name in format.weight_files(folder)]
+        stored = sum(math.prod(info.shape) for header in headers for info in header.tensors.values())
+        account = self.found(format, files, parameters).account
+        assert account.adds_up
+        assert account.merged > 0
+        assert account.stored == stored or not headers
+        of_base = format.read(folder, None, Rules())
+        if not of_base.problems:
+            assert of_base.account.adds_up
+            assert of_base.account.stored == account.stored
+
     def test_sources_survive_json(
         self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
     ) -> None:
@@ -887,7 +902,8 @@ class FormatContract:
     def found(self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]) -> Found:
         """Return what the format makes of the model; it has no problems."""
         folder = folder_of(format, files)
-        found = format.read(folder, parameters, Rules())
+        answers = dict.fromkeys(format.questions(folder, parameters, Rules()), True)
+        found = format.read(replace(folder, answers=answers), parameters, Rules())
         assert found.problems == ()
         assert set(found.objects) <= set(folder.files)
         assert found.kinds.keys() <= found.sources.keys() <= parameters.keys()

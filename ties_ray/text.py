@@ -137,6 +137,7 @@ def _forecast(forecast: Forecast) -> Iterator[RenderableType]:
 def _input(model: PlannedInput) -> str:
     own = [f"weight {model.weight:g}"] if model.weight != 1 else []
     own += [f"density {model.density:g}"] if model.density is not None else []
+    own += [] if model.account.all_merged else [str(model.account)]
     return f"{model.uri}  ({', '.join([_content(model), *own])})"
 
 

@@ -51,8 +51,8 @@ def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Store
     ours, theirs = _tokens(base.files, fetch), _tokens(model.files, fetch)
     if ours is None or theirs is None:
         lacking = base.uri if ours is None else model.uri
-        what = "has more embedding rows than the base, and without a vocabulary (tokenizer.json, vocab.json or"
-        what += f" vocab.txt) in {lacking} it can't be shown that the common rows mean the same tokens"
+        what = "has another number of embedding rows than the base, and without a vocabulary (tokenizer.json,"
+        what += f" vocab.json or vocab.txt) in {lacking} it can't be shown that the common rows mean the same tokens"
         return [Problem(model.uri, what, "add the tokenizer's files, or drop the model")]
     differ = sorted(
         number for number in ours.keys() & theirs.keys() if number < rows and ours[number] != theirs[number]
@@ -60,7 +60,7 @@ def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Store
     if not differ:
         return []
     first = differ[0]
-    what = f"has more embedding rows than the base, and {len(differ)} of the common ids mean other tokens"
+    what = f"has another number of embedding rows than the base, and {len(differ)} of the common ids mean other tokens"
     what += f" (id {first}: {theirs[first]!r} where the base has {ours[first]!r})"
     return [Problem(model.uri, what, "its embedding does not line up with the base's: drop the model")]
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ties_ray import kernels
 from ties_ray.cache import Cache, Shelf
 from ties_ray.catalog import Model
+from ties_ray.constants import OVERFLOWS
 from ties_ray.errors import InputError, Problem
 from ties_ray.executors import WorkerDied
 from ties_ray.formats import Parameter
@@ -495,7 +496,7 @@ class Worker:
                 rows = self._decoded(next(coming), parameters[parameter], stop - start)
                 base = rows[start - begin : stop - begin] if begin < end else rows
                 slices = Slices(
-                    self._kernels, base, start, len(members), map(partial(self._with_scales, rows), coming),
+                    self._kernels, base, start, len(members), map(partial(self._completed, rows, base), coming),
                     passes=round_.passes, resident=resident, together=group,
                 )  # fmt: skip
                 yield Block(parameter, start, stop, base, slices)
@@ -528,8 +529,12 @@ class Worker:
             self._footprints[key] = self._sources.footprint(self._plan.catalog.parameters[index], models)
         return self._footprints[key]
 
-    def _with_scales(self, rows: Tensor, stored: Stored | None) -> Stored | None:
-        """Return a slice with all that its change needs: of DoRA, the scales of its rows."""
+    def _completed(self, rows: Tensor, base: Tensor, stored: Stored | None) -> Stored | None:
+        """Return a slice with all that its change needs: of DoRA the scales of its rows, of rows that the model lacks
+        the base's values."""
+        if isinstance(stored, Encoded) and len(stored.data) < len(base):
+            dtype = torch.promote_types(stored.data.dtype, base.dtype)
+            return Encoded(torch.cat((stored.data.to(dtype), base[len(stored.data) :].to(dtype))))
         if isinstance(stored, Factors) and stored.magnitude is not None:
             return stored._replace(scales=self._kernels.row_scales(stored, rows))
         return stored
@@ -545,7 +550,7 @@ class Worker:
         count = self._kernels.decode(encoded.data, decoded)
         if count:
             where = f"{self._plan.catalog.base.uri}: {parameter.name}"
-            remedy = "repair the base, or exclude the parameter"
+            remedy = f"repair the base, or `exclude: [{parameter.name}]` to copy its values as they are"
             raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
         return decoded
 
@@ -719,10 +724,13 @@ class Worker:
         merged = self._merged(block)
         overflow = self._plan.recipe.output.values(block.base, merged, out, self._kernels)
         if overflow:
-            raise InputError(Problem(
-                placed.tensor.name, f"{overflow} merged values are finite but overflow {placed.tensor.dtype}",
-                "choose a wider output.dtype, or a smaller lambda",
-            ))  # fmt: skip
+            what = f"{overflow} merged values are finite but overflow {placed.tensor.dtype}"
+            of_base = int((block.base.abs() >= OVERFLOWS.get(placed.tensor.dtype, math.inf)).sum())
+            remedy = "choose a wider output.dtype, or a smaller lambda"
+            if of_base and self._plan.recipe.output.reads_base:
+                what += f", as {of_base} of the base's do"
+                remedy = "choose a wider output.dtype, or `exclude` it: the base's values are copied as they are"
+            raise InputError(Problem(placed.tensor.name, what, remedy))
 
     # -- matrices
 
@@ -804,7 +812,8 @@ class Worker:
                 total = self._count_not_finite(member, parameter)
                 raise InputError(Problem(
                     f"model {model.id} ({model.uri}): {known.name}", f"{total} values are NaN or Inf",
-                    "repair or drop the model, or allow: {nan: zero}",
+                    "repair or drop the model, or allow: {nan: zero} (their change is zero), or"
+                    f" `exclude: [{known.name}]` (the base's values are copied)",
                 ))  # fmt: skip
             if count:
                 done.zeroed[member, self._plan.catalog.parameters[parameter].name] += count

@@ -1,4 +1,6 @@
 import json
+import math
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -8,6 +10,7 @@ import safetensors.torch
 import torch
 
 from tests.families import CONFIG, file_bytes
+from ties_ray.account import Aside
 from ties_ray.formats import Format, Found, Parameter, Rules, Source, TensorRef
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.safetensors import MERGEABLE
@@ -41,20 +44,23 @@ def read(
     files: dict[str, bytes],
     base: dict[str, Parameter] | None = None,
     rules: Rules = Rules(),  # noqa: B008
+    *,
+    same: bool = True,
 ) -> Found:
+    """Return what the format makes of a folder; same: the answer to questions about the base's bytes."""
     form, folder = Checkpoint(), folder_of(Checkpoint(), files)
     stored = {
         name: one for file in form.weight_files(folder) for name, one in safetensors.torch.load(files[file]).items()
     }
     asked = form.questions(folder, base, rules)
-    answers = {one: torch.equal(stored[one.mine], stored[one.other]) for one in asked}
+    answers = {one: same if one.of == "base" else torch.equal(stored[one.mine], stored[one.other]) for one in asked}
     return form.read(replace(folder, answers=answers), base, rules)
 
 
 def base_of(
     tensors: Mapping[str, torch.Tensor] = BASE, config: Config = CONFIG, exclude: tuple[str, ...] = ()
 ) -> dict[str, Parameter]:
-    found = read(files_of(tensors, config))
+    found = read(files_of(tensors, config), None, Rules(exclude=exclude))
     assert found.problems == ()
     refs = {name: source.tensors[0] for name, source in found.sources.items()}
     return {
@@ -134,7 +140,8 @@ def test_a_float_that_the_base_lacks_is_refused_unless_it_is_excluded() -> None:
     ]
     found = read(files, base_of(), Rules(exclude=("score.*",)))
     assert (problems(found), "score.weight" in found.sources) == ([], False)
-    assert found.notes == ("memory://model: left aside, the base has no such tensors: score.weight",)
+    assert found.notes == ("memory://model: left aside, excluded, and not in the base: score.weight",)
+    assert found.excluded == ("score.weight",)
 
 
 def test_a_missing_float_is_refused_unless_it_is_allowed_or_excluded() -> None:
@@ -179,12 +186,12 @@ def test_extra_embedding_rows_are_dropped_where_that_is_allowed() -> None:
 
 
 def test_integers_in_the_place_of_floats_are_refused() -> None:
-    model = {**BASE, "model.norm.weight": torch.zeros(2, dtype=torch.int32)}
-    (problem,) = problems(read(files_of(model), base_of()))
-    assert (
-        "integers where the base holds floating-point numbers: model.norm.weight (I32 where the base has BF16)"
-        in problem
-    )
+    base = {**BASE, "model.table": torch.zeros(2)}
+    (problem,) = problems(read(files_of({**base, "model.table": torch.zeros(2).int()}), base_of(base)))
+    assert "integers where the base holds floating-point numbers: model.table (I32 where the base has F32)" in problem
+    for name in BASE.keys() - {"model.ids"}:
+        (problem,) = problems(read(files_of({**BASE, name: BASE[name].int()}), base_of()))
+        assert f"holds integers or 8-bit floats as weights, 1 tensors: {name} [quantised]" in problem
 
 
 @pytest.mark.parametrize("as_base", [True, False])
@@ -195,9 +202,123 @@ def test_8_bit_floats_are_refused_by_name_and_reason(as_base: bool) -> None:
     assert "model.norm.weight" in problem
 
 
-def test_a_quantised_model_is_refused() -> None:
-    found = read(files_of(BASE, {**CONFIG, "quantization_config": {"quant_method": "gptq"}}), base_of())
-    assert "is quantised" in problems(found)[0]
+PACKED = {
+    "model.q.qweight": torch.ones(2, 2, dtype=torch.int32), "model.q.qzeros": torch.ones(2, 1, dtype=torch.int32),
+    "model.q.scales": torch.ones(2, 2, dtype=torch.float16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("as_base", [True, False])
+def test_a_quantised_model_is_refused_by_its_method_and_what_announces_it(as_base: bool) -> None:
+    base = None if as_base else base_of()
+    files = {**files_of({**BASE, **PACKED}), "quant_config.json": b"{}"}
+    (problem,) = problems(read(files, base))
+    assert problem == (
+        "memory://model: holds weights quantised by AWQ, 3 tensors (quant_config.json lies beside the weights):"
+        " model.q.qweight, model.q.qzeros, model.q.scales [quantised];"
+        " give the unquantised model, or dequantise this one and save it again"
+    )
+    assert read(files, base, Rules(exclude=("model.q.*",))).problems == ()
+
+
+def test_plain_weights_whose_config_still_announces_quantised_ones_are_merged() -> None:
+    config = {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
+    for base in (None, base_of()):
+        found = read(files_of(BASE, config), base)
+        assert (problems(found), found.leftovers) == ([], ("quantization_config",))
+        assert found.notes == (
+            "memory://model: quantization_config in config.json is left over: no weight is quantised",
+        )
+    kept = read(files_of({**BASE, **PACKED}, config), None, Rules(exclude=("model.q.*",)))
+    assert (problems(kept), kept.leftovers) == ([], ())
+
+
+def test_integers_that_differ_from_the_bases_are_refused_unless_they_are_excluded() -> None:
+    (problem,) = problems(read(files_of(BASE), base_of(), same=False))
+    assert problem == (
+        "memory://model: has 1 tensors of integers or booleans that differ from the base's: model.ids;"
+        " they can't be merged; `exclude: [\"model.ids\"]` copies the base's"
+    )
+    for other in (torch.arange(4), torch.arange(3).int(), torch.arange(3).float()):
+        assert (
+            "differ from the base's: model.ids" in problems(read(files_of({**BASE, "model.ids": other}), base_of()))[0]
+        )
+    excluded = read(files_of(BASE), base_of(exclude=("model.ids",)), Rules(exclude=("model.ids",)), same=False)
+    assert (problems(excluded), excluded.notes) == ([], ())
+    assert excluded.account.aside == (Aside("excluded by the recipe", 1, 3),)
+
+
+def test_counters_of_a_training_may_differ_and_the_bases_are_kept() -> None:
+    base = {**BASE, "norm.num_batches_tracked": torch.tensor(3), "steps": torch.tensor([5])}
+    found = read(files_of(base), base_of(base, exclude=("model.ids",)), Rules(exclude=("model.ids",)), same=False)
+    assert problems(found) == []
+    counters = "norm.num_batches_tracked, steps"
+    assert found.notes == (f"memory://model: counts the steps of its training, and the base's are kept: {counters}",)
+    assert Aside("a counter of the training", 2, 2) in found.account.aside
+
+
+def test_fewer_embedding_rows_are_refused_unless_the_others_may_stay_as_they_are() -> None:
+    model = {**BASE, "model.embed_tokens.weight": torch.arange(6.0).reshape(3, 2)}
+    files = files_of(model, {**CONFIG, "vocab_size": 3})
+    (problem,) = problems(read(files, base_of()))
+    assert "fewer embedding rows than the base: model.embed_tokens.weight [3, 2] where the base has [4, 2]" in problem
+    assert problem.endswith(
+        "`allow: {missing: zero}` takes the change of the other rows as zero where the tokenizers agree"
+    )
+    found = read(files, base_of(), Rules(missing=True))
+    assert (problems(found), found.extra_rows) == ([], ("model.embed_tokens.weight",))
+    assert "rows that it lacks are the base's, their change is zero" in found.notes[0]
+    source = found.sources["model.embed_tokens.weight"]
+    assert [read.stop - read.start for read in Checkpoint().reads(source, 4, 8)] == [8]
+    assert Checkpoint().reads(source, 6, 8) == ()
+    assert Checkpoint().encoded(source, 6, 8, ()).data.numel() == 0
+
+
+NAMES = ("model.norm.weight", "model.ids", "model.mask", "model.embed_tokens.weight", "lm_head.weight", "v_head.weight",
+         "model.num_updates", "model.extra_ids", "model.empty")  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_stored_value_has_one_fate_whatever_is_stored(seed: int) -> None:
+    draw = random.Random(seed)
+
+    def tensor(name: str) -> torch.Tensor:
+        if name == "model.empty":
+            return torch.zeros(0, 2)
+        if "ids" in name:
+            return torch.arange(3)
+        if "mask" in name or "num" in name:
+            return torch.tensor([True]) if "mask" in name else torch.tensor(seed)
+        rows = draw.choice([4, 4, 4, 3, 6]) if name in ("model.embed_tokens.weight", "lm_head.weight") else 4
+        return torch.full((rows, 2), draw.choice([0.5, 2.0]), dtype=draw.choice([torch.bfloat16, torch.float32]))
+
+    exclude = tuple(draw.sample([*NAMES, "*.weight", "model.*"], draw.choice([0, 1, 2])))
+    config = {**CONFIG, "tie_word_embeddings": draw.random() < 0.5, "vocab_size": draw.choice([3, 6])}
+    stored = {name: tensor(name) for name in draw.sample(NAMES, draw.randint(4, len(NAMES)))}
+    rules = Rules(exclude=exclude, missing=True, extra_rows=True)
+    of_base = read(files_of({name: tensor(name) for name in NAMES[:5]}, {**config, "vocab_size": 4}), None, rules)
+    base = {
+        name: Parameter(name, ref.shape, ref.dtype, ref.dtype in MERGEABLE and not rules.excludes(name))
+        for name, source in of_base.sources.items()
+        for ref in source.tensors
+    }
+    found = read(files_of(stored, config), base, rules)
+    assert of_base.account.adds_up
+    if not found.problems:
+        assert found.account.adds_up
+        assert found.account.stored == sum(one.numel() for one in stored.values())
+        refs = {ref for source in found.sources.values() for ref in source.tensors}
+        beyond = sum(aside.elements for aside in found.account.aside if aside.reason.startswith("rows beyond"))
+        assert found.account.merged == sum(math.prod(ref.shape) for ref in refs) - beyond
+
+
+def test_other_numbers_are_copied_where_they_are_excluded() -> None:
+    odd = {"a": torch.zeros(2, dtype=torch.complex64), "b": torch.zeros(2).to(torch.float8_e5m2)}
+    for base in (None, base_of({**BASE, **odd}, exclude=("a", "b"))):
+        assert base is not None or len(problems(read(files_of({**BASE, **odd})))) == 2
+        found = read(files_of({**BASE, **odd}), base, Rules(exclude=("a", "b")))
+        assert problems(found) == []
+        assert found.account.adds_up
 
 
 def test_all_problems_of_a_model_are_told_at_once() -> None:

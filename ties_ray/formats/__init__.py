@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ties_ray import plugins
+from ties_ray.account import Account
 from ties_ray.errors import Problem
 from ties_ray.libraries import TRANSFORMERS, Library
 from ties_ray.safetensors import Header
@@ -91,6 +92,8 @@ class Parameter(NamedTuple):
     """Of a matrix."""
     called: str = ""
     """What adapters call it, where that is not `name`."""
+    keeps_dtype: bool = False
+    """True: written in the base's dtype whatever the output's is, because that can't hold the base's values."""
 
     @property
     def numel(self) -> int:
@@ -155,7 +158,7 @@ class Found:
     notes: tuple[str, ...] = ()
     """What was let through or left aside and belongs in plan and result."""
     extra_rows: tuple[str, ...] = ()
-    """Base parameters of which the model stores more rows; their common rows must mean the same tokens."""
+    """Base parameters of which the model stores more rows, or fewer; their common rows must mean the same tokens."""
     untied: Mapping[str, str] = field(default_factory=dict)
     """What the model has of its own where the base ties it to a parameter: that parameter, by the name that it gets."""
     excluded: tuple[str, ...] = ()
@@ -166,6 +169,10 @@ class Found:
     """By base parameter, what the model calls it where that differs: checkpoints may lack a prefix."""
     library: Library = TRANSFORMERS
     """What opens a model that is stored so."""
+    account: Account = field(default_factory=Account)
+    """What becomes of every element that the folder's weight files store."""
+    leftovers: tuple[str, ...] = ()
+    """Keys of config.json that are no longer true of the weights; an output that takes the config over drops them."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What a report or an output may want to know of the model: `base_name` (the base it says it was trained on),
     `task_type`, `rank`, `scale`, ..."""

@@ -3,11 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ties_ray import naming
+from ties_ray import naming, quantised
+from ties_ray.account import account
 from ties_ray.candidates import ADAPTER, STEMS, Candidate, candidates, is_index, is_weights, listed, usual
 from ties_ray.downloads import unfinished
 from ties_ray.errors import Problem, printable
@@ -64,38 +65,44 @@ class Checkpoint(Format):
         return () if problems else tuple(names)
 
     def questions(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> tuple[Question, ...]:
-        """Return whether tensors that a config may tie are stored twice: as one value, or as two."""
+        """Ask whether tensors that a config may tie are one value or two, and whether integers are the base's."""
         problems: list[Problem] = []
         config = _object(folder, CONFIG, problems)
         stored = _stored(folder, _weight_files(folder, problems, []), problems)
         if problems:
             return ()
-        pairs = _base_ties(stored, config) if base is None else _Names(stored, config, base).pairs()
-        return tuple(Question(alias, kept, "model") for alias, kept in pairs)
+        if base is None:
+            return tuple(Question(alias, kept, "model") for alias, kept in _base_ties(stored, config))
+        names = _Names(stored, config, base)
+        return (
+            *(Question(alias, kept, "model") for alias, kept in names.pairs()),
+            *(Question(mine, name, "base") for name, mine in names.copied(base, rules).items()),
+        )
 
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
         """Return every tensor of the base, or one source for each merged parameter that the model stores."""
         problems: list[Problem] = []
         notes: list[str] = []
         config = _object(folder, CONFIG, problems)
-        if "quantization_config" in config:
-            what = "is quantised (it has a quantization_config)"
-            problems.append(Problem(join(folder.uri, CONFIG), what, "give the unquantised model, or dequantise it"))
         names = _weight_files(folder, problems, notes)
         library = library_of([_name(pin.uri) for pin in folder.files], names, config)
         pins = {_name(pin.uri): pin for pin in folder.files}
         objects = tuple(pins[name] for name in names)
         stored = _stored(folder, names, problems)
+        leftovers, wrong = _quantised(stored, config, list(pins), rules)
+        problems += [Problem(folder.uri, what, quantised.REMEDY, "quantised") for what in wrong]
         if problems:
             return Found(problems=tuple(problems))
         same = {(question.mine, question.other) for question, same in folder.answers.items() if same}
-        check = (
-            partial(_check_base, stored, config) if base is None else partial(_check_model, stored, config, base, rules)
-        )
-        checked = check(same)
+        if base is None:
+            checked = _check_base(stored, config, rules, same)
+        else:
+            checked = _check_model(stored, config, base, rules, same)
         problems += [Problem(folder.uri, what, remedy) for what, remedy in checked.problems]
         if problems:
             return Found(problems=tuple(problems))
+        if leftovers:
+            notes.append(f"{', '.join(leftovers)} in {CONFIG} is left over: no weight is quantised")
         return Found(
             objects,
             {name: Source(refs) for name, refs in checked.tensors.items()},
@@ -104,6 +111,8 @@ class Checkpoint(Format):
             untied=checked.untied,
             excluded=checked.excluded,
             library=library,
+            account=account(sum(math.prod(ref.shape) for ref in stored.values()), checked.fates),
+            leftovers=leftovers,
         )
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
@@ -119,12 +128,17 @@ class Checkpoint(Format):
         return tuple(found)
 
     def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> Encoded:
-        """Return the model's values as stored, without a copy where they are one buffer that is aligned to them."""
+        """Return the model's values as stored, without a copy where they are one buffer that is aligned to them.
+
+        Of rows that the model lacks there are none: the slice is then shorter.
+        """
         import torch  # here, so that planning does not wait for it
 
         dtype: torch.dtype = getattr(torch, _TORCH_NAMES[source.tensors[0].dtype])
         if start == stop:
             return Encoded(torch.empty(0, dtype=dtype))
+        if not buffers:
+            return Encoded(torch.empty(0, dtype=dtype))  # of rows that the model lacks
         buffer = buffers[0] if len(buffers) == 1 else torch.cat(list(buffers))
         if buffer.storage_offset() % dtype.itemsize or buffer.data_ptr() % dtype.itemsize:
             buffer = buffer.clone()
@@ -138,13 +152,15 @@ class _Checked(NamedTuple):
     """Whose elements, one after the other, are the parameter's."""
     problems: list[tuple[str, str]]
     notes: list[str]
+    fates: Iterable[tuple[str, int]]
+    """What becomes of the stored elements, as `account` takes it."""
     extra_rows: tuple[str, ...] = ()
     untied: Mapping[str, str] = {}
     excluded: tuple[str, ...] = ()
 
 
 def _check_base(
-    stored: Mapping[str, TensorRef], config: Mapping[str, Any], same: Collection[tuple[str, str]]
+    stored: Mapping[str, TensorRef], config: Mapping[str, Any], rules: Rules, same: Collection[tuple[str, str]]
 ) -> _Checked:
     tensors: dict[str, tuple[TensorRef, ...]] = {name: (ref,) for name, ref in stored.items()}
     notes: list[str] = []
@@ -157,7 +173,34 @@ def _check_base(
             untied[alias] = kept
             notes.append(f"{alias} differs from {kept}, to which config.json ties it: a parameter of its own")
     problems = [] if tensors else [("holds no tensors", "")]
-    return _Checked(tensors, problems + list(_refused(stored)), notes, untied=untied)
+    problems += _refused({name: ref for name, ref in stored.items() if not _is_copied_whole(name, ref, rules)})
+    fates = [
+        ("tied" if name not in tensors else "merged" if _is_merged(name, ref, rules) else "equal", math.prod(ref.shape))
+        for name, ref in stored.items()
+    ]
+    return _Checked(tensors, problems, notes, fates, untied=untied)
+
+
+def _is_merged(name: str, ref: TensorRef, rules: Rules) -> bool:
+    return ref.dtype in MERGEABLE and not rules.excludes(name)
+
+
+def _is_copied_whole(name: str, ref: TensorRef, rules: Rules) -> bool:
+    """Return whether a tensor of the base is copied whatever its dtype: excluded, and made of whole bytes."""
+    return rules.excludes(name) and DTYPE_BITS[ref.dtype] % 8 == 0
+
+
+def _quantised(
+    stored: Mapping[str, TensorRef], config: Mapping[str, Any], files: Collection[str], rules: Rules
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return (keys of config.json that announce quantised weights where there are none, what is quantised)."""
+    tensors = {name: (ref.dtype, ref.shape) for name, ref in stored.items()}
+    excluded = {name for name in stored if rules.excludes(name)}
+    told = quantised.announced(config, files)
+    reason = f" ({told})" if told else ""
+    wrong = [f"{what}{reason}: {_listed(names)}" for what, names in quantised.refusals(tensors, excluded)]
+    keys = () if quantised.packed(tensors) else tuple(key for key in quantised.CONFIG_KEYS if config.get(key))
+    return keys, wrong
 
 
 def _base_ties(stored: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -220,6 +263,62 @@ class _Names:
             == (self.tensors[kept][0].dtype, self.tensors[kept][0].shape)
         ]
 
+    def copied(self, base: Mapping[str, Parameter], rules: Rules) -> dict[str, str]:
+        """Return the stored names of integers and booleans that may be the base's, by name in the base."""
+        return {
+            name: self.whole[name]
+            for name, refs in self.tensors.items()
+            if _is_table(base[name], rules) and [one[2:] for one in refs] == [(base[name].dtype, base[name].shape)]
+        }
+
+
+def _is_table(parameter: Parameter, rules: Rules) -> bool:
+    """Return whether a base parameter holds integers or booleans that models must share."""
+    return parameter.dtype in COPYABLE and not rules.excludes(parameter.name)
+
+
+_COUNTER = re.compile(r"(?:.*\.)?(?:num_batches_tracked|num_updates|global_step|steps?|iterations?)", re.DOTALL)
+"""Integers that count the steps of a training: a merge keeps the base's."""
+
+
+def _tables(
+    names: _Names, base: Mapping[str, Parameter], rules: Rules, same: Collection[tuple[str, str]]
+) -> dict[str, str]:
+    """Return what becomes of a model's integers and booleans that the base has too; empty: they can't be merged."""
+    asked = names.copied(base, rules)
+
+    def fate(name: str, refs: Sequence[TensorRef]) -> str:
+        if (asked.get(name), name) in same:
+            return "equal"
+        single = sum(math.prod(ref.shape) for ref in refs) == 1
+        return "a counter of the training" if single and _COUNTER.fullmatch(name) else ""
+
+    return {name: fate(name, refs) for name, refs in names.tensors.items() if _is_table(base[name], rules)}
+
+
+BEYOND = "rows beyond the base's"
+
+
+def _fates(
+    stored: Mapping[str, TensorRef], placed: Iterable[tuple[TensorRef, int, str]], left: Mapping[str, str]
+) -> Iterator[tuple[str, int]]:
+    """Yield what becomes of the elements of each stored tensor, of some of which only a part is used.
+
+    placed: (where elements lie, how many, their fate); what is used twice counts once. left: the fates of tensors that
+    have no place.
+    """
+    places = sorted((ref.object, ref.start, name) for name, ref in stored.items() if 0 not in ref.shape)
+    rest = {name: math.prod(ref.shape) for name, ref in stored.items()}
+    seen: set[tuple[int, int]] = set()
+    for ref, elements, fate in placed:
+        if elements and (ref.object, ref.start) not in seen:
+            seen.add((ref.object, ref.start))
+            rest[places[bisect_right(places, ref[:2], key=lambda place: place[:2]) - 1][2]] -= elements
+            yield fate, elements
+    for name, elements in rest.items():
+        if elements or name in left:
+            yield left.get(name, BEYOND), elements
+
 
 def _renamed(match: naming.Match, stored: Mapping[str, TensorRef]) -> Iterator[str]:
     """Yield notes on parameters that the model stores otherwise than the base."""
@@ -265,6 +364,8 @@ def _check_model(
     names = _Names(stored, config, base)
     tensors, notes = names.tensors, names.notes
     problems = [(what, "save it in the layout of the base") for what in names.problems]
+    tables = _tables(names, base, rules, same)
+    left_fates: dict[str, str] = {}
     untied: dict[str, str] = {}
     equal = {alias for alias, kept in names.pairs() if (alias, kept) in same}
     for name, kept in names.tied.items():
@@ -273,6 +374,7 @@ def _check_model(
             continue
         if alias in equal:
             notes.append(f"{alias} is tied to {kept}, and holds the same: merged once")
+            left_fates[alias] = "tied"
         elif base[kept].merged:
             notes.append(f"{alias} differs from {kept}, to which the base ties it: a parameter of its own")
             untied[name], tensors[name] = kept, (ref,)
@@ -285,10 +387,16 @@ def _check_model(
 
     left = {stored_name: ref for stored_name, ref in names.left.values()}
     excluded = [alias for name, (alias, _) in names.left.items() if rules.excludes(name) or rules.excludes(alias)]
-    aside = [name for name, ref in left.items() if ref.dtype in COPYABLE or name in excluded]
-    if aside:
-        notes.append(f"left aside, the base has no such tensors: {_listed(aside)}")
-    extra = {name: ref for name, ref in left.items() if name not in aside}
+    aside = [name for name, ref in left.items() if ref.dtype in COPYABLE and name not in excluded]
+    for some, why in ((aside, "the base has no such tensors"), (excluded, "excluded, and not in the base")):
+        if some:
+            notes.append(f"left aside, {why}: {_listed(some)}")
+    left_fates |= dict.fromkeys(aside, "the base has no such tensor") | dict.fromkeys(excluded, _EXCLUDED)
+    extra = {name: ref for name, ref in left.items() if name not in aside and name not in excluded}
+    problems += _odd_tables(tables)
+    counters = [name for name, fate in tables.items() if fate not in ("", "equal")]
+    if counters:
+        notes.append(f"counts the steps of its training, and the base's are kept: {_listed(counters)}")
     refs = {name: ref for name, many in kept_refs.items() for ref in many}
     problems += _refused({**refs, **extra})
     extra = {name: ref for name, ref in extra.items() if ref.dtype in MERGEABLE}
@@ -299,13 +407,12 @@ def _check_model(
     whole = [name for name, ref in refs.items() if ref.dtype in COPYABLE]
     if whole:
         shown = _listed(f"{name} ({refs[name].dtype} where the base has {merged[name].dtype})" for name in whole)
-        problems.append((f"holds integers where the base holds floating-point numbers: {shown}", ""))
+        problems.append((f"holds integers where the base holds floating-point numbers: {shown}", quantised.REMEDY))
     mixed = [name for name, many in kept_refs.items() if len({ref.dtype for ref in many}) > 1]
     if mixed:
         problems.append((f"stores the parts of one parameter in several dtypes: {_listed(mixed)}", "save it in one"))
-    longer, wrong = _compare_shapes(
-        {name: many[0] for name, many in kept_refs.items() if len(many) == 1}, merged, config
-    )
+    single = {name: many[0] for name, many in kept_refs.items() if len(many) == 1}
+    longer, shorter, wrong = _compare_shapes(single, merged, config)
     if longer and not rules.extra_rows:
         problems.append(
             (
@@ -315,9 +422,40 @@ def _check_model(
         )
     elif longer:
         notes.append(f"rows beyond the base's are left aside: {_shapes(longer, refs, merged)}")
+    if shorter and not rules.missing:
+        problems.append(
+            (
+                f"has fewer embedding rows than the base: {_shapes(shorter, refs, merged)}",
+                "`allow: {missing: zero}` takes the change of the other rows as zero where the tokenizers agree",
+            )
+        )
+    elif shorter:
+        notes.append(f"rows that it lacks are the base's, their change is zero: {_shapes(shorter, refs, merged)}")
     if wrong:
-        problems.append((f"has {len(wrong)} parameters of another shape: {_shapes(wrong, refs, merged)}", ""))
-    return _Checked(kept_refs, problems, notes, tuple(longer), untied, tuple(excluded))
+        remedy = f"is it a fine-tune of this base? `exclude: {_patterns(wrong)}` copies the base's"
+        problems.append((f"has {len(wrong)} parameters of another shape: {_shapes(wrong, refs, merged)}", remedy))
+    placed = (
+        (ref, base[name].numel if name in longer else math.prod(ref.shape), _placed_fate(name, merged, tables))
+        for name, many in tensors.items()
+        for ref in many
+    )
+    fates = () if problems else tuple(_fates(stored, placed, left_fates))
+    return _Checked(kept_refs, problems, notes, fates, (*longer, *shorter), untied, tuple(excluded))
+
+
+_EXCLUDED = "excluded by the recipe"
+
+
+def _placed_fate(name: str, merged: Collection[str], tables: Mapping[str, str]) -> str:
+    return "merged" if name in merged else tables.get(name, _EXCLUDED)
+
+
+def _odd_tables(tables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield (what, remedy) of integers and booleans that are not the base's."""
+    odd = [name for name, fate in tables.items() if not fate]
+    if odd:
+        what = f"has {len(odd)} tensors of integers or booleans that differ from the base's: {_listed(odd)}"
+        yield what, f"they can't be merged; `exclude: {_patterns(odd)}` copies the base's"
 
 
 def _one_sided(
@@ -367,18 +505,18 @@ def _patterns(names: Collection[str]) -> str:
 
 def _compare_shapes(
     kept: Mapping[str, TensorRef], base: Mapping[str, Parameter], config: Mapping[str, Any]
-) -> tuple[list[str], list[str]]:
-    """Return (parameters that only have more vocabulary rows, parameters of a wrong shape)."""
+) -> tuple[list[str], list[str], list[str]]:
+    """Return (parameters that only have more vocabulary rows, only fewer of them, another shape altogether)."""
     differ = [name for name, ref in kept.items() if ref.shape != base[name].shape]
     rows = _setting(config, "vocab_size", None)
-    longer = [
+    resized = [
         name
         for name in differ
-        if kept[name].shape[:1] == (rows,)
-        and base[name].shape[:1] < (rows,)
-        and kept[name].shape[1:] == base[name].shape[1:]
+        if kept[name].shape[:1] == (rows,) and base[name].shape and kept[name].shape[1:] == base[name].shape[1:]
     ]
-    return longer, [name for name in differ if name not in longer]
+    longer = [name for name in resized if kept[name].shape > base[name].shape]
+    shorter = [name for name in resized if name not in longer]
+    return longer, shorter, [name for name in differ if name not in resized]
 
 
 def _refused(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ties_ray.account import Account, account
 from ties_ray.errors import Problem, printable
 from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded, Factors
@@ -194,6 +195,7 @@ class Lora(Format):
             kinds=adapter.kinds,
             called=adapter.called,
             facts=adapter.facts(),
+            account=_account(folder.headers[WEIGHTS].tensors, adapter),
         )
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
@@ -258,6 +260,20 @@ class Lora(Format):
         if "scale" not in dict(source.numbers):
             return 0
         return sum(2 * nbytes(ref.dtype, ref.shape) + 4 * math.prod(ref.shape) for ref in source.tensors)
+
+
+def _account(stored: Mapping[str, TensorInfo], adapter: "_Adapter") -> Account:
+    """Return what becomes of every tensor of an adapter that is not refused."""
+    merged = {ref.start for source in adapter.sources.values() for ref in source.tensors}
+    fates = []
+    for key, info in stored.items():
+        fate = "excluded by the recipe"
+        if info.start in merged:
+            fate = "merged"
+        elif key in adapter.copies:
+            fate = "copies of base layers"
+        fates.append((fate, math.prod(info.shape)))
+    return account(sum(elements for _, elements in fates), fates)
 
 
 def _shape(source: Source) -> tuple[int, ...]:
@@ -373,14 +389,14 @@ class _Adapter:
         self._modules: list[str] = []
         self._ranks: set[int] = set()
         self._variants: set[str] = {"rslora"} if settings.rslora else set()
-        self._copies: list[str] = []
-        self._excluded: list[str] = []
+        self.copies: list[str] = []
+        self.excluded: list[str] = []
 
     def add_module(self, path: str, parts: Parts) -> None:
         """Add the changes of a module's weight, and of its bias."""
         names = [f"{path}.weight", f"{path}.bias"] if "bias" in parts else [f"{path}.weight"]
         if all(self._rules.excludes(self._rename(name)) for name in names):
-            self._excluded.append(path)
+            self.excluded.append(path)
             return
         a, b = parts.get("A", parts.get("embedding_A")), parts.get("B", parts.get("embedding_B"))
         if parts.keys() & {"A", "B"} and parts.keys() & {"embedding_A", "embedding_B"}:
@@ -400,7 +416,7 @@ class _Adapter:
         """Add a whole tensor that was saved beside the factors."""
         name = self._rename(name)
         if self._rules.excludes(name):
-            self._excluded.append(key)
+            self.excluded.append(key)
             return
         known = name.endswith((".weight", ".bias")) if self._base is None else name in self._base
         if not known:
@@ -411,7 +427,7 @@ class _Adapter:
         elif ref.dtype not in MERGEABLE:
             self._refused.add("dtype", f"{key} ({ref.dtype})")
         elif key.endswith(".base_layer.weight") and name in self.sources and ref.shape == _shape(self.sources[name]):
-            self._copies.append(key)
+            self.copies.append(key)
         elif not self._rules.saved_modules:
             self._refused.add("saved_modules", key, self._pattern(name))
         else:
@@ -430,12 +446,12 @@ class _Adapter:
     def notes(self) -> list[str]:
         """Return what was left aside."""
         notes = []
-        if self._copies:
+        if self.copies:
             notes.append(
-                f"left aside, copies of base layers that PEFT saves beside their factors: {_listed(self._copies)}"
+                f"left aside, copies of base layers that PEFT saves beside their factors: {_listed(self.copies)}"
             )
-        if self._excluded:
-            notes.append(f"left out with all that was trained in them, as `exclude` says: {_listed(self._excluded)}")
+        if self.excluded:
+            notes.append(f"left out with all that was trained in them, as `exclude` says: {_listed(self.excluded)}")
         return notes
 
     def facts(self) -> dict[str, str]:

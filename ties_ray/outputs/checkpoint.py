@@ -20,12 +20,12 @@ class Checkpoint(Output):
     kind: Literal["checkpoint"] = "checkpoint"
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
-        """Return every base parameter; only merged ones change their dtype."""
+        """Return every base parameter; only merged ones change their dtype, where it can hold their values."""
         asked = DTYPES[self.dtype] if self.dtype else None
         return tuple(
             OutputTensor(
                 name=parameter.name,
-                dtype=(asked or parameter.dtype) if parameter.merged else parameter.dtype,
+                dtype=asked if asked and parameter.merged and not parameter.keeps_dtype else parameter.dtype,
                 shape=parameter.shape,
                 parameter=parameter.name,
                 origin="merged" if parameter.merged else "base",

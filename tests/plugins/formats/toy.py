@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ties_ray.account import account
 from ties_ray.errors import Problem
 from ties_ray.formats import Folder, Format, Found, Parameter, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded
@@ -35,7 +36,8 @@ class Toy(Format):
         if base is None or starts.keys() - base.keys() or DATA not in pins:
             return Found(problems=(Problem(folder.uri, "does not belong to this base"),))
         sources = {name: Source((TensorRef(0, start, "F32", base[name].shape),)) for name, start in starts.items()}
-        return Found((pins[DATA],), sources)
+        size = sum(base[name].numel for name in starts)
+        return Found((pins[DATA],), sources, account=account(size, [("merged", size)]))
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
         begin = source.tensors[0].start

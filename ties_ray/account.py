@@ -1,0 +1,67 @@
+"""What becomes of every value that an input stores: the ledger of one model, the same in plan, result and card."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Fate = Literal["merged", "equal", "tied"]
+"""What becomes of stored values; any other text is the reason why they are left aside."""
+
+
+class Aside(NamedTuple):
+    """Stored values that the merge does not use, for one reason."""
+
+    reason: str
+    tensors: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """The elements of all tensors that an input stores, by what becomes of them."""
+
+    stored: int = 0
+    merged: int = 0
+    equal: int = 0
+    """Copied from the base, whose bytes they are. In the base's own account: copied as they are."""
+    tied: int = 0
+    """A second name of values that count under their first: the same bytes."""
+    aside: tuple[Aside, ...] = ()
+
+    @property
+    def adds_up(self) -> bool:
+        """Return whether every stored element has one fate."""
+        return self.stored == self.merged + self.equal + self.tied + sum(one.elements for one in self.aside)
+
+    @property
+    def all_merged(self) -> bool:
+        """Return whether there is nothing more to tell than the number of elements."""
+        return self.stored == self.merged
+
+    def __str__(self) -> str:
+        """Return one line: `all 1,000 values merged`, or `of 1,000 values 900 merged, 60 tied, 40 left aside ...`."""
+        if self.all_merged:
+            return f"all {self.stored:,} values merged"
+        return f"of {self.stored:,} values {', '.join(self._parts())}"
+
+    def _parts(self) -> Iterator[str]:
+        yield f"{self.merged:,} merged"
+        if self.equal:
+            yield f"{self.equal:,} equal to the base's"
+        if self.tied:
+            yield f"{self.tied:,} tied"
+        for one in self.aside:
+            yield f"{one.elements:,} left aside in {one.tensors} tensor{'s' * (one.tensors != 1)} ({one.reason})"
+
+
+def account(stored: int, fates: Iterable[tuple[Fate | str, int]]) -> Account:
+    """Return the account of an input that stores so many elements; fates: (fate, elements), one or more a tensor."""
+    totals = {"merged": 0, "equal": 0, "tied": 0}
+    aside: dict[str, tuple[int, int]] = {}
+    for fate, elements in fates:
+        if fate in totals:
+            totals[fate] += elements
+        else:
+            tensors, before = aside.get(fate, (0, 0))
+            aside[fate] = tensors + 1, before + elements
+    return Account(stored, **totals, aside=tuple(Aside(reason, *counts) for reason, counts in aside.items()))
