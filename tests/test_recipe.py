@@ -86,6 +86,12 @@ def test_an_unknown_key_without_a_likely_one_gets_all_that_are_known() -> None:
     assert problem.remedy.startswith("known here: address, arithmetic, cache, deadline")
 
 
+def test_an_address_that_no_worker_can_join_is_refused_with_what_to_write() -> None:
+    problem = refused(PLAIN | {"run": {"address": "http://head:8265"}})["run.address"]
+    assert "write ray://host:10001 or host:6379" in problem.what
+    assert validate(PLAIN | {"run": {"address": "ray://head:10001"}}).run.address == "ray://head:10001"
+
+
 def test_every_problem_is_told_at_once_and_by_its_place() -> None:
     data = {
         "models": ["a", "b", "c", {"path": "d", "weight": "heavy"}, {"path": "e", "density": 2}],

@@ -18,6 +18,7 @@ from pydantic import (
     SerializeAsAny,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -29,6 +30,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from ties_ray import plugins
 from ties_ray.errors import Problem, RecipeError, holds_secret, shown
+from ties_ray.executors import address_problem
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
 from ties_ray.stores import Uri, store_class
@@ -165,7 +167,8 @@ class Run(Strict):
     executor: str = "ray"
     """`ray`, or `local`: in this process, without Ray."""
     address: str | None = None
-    """The Ray cluster (`auto`, `host:port`, `ray://...`); None: RAY_ADDRESS, else a local one that starts by itself."""
+    """The Ray cluster: `host:port`, `ray://host:port` (Ray Client), `auto` (this machine's), or `local` (a new one).
+    None: the cluster that RAY_ADDRESS names, else a new local one."""
     workers: int | None = Field(default=None, ge=1, le=MAX_WORKERS)
     """None: one a CPU core of the cluster."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -197,6 +200,14 @@ class Run(Strict):
     def gpus(self) -> float:
         """GPUs of a worker."""
         return float(self.device == "cuda") if self.gpus_per_worker is None else self.gpus_per_worker
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str | None, info: ValidationInfo) -> str | None:
+        wrong = address_problem(value) if info.data.get("executor") == "ray" and value is not None else None
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return value
 
     @model_validator(mode="after")
     def _gpu(self) -> "Run":

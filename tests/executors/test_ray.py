@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_port
-from ties_ray.errors import UnavailableError
-from ties_ray.executors import Answered, Lost, Needs, Ready
-from ties_ray.executors.ray import RayExecutor, _digest, _facts
+from ties_ray.errors import InputError, UnavailableError
+from ties_ray.executors import Answered, Lost, Needs, Ready, address_problem
+from ties_ray.executors.ray import RayExecutor, _digest, _facts, _short_folder
 from ties_ray.testing import ExecutorContract
 
 
@@ -143,15 +143,98 @@ def test_an_address_where_no_cluster_is_gets_an_error_that_names_it(listening: b
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "address", ["auto", "local", "head:6379", "10.0.0.1:6379", "[::1]:6379", "ray://head:10001", "ray://[::1]:10001"]
+)
+def test_the_address_of_a_cluster_may_be(address: str) -> None:
+    assert address_problem(address) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("http://127.0.0.1:8265", "ray job submit --address http://127.0.0.1:8265 -- ties-ray merge"),
+        ("https://ray.example/", "write ray://host:10001 or host:6379"),
+        ("head", "write auto, local, host:port or ray://host:port"),
+        ("ray://head", "write auto"),
+        ("ray:head:10001", "write auto"),
+        ("", "write auto"),
+    ],
+)
+def test_the_address_of_a_cluster_is_refused_with_what_to_write(address: str, remedy: str) -> None:
+    wrong = address_problem(address)
+    assert wrong is not None
+    assert remedy in wrong[1]
+
+
+def test_the_dashboards_address_in_the_environment_is_refused_for_good(tmp_path: Path) -> None:
+    done = driver(start("1, 2**20"), cwd=tmp_path, RAY_ADDRESS="http://127.0.0.1:8265")
+    assert done.stdout.startswith("InputError RAY_ADDRESS: http://127.0.0.1:8265 is where Ray takes jobs")
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_gone_around(tmp_path: Path) -> None:
+    scratch = tmp_path / ("slurm-" + "1" * 40) / ("tmp." + "t" * 40)
+    scratch.mkdir(parents=True)
+    before = set(Path("/tmp").glob("ties-ray-*"))
+    done = driver(start("1, 2**20"), cwd=tmp_path, RAY_ADDRESS="", TMPDIR=str(scratch))
+    assert (done.stdout, done.stderr) == ("[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", "")
+    assert list(scratch.iterdir()) == []
+    assert {
+        path for path in set(Path("/tmp").glob("ties-ray-*")) - before if path.owner() == Path.home().owner()
+    } == set()
+
+
+def test_where_no_short_folder_can_be_written_the_variable_to_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**how: str) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch")
+    assert _short_folder() is None
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", "/" + "t" * 60)
+    with pytest.raises(InputError, match=r"too long for Ray's sockets.*set RAY_TMPDIR to a folder of at most 36 bytes"):
+        _short_folder()
+
+
+def test_the_project_of_a_driver_under_uv_run_is_not_uploaded(tmp_path: Path) -> None:
+    """Ray looks for a parent whose command line begins with `uv run`."""
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'mine'\nversion = '1'\n")
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
+    program = "from ties_ray.executors import *\nfrom ties_ray.executors.ray import RayExecutor\n"
+    program += textwrap.dedent(start("1, 2**20")).replace(
+        "executor.submit(0, 1", "import ray; print(ray.get_runtime_context().runtime_env); executor.submit(0, 1"
+    )
+    (tmp_path / "driver.py").write_text(program)
+    (tmp_path / "run").write_text('"$@"; exit $?\n')
+    done = subprocess.run(
+        ["uv", "run", sys.executable, "driver.py"],
+        executable="/bin/sh",
+        env=os.environ | {"RAY_ADDRESS": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "{}\n[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", done.stderr
+
+
 @pytest.fixture(scope="module")
-def bare_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the address of a Ray whose Python has every package of this one but ties_ray."""
-    folder, port = Path("/tmp") / f"ray-{os.getpid()}", free_port()  # Ray's sockets want a short path
+def bare_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Return the addresses of a Ray whose Python has every package of this one but ties_ray, and by Ray Client."""
+    folder, port, client = Path("/tmp") / f"ray-{os.getpid()}", free_port(), free_port()  # sockets want a short path
     python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     environment = os.environ | {"PYTHONPATH": site.getsitepackages()[0], "RAY_USAGE_STATS_ENABLED": "0"}
     ports = [f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")]
     command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", *ports]
-    command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}"]
+    command += [
+        f"--ray-client-server-port={client}",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+        "--object-store-memory=100000000",
+        f"--temp-dir={folder}",
+    ]
     cwd = tmp_path_factory.mktemp("elsewhere")
     log = cwd / "log"
     with log.open("w") as out:
@@ -162,27 +245,30 @@ def bare_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert time.monotonic() < end, log.read_text()
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield f"127.0.0.1:{port}"
+        yield {"direct": f"127.0.0.1:{port}", "client": f"ray://127.0.0.1:{client}"}
     finally:
         process.terminate()
         process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_ties_ray_is_shipped_to_a_cluster_without_it_and_uses_the_plugins(bare_cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["direct", "client"])
+def test_ties_ray_is_shipped_to_a_cluster_without_it_and_uses_the_plugins(
+    how: str, bare_cluster: dict[str, str], tmp_path: Path
+) -> None:
     plugins = tmp_path / "my_plugins"
     (plugins / "methods").mkdir(parents=True)
     (plugins / "methods" / "mine.py").write_text("from ties_ray.echo import EchoHost as Mine\n")
-    code = start(f"1, 2**20, address={bare_cluster!r}", factory="ties_ray.methods.mine:Mine")
+    code = start(f"1, 2**20, address={bare_cluster[how]!r}", factory="ties_ray.methods.mine:Mine")
     done = driver(code, cwd=tmp_path, TIES_RAY_PLUGINS=str(plugins))
     assert done.stdout == "[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", done.stderr
     assert done.stderr == ""
 
 
 def test_on_a_connection_of_the_callers_a_missing_ties_ray_is_refused_with_what_to_do(
-    bare_cluster: str, tmp_path: Path
+    bare_cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    code = f"import ray\nray.init({bare_cluster!r}, log_to_driver=False, logging_level='ERROR')\n"
+    code = f"import ray\nray.init({bare_cluster['direct']!r}, log_to_driver=False, logging_level='ERROR')\n"
     done = driver(code + textwrap.dedent(start("1, 2**20")), cwd=tmp_path)
     assert "InputError node " in done.stdout, done.stderr
     assert "ties_ray nothing is there, not " in done.stdout

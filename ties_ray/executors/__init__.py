@@ -5,6 +5,7 @@ the business of `schedule.py`. One file here an executor; the same conformance s
 """
 
 import importlib
+import re
 import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -47,11 +48,24 @@ class Needs:
     gpus: float = 0
     """GPUs a worker."""
     address: str | None = None
-    """The cluster, by Ray's own rules; None: an existing one if the environment names it, else a local one."""
+    """The cluster, as `address_problem` allows; None: the one that RAY_ADDRESS names, else a local one."""
     deadline: float = 300.0
     """Seconds to wait for workers before giving up."""
     versions: tuple[tuple[str, str], ...] = ()
     """(package, version) that every worker must have, of which more may follow a "+"; what differs is refused."""
+
+
+def address_problem(address: str) -> tuple[str, str] | None:
+    """Return what is wrong with the address of a Ray cluster, and what to write instead; None if nothing is."""
+    if re.match("https?://", address):
+        what = f"{address} is where Ray takes jobs, and not where it takes workers"
+        command = f"ray job submit --address {address} -- ties-ray merge RECIPE --set run.address=auto"
+        return what, f"write ray://host:10001 or host:6379, or send the merge there: {command}"
+    if address in ("auto", "local") or re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:.]+\]|[^/:\s]+):\d+", address):
+        return None
+    if re.match("(?!ray)[a-z]+://", address):
+        return None  # a service with a client of its own
+    return f"{address!r} is no address of a Ray cluster", "write auto, local, host:port or ray://host:port"
 
 
 @dataclass(frozen=True)

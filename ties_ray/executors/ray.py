@@ -15,15 +15,18 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -36,7 +39,18 @@ import ray.util.metrics
 from ray.exceptions import RayError, RayTaskError
 
 from ties_ray.errors import ErrorKind, InputError, Problem, UnavailableError
-from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor, Lost, Needs, Ready, Refusal, Refused
+from ties_ray.executors import (
+    MESSAGE_BYTES,
+    Answered,
+    Event,
+    Executor,
+    Lost,
+    Needs,
+    Ready,
+    Refusal,
+    Refused,
+    address_problem,
+)
 from ties_ray.plugins import PLUGIN_FOLDER
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
@@ -47,6 +61,8 @@ _OWN_CLUSTER = {
 }
 _STORE_BYTES = 100 * 2**20
 """Ray's object store: nothing of ours goes through it; Ray asks for 75 MiB at least."""
+_LONGEST_FOLDER = 36
+"""Bytes of the path in which Ray may make `ray/session_<time>_<pid>/sockets/plasma_store.1`: a socket's has 107."""
 _SLICE = 0.2
 """Seconds that one call of Ray may keep the main thread from its signals."""
 _GRACE = 30.0
@@ -155,6 +171,8 @@ def _plain(refusal: Refusal) -> _Plain:
 
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+for _method in (_Worker.begin, _Worker.run):
+    ray.method(concurrency_group="work")(_method)  # here, since a call through Ray Client can't name its group
 _Actor = ray.remote(concurrency_groups={"work": 1})(_Worker)
 
 
@@ -181,6 +199,7 @@ class RayExecutor(Executor):
         self._open: dict[Any, _Message] = {}
         self._owns_connection = False
         self._environment: dict[str, str] = {}
+        self._folder: str | None = None
 
     def start(self, factory: str, setup: str, needs: Needs) -> int:
         """Connect, start actors, check what each of them runs with, build the hosts.
@@ -213,7 +232,7 @@ class RayExecutor(Executor):
         """Call the actor."""
         assert len(message) <= MESSAGE_BYTES
         if self._healthy[worker]:
-            call = self._actors[worker].run.options(concurrency_group="work").remote(message)
+            call = self._actors[worker].run.remote(message)
             self._open[call] = _Message(worker, ticket, time.monotonic())
 
     def wait(self, timeout: float) -> list[Event]:
@@ -243,6 +262,9 @@ class RayExecutor(Executor):
                 ray.shutdown()
         for name in self._environment:
             os.environ.pop(name, None)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
         self._actors, self._healthy, self._open, self._owns_connection, self._environment = [], [], {}, False, {}
 
     # ----- connection
@@ -251,6 +273,9 @@ class RayExecutor(Executor):
         if ray.is_initialized():
             return
         address = self._needs.address or os.environ.get("RAY_ADDRESS") or "local"
+        wrong = address_problem(address)
+        if wrong:
+            raise InputError(Problem("RAY_ADDRESS", *wrong))
         options: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
         if modules:
             options["runtime_env"] = {"py_modules": list(modules), "excludes": ["**/__pycache__"]}
@@ -259,8 +284,10 @@ class RayExecutor(Executor):
             options |= {"num_cpus": self._needs.num_workers, "object_store_memory": _STORE_BYTES}
             self._environment = {name: value for name, value in _OWN_CLUSTER.items() if name not in os.environ}
             os.environ.update(self._environment)  # until the end, for the processes that Ray starts
+            self._folder = _short_folder()
+            folder = {"_temp_dir": self._folder} if self._folder else {}
             with _loopback():
-                self._init(address, options | {"include_dashboard": False})
+                self._init(address, options | {"include_dashboard": False} | folder)
             self._check_room()
         else:
             _reach(address, min(20.0, self._needs.deadline))
@@ -271,14 +298,18 @@ class RayExecutor(Executor):
         handler = signal.getsignal(signal.SIGTERM)
         terminated = False
         try:
-            ray.init(**options)
+            with _no_upload():
+                ray.init(**options)
         except SystemExit:  # what Ray makes of a SIGTERM
             terminated = True
         except Exception as error:
-            if "Version mismatch" in str(error):
+            if re.search("version.*(mismatch|differ)|(mismatch|differ).*version", str(error), re.I | re.S):
                 remedy = f"pip install ray=={ray.__version__} there, or the cluster's versions here"
                 raise InputError(Problem(f"Ray at {address}", str(error), remedy)) from error
             what = f"{type(error).__name__}: {error}"
+            if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError):
+                remedy = "correct run.address, RAY_ADDRESS or RAY_TMPDIR"
+                raise InputError(Problem(f"Ray at {address}", what, remedy)) from error
             raise UnavailableError(Problem(f"Ray at {address}", what, "see `ray status` there")) from error
         finally:
             if threading.current_thread() is threading.main_thread() and handler is not None:
@@ -314,7 +345,7 @@ class RayExecutor(Executor):
 
     def _begin(self, worker: int) -> None:
         order = (self._expected, _plugin_folder(), self._factory, self._setup)
-        call = self._actors[worker].begin.options(concurrency_group="work").remote(*order)
+        call = self._actors[worker].begin.remote(*order)
         self._open[call] = _Message(worker, None, time.monotonic())
 
     def _find_expected(self) -> dict[str, str]:
@@ -462,6 +493,33 @@ def _loopback() -> Iterator[None]:
         constants.ENABLE_RAY_CLUSTER = before
 
 
+@contextmanager
+def _no_upload() -> Iterator[None]:
+    """Keep Ray from uploading the project of a driver that was started by `uv run`: the folder may hold models.
+
+    The nodes have what a worker needs, or get ties_ray itself. Who wants it otherwise sets Ray's own variable.
+    """
+    constants = ray._private.ray_constants
+    before = constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before and "RAY_ENABLE_UV_RUN_RUNTIME_ENV" in os.environ
+    try:
+        yield
+    finally:
+        constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
+
+
+def _short_folder() -> str | None:
+    """Return a new folder for Ray's session where its own would give sockets too long a path; else None."""
+    asked = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(asked)) <= _LONGEST_FOLDER:
+        return None
+    for place in ("/tmp", "/var/tmp", "/dev/shm"):
+        with suppress(OSError):
+            return tempfile.mkdtemp(prefix="ties-ray-", dir=place)
+    what = f"{asked} is too long for Ray's sockets, and no shorter folder can be written"
+    raise InputError(Problem("TMPDIR", what, f"set RAY_TMPDIR to a folder of at most {_LONGEST_FOLDER} bytes"))
+
+
 def _plugin_folder() -> str:
     folder = os.environ.get(PLUGIN_FOLDER)
     return str(Path(folder).resolve()) if folder else ""
@@ -486,7 +544,7 @@ def _describe(node: Mapping[str, Any]) -> str:
 def _reach(address: str, timeout: float) -> None:
     """Raise `UnavailableError` where no cluster answers: `ray.init` would try for minutes, and write about it."""
     host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if not (separator and port.isdigit()) or address.startswith("ray://"):
+    if not (separator and port.isdigit()):
         return  # "auto", or something for Ray to judge
     command = [
         sys.executable,
@@ -500,7 +558,9 @@ def _reach(address: str, timeout: float) -> None:
     remedy = "start the cluster, or correct run.address or RAY_ADDRESS"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-        subprocess.run(command, check=True, capture_output=True, timeout=timeout)
+        if not address.startswith("ray://"):  # there Ray Client answers, which has no such check
+            subprocess.run(command, check=True, capture_output=True, timeout=timeout)
     except (OSError, subprocess.SubprocessError) as error:
-        what = f"no Ray cluster answers ({error if isinstance(error, OSError) else 'something else does'})"
+        slow = "in time" if isinstance(error, subprocess.TimeoutExpired) else "as one"
+        what = f"no Ray cluster answers ({error if isinstance(error, OSError) else f'what is there does not, {slow}'})"
         raise UnavailableError(Problem(f"Ray at {address}", what, remedy)) from error
