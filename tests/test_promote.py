@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from ties_ray.errors import InputError
 from ties_ray.promote import Pointer, promote, rollback
 from ties_ray.recipe import validate
 from ties_ray.stores import Stores
+from ties_ray.stores.local import Local
+from ties_ray.verify import verify
 
 STORES = Stores({})
 
@@ -71,6 +75,70 @@ def test_what_is_no_merge_or_no_pointer_is_refused(outputs: list[str], tmp_path:
     ):
         promote(STORES, outputs[0], str(tmp_path / "other.json"))
     assert (tmp_path / "other.json").read_text() == '{"important": true}'
+
+
+@pytest.mark.parametrize("change", ["another run", "weights"])
+def test_what_was_changed_while_it_was_evaluated_is_not_promoted(
+    change: str, outputs: list[str], tmp_path: Path
+) -> None:
+    pointer = str(tmp_path / "current.json")
+    act = f"import shutil; shutil.copytree({outputs[1]!r}, {outputs[0]!r}, dirs_exist_ok=True)"
+    if change == "weights":
+        act = f"open({outputs[0] + '/model.safetensors'!r}, 'ab').write(b'x')"
+    with pytest.raises(InputError, match=r"was changed while it was evaluated: .*\[not_approved\]"):
+        promote(STORES, outputs[0], pointer, [sys.executable, "-c", act])
+    assert not Path(pointer).exists()
+
+
+def test_an_evaluation_may_leave_its_report_beside_the_weights(outputs: list[str], tmp_path: Path) -> None:
+    act = "import os; open(os.environ['TIES_RAY_OUTPUT'] + '/report.json', 'w').write('{}')"
+    assert promote(STORES, outputs[0], str(tmp_path / "current.json"), [sys.executable, "-c", act]).changed
+
+
+def test_only_what_is_whole_is_promoted_where_that_is_asked(outputs: list[str], tmp_path: Path) -> None:
+    pointer, weights = str(tmp_path / "current.json"), Path(outputs[0]) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match="are not those that were written"):
+        promote(STORES, outputs[0], pointer, check=partial(verify, STORES, outputs[0]))
+    assert promote(STORES, outputs[1], pointer, check=partial(verify, STORES, outputs[1])).changed
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["there is a pointer", "there is none"])
+def test_of_two_promotions_at_the_same_time_none_is_lost(
+    first: bool, outputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other promotion comes between our look at the pointer and our writing."""
+    pointer = str(tmp_path / "current.json")
+    if not first:
+        promote(STORES, outputs[0], pointer)
+        rival = Path(outputs[0]).parent / "rival"
+        shutil.copytree(outputs[1], rival)
+    else:
+        rival = Path(outputs[0])
+    swap, racing = Local.swap, [True]
+
+    def late(store: Local, uri: str, data: bytes, etag: str) -> object:
+        if uri == pointer and racing:
+            racing.clear()
+            promote(STORES, str(rival), pointer)
+        return swap(store, uri, data, etag)
+
+    monkeypatch.setattr(Local, "swap", late)
+    told = promote(STORES, outputs[1], pointer)
+    assert (told.current.output, told.previous and told.previous.output) == (outputs[1], str(rival))
+    found = Pointer.model_validate_json(Path(pointer).read_bytes())
+    assert (found.current, found.previous) == (told.current, told.previous)
+
+
+def test_a_merge_that_was_replaced_is_not_rolled_back_to(outputs: list[str], tmp_path: Path) -> None:
+    pointer = str(tmp_path / "current.json")
+    promote(STORES, outputs[0], pointer)
+    promote(STORES, outputs[1], pointer)
+    shutil.copytree(outputs[1], outputs[0], dirs_exist_ok=True)
+    with pytest.raises(InputError, match=r"the merge before, run \w+ in .*, is not there any more"):
+        rollback(STORES, pointer)
 
 
 def test_a_pointer_in_a_bucket_moves_too(outputs: list[str], s3_bucket: Bucket) -> None:

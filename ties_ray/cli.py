@@ -343,9 +343,18 @@ def _status(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
     metavar="SHARE",
     help="Merge this share of the elements again, at least one slice of every tensor, and compare every bit.",
 )
+@click.option(
+    "--recount",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="SHARE",
+    help="Count the thresholds of this share of the models anew, at least of one, and compare them.",
+)
 @click.option("--seed", type=int, default=0, help="Takes another sample.")
 @click.option("--sha256", "sums", is_flag=True, help="If all is well, write SHA256SUMS for `sha256sum -c`.")
-def _verify(desk: _Desk, output: str, overrides: Sequence[str], sample: float, seed: int, sums: bool) -> int:
+def _verify(
+    desk: _Desk, output: str, overrides: Sequence[str], sample: float, recount: float, seed: int, sums: bool
+) -> int:
     """Re-read a finished OUTPUT: headers, index, checksums of parts and files, values that are not finite.
 
     OUTPUT is the folder, or the recipe file that names it. Exits with 3 if anything is not as it was written, or not
@@ -369,7 +378,7 @@ def _verify(desk: _Desk, output: str, overrides: Sequence[str], sample: float, s
             click.echo(f"sample: reads the inputs that the folder's plan names: {named}{more}", err=True)
 
     with desk.progress() as watch:
-        found = verify(stores, folder, watch, sample=sample, seed=seed, sums=sums, announce=announce)
+        found = verify(stores, folder, watch, sample=sample, recount=recount, seed=seed, sums=sums, announce=announce)
     desk.tell(found, *text.of_verification(found))
     return _report(found.findings)
 
@@ -409,11 +418,13 @@ def _clean(desk: _Desk, output: str, overrides: Sequence[str], dry_run: bool) ->
 @click.argument("pointer")
 @_SET
 @click.option("--evaluate", metavar="COMMAND", default="", help="Promote only if it ends with 0; see below.")
-def _promote(desk: _Desk, output: str, pointer: str, overrides: Sequence[str], evaluate: str) -> int:
+@click.option("--verify", "verified", is_flag=True, help="Promote only what `ties-ray verify` finds whole; reads all.")
+def _promote(desk: _Desk, output: str, pointer: str, overrides: Sequence[str], evaluate: str, verified: bool) -> int:
     """Let POINTER, a small JSON object, name the finished merge in OUTPUT; the one before is kept for `rollback`.
 
     COMMAND gets TIES_RAY_OUTPUT (the folder) and TIES_RAY_RESULT (a file with the result record). Exits with 3, and
-    leaves the pointer, if it does not approve. What the pointer names already is not evaluated again.
+    leaves the pointer, if it does not approve, or if the folder was changed meanwhile. What the pointer names already
+    is not evaluated again.
 
     \b
     Examples:
@@ -423,8 +434,11 @@ def _promote(desk: _Desk, output: str, pointer: str, overrides: Sequence[str], e
     from ties_ray import text
     from ties_ray.promote import promote
     from ties_ray.stores import absolute
+    from ties_ray.verify import verify
 
-    told = promote(stores, folder, absolute(pointer), shlex.split(evaluate))
+    with desk.progress() as watch:
+        check = functools.partial(verify, stores, folder, watch) if verified else None
+        told = promote(stores, folder, absolute(pointer), shlex.split(evaluate), check)
     desk.tell(told, *text.of_promotion(told))
     return 0
 

@@ -36,9 +36,11 @@ LARGE = Bounds(stored=2**28, values=2**22)
 """A record, what a barrier knows, a result record."""
 PLAN = Bounds(stored=2**28, values=2**24, inflated=2**29)
 """A plan of 1000 adapters, each stored in its own way, has some 5 million values."""
-FREE, A_BYTE = Bounds(0, values=2**19, inflated=2**26), Bounds(1, values=8, inflated=128)
-"""What a compressed document may grow to, and how much more for each byte of it: plans have about 1 value and 10 bytes
-a byte, and a small object can't take much memory."""
+FREE, A_BYTE = Bounds(0, values=2**19, inflated=2**25), Bounds(1, values=4, inflated=64)
+"""What a compressed document may grow to, and how much more for each byte of it: plans have about 1.4 values and 16
+bytes a byte (300 models of 723 tensors), and a small object can't take much memory."""
+PIECE = 2**20
+"""Bytes inflated at a time."""
 
 
 def read(store: Store, uri: str, adapter: TypeAdapter[T], bounds: Bounds, what: str, remedy: str) -> tuple[Pin, T]:
@@ -58,13 +60,15 @@ def parse(data: bytes, adapter: TypeAdapter[T], bounds: Bounds, where: str, what
         problem = f"this ties_ray can't read {what} ({shown(why)[:REASON]})"
         raise InputError(Problem(shown(where), problem, remedy)) from None
 
-    allowed = bounds.values
+    most = bounds
     try:
         if bounds.inflated:
-            allowed = min(allowed, FREE.values + A_BYTE.values * len(data))
-            data = inflate(data, min(bounds.inflated, FREE.inflated + A_BYTE.inflated * len(data)))
-        if (values := num_values(data)) > allowed:
-            refuse(f"it holds some {values:,} values, at most {allowed:,} were expected")
+            most = Bounds(
+                *(min(one, free + each * len(data)) for one, free, each in zip(bounds, FREE, A_BYTE, strict=True))
+            )
+            data = inflate(data, most)
+        elif num_values(data) > most.values:
+            refuse(_TOO_MANY.format(most.values))
         return adapter.validate_json(data)
     except ValidationError as error:
         refuse(first_of(error))
@@ -84,15 +88,25 @@ def first_of(error: ValidationError) -> str:
     return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
-def inflate(data: bytes, limit: int) -> bytes:
-    """Return what a gzip file holds; raise `ValueError` where that is more than `limit` bytes, or not whole."""
-    stream = zlib.decompressobj(wbits=31)
-    inflated = stream.decompress(data, limit)
-    if stream.unconsumed_tail:
-        raise ValueError(f"it inflates to more than {limit:,} bytes")
-    if not stream.eof or stream.unused_data:
-        raise ValueError("it is cut off, or something follows it")
-    return inflated
+def inflate(data: bytes, most: Bounds) -> bytes:
+    """Return what a gzip file holds; raise `ValueError` where that is more than allowed, or not whole."""
+    stream, pieces, size, values = zlib.decompressobj(wbits=31), list[bytes](), 0, 0
+    while not stream.eof:
+        piece, data = stream.decompress(data, PIECE), stream.unconsumed_tail
+        if not piece and not stream.eof:
+            raise ValueError("it is cut off")
+        size, values = size + len(piece), values + num_values(piece)
+        if size > most.inflated:
+            raise ValueError(f"it inflates to more than {most.inflated:,} bytes")
+        if values > most.values:
+            raise ValueError(_TOO_MANY.format(most.values))
+        pieces.append(piece)
+    if stream.unused_data:
+        raise ValueError("something follows it")
+    return b"".join(pieces)
+
+
+_TOO_MANY = "it holds more than {:,} values"
 
 
 def num_values(data: bytes) -> int:

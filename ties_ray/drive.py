@@ -398,7 +398,12 @@ class MergeRun:
         groups = self._groups(round_) if round_.kind == "count_low" else ()
         before = self._manifest.read_folded(index - 1, self._plan, groups)
         picks = {pick.member: pick for part in before.values() for pick in part.picks if pick.parameter == WHOLE}
-        surveys, counts = PoolCache(self._stores, folder).recall(self._plan, round_.kind, picks)
+        cache = PoolCache(self._stores, folder)
+        surveys, counts = cache.recall(self._plan, round_.kind, picks)
+        if cache.refused:
+            what = f"{len(cache.refused)} findings in the pool cache are broken or not signed by this key"
+            note = f"{what}, and were ignored: {', '.join(sorted(cache.refused)[:3])}"
+            self._plan = replace(self._plan, notes=(*self._plan.notes, note))
         records = {}
         if surveys:  # a shard of a survey is a model
             records["known-0.json"] = Record(index, tuple(one.member for one in surveys), surveys=surveys)

@@ -1,36 +1,47 @@
 """What earlier merges have found of an adapter, under its content's identity: magnitude counts and norm.
 
-One object a finding, `<folder>/<identity>/<name>.json`. Nothing depends on it but time: what is not there, or not
-believable, is found again. What is there was counted by the same arithmetic from the same bytes.
+One object a finding, `<folder>/<identity>-<name>.json`: a line with a signature, then the finding. What is not there,
+or can't be a table of so many values, is found again.
+
+**What is trusted.** A merge believes what lies there, and whoever may write to the folder decides thresholds by it. So
+let nobody write there but those who merge; or set `TIES_RAY_POOL_CACHE_KEY` on every node: then each finding is signed
+with the key (HMAC-SHA256 over its name and content), and what is not signed by it is ignored, and named. `verify
+--recount` counts thresholds anew.
 """
 
 import hashlib
+import hmac
 import json
+import os
 import re
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
-import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
+from ties_ray import documents
 from ties_ray.catalog import Model
+from ties_ray.documents import Bounds
+from ties_ray.errors import InputError
 from ties_ray.formats import Format
 from ties_ray.layout import RoundKind
 from ties_ray.manifest import Survey
 from ties_ray.plan import Plan
 from ties_ray.sources import formats_of
-from ties_ray.statistics import Counts, Pick, add
+from ties_ray.statistics import WHOLE, Counts, Pick, add
 from ties_ray.stores import Stores, join
 
 T = TypeVar("T")
-LIMIT = 2**24
-"""Bytes: a full table of 65,536 bins takes 1 MiB."""
+KEY = "TIES_RAY_POOL_CACHE_KEY"
+"""Environment variable: the secret by which findings are signed, the same on every node."""
+BOUNDS = Bounds(stored=2**24, values=2**10)
+"""A full table of 65,536 bins takes 1 MiB, in two strings."""
+UNSIGNED = b"unsigned"
 _MD5 = re.compile("[0-9a-f]{32}")
 
-FORM = 2
+FORM = 3
 """Of what is kept; part of its name. Raise it with any change to what a bin holds."""
 RECALLS = 16
 """Requests at a time."""
@@ -59,11 +70,14 @@ class PoolCache:
     def __init__(self, stores: Stores, folder: str) -> None:
         self._store = stores.of(folder)
         self._folder = folder
+        self._key = os.environ.get(KEY, "").encode()
+        self.refused: list[str] = []
+        """URIs of findings that were ignored: not signed by the key, or broken."""
 
     def recall(
         self, plan: Plan, kind: RoundKind, picks: Mapping[int, Pick]
     ) -> tuple[tuple[Survey, ...], tuple[Counts, ...]]:
-        """Return what is known already of what a round would find, of the plan's members.
+        """Return what is known already of what a round would find, of the plan's members; add to `refused`.
 
         picks: before low bits are counted, where each member's threshold lies.
         """
@@ -98,24 +112,37 @@ class PoolCache:
     def write(self, name: str, what: str, found: Counts | Survey) -> None:
         """Keep a finding."""
         adapter: TypeAdapter[Counts] | TypeAdapter[Survey] = COUNTS if isinstance(found, Counts) else SURVEY
-        self._store.put(self._uri(name, what), adapter.dump_json(found))  # type: ignore[arg-type]
+        body = adapter.dump_json(found)  # type: ignore[arg-type]
+        self._store.put(self._uri(name, what), self._signature(name, what, body) + b"\n" + body)
 
     def _counts(self, name: str, what: str, member: int, number: range) -> Counts | None:
         """Return a table of so many counted values, as that of a member; None where there is none."""
         found = self._read(name, what, COUNTS)
         if found is None:
             return None
-        with suppress(ValueError, IndexError, zlib.error):
-            table = add([found])[found.member, found.parameter]
-            if int(table.sum()) in number and bool(np.all(table >= 0)):
-                return found._replace(member=member)
+        with suppress(ValueError):
+            if int(add([found])[found.member, found.parameter].sum()) in number:
+                return found._replace(member=member, parameter=WHOLE)
+        self.refused.append(self._uri(name, what))
         return None
 
     def _read(self, name: str, what: str, adapter: TypeAdapter[T]) -> T | None:
+        uri = self._uri(name, what)
         try:
-            return adapter.validate_json(self._store.get(self._uri(name, what), LIMIT)[1])
-        except (FileNotFoundError, ValidationError):
+            signature, _, body = self._store.get(uri, BOUNDS.stored)[1].partition(b"\n")
+            if not self._key or hmac.compare_digest(signature, self._signature(name, what, body)):
+                return documents.parse(body, adapter, BOUNDS, uri, "what an earlier merge has found", "remove it")
+        except FileNotFoundError:
             return None
+        except InputError:
+            pass  # too large, or broken
+        self.refused.append(uri)
+        return None
+
+    def _signature(self, name: str, what: str, body: bytes) -> bytes:
+        if not self._key:
+            return UNSIGNED
+        return hmac.digest(self._key, f"{name}-{what}\n".encode() + body, "sha256").hex().encode()
 
     def _uri(self, name: str, what: str) -> str:
-        return join(join(self._folder, name), f"{what}.json")
+        return join(self._folder, f"{name}-{what}.json")

@@ -6,7 +6,7 @@ The pointer is a small JSON object anywhere a store can write. It names the curr
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ties_ray import documents
 from ties_ray.errors import InputError, Problem, UnavailableError
 from ties_ray.report import MergeResult, find_result
-from ties_ray.stores import Stores
+from ties_ray.stores import Pin, Stores
+from ties_ray.verify import Verification
 
 TRIES = 5
 """Swaps that may be lost to others before we give up."""
@@ -56,21 +57,34 @@ class Promotion(_Record):
     previous: Release | None
 
 
-def promote(stores: Stores, output: str, pointer: str, evaluate: Sequence[str] = ()) -> Promotion:
+def promote(
+    stores: Stores,
+    output: str,
+    pointer: str,
+    evaluate: Sequence[str] = (),
+    check: Callable[[], Verification] | None = None,
+) -> Promotion:
     """Let the pointer name a finished merge, after a command has approved of it; the one before is kept.
 
     evaluate: a command that gets TIES_RAY_OUTPUT (the folder's URI) and TIES_RAY_RESULT (a file with the result record)
-    and approves by exit code 0. It is not asked again for what the pointer names already. Raises `InputError` where the
-    output holds no finished merge, or the command does not approve.
+    and approves by exit code 0. check: re-reads the output before. Neither is asked again for what the pointer names
+    already. Raises `InputError` where the output holds no finished merge, the check finds something, the command does
+    not approve, or the folder holds something else afterwards.
     """
-    result = find_result(stores, output)
-    if result is None or result.status != "done":
-        raise InputError(Problem(output, "holds no finished merge", "merge first"))
+    result, files = _held(stores, output)
     there, _ = _read(stores, pointer)
     if there and (there.current.output, there.current.run_id) == (output, result.run_id):
         return _told(pointer, there, changed=False)
+    if check and (findings := check().findings):
+        raise InputError(Problem(one.where, one.what, one.remedy) for one in findings)
     if evaluate:
         _evaluate(output, result, evaluate)
+    if evaluate or check:
+        now, lying = _held(stores, output)
+        changed = sorted(name for name, pin in files.items() if lying.get(name) != pin)
+        if now != result or changed:
+            what = f"was changed while it was evaluated: {', '.join(changed[:5]) or 'its result record'}"
+            raise InputError(Problem(output, what, "promote it again, with nobody at work there", "not_approved"))
     release = Release(output=output, run_id=result.run_id, promoted_at=datetime.now(UTC).isoformat(timespec="seconds"))
     return _swap(stores, pointer, release)
 
@@ -80,10 +94,19 @@ def rollback(stores: Stores, pointer: str) -> Promotion:
     there, _ = _read(stores, pointer)
     if there is None or there.previous is None:
         raise InputError(Problem(pointer, "names no merge before the current one", "promote one"))
-    if find_result(stores, there.previous.output) is None:
-        what = f"the merge before, {there.previous.output}, is not there any more"
+    held = find_result(stores, there.previous.output)
+    if held is None or (held.status, held.run_id) != ("done", there.previous.run_id):
+        what = f"the merge before, run {there.previous.run_id} in {there.previous.output}, is not there any more"
         raise InputError(Problem(pointer, what, "promote another"))
     return _swap(stores, pointer, there.previous)
+
+
+def _held(stores: Stores, output: str) -> tuple[MergeResult, dict[str, Pin]]:
+    """Return the result record of an output and the pins of its files; refuse one that holds no finished merge."""
+    result = find_result(stores, output)
+    if result is None or result.status != "done":
+        raise InputError(Problem(output, "holds no finished merge", "merge first"))
+    return result, {pin.uri.rpartition("/")[2]: pin for pin in stores.of(output).list(output).files}
 
 
 def _evaluate(output: str, result: MergeResult, command: Sequence[str]) -> None:

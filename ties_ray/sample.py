@@ -9,12 +9,14 @@ from torch import Tensor
 from ties_ray.catalog import Model
 from ties_ray.errors import InputError, Problem
 from ties_ray.kernels import ARITHMETICS
+from ties_ray.layout import MODEL_GROUP
 from ties_ray.manifest import Manifest
 from ties_ray.orders import Setup
 from ties_ray.outputs import Placed
 from ties_ray.plan import Plan
 from ties_ray.report import Progress, Sample, Watch
 from ties_ray.safetensors import DTYPE_BITS
+from ties_ray.statistics import Pick
 from ties_ray.stores import Pin, Stores
 from ties_ray.work import Worker
 
@@ -43,19 +45,15 @@ def compare(
     before any is read. Raises `InputError` where it can't: another arithmetic, thresholds that are gone, inputs that
     are not as they were.
     """
-    known = ARITHMETICS[plan.recipe.run.arithmetic]
-    if plan.arithmetic != known:
-        what = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {known}"
-        raise InputError(Problem("--sample", what, f"use the version that merged, {LEAVE_OUT}"))
+    _demand_arithmetic(plan, "--sample")
     if plan.recipe.output.condenses:
         what = "the merged matrices went through scratch, which is gone: they can't be merged again in samples"
         raise InputError(Problem("--sample", what, LEAVE_OUT.removeprefix("or ")))
     chosen = [(pins[name], placed, runs) for name, placed, runs in choose(plan, share, seed) if name in pins]
     total = sum(_num_bytes(placed, runs) for _, placed, runs in chosen)
-    inputs = sorted({pin.uri.rpartition("/")[0] for model in _inputs(plan) for pin in model.objects})
+    inputs = _folders(_inputs(plan))
     announce(inputs)
-    storage = {scheme: dict(options) for scheme, options in stores.options.items()}
-    worker = Worker(Setup(manifest.folder, storage, "", device=plan.recipe.run.device), plan)
+    worker = _worker(stores, plan, manifest)
     problems = []
     compared = 0
     for number, (pin, placed, runs) in enumerate(chosen):
@@ -72,6 +70,69 @@ def compare(
         inputs=inputs,
     )
     return taken, problems
+
+
+def recount(
+    stores: Stores,
+    plan: Plan,
+    manifest: Manifest,
+    share: float,
+    seed: int,
+    watch: Watch,
+    announce: Callable[[Sequence[str]], None],
+) -> tuple[list[str], list[Problem]]:
+    """Return the ids of the models whose thresholds were counted anew, and of those that differ the problems.
+
+    What the merge used may come from a pool cache, which whoever may write there decides. Raises as `compare` does.
+    """
+    _demand_arithmetic(plan, "--recount")
+    low = [index for index, one in enumerate(plan.result.rounds) if one.kind == "count_low"]
+    need = plan.recipe.method.needs(plan.result.members)
+    trimmed = [number for number in range(len(plan.result.members)) if need and need.densities[number] < 1]
+    if not low or not trimmed:
+        raise InputError(Problem("--recount", "this merge has no thresholds", "leave --recount out"))
+    generator = random.Random(f"{plan.run_id} {seed}")
+    chosen = sorted(generator.sample(trimmed, max(1, round(share * len(trimmed)))))
+    groups = sorted({member // MODEL_GROUP for member in chosen})
+    known = manifest.read_folded(low[0], plan, groups)
+    announce(_folders([plan.catalog.base, *(plan.catalog.models[plan.result.models[member]] for member in chosen)]))
+    worker = _worker(stores, plan, manifest)
+    problems = []
+    for number, member in enumerate(chosen):
+        watch(Progress("recount", number, len(chosen), 0, 0))
+        used = [one for one in known[member // MODEL_GROUP].picks if one.member == member] if known else []
+        counted = worker.recounted(member)
+        if [_threshold(one) for one in used] != [_threshold(one) for one in counted]:
+            model = plan.result.members[member].id
+            what = f"the merge trimmed it at {_shown(used)}, and its values give {_shown(counted)}"
+            problems.append(Problem(f"model {model}", what, "clear the pool cache, and merge again with --fresh"))
+    watch(Progress("recount", len(chosen), len(chosen), 0, 0))
+    return [plan.result.members[member].id for member in chosen], problems
+
+
+def _threshold(pick: Pick) -> tuple[int, int, int, int]:
+    return pick.parameter, pick.bits, pick.kept, pick.tied
+
+
+def _shown(picks: Sequence[Pick]) -> str:
+    values = [f"{np.uint32(pick.bits).view(np.float32):.6g}" for pick in picks[:3]]
+    return f"{', '.join(values) or 'nothing'}{' and more' if len(picks) > 3 else ''}"
+
+
+def _demand_arithmetic(plan: Plan, option: str) -> None:
+    known = ARITHMETICS[plan.recipe.run.arithmetic]
+    if plan.arithmetic != known:
+        what = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {known}"
+        raise InputError(Problem(option, what, f"use the version that merged, or leave {option} out"))
+
+
+def _worker(stores: Stores, plan: Plan, manifest: Manifest) -> Worker:
+    storage = {scheme: dict(options) for scheme, options in stores.options.items()}
+    return Worker(Setup(manifest.folder, storage, "", device=plan.recipe.run.device), plan)
+
+
+def _folders(models: Sequence[Model]) -> list[str]:
+    return sorted({pin.uri.rpartition("/")[0] for model in models for pin in model.objects})
 
 
 def _inputs(plan: Plan) -> list[Model]:

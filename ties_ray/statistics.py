@@ -73,13 +73,23 @@ def pack(scope: Scope, table: NDArray[np.int64]) -> Counts | None:
 
 
 def add(records: Iterable[Counts]) -> dict[Scope, NDArray[np.int64]]:
-    """Return the dense sums of sparse tables by scope. Holds one table a scope."""
+    """Return the dense sums of sparse tables by scope. Holds one table a scope.
+
+    Raises `ValueError` for what `pack` has never made.
+    """
     sums: dict[Scope, NDArray[np.int64]] = {}
     for record in records:
         scope = (record.member, record.parameter)
         if scope not in sums:
             sums[scope] = np.zeros(BINS, np.int64)
-        sums[scope][_inflate(record.bins, "<i4")] += _inflate(record.counts, "<i8")
+        bins, counts = _inflate(record.bins, "<i4"), _inflate(record.counts, "<i8")
+        if len(bins) != len(counts) or (
+            len(bins) and not (bins[0] >= 0 and bins[-1] < BINS and np.all(np.diff(bins) > 0))
+        ):
+            raise ValueError(f"a table of counts names bins that are none of the {BINS:,}")
+        if len(counts) and counts.min() <= 0:
+            raise ValueError("a table of counts counts less than nothing")
+        sums[scope][bins] += counts
     return sums
 
 
@@ -108,13 +118,15 @@ def _pick_high(scope: Scope, k: int, table: NDArray[np.int64] | None) -> Pick:
 
 def pick_low(picks: Sequence[Pick], sums: Mapping[Scope, NDArray[np.int64]]) -> list[Pick]:
     """Return the picks with their exact threshold, and how many values are kept and tied."""
-    return [pick if pick.settled else _pick_low(pick, sums[pick.member, pick.parameter]) for pick in picks]
+    return [pick if pick.settled else _pick_low(pick, sums.get((pick.member, pick.parameter))) for pick in picks]
 
 
-def _pick_low(pick: Pick, table: NDArray[np.int64]) -> Pick:
-    assert len(table) == BINS
+def _pick_low(pick: Pick, table: NDArray[np.int64] | None) -> Pick:
+    if table is None:
+        raise ValueError("level 2 counted nothing of a model")
     low, above = _descend(table, pick.rank)
-    assert low > 0, "level 2 counted fewer values than level 1"
+    if low <= 0:
+        raise ValueError("level 2 counted fewer values than level 1")
     return _at(pick, pick.high << 16 | low, pick.kept_above + above, int(table[low]))
 
 
@@ -137,5 +149,8 @@ def _deflate(values: NDArray[np.signedinteger]) -> str:
 
 
 def _inflate(text: str, dtype: str) -> NDArray[np.int64]:
-    data = zlib.decompressobj().decompress(base64.b64decode(text), MAX_TABLE_BYTES)
+    try:
+        data = zlib.decompressobj().decompress(base64.b64decode(text), MAX_TABLE_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"a table of counts is damaged ({error})") from None
     return np.frombuffer(data, dtype).astype(np.int64)

@@ -386,6 +386,8 @@ def of_verification(found: Verification) -> Iterator[RenderableType]:
         taken = found.sample
         share = f"{taken.elements / max(1, taken.of):.2%}"
         yield f"merged again: {taken.elements:,} of {taken.of:,} elements ({share}), of {taken.tensors:,} tensors"
+    if found.recounted:
+        yield f"thresholds counted anew: of {len(found.recounted):,} models"
     if found.sums:
         yield f"wrote {found.sums}"
     yield from _notes(found.notes)

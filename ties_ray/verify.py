@@ -70,6 +70,8 @@ class Verification(_Record):
     files: list[FileCheck]
     sample: Sample | None
     """None where none was asked for, or it could not be taken."""
+    recounted: list[str] = []
+    """Ids of the models whose thresholds were counted anew."""
     sums: str | None
     """URI of the SHA-256 sums; None where they were not asked for, or there are findings."""
     findings: list[Finding]
@@ -114,6 +116,7 @@ def verify(
     watch: Watch = lambda progress: None,
     *,
     sample: float = 0.0,
+    recount: float = 0.0,
     seed: int = 0,
     sums: bool = False,
     announce: Callable[[Sequence[str]], None] = lambda folders: None,
@@ -121,10 +124,11 @@ def verify(
     """Return what is wrong with a finished output; reads all its weights once.
 
     sample: the share of the elements that is computed again from the inputs, chosen by run id and `seed`; at least one
-    slice of every tensor where it is not 0. sums: if nothing is wrong, write the SHA-256 of every file of the folder
-    into it, which reads them once more. announce: gets the folders of inputs that a sample is going to read, since it
-    is the stored plan that names them. Storage options are those of `stores` alone. Raises `InputError` where no
-    finished merge lies.
+    slice of every tensor where it is not 0. recount: the share of the models whose thresholds are counted anew from
+    their values, at least one: those that were used may come from a pool cache. sums: if nothing is wrong, write the
+    SHA-256 of every file of the folder into it, which reads them once more. announce: gets the folders of inputs that
+    are going to be read, since it is the stored plan that names them. Storage options are those of `stores` alone.
+    Raises `InputError` where no finished merge lies.
     """
     result = find_result(stores, output)
     if result is None:
@@ -145,10 +149,18 @@ def verify(
     checks = [_check(number, file, pieces, seen) for number, file in enumerate(files)]
     problems += _broken(files, pieces, seen, checks, result) + _not_finite(files, plan, pieces, seen, notes)
     taken = _sample(stores, plan, manifest, files, sample, seed, watch, announce, problems) if sample else None
+    recounted = _recount(stores, plan, manifest, recount, seed, watch, announce, problems) if recount else []
     written = _write_sums(stores, output, watch) if sums and not problems else None
     findings = [Finding(where=one.where, what=one.what, remedy=one.remedy) for one in problems]
     return Verification(
-        output=output, run_id=result.run_id, files=checks, sample=taken, sums=written, findings=findings, notes=notes
+        output=output,
+        run_id=result.run_id,
+        files=checks,
+        sample=taken,
+        recounted=recounted,
+        sums=written,
+        findings=findings,
+        notes=notes,
     )
 
 
@@ -437,6 +449,32 @@ def _sample(
         return None
     problems += differing
     return taken
+
+
+def _recount(
+    stores: Stores,
+    plan: Plan | None,
+    manifest: Manifest | None,
+    share: float,
+    seed: int,
+    watch: Watch,
+    announce: Callable[[Sequence[str]], None],
+    problems: list[Problem],
+) -> list[str]:
+    """Compare the thresholds of some models with what their values give; return the models' ids."""
+    from ties_ray.sample import recount  # here, since it takes torch
+
+    if plan is None or manifest is None:
+        what = "there is no plan that says how thresholds were counted"
+        problems.append(Problem("--recount", what, "bring the folder's .ties-ray back, or leave --recount out"))
+        return []
+    try:
+        recounted, differing = recount(stores, plan, manifest, share, seed, watch, announce)
+    except InputError as error:
+        problems += error.problems
+        return []
+    problems += differing
+    return recounted
 
 
 def _write_sums(stores: Stores, output: str, watch: Watch) -> str:

@@ -420,8 +420,34 @@ class Worker:
             folded = Folded(matrices=tuple(matrices), zeroed=zeroed)
         else:
             counts = (count for record in records for count in record.counts)
-            folded = Folded(picks=tuple(self._pick(round_, order.index, counts, frozenset(order.known))))
+            try:
+                folded = Folded(picks=tuple(self._pick(round_, order.index, counts, frozenset(order.known))))
+            except InputError:
+                raise
+            except ValueError as error:
+                what = f"the counts of a record are not what a worker writes: {error}"
+                raise InputError(Problem(self._manifest.folder, what, "merge again with --fresh")) from error
         self._manifest.write_folded(order.round, order.index, folded)
+
+    def recounted(self, member: int) -> list[Pick]:
+        """Return where the thresholds of a member lie, counted from its values alone; writes nothing.
+
+        For `verify --recount`. Raises what a merge raises, also where inputs are no longer those that were planned.
+        """
+        layout, group = self._plan.layout, member // MODEL_GROUP
+        self._recalled = frozenset(range(len(self._models))) - {member}
+        picks: list[Pick] = []
+        for index, round_ in enumerate(self._result.rounds):
+            if round_.kind in COUNTS:
+                self._round, done = index, Batch()
+                for position in range(layout.num_ranges):
+                    number = group * layout.num_ranges + position
+                    self._reads.ledger = Ledger(())
+                    self._count(round_, layout.shard(round_.kind, number, len(self._models)), done)
+                done.harvest()
+                picks = list(self._pick(round_, group, done.counts, frozenset()))
+                self._picked[round_.kind, group] = {(pick.member, pick.parameter): pick for pick in picks}
+        return [pick for pick in picks if pick.member == member]
 
     def _summed(self, counts: Iterable[Counts]) -> Callable[[Scope], dict[Scope, NDArray[np.int64]]]:
         """Return what gives the table of a scope, if anything was counted there."""
