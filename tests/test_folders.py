@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import Bucket
 from tests.families import file_bytes
 from ties_ray import drive
 from ties_ray.catalog import Catalog, read_catalog
@@ -171,7 +172,7 @@ def test_a_pipeline_lists_its_models_and_one_of_them_merges(stores: Stores, stor
             "text_encoder/config.json": CONFIG, "text_encoder/model.safetensors": weights(0),
             "v1-5-pruned.safetensors": weights(0),
         })  # fmt: skip
-    with pytest.raises(InputError, match=r"of diffusers; its models are text_encoder, unet.*write text_encoder"):
+    with pytest.raises(InputError, match=r"models are text_encoder, unet .*as in .*/m/text_encoder, for base"):
         read(root, stores, f"{root}/m")
     result = drive.merge(recipe_of(root, f"{root}/m/unet", base=f"{root}/base/unet"))
     assert [file.name for file in result.files] == ["diffusion_pytorch_model.safetensors"]
@@ -270,6 +271,22 @@ def test_a_path_that_exists_wins_over_a_pattern(stores: Stores, tmp_path: Path) 
         read(root, stores, f"{root}/p/gone[1]")
     with pytest.raises(RecipeError, match=r"name one model, not a glob or a table \(`glob: false` takes"):
         recipe_of(root, {"path": "a[b]", "id": "x"})
+
+
+def test_odd_names_are_found_in_a_bucket(s3_bucket: Bucket) -> None:
+    stores, root = Stores(s3_bucket.storage), s3_bucket.uri
+    store = stores.of(root)
+    write(store, f"{root}/base", {"model.safetensors": weights(0)})
+    names = [name for name in ODD if not set(name) & set("*?[")]
+    for name in ODD:
+        write(store, f"{root}/p/{name}", {"model.safetensors": weights(1)})
+    store.put(f"{root}/t.csv", "".join(f'"{line}"\n' for line in ["path", *(f"{root}/p/{n}" for n in ODD)]).encode())
+    more = {"storage": s3_bucket.storage, "output": {"path": "memory://odd"}}
+    for models in ([f"{root}/p/{name}" for name in ODD], [f"{root}/p/*"], [{"table": f"{root}/t.csv"}]):
+        found = read(root, stores, *models, **more)
+        assert {model.uri.rpartition("/")[2] for model in found.models} == set(ODD), models
+    left = read(root, stores, {"path": f"{root}/p/*", "not": [name for name in ODD if name not in names]}, **more)
+    assert {model.uri.rpartition("/")[2] for model in left.models} == set(names)
 
 
 def test_links_of_a_globbed_pool_are_told_and_can_be_left_out(stores: Stores, tmp_path: Path) -> None:

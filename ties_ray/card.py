@@ -12,6 +12,7 @@ from ties_ray.catalog import Model
 from ties_ray.errors import printable
 from ties_ray.plan import Plan
 from ties_ray.report import MergeResult, Truncation
+from ties_ray.stores import hub_name
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _MARKS = re.compile(r"[\\`*\[\]|$~!]|(?<![^\W_])_|_(?![^\W_])")
@@ -93,8 +94,8 @@ def _cut(truncation: Truncation | None) -> str:
 
 
 def _short(uri: str) -> str:
-    """Return what names a model in a card: a bucket's URI, or a folder's own name."""
-    return uri if "://" in uri else uri.rstrip("/").rsplit("/", 1)[-1]
+    """Return what names a model in a card: its name on the hub, a bucket's URI, or a folder's own name."""
+    return hub_name(uri) if "://" in uri else uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 def plain_yaml(value: object) -> str:

@@ -26,7 +26,7 @@ from ties_ray.outputs import DTYPES
 from ties_ray.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
 from ties_ray.smallfiles import SmallFile
-from ties_ray.stores import Listing, Pin, Store, Stores, hub_uri, scheme_of, shown
+from ties_ray.stores import Listing, Pin, Store, Stores, hub_name, hub_uri, scheme_of, shown
 from ties_ray.tokenizers import Tokenizer, check_common_ids
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Catalog:
         first, *others = (model.facts for model in self.models)
         shared = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
         untied = {key: value for key, value in self.base.facts.items() if key == "untied"}
-        return {**shared, "base": self.base.uri, **untied} if self.base.uri else shared
+        return {**shared, "base": hub_name(self.base.uri), **untied} if self.base.uri else shared
 
 
 HEAD_BYTES = 256 * 2**10
@@ -410,7 +410,7 @@ def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
     folders = [_name(uri) for uri in listing.folders if not _name(uri).startswith(".")]
     where = f"{entry.place}: {entry.uri}"
     if MODEL_INDEX in names:
-        return _pipeline(where, listing, store)
+        return _pipeline(where, entry.uri, listing, store)
     for pattern, (what, remedy) in _FOREIGN.items():
         if own := [name for name in fnmatch.filter(names, pattern) if role(name) != "training"]:
             return Problem(where, f"{what} ({_few(own)})", remedy)
@@ -433,12 +433,12 @@ def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
     return Problem(where, "there is nothing", "check the path, and that it may be listed")
 
 
-def _pipeline(where: str, listing: Listing, store: Store) -> Problem:
+def _pipeline(where: str, uri: str, listing: Listing, store: Store) -> Problem:
     """Say that a folder is a pipeline of several models, and which of its folders are models."""
     parts = [_name(uri) for uri in listing.folders if any(is_weights(_name(pin.uri)) for pin in store.list(uri).files)]
     single = candidates([_name(pin.uri) for pin in listing.files])
     what = f"is a pipeline of diffusers; its models are {', '.join(parts) or 'not stored as safetensors'}"
-    remedy = f"merge one of them: write {parts[0]} behind the path of base and models" if parts else "save it again"
+    remedy = f"merge one of them, as in {uri}/{parts[0]}, for base and models" if parts else "save it as safetensors"
     if single:
         remedy += f"; or a single file beside them: {listed(single)}"
     return Problem(where, what, remedy, "pipeline")

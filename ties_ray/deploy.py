@@ -18,6 +18,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarStri
 from ties_ray.errors import USER_IN_URL, Problem, RecipeError, holds_secret
 from ties_ray.recipe import Recipe
 from ties_ray.report import PlanRecord
+from ties_ray.stores import hub_uri
 
 Json = dict[str, Any]
 
@@ -412,7 +413,7 @@ def _problems(recipe: Recipe, options: Options) -> Iterator[Problem]:
             what = f"{name} looks like a secret, or holds one, which a manifest must not"
             yield Problem("--env", what, "put it into a Kubernetes secret and name that: --env-from NAME")
     for place, path in _paths(recipe, options):
-        if "://" not in path or path.startswith("file://"):
+        if "://" not in hub_uri(path) or path.startswith("file://"):
             what = f"{path} is a path of this machine, which a pod does not see"
             yield Problem(place, what, "put it into object storage")
 

@@ -21,7 +21,7 @@ CONFIG = b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
 
 
 def model(value: float) -> dict[str, bytes]:
-    weights = file_bytes({"a.weight": torch.full((40, 10), value), "b.weight": torch.full((7,), value)})
+    weights = file_bytes({"a.weight": torch.full((40, 10), float(value)), "b.weight": torch.full((7,), 1.0)})
     return {"config.json": CONFIG, "model.safetensors": weights, "README.md": b"---\nlicense: mit\n---\n"}
 
 
@@ -81,6 +81,7 @@ def test_a_branch_is_pinned_to_its_commit(hub: Hub) -> None:
     assert read_whole(store_of(), pin) == model(2)["model.safetensors"]
     assert found.base.licence == "mit"
     assert len(pin.etag) == 64
+    assert found.facts["base"] == "org/base"
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@refs/pr/1", "@v1.0"])
@@ -219,4 +220,6 @@ def test_the_command_line_merges_from_the_hub_and_again_without_it(hub: Hub, tmp
         for file in (tmp_path / "out").rglob("*"):
             assert TOKEN.encode() not in (file.read_bytes() if file.is_file() else b"")
         assert TOKEN not in said
+        card = (tmp_path / "out/README.md").read_text()
+        assert "base_model: [org/base, org/m, org/n]" in card
     assert torch.equal(read_tensors(tmp_path / "again")["a.weight"], torch.full((40, 10), 1.5))

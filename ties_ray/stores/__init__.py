@@ -332,6 +332,12 @@ def hub_uri(uri: str) -> str:
     return uri
 
 
+def hub_name(uri: str) -> str:
+    """Return `org/name` of a URI of the hub, which is what its libraries take; any other URI as it is."""
+    found = re.match(r"hf://([^/@]+/[^/@]+)", uri)
+    return found[1] if found else uri
+
+
 def join(folder: str, name: str) -> str:
     """Return the URI of `name`, a single file or folder name, directly inside `folder`.
 
