@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ FOREIGN = [
     ("kohya", {"style.safetensors": weights("lora_te1_x.lora_down.weight", "lora_te1_x.lora_up.weight")}),
     ("diffusers", {"pytorch_lora_weights.safetensors": weights("transformer.to_q.lora_A.weight")}),
     ("diffusers", {"some.safetensors": weights("unet.to_q.lora_A.weight", "unet.to_q.lora_B.weight")}),
+    ("diffusers", {"some.safetensors": weights("unet.mid.to_q.lora.down.weight", "unet.mid.to_q.lora.up.weight")}),
+    ("diffusers", {"some.safetensors": weights("mid.attn1.processor.to_q_lora.down.weight")}),
+    ("kohya", {"flux.safetensors": weights("lora_transformer_x.lora_A.weight", "lora_transformer_x.alpha")}),
+    ("comfyui", {"wan.safetensors": weights("diffusion_model.blocks.0.q.lora_A.weight")}),
+    ("comfyui", {"wan.safetensors": weights("diffusion_model.blocks.0.q.diff", "diffusion_model.patch.diff_b")}),
+    ("lycoris", {"loha.safetensors": weights("lora_unet_x.hada_w1_a", "lora_unet_x.hada_w1_b", "lora_unet_x.alpha")}),
+    ("lycoris", {"lokr.safetensors": weights("lycoris_layers_0_q.lokr_w1", "lycoris_layers_0_q.lokr_w2")}),
+    ("xlora", {"adapter_config.json": b"{}", "adapter_model.safetensors": weights("xlora_classifier.lora_.weight")}),
+    ("torchtune", {"adapter_0.safetensors": weights("layers.0.attn.q_proj.lora_a.weight")}),
+    ("nemo", {"a.safetensors": weights("layers.0.adapter_layer.lora_kqv_adapter.linear_in.weight")}),
+    ("loralib", {"a.safetensors": weights("transformer.h.0.attn.attn.lora_A", "transformer.h.0.attn.attn.lora_B")}),
+    ("adapterhub", {"a.safetensors": weights("layer.0.q.loras.x.lora_A", "layer.0.q.loras.x.lora_B")}),
     ("config_missing", {"my_lora.safetensors": PEFT["adapter_model.safetensors"]}),
 ]  # fmt: skip
 
@@ -48,7 +61,7 @@ def test_another_tools_adapter_is_told_by_its_keys(code: str, files: dict[str, b
     problem = foreign.problem(looked_at(files))
     assert problem is not None
     assert problem.code == code
-    assert "lora_" in problem.what
+    assert re.search("lora|diff|hada|lokr", problem.what)
     assert problem.remedy
 
 
@@ -65,8 +78,15 @@ def test_a_whole_model_that_carries_factors_of_its_own_is_a_checkpoint() -> None
     assert foreign.problem(looked_at(files)) is None
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_folder_with_a_file_of_peft_is_an_adapter_and_no_checkpoint(name: str) -> None:
-    names = [name, "model.safetensors"]
+def test_a_folder_with_weights_of_peft_is_an_adapter_and_no_checkpoint() -> None:
+    names = ["adapter_model.safetensors", "model.safetensors"]
     assert Lora().recognises(names)
     assert not Checkpoint().recognises(names)
+
+
+def test_an_adapter_of_another_tool_is_known_by_one_key_among_many_others() -> None:
+    others = [f"blocks.{number}.weight" for number in range(9)]
+    for key in ("x.lora_down.weight", "x.hada_w1_a", "x.lokr_w2", "diffusion_model.x.lora_A.weight", "q.lora_a"):
+        problem = foreign.problem(looked_at({"some.safetensors": weights(key, *others)}))
+        assert problem is not None
+        assert key in problem.what

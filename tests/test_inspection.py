@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from tests.adapters import make_pool
 from tests.families import make_family, write_checkpoint
 from ties_ray.errors import InputError
-from ties_ray.inspection import inspect
+from ties_ray.inspection import inspect, pool
 from ties_ray.stores import Stores
 
 STORES = Stores({})
@@ -52,6 +54,38 @@ def test_a_broken_header_is_a_problem_of_its_file(tmp_path: Path) -> None:
     (found,) = inspect(STORES, str(tmp_path / "cut"))
     assert found.problems[0].where == str(path)
     assert "truncated" in found.problems[0].what
+
+
+def test_a_pool_counts_all_folders_and_what_can_be_used_as_it_is(tmp_path: Path) -> None:
+    small = make_pool(STORE, str(tmp_path), num_adapters=4)
+    broken, with_head, pointer, _ = map(Path, small.adapters)
+    (broken / "adapter_model.safetensors").write_bytes(b"<html>")
+    (pointer / "adapter_config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    weights = with_head / "adapter_model.safetensors"
+    head = {"base_model.model.score.weight": torch.zeros(2, 16)}
+    save_file({**load_file(weights), **head}, weights)
+    (tmp_path / "adapter-empty").mkdir()
+    counted = pool(inspect(STORES, str(tmp_path / "adapter-*")))
+    assert counted is not None
+    assert (counted.adapters, counted.usable) == (5, 1)
+    assert counted.refused["saved_modules"] == 1
+
+
+def test_several_adapters_of_one_model_are_listed_with_their_paths(tmp_path: Path) -> None:
+    adapters = make_pool(STORE, str(tmp_path), num_adapters=3).adapters
+    (tmp_path / "several").mkdir()
+    for number, uri in enumerate(adapters[1:]):
+        Path(uri).rename(tmp_path / "several" / f"task-{number}")
+    (found,) = inspect(STORES, str(tmp_path / "several"))
+    assert [one.code for one in found.problems] == ["nested"]
+    assert (
+        f"write {tmp_path}/several/task-0 for one of them, or {tmp_path}/several/* for all" in found.problems[0].remedy
+    )
+    assert len(inspect(STORES, str(tmp_path / "several/*"))) == 2
+    (tmp_path / "several" / "task-0").rename(Path(adapters[0]) / "task-0")
+    (found,) = inspect(STORES, adapters[0])
+    assert not found.problems
+    assert f"{adapters[0]}/task-0" in found.notes[0]
 
 
 def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ NAMED: dict[str, Files] = {
     "config_missing": {WEIGHTS: GOOD[WEIGHTS]},
     "config_json": {**GOOD, CONFIG: b"[1, 2"},
     "config_value": plain({"lora_alpha": "sixteen"}),
-    "pattern": plain({"rank_pattern": {"(a+)+b": 2}}),
+    "pattern": plain({"rank_pattern": {"(": 2}}),
     "peft_type": plain({"peft_type": "LOHA"}),
     "variant": plain({"use_qalora": True}),
     "layer_replication": plain({"layer_replication": [[0, 1], [0, 1]]}),
@@ -102,7 +102,7 @@ NAMED: dict[str, Files] = {
 """One bad adapter of each reason that headers and configs tell, by its code."""
 UNNAMED: dict[str, tuple[Files, str]] = {
     "damaged": ({**GOOD, WEIGHTS: GOOD[WEIGHTS][:-8]}, "offset|size|bytes"),
-    "not-safetensors": ({**GOOD, WEIGHTS: b"<html>404</html>"}, "header|safetensors"),
+    "not-safetensors": ({**GOOD, WEIGHTS: b"<html>404</html>"}, "HTML page"),
     "bin-alone": ({"adapter_model.bin": b"cos\nsystem\n"}, "pickles, which can run code"),
     "no-model": ({"notes.txt": b"soon"}, "holds no safetensors file"),
 }
@@ -188,6 +188,7 @@ def test_one_bad_adapter_of_each_kind_gives_one_complete_report(pool: Pool, tmp_
         merged(pool, tmp_path / "out")
     assert REASONS.keys() <= NAMED.keys()
     wanted = {f"adapter-0000-{code}": {code} for code in NAMED} | {f"adapter-0000-{name}": {""} for name in UNNAMED}
+    wanted["adapter-0000-not-safetensors"] = {"download"}
     assert by_place(raised.value) == wanted
     for name, (_, words) in UNNAMED.items():
         assert [p for p in raised.value.problems if name in p.where and matches(words, p.what)], name

@@ -4,7 +4,7 @@ import fnmatch
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -20,6 +20,7 @@ from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
 from ties_ray.foreign import problem as foreign_problem
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
+from ties_ray.formats.lora import CONFIG as ADAPTER_CONFIG
 from ties_ray.libraries import MODEL_INDEX, TRANSFORMERS, Library
 from ties_ray.loaders import CARD_NAME, role
 from ties_ray.outputs import DTYPES
@@ -272,6 +273,8 @@ class Looked(NamedTuple):
     """The candidate that the recipe chooses."""
     others: frozenset[str] = frozenset()
     """Files of the candidates that it does not choose."""
+    nested: tuple[str, ...] = ()
+    """Of an adapter: the folders in it that hold adapters too, as PEFT saves several of one model."""
 
     @property
     def files(self) -> dict[str, Pin]:
@@ -346,6 +349,7 @@ def _folder(looked: Looked, fetched: Mapping[str, tuple[Pin, Header | bytes]]) -
         headers={name: content for name, (_, content) in fetched.items() if isinstance(content, Header)},
         texts={name: content for name, (_, content) in fetched.items() if isinstance(content, bytes)},
         chosen=looked.chosen,
+        nested=looked.nested,
     )
 
 
@@ -393,8 +397,17 @@ def _look(entry: Entry, formats: Sequence[Format], stores: Stores) -> Looked:
     pipeline = MODEL_INDEX in names and not kept
     for known in formats:
         if not pipeline and known.recognises(left):
-            return Looked(found, listing, known, kept.name if kept else "", aside)
+            nested = () if known.whole else tuple(_adapters_in(listing, store))
+            return Looked(found, listing, known, kept.name if kept else "", aside, nested)
     raise InputError(_unrecognised(entry, listing, store))
+
+
+def _adapters_in(listing: Listing, store: Store) -> Iterator[str]:
+    """Yield the folders of a listing that hold an adapter of their own; those of a training's states are not listed."""
+    for uri in listing.folders:
+        own = not _name(uri).startswith((".", "checkpoint-"))
+        if own and any(_name(pin.uri) == ADAPTER_CONFIG for pin in store.list(uri).files):
+            yield uri
 
 
 def _no_candidate(entry: Entry, every: Sequence[Candidate]) -> Problem:
@@ -417,6 +430,10 @@ def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
     for pattern, (what, remedy) in _TRAINED.items():
         if own := fnmatch.filter([*names, *folders], pattern):
             return Problem(where, f"{what} ({_few(own)})", remedy)
+    adapters = list(_adapters_in(listing, store))
+    if adapters and not any(map(is_weights, names)):
+        what = f"holds no adapter itself, but {len(adapters)} in its folders ({_few([_name(uri) for uri in adapters])})"
+        return Problem(where, what, f"write {adapters[0]} for one of them, or {entry.uri}/* for all", "nested")
     if folders and not names:
         return Problem(where, f"holds only folders ({_few(folders)})", "name one of them")
     if names:

@@ -107,9 +107,9 @@ class Inspections(BaseModel):
 
 def pool(folders: Sequence[Inspection]) -> Pool | None:
     """Return what several folders are as a pool of adapters; None where they are none."""
-    adapters = [one for one in folders if one.facts or one.format == "lora"]
-    if len(folders) < 2 or not adapters:
+    if len(folders) < 2 or not any(one.format == "lora" for one in folders):
         return None
+    adapters = [one for one in folders if one.format in ("lora", "")]  # what can't be read may have been one
     usable = [one for one in adapters if not one.problems]
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for one in adapters:
@@ -161,7 +161,8 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], 
     found = catalog.read_folders(fetched, None, None, rules, stores, threads)[0][entry.id]
     sources = found.sources or _stored(folder)
     dtypes = elements_by_dtype(sources.values())
-    wrong = list(found.problems)
+    strict = () if found.problems else looked.format.read(folder, None, Rules()).problems
+    wrong = [*found.problems, *strict]
     norm, content = None, "".join(pin.etag for pin in found.objects if _MD5.fullmatch(pin.etag))
     if norms and found.facts:
         norm, content = _read_factors(stores, looked.format, found, wrong, folder.uri)

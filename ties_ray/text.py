@@ -424,7 +424,7 @@ def of_inspections(whole: Inspections) -> Iterator[RenderableType]:
 
 def _pool(pool: Pool) -> Table:
     table = _facts()
-    table.add_row("adapters", f"{pool.adapters}, of which {pool.usable} can be used")
+    table.add_row("adapters", f"{pool.adapters}, of which {pool.usable} can be used as they are")
     for name, counts in (
         ("rank", pool.ranks), ("scale", pool.scales), ("targets", pool.targets), ("base", pool.base_names),
         ("refused", pool.refused),

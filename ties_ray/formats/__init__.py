@@ -141,6 +141,8 @@ class Folder:
     """By file name; the pin of the same file in `files` is then a full one."""
     texts: Mapping[str, bytes]
     """Small files by name."""
+    nested: tuple[str, ...] = ()
+    """Of an adapter: folders in it that hold further adapters."""
     answers: Mapping[Question, bool] = field(default_factory=dict)
     """To what the format has asked; True: the bytes are the same."""
     chosen: str = ""

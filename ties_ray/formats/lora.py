@@ -188,6 +188,9 @@ class Lora(Format):
         if problems:
             return Found(problems=problems)
         notes = tuple(f"{folder.uri}: {note}" for note in adapter.notes())
+        if folder.nested:
+            inside = ", ".join(folder.nested)
+            notes += (f"{folder.uri}: further adapters lie in it, each to be named by its own path: {inside}",)
         return Found(
             (pins[WEIGHTS],),
             adapter.sources,
