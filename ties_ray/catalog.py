@@ -2,16 +2,17 @@
 
 import fnmatch
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray import answers, configs, plugins, pool, smallfiles, tokenizers
+from ties_ray import answers, configs, naming, plugins, pool, smallfiles, tokenizers
 from ties_ray.account import Account
 from ties_ray.candidates import Candidate, candidates, choose, is_weights, listed, others
 from ties_ray.constants import keep_dtypes
@@ -20,6 +21,7 @@ from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.expand import BASE, Entry, expand
 from ties_ray.foreign import problem as foreign_problem
 from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
+from ties_ray.formats.checkpoint import tied
 from ties_ray.formats.lora import CONFIG as ADAPTER_CONFIG
 from ties_ray.libraries import MODEL_INDEX, TRANSFORMERS, Library
 from ties_ray.loaders import CARD_NAME, role
@@ -182,6 +184,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
             )
         if BASE in made and not problems[BASE]:
             base = {name: _parameter(name, source, rules) for name, source in made[BASE].sources.items()}
+            rules = _named(rules, some[BASE][1], base)
     base = pool.untie(base, read)
     read = pool.named(recipe, read)
     others = [one for one in read.values() if one.entry.id != BASE]
@@ -261,6 +264,12 @@ def _rules(recipe: Recipe) -> Rules:
         extra_rows=allow.extra_rows == "drop",
         saved_modules=allow.saved_modules == "merge",
     )
+
+
+def _named(rules: Rules, folder: Folder, base: Collection[str]) -> Rules:
+    """Return the rules with what the base's config tells of names; its format has refused what is no object."""
+    config = json.loads(folder.texts.get("config.json", b"{}"))
+    return rules._replace(kinds=naming.kinds_of(config), tied=tuple(tied(base, config)))
 
 
 class Looked(NamedTuple):

@@ -103,6 +103,20 @@ def ties_only_the_head(config: Mapping[str, Any]) -> bool:
     return not any(map(always_tied, kinds)) and bool(kinds) and kinds[0] in _tables()["ties_only_the_head"]
 
 
+def unstored(names: Collection[str], config: Mapping[str, Any]) -> list["Tie"]:
+    """Return which parameters of a model have no stored tensor, as a config of ties lets them share one of `names`.
+
+    Where the config names no class that is known, its head is taken to be `lm_head`, and the class of a bare body has
+    none.
+    """
+    kinds = kinds_of(config)
+    classes = config.get("architectures")
+    known = isinstance(classes, list) and classes[:1] == list(kinds[:1])
+    aliases = _tables()["heads"].get(kinds[0], {}) if known else {"lm_head.weight": ""}
+    missing = [alias for alias in aliases if alias not in names]
+    return [tie for alias in missing for tie in ties_of([*names, alias], kinds) if tie.alias == alias]
+
+
 class Renaming(NamedTuple):
     """A pattern that is replaced where it is found first."""
 

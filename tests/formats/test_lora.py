@@ -18,6 +18,7 @@ from ties_ray.formats import Format, Found, Parameter, Read, Rules, joined
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
+from ties_ray.naming import Tie
 from ties_ray.sources import hull
 from ties_ray.stores import Stores
 from ties_ray.testing import FormatContract, folder_of
@@ -354,6 +355,29 @@ def test_a_base_with_or_without_its_leading_word_is_the_same_base(inside: str, o
     assert found.sources.keys() == base.keys()
 
 
+@pytest.mark.parametrize(("inside", "outside"), [
+    ("model.language_model.layers.0", "language_model.model.layers.0"),
+    ("model.language_model.layers.0", "model.layers.0"),
+    ("model.vision_tower.vision_model.layers.0", "vision_tower.vision_model.layers.0"),
+    ("_orig_mod.model.layers.0", "model.layers.0"),
+])  # fmt: skip
+def test_modules_are_known_by_the_names_that_their_class_gives_them_in_memory(inside: str, outside: str) -> None:
+    base = {f"{outside}.q_proj.weight": Parameter("", (6, 4), "F32", True)}
+    base["lm_head.weight"] = Parameter("", (9, 4), "F32", True)
+    found = good(only(f"{inside}.q_proj", normal(2, 4), normal(6, 2)), base)
+    assert found.sources.keys() == {f"{outside}.q_proj.weight"}
+
+
+def test_rows_of_a_module_that_the_base_stores_in_parts_go_to_each() -> None:
+    base = {f"h.mlp.{part}_proj.weight": Parameter("", (3, 4), "F32", True) for part in ("gate", "up")}
+    a, b = normal(2, 4), normal(6, 2)
+    files = only("h.mlp.gate_up_proj", a, b)
+    found = good(files, base, Rules(kinds=("minimax_m3_vl",)))
+    assert found.sources.keys() == base.keys()
+    for name, rows in (("h.mlp.gate_proj.weight", b[:3]), ("h.mlp.up_proj.weight", b[3:])):
+        torch.testing.assert_close(change(files, found, name, torch.zeros(3, 4)), 2 * rows @ a)
+
+
 def test_saved_modules_and_biases_are_dense_and_only_where_the_recipe_allows_them() -> None:
     extra = {
         f"{PREFIX}model.norm.modules_to_save.default.weight": normal(4),
@@ -380,11 +404,12 @@ def test_the_remedy_for_a_head_names_it_and_leaves_it_out_with_a_note() -> None:
         for name in ("classifier.dense.weight", "classifier.out_proj.bias", "model.score[0].weight", "norm.weight")
     }
     files = adapter_files(MODULES, extra=extra)
-    head, saved_too = read(files, {**BASE, "norm.weight": Parameter("norm.weight", (4,), "F32", True)}).problems
+    base = {**BASE, "norm.weight": Parameter("norm.weight", (4,), "F32", True)}
+    head, saved_too = read(files, base).problems
     assert (head.code, saved_too.code) == ("head", "saved_modules")
     assert 'exclude: ["classifier.*", "model.score[[]0].*"]' in head.remedy
     assert 'exclude: ["norm.weight"]' in saved_too.remedy
-    found = good(files, rules=Rules(exclude=("classifier.*", "model.score[[]0].*", "norm.weight")))
+    found = good(files, base, Rules(exclude=("classifier.*", "model.score[[]0].*", "norm.weight")))
     assert found.sources.keys() == {"model.a.q_proj.weight", "model.b.q_proj.weight"}
     (note,) = found.notes
     assert "classifier.dense.weight" in note
@@ -562,6 +587,8 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("rank_mismatch", only(Q, normal(2, 4), normal(6, 3)), r"\[6, 3\]"),
     ("rank_mismatch", configured(rank_pattern={"a.q_proj": 4}), "r 4"),
     ("conv", only(Q, normal(2, 4, 3, 3), normal(6, 2, 1, 1)), "convolutions"),
+    ("fused", only("h.mlp.experts.0.up_proj", normal(2, 4), normal(3, 2)), "experts.0.up_proj"),
+    ("tied", only("shared", normal(2, 4), normal(9, 2)), "shared.weight"),
     ("unknown_module", only("model.c.q_proj", normal(2, 4), normal(6, 2)), "model.c.q_proj.weight"),
     ("unknown_module", beside("model.b.q_proj.lora_B.bias", normal(3)), "model.b.q_proj.bias"),
     ("not_floating", only("ids", normal(2, 4), normal(6, 2)), "I64"),
@@ -582,12 +609,15 @@ REFUSING_BASE = {
     **BASE,
     "ids.weight": Parameter("ids.weight", (6, 4), "I64", False),
     "h.c_attn.weight": Parameter("h.c_attn.weight", (4, 7), "F32", True),
+    "shared.weight": Parameter("shared.weight", (9, 4), "F32", True),
+    "h.mlp.experts.gate_up_proj": Parameter("h.mlp.experts.gate_up_proj", (1, 6, 4), "F32", True),
 }
 
 
 @pytest.mark.parametrize(("code", "files", "words"), REFUSED)
 def test_an_adapter_is_refused_with_its_reason_and_a_remedy(code: str, files: Files, words: str) -> None:
-    found = read(files, REFUSING_BASE)
+    ties = tuple(Tie(f"{part}.embed_tokens.weight", "shared.weight") for part in ("encoder", "decoder"))
+    found = read(files, REFUSING_BASE, Rules(tied=ties))
     (problem,) = found.problems
     assert problem.code == code
     assert re.search(words, problem.what)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from ties_ray import plugins
+from ties_ray import naming, plugins
 from ties_ray.account import Account
 from ties_ray.errors import Problem
 from ties_ray.libraries import TRANSFORMERS, Library
@@ -115,6 +115,10 @@ class Rules(NamedTuple):
     """Rows beyond the base's are left aside."""
     saved_modules: bool = False
     """Whole tensors that an adapter saved beside its factors are merged as dense changes."""
+    kinds: tuple[str, ...] = ()
+    """What the base's config calls it (`naming.kinds_of`), by which its names are known."""
+    tied: tuple[naming.Tie, ...] = ()
+    """Parameters that the base does not store, as they share the tensors of others."""
 
     def excludes(self, name: str) -> bool:
         """Return whether the recipe takes the parameter from the base unchanged."""

@@ -344,6 +344,11 @@ def _cut(ref: TensorRef, piece: naming.Piece) -> TensorRef:
     return ref._replace(start=ref.start + piece.start * DTYPE_BITS[ref.dtype] // 8, shape=piece.shape)
 
 
+def tied(names: Collection[str], config: Mapping[str, Any]) -> list[naming.Tie]:
+    """Return the parameters of a model of this config that are not stored, because it ties them to stored ones."""
+    return naming.unstored(names, config) if _ties(config) else []
+
+
 def _ties(config: Mapping[str, Any], *, unsaid: bool | None = None) -> bool:
     """Return whether a config ties the embeddings; unsaid: the answer where it does not say, else its default."""
     text = config.get("text_config")

@@ -6,15 +6,16 @@ rank; the config decides the scale alone, and a config of another rank is refuse
 a factor nor known to be harmless is refused, with a reason of `REASONS`.
 """
 
+import functools
 import json
 import math
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ties_ray import naming
 from ties_ray.account import Account, account
 from ties_ray.errors import Problem, printable
 from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
@@ -83,12 +84,17 @@ REASONS: Mapping[str, tuple[str, str]] = {
     "dtype": ("has tensors of a dtype that is not merged", "save it as float32, float16 or bfloat16"),
     "rank_mismatch": (f"has factors of another rank than {CONFIG} says, so the scale is unknown", "correct r"),
     "conv": ("has factors of convolutions, whose change is not a matrix", _WHOLE),
+    "fused": ("changes parameters that the base stores in another layout, fused or apart", _WHOLE),
     "unknown_module": ("changes parameters that the base lacks", _SAME_BASE),
     "not_floating": ("changes parameters that are not floating-point numbers in the base", "give the unquantised base"),
     "shape_mismatch": ("has factors that do not fit the base", _SAME_BASE),
     "ambiguous_layout": (
         "has square modules of which it can't be told whether they are stored (in, out)",
         f"set fan_in_fan_out in {CONFIG} as it is for these modules, and name the others in `exclude`",
+    ),
+    "tied": (
+        "changes one of several parameters that the base ties to each other, and only all of them can have the change",
+        f"{_EXCLUDED}; or {_OUT}",
     ),
     "dora_mismatch": (f"has magnitudes where {CONFIG} says use_dora: false, or lacks them where it says true", _AGAIN),
     "dora_transposed": ("has DoRA magnitudes for modules that are not linear (out, in)", _WHOLE),
@@ -177,7 +183,7 @@ class Lora(Format):
         if WEIGHTS not in pins or "peft_type" in refused or "prompt" in refused:  # the rest would follow from it
             return Found(problems=refused.problems(folder.uri))
         modules, saved = _stored(folder.headers[WEIGHTS].tensors, refused)
-        adapter = _Adapter(_settings(config, modules, refused), modules, base, rules, refused)
+        adapter = _Adapter(_settings(config, modules, refused), modules, saved, base, rules, refused)
         for path, parts in modules.items():
             adapter.add_module(path, parts)
         for key, (name, ref) in saved.items():
@@ -194,6 +200,7 @@ class Lora(Format):
         return Found(
             (pins[WEIGHTS],),
             adapter.sources,
+            untied=adapter.untied,
             notes=notes,
             kinds=adapter.kinds,
             called=adapter.called,
@@ -275,6 +282,8 @@ def _account(stored: Mapping[str, TensorInfo], adapter: "_Adapter") -> Account:
             fate = "merged"
         elif key in adapter.copies:
             fate = "copies of base layers"
+        elif _TRAINING_ONLY.fullmatch(key):
+            fate = "used in training only"
         fates.append((fate, math.prod(info.shape)))
     return account(sum(elements for _, elements in fates), fates)
 
@@ -379,6 +388,7 @@ class _Adapter:
         self,
         settings: _Settings,
         modules: Mapping[str, Parts],
+        saved: Mapping[str, tuple[str, TensorRef]],
         base: Mapping[str, Parameter] | None,
         rules: Rules,
         refused: _Refused,
@@ -386,7 +396,21 @@ class _Adapter:
         self.sources: dict[str, Source] = {}
         self.kinds: dict[str, Kind] = {}
         self._settings, self._base, self._rules, self._refused = settings, base, rules, refused
-        self._rename = _renaming([f"{path}.weight" for path in modules], base)
+        self.untied: dict[str, str] = {}
+        self._tied = {tie.alias: tie.kept for tie in rules.tied if base is not None and base[tie.kept].merged}
+        if base is not None:
+            self._base = base = {
+                **base,
+                **{alias: base[kept]._replace(name=alias) for alias, kept in self._tied.items()},
+            }
+        self._names: dict[str, str] = {}
+        """The base's, by the adapter's."""
+        self._parts: dict[str, list[tuple[str, naming.Piece]]] = {}
+        """Parameters of the base that are parts of one of the adapter's, by its name."""
+        self._fused: set[str] = set()
+        """The adapter's names of what the base stores as a part of something."""
+        if base is not None:
+            self._match({**_shapes(modules), **{name: ref.shape for name, ref in saved.values()}}, base)
         self.called: dict[str, str] = {}
         self._layouts = self._told_by_shape(modules)
         self._modules: list[str] = []
@@ -394,6 +418,23 @@ class _Adapter:
         self._variants: set[str] = {"rslora"} if settings.rslora else set()
         self.copies: list[str] = []
         self.excluded: list[str] = []
+
+    def _match(self, shapes: Mapping[str, naming.Shape], base: Mapping[str, Parameter]) -> None:
+        theirs = frozenset((name, one.shape) for name, one in base.items())
+        match = _matched(frozenset(shapes.items()), theirs, self._rules.kinds)
+        self._names |= match.left
+        for problem in match.problems:
+            self._refused.add("fused", problem)
+        for name, (piece, *others) in match.pieces.items():
+            if others:
+                self._fused |= {piece.name, *(one.name for one in others)}
+            elif math.prod(piece.shape) == math.prod(shapes[piece.name]):
+                self._names[piece.name] = name
+            else:
+                self._parts.setdefault(piece.name, []).append((name, piece))
+
+    def _rename(self, name: str) -> str:
+        return self._names.get(name, name)
 
     def add_module(self, path: str, parts: Parts) -> None:
         """Add the changes of a module's weight, and of its bias."""
@@ -448,7 +489,10 @@ class _Adapter:
 
     def notes(self) -> list[str]:
         """Return what was left aside."""
-        notes = []
+        notes = [
+            f"changes {kept} and {alias}, which the base ties, apart from each other: the result does not tie them"
+            for alias, kept in self.untied.items()
+        ]
         if self.copies:
             notes.append(
                 f"left aside, copies of base layers that PEFT saves beside their factors: {_listed(self.copies)}"
@@ -496,6 +540,12 @@ class _Adapter:
 
     def _add_weight(self, path: str, parts: Parts, a: TensorRef, b: TensorRef, scale: float) -> None:
         name = self._rename(f"{path}.weight")
+        if name in self._fused:
+            self._refused.add("fused", path)
+            return
+        if name in self._parts:
+            self._add_parts(name, parts, a, b, scale)
+            return
         kind: Kind | None = "embedding" if "embedding_A" in parts else self._layout(path, a, b)
         if kind is None:
             self._refused.add("ambiguous_layout", path)
@@ -516,6 +566,18 @@ class _Adapter:
             if kind != "linear" and name in self.sources:
                 self.kinds[name] = kind
 
+    def _add_parts(self, told: str, parts: Parts, a: TensorRef, b: TensorRef, scale: float) -> None:
+        """Add the rows of a module's change by the parameters in which the base stores it."""
+        for name, piece in self._parts[told]:
+            first, last = piece.start // a.shape[1], (piece.start + math.prod(piece.shape)) // a.shape[1]
+            rows = piece.shape[1:] == a.shape[1:] and piece.start % a.shape[1] == 0
+            if not rows or "magnitude_vector" in parts or "A" not in parts:
+                self._refused.add("fused", told)
+                return
+            start = b.start + first * b.shape[1] * DTYPE_BITS[b.dtype] // 8
+            part = b._replace(start=start, shape=(last - first, b.shape[1]))
+            self._add(name, piece.shape, Source((a, part), (("scale", scale),)))
+
     def _add(self, name: str, shape: tuple[int, ...], source: Source) -> None:
         """Add a source if the base has such a parameter and the recipe does not exclude it."""
         told, name = name, self._rename(name)
@@ -523,7 +585,8 @@ class _Adapter:
         if self._rules.excludes(name):
             return
         if self._base is not None and parameter is None:
-            self._refused.add("unknown_module", name)
+            if "fused" not in self._refused:  # or it is one of those
+                self._refused.add("unknown_module", name)
         elif parameter and not parameter.merged:
             self._refused.add("not_floating", f"{name} ({parameter.dtype})")
         elif parameter and parameter.shape != shape:
@@ -535,6 +598,16 @@ class _Adapter:
             self.sources[name] = source
             if told != name:
                 self.called[name] = told
+            self._untie(name)
+
+    def _untie(self, name: str) -> None:
+        """Let a parameter that shares its tensor with another have a change of its own, as PEFT applies it."""
+        kept = self._tied.get(name, name)
+        group = [alias for alias, other in self._tied.items() if other == kept]
+        if len(group) == 1:
+            self.untied |= {alias: kept for alias in group}
+        elif group:
+            self._refused.add("tied", name, escape(name))
 
     def _layout(self, path: str, a: TensorRef, b: TensorRef) -> Kind | None:
         """Return how a module is stored: as shapes tell; where it is square, as its namesakes are, or the config says.
@@ -569,26 +642,27 @@ class _Adapter:
         return layouts.get(parameter.shape)
 
 
-def _renaming(names: Sequence[str], base: Collection[str] | None) -> Callable[[str], str]:
-    """Return how an adapter's parameters are called in the base, which may have been saved with or without its head.
-
-    One way for the whole adapter: as they are, without their leading word (`model.`), or with the base's.
-    """
-    if not base or all(name in base for name in names):
-        return lambda name: name
-    ways = [("", ""), *((f"{word}.", "") for word in _leading(names)), *(("", f"{word}.") for word in _leading(base))]
-
-    def renamed(name: str, way: tuple[str, str]) -> str:
-        other = way[1] + name.removeprefix(way[0])
-        return name if name in base or other not in base else other
-
-    best = max(ways, key=lambda way: sum(renamed(name, way) in base for name in names))
-    return lambda name: renamed(name, best)
+@functools.lru_cache(16)  # the adapters of a pool have the same modules
+def _matched(
+    names: frozenset[tuple[str, naming.Shape]], base: frozenset[tuple[str, naming.Shape]], kinds: tuple[str, ...]
+) -> naming.Match:
+    return naming.matched(dict(sorted(names)), dict(sorted(base)), kinds)
 
 
-def _leading(names: Iterable[str]) -> list[str]:
-    """Return the commonest first words of some names."""
-    return [word for word, _ in Counter(name.partition(".")[0] for name in names).most_common(4)]
+def _shapes(modules: Mapping[str, Parts]) -> dict[str, naming.Shape]:
+    """Return the shape of each changed parameter, as far as factors tell it; (0,) stands for any."""
+    shapes: dict[str, naming.Shape] = {}
+    for path, parts in modules.items():
+        a, b = parts.get("A"), parts.get("B")
+        rows, columns = (b, a) if "A" in parts else (parts.get("embedding_A"), parts.get("embedding_B"))
+        if rows and columns and len(rows.shape) == len(columns.shape) == 2:
+            of_rows, of_columns = (0, 1) if "A" in parts else (1, 0)
+            shapes[f"{path}.weight"] = (rows.shape[of_rows], columns.shape[of_columns])
+        else:
+            shapes[f"{path}.weight"] = (0,)
+        if "bias" in parts:
+            shapes[f"{path}.bias"] = parts["bias"].shape
+    return shapes
 
 
 def _stored(
