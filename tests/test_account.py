@@ -149,9 +149,15 @@ def test_files_of_a_model_with_other_rows_are_refused_and_the_bases_load(tmp_pat
 
 def test_an_output_does_not_announce_quantised_weights_that_there_are_not(tmp_path: Path) -> None:
     store = Stores({}).of(str(tmp_path))
-    config = {**CONFIG, "vocab_size": 8, "quantization_config": {"quant_method": "awq"}, "quantization": {"bits": 4}}
+    told = {"quantization_config": {"quant_method": "awq"}}
+    config = {**CONFIG, "vocab_size": 8, **told, "quantization": {"bits": 4}, "text_config": {"a": 1, **told}}
     for name in ("base", "model"):
         write_checkpoint(store, str(tmp_path / name), BASE, config=config)
     result = drive.merge(recipe(tmp_path, str(tmp_path / "base"), str(tmp_path / "model")))
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**CONFIG, "vocab_size": 8}
-    assert "quantization_config, quantization in config.json is left over" in result.notes[0]
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        **CONFIG,
+        "vocab_size": 8,
+        "text_config": {"a": 1},
+    }
+    keys = "quantization_config, quantization, text_config.quantization_config"
+    assert result.notes[0] == f"models base, 0: {keys} in config.json is left over: no weight is quantised"

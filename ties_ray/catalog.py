@@ -222,7 +222,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         *noted,
         *(f"{one.entry.uri}: {note}" for entry in entries for one in [folders[entry.id][0]] for note in _choice(one)),
         *(f"left out, as allowed: {problem}" for one in refused for problem in one.problems),
-        *(note for entry in entries for note in read[entry.id].found.notes),
+        *_own_notes([read[entry.id] for entry in entries]),
         *_idle(recipe.exclude, parameters, [one.found for one in models]),
         *(_config_notes(folders, [one.entry.id for one in models], files_from) if BASE in folders else ()),
         *kept,
@@ -615,6 +615,20 @@ def _small_files(
     others = {one.entry.id: one.entry.uri for one in models if one.entry.id != files_from and one.format.whole}
     differing = smallfiles.differing_modules(taken.files, others, stores, threads)
     return taken.files, (*taken.notes, *differing)
+
+
+def _own_notes(inputs: Sequence[pool.Read]) -> list[str]:
+    """Return what formats note of their folders; what they note of several alike, once."""
+    who: dict[str, list[pool.Read]] = {}
+    for one in inputs:
+        for note in one.found.notes:
+            who.setdefault(note.removeprefix(f"{one.entry.uri}: "), []).append(one)
+    return [
+        f"{configs.named([one.entry.id for one in alike])}: {note}"
+        if len(alike) > 1
+        else f"{alike[0].entry.uri}: {note}"
+        for note, alike in who.items()
+    ]
 
 
 def _config_notes(folders: Mapping[str, tuple[Looked, Folder]], models: Sequence[str], files_from: str) -> list[str]:

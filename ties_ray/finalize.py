@@ -149,11 +149,17 @@ def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
 
 
 def _without(keys: Sequence[str], data: bytes) -> bytes:
-    """Return a JSON object without some of its keys."""
+    """Return a JSON object without some of its keys; those of parts as `part.key`."""
     if not keys:
         return data
-    left = {key: value for key, value in json.loads(data).items() if key not in keys}
-    return (json.dumps(left, indent=2, ensure_ascii=False) + "\n").encode()
+    whole = json.loads(data)
+    for key in keys:
+        *parents, last = key.split(".")
+        part = whole
+        for parent in parents:
+            part = part[parent]
+        del part[last]
+    return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def listed(names: Sequence[str]) -> str:

@@ -98,6 +98,13 @@ def refusals(stored: Stored, excluded: Collection[str]) -> Iterator[tuple[str, l
             yield f"{how}, {len(left)} tensors", left
 
 
+def keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of config.json that announce quantised weights; of its text part as `text_config.<key>`."""
+    text = config.get("text_config")
+    inner = [f"text_config.{key}" for key in CONFIG_KEYS if text.get(key)] if isinstance(text, dict) else []
+    return (*(key for key in CONFIG_KEYS if config.get(key)), *inner)
+
+
 def announced(config: Mapping[str, Any], files: Collection[str]) -> str:
     """Return what announces quantised weights: the method as config.json names it, or a file; empty: nothing does."""
     for key in CONFIG_KEYS:

@@ -34,7 +34,7 @@ class SmallFile:
     """Relative to the model's folder: `1_Pooling/config.json`."""
     pin: Pin
     without: tuple[str, ...] = ()
-    """Of a JSON object: keys that the output's file lacks."""
+    """Of a JSON object: keys that the output's file lacks; of its parts as `part.key`."""
 
 
 class Taken(NamedTuple):

@@ -314,6 +314,8 @@ def test_every_stored_value_has_one_fate_whatever_is_stored(seed: int) -> None:
 
 def test_other_numbers_are_copied_where_they_are_excluded() -> None:
     odd = {"a": torch.zeros(2, dtype=torch.complex64), "b": torch.zeros(2).to(torch.float8_e5m2)}
+    (told, _) = problems(read(files_of({**BASE, **odd})))
+    assert told.endswith("""real numbers: a; `exclude: ["a"]` copies the base's""")
     for base in (None, base_of({**BASE, **odd}, exclude=("a", "b"))):
         assert base is not None or len(problems(read(files_of({**BASE, **odd})))) == 2
         found = read(files_of({**BASE, **odd}), base, Rules(exclude=("a", "b")))

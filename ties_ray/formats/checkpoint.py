@@ -199,8 +199,7 @@ def _quantised(
     told = quantised.announced(config, files)
     reason = f" ({told})" if told else ""
     wrong = [f"{what}{reason}: {_listed(names)}" for what, names in quantised.refusals(tensors, excluded)]
-    keys = () if quantised.packed(tensors) else tuple(key for key in quantised.CONFIG_KEYS if config.get(key))
-    return keys, wrong
+    return () if quantised.packed(tensors) else quantised.keys(config), wrong
 
 
 def _base_ties(stored: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -529,7 +528,9 @@ def _refused(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str]]:
     for dtype in sorted({ref.dtype for ref in tensors.values()} - MERGEABLE - COPYABLE):
         reason = next(why for start, why in REFUSED.items() if dtype.startswith(start))
         names = [name for name, ref in tensors.items() if ref.dtype == dtype]
-        yield f"stores {len(names)} tensors as {dtype}, and {reason}: {_listed(names)}", "give the unquantised model"
+        copied = f"`exclude: {_patterns(names)}` copies the base's" if DTYPE_BITS[dtype] % 8 == 0 else ""
+        remedy = copied if dtype == "C64" else " or ".join(filter(None, ("give the unquantised model", copied)))
+        yield f"stores {len(names)} tensors as {dtype}, and {reason}: {_listed(names)}", remedy
 
 
 def _setting(config: Mapping[str, Any], key: str, default: object) -> object:
