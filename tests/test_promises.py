@@ -486,7 +486,8 @@ def assert_as_planned(
     spared = sum(round_.requests for round_ in rounds) - result.requests
     assert spared >= 0
     assert (spared > 0) == (result.bytes_kept > 0)
-    of_inputs = [item for item in counted if item[0].startswith((family.base, *family.models))]
+    inputs = (family.base, *family.models)
+    of_inputs = [item for item in counted if item[0].startswith(inputs) and item[0].endswith(".safetensors")]
     looks = workers * (1 + len(made.result.members))
     assert sum(item[2] for item in of_inputs) == result.bytes_read + 8 * looks
     assert len(of_inputs) == result.requests + looks
