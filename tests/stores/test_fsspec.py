@@ -1,5 +1,6 @@
 import json
 import secrets
+import ssl
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import trustme
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
@@ -15,8 +17,8 @@ from ties_ray import drive, recipe, stores
 from ties_ray.errors import InputError, RecipeError, UnavailableError
 from ties_ray.expand import entries_of
 from ties_ray.recipe import ModelEntry
-from ties_ray.stores import REMOTE, Listing, Stores, leads_from, store_class
-from ties_ray.stores.fsspec import Fsspec
+from ties_ray.stores import REMOTE, Listing, Pin, Stores, leads_from, store_class
+from ties_ray.stores.fsspec import Fsspec, _pin
 
 
 class _Elsewhere(MemoryFileSystem):
@@ -118,9 +120,115 @@ def test_a_web_server_is_listed_and_pinned_by_what_it_tells(web: str, tmp_path: 
 def test_a_server_that_ignores_ranges_is_found_out(web: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
     store = Stores({}).of(web)
-    with pytest.raises(UnavailableError, match=r"asked for 4 bytes, 10 came"):
+    with pytest.raises(InputError, match=r"asked for 4 bytes, 10 came; copy the files to a store that sends parts"):
         store.head(f"{web}/x", 4)
     assert store.meter.requests == 4
+
+
+class _Whole(_Quiet):
+    def end_headers(self) -> None:
+        self.send_header("Accept-Ranges", "none")
+        super().end_headers()
+
+
+def test_a_large_file_of_a_server_that_says_it_sends_no_ranges_is_never_asked_for(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(17 << 20)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Whole, directory=tmp_path)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        uri = f"http://127.0.0.1:{server.server_port}/x"
+        store = Stores({}).of(uri)
+        with pytest.raises(InputError, match=r"says that it sends no ranges; copy the files"):
+            store.head(uri, 4)
+        assert store.meter.requests == 0
+        server.shutdown()
+        thread.join()
+
+
+class _Troubled(_Quiet):
+    status = 503
+
+    def do_GET(self) -> None:
+        self.send_error(self.status)
+
+    do_HEAD = do_GET
+
+
+def test_an_outage_is_not_taken_for_a_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fsspec, "patience", 1.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Troubled) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        uri = f"http://127.0.0.1:{server.server_port}/x"
+        with pytest.raises(UnavailableError, match="503"):
+            Stores({}).of(uri).head(uri, 4)
+        monkeypatch.setattr(_Troubled, "status", 403)
+        with pytest.raises(InputError, match=r"was refused.*check the credentials that http:// finds"):
+            Stores({}).of(uri).head(uri, 4)
+        server.shutdown()
+        thread.join()
+    with pytest.raises(UnavailableError, match="Connect"):
+        Stores({}).of(uri).head(uri, 4)
+
+
+def test_what_another_try_can_not_mend_is_refused_for_good(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="check the host in the URI: its name is not known"):
+        Stores({}).of("http://x").head("http://no-such-host.invalid/x", 1)
+    authority = trustme.CA()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Quiet)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        with pytest.raises(InputError, match=r"CERTIFICATE_VERIFY_FAILED.*let this machine trust"):
+            Stores({}).of("https://x").head(f"https://localhost:{server.server_port}/x", 1)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    class DefaultCredentialsError(Exception):  # as Google's library calls it
+        pass
+
+    _write(f"{folder}/x", b"0123")
+    store = Stores({}).of(folder)
+    for error, remedy in (
+        (DefaultCredentialsError("none"), "give the credentials"),
+        (NotImplementedError(), "copy the"),
+    ):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(_Elsewhere, "cat_file", fail)
+        with pytest.raises(InputError, match=remedy):
+            store.head(f"{folder}/x", 1)
+    monkeypatch.setattr(Fsspec, "patience", 1.0)
+    monkeypatch.setattr(_Elsewhere, "cat_file", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("odd")))
+    with pytest.raises(UnavailableError, match="RuntimeError: odd"):
+        store.head(f"{folder}/x", 1)
+
+
+@pytest.mark.parametrize(
+    ("shown", "pinned"),
+    [
+        # what gcsfs 2026.10 shows of a file, and adlfs 2026.8: the marks of another content differ
+        ({"etag": "COjB", "generation": "17", "md5Hash": "eA==", "mtime": "2026"}, "etag COjB"),
+        ({"generation": "17", "md5Hash": "eA==", "updated": "2026"}, "generation 17"),
+        ({"etag": "0x8DD", "content_settings": {"content_md5": None}, "last_modified": "2026"}, "etag 0x8DD"),
+        ({"ETag": '"5f"', "Last-Modified": "Sat"}, 'ETag "5f"'),
+        ({"Last-Modified": "Sat"}, "Last-Modified Sat"),
+        ({}, ""),
+    ],
+)
+def test_a_pin_holds_the_best_mark_that_a_scheme_shows(shown: dict[str, object], pinned: str) -> None:
+    assert _pin("gs://models/x", {"size": 4, "type": "file", **shown}) == Pin("gs://models/x", 4, pinned)
 
 
 def test_no_message_holds_a_presigned_query(web: str) -> None:

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple, NoReturn, TypeVar
 
@@ -558,6 +558,20 @@ def persist(
         if error.remedy is not None:
             raise InputError(Problem(shown(uri), what, error.remedy)) from None
         raise UnavailableError(Problem(shown(uri), what, "run the same command again later")) from None
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it; botocore keeps them as `kwargs["error"]`, urllib3 as `reason`."""
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        one = left.pop()
+        if isinstance(one, BaseException) and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            kept = getattr(one, "kwargs", None)
+            inner = kept.get("error") if isinstance(kept, Mapping) else None
+            left += [one.__cause__, one.__context__, getattr(one, "reason", None), inner]
 
 
 class NoUpload(InterruptedMerge):

@@ -3,11 +3,11 @@
 import re
 import shlex
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.stores import Transient, no_upload, shown
+from ties_ray.stores import Transient, causes_of, no_upload, shown
 
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 _DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
@@ -152,7 +152,7 @@ def _of_client(error: Exception, uri: str, doing: str, *, reached: bool) -> Exce
     advice: str | None = _lasting(error, boto, reached=reached)
     if advice:
         return InputError(Problem(uri, what, advice))
-    unknown = any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in _causes(error))
+    unknown = any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in causes_of(error))
     if unknown and not reached:  # once it was known, the name will be so again
         advice = (
             "check storage.s3.endpoint_url and region; if the bucket stands in the name: storage.s3.addressing: path"
@@ -201,17 +201,3 @@ def _lasting(error: Exception, boto: Any, *, reached: bool) -> str:
     if isinstance(error, boto.ProxyConnectionError) and "407" in text:
         return "the proxy wants credentials: check storage.s3.proxy or HTTPS_PROXY"
     return ""
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it; botocore keeps them as its argument `error`, urllib3 as `reason`."""
-    seen: set[int] = set()
-    left = [error]
-    while left:
-        one = left.pop()
-        if isinstance(one, BaseException) and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            kept = getattr(one, "kwargs", None)
-            inner = kept.get("error") if isinstance(kept, Mapping) else None
-            left += [one.__cause__, one.__context__, getattr(one, "reason", None), inner]

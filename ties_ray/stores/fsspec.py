@@ -1,6 +1,8 @@
 """The schemes of `stores.REMOTE`, through fsspec: gs, az, hf (with @revision), http, github, ...; read only."""
 
 import posixpath
+import socket
+import ssl
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from ties_ray.stores import (
     Pin,
     Store,
     Transient,
+    causes_of,
     changed,
     entry_uri,
     persist,
@@ -24,6 +27,9 @@ from ties_ray.stores import (
 
 T = TypeVar("T")
 
+_NO_RANGES = "copy the files to a store that sends parts of a file (HTTP ranges)"
+_WHOLE_BYTES = 16 << 20
+"""What a server without ranges may send whole where a part was asked for."""
 _MARKS = (
     *("ETag", "etag", "sha256", "sha", "blob_id", "generation", "version", "version_id", "versionId"),
     *("md5Hash", "content_md5", "Content-MD5", "crc32c", "checksum"),
@@ -87,7 +93,7 @@ class Fsspec(Store):
 
         def get() -> tuple[Pin, bytes]:
             pin = self._look(uri)
-            return pin, self._bytes(uri, 0, min(nbytes, pin.size))
+            return pin, self._bytes(pin, 0, min(nbytes, pin.size))
 
         return self._repeat(uri, f"reading its first {nbytes:,} bytes", get)
 
@@ -96,7 +102,7 @@ class Fsspec(Store):
         into = into.cast("B")
 
         def get() -> None:
-            into[:] = self._bytes(pin.uri, start, start + len(into))
+            into[:] = self._bytes(pin, start, start + len(into))
             now = self._look(pin.uri)
             if now != pin:
                 raise changed(pin, f"{pin.size:,} bytes with {pin.etag}, now {now.size:,} with {now.etag}")
@@ -106,15 +112,16 @@ class Fsspec(Store):
         except FileNotFoundError:
             raise changed(pin, "the file is gone") from None
 
-    def _bytes(self, uri: str, start: int, stop: int) -> bytes:
+    def _bytes(self, pin: Pin, start: int, stop: int) -> bytes:
         if start == stop:
             return b""
-        files, path = self._at(uri)
+        files, path = self._at(pin.uri)
         self.meter.add(requests=1)
         data: bytes = files.cat_file(path, start=start, end=stop)
         self.meter.add(bytes_read=len(data))
         if len(data) != stop - start:
-            raise Transient(f"asked for {stop - start:,} bytes, {len(data):,} came", attempts=4)
+            what = f"asked for {stop - start:,} bytes, {len(data):,} came"
+            raise Transient(what, attempts=4, remedy=_NO_RANGES if len(data) == pin.size else None)
         return data
 
     def _look(self, uri: str) -> Pin:
@@ -125,6 +132,8 @@ class Fsspec(Store):
             raise FileNotFoundError(shown(uri))
         if not isinstance(found.get("size"), int):
             raise InputError(Problem(shown(uri), "the server does not tell its size", "copy it to another store"))
+        if found.get("partial") is False and found["size"] > _WHOLE_BYTES:
+            raise InputError(Problem(shown(uri), "the server says that it sends no ranges", _NO_RANGES))
         return _pin(uri, found)
 
     def _at(self, uri: str) -> tuple[Any, str]:
@@ -153,9 +162,10 @@ class Fsspec(Store):
                 return attempt()
             except (MergeError, Transient):
                 raise
-            except FileNotFoundError:
-                raise FileNotFoundError(shown(uri)) from None
-            except Exception as error:
+            except Exception as raised:
+                error = _behind(raised)
+                if isinstance(error, FileNotFoundError):
+                    raise FileNotFoundError(shown(uri)) from None
                 status = _status(error)
                 if isinstance(error, PermissionError) or status in (401, 403):
                     remedy = f"check the credentials that {scheme_of(uri)}:// finds, and their permissions"
@@ -163,7 +173,8 @@ class Fsspec(Store):
                 if 400 <= status < 500 and status not in (408, 429):
                     what = f"{doing} failed ({shown(error)})"
                     raise InputError(Problem(shown(uri), what, "check the URI and its storage options")) from error
-                raise Transient(f"{type(error).__name__}: {error}") from error
+                advice, attempts = _lasting(error, scheme_of(uri))
+                raise Transient(f"{type(error).__name__}: {error}", attempts=attempts, remedy=advice) from error
 
         return persist(once, meter=self.meter, uri=uri, doing=doing, seconds=lambda: self.patience)
 
@@ -182,7 +193,36 @@ def _pin(uri: str, found: Mapping[str, Any]) -> Pin:
     return Pin(uri, found["size"] or 0, f"{mark} {marks[mark]}" if mark else "")
 
 
-def _status(error: Exception) -> int:
+def _behind(error: BaseException) -> BaseException:
+    """Return what led to an error that calls a file missing: fsspec's HTTP calls every failure so."""
+    if isinstance(error, FileNotFoundError):
+        for cause in causes_of(error):
+            status = _status(cause)
+            if status in (404, 410):
+                return error
+            if status or isinstance(cause, ConnectionError | TimeoutError | ssl.SSLError | socket.gaierror):
+                return cause
+    return error
+
+
+def _lasting(error: BaseException, scheme: str) -> tuple[str | None, int | None]:
+    """Return what to do about an error that another try can't mend, and after how many tries; (None, None) if it may.
+
+    Client libraries share no base class, so that an unknown error counts as one that passes.
+    """
+    causes = list(causes_of(error))
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        return "let this machine trust the certificate: SSL_CERT_FILE, or its own list", 1
+    if any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in causes):
+        return "check the host in the URI: its name is not known", 4
+    if any("Credential" in type(cause).__name__ for cause in causes) and not getattr(error, "retryable", False):
+        return f"give the credentials that {scheme}:// looks for, on every node", 1
+    if isinstance(error, NotImplementedError | TypeError | AttributeError | KeyError):
+        return f"copy the files to another store: what serves {scheme}:// can't do this", 1
+    return None, None
+
+
+def _status(error: BaseException) -> int:
     """Return the HTTP status that an error of some client library carries; 0 without."""
     for holder in (error, getattr(error, "response", None)):
         for name in ("status", "status_code", "code"):
