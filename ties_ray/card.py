@@ -75,8 +75,8 @@ def card(plan: Plan, result: MergeResult) -> str:
     if result.truncation:
         lines += ["", "## What the rank cost", "| matrix | relative error |", "|---|---|"]
         lines += [f"| {code(name)} | {error:.4%} |" for name, error in result.truncation.matrices.items()]
-    if plan.notes:
-        lines += ["", "## Notes", *(f"* {prose(note)}" for note in plan.notes)]
+    if result.notes:
+        lines += ["", "## Notes", *(f"* {prose(note)}" for note in result.notes)]
     return "\n".join(lines) + "\n"
 
 

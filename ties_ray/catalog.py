@@ -456,7 +456,10 @@ def _unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
         folder, _, name = entry.uri.rpartition("/")
         which = f": {{path: {folder or '.'}, file: {name}}}" if is_weights(name) else ""
         return Problem(where, "is a file", f"give the folder that holds it{which}")
-    return Problem(where, "there is nothing", "check the path, and that it may be listed")
+    remedy = (
+        f"check the path, and that it may be listed; an empty folder that a glob found: `not: [{_name(entry.uri)}]`"
+    )
+    return Problem(where, "there is nothing", remedy)
 
 
 def _pipeline(where: str, uri: str, listing: Listing, store: Store) -> Problem:

@@ -19,10 +19,10 @@ import pytest
 import trustme
 
 from tests.conftest import Bucket, free_port
-from tests.families import Family
+from tests.families import Family, make_family
 from tests.merging import LOCAL, recipe_of
 from tests.tools.fault_proxy import Dialect, FaultProxy
-from ties_ray import drive
+from ties_ray import drive, recipe
 from ties_ray.errors import InputError, MergeError, RecipeError, UnavailableError
 from ties_ray.stores import Listing, Part, Stores, _s3_client, s3
 from ties_ray.stores.s3 import S3
@@ -213,6 +213,7 @@ def test_a_merge_is_made_on_a_service_without_checksums_and_conditions(
         )
         assert result.status == "done"
         assert [note for note in result.notes if "keeps no If-None-Match" in note]
+        assert b"keeps no If-None-Match" in opened({"endpoint_url": proxy.url}).get(f"{output}/README.md", 1 << 20)[1]
 
 
 # Lists.
@@ -287,6 +288,20 @@ def test_markers_of_folders_are_no_files_and_no_folders(s3_bucket: Bucket, s3_se
     found = store.list(f"{s3_bucket.uri}/m")
     assert ([pin.uri for pin in found.files], found.folders) == ([f"{s3_bucket.uri}/m/x"], (f"{s3_bucket.uri}/m/sub",))
     assert store.list(s3_bucket.uri) == Listing((), (f"{s3_bucket.uri}/m",))
+
+
+def test_the_marker_of_an_empty_folder_is_no_model_and_the_remedy_leaves_it_out(s3_bucket: Bucket) -> None:
+    storage = {"s3": {**s3_bucket.storage["s3"]}}
+    store = opened(dict(storage["s3"]))
+    family = make_family(store, f"{s3_bucket.uri}/pool", num_models=2)
+    store.put(f"{s3_bucket.uri}/pool/model-old/", b"")
+    store.put(f"{s3_bucket.uri}/pool/model-0_$folder$", b"")
+    data = {"base": family.base, "method": "average", "output": {"path": f"{s3_bucket.uri}/out"}, "storage": storage}
+    models = f"{s3_bucket.uri}/pool/model-*"
+    with pytest.raises(InputError, match=r"model-old: there is nothing;.*`not: \[model-old\]`"):
+        drive.plan(recipe.validate({**data, "models": [models]}))
+    made = drive.plan(recipe.validate({**data, "models": [{"path": models, "not": ["model-old"]}]}))
+    assert [model.uri for model in made.catalog.models] == list(family.models)
 
 
 ODD = ["with space", "a+b", "ünï-模型", "per%20cent", "x=1&y=2", "hash#tag", "quo'te", "tilde~", "a:b", "q?x", "[1]",
@@ -595,6 +610,20 @@ def test_what_does_not_speak_s3_is_refused_for_good(s3_credentials: None) -> Non
         store.first_patience = 60.0
         with pytest.raises(InputError, match="something else than XML: it does not speak S3"):
             store.list("s3://bucket/m")
+
+
+def test_a_server_that_knows_none_of_our_requests_is_refused_for_good(s3_credentials: None) -> None:
+    with saying(lambda request: send(request, b"no such page", status=404, kind="text/plain")) as url:
+        store = opened({"endpoint_url": url})
+        calls: list[Callable[[], object]] = [
+            lambda: store.list("s3://bucket/m"),
+            lambda: store.list_uploads("s3://bucket/m"),
+            lambda: store.put("s3://bucket/m/x", b"data"),
+            lambda: store.begin_upload("s3://bucket/m/x", 1),
+        ]
+        for call in calls:
+            with pytest.raises(InputError, match=r"404.*nothing there answers as S3 does"):
+                call()
 
 
 def listing(keys: list[str], more: bool, token: str = "again") -> bytes:

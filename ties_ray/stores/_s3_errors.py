@@ -84,7 +84,7 @@ def explained(error: Exception, uri: str, doing: str, *, reached: bool, unsigned
         return InputError(Problem(uri, "there is no such bucket", remedy))
     if code == "NoSuchUpload":
         return no_upload(uri, doing)
-    if status == 404:
+    if status == 404 and not doing.startswith(("listing it", "listing uploads", "starting")):
         return FileNotFoundError(uri)
     if status == 412:
         return Unmet(Problem(uri, f"{doing}: another writer was there first", "run again"))
@@ -122,6 +122,8 @@ def _refused(error: Exception, uri: str, doing: str, told: str, *, unsigned: boo
         return what, "the object has a key of its own (SSE-C): say in storage.s3.customer_key where that key lies"
     if status in (401, 403):
         return what, _permission(doing, unsigned=unsigned)
+    if status == 404:
+        return what, "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
     if status in (301, 302, 308):
         return what, "check storage.s3.endpoint_url: it leads elsewhere"
     return what, "the service refuses this for good: see what it says, and storage.s3"

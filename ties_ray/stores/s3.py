@@ -269,7 +269,12 @@ class S3(Store):
 
     def put(self, uri: str, data: bytes) -> Pin:
         """Write an object by one request."""
-        done, _ = self._send(uri, "writing it", "put_object", memoryview(data), **self._sealed)
+        try:
+            done, _ = self._send(uri, "writing it", "put_object", memoryview(data), **self._sealed)
+        except FileNotFoundError:
+            what = "writing it failed (404)"
+            remedy = "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
+            raise InputError(Problem(uri, what, remedy)) from None
         return _pin(uri, len(data), done)
 
     def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
