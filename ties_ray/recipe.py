@@ -142,7 +142,8 @@ class Allow(Strict):
     nan: Literal["zero", "drop_model"] | None = None
     """A delta that is not finite counts as zero, or an adapter with such factors is left out."""
     missing: Literal["zero"] | None = None
-    """A floating-point parameter that a model lacks has delta zero."""
+    """A floating-point parameter that a model lacks has delta zero; so have embedding rows, where the tokenizers agree
+    on the common ids."""
     extra_rows: Literal["drop"] | None = None
     """Embedding rows beyond the base's are left aside, where the tokenizers agree on the common ids."""
     refused_model: Literal["drop"] | None = None

@@ -110,7 +110,7 @@ class Rules(NamedTuple):
     exclude: tuple[str, ...] = ()
     """Patterns of parameters that are the base's business alone; a model may lack them or have its own."""
     missing: bool = False
-    """A floating-point parameter that the model lacks has delta zero."""
+    """A floating-point parameter that the model lacks has delta zero; so have embedding rows that it lacks."""
     extra_rows: bool = False
     """Rows beyond the base's are left aside."""
     saved_modules: bool = False
