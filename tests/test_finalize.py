@@ -1,5 +1,6 @@
 """What is published is one model, whole: nothing of another one lies beside it, and there is room for it."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ from ties_ray import drive, lease
 from ties_ray.errors import InputError, UnavailableError
 from ties_ray.lease import Lease
 from ties_ray.report import MergeResult, Progress
-from ties_ray.stores import Space, Stores
-from ties_ray.stores.local import Local
+from ties_ray.stores import Part, Space, Stores
+from ties_ray.stores.local import Local, _explained
 from ties_ray.verify import verify
 
 MakeFamily = Callable[..., Family]
@@ -221,3 +222,21 @@ def test_room_on_the_disk_is_asked_for_before_the_work_and_the_same_command_cont
     monkeypatch.setattr(Local, "space", space)
     assert digests(tmp_path / "out")
     assert Stores({}).of("/").space(str(tmp_path / "not/there")) is not None
+
+
+def test_a_disk_that_fills_up_during_the_work_is_told_and_the_same_command_continues(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(family, tmp_path / "out", AVERAGE)
+    write = Local.write_part
+
+    def full(self: Local, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
+        with _explained(uri, "write"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Local, "write_part", full)
+    with pytest.raises(UnavailableError, match=r"can't write it: No space left on device; free space, and"):
+        drive.merge(recipe)
+    assert not list((tmp_path / "out").glob("[!.]*"))
+    monkeypatch.setattr(Local, "write_part", write)
+    assert drive.merge(recipe).resumed

@@ -3,6 +3,7 @@ import errno
 import mmap
 import multiprocessing
 import os
+import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -331,3 +332,88 @@ def test_no_link_below_the_folder_of_merges_is_followed(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="0123456789abcdef: is a link, and no merge makes one"):
             act()
     assert [path.name for path in victim.rglob("*")] == ["1", "diary"]
+
+
+def test_a_folder_inside_another_is_listed_unless_a_link_leads_out(store: Local, tmp_path: Path) -> None:
+    for name in ("model/sub/a", "model/other/b", "secrets/key"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    root = str(tmp_path / "model")
+    (tmp_path / "model/sub/inside").symlink_to("../other/b")
+    (tmp_path / "model/near").symlink_to("other")
+    (tmp_path / "model/out").symlink_to("../secrets")
+    assert [pin.uri for pin in store.list_below(root, "sub").files] == [f"{root}/sub/a", f"{root}/sub/inside"]
+    assert [pin.uri for pin in store.list_below(root, "near").files] == [f"{root}/near/b"]
+    assert store.list_below(root, "gone").files == ()
+    with pytest.raises(InputError, match=r"is a link that leads out of its folder, to .*secrets; put"):
+        store.list_below(root, "out")
+    assert Local(LocalOptions(follow_links=True)).list_below(root, "out").files
+    for name in ("../secrets", "/etc", "sub//a", "", ".", "a\\b"):
+        with pytest.raises(InputError, match="is no name of a file in a folder"):
+            store.list_below(root, name)
+
+
+def test_a_file_that_becomes_a_link_after_the_listing_is_not_read(store: Local, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"1")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/x").write_bytes(b"2")
+    (pin,) = store.list(str(tmp_path / "model")).files
+    assert store.head_listed(pin, 1) == (pin, b"2")
+    (tmp_path / "model/x").unlink()
+    (tmp_path / "model/x").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="changed while the plan was made"):
+        store.head_listed(pin, 1)
+    with pytest.raises(InputError, match="changed since the plan was made"):
+        store.get_pinned(pin)
+    (tmp_path / "model/x").unlink()
+    with pytest.raises(InputError, match="is gone although it was listed"):
+        store.head_listed(pin, 1)
+
+
+def test_a_link_that_is_swapped_while_its_folder_is_listed_is_judged_by_what_was_opened(
+    store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_bytes(b"1")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/fine").write_bytes(b"2")
+    (tmp_path / "model/x").symlink_to(tmp_path / "secret")
+    opened = os.open
+
+    def swapping(path: object, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        file = opened(path, flags, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
+        if path == "x":
+            (tmp_path / "model/x").unlink()
+            (tmp_path / "model/x").symlink_to("fine")
+        return file
+
+    monkeypatch.setattr(os, "open", swapping)
+    with pytest.raises(InputError, match=r"leads out of its folder, to .*secret"):
+        store.list(str(tmp_path / "model"))
+
+
+def test_the_room_of_a_disk_counts_what_unfinished_uploads_hold(store: Local, tmp_path: Path) -> None:
+    assert store.space(str(tmp_path / "not/there/yet")).held == 0
+    upload = store.begin_upload(f"{tmp_path}/x", 2**20)
+    assert store.space(str(tmp_path)).held < 2**16, "nothing is written yet"
+    store.write_part(f"{tmp_path}/x", upload, 1, 0, memoryview(os.urandom(2**20)))
+    assert store.space(str(tmp_path)).held >= 2**20
+    assert store.space(str(tmp_path)).free > 0
+
+
+def test_a_limit_on_file_sizes_is_permanent(store: Local, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"File too large; .*`output\.file_size`"):
+            store.begin_upload(f"{tmp_path}/x", 2**21)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_linked_folder_is_not_removed(store: Local, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/x").write_bytes(b"1")
+    (tmp_path / "link").symlink_to("mine")
+    with pytest.raises(InputError, match=r"can't delete it: .*symbolic link"):
+        store.delete_folder(str(tmp_path / "link"))
+    assert (tmp_path / "mine/x").exists()

@@ -450,6 +450,16 @@ def _explained(uri: str, doing: str) -> Iterator[None]:
             raise UnavailableError(Problem(uri, what, "free space, and run the same command again")) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(Problem(uri, what, "give the user of the workers this permission")) from error
+        if error.errno == errno.EFBIG:
+            raise InputError(
+                Problem(uri, what, "this file system or its limits want a smaller `output.file_size`")
+            ) from error
+        if error.errno is None:  # what Python itself refuses: to remove all behind a link
+            raise InputError(Problem(uri, f"can't {doing} it: {error}", "check the path")) from error
+        if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise InputError(
+                Problem(uri, what, "this file system can't do that: use a folder on another one")
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP):
             raise InputError(Problem(uri, what, "check the path")) from error
         raise UnavailableError(Problem(uri, what, "check the disk or the mount, and run the command again")) from error
