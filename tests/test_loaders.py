@@ -1,6 +1,7 @@
 """What a loader would open, by names, configs and shapes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,18 @@ def test_the_line_that_opens_a_checkpoint_names_the_class_of_its_config(texts: d
     whole = f'{line}("{{output}}")' if line.endswith("from_pretrained") else line
     assert opened_by(folder("model.safetensors", **texts), "transformers") == whole
     assert opened_by(folder("model.safetensors", **texts), "timm") == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "borrowed", "fits"),
+    [("llama", False, True), ("llama", True, False), ("mllama", True, True), ("mllama", False, True)],
+)
+def test_more_rows_than_the_config_states_are_wrong_only_with_the_config_of_another_model(
+    kind: str, borrowed: bool, fits: bool
+) -> None:
+    """A model as it is may have more: Llama 3.2 Vision has 8."""
+    found = folder(config={"model_type": kind, "vocab_size": 7}, shapes={EMBEDDING: (8, 2)})
+    assert (unloadable(replace(found, borrowed=borrowed)) == []) == fits
 
 
 def test_the_line_for_a_model_with_code_of_its_own_says_that_it_runs_it() -> None:

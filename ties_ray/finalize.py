@@ -78,6 +78,7 @@ def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
         names=frozenset((*small, *documents, *(file.name for file in files))),
         texts={name: documents[name] for name in TEXTS if name in documents},
         shapes={placed.tensor.name: placed.tensor.shape for file in files for placed in file.tensors},
+        borrowed=plan.recipe.output.files_from not in ("base", plan.catalog.base.uri),
     )
 
 

@@ -91,6 +91,8 @@ class ModelFolder:
     """The files of `TEXTS` that are there, by name."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of the stored tensors, by name."""
+    borrowed: bool = False
+    """Whether the configs are another model's than the shapes."""
 
 
 TEXTS = (
@@ -100,6 +102,10 @@ TEXTS = (
 """The files that say what else has to be there."""
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in", "shared")
 """Modules that hold a row for each token."""
+_MORE_ROWS = frozenset({
+    "csm", "kyutai_speech_to_text", "mllama", "mllama_text_model", "molmo2", "molmo2_text", "moshi",
+})  # fmt: skip
+"""Model types whose embedding has more rows than their `vocab_size`, for images or codes."""
 _MODULES_WITH_FILES = (
     "Pooling", "Dense", "CNN", "LSTM", "LayerNorm", "WeightedLayerPooling", "WordEmbeddings", "WordWeights", "BoW",
     "SpladePooling", "Router", "Asym",
@@ -171,7 +177,10 @@ def _without_modules(folder: ModelFolder) -> Iterator[Problem]:
 
 
 def _other_rows(folder: ModelFolder) -> Iterator[Problem]:
-    """Yield the token embedding, if its rows are not those that the config states."""
+    """Yield the token embedding, if a model of this config would have other rows.
+
+    Fewer rows than stated never load. More do in some models: they count where the config is not the model's own.
+    """
     config = _object(folder.texts.get("config.json", b""))
     text = config.get("text_config")
     vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
@@ -181,7 +190,8 @@ def _other_rows(folder: ModelFolder) -> Iterator[Problem]:
         return
     for name, shape in folder.shapes.items():
         is_embedding = name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS and len(shape) == 2
-        if is_embedding and shape[0] not in stated:
+        more = shape[0] > vocabulary and (not folder.borrowed or config.get("model_type") in _MORE_ROWS)
+        if is_embedding and shape[0] not in stated and not more:
             what = f"{name} has {shape[0]:,} rows, and config.json states a vocab_size of {vocabulary:,}"
             remedy = f"write {shape[0]} there, or take the small files of another input (`output.files_from`)"
             yield Problem(folder.uri, what, remedy)
