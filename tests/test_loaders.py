@@ -52,12 +52,13 @@ def test_a_module_needs_the_files_that_it_reads(modules: object, names: tuple[st
         ({"vocab_size": 7, "pad_vocab_size_multiple": 8}, EMBEDDING, True),
         ({"vocab_size": 9, "auto_map": {"AutoModel": "x.Y"}}, EMBEDDING, True),
         ({}, EMBEDDING, True),
+        ({"vocab_size": 9}, "scale", True),
     ],
 )
 def test_the_token_embedding_has_the_rows_that_the_config_states(
     config: dict[str, object], name: str, fits: bool
 ) -> None:
-    found = unloadable(folder(config=config, shapes={name: (8, 2)}))
+    found = unloadable(folder(config=config, shapes={"scalar": (), name: (8, 2)}))
     assert not found if fits else "has 8 rows, and config.json states a vocab_size of 9" in str(found[0])
 
 

@@ -189,9 +189,10 @@ def _other_rows(folder: ModelFolder) -> Iterator[Problem]:
     if not isinstance(vocabulary, int) or padded or "auto_map" in config:
         return
     for name, shape in folder.shapes.items():
-        is_embedding = name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS and len(shape) == 2
+        if not (name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS and len(shape) == 2):
+            continue
         more = shape[0] > vocabulary and (not folder.borrowed or config.get("model_type") in _MORE_ROWS)
-        if is_embedding and shape[0] not in stated and not more:
+        if shape[0] not in stated and not more:
             what = f"{name} has {shape[0]:,} rows, and config.json states a vocab_size of {vocabulary:,}"
             remedy = f"write {shape[0]} there, or take the small files of another input (`output.files_from`)"
             yield Problem(folder.uri, what, remedy)
