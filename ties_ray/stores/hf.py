@@ -243,7 +243,7 @@ class Hf(Store):
         def once() -> T:
             try:
                 return attempt()
-            except (MergeError, Transient):
+            except (MergeError, Transient, ImportError, AttributeError, TypeError):  # the last three are defects
                 raise
             except Exception as error:
                 raise _ours(error, at, doing) from error
@@ -264,9 +264,9 @@ def _join(at: _At) -> str:
 
 
 def _is_offline() -> bool:
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub import constants
 
-    return is_offline_mode()
+    return constants.HF_HUB_OFFLINE
 
 
 def _cache_folder(at: _At) -> str:
