@@ -556,6 +556,18 @@ def test_the_region_of_the_bucket_is_named_where_the_service_tells_it(
     assert asked == ["eu-north-1", "ap-south-1", "eu-west-1"]
 
 
+def test_an_ended_single_sign_on_is_refused_with_the_command_that_renews_it(
+    s3_credentials: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["[profile merges]", "sso_account_id = 111122223333", "sso_role_name = merges", "sso_region = us-east-1",
+             "sso_start_url = https://sso.example/start"]  # fmt: skip
+    (tmp_path / "config").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(InputError, match=r"log in again \(aws sso login\), and run the same command"):
+        opened({"profile": "merges", "endpoint_url": f"http://127.0.0.1:{free_port()}"}).head("s3://bucket/x", 1)
+
+
 def test_a_name_that_is_not_known_is_refused_for_good(s3_credentials: None) -> None:
     store = opened({"endpoint_url": "http://no-such-host.invalid:9000"})
     store.first_patience = 60.0
