@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: demo test slow engines pipelines chaos check format bench clean
+.PHONY: demo test slow engines pipelines chaos check audit format bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -50,6 +50,9 @@ check: $(VENV)/installed  ## what is looked at besides tests: style, types, laye
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: | $(UV)  ## known weaknesses of the pinned versions; asks the network, so it is no part of .ci/run
+	$(UV) tool run pip-audit --requirement constraints.txt --no-deps --disable-pip --vulnerability-service osv
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

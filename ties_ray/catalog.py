@@ -4,9 +4,11 @@ import fnmatch
 import hashlib
 import json
 import re
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -108,6 +110,9 @@ class Catalog:
 
 HEAD_BYTES = 256 * 2**10
 """Fetched of a weight file at first; the header of 1000 tensors has about 100 KB."""
+LARGE_HEADER = 8 * 2**20
+"""Of headers above this one is read and parsed at a time: 32 of the largest would take gigabytes."""
+_LARGE = threading.Lock()
 TEXT_BYTES = 16 * 2**20
 """Largest config or index that is read."""
 COMPARED_BYTES = 16 * 2**20
@@ -492,12 +497,13 @@ def _header(store: Store, listed: Pin) -> tuple[Pin, Header]:
     if head[8:9] != b"{" and (other := mistaken(head[:SNIFFED], pin.size)):
         raise InputError(Problem(where, *other, "download"))
     size = header_bytes(head, pin.size, where)
-    if size > len(head):
-        whole = bytearray(size)
-        whole[: len(head)] = head
-        store.read(pin, len(head), memoryview(whole)[len(head) :])
-        head = bytes(whole)
-    return pin, parse(head, pin.size, where)
+    with _LARGE if size > LARGE_HEADER else nullcontext():
+        if size > len(head):
+            whole = bytearray(size)
+            whole[: len(head)] = head
+            store.read(pin, len(head), memoryview(whole)[len(head) :])
+            head = bytes(whole)
+        return pin, parse(head, pin.size, where)
 
 
 def _text(store: Store, listed: Pin) -> tuple[Pin, bytes]:

@@ -10,7 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 from pydantic import BaseModel, ConfigDict
 
-from ties_ray import catalog
+from ties_ray import bounded, catalog
 from ties_ray.catalog import README, licence_of
 from ties_ray.errors import Problem
 from ties_ray.expand import Entry, entries_of
@@ -227,7 +227,7 @@ def _stored(folder: Folder) -> dict[str, Source]:
 
 def _architecture(folder: Folder) -> str:
     try:
-        config = json.loads(folder.texts.get("config.json", b"{}"))
+        config = bounded.loads(folder.texts.get("config.json", b"{}"))
     except (ValueError, RecursionError):
         return ""  # among the problems already
     names = config.get("architectures") if isinstance(config, dict) else None

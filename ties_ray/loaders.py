@@ -4,12 +4,12 @@ One module for all stages: the catalog takes small files by it, a merge keeps fo
 and `verify` looks for them by it. Names are relative to the model's folder (`1_Pooling/config.json`). Pure.
 """
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from ties_ray import bounded
 from ties_ray.errors import Problem
 
 RESULT_NAME = "ties-ray.result.json"
@@ -231,6 +231,6 @@ def module_folders(modules: bytes) -> tuple[str, ...]:
 def parsed(data: bytes) -> object:
     """Return the value of a JSON text; None where it is none."""
     try:
-        return json.loads(data)
+        return bounded.loads(data)
     except (ValueError, RecursionError):
         return None

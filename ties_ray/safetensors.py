@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ties_ray import bounded
 from ties_ray.errors import InputError, Problem
 
 DTYPE_BITS = {
@@ -50,6 +51,8 @@ TensorSpec = tuple[str, str, tuple[int, ...]]
 
 MAX_HEADER_BYTES = 100_000_000
 """What the format's own reader accepts."""
+MAX_NAME = 4096
+"""Characters of a tensor's name."""
 MAX_DIMENSIONS = 64
 """What torch can hold; a longer shape is an attack on whoever multiplies it out."""
 ALIGNMENT = 4096
@@ -93,23 +96,24 @@ def parse(head: bytes, file_size: int, where: str) -> Header:
     if len(head) < size:
         raise ValueError(f"{where}: parse needs the first {size} bytes, not {len(head)}")
     entries = _json(head[8:size], where)
-    problems: list[str] = []
+    wrong = _Wrong()
     metadata = entries.pop(_METADATA, {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        problems.append(f"{_METADATA} does not map strings to strings")
+        wrong.add(f"{_METADATA} does not map strings to strings")
         metadata = {}
     found: list[tuple[str, TensorInfo]] = []
     for name, entry in entries.items():
         info = _tensor(name, entry, size)
         if isinstance(info, str):
-            problems.append(f"{_shown(name)} {info}")
+            wrong.add(f"{_shown(name)} {info}")
         else:
             found.append((name, info))
     found.sort(key=lambda item: (item[1].start, item[1].stop))
-    problems = problems or _layout_problems(found, size, file_size)
-    if problems:
-        more = [f"and {len(problems) - _SHOWN} more problems"] if len(problems) > _SHOWN else []
-        raise InputError([Problem(where, what) for what in problems[:_SHOWN] + more])
+    if not wrong.count:
+        wrong = _layout_problems(found, size, file_size)
+    if wrong.count:
+        more = [f"and {wrong.count - _SHOWN} more problems"] if wrong.count > _SHOWN else []
+        raise InputError([Problem(where, what) for what in wrong.shown + more])
     return Header(dict(found), metadata, size)
 
 
@@ -143,6 +147,7 @@ def canonical_order(dtype: str, name: str) -> tuple[int, str]:
 
 def _json(text: bytes, where: str) -> dict[str, Any]:
     try:
+        bounded.demand(text)
         value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(Problem(where, f"its header is not valid JSON ({error})", "upload it again")) from None
@@ -165,6 +170,8 @@ def _no_constant(name: str) -> None:
 
 def _tensor(name: str, entry: Any, data: int) -> TensorInfo | str:
     """Return one entry, its offsets counted from the start of the file, or what is wrong with it."""
+    if len(name) > MAX_NAME:
+        return f"has a name of {len(name):,} characters, above {MAX_NAME:,}"
     if any("\ud800" <= char <= "\udfff" for char in name):
         return "has a name that is not valid Unicode"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
@@ -184,19 +191,33 @@ def _tensor(name: str, entry: Any, data: int) -> TensorInfo | str:
     return TensorInfo(dtype, tuple(shape), data + offsets[0], data + offsets[1])
 
 
-def _layout_problems(found: Sequence[tuple[str, TensorInfo]], start: int, file_size: int) -> list[str]:
+class _Wrong:
+    """What is wrong with a header: the first few things, and how many there are."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+        self.count = 0
+
+    def add(self, what: str) -> None:
+        self.count += 1
+        if self.count <= _SHOWN:
+            self.shown.append(what)
+
+
+def _layout_problems(found: Sequence[tuple[str, TensorInfo]], start: int, file_size: int) -> _Wrong:
     """Say where tensors, sorted by offset, do not follow each other exactly from `start` to the file's end."""
-    end, before, problems = start, "the header", []
+    end, before, wrong = start, "the header", _Wrong()
     for name, info in found:
         if info.start != end:
             kind = "overlaps" if info.start < end else f"leaves a hole of {info.start - end} bytes after"
-            problems.append(f"{_shown(name)} {kind} {before}")
+            wrong.add(f"{_shown(name)} {kind} {before}")
         end, before = max(end, info.stop), _shown(name)
     if end > file_size:
-        return [f"is truncated: {file_size} of {end} bytes are there; upload it again"]
-    if end < file_size:
-        problems.append(f"has {file_size - end} bytes after its last tensor")
-    return problems
+        wrong = _Wrong()
+        wrong.add(f"is truncated: {file_size} of {end} bytes are there; upload it again")
+    elif end < file_size:
+        wrong.add(f"has {file_size - end} bytes after its last tensor")
+    return wrong
 
 
 def _whole_numbers(value: Any) -> bool:

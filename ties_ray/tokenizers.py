@@ -1,11 +1,11 @@
 """Do the inputs speak the same tokens? Compared as far as it is cheap; what differs becomes a note of the catalog."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from ties_ray import bounded
 from ties_ray.errors import InputError, Problem
 from ties_ray.stores import Pin, Stores, scheme_of, shown
 
@@ -18,6 +18,8 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 MOST_BYTES = 64 * 2**20
 """Largest file that is read; a large vocabulary has 20 MB."""
+MOST_TOKENS = 4_000_000
+"""Lines of a vocabulary that is a text; each takes a hundred bytes."""
 REMOTE_BYTES = 2**20
 """Largest file that is fetched to be compared; beyond it two files differ where their ETags do."""
 
@@ -101,19 +103,24 @@ def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
     """Return the token of every id; None where the files do not tell."""
     try:
         if "tokenizer.json" in files:
-            whole = json.loads(fetch(files["tokenizer.json"]))
+            whole = bounded.loads(fetch(files["tokenizer.json"]), bounded.DENSE)
             vocabulary = whole["model"]["vocab"]
             if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the place
                 vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
             added = {token["content"]: token["id"] for token in whole.get("added_tokens") or ()}
         else:
             if "vocab.json" in files:
-                vocabulary = json.loads(fetch(files["vocab.json"]))
+                vocabulary = bounded.loads(fetch(files["vocab.json"]), bounded.DENSE)
             else:
-                text = fetch(files["vocab.txt"]).decode(errors="replace").replace("\r\n", "\n")
+                raw = fetch(files["vocab.txt"])
+                if raw.count(b"\n") > MOST_TOKENS:
+                    return None
+                text = raw.decode(errors="replace").replace("\r\n", "\n")
                 lines = text.removesuffix("\n").split("\n")  # splitlines would split at tokens like U+2028
                 vocabulary = {token: number for number, token in enumerate(lines)}
-            added = json.loads(fetch(files["added_tokens.json"])) if "added_tokens.json" in files else {}
+            added = (
+                bounded.loads(fetch(files["added_tokens.json"]), bounded.DENSE) if "added_tokens.json" in files else {}
+            )
         return {int(number): str(token) for token, number in (*vocabulary.items(), *added.items())}
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
@@ -134,6 +141,6 @@ def _fetch(stores: Stores, listed: Pin) -> bytes:
 
 def _json(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return bounded.loads(data, bounded.DENSE)
     except (ValueError, RecursionError):
         return None

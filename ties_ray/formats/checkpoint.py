@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ties_ray import naming, quantised
+from ties_ray import bounded, naming, quantised
 from ties_ray.account import account
 from ties_ray.candidates import ADAPTER, STEMS, Candidate, candidates, is_index, is_weights, listed, usual
 from ties_ray.downloads import unfinished
@@ -391,12 +391,14 @@ def _check_model(
 
     left = {stored_name: ref for stored_name, ref in names.left.values()}
     excluded = [alias for name, (alias, _) in names.left.items() if rules.excludes(name) or rules.excludes(alias)]
-    aside = [name for name, ref in left.items() if ref.dtype in COPYABLE and name not in excluded]
+    known = set(excluded)
+    aside = [name for name, ref in left.items() if ref.dtype in COPYABLE and name not in known]
+    known |= set(aside)
     for some, why in ((aside, "the base has no such tensors"), (excluded, "excluded, and not in the base")):
         if some:
             notes.append(f"left aside, {why}: {_listed(some)}")
     left_fates |= dict.fromkeys(aside, "the base has no such tensor") | dict.fromkeys(excluded, _EXCLUDED)
-    extra = {name: ref for name, ref in left.items() if name not in aside and name not in excluded}
+    extra = {name: ref for name, ref in left.items() if name not in known}
     problems += _odd_tables(tables)
     counters = [name for name, fate in tables.items() if fate not in ("", "equal")]
     if counters:
@@ -634,7 +636,7 @@ def _stored(folder: Folder, files: Sequence[str], problems: list[Problem]) -> di
 def _object(folder: Folder, name: str, problems: list[Problem]) -> Mapping[str, Any]:
     """Return a small file's JSON object; empty where there is no such file."""
     try:
-        value = json.loads(folder.texts.get(name, b"{}"))
+        value = bounded.loads(folder.texts.get(name, b"{}"))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ties_ray import naming
+from ties_ray import bounded, naming
 from ties_ray.account import Account, account
 from ties_ray.errors import Problem, printable
 from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
@@ -702,7 +702,7 @@ def _config(folder: Folder, refused: _Refused) -> Mapping[str, Any]:
         refused.add("config_missing")
         return {}
     try:
-        config = json.loads(folder.texts[CONFIG])
+        config = bounded.loads(folder.texts[CONFIG])
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):

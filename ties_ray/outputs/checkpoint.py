@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ties_ray import naming
+from ties_ray import bounded, naming
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
 from ties_ray.libraries import Library
@@ -52,7 +52,7 @@ class Checkpoint(Output):
         unties = bool(facts.get("untied"))
         if name != "config.json" or (self.dtype is None and not unties):
             return data
-        config = json.loads(data)
+        config = bounded.loads(data)
         # transformers writes `torch_dtype` up to version 4 and `dtype` since; both read either.
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"] if self.dtype else ():
             config[key] = self.dtype
