@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ties_ray import bounded
 from ties_ray.errors import printable
 
 CONFIG = "config.json"
@@ -87,7 +88,7 @@ def rows(config: bytes) -> int | None:
 
 def _parsed(text: bytes) -> Config:
     try:
-        value = json.loads(text or b"{}")
+        value = bounded.loads(text or b"{}")
     except (ValueError, RecursionError):
         return {}  # its format has said so
     return value if isinstance(value, dict) else {}
