@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from tests.adapters import make_pool
 from tests.conftest import Bucket
 from tests.families import CONFIG, Family, file_bytes, make_family, raw_bytes, tokenizer_json, write_checkpoint
-from ties_ray import drive, safetensors
+from ties_ray import drive, safetensors, tokenizers
 from ties_ray.catalog import Catalog, read_catalog
 from ties_ray.errors import InputError, RecipeError
 from ties_ray.expand import overlaps
@@ -137,6 +137,23 @@ def test_a_glob_is_sorted_by_bytes_and_leaves_out_what_not_names(stores: Stores,
     catalog = read_catalog(recipe_of(root, glob, "t/broken/v"), stores)
     found = [(model.uri.removeprefix(root), model.id, model.weight) for model in catalog.models]
     assert found == [("/t/Z/v", "0", 0.5), ("/t/z/v", "1", 0.5), ("/t/é/v", "2", 0.5), ("/t/broken/v", "3", 1.0)]
+
+
+def test_models_of_a_glob_are_in_the_order_of_their_whole_paths(stores: Stores, store: Store, root: str) -> None:
+    write_small(store, root, "base", "t/a/v", "t/a-b/v", "t/a/u", "t/a0/v")
+    models = read_catalog(recipe_of(root, {"path": f"{root}/t/*/*"}), stores).models
+    # "-" comes before "/", and "0" after it, although the folder a is listed before a-b.
+    assert [model.uri.removeprefix(f"{root}/t/") for model in models] == ["a-b/v", "a/u", "a/v", "a0/v"]
+
+
+def test_tokenizers_of_different_sizes_differ_without_a_look_into_them(
+    stores: Stores, store: Store, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorter = tokenizer_json(4)[:-1] + b" }"
+    write_small(store, root, "base", **{"tokenizer.json": tokenizer_json(4)})
+    write_small(store, root, "m", **{"tokenizer.json": shorter})
+    monkeypatch.setattr(tokenizers, "_fetch", lambda stores, pin: b"the same" if "tokenizer.json" in pin.uri else b"{}")
+    assert "model 0: tokenizer.json differs from the base's" in read_catalog(recipe_of(root, "m"), stores).notes
 
 
 def test_relative_globs_work_in_the_current_folder(

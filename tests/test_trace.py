@@ -14,6 +14,7 @@ from tests.merging import LOCAL, recipe_of
 from ties_ray import drive, trace
 from ties_ray.errors import InputError
 from ties_ray.report import Progress
+from ties_ray.stores.local import Local
 from ties_ray.trace import Span, Times, Trace
 
 
@@ -106,6 +107,24 @@ def test_a_merge_tells_what_its_workers_did(family_of: Callable[..., Family], tm
         if event["name"].startswith("merge: shard"):
             (stage,) = of_round
             assert stage["ts"] - 1000 <= event["ts"] <= stage["ts"] + stage["dur"]
+
+
+@pytest.mark.parametrize(("slow", "other"), [("read", "write"), ("write", "read")])
+def test_seconds_of_reads_and_of_writes_stand_under_their_own_names(
+    slow: str, other: str, family_of: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"read": "read", "write": "write_part"}[slow]
+    plain = getattr(Local, method)
+
+    def late(self: Local, *words: object) -> object:
+        time.sleep(0.3)
+        return plain(self, *words)
+
+    monkeypatch.setattr(Local, method, late)
+    recipe = recipe_of(family_of(num_models=2), tmp_path / "out", {"name": "ties", "density": 1}, run=LOCAL)
+    spent = drive.merge(recipe).worker_seconds
+    assert spent[slow] >= 0.3 > spent[other]
+    assert spent[f"wait_{slow}"] > spent[f"wait_{other}"]
 
 
 def test_a_failed_merge_leaves_its_profile(family_of: Callable[..., Family], tmp_path: Path) -> None:

@@ -177,6 +177,36 @@ def test_the_planted_facts_of_real_weights_are_in_the_families(family_of: MakeFa
     assert same_bits(rounded(never.double(), never.dtype), never)
 
 
+@pytest.mark.parametrize("merged", ["mean", "sum", "max"])
+@pytest.mark.parametrize("lead", [1, -1])
+def test_a_majority_of_one_is_a_majority(merged: str, lead: int, tmp_path: Path) -> None:
+    """Three elements elect a sign, two of them this one, the fourth sums to zero and follows."""
+    first = torch.tensor([lead, lead, -lead, 1.0])
+    models = tuple({"a.weight": values} for values in (first, first * torch.tensor([1.0, 1.0, 1.0, -1.0])))
+    uris = tuple(str(tmp_path / name) for name in ("0", "1"))
+    family = Family(str(tmp_path / "base"), uris, {"a.weight": torch.zeros(4)}, models)
+    for uri, tensors in zip((family.base, *family.models), (family.base_tensors, *models), strict=True):
+        write_checkpoint(Stores({}).of("/"), uri, tensors, config={"model_type": "llama", "vocab_size": 4})
+    method = {"name": "ties", "density": 1.0, "zero_sum": "majority", "merge": merged}
+    result = merge(family, tmp_path / "out", method)
+    assert abs(result.statistics["positive"] - result.statistics["negative"]) == 1
+    assert read_tensors(tmp_path / "out")["a.weight"][3] == lead
+
+
+@pytest.mark.parametrize("merged", ["mean", "sum", "max"])
+@pytest.mark.parametrize("place", [0, 14, 15, 16, 17])
+def test_one_weight_among_many_counts_wherever_its_model_stands(
+    place: int, merged: str, family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family = family_of(num_models=18, layers=1, hidden=8, exact=True)
+    weights = tuple(2.0 if number == place else 1.0 for number in range(18))
+    merge(family, tmp_path / "out", {"name": "ties", "density": 0.5, "merge": merged}, weights=weights)
+    answer = oracle.merge(family, Rules("ties", 0.5, merge=merged), weights=weights)  # type: ignore[arg-type]
+    oracle.check(family, answer, read_tensors(tmp_path / "out"), exact=True)
+    even = oracle.merge(family, Rules("ties", 0.5, merge=merged))  # type: ignore[arg-type]
+    assert any(not torch.equal(value, even.value[name]) for name, value in answer.value.items())
+
+
 @pytest.mark.parametrize(("merged", "expected"), [("mean", -1.0), ("sum", -1.0), ("max", 0.0)])
 @pytest.mark.parametrize(("signs", "majority"), [((1, -1), 0), ((1, 1), 1), ((-1, -1), -1)])
 def test_where_no_sign_has_the_majority_zero_sums_go_as_in_the_authors_code(
