@@ -137,7 +137,7 @@ def test_a_header_that_is_not_the_planned_one_is_told(output: Path) -> None:
     [
         ({"metadata": {"total_size": 1}}, "says 1 bytes"),
         ({"weight_map": {}}, "disagrees with the files' headers"),
-        ({"weight_map": None}, "is not an index"),
+        ({"weight_map": None}, "this ties_ray can't read it as an index (weight_map: "),
     ],
 )
 def test_an_index_that_is_not_the_headers_is_told(output: Path, change: dict[str, object], what: str) -> None:

@@ -4,16 +4,16 @@ A sample of it can be computed again from the inputs, and every file can be give
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from ties_ray import documents
 from ties_ray.errors import InputError, Problem
 from ties_ray.finalize import foreign_files
 from ties_ray.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
@@ -31,8 +31,6 @@ EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_00
 """Bits of the exponent; a value is not finite where all of them are set."""
 ELEMENTS = 2**20
 """Looked at together for values that are not finite: what a mask of them takes stays small."""
-INDEX_BYTES = 2**27
-"""Largest index that is read."""
 
 
 class _Record(BaseModel):
@@ -77,6 +75,20 @@ class Verification(_Record):
     findings: list[Finding]
     notes: list[str]
     """What could not be checked, and what is odd but not wrong."""
+
+
+class _Metadata(BaseModel):
+    total_size: int | float
+
+
+class _Index(BaseModel):
+    """As libraries write it, and with whatever else they put there."""
+
+    weight_map: dict[str, str]
+    metadata: _Metadata
+
+
+_INDEX = TypeAdapter(_Index)
 
 
 class _Piece(NamedTuple):
@@ -263,10 +275,12 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
         return [Problem(output, what, AGAIN)] if len(files) > 1 else []
     name = indices[0]
     try:
-        index: Any = json.loads(stores.of(output).get(join(output, name), INDEX_BYTES)[1])
-        stated, total = dict(index["weight_map"]), index["metadata"]["total_size"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [Problem(name, f"is not an index ({type(error).__name__}: {error})", AGAIN)]
+        index = documents.read(stores.of(output), join(output, name), _INDEX, documents.LARGE, "it as an index", AGAIN)[
+            1
+        ]
+    except InputError as error:
+        return list(error.problems)
+    stated, total = index.weight_map, index.metadata.total_size
     stored = {tensor: file.name for file in files for tensor in file.header.tensors}
     differ = sorted(key for key in stored.keys() | stated.keys() if stored.get(key) != stated.get(key))
     problems = []

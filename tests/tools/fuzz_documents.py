@@ -121,8 +121,12 @@ def worlds(name: str) -> Iterator[World]:
     for end, folder in ((None, "done"), ("publish", "half"), ("merge", "early")):
         root = f"memory://{name}-{folder}"
         family = make_family(store, root, num_models=2)
-        recipe = recipe_of(family, {"path": f"{root}/out"}, ties)
-        documents = dict(plain) if end else {**plain, "result": ("ties-ray.result.json",), "pointer": ("pointer.json",)}
+        recipe = recipe_of(family, {"path": f"{root}/out", "file_size": 4000}, ties)
+        documents = (
+            dict(plain)
+            if end
+            else {**plain, "result": ("ties-ray.result.json",), "index": (".index.json",), "pointer": ("pointer.json",)}
+        )
         if end == "publish":
             documents |= {"record": ("/records/",), "uploads": ("uploads.json",)}
         else:
@@ -173,6 +177,7 @@ def made(world: World, end: str | None) -> World:
 LEASE = lease.Holder(token="0" * 32, host="there", machine="another", process="1-2").model_dump_json().encode()
 DOCUMENTS = (
     "plan", "run", "lease", "uploads", "record", "folded", "seen", "result", "pointer", "pool cache", "scratch",
+    "index",
 )  # fmt: skip
 
 
