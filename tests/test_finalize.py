@@ -177,20 +177,12 @@ def test_a_merge_without_its_config_is_not_taken_for_done(family: Family, tmp_pa
         drive.merge(recipe)
 
 
-def test_small_files_that_do_not_fit_the_weights_are_refused_at_planning(family: Family, tmp_path: Path) -> None:
-    config = json.loads((Path(family.models[1]) / "config.json").read_bytes())
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in Path(family.models[1]).iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 99}))
-    recipe = recipe_of(
-        Family(family.base, (family.models[0], str(other)), family.base_tensors, family.model_tensors),
-        {"path": str(tmp_path / "out"), "files_from": "1"},
-        AVERAGE,
-    )
+def test_a_config_that_does_not_fit_the_weights_is_refused_at_planning(family: Family, tmp_path: Path) -> None:
+    family = with_pooling(family, tmp_path)
+    config = Path(family.base) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_bytes()), "vocab_size": 99}))
     with pytest.raises(InputError, match=r"has 48 rows, and config\.json states a vocab_size of 99"):
-        drive.plan(recipe)
+        drive.plan(recipe_of(family, tmp_path / "out", AVERAGE))
 
 
 def test_the_same_merge_started_twice_is_done_or_told_to_wait(

@@ -169,3 +169,10 @@ def test_a_small_file_that_was_not_downloaded_is_refused(tmp_path: Path) -> None
     write(tmp_path, "empty.json", "notes.json", data=b"")
     with pytest.raises(InputError, match=r"spiece.model: is a pointer of Git LFS.*\n.*tokenizer.json: is an HTML page"):
         take(tmp_path)
+
+
+def test_a_file_with_a_name_that_not_every_system_has_stays_and_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "a\\b.json", "c\x1b[2Jd.json", "e\nf/g.json", "fine name.json")
+    taken = take(tmp_path)
+    assert [one.name for one in taken.files] == ["fine name.json"]
+    assert taken.notes == (f"not taken over from {tmp_path}: e\\nf/, a\\b.json, c\\x1b[2Jd.json",)

@@ -71,7 +71,7 @@ def take(uri: str, listing: Listing, stores: Stores, threads: Executor) -> Taken
         elsewhere = [one for one in foreign if _is_in(_folder(name), one)]
         if elsewhere:
             left.append(f"{min(elsewhere)}/")
-        elif kind == "small" and pin.size <= LIMIT:
+        elif kind == "small" and pin.size <= LIMIT and _is_plain(name):
             wanted[name] = pin
         elif kind not in ("hidden", "own") and not _is_expected(name):
             left.append(name)
@@ -146,7 +146,7 @@ def _tree(uri: str, listing: Listing, stores: Stores, threads: Executor) -> _Tre
     level = [_last(folder) for folder in listing.folders]
     looked = 0
     for _ in range(DEEPEST):
-        entered = [name for name in level if role(name) == "small"][: MOST_FOLDERS - looked]
+        entered = [name for name in level if role(name) == "small" and _is_plain(name)][: MOST_FOLDERS - looked]
         left += [f"{name}/" for name in level if name not in entered and role(name) != "hidden"]
         looked += len(entered)
         level = []
@@ -182,6 +182,11 @@ def _same(one: Pin, other: Pin, stores: Stores) -> bool:
     if one.size > COMPARED_BYTES:
         return False
     return stores.of(one.uri).get_pinned(one) == stores.of(other.uri).head_listed(other, other.size)[1]
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether any file system can have a file of this name, and any terminal show it."""
+    return name.isprintable() and "\\" not in name
 
 
 def _is_expected(name: str) -> bool:
