@@ -202,8 +202,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ROAD": {"group_size": 8},
     "XLORA": {"hidden_size": 32, "adapters": {}},
 }
-UNMADE = {"XLORA", "MULTITASK_PROMPT_TUNING"}
-"""Tuners that need trained adapters to begin with; their types are refused all the same."""
+NEEDS_BIASES = {"BEFT"}
+"""Tuners that PEFT merges into bases with biases only."""
 
 
 @pytest.mark.parametrize("kind", sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
@@ -220,9 +220,7 @@ def test_every_other_tuner_is_refused_by_name_and_its_remedy_works(kind: str, tm
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
     (reason,) = codes_of(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert reason in ("prompt", "peft_type")
-    if adapted is not None:
-        assert hasattr(adapted.base_model, "merge_and_unload") == (reason == "peft_type")
-    if adapted is not None and reason == "peft_type":
+    if adapted is not None and kind not in NEEDS_BIASES and reason == "peft_type":
         check_the_whole_model_does(adapted, tmp_path)
 
 
@@ -232,15 +230,15 @@ def plain(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 KEPT_BY = {
-    "0.3": ["bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-            "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "target_modules", "task_type"],
-    "0.6": ["alpha_pattern", "auto_mapping", "rank_pattern", "revision"],
+    "0.6": ["alpha_pattern", "auto_mapping", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+            "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
+            "rank_pattern", "revision", "target_modules", "task_type"],
     "0.10": ["layer_replication", "loftq_config", "megatron_config", "megatron_core", "use_dora", "use_rslora"],
     "0.13": [],
     "0.17": ["corda_config", "eva_config", "exclude_modules", "lora_bias", "qalora_group_size", "target_parameters",
              "trainable_token_indices", "use_qalora"],
 }  # fmt: skip
-"""The keys of adapter_config.json that each version of PEFT added to those of the versions before."""
+"""The keys of adapter_config.json that each version of PEFT added, as 0.6.2, 0.10.0, 0.13.2 and 0.17.1 wrote them."""
 
 
 @pytest.mark.parametrize("version", KEPT_BY)

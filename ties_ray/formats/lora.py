@@ -46,7 +46,7 @@ REASONS: Mapping[str, tuple[str, str]] = {
         "has patterns that are no regular expressions, are too many, or hold flags, look-around or references",
         "write module names",
     ),
-    "prompt": ("learns virtual tokens or a router and changes no weight of its base", _OUT),
+    "prompt": ("adds virtual tokens, a router or a model of its own to the base, and no change of its weights", _OUT),
     "peft_type": ("is no LoRA adapter", _WHOLE),
     "conditional": ("changes the base for some tokens only, or by a router, and no weights do the same", _OUT),
     "variant": ("is a variant of LoRA whose change is not scale * B @ A", _WHOLE),
@@ -130,7 +130,7 @@ _TRAINING_ONLY = re.compile(r".+\.lora_(?:velora|monteclora)_.+", re.DOTALL)
 """Keys of what only training uses: the change is scale * B @ A without them."""
 _WITHOUT_CHANGE = frozenset({
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
-    "POLY", "XLORA",
+    "POLY", "XLORA", "LILY", "SHADOW",
 })  # fmt: skip
 """`peft_type`s that PEFT can't merge into the base."""
 
@@ -711,6 +711,7 @@ def _config(folder: Folder, refused: _Refused) -> Mapping[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         refused.add("prompt" if isinstance(kind, str) and kind in _WITHOUT_CHANGE else "peft_type", _shown(kind))
+        return config  # its other keys mean something else
     for key in ("layer_replication", "target_parameters"):
         if config.get(key):
             refused.add(key)
