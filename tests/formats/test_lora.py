@@ -415,6 +415,18 @@ def test_the_remedy_for_a_head_names_it_and_leaves_it_out_with_a_note() -> None:
     assert "classifier.dense.weight" in note
 
 
+@pytest.mark.parametrize("rules", [Rules(), SAVED])
+def test_the_remedy_for_a_resized_vocabulary_keeps_the_factors(rules: Rules) -> None:
+    extra = {f"{PREFIX}model.embed_tokens.weight": normal(11, 4)}
+    files = adapter_files(MODULES, extra=extra)
+    (problem,) = read(files, rules=rules).problems
+    assert (problem.code, '["model.embed_tokens.weight"]' in problem.remedy) == ("resized", True)
+    found = good(files, rules=rules._replace(exclude=("model.embed_tokens.weight",)))
+    assert found.sources.keys() == {"model.a.q_proj.weight", "model.b.q_proj.weight"}
+    resized = {**BASE, "model.embed_tokens.weight": Parameter("", (11, 4), "F32", True)}
+    assert len(good(files, resized, SAVED).sources) == 3
+
+
 def test_a_whole_tensor_beside_factors_of_the_same_module_is_one_change_too_many() -> None:
     found = read(beside(f"{Q}.weight", normal(6, 4)), rules=SAVED)
     assert codes(found) == ["duplicate"]
@@ -603,6 +615,7 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("dora_mismatch", beside(f"{Q}.lora_magnitude_vector", normal(6)), Q),
     ("dora_transposed", adapter_files({"model.embed_tokens": module(4, 9)}, config={"use_dora": True},
      extra={f"{PREFIX}model.embed_tokens.lora_magnitude_vector": normal(4)}), "embed_tokens"),
+    ("resized", beside("model.embed_tokens.weight", normal(11, 4)), r"\[11, 4\] where the base has \[9, 4\]"),
     ("saved_modules", beside("model.norm.weight", normal(4)), "model.norm"),
 ]  # fmt: skip
 REFUSING_BASE = {

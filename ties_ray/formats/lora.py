@@ -99,6 +99,10 @@ REASONS: Mapping[str, tuple[str, str]] = {
     "dora_mismatch": (f"has magnitudes where {CONFIG} says use_dora: false, or lacks them where it says true", _AGAIN),
     "dora_transposed": ("has DoRA magnitudes for modules that are not linear (out, in)", _WHOLE),
     "head": ("has parameters of its own that the base lacks (the head of its task)", _EXCLUDED),
+    "resized": (
+        "has whole tables with another number of rows than the base's: its vocabulary was resized",
+        f"name a base that was resized alike (resize_token_embeddings, save_pretrained) as `base`; {_EXCLUDED}",
+    ),
     "saved_modules": (
         "has whole tensors beside its factors (modules_to_save, embeddings or biases)",
         f"`allow: {{saved_modules: merge}}` merges them as dense changes, saved minus base; {_EXCLUDED}",
@@ -472,11 +476,19 @@ class _Adapter:
             self._refused.add("dtype", f"{key} ({ref.dtype})")
         elif key.endswith(".base_layer.weight") and name in self.sources and ref.shape == _shape(self.sources[name]):
             self.copies.append(key)
+        elif self._resized(name, ref):
+            shapes = f"{list(ref.shape)} where the base has {list(self._base[name].shape)}" if self._base else ""
+            self._refused.add("resized", f"{key} {shapes}", self._pattern(name))
         elif not self._rules.saved_modules:
             self._refused.add("saved_modules", key, self._pattern(name))
         else:
             self._variants.add("saved_modules")
             self._add(name, ref.shape, Source((ref,)))
+
+    def _resized(self, name: str, ref: TensorRef) -> bool:
+        """Return whether a saved table differs from the base's in its rows alone."""
+        shape = self._base[name].shape if self._base else ref.shape
+        return len(shape) == len(ref.shape) == 2 and shape[1:] == ref.shape[1:] and shape != ref.shape
 
     def _pattern(self, name: str) -> str:
         """Return the pattern that excludes a parameter, or the whole head that it is part of."""
