@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies
 	$(BIN)/python -m benchmarks.demo .demo
 
-SLOW := tests/test_peft.py tests/test_pools_on_s3.py tests/test_benchmarks.py tests/test_gpu.py tests/kernels/test_cuda.py
+SLOW := tests/test_peft.py tests/test_pools_on_s3.py tests/test_benchmarks.py tests/test_gpu.py tests/kernels/test_cuda.py tests/test_architectures.py
 
 test: $(VENV)/installed  ## all tests but the slow ones, file by file on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines $(SLOW))
@@ -35,7 +35,7 @@ $(ENGINES)/%/installed: pipelines/constraints-%.txt | $(UV)
 
 engines: $(foreach one,airflow dagster kfp,$(ENGINES)/$(one)/installed)
 
-slow: $(VENV)/installed  ## 200 adapters from a bucket, on Ray; every benchmark, small; the GPU's kernels, interpreted
+slow: $(VENV)/installed  ## all architectures; 200 adapters from a bucket, on Ray; every benchmark, small; the GPU's kernels, interpreted
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(SLOW)
 
 pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own

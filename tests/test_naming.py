@@ -194,3 +194,12 @@ def test_projections_whose_rows_move_are_never_taken_for_their_converted_form() 
     new = {"model.vision_tower.layers.0.attention.q_proj.weight": (4, 4), "lm_head.weight": (8, 4)}
     for mine, base in ((old, new), (new, old)):
         assert len(matched(mine, base, kinds).pieces) == 1
+
+
+def test_a_known_class_ties_only_what_it_ties() -> None:
+    stacks = ["model.decoder.embed_tokens.weight", "model.encoder.embed_tokens.weight"]
+    assert ties_of(stacks, ("T5GemmaForConditionalGeneration", "t5gemma")) == []
+    assert ties_of(stacks) == []
+    assert ties_of(stacks, ("FSMTModel", "fsmt")) == [Tie(stacks[1], stacks[0])]
+    head = "lm_head.out_proj.weight"
+    assert ties_of([*stacks, head], ("T5GemmaForConditionalGeneration", "t5gemma")) == [Tie(head, stacks[0])]

@@ -100,7 +100,7 @@ def ties_only_the_head(config: Mapping[str, Any]) -> bool:
     Else the config's word is also that of other ties, or changes how the head is scaled (T5).
     """
     kinds = kinds_of(config)
-    return not any(map(always_tied, kinds)) and bool(kinds) and kinds[0] in _tables()["ties_only_the_head"]
+    return not any(map(always_tied, kinds)) and bool(kinds) and len(_tables()["ties"].get(kinds[0], ())) == 1
 
 
 def unstored(names: Collection[str], config: Mapping[str, Any]) -> list["Tie"]:
@@ -112,8 +112,8 @@ def unstored(names: Collection[str], config: Mapping[str, Any]) -> list["Tie"]:
     kinds = kinds_of(config)
     classes = config.get("architectures")
     known = isinstance(classes, list) and classes[:1] == list(kinds[:1])
-    aliases = _tables()["heads"].get(kinds[0], {}) if known else {"lm_head.weight": ""}
-    missing = [alias for alias in aliases if alias not in names]
+    pairs = _tables()["ties"].get(kinds[0], ()) if known else [("lm_head.weight", "")]
+    missing = [alias for alias, _ in pairs if alias not in names and re.fullmatch(r"[\w.]+\.weight", alias)]
     return [tie for alias in missing for tie in ties_of([*names, alias], kinds) if tie.alias == alias]
 
 
@@ -233,8 +233,9 @@ def ties_of(names: Collection[str], kinds: Sequence[str] = ()) -> list[Tie]:
     """
     renamings = rules_of(tuple(kinds)).renamings
     by_canonical = {_canonical(name, renamings): name for name in names}
+    known = kinds[0] if kinds and kinds[0] in _tables()["ties"] else ""
     partners = {
-        name: [by_canonical[one] for one in dict.fromkeys(_partners(canonical)) if by_canonical.get(one, name) != name]
+        name: [by_canonical[one] for one in _partners(canonical, known) if by_canonical.get(one, name) != name]
         for canonical, name in by_canonical.items()
     }
     group = {name: {name} for name in names}
@@ -247,9 +248,9 @@ def ties_of(names: Collection[str], kinds: Sequence[str] = ()) -> list[Tie]:
     return [Tie(name, kept[name]) for name in names if kept[name] != name]
 
 
-def _partners(name: str) -> Iterator[str]:
+def _partners(name: str, cls: str) -> Iterator[str]:
     """Yield what a name may share its tensor with, with and without the first module of a body."""
-    plain, patterns = _tie_tables()
+    plain, patterns = _tie_tables(cls)
     dots = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
     for start in dots:
         for kept in plain.get(name[start:], ()):
@@ -261,12 +262,20 @@ def _partners(name: str) -> Iterator[str]:
 
 
 @cache
-def _tie_tables() -> tuple[Mapping[str, Sequence[str]], Sequence[tuple[re.Pattern[str], str]]]:
-    """Return the tied names of whole tensors, and patterns of modules, each with what is kept."""
+def _tie_tables(cls: str) -> tuple[Mapping[str, Sequence[str]], Sequence[tuple[re.Pattern[str], str]]]:
+    """Return the names of whole tensors, and patterns of modules, each with what they are tied to.
+
+    cls: a class of the table. Without one, of all classes; but only a few tie two stacks' embeddings with each other.
+    """
     plain: defaultdict[str, list[str]] = defaultdict(list)
     patterns: list[tuple[re.Pattern[str], str]] = []
-    for alias, kept in _tables()["ties"]:
-        kept = _plain(kept).removesuffix("$")
+    tables = _tables()["ties"]
+    pairs = {
+        (alias, _plain(kept).removesuffix("$")) for one in ([cls] if cls else tables) for alias, kept in tables[one]
+    }
+    for alias, kept in sorted(pairs):
+        if not cls and alias.endswith("embed_tokens.weight") and not kept.endswith("shared.weight"):
+            continue
         if re.fullmatch(r"[\w.]+\.(?:weight|bias)", alias):
             plain[alias].append(kept)
         elif re.fullmatch(r"[\w.]+", kept):

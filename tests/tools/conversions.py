@@ -5,7 +5,6 @@
 
 import importlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,7 @@ def collected() -> dict[str, Any]:
         "classes": dict(sorted(classes.items())),
         "tied": sorted(kind for kind in CONFIG_MAPPING if _ties(kind)),
         "always_tied": sorted(kind for kind in CONFIG_MAPPING if _ties(kind, tie_word_embeddings=False)),
-        "ties_only_the_head": sorted({cls.__name__ for cls in model_classes() if len(list(_tied_keys(cls))) == 1}),
-        "heads": {cls.__name__: heads for cls in model_classes() if (heads := _heads(cls))},
-        "ties": sorted({pair for cls in model_classes() for pair in _tied_keys(cls)}),
+        "ties": {cls.__name__: list(_tied_keys(cls)) for cls in model_classes() if list(_tied_keys(cls))},
     }
 
 
@@ -84,11 +81,6 @@ def _tied_keys(cls: type[PreTrainedModel]) -> Iterator[tuple[str, str]]:
     keys = getattr(cls, "_tied_weights_keys", None)
     if isinstance(keys, dict):
         yield from keys.items()
-
-
-def _heads(cls: type[PreTrainedModel]) -> dict[str, str]:
-    """Return the whole matrices that a class ties, by the name that is not stored."""
-    return {alias: kept for alias, kept in _tied_keys(cls) if re.fullmatch(r"[\w.]+\.weight", alias)}
 
 
 def text(content: dict[str, Any]) -> str:
