@@ -79,8 +79,8 @@ def test_what_the_recipe_excludes_whole_is_not_refused() -> None:
     tensors = module(qweight=I32, qzeros=I32, scales=F16)
     everything = {name for name in tensors if "q_proj" in name}
     assert list(refusals(tensors, everything)) == []
-    ((what, names),) = refusals(tensors, everything - {"layers.0.q_proj.scales"})
-    assert (what, names) == ("holds weights quantised by AWQ, 1 tensors", ["layers.0.q_proj.scales"])
+    ((what, names, known),) = refusals(tensors, everything - {"layers.0.q_proj.scales"})
+    assert (what, names, known) == ("holds weights quantised by AWQ, 1 tensors", ["layers.0.q_proj.scales"], True)
 
 
 def test_what_announces_quantised_weights_is_named() -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from ties_ray import lease, plugins, resume
 from ties_ray.catalog import Catalog, Model, read_catalog
-from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
+from ties_ray.errors import FRESH_THEN, InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Executor, Needs
 from ties_ray.finalize import (
     as_loaded,
@@ -241,10 +241,14 @@ class MergeRun:
             norm = math.sqrt(one.norm2)
             if one.not_finite:
                 what = f"{one.not_finite:,} values of its factors are NaN or Inf"
-                wrong[one.member] = Problem(model.uri, what, "repair or drop it, or allow: {nan: drop_model}", "nan")
+                wrong[one.member] = Problem(
+                    model.uri, what, f"repair or drop it, or `allow: {{nan: drop_model}}`; {FRESH_THEN}", "nan"
+                )
             elif not least <= norm <= most:
                 what = f"its change has the norm {norm:.6g}, outside bounds.norm ({least:g} to {most:g})"
-                wrong[one.member] = Problem(model.uri, what, "drop it, or allow: {refused_model: drop}", "norm")
+                wrong[one.member] = Problem(
+                    model.uri, what, f"drop it, or `allow: {{refused_model: drop}}`; {FRESH_THEN}", "norm"
+                )
         drops = recipe.allow.refused_model == "drop"
         fatal = [one for one in wrong.values() if not drops and (one.code == "norm" or recipe.allow.nan is None)]
         if fatal or len(wrong) == len(surveys):

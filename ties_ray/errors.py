@@ -17,6 +17,10 @@ from typing import ClassVar, Literal, NamedTuple
 ErrorKind = Literal["recipe", "input", "interrupted", "unavailable", "cancelled", "defect"]
 
 
+FRESH_THEN = "run it with --fresh then, as the output holds this merge half-done"
+"""Follows a remedy that changes a recipe or an input after the run has begun: it is another merge from then on."""
+
+
 class Problem(NamedTuple):
     """One thing that is wrong, said so that its reader can mend it."""
 

@@ -218,7 +218,8 @@ def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> None:
     if not members:
         problems.append(Problem("models", "all weights are zero", "give at least one model a weight"))
     if not any(parameter.merged for parameter in catalog.parameters):
-        problems.append(Problem("base", "no parameter is left to merge", "check `exclude`"))
+        remedy = "narrow `exclude`" if recipe.exclude else "give the folders that hold the floating-point weights"
+        problems.append(Problem("base", "no parameter is left to merge", remedy))
     problems += recipe.output.problems(catalog.parameters)
     if problems:
         raise RecipeError(problems)

@@ -153,7 +153,7 @@ def _base_names(allowed: Sequence[str], models: Sequence[Read]) -> Iterator[tupl
         others = f"is not among allow.base_names ({', '.join(allowed)})"
         if not allowed:
             others = f"{counts[usual]} of {len(models)} name {printable(usual)!r}"
-        remedy = f"if these are names of one model: allow: {{base_names: [{printable(listed)}]}}, else leave it out"
+        remedy = f"if these are names of one model: `allow: {{base_names: [{printable(listed)}]}}`, else leave it out"
         yield (
             model.entry.id,
             Problem(model.entry.uri, f"says that its base is {printable(name)!r}; {others}", remedy, "base_name"),

@@ -89,13 +89,13 @@ def packed(stored: Stored) -> dict[str, list[str]]:
     return dict(found)
 
 
-def refusals(stored: Stored, excluded: Collection[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield (what is wrong, names) of each method whose tensors the recipe does not all exclude."""
+def refusals(stored: Stored, excluded: Collection[str]) -> Iterator[tuple[str, list[str], bool]]:
+    """Yield (what is wrong, names, whether a method is known) of the tensors that the recipe does not exclude."""
     for method, names in packed(stored).items():
         left = [name for name in names if name not in excluded]
         if left:
             how = f"holds weights quantised by {method}" if method else "holds integers or 8-bit floats as weights"
-            yield f"{how}, {len(left)} tensors", left
+            yield f"{how}, {len(left)} tensors", left, bool(method)
 
 
 def keys(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """What an output folder holds already: nothing, this merge done or half-done, another one, or something else."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -76,18 +76,20 @@ def _refuse_others(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) ->
     result = find_result(stores, output)
     others = [run for run in runs if run[0] != wanted.run_id]
     remedy = "choose another folder (a path with {run_id} gives each merge its own), or replace it with --fresh"
+    what = ""
     if result is not None:
-        raise InputError(Problem(output, f"holds the result of another merge, run {result.run_id}", remedy))
-    if others:
+        what = f"holds the result of another merge, run {result.run_id}"
+    elif others:
         changed = _what_changed(wanted, _claim(stores, output, others[-1]))
         what = f"holds an unfinished merge, run {others[-1][0]}, which differs from this one: {changed}"
-        raise InputError(Problem(output, what, remedy))
-    if not runs:
+    elif not runs:
         listing = stores.of(output).list(output)
         names = [uri.rsplit("/", 1)[-1] for uri in (*(pin.uri for pin in listing.files), *listing.folders)]
         foreign = [name for name in names if name != FOLDER]
-        if foreign:
-            raise InputError(Problem(output, f"holds something else: {', '.join(foreign[:5])}", remedy))
+        what = f"holds something else: {', '.join(foreign[:5])}" if foreign else ""
+    if what:
+        _demand_no_folders(stores, output, own_names(wanted) | _written(_claims(stores, output, runs)))
+        raise InputError(Problem(output, what, remedy))
     demand_no_foreign(wanted, stores, own_names(wanted))
 
 
@@ -101,13 +103,10 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[s
     may be anybody's: of the names in it only those count that a loader would open.
     """
     output, store = wanted.output, stores.of(wanted.output)
-    claims = [claim for run in runs if (claim := _claim(stores, output, run))]
-    own, written = own_names(wanted), {name for claim in claims for name in _names(claim) if _may_be_ours(name)}
-    own |= written
-    inside = [name for name in foreign_files(stores, output, own) if "/" in name]
-    if inside:
-        what = f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
-        raise InputError(Problem(output, what, "remove these folders yourself, or choose another output"))
+    claims = _claims(stores, output, runs)
+    written = _written(claims)
+    own = own_names(wanted) | written
+    _demand_no_folders(stores, output, own)
     lying = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
     doors = {plan.recipe.output.door(plan.result.files, plan.library) for plan in (wanted, *claims)}
     taken = [name for name in sorted(lying) if name in own or is_loaded(name)]
@@ -124,6 +123,24 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[s
     for run in runs:
         store.delete_folder(Manifest.folder_of(output, *run))
     return [name for name in taken if name not in written and name not in (RESULT_NAME, SUMS_NAME)]
+
+
+def _demand_no_folders(stores: Stores, output: str, own: Collection[str]) -> None:
+    """Raise `InputError` where folders in the output hold files that --fresh leaves and a loader would take."""
+    inside = [name for name in foreign_files(stores, output, own) if "/" in name]
+    if inside:
+        what = f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
+        raise InputError(Problem(output, what, "remove these folders yourself, or choose another output"))
+
+
+def _claims(stores: Stores, output: str, runs: Sequence[tuple[str, int]]) -> list[Plan]:
+    """Return the plans that lie in earlier runs' folders, whoever wrote them."""
+    return [claim for run in runs if (claim := _claim(stores, output, run))]
+
+
+def _written(claims: Sequence[Plan]) -> set[str]:
+    """Return the names that earlier runs claim to publish, as far as a loader would open them."""
+    return {name for claim in claims for name in _names(claim) if _may_be_ours(name)}
 
 
 def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:

@@ -28,7 +28,8 @@ from ties_ray import kernels
 from ties_ray.cache import Cache, Shelf
 from ties_ray.catalog import Model
 from ties_ray.constants import OVERFLOWS
-from ties_ray.errors import InputError, Problem
+from ties_ray.errors import FRESH_THEN, InputError, Problem
+from ties_ray.excluding import COPIES, either, exclusion
 from ties_ray.executors import WorkerDied
 from ties_ray.formats import Parameter
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
@@ -576,7 +577,7 @@ class Worker:
         count = self._kernels.decode(encoded.data, decoded)
         if count:
             where = f"{self._plan.catalog.base.uri}: {parameter.name}"
-            remedy = f"repair the base, or `exclude: [{parameter.name}]` to copy its values as they are"
+            remedy = f"repair the base, or {self._excluding(parameter.name)}; {FRESH_THEN}"
             raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
         return decoded
 
@@ -752,11 +753,20 @@ class Worker:
         if overflow:
             what = f"{overflow} merged values are finite but overflow {placed.tensor.dtype}"
             of_base = int((block.base.abs() >= OVERFLOWS.get(placed.tensor.dtype, math.inf)).sum())
-            remedy = "choose a wider output.dtype, or a smaller lambda"
+            wider = "choose a wider output.dtype" if placed.tensor.dtype != "F64" else ""
+            smaller = "" if of_base else self._smaller()
             if of_base and self._plan.recipe.output.reads_base:
                 what += f", as {of_base} of the base's do"
-                remedy = "choose a wider output.dtype, or `exclude` it: the base's values are copied as they are"
-            raise InputError(Problem(placed.tensor.name, what, remedy))
+            advice = (wider, smaller, self._excluding(placed.tensor.parameter))
+            raise InputError(Problem(placed.tensor.name, what, f"{either(advice)}; {FRESH_THEN}"))
+
+    def _smaller(self) -> str:
+        """Return the remedy of a smaller lambda, where the method has one."""
+        return "choose a smaller method.lambda" if hasattr(self._plan.recipe.method, "lambda_") else ""
+
+    def _excluding(self, name: str) -> str:
+        """Return the remedy of copying a parameter from the base."""
+        return exclusion([name], (one.name for one in self._plan.catalog.parameters), COPIES)
 
     # -- matrices
 
@@ -775,7 +785,8 @@ class Worker:
                     matrix[block.start : block.stop] = self._merged(block)
             if not matrix.isfinite().all():
                 what = f"{int((~matrix.isfinite()).sum())} merged values are not finite"
-                raise InputError(Problem(parameter.name, what, "choose a smaller lambda"))
+                remedy = f"{either((self._smaller(), self._excluding(parameter.name)))}; {FRESH_THEN}"
+                raise InputError(Problem(parameter.name, what, remedy))
             condensed = output.condense(parameter, matrix.view(parameter.shape))
         crc = self._manifest.write_scratch(segment.parameter, condensed.data.view(torch.uint8).numpy().data)
         errors2 = dict(zip(output.ranks, condensed.errors2, strict=True))
@@ -838,8 +849,8 @@ class Worker:
                 total = self._count_not_finite(member, parameter)
                 raise InputError(Problem(
                     f"model {model.id} ({model.uri}): {known.name}", f"{total} values are NaN or Inf",
-                    "repair or drop the model, or allow: {nan: zero} (their change is zero), or"
-                    f" `exclude: [{known.name}]` (the base's values are copied)",
+                    "repair or drop the model, or `allow: {nan: zero}` (their change is zero), or"
+                    f" {self._excluding(known.name)}; {FRESH_THEN}",
                 ))  # fmt: skip
             if count:
                 done.zeroed[member, self._plan.catalog.parameters[parameter].name] += count

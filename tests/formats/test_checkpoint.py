@@ -136,7 +136,8 @@ def test_a_float_that_the_base_lacks_is_refused_unless_it_is_excluded() -> None:
     files = files_of({**BASE, "score.weight": torch.zeros(2)})
     assert problems(read(files, base_of())) == [
         "memory://model: holds 1 floating-point tensors that the base lacks (among them a head for one task):"
-        ' score.weight; is it a fine-tune of this base? `exclude: ["score.weight"]` leaves them out of the merge'
+        ' score.weight; is it a fine-tune of this base? `exclude: ["score.weight"]` leaves them out of the merge,'
+        " with what was trained in them"
     ]
     found = read(files, base_of(), Rules(exclude=("score.*",)))
     assert (problems(found), "score.weight" in found.sources) == ([], False)
@@ -148,8 +149,8 @@ def test_a_missing_float_is_refused_unless_it_is_allowed_or_excluded() -> None:
     files = files_of({"model.norm.weight": BASE["model.norm.weight"]})
     assert problems(read(files, base_of())) == [
         "memory://model: lacks 1 of the base's 2 merged parameters: model.embed_tokens.weight; is it a fine-tune of"
-        ' this base? `exclude: ["model.embed_tokens.weight"]` copies the base\'s; `allow: {missing: zero}` takes their'
-        " change as zero"
+        ' this base? `allow: {missing: zero}` takes their change as zero; `exclude: ["model.embed_tokens.weight"]`'
+        " copies the base's, without what the models trained in them"
     ]
     allowed = read(files, base_of(), Rules(missing=True))
     assert (list(allowed.sources), len(allowed.notes)) == (["model.norm.weight"], 1)
@@ -237,7 +238,7 @@ def test_integers_that_differ_from_the_bases_are_refused_unless_they_are_exclude
     (problem,) = problems(read(files_of(BASE), base_of(), same=False))
     assert problem == (
         "memory://model: has 1 tensors of integers or booleans that differ from the base's: model.ids;"
-        " they can't be merged; `exclude: [\"model.ids\"]` copies the base's"
+        " they can't be merged; `exclude: [\"model.ids\"]` copies the base's, without what the models trained in them"
     )
     for other in (torch.arange(4), torch.arange(3).int(), torch.arange(3).float()):
         assert (
@@ -315,7 +316,9 @@ def test_every_stored_value_has_one_fate_whatever_is_stored(seed: int) -> None:
 def test_other_numbers_are_copied_where_they_are_excluded() -> None:
     odd = {"a": torch.zeros(2, dtype=torch.complex64), "b": torch.zeros(2).to(torch.float8_e5m2)}
     (told, _) = problems(read(files_of({**BASE, **odd})))
-    assert told.endswith("""real numbers: a; `exclude: ["a"]` copies the base's""")
+    assert told.endswith(
+        """real numbers: a; `exclude: ["a"]` copies the base's, without what the models trained in them"""
+    )
     for base in (None, base_of({**BASE, **odd}, exclude=("a", "b"))):
         assert base is not None or len(problems(read(files_of({**BASE, **odd})))) == 2
         found = read(files_of({**BASE, **odd}), base, Rules(exclude=("a", "b")))

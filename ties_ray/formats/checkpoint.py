@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint: `model.safetensors`, or shards under an index, with names as in its `config.json`."""
 
-import json
 import math
 import re
 from bisect import bisect_right
@@ -12,6 +11,7 @@ from ties_ray.account import account
 from ties_ray.candidates import ADAPTER, STEMS, Candidate, candidates, is_index, is_weights, listed, usual
 from ties_ray.downloads import unfinished
 from ties_ray.errors import Problem, printable
+from ties_ray.excluding import COPIES, either, exclusion
 from ties_ray.formats import Folder, Format, Found, Parameter, Question, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded
 from ties_ray.libraries import CONFIGS, library_of
@@ -90,7 +90,7 @@ class Checkpoint(Format):
         objects = tuple(pins[name] for name in names)
         stored = _stored(folder, names, problems)
         leftovers, wrong = _quantised(stored, config, list(pins), rules)
-        problems += [Problem(folder.uri, what, quantised.REMEDY, "quantised") for what in wrong]
+        problems += [Problem(folder.uri, what, remedy, "quantised") for what, remedy in wrong]
         if problems:
             return Found(problems=tuple(problems))
         same = {(question.mine, question.other) for question, same in folder.answers.items() if same}
@@ -173,7 +173,7 @@ def _check_base(
             untied[alias] = kept
             notes.append(f"{alias} differs from {kept}, to which config.json ties it: a parameter of its own")
     problems = [] if tensors else [("holds no tensors", "")]
-    problems += _refused({name: ref for name, ref in stored.items() if not _is_copied_whole(name, ref, rules)})
+    problems += _refused({name: ref for name, ref in stored.items() if not _is_copied_whole(name, ref, rules)}, stored)
     fates = [
         ("tied" if name not in tensors else "merged" if _is_merged(name, ref, rules) else "equal", math.prod(ref.shape))
         for name, ref in stored.items()
@@ -192,13 +192,21 @@ def _is_copied_whole(name: str, ref: TensorRef, rules: Rules) -> bool:
 
 def _quantised(
     stored: Mapping[str, TensorRef], config: Mapping[str, Any], files: Collection[str], rules: Rules
-) -> tuple[tuple[str, ...], list[str]]:
-    """Return (keys of config.json that announce quantised weights where there are none, what is quantised)."""
+) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
+    """Return (keys of config.json that announce quantised weights where there are none, what is quantised and what to
+    do)."""
     tensors = {name: (ref.dtype, ref.shape) for name, ref in stored.items()}
     excluded = {name for name in stored if rules.excludes(name)}
     told = quantised.announced(config, files)
     reason = f" ({told})" if told else ""
-    wrong = [f"{what}{reason}: {_listed(names)}" for what, names in quantised.refusals(tensors, excluded)]
+    wrong = [
+        (
+            f"{what}{reason}: {_listed(names)}",
+            quantised.REMEDY if known else f"{quantised.REMEDY}; where these are no weights, {out}",
+        )
+        for what, names, known in quantised.refusals(tensors, excluded)
+        for out in [exclusion(names, stored, COPIES)]
+    ]
     return () if quantised.packed(tensors) else quantised.keys(config), wrong
 
 
@@ -399,15 +407,16 @@ def _check_model(
             notes.append(f"left aside, {why}: {_listed(some)}")
     left_fates |= dict.fromkeys(aside, "the base has no such tensor") | dict.fromkeys(excluded, _EXCLUDED)
     extra = {name: ref for name, ref in left.items() if name not in known}
-    problems += _odd_tables(tables)
+    others = {*base, *left}
+    problems += _odd_tables(tables, others)
     counters = [name for name, fate in tables.items() if fate not in ("", "equal")]
     if counters:
         notes.append(f"counts the steps of its training, and the base's are kept: {_listed(counters)}")
     refs = {name: ref for name, many in kept_refs.items() for ref in many}
-    problems += _refused({**refs, **extra})
+    problems += _refused({**refs, **extra}, others)
     extra = {name: ref for name, ref in extra.items() if ref.dtype in MERGEABLE}
     missing = [name for name in merged if name not in tensors]
-    problems += _one_sided(extra, missing, kept_refs, merged, rules)
+    problems += _one_sided(extra, missing, kept_refs, merged, rules, others)
     if missing and kept_refs and rules.missing:
         notes.append(f"lacks {len(missing)} parameters, whose change is taken as zero: {_listed(missing)}")
     whole = [name for name, ref in refs.items() if ref.dtype in COPYABLE]
@@ -438,7 +447,7 @@ def _check_model(
     elif shorter:
         notes.append(f"rows that it lacks are the base's, their change is zero: {_shapes(shorter, refs, merged)}")
     if wrong:
-        remedy = f"is it a fine-tune of this base? `exclude: {_patterns(wrong)}` copies the base's"
+        remedy = f"is it a fine-tune of this base? {exclusion(wrong, others, COPIES)}"
         problems.append((f"has {len(wrong)} parameters of another shape: {_shapes(wrong, refs, merged)}", remedy))
     placed = (
         (ref, base[name].numel if name in longer else math.prod(ref.shape), _placed_fate(name, merged, tables))
@@ -456,12 +465,12 @@ def _placed_fate(name: str, merged: Collection[str], tables: Mapping[str, str]) 
     return "merged" if name in merged else tables.get(name, _EXCLUDED)
 
 
-def _odd_tables(tables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _odd_tables(tables: Mapping[str, str], others: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield (what, remedy) of integers and booleans that are not the base's."""
     odd = [name for name, fate in tables.items() if not fate]
     if odd:
         what = f"has {len(odd)} tensors of integers or booleans that differ from the base's: {_listed(odd)}"
-        yield what, f"they can't be merged; `exclude: {_patterns(odd)}` copies the base's"
+        yield what, f"they can't be merged; {exclusion(odd, others, COPIES)}"
 
 
 def _one_sided(
@@ -470,6 +479,7 @@ def _one_sided(
     kept: Collection[str],
     merged: Collection[str],
     rules: Rules,
+    others: Collection[str],
 ) -> Iterator[tuple[str, str]]:
     """Yield (what, remedy) of floating-point tensors that only the model, or only the base, has."""
     only = _listed(list(extra))
@@ -479,13 +489,14 @@ def _one_sided(
         return
     if extra:
         what = f"holds {len(extra)} floating-point tensors that the base lacks{_what_they_are(extra)}: {only}"
-        yield what, f"is it a fine-tune of this base? `exclude: {_patterns(extra)}` leaves them out of the merge"
+        out = exclusion(extra, others, "leaves them out of the merge, with what was trained in them")
+        yield what, f"is it a fine-tune of this base? {out}"
     if missing and not rules.missing:
         what = f"lacks {len(missing)} of the base's {len(merged)} merged parameters{_what_they_are(missing)}"
-        keep = f"`exclude: {_patterns(missing)}` copies the base's"
+        keep = exclusion(missing, others, COPIES)
         yield (
             f"{what}: {_listed(missing)}",
-            f"is it a fine-tune of this base? {keep}; `allow: {{missing: zero}}` takes their change as zero",
+            f"is it a fine-tune of this base? `allow: {{missing: zero}}` takes their change as zero; {keep}",
         )
 
 
@@ -501,12 +512,6 @@ _KNOWN = {
 def _what_they_are(names: Collection[str]) -> str:
     kinds = [kind for kind, pattern in _KNOWN.items() if any(re.search(pattern, name) for name in names)]
     return f" (among them {' and '.join(kinds)})" if kinds else ""
-
-
-def _patterns(names: Collection[str]) -> str:
-    """Return patterns for `exclude` that match these names, as a list in a recipe."""
-    every = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(r"([*?\[])", "[\\1]", name)) for name in names)
-    return json.dumps(list(every)) if len(every) <= 8 else "[...]"
 
 
 def _compare_shapes(
@@ -525,13 +530,13 @@ def _compare_shapes(
     return longer, shorter, [name for name in differ if name not in resized]
 
 
-def _refused(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str]]:
+def _refused(tensors: Mapping[str, TensorRef], others: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield a problem for each dtype that can be neither merged nor copied."""
     for dtype in sorted({ref.dtype for ref in tensors.values()} - MERGEABLE - COPYABLE):
         reason = next(why for start, why in REFUSED.items() if dtype.startswith(start))
         names = [name for name, ref in tensors.items() if ref.dtype == dtype]
-        copied = f"`exclude: {_patterns(names)}` copies the base's" if DTYPE_BITS[dtype] % 8 == 0 else ""
-        remedy = copied if dtype == "C64" else " or ".join(filter(None, ("give the unquantised model", copied)))
+        copied = exclusion(names, others, COPIES) if DTYPE_BITS[dtype] % 8 == 0 else ""
+        remedy = copied if dtype == "C64" else either(("give the unquantised model", copied))
         yield f"stores {len(names)} tensors as {dtype}, and {reason}: {_listed(names)}", remedy
 
 

@@ -7,17 +7,16 @@ a factor nor known to be harmless is refused, with a reason of `REASONS`.
 """
 
 import functools
-import json
 import math
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ties_ray import bounded, naming
 from ties_ray.account import Account, account
 from ties_ray.errors import Problem, printable
+from ties_ray.excluding import LEAVE_OUT, exclusion
 from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded, Factors
 from ties_ray.patterns import UnfitKey, resolve
@@ -34,10 +33,11 @@ PICKLE = "adapter_model.bin"
 FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 
 _AGAIN = "save the adapter again, whole (save_pretrained)"
-_OUT = "leave it out (`allow: {refused_model: drop}` does)"
+_OUT = LEAVE_OUT
 _WHOLE = f"give the whole model that PEFT makes of it (merge_and_unload, save_pretrained) in its place, or {_OUT}"
 _SAME_BASE = f"name the base that it was trained on, or {_OUT}"
-_EXCLUDED = "`exclude: [{patterns}]` leaves them out, with what was trained in them"
+_EXCLUDED = "{exclusion}"
+_LEFT_OUT = "leaves them out, with what was trained in them"
 REASONS: Mapping[str, tuple[str, str]] = {
     "config_missing": (f"has no {CONFIG}, without which the scale is unknown", "add it beside the weights"),
     "config_json": (f"{CONFIG} is not a JSON object", "upload it again"),
@@ -194,7 +194,7 @@ class Lora(Format):
             adapter.add_saved(key, name, ref)
         if not modules:
             refused.add("nothing")
-        problems = refused.problems(folder.uri)
+        problems = refused.problems(folder.uri, {*adapter.sources, *(base or ())})
         if problems:
             return Found(problems=problems)
         notes = tuple(f"{folder.uri}: {note}" for note in adapter.notes())
@@ -340,23 +340,23 @@ class _Refused:
 
     def __init__(self) -> None:
         self._found: dict[str, list[str]] = {}
-        self._patterns: dict[str, dict[str, None]] = {}
+        self._names: dict[str, list[str]] = {}
 
-    def add(self, code: str, item: str = "", pattern: str = "") -> None:
-        """Note an item; pattern: what `exclude` would need to leave it out."""
+    def add(self, code: str, item: str = "", name: str = "") -> None:
+        """Note an item; name: of the parameter that `exclude` would leave out."""
         self._found.setdefault(code, []).append(item)
-        self._patterns.setdefault(code, {})[pattern] = None
+        self._names.setdefault(code, []).append(name)
 
     def __contains__(self, code: object) -> bool:
         return code in self._found
 
-    def problems(self, where: str) -> tuple[Problem, ...]:
-        """Return one problem a code, with the first few of its items, and all patterns."""
+    def problems(self, where: str, others: Collection[str] = ()) -> tuple[Problem, ...]:
+        """Return one problem a code, with the first few of its items; others: parameters that are not left out."""
         return tuple(
             Problem(
                 where,
                 what + (f": {_listed(self._found[code])}" if any(self._found[code]) else ""),
-                remedy.replace("{patterns}", ", ".join(map(_quoted, self._patterns[code]))),
+                remedy.replace("{exclusion}", exclusion(self._names[code], others, _LEFT_OUT)),
                 code,
             )
             for code, (what, remedy) in REASONS.items()
@@ -469,7 +469,7 @@ class _Adapter:
         known = name.endswith((".weight", ".bias")) if self._base is None else name in self._base
         if not known:
             of_tuner = bool(_TUNER.search(key))
-            self._refused.add("unknown_tensor" if of_tuner else "head", key, "" if of_tuner else self._pattern(name))
+            self._refused.add("unknown_tensor" if of_tuner else "head", key, "" if of_tuner else name)
         elif 0 in ref.shape:
             self._refused.add("empty", key)
         elif ref.dtype not in MERGEABLE:
@@ -478,9 +478,9 @@ class _Adapter:
             self.copies.append(key)
         elif self._resized(name, ref):
             shapes = f"{list(ref.shape)} where the base has {list(self._base[name].shape)}" if self._base else ""
-            self._refused.add("resized", f"{key} {shapes}", self._pattern(name))
+            self._refused.add("resized", f"{key} {shapes}", name)
         elif not self._rules.saved_modules:
-            self._refused.add("saved_modules", key, self._pattern(name))
+            self._refused.add("saved_modules", key, name)
         else:
             self._variants.add("saved_modules")
             self._add(name, ref.shape, Source((ref,)))
@@ -489,15 +489,6 @@ class _Adapter:
         """Return whether a saved table differs from the base's in its rows alone."""
         shape = self._base[name].shape if self._base else ref.shape
         return len(shape) == len(ref.shape) == 2 and shape[1:] == ref.shape[1:] and shape != ref.shape
-
-    def _pattern(self, name: str) -> str:
-        """Return the pattern that excludes a parameter, or the whole head that it is part of."""
-        words = name.split(".")
-        for count in range(1, len(words)):
-            head = ".".join(words[:count]) + "."
-            if self._base is not None and not any(known.startswith(head) for known in self._base):
-                return f"{escape(head)}*"
-        return escape(name)
 
     def notes(self) -> list[str]:
         """Return what was left aside."""
@@ -619,7 +610,7 @@ class _Adapter:
         if len(group) == 1:
             self.untied |= {alias: kept for alias in group}
         elif group:
-            self._refused.add("tied", name, escape(name))
+            self._refused.add("tied", name, name)
 
     def _layout(self, path: str, a: TensorRef, b: TensorRef) -> Kind | None:
         """Return how a module is stored: as shapes tell; where it is square, as its namesakes are, or the config says.
@@ -638,7 +629,8 @@ class _Adapter:
         """Return the layouts of modules that are not square, by the last word of their path."""
         layouts: dict[str, set[Kind]] = {}
         for path, parts in modules.items():
-            told = self._told(path, parts["A"], parts["B"]) if parts.keys() >= {"A", "B"} else None
+            excluded = self._rules.excludes(self._rename(f"{path}.weight"))
+            told = self._told(path, parts["A"], parts["B"]) if parts.keys() >= {"A", "B"} and not excluded else None
             if told:
                 layouts.setdefault(path.rpartition(".")[2], set()).add(told)
         return layouts
@@ -808,11 +800,6 @@ def _range(values: Iterable[float]) -> str:
 def _shown(value: object) -> str:
     """Return a short text of anything that JSON may hold."""
     return reprlib.repr(value)
-
-
-def _quoted(pattern: str) -> str:
-    """Return a pattern as a recipe takes it, in YAML and in JSON."""
-    return json.dumps(printable(pattern))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ties_ray.errors import Problem
+from ties_ray.excluding import exclusion
 from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors, Kernels
 from ties_ray.libraries import Library
@@ -65,12 +66,13 @@ class Adapter(Output):
         found = []
         if no_matrix:
             what = f"an adapter holds matrices called `*.weight`; the models also change {_listed(no_matrix)}"
-            remedy = "`exclude` them, or write `kind: checkpoint` or `kind: delta`"
+            remedy = f"write `kind: checkpoint` or `kind: delta`, or {_excluding(no_matrix, parameters)}"
             found.append(Problem("output.kind", what, remedy, "not_a_matrix"))
         if {"linear", "transposed"} <= {each.kind for each in changed}:
-            few = _listed([each.name for each in changed if each.kind == "transposed"])
-            what = f"one adapter has one layout, and {few} are stored as (in, out), others as (out, in)"
-            found.append(Problem("output.kind", what, "`exclude` either, or write `kind: checkpoint`", "mixed_layouts"))
+            turned = [each.name for each in changed if each.kind == "transposed"]
+            what = f"one adapter has one layout, and {_listed(turned)} are stored as (in, out), others as (out, in)"
+            remedy = f"write `kind: checkpoint`, or {_excluding(turned, parameters)}"
+            found.append(Problem("output.kind", what, remedy, "mixed_layouts"))
         return found
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
@@ -180,6 +182,10 @@ class Adapter(Output):
 
 def _changed(parameters: Sequence[Parameter]) -> list[Parameter]:
     return [each for each in parameters if each.merged and each.changed]
+
+
+def _excluding(names: Sequence[str], parameters: Sequence[Parameter]) -> str:
+    return exclusion(names, (each.name for each in parameters), "leaves out what was trained in them")
 
 
 def _is_turned(parameter: Parameter) -> bool:

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ties_ray import plugins
 from ties_ray.errors import (
+    FRESH_THEN,
     USER_IN_URL,
     InputError,
     InterruptedMerge,
@@ -587,7 +588,7 @@ def no_upload(uri: str, doing: str) -> NoUpload:
 def changed(pin: Pin, found: str) -> InputError:
     """Return the error of a read that met another content than the pinned one."""
     what = f"changed since the plan was made: {found}"
-    return InputError(Problem(shown(pin.uri), what, "keep inputs unchanged during a merge, and run it anew"))
+    return InputError(Problem(shown(pin.uri), what, f"keep inputs unchanged during a merge; {FRESH_THEN}"))
 
 
 def crc32c(data: memoryview) -> str:
