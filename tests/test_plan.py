@@ -298,7 +298,7 @@ def test_a_merge_of_nothing_is_refused() -> None:
     weightless = replace(catalog, models=tuple(replace(model, weight=0.0) for model in catalog.models))
     with pytest.raises(RecipeError, match="models: all weights are zero; give at least one model a weight"):
         make_plan(recipe_for(), weightless)
-    with pytest.raises(RecipeError, match="base: no parameter is left to merge; narrow `exclude`"):
+    with pytest.raises(RecipeError, match="base: no parameter is left to merge; give the folders that hold"):
         make_plan(recipe_for(), catalog_of([Parameter("a", (30, 3), "BF16", False)]))
 
 
