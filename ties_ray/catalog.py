@@ -213,7 +213,8 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
 
     files_from = _files_from(recipe, entries, refused) if recipe.output.reads_base else ""
     if files_from:
-        _check_rows(files_from, *(folders[id_][1].texts.get(configs.CONFIG, b"") for id_ in (BASE, files_from)))
+        own, chosen = (folders[id_][1].texts.get(configs.CONFIG, b"") for id_ in (BASE, files_from))
+        _check_rows(files_from, own, chosen, {one.shape[0] for one in parameters if len(one.shape) == 2})
     taken, aside = _small_files(folders, files_from, models, stores, threads) if files_from else ((), ())
     leftovers = read[files_from].found.leftovers if files_from else ()
     taken = tuple(replace(one, without=leftovers) if one.name == configs.CONFIG else one for one in taken)
@@ -646,10 +647,13 @@ def _config_notes(folders: Mapping[str, tuple[Looked, Folder]], models: Sequence
     return configs.notes(texts[BASE], [(id_, texts[id_]) for id_ in models if texts[id_]], whose) if texts[BASE] else []
 
 
-def _check_rows(files_from: str, base: bytes, chosen: bytes) -> None:
-    """Refuse small files whose config implies another number of embedding rows than the output, the base's, has."""
+def _check_rows(files_from: str, base: bytes, chosen: bytes, rows: Collection[int]) -> None:
+    """Refuse small files whose config implies another number of embedding rows than the output, the base's, has.
+
+    rows: of the base's matrices; where its config is wrong, another input's may be right.
+    """
     ours, theirs = configs.rows(base), configs.rows(chosen)
-    if None not in (ours, theirs) and ours != theirs:
+    if None not in (ours, theirs) and ours != theirs and theirs not in rows:
         what = f"the config.json of {files_from!r} says vocab_size {theirs}, and the output has the base's {ours} rows"
         remedy = "write `files_from: base`: tokens beyond the base's rows have no embedding in the output"
         raise RecipeError(Problem("output.files_from", what, remedy))

@@ -31,7 +31,7 @@ _REMEDIES = {
     "InvalidPathAccess": "set storage.s3.addressing: virtual",
     "InvalidBucketName": "check the name of the bucket in the URI",
     "KeyTooLongError": "write to a shorter path",
-    "EntityTooLarge": "write smaller files: output.shard_size",
+    "EntityTooLarge": "write smaller files: output.file_size",
     "MethodNotAllowed": "check storage.s3.endpoint_url and what this service allows",
 }
 """By the code of the service."""
