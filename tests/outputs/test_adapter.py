@@ -178,7 +178,7 @@ def linear(*paths: str, changed: bool = True) -> list[Parameter]:
 
 def test_targets_are_the_shortest_ends_that_name_no_other_module() -> None:
     def chosen(parameters: Sequence[Parameter]) -> object:
-        return json.loads(Adapter(path="/out").index((), parameters, {})[1])["target_modules"]
+        return json.loads(Adapter(path="/out").index((), parameters, {}, PEFT)[1])["target_modules"]
 
     changed = linear("decoder.layers.0.self_attn.q", "decoder.layers.1.self_attn.q")
     assert chosen(changed) == ["q"]
@@ -191,7 +191,7 @@ def test_targets_are_the_shortest_ends_that_name_no_other_module() -> None:
 
 @pytest.mark.parametrize(("task", "written"), [("SEQ_CLS", None), ("TOKEN_CLS", None), ("CAUSAL_LM", "CAUSAL_LM")])
 def test_a_task_whose_head_is_not_there_is_not_named(task: str, written: str | None) -> None:
-    config = json.loads(Adapter(path="/out").index((), linear("q"), {"task_type": task})[1])
+    config = json.loads(Adapter(path="/out").index((), linear("q"), {"task_type": task}, PEFT)[1])
     assert config["task_type"] == written
 
 
