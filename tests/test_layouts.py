@@ -96,7 +96,7 @@ def test_a_head_of_its_own_is_merged_into_a_tied_base_and_the_config_says_so(tmp
     models = [{name: tensor + 0.1 for name, tensor in base.items()} for _ in range(2)]
     models[1] = {**models[1], "lm_head.weight": base["model.embed_tokens.weight"] + 0.3}
     family = family_of(tmp_path, base, *models, config=TIED)
-    with reads_counted() as counted:
+    with reads_counted(planning=True) as counted:
         result = merge(family, tmp_path / "out", "average")
     looked = [one for one in counted if "model-1" in one[0] and one[2] == 8 * 4 * 4]
     assert len(looked) == 2, "head and embedding are compared once, while planning; the merge reads them together"

@@ -27,6 +27,7 @@ from ties_ray.executors.local import LocalExecutor
 from ties_ray.executors.ray import RayExecutor
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.plan import Plan
+from ties_ray.recipe import Recipe
 from ties_ray.report import MergeResult, Progress
 from ties_ray.safetensors import build
 from ties_ray.stores import Pin, Store, Stores, join
@@ -454,16 +455,31 @@ def test_a_finished_merge_is_recognised_and_reads_no_weights(family_of: MakeFami
 
 
 @contextmanager
-def reads_counted() -> Iterator[list[tuple[str, int, int]]]:
-    """Collect (URI, start, bytes) of every range that any store of this process reads meanwhile."""
+def reads_counted(*, planning: bool = False) -> Iterator[list[tuple[str, int, int]]]:
+    """Collect (URI, start, bytes) of every range that any store of this process reads meanwhile.
+
+    planning: also of tensors that are compared while the plan is made.
+    """
     counted: list[tuple[str, int, int]] = []
+    quiet = False
+
+    def plan(recipe: Recipe, original: Any = drive.plan) -> Plan:
+        nonlocal quiet
+        quiet = not planning
+        try:
+            return original(recipe)
+        finally:
+            quiet = False
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, "plan", plan)
         for store in (Local, S3):
 
             def read(self: Store, pin: Pin, start: int, into: memoryview, original: Any = store.read) -> None:
                 before = self.meter.bytes_read
                 original(self, pin, start, into)
-                counted.append((pin.uri, start, len(into)))
+                if not quiet:
+                    counted.append((pin.uri, start, len(into)))
                 assert self.meter.bytes_read >= before + len(into), "the meter counts every byte"
 
             patch.setattr(store, "read", read)

@@ -349,7 +349,7 @@ def test_a_folder_inside_another_is_listed_unless_a_link_leads_out(store: Local,
         store.list_below(root, "out")
     assert Local(LocalOptions(follow_links=True)).list_below(root, "out").files
     for name in ("../secrets", "/etc", "sub//a", "", ".", "a\\b"):
-        with pytest.raises(InputError, match="is no name of a file in a folder"):
+        with pytest.raises(InputError, match="is not the name of a file in this folder"):
             store.list_below(root, name)
 
 
