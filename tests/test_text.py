@@ -131,19 +131,19 @@ def test_a_bar_shows_the_stage_at_hand() -> None:
     assert "3 of 9, 1.0 GB of 2.0 GB read" in file.getvalue()
 
 
-HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eelif\r\x08 [bold]x[/bold] \ud800"
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eelif\r\x08 [bold]x[/bold]"
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_no_name_host_or_note_reaches_the_terminal_as_more_than_text(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    holder = Holder(token="t", host=HOSTILE, machine="", process=HOSTILE)
-    runs = [RunStatus(run_id=HOSTILE, generation=1, rounds=[], uploads=[HOSTILE], problem=HOSTILE)]
+    holder = Holder.model_construct(token="t", host=HOSTILE, machine="", process=HOSTILE)
+    runs = [RunStatus.model_construct(run_id=HOSTILE, generation=1, rounds=[], uploads=[HOSTILE], problem=HOSTILE)]
     release = Release(output=HOSTILE, run_id=HOSTILE, promoted_at=HOSTILE)
     seen = inspection(HOSTILE)
     things = [
-        *text.of_status(Status(output=HOSTILE, holder=holder, result=None, runs=runs)),
+        *text.of_status(Status.model_construct(output=HOSTILE, holder=holder, result=None, runs=runs)),
         *text.of_promotion(Promotion(pointer=HOSTILE, changed=True, current=release, previous=release)),
         *text.of_cleaning(Cleaning(output=HOSTILE, removed=True, found=[HOSTILE], notes=[HOSTILE])),
         *text.of_result(result([trim(HOSTILE, 1)], notes=[HOSTILE, "a\nerror: b"], waiting=[HOSTILE]), HOSTILE),

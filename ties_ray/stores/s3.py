@@ -265,6 +265,7 @@ class S3(Store):
             self.meter.add(bytes_read=filled)
         if filled < len(into):
             raise Transient(f"the answer ended after {filled:,} of {len(into):,} bytes")
+        body.length_remaining = 0  # urllib3 counts what it has read itself, and would miss the rest
         body.read(1)  # nothing: so urllib3 notices the end, and keeps the connection for the next request
 
     def put(self, uri: str, data: bytes) -> Pin:
