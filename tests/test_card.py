@@ -92,7 +92,7 @@ def test_names_licences_and_notes_are_data_in_a_whole_card(
     catalog = replace(plan.catalog, models=tuple(inputs), base=base)
     asked = plan.recipe.model_copy(update={"exclude": (pattern,)})
     trims = [TrimReport(model=name, parameter=None, threshold=0.5, kept=1, tied=0, size=2)]
-    text = card(replace(plan, catalog=catalog, recipe=asked, notes=(note,)), MergeResult(status="done", trims=trims))
+    text = card(replace(plan, catalog=catalog, recipe=asked), MergeResult(status="done", trims=trims, notes=[note]))
     _, front, body = text.split("---\n", 2)
     told = yaml.safe_load(front)
     assert told.keys() == {"base_model", "library_name", "tags"} | ({"license"} if licence else set())

@@ -138,7 +138,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eelif\r\x08 [bold]x[/bold]"
 def test_no_name_host_or_note_reaches_the_terminal_as_more_than_text(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    holder = Holder.model_construct(token="t", host=HOSTILE, machine="", process=HOSTILE)
+    holder = Holder.model_construct(token="t", host=HOSTILE, machine="", process="")
     runs = [RunStatus.model_construct(run_id=HOSTILE, generation=1, rounds=[], uploads=[HOSTILE], problem=HOSTILE)]
     release = Release(output=HOSTILE, run_id=HOSTILE, promoted_at=HOSTILE)
     seen = inspection(HOSTILE)
