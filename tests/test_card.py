@@ -9,10 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from ruamel.yaml import YAML
 
 from tests.families import write_checkpoint
 from ties_ray import drive, recipe
-from ties_ray.card import card, code, prose
+from ties_ray.card import card, code, plain_yaml, prose
 from ties_ray.errors import printable
 from ties_ray.plan import Plan
 from ties_ray.report import MergeResult, TrimReport
@@ -67,6 +68,15 @@ def test_code_shows_just_the_text_in_a_cell(text: str) -> None:
     assert spans[0].strip() == printable(text).strip()
 
 
+@settings(max_examples=600, deadline=None)
+@given(st.dictionaries(NASTY, st.lists(NASTY, max_size=3), max_size=3))
+@example({"a": ["s3://b/?", "s3://b/?"]})
+@example({"a": ["x", "s3://b/000000\x1f\x1f\x1f\x1f0 0", "s3://b/000000\x1f\x1f\x1f\x1f0 0"]})
+def test_readers_of_both_yamls_read_what_was_written(value: dict[str, list[str]]) -> None:
+    assert yaml.safe_load(plain_yaml(value)) == value
+    assert YAML(typ="safe", pure=True).load(plain_yaml(value)) == value
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("card")
@@ -84,6 +94,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @settings(max_examples=150, deadline=None)
 @given(NASTY, NASTY, NASTY, NASTY)
+@example("\x85", "\x85", "\x85", "\x85")
+@example("\u2028", "a\u2028b", "\ufeff", "\x7f")
 def test_names_licences_and_notes_are_data_in_a_whole_card(
     plan: Plan, name: str, licence: str, note: str, pattern: str
 ) -> None:

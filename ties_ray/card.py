@@ -100,6 +100,11 @@ def _short(uri: str) -> str:
 
 def plain_yaml(value: object) -> str:
     """Return a value as YAML that every reader understands alike."""
-    stream = io.StringIO()
-    YAML(typ="safe", pure=True).dump(value, stream)
+    for letters in (True, False):
+        stream, writer = io.StringIO(), YAML(typ="safe", pure=True)
+        writer.allow_unicode, writer.width = letters, 2**20  # it would fold inside words
+        writer.default_flow_style = False
+        writer.dump(value, stream)
+        if stream.getvalue().replace("\n", "").isprintable():
+            break  # else by their numbers: YAML 1.1 breaks lines at characters that 1.2 takes for letters
     return stream.getvalue()

@@ -221,5 +221,5 @@ def test_the_command_line_merges_from_the_hub_and_again_without_it(hub: Hub, tmp
             assert TOKEN.encode() not in (file.read_bytes() if file.is_file() else b"")
         assert TOKEN not in said
         card = (tmp_path / "out/README.md").read_text()
-        assert "base_model: [org/base, org/m, org/n]" in card
+        assert "base_model:\n- org/base\n- org/m\n- org/n\n" in card
     assert torch.equal(read_tensors(tmp_path / "again")["a.weight"], torch.full((40, 10), 1.5))
