@@ -130,7 +130,9 @@ def _demand_no_folders(stores: Stores, output: str, own: Collection[str]) -> Non
     inside = [name for name in foreign_files(stores, output, own) if "/" in name]
     if inside:
         what = f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
-        raise InputError(Problem(output, what, "remove these folders yourself, or choose another output"))
+        raise InputError(
+            Problem(output, what, "remove these folders yourself and run it with --fresh, or choose another output")
+        )
 
 
 def _claims(stores: Stores, output: str, runs: Sequence[tuple[str, int]]) -> list[Plan]:
