@@ -221,3 +221,11 @@ def test_any_document_is_understood_or_refused(tmp_path: Path) -> None:
     report = fuzz_documents.fuzz(tmp_path, fuzz_documents.DOCUMENTS, seed=1, cases=2)
     assert report.defects == []
     assert set(report.cases) == set(fuzz_documents.DOCUMENTS)
+
+
+def test_a_plan_without_results_is_no_plan(family_of: MakeFamily, tmp_path: Path) -> None:
+    """Found by fuzzing."""
+    recipe = recipe_of(family_of(num_models=2), tmp_path / "out", "average")
+    planted(drive.plan(recipe), lambda data: data.update(results=[]), tmp_path / "out", "0123456789abcdef")
+    assert "can't read the stored plan" in status(Stores({}), str(tmp_path / "out")).runs[0].problem
+    drive.merge(recipe, fresh=True)

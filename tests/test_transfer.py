@@ -78,3 +78,17 @@ def test_first_readings_that_contradict_each_other_are_refused() -> None:
         InputError, match=r"s3://bucket/x: bytes 0 to 1,311,497 are not those that this merge read first"
     ):
         Ledger((*first_reading([]), *other.new))
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        Seen("m", 0, 10, "AAAA"), Seen("m", 0, 10, "AAAAAA="), Seen("m", 0, 10, "!"), Seen("m", 0, 10, ""),
+        Seen("m", -5, 10, "AAAAAA=="), Seen("m", 10, 5, "AAAAAA=="), Seen("m", 0, 2**80, "AAAAAA=="),
+        Seen("m", 0, 10, "AAAAAAAAAAA="),
+    ],
+)  # fmt: skip
+def test_stored_checksums_that_no_merge_writes_are_refused(seen: Seen) -> None:
+    Ledger([Seen("m", 0, 10, "AAAAAA==")])
+    with pytest.raises(InputError, match=r"m: the stored checksums .* merge again with --fresh"):
+        Ledger([seen])

@@ -10,9 +10,9 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import ByteSize, TypeAdapter
+from pydantic import ByteSize, Field, TypeAdapter
 
 from ties_ray.catalog import Catalog, Model
 from ties_ray.errors import InputError, MergeError, Problem, RecipeError
@@ -106,7 +106,7 @@ class Plan:
     run_id: str
     recipe: Recipe
     catalog: Catalog
-    results: tuple[PlannedResult, ...]
+    results: Annotated[tuple[PlannedResult, ...], Field(min_length=1)]
     output: str
     """The output folder, `{run_id}` filled in."""
     memory: int

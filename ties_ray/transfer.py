@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import contextlib
 import itertools
 import threading
 from bisect import bisect_left, bisect_right, insort
@@ -100,7 +101,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._known: collections.defaultdict[str, _Ranges] = collections.defaultdict(_Ranges)
         for seen in known:
-            sums = np.frombuffer(base64.b64decode(seen.sums), "<u4").astype(np.uint32).data
+            sums = _sums(seen)
             if self._known[seen.uri].add(seen.start, seen.stop, sums) != sums:  # two groups have each read the base
                 raise differs(seen.uri, seen.start, seen.stop)
 
@@ -125,6 +126,17 @@ class Ledger:
                 self._known[uri].add(start, stop, sums)
                 self.new.append(Seen(uri, start, stop, base64.b64encode(np.array(sums, "<u4").tobytes()).decode()))
         return None
+
+
+def _sums(seen: Seen) -> memoryview:
+    """Return the checksums of a range as uint32; raise `InputError` where they are not those of its pieces."""
+    pieces = max(1, -(-seen.stop // PIECE) - seen.start // PIECE)
+    with contextlib.suppress(ValueError):
+        data = base64.b64decode(seen.sums, validate=True)
+        if 0 <= seen.start <= seen.stop and len(data) == 4 * pieces:
+            return np.frombuffer(data, "<u4").astype(np.uint32).data
+    what = f"the stored checksums of its bytes {seen.start:,} to {seen.stop:,} are not what a merge writes"
+    raise InputError(Problem(shown(seen.uri), what, "merge again with --fresh"))
 
 
 def _cuts(start: int, stop: int) -> list[int]:
