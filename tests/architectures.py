@@ -192,7 +192,11 @@ def check(name: str, kind: str, folder: Path) -> Outcome:
             "models": [str(folder / f"tuned-{seed}") for seed in (1, 2)],
             "method": method,
         }
-        drive.merge(validate({**recipe, "output": str(folder / method), "run": {"executor": "local", "workers": 1}}))
+        run = {"executor": "local", "workers": 1}
+        result = drive.merge(validate({**recipe, "output": str(folder / method), "run": run}))
+        accounts = [model.account for model in result.provenance.models] if result.provenance else []
+        if len(accounts) != 2 or not all(one.adds_up and not one.aside for one in accounts):
+            wrong.append(f"{method}: account {accounts}")
         merged, wanted = cls.from_pretrained(folder / method).eval(), dense(base, models)
         got = values(merged)
         wrong += [f"{method}: {one} is on one side only" for one in got.keys() ^ wanted.keys()]

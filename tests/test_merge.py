@@ -1,5 +1,6 @@
 """Whole merges of real, small models: what transformers loads is what was merged."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -208,3 +209,14 @@ def test_the_local_executor_merges_where_ray_is_not_installed(tmp_path: Path) ->
     command = [sys.executable, "-c", WITHOUT_RAY, str(tmp_path / "recipe.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.stdout == "nothing\n", done.stderr
+
+
+def test_the_line_that_opens_an_output_is_python_whatever_the_folder_is_called(
+    family_of: Callable[..., Family], tmp_path: Path
+) -> None:
+    output = tmp_path / 'of "mine"'
+    result = drive.merge(recipe_of(family_of(), output, "average"))
+    (statement,) = ast.parse(result.opened_by.partition(": ")[2]).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Call)
+    assert ast.literal_eval(statement.value.args[0]) == str(output)

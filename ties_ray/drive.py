@@ -4,6 +4,7 @@ recipe -> catalog -> plan -> rounds (shards | barrier) ... -> finalize -> result
 """
 
 import importlib.metadata
+import json
 import math
 import platform
 import struct
@@ -549,7 +550,7 @@ class MergeRun:
             run_id=self._plan.run_id,
             resumed=self._resumed,
             output=self._plan.output,
-            opened_by=opener.replace("{output}", self._plan.output),
+            opened_by=opener.replace("{output}", json.dumps(self._plan.output, ensure_ascii=False)[1:-1]),
             files=files,
             shards=sum(round_.num_shards for round_ in self._plan.result.rounds),
             shards_done_before=self._shards_done_before,

@@ -58,7 +58,7 @@ def library_of(names: Collection[str], weights: Sequence[str], config: Mapping[s
         line = (
             'mistral_inference: Transformer.from_folder("{output}")'
             if one
-            else "vllm serve {output} --load-format mistral"
+            else 'vllm serve "{output}" --load-format mistral'
         )
         return Library("mistral-common", "consolidated", "params.json", line, shards=not one)
     if CONFIG not in names:
