@@ -434,7 +434,8 @@ def test_what_the_system_holds_is_copied_by_the_worker_itself(
     monkeypatch.setattr(Local, "read", noted)
     monkeypatch.setattr(Local, "at_hand", lambda self, pin, position: at_hand)
     merge(family_of(num_models=3), tmp_path, "ties", run={**LOCAL, "workers": 1})
-    assert readers - {"MainThread"} == {"ties-ray-0"} | ({"read"} if not at_hand else set())
+    planning = {name for name in readers if name.startswith("ThreadPoolExecutor")}  # compares what is no weight
+    assert readers - planning - {"MainThread"} == {"ties-ray-0"} | ({"read"} if not at_hand else set())
 
 
 def test_a_large_plan_holds_with_several_blocks_a_part(large: Family, tmp_path: Path) -> None:

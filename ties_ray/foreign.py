@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
+from ties_ray.candidates import STEMS, candidates
 from ties_ray.errors import Problem, printable
 from ties_ray.formats import Folder
 from ties_ray.formats.lora import CONFIG, WEIGHTS
@@ -99,8 +100,9 @@ _TOOLS = (
 
 
 def problem(folder: Folder) -> Problem | None:
-    """Return why a folder is another tool's adapter, with a code (mlx, kohya, diffusers, ...), else None.
+    """Return why a folder can't be read as it is, with a code, else None.
 
+    It is another tool's adapter (mlx, kohya, diffusers, ...), or its names mislead (candidates, file_name).
     From names alone, never from shapes: a square factor of MLX has the same shape as one of PEFT. `config_missing`:
     factors as PEFT names them, in a folder that is not an adapter's.
     """
@@ -111,7 +113,16 @@ def problem(folder: Folder) -> Problem | None:
         own = [key for file, key in keys if file in tool.files or _owns(tool, key)]
         if 2 * len(own) > len(keys) or (own and not whole):  # a whole model may have a few modules of such names
             return Problem(folder.uri, f"{tool.what} ({printable(own[0])})", tool.remedy, tool.code)
-    if keys and all(".lora_" in key for _, key in keys) and not names & {CONFIG, WEIGHTS}:
+    models = [each for each in candidates(names) if each.stem in STEMS]
+    if WEIGHTS in names and models:
+        what = f"holds an adapter ({WEIGHTS}) and a whole model ({models[0].name})"
+        remedy = f"choose: `file: {WEIGHTS}` or `file: {models[0].name}` beside its `path`"
+        return Problem(folder.uri, what, remedy, "candidates")
+    factors_alone = bool(keys) and all(".lora_" in key for _, key in keys)
+    if factors_alone and CONFIG in names and WEIGHTS not in names:
+        what = f"holds an adapter's factors in {keys[0][0]}"
+        return Problem(folder.uri, what, f"rename it to {WEIGHTS}", "file_name")
+    if factors_alone and not names & {CONFIG, WEIGHTS}:
         what = f"holds nothing but factors of an adapter ({printable(keys[0][1])}), and no {CONFIG}"
         return Problem(folder.uri, what, f"save it with PEFT: {CONFIG} beside {WEIGHTS}", "config_missing")
     return None
