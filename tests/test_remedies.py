@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests.adapters import Module, make_pool, write_adapter
-from tests.families import CONFIG, Family, Tensors, make_family, write_checkpoint
+from tests.families import CONFIG, Family, Tensors, file_bytes, make_family, write_checkpoint
 from ties_ray import drive
 from ties_ray.errors import FRESH_THEN, MergeError, Problem
 from ties_ray.formats.lora import REASONS
@@ -281,6 +281,12 @@ def with_two_models(folder: Path) -> Recipe:
     return files(two_models)(folder)
 
 
+def with_an_adapter(folder: Path) -> Recipe:
+    made = family(folder)
+    (Path(made.models[0]) / "adapter_model.safetensors").write_bytes(file_bytes({"x.lora_A.weight": torch.ones(2, 2)}))
+    return recipe_for(made.base, made.models, folder)
+
+
 def to_file(folder: Path) -> Recipe:
     made = family(folder)
     return recipe_for(made.base, [made.models[0], f"{made.models[1]}/model.safetensors"], folder)
@@ -469,6 +475,8 @@ CASES = (
          lambda folder: {**(recipe := plain()(folder)),
                          "models": [recipe["models"][0], {"path": recipe["models"][1], "file": "no.safetensors"}]},
          "it has {}", "file"),
+    Case("of an adapter and a whole model in one folder the model is chosen", with_an_adapter,
+         "choose: `file: {}` or `file: {}` beside its `path`", r"file: model\.safetensors"),
     Case("a file is named by its folder", to_file, ": {path: {}, file: {}}", by_hand=entry_given),
     Case("a component of a pipeline is merged", pipeline, "merge one of them, as in {}/{}, for base and models",
          by_hand=component),
