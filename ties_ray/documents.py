@@ -37,8 +37,8 @@ LARGE = Bounds(stored=2**28, values=2**22)
 PLAN = Bounds(stored=2**28, values=2**24, inflated=2**29)
 """A plan of 1000 adapters, each stored in its own way, has some 5 million values."""
 FREE, A_BYTE = Bounds(0, values=2**19, inflated=2**25), Bounds(1, values=4, inflated=64)
-"""What a compressed document may grow to, and how much more for each byte of it: plans have about 1.4 values and 16
-bytes a byte (300 models of 723 tensors), and a small object can't take much memory."""
+"""What a compressed document may grow to, and how much more for each byte of it. A small object can't take much memory.
+Plans of 300 models with 723 tensors have about 1.4 values and 16 bytes a byte."""
 PIECE = 2**20
 """Bytes inflated at a time."""
 

@@ -151,8 +151,8 @@ class Allow(Strict):
     saved_modules: Literal["merge"] | None = None
     """Whole tensors that an adapter saved beside its factors (embeddings, heads) are merged as dense changes."""
     base_names: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
-    """Patterns of what adapters may call their base, where they do not all call it the same; or a table of known twins:
-    to each name the patterns of its other names, which then count as it."""
+    """Patterns of names that adapters may give their base, where the names differ. Or a table of twins: for each name,
+    patterns of other names that mean it."""
 
 
 class Bounds(Strict):

@@ -342,8 +342,8 @@ def hub_name(uri: str) -> str:
 def join(folder: str, name: str) -> str:
     """Return the URI of `name`, a single file or folder name, directly inside `folder`.
 
-    Names come from documents that others may have written, so this is where none can leave its folder: raises
-    `InputError` for a name that is empty, `.` or `..`, or holds a slash, a backslash or a NUL.
+    Others may have written the document that gives the name, and here no name leaves its folder. Raises `InputError`
+    for a name that is empty, `.` or `..`, or holds a slash, a backslash or a NUL.
     """
     if name in ("", ".", "..") or _NO_NAME.search(name):
         what = f"{name!r} is not the name of a file in this folder"
