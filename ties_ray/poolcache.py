@@ -3,9 +3,9 @@
 One object a finding, `<folder>/<identity>-<name>.json`: a line with a signature, then the finding. What is not there,
 or can't be a table of so many values, is found again.
 
-**What is trusted.** A merge believes what lies there, and whoever may write to the folder decides thresholds by it. So
-let nobody write there but those who merge; or set `TIES_RAY_POOL_CACHE_KEY` on every node: then each finding is signed
-with the key (HMAC-SHA256 over its name and content), and what is not signed by it is ignored, and named. `verify
+**What is trusted.** A merge believes what lies there, and whoever may write to the folder decides thresholds by it. Let
+nobody write there but those who merge. Or set `TIES_RAY_POOL_CACHE_KEY` on every node: the key then signs each finding
+(HMAC-SHA256 over its name and content). A finding without that signature is ignored and named. `verify
 --recount` counts thresholds anew.
 """
 
