@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ties_ray.kernels import BINS, Dropout, Election, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
-from ties_ray.sources import FACTORS_TOGETHER, TOGETHER
+from ties_ray.layout.footprint import FACTORS_TOGETHER, TOGETHER
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))

@@ -17,7 +17,8 @@ from benchmarks.family import SHAPES
 
 IDLE = """\
 import sys, time
-from ties_ray import drive, plugins
+from ties_ray import plugins
+from ties_ray.operations import merging
 from ties_ray.executors import Executor, Needs
 executor = plugins.load("executors", sys.argv[1], Executor)()
 executor.start("benchmarks.memory:Idle", "", Needs(1, 2**28))
@@ -30,7 +31,7 @@ class Idle:
     """A worker that has imported what a worker needs and does nothing."""
 
     def __init__(self, setup: str) -> None:
-        import ties_ray.work  # noqa: F401, for its imports
+        import ties_ray.worker.worker  # noqa: F401, for its imports
         from ties_ray import kernels
 
         kernels.load("cpu")

@@ -42,10 +42,10 @@ BUCKET = "family"
 
 def copy(given: str) -> None:
     """Read what a merge reads, once, and write what it writes, in this process."""
-    from ties_ray import drive
+    from ties_ray.operations import merging
     from ties_ray.stores import Stores
 
-    plan = drive.plan(ties_ray.load_recipe(given))
+    plan = merging.plan(ties_ray.load_recipe(given))
     stores = Stores(plan.recipe.storage)
     pins = [pin for model in (plan.catalog.base, *plan.catalog.models) for pin in model.objects]
     reads = [(pin, start) for pin in pins for start in range(0, pin.size, BLOCK)]

@@ -29,8 +29,8 @@ from benchmarks import measure
 from benchmarks.family import Shape, write_model
 
 if TYPE_CHECKING:
-    from ties_ray.catalog import Catalog
-    from ties_ray.plan import Plan
+    from ties_ray.inputs.catalog import Catalog
+    from ties_ray.planning.plan import Plan
 
 SHAPE = Shape(hidden=8, intermediate=16, layers=33, vocabulary=64)
 BUCKET = "planning"
@@ -40,8 +40,8 @@ CHILD = "import sys; from benchmarks.planning import plan_once; plan_once(sys.ar
 def plan_once(given: str) -> None:
     """Plan in this process, and print what it took as JSON."""
     import ties_ray
-    from ties_ray import drive
-    from ties_ray.plan import PLAN_FORM
+    from ties_ray.operations import merging
+    from ties_ray.planning.plan import PLAN_FORM
     from ties_ray.stores import store_class
 
     recipe = ties_ray.load_recipe(given)
@@ -50,7 +50,7 @@ def plan_once(given: str) -> None:
     for name in ("list", "head", "read"):
         setattr(kind, name, _counted(getattr(kind, name), name, calls))
     started, cpu = time.monotonic(), time.process_time()
-    plan = drive.plan(recipe)
+    plan = merging.plan(recipe)
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     stored = plan.to_json()
     started = time.monotonic()
@@ -103,8 +103,8 @@ def report(place: str, storage: dict[str, object], log: Path | None) -> None:
 
 def large_catalog(num_models: int, ways: int) -> "Catalog":
     """Return fine-tunes of a model of 70B parameters; ways: in how many ways they are cut into files."""
-    from ties_ray.catalog import Catalog, Model
     from ties_ray.formats import Parameter, Source, TensorRef
+    from ties_ray.inputs.catalog import Catalog, Model
     from ties_ray.stores import Pin
 
     hidden, inner, keys, rows = 8192, 28672, 1024, 128_256
@@ -149,8 +149,8 @@ def work_out(plan: "Plan") -> None:
 
 def plan_large(num_models: int) -> None:
     """Print what it takes to plan, to store the plan, to load it, and to work out all shards from it."""
-    from ties_ray.plan import PLAN_FORM, make_plan
-    from ties_ray.recipe import validate
+    from ties_ray.planning.plan import PLAN_FORM, make_plan
+    from ties_ray.recipe.recipe import validate
 
     def taken(step: Callable[[], Any]) -> tuple[Any, float, float]:
         before, began = psutil.Process().memory_info().rss, time.process_time()

@@ -24,16 +24,16 @@ import click
 
 from benchmarks import measure
 from benchmarks.planning import large_catalog
-from ties_ray.drive import DEPTH, MergeRun
+from ties_ray.driver.dispatch import Stage
+from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
-from ties_ray.manifest import D, Manifest, Record, Written
-from ties_ray.orders import ANSWER, ORDER, Answer, Order
-from ties_ray.plan import Plan, make_plan
-from ties_ray.recipe import validate
-from ties_ray.schedule import Schedule
-from ties_ray.stage import Stage
+from ties_ray.operations.merging import DEPTH, MergeRun
+from ties_ray.planning.plan import Plan, make_plan
+from ties_ray.recipe.recipe import validate
+from ties_ray.state.manifest import D, Manifest, Record, Written
 from ties_ray.stores import Part, Stores
-from ties_ray.work import RECORD_SECONDS, RECORD_SHARDS
+from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order
+from ties_ray.worker.worker import RECORD_SECONDS, RECORD_SHARDS
 
 
 class World(NamedTuple):

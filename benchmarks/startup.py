@@ -52,7 +52,7 @@ def loaded(program: str) -> list[str]:
 
 def through_click(*words: str) -> str:
     """Return a program that runs the command line in its own process."""
-    return f"from ties_ray.cli import commands; commands({list(words)!r})"
+    return f"from ties_ray.cli.commands import commands; commands({list(words)!r})"
 
 
 @click.command()

@@ -19,8 +19,8 @@ import pytest
 # Ray reads it when it is first imported, by whatever test file; else a start would write a token into the user's home.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-from tests.families import Family, make_family
-from tests.merging import plug
+from tests.tools.families import Family, make_family
+from tests.tools.merging import plug
 from ties_ray.plugins import PLUGIN_FOLDER
 from ties_ray.stores import Stores
 

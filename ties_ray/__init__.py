@@ -29,9 +29,9 @@ from ties_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from ties_ray.plan import Plan
-    from ties_ray.recipe import Recipe
-    from ties_ray.report import MergeResult, Progress
+    from ties_ray.planning.plan import Plan
+    from ties_ray.recipe.recipe import Recipe
+    from ties_ray.reports.records import MergeResult, Progress
 
 __all__ = [
     "Cancelled",
@@ -51,10 +51,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Plan": "ties_ray.plan",
-    "Recipe": "ties_ray.recipe",
-    "MergeResult": "ties_ray.report",
-    "Progress": "ties_ray.report",
+    "Plan": "ties_ray.planning.plan",
+    "Recipe": "ties_ray.recipe.recipe",
+    "MergeResult": "ties_ray.reports.records",
+    "Progress": "ties_ray.reports.records",
 }
 RECIPE_BYTES = 16 * 2**20
 """No recipe is larger."""
@@ -66,7 +66,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     overrides: `field=value` each, as in `method.density=0.3`. Raises `RecipeError` with every problem and its place,
     `InputError` if there is no such file.
     """
-    from ties_ray.recipe import parse
+    from ties_ray.recipe.recipe import parse
     from ties_ray.stores import Stores, shown
 
     uri = os.fspath(source)
@@ -89,9 +89,9 @@ def plan(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "P
     recipe: a `Recipe`, the mapping that a recipe's file holds, or that file's path or URI.
     Raises `RecipeError` and `InputError`, each with every problem found.
     """
-    from ties_ray import drive
+    from ties_ray.operations import merging
 
-    return drive.plan(_recipe(recipe))
+    return merging.plan(_recipe(recipe))
 
 
 def merge(
@@ -105,13 +105,13 @@ def merge(
     recipe: as for `plan`. fresh: forget what the output folder holds of earlier merges. watch: called after every
     event, from this thread. Raises a `MergeError`; what is done is kept, and the same call continues.
     """
-    from ties_ray import drive
+    from ties_ray.operations import merging
 
-    return drive.merge(_recipe(recipe), fresh=fresh, watch=watch)
+    return merging.merge(_recipe(recipe), fresh=fresh, watch=watch)
 
 
 def _recipe(given: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":
-    from ties_ray.recipe import Recipe, validate
+    from ties_ray.recipe.recipe import Recipe, validate
 
     if isinstance(given, Recipe):
         return given

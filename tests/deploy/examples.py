@@ -5,9 +5,9 @@ them again.
 from dataclasses import replace
 from pathlib import Path
 
-from ties_ray.deploy import Options, kuberay, to_yaml
-from ties_ray.recipe import Recipe, parse
-from ties_ray.report import PlannedInput, PlannedRoundRecord, PlanRecord
+from ties_ray.operations.kubernetes import Options, kuberay, to_yaml
+from ties_ray.recipe.recipe import Recipe, parse
+from ties_ray.reports.records import PlannedInput, PlannedRoundRecord, PlanRecord
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kuberay"
 RECIPE = """\

@@ -12,7 +12,7 @@ from jsonschema import Draft7Validator
 
 from tests.conftest import tool
 from tests.deploy.dockerfile import DOCKERFILE, ROOT, arguments, copies, steps
-from ties_ray.deploy import _Manifests
+from ties_ray.operations.kubernetes import _Manifests
 from ties_ray.stores import s3
 
 
@@ -56,7 +56,7 @@ def test_image_and_pods_write_to_the_same_one_folder() -> None:
     (env,) = [step.text for step in steps() if step.name == "ENV"]
     image = dict(word.split("=", 1) for word in env.split())
     from tests.deploy.examples import OPTIONS, recipe, record
-    from ties_ray.deploy import size
+    from ties_ray.operations.kubernetes import size
 
     pods = _Manifests(record(), OPTIONS, size(record(), recipe(), OPTIONS))._environment()
     assert {name: pods[name] for name in image.keys() & pods.keys()} == {

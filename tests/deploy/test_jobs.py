@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pipelines import jobs as client
 from pipelines.jobs import Job, Jobs, JobsError, exit_code_of, merge_command, record_in, visible
 from tests.conftest import free_port, tool
-from tests.families import Family
+from tests.tools.families import Family
 
 SCRIPT = Path(client.__file__)
 TOKEN = "a token of tests"

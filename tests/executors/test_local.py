@@ -14,7 +14,7 @@ class TestLocalExecutor(ExecutorContract):
 
     def test_one_worker_is_the_default(self) -> None:
         executor = LocalExecutor()
-        assert executor.start("ties_ray.echo:EchoHost", "s", Needs(None, 2**20)) == 1
+        assert executor.start("ties_ray.testing.echo:EchoHost", "s", Needs(None, 2**20)) == 1
         executor.stop()
 
     def test_work_runs_in_daemon_threads_that_end_when_stopped(self) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import Family
-from tests.merging import merge
-from ties_ray.orders import METRICS
+from tests.tools.families import Family
+from tests.tools.merging import merge
+from ties_ray.worker.messages import METRICS
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "ties_ray.json"
 

@@ -45,7 +45,7 @@ class TestRayExecutor(ExecutorContract):
 
     def test_the_default_is_a_worker_for_each_cpu_there_is_room_for(self) -> None:
         executor = RayExecutor()
-        assert executor.start("ties_ray.echo:EchoHost", "s", Needs(None, 2**20, gpus=1)) == 2
+        assert executor.start("ties_ray.testing.echo:EchoHost", "s", Needs(None, 2**20, gpus=1)) == 2
         executor.stop()
 
     def test_what_no_node_has_is_refused_in_time_with_what_there_is(self) -> None:
@@ -55,7 +55,7 @@ class TestRayExecutor(ExecutorContract):
             UnavailableError,
             match=r"no worker of 1 CPU, 0\.00 GiB, 64 GPU within 1 s .*nodes: .*4 CPU, .* GiB, 2 GPU\)",
         ):
-            executor.start("ties_ray.echo:EchoHost", "s", Needs(1, 2**20, gpus=64, deadline=1))
+            executor.start("ties_ray.testing.echo:EchoHost", "s", Needs(1, 2**20, gpus=64, deadline=1))
         assert time.monotonic() - begun < 10
 
     def test_a_lost_worker_for_which_there_is_no_place_any_more_is_lost_again(self) -> None:
@@ -99,7 +99,7 @@ def driver(code: str, *, cwd: Path, **environment: str) -> subprocess.CompletedP
     )
 
 
-def start(needs: str, factory: str = "ties_ray.echo:EchoHost") -> str:
+def start(needs: str, factory: str = "ties_ray.testing.echo:EchoHost") -> str:
     return f"""
     executor = RayExecutor()
     try:
@@ -258,7 +258,7 @@ def test_ties_ray_is_shipped_to_a_cluster_without_it_and_uses_the_plugins(
 ) -> None:
     plugins = tmp_path / "my_plugins"
     (plugins / "methods").mkdir(parents=True)
-    (plugins / "methods" / "mine.py").write_text("from ties_ray.echo import EchoHost as Mine\n")
+    (plugins / "methods" / "mine.py").write_text("from ties_ray.testing.echo import EchoHost as Mine\n")
     code = start(f"1, 2**20, address={bare_cluster[how]!r}", factory="ties_ray.methods.mine:Mine")
     done = driver(code, cwd=tmp_path, TIES_RAY_PLUGINS=str(plugins))
     assert done.stdout == "[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", done.stderr

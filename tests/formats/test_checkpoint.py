@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.families import CONFIG, file_bytes
+from tests.tools.families import CONFIG, file_bytes
 from ties_ray.account import Aside
 from ties_ray.formats import Format, Found, Parameter, Rules, Source, TensorRef
 from ties_ray.formats.checkpoint import Checkpoint

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.adapters import ATTENTION, MLP, Module, adapter_files, config_of, make_pool
-from tests.families import DTYPES, file_bytes
-from tests.test_patterns import HOSTILE
+from tests.libraries.test_patterns import HOSTILE
+from tests.tools.adapters import ATTENTION, MLP, Module, adapter_files, config_of, make_pool
+from tests.tools.families import DTYPES, file_bytes
 from ties_ray.formats import Format, Found, Parameter, Read, Rules, joined
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
-from ties_ray.naming import Tie
-from ties_ray.sources import hull
+from ties_ray.layout.footprint import hull
+from ties_ray.libraries.naming import Tie
 from ties_ray.stores import Stores
 from ties_ray.testing import FormatContract, folder_of
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
-from tests.interpreter import A100, H100, Compiler, interpret
+from tests.tools.interpreter import A100, H100, Compiler, interpret
 from ties_ray.kernels import (
     BINS,
     Encoded,

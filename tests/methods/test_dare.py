@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests import oracle
-from tests.families import Family
-from tests.merging import digests, merge, read_tensors, recipe_of
-from tests.oracle import Rules, keeps, philox
-from ties_ray import drive
+from tests.tools import oracle
+from tests.tools.families import Family
+from tests.tools.merging import digests, merge, read_tensors, recipe_of
+from tests.tools.oracle import Rules, keeps, philox
 from ties_ray.errors import RecipeError
 from ties_ray.methods.dare import Dare
+from ties_ray.operations import merging
 from ties_ray.testing import MethodContract
 
 MakeFamily = Callable[..., Family]
@@ -73,10 +73,10 @@ def test_an_id_seed_and_name_decide_what_is_dropped_and_nothing_else(family_of: 
     data = recipe_of(family, tmp_path / "named", method).model_dump(mode="json", exclude_unset=True, by_alias=True)
     for number, entry in enumerate(data["models"]):
         entry["id"] = str(number)
-    drive.merge(recipe_of(family, tmp_path / "named", method, models=data["models"]))
+    merging.merge(recipe_of(family, tmp_path / "named", method, models=data["models"]))
     assert digests(tmp_path / "plain") == digests(tmp_path / "named")
     data["models"][0]["id"] = "math"
-    drive.merge(recipe_of(family, tmp_path / "renamed", method, models=data["models"]))
+    merging.merge(recipe_of(family, tmp_path / "renamed", method, models=data["models"]))
     assert digests(tmp_path / "plain") != digests(tmp_path / "renamed")
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from tests import oracle
-from tests.families import Family
-from tests.merging import merge, read_tensors
-from tests.oracle import Rules
+from tests.tools import oracle
+from tests.tools.families import Family
+from tests.tools.merging import merge, read_tensors
+from tests.tools.oracle import Rules
 from ties_ray.methods.task_arithmetic import TaskArithmetic
 from ties_ray.testing import MethodContract
 

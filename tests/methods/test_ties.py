@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests import oracle
-from tests.families import Family, write_checkpoint
-from tests.merging import merge, read_tensors, recipe_of, rounded, same_bits
-from tests.oracle import Rules
+from tests.tools import oracle
+from tests.tools.families import Family, write_checkpoint
+from tests.tools.merging import merge, read_tensors, recipe_of, rounded, same_bits
+from tests.tools.oracle import Rules
 from ties_ray.errors import RecipeError
 from ties_ray.methods import Member
 from ties_ray.methods.ties import Ties
-from ties_ray.report import MergeResult
+from ties_ray.reports.records import MergeResult
 from ties_ray.stores import Stores
 from ties_ray.testing import MethodContract
 

@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tests.adapters import make_pool
-from ties_ray import drive
+from tests.tools.adapters import make_pool
 from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors
-from ties_ray.libraries import TRANSFORMERS
+from ties_ray.libraries.library import TRANSFORMERS
+from ties_ray.operations import merging
 from ties_ray.outputs.adapter import PEFT, Adapter
-from ties_ray.recipe import validate
-from ties_ray.report import MergeResult
+from ties_ray.recipe.recipe import validate
+from ties_ray.reports.records import MergeResult
 from ties_ray.stores import Stores
 from ties_ray.testing import OutputContract
 
@@ -221,7 +221,7 @@ def test_a_merged_adapter_misses_the_merged_delta_by_the_error_it_states(tmp_pat
 
     def merged(name: str, **output: object) -> MergeResult:
         recipe = {"base": pool.base, "models": list(pool.adapters), "method": method, "run": {"executor": "local"}}
-        return drive.merge(validate({**recipe, "output": {"path": str(tmp_path / name), **output}}))
+        return merging.merge(validate({**recipe, "output": {"path": str(tmp_path / name), **output}}))
 
     result = merged("adapter", kind="adapter", rank=8, file_size="4KB")
     merged("delta", kind="delta", file_size="4KB")
@@ -305,7 +305,7 @@ def test_modules_are_called_as_the_adapters_call_them_where_the_bases_files_lack
         "output": {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 8},
         "run": {"executor": "local", "workers": 1},
     }
-    drive.merge(validate(data))
+    merging.merge(validate(data))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.families import Family
-from tests.merging import INDEX, digests, merge, read_tensors
+from tests.tools.families import Family
+from tests.tools.merging import INDEX, digests, merge, read_tensors
 from ties_ray.errors import InputError
 from ties_ray.outputs.checkpoint import Checkpoint
 from ties_ray.testing import OutputContract

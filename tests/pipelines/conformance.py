@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from tests.adapters import make_pool
 from tests.conftest import tool
-from ties_ray.promote import Pointer
+from tests.tools.adapters import make_pool
+from ties_ray.operations.promote import Pointer
 from ties_ray.stores import Stores
 
 ROOT = Path(__file__).parents[2]

@@ -13,11 +13,11 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from pipelines.step import verdict
-from tests.adapters import make_pool
 from tests.conftest import Bucket, tool
 from tests.deploy.rules import broken
-from ties_ray import drive
-from ties_ray.recipe import validate
+from tests.tools.adapters import make_pool
+from ties_ray.operations import merging
+from ties_ray.recipe.recipe import validate
 from ties_ray.stores import Stores
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,7 @@ def test_the_plan_step_ends_with_the_code_of_a_wrong_recipe(recipe: Path, tmp_pa
 def test_the_record_step_hands_on_what_promote_needs(tmp_path: Path) -> None:
     pool, output = make_pool(Stores({}).of("/"), str(tmp_path / "pool"), num_adapters=2), str(tmp_path / "{run_id}")
     recipe = {"base": pool.base, "models": list(pool.adapters), "method": "ties", "run": {"executor": "local"}}
-    result = drive.merge(validate(recipe | {"output": {"path": output, "kind": "adapter", "rank": 8}}))
+    result = merging.merge(validate(recipe | {"output": {"path": output, "kind": "adapter", "rank": 8}}))
     (tmp_path / "result.json").write_text(result.model_dump_json())
     assert script("record", tmp_path, result=f"{tmp_path}/result.json") == 0
     assert (tmp_path / "reused").read_text() == "false"

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from pipelines.jobs import Jobs, JobsError
-from tests.adapters import make_pool
 from tests.conftest import free_port, served, tool
 from tests.pipelines.conformance import PLUGINS, Json, engine_running, wait_for
+from tests.tools.adapters import make_pool
 from ties_ray.stores import Stores
 
 ENGINES = ("airflow", "dagster", "kfp")

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.adapters import write_adapter
-from tests.families import CONFIG, DTYPES, Tensors, write_checkpoint
-from ties_ray import drive
+from tests.tools.adapters import write_adapter
+from tests.tools.families import CONFIG, DTYPES, Tensors, write_checkpoint
 from ties_ray.kernels import ARITHMETICS
-from ties_ray.recipe import validate
+from ties_ray.operations import merging
+from ties_ray.recipe.recipe import validate
 from ties_ray.stores import Stores
 
 DIGESTS = Path(__file__).with_name("golden.json")
@@ -162,7 +162,7 @@ def merged(folder: Path, place: Path, *, weights: Any = None, densities: Any = N
         for entry, value in zip(entries, values or (), strict=bool(values)):
             entry[key] = value
     written = {"path": str(place), **more.pop("output", {})}
-    drive.merge(
+    merging.merge(
         validate(
             {"base": str(folder / "base"), "models": entries, "output": written, "run": {"executor": "local"}} | more
         )

@@ -13,10 +13,12 @@ import trustme
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
-from ties_ray import drive, recipe, stores
+from ties_ray import stores
 from ties_ray.errors import InputError, RecipeError, UnavailableError
-from ties_ray.expand import entries_of
-from ties_ray.recipe import ModelEntry
+from ties_ray.inputs.expand import entries_of
+from ties_ray.operations import merging
+from ties_ray.recipe import recipe
+from ties_ray.recipe.recipe import ModelEntry
 from ties_ray.stores import REMOTE, Listing, Pin, Stores, leads_from, store_class
 from ties_ray.stores.fsspec import Fsspec, _pin
 
@@ -266,7 +268,7 @@ def test_a_row_of_a_table_cannot_run_what_a_reference_says(tmp_path: Path) -> No
     (tmp_path / "base").mkdir()
     data = {"base": f"{tmp_path}/base", "models": [{"table": f"{tmp_path}/pool.csv"}], "method": "ties"}
     with pytest.raises(InputError, match=r"pool.csv:2: path: unknown scheme 'reference'"):
-        drive.plan(recipe.validate(data | {"output": f"{tmp_path}/out"}))
+        merging.plan(recipe.validate(data | {"output": f"{tmp_path}/out"}))
     assert not ran.exists()
 
 

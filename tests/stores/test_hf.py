@@ -8,12 +8,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from tests.families import file_bytes
-from tests.hub import TOKEN, Hub, serve_hub
-from tests.merging import read_tensors
-from ties_ray.catalog import Catalog, read_catalog
+from tests.tools.families import file_bytes
+from tests.tools.hub import TOKEN, Hub, serve_hub
+from tests.tools.merging import read_tensors
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.recipe import validate
+from ties_ray.inputs.catalog import Catalog, read_catalog
+from ties_ray.recipe.recipe import validate
 from ties_ray.stores import Pin, Stores, hub_uri
 from ties_ray.stores.hf import Hf, HfOptions
 
@@ -210,7 +210,7 @@ def test_the_command_line_merges_from_the_hub_and_again_without_it(hub: Hub, tmp
         "run: {executor: local, workers: 1}\n"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-c", "from ties_ray.cli import main; main()", "merge", str(recipe)]
+    command = [sys.executable, "-c", "from ties_ray.cli.commands import main; main()", "merge", str(recipe)]
     for more in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = subprocess.run(command, env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True)
         said = done.stdout + done.stderr

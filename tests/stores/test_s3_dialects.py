@@ -19,11 +19,12 @@ import pytest
 import trustme
 
 from tests.conftest import Bucket, free_port
-from tests.families import Family, make_family
-from tests.merging import LOCAL, recipe_of
+from tests.tools.families import Family, make_family
 from tests.tools.fault_proxy import Dialect, FaultProxy
-from ties_ray import drive, recipe
+from tests.tools.merging import LOCAL, recipe_of
 from ties_ray.errors import InputError, MergeError, RecipeError, UnavailableError
+from ties_ray.operations import merging
+from ties_ray.recipe import recipe
 from ties_ray.stores import Listing, Part, Stores, _s3_client, s3
 from ties_ray.stores.s3 import S3
 
@@ -208,7 +209,7 @@ def test_a_merge_is_made_on_a_service_without_checksums_and_conditions(
     with service(s3_server, GOOGLE) as proxy:
         output = f"{s3_bucket.uri}/out"
         family = family_of(num_models=2)
-        result = drive.merge(
+        result = merging.merge(
             recipe_of(family, output, "average", run=LOCAL, storage={"s3": {"endpoint_url": proxy.url}})
         )
         assert result.status == "done"
@@ -299,8 +300,8 @@ def test_the_marker_of_an_empty_folder_is_no_model_and_the_remedy_leaves_it_out(
     data = {"base": family.base, "method": "average", "output": {"path": f"{s3_bucket.uri}/out"}, "storage": storage}
     models = f"{s3_bucket.uri}/pool/model-*"
     with pytest.raises(InputError, match=r"model-old: there is nothing;.*`not: \[model-old\]`"):
-        drive.plan(recipe.validate({**data, "models": [models]}))
-    made = drive.plan(recipe.validate({**data, "models": [{"path": models, "not": ["model-old"]}]}))
+        merging.plan(recipe.validate({**data, "models": [models]}))
+    made = merging.plan(recipe.validate({**data, "models": [{"path": models, "not": ["model-old"]}]}))
     assert [model.uri for model in made.catalog.models] == list(family.models)
 
 

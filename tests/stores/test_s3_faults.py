@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import Bucket
-from tests.families import Family, make_family
-from tests.merging import LOCAL, recipe_of
+from tests.tools.families import Family, make_family
 from tests.tools.fault_proxy import Fault, FaultProxy, Rule, main, read_script
-from ties_ray import drive
+from tests.tools.merging import LOCAL, recipe_of
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.report import MergeResult, Progress
+from ties_ray.operations import merging
+from ties_ray.reports.records import MergeResult, Progress
 from ties_ray.stores import NoUpload, Part, Pin, Stores, s3
 from ties_ray.stores.s3 import S3
 
@@ -342,7 +342,7 @@ def family(s3_server: str) -> Iterator[tuple[Family, bytes, str]]:
         bucket = _bucket(s3_server)
         store = Stores(bucket.storage).of(bucket.uri)
         made = make_family(store, f"{bucket.uri}/family", hidden=256)
-        drive.merge(recipe_of(made, f"{bucket.uri}/calm", "ties", storage=bucket.storage))
+        merging.merge(recipe_of(made, f"{bucket.uri}/calm", "ties", storage=bucket.storage))
         yield made, store.get(f"{bucket.uri}/calm/model.safetensors", 1 << 30)[1], bucket.uri
 
 
@@ -352,7 +352,7 @@ def merged(
     storage = {"s3": {"endpoint_url": proxy.url}}
     run = {**LOCAL, "workers": 2, "cache": 0, "disk_cache": 0}  # every round reads from the bucket
     recipe = recipe_of(family, output, "ties", storage=storage, run=run)
-    return drive.merge(recipe, watch=at)
+    return merging.merge(recipe, watch=at)
 
 
 def in_the_merge(proxy: FaultProxy, rules: list[Rule], progress: Progress) -> None:
@@ -401,7 +401,7 @@ def test_a_run_whose_storage_goes_down_ends_soon_and_continues(
     models, wanted, bucket = family
     monkeypatch.setattr(S3, "patience", 1.5)
     monkeypatch.setattr(S3, "first_patience", 0.5)
-    monkeypatch.setattr("ties_ray.lease.STILL_SECONDS", 5.0)  # the lease could not be given back, and we live on
+    monkeypatch.setattr("ties_ray.state.lease.STILL_SECONDS", 5.0)  # the lease could not be given back, and we live on
     at = partial(in_the_merge, proxy, [Rule("slow_down")])
     started = time.monotonic()
     with pytest.raises(UnavailableError, match=r"s3://.*failed \d+ times in \d+ s, last: 503 SlowDown"):

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ties_ray
-from ties_ray import catalog, downloads, foreign
 from ties_ray.formats import lora
+from ties_ray.inputs import catalog, other_tools
+from ties_ray.libraries import downloads
 from ties_ray.stores import _s3_errors
 
 PACKAGE = Path(ties_ray.__file__).parent
-NOT_PRINTED = frozenset({"testing.py", "echo.py"})
+NOT_PRINTED = PACKAGE / "testing"
 """What users of the package test with: no command prints it."""
 ADVISING = frozenset({
     "_odd_tables", "_one_sided", "_refused", "_check_base", "_check_model", "_quantised", "_permission", "_lasting",
@@ -26,12 +27,12 @@ Known = Mapping[str, list[ast.expr]]
 def printed() -> Iterator[str]:
     """Yield every remedy, some more than once."""
     tables = [remedy for _, remedy in lora.REASONS.values()]
-    tables += [tool.remedy for tool in foreign._TOOLS]
+    tables += [tool.remedy for tool in other_tools._TOOLS]
     tables += [remedy for _, remedy in (*catalog._FOREIGN.values(), *catalog._TRAINED.values())]
     tables += [remedy for _, _, remedy in (*downloads._POINTERS, *downloads._MAGIC)]
     yield from (*tables, *_s3_errors._REMEDIES.values())
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.name not in NOT_PRINTED:
+        if NOT_PRINTED not in path.parents:
             yield from (text for text in _of_file(ast.parse(path.read_text())) if len(text) >= SHORTEST)
 
 

@@ -35,11 +35,11 @@ import boto3
 import psutil
 
 from tests.conftest import free_port, tool
-from tests.families import make_family
+from tests.tools.families import make_family
 from tests.tools.fault_proxy import Fault, FaultProxy, Rule
 from tests.tools.unprotected import PROTECTIONS
-from ties_ray import cli
-from ties_ray.report import RESULT_NAME
+from ties_ray.cli import commands
+from ties_ray.reports.records import RESULT_NAME
 from ties_ray.stores import Stores
 
 UNCACHED = {"cache": 0, "disk_cache": 0}
@@ -461,7 +461,7 @@ def ties_ray(arguments: list[str], without: str) -> None:
     if without:
         PROTECTIONS[without]()
     sys.argv = ["ties-ray", *arguments]
-    cli.main()
+    commands.main()
 
 
 PROOFS = {"ifmatch": ("new_etag", ""), "partcheck": ("flip_upload", ""), "recordorder": ("", "after a record")}

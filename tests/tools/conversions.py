@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from ties_ray import naming
+from ties_ray.libraries import naming
 
 TARGET = Path(naming.__file__).with_name("conversions.json")
 

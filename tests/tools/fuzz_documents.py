@@ -20,19 +20,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.adapters import make_pool
-from tests.families import make_family
-from tests.merging import LOCAL, recipe_of
+from tests.tools.adapters import make_pool
+from tests.tools.families import make_family
 from tests.tools.hostile import TOKENS
-from ties_ray import drive, lease
+from tests.tools.merging import LOCAL, recipe_of
+from ties_ray.driver.resume import clean
 from ties_ray.errors import MergeError
-from ties_ray.promote import promote, rollback
-from ties_ray.recipe import Recipe, validate
-from ties_ray.report import Progress
-from ties_ray.resume import clean
-from ties_ray.status import status
+from ties_ray.operations import merging
+from ties_ray.operations.promote import promote, rollback
+from ties_ray.operations.status import status
+from ties_ray.operations.verify import verify
+from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.reports.records import Progress
+from ties_ray.state import lease
 from ties_ray.stores import Stores, memory
-from ties_ray.verify import verify
 
 ODD = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "..", "../../home/.bashrc",
@@ -158,7 +159,7 @@ def worlds(name: str) -> Iterator[World]:
 def made(world: World, end: str | None) -> World:
     """Merge up to a stage, note what there is, and what the whole merge writes."""
     with contextlib.suppress(Stop):
-        drive.merge(world.recipe, watch=stop_at(end) if end else lambda progress: None)
+        merging.merge(world.recipe, watch=stop_at(end) if end else lambda progress: None)
     stores = Stores({})
     if end is None:
         promote(stores, world.output, f"{world.root}/pointer.json")
@@ -168,7 +169,7 @@ def made(world: World, end: str | None) -> World:
         if any(part in uri for part in world.forget):
             memory._OBJECTS.pop(uri)
     world.keep()
-    drive.merge(world.recipe)
+    merging.merge(world.recipe)
     world.weights = world.written()
     world.reset()
     return world
@@ -248,8 +249,8 @@ def commands(world: World) -> dict[str, Callable[[], object]]:
         "clean": lambda: clean(stores, output, remove=True),
         "promote": lambda: promote(stores, output, pointer),
         "rollback": lambda: rollback(stores, pointer),
-        "merge": lambda: drive.merge(world.recipe),
-        "fresh": lambda: drive.merge(world.recipe, fresh=True),
+        "merge": lambda: merging.merge(world.recipe),
+        "fresh": lambda: merging.merge(world.recipe, fresh=True),
     }
 
 

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable
 
-from ties_ray import recipe, safetensors
-from ties_ray.catalog import licence_of
+from ties_ray import safetensors
 from ties_ray.errors import MergeError
 from ties_ray.formats import Folder, Rules
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.formats.lora import Lora
+from ties_ray.inputs.catalog import licence_of
+from ties_ray.recipe import recipe
 from ties_ray.safetensors import Header, TensorInfo
 from ties_ray.stores import Pin
 

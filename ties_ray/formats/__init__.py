@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from ties_ray import naming, plugins
+from ties_ray import plugins
 from ties_ray.account import Account
 from ties_ray.errors import Problem
-from ties_ray.libraries import TRANSFORMERS, Library
+from ties_ray.libraries import naming
+from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.safetensors import Header
 from ties_ray.stores import Pin
 

@@ -13,13 +13,14 @@ import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ties_ray import bounded, naming
+from ties_ray import bounded
 from ties_ray.account import Account, account
 from ties_ray.errors import Problem, printable
 from ties_ray.excluding import LEAVE_OUT, exclusion
 from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
 from ties_ray.kernels import Encoded, Factors
-from ties_ray.patterns import UnfitKey, resolve
+from ties_ray.libraries import naming
+from ties_ray.libraries.patterns import UnfitKey, resolve
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE, TensorInfo, nbytes
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The contract of an output kind: which tensors are written, from what, and which files make them loadable.
 
 A kind is a frozen pydantic model of the recipe's `output` section. It is pure: it names tensors and turns bytes into
-bytes; `work.py` writes them and `finalize.py` publishes them. One file here a kind.
+bytes; the worker writes them and `driver/publish.py` publishes them. One file here a kind.
 """
 
 import json
@@ -16,7 +16,7 @@ from ties_ray import plugins
 from ties_ray.errors import Problem
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Factors, Kernels
-from ties_ray.libraries import Library
+from ties_ray.libraries.library import Library
 from ties_ray.stores import Uri
 
 if TYPE_CHECKING:

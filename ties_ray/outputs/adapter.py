@@ -19,7 +19,7 @@ from ties_ray.errors import Problem
 from ties_ray.excluding import exclusion
 from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors, Kernels
-from ties_ray.libraries import Library
+from ties_ray.libraries.library import Library
 from ties_ray.outputs import DTYPES, Condensed, Output, OutputFile, OutputTensor
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
-from ties_ray.libraries import Library
+from ties_ray.libraries.library import Library
 from ties_ray.outputs import Output, OutputFile, OutputTensor
 
 if TYPE_CHECKING:

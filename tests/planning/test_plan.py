@@ -1,0 +1,306 @@
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tools.families import Family
+from tests.tools.merging import recipe_of
+from ties_ray.errors import RecipeError
+from ties_ray.formats import Parameter, Source, TensorRef
+from ties_ray.inputs.catalog import Catalog, Model, read_catalog
+from ties_ray.layout import shards
+from ties_ray.layout.reads import runs_of
+from ties_ray.layout.shards import MODEL_GROUP, Segment, elements_in
+from ties_ray.operations import merging
+from ties_ray.outputs import PART_ALIGNMENT
+from ties_ray.planning import plan as planning
+from ties_ray.planning.plan import PLAN_FORM, make_plan
+from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.safetensors import DTYPE_BITS
+from ties_ray.stores import Pin, Store, Stores
+from ties_ray.stores.local import Local
+
+MakeFamily = Callable[..., Family]
+
+
+def catalog_of(parameters: list[Parameter], num_models: int = 2) -> Catalog:
+    """Return the catalog of checkpoints that hold these parameters one after the other."""
+    sources, position = {}, 0
+    for parameter in parameters:
+        sources[parameter.name] = Source((TensorRef(0, position, parameter.dtype, parameter.shape),))
+        position += parameter.numel * DTYPE_BITS[parameter.dtype] // 8
+    merged = {parameter.name: sources[parameter.name] for parameter in parameters if parameter.merged}
+
+    def model(id: str, sources: dict[str, Source]) -> Model:
+        return Model(f"/m/{id}", id, "checkpoint", (Pin(f"/m/{id}/model.safetensors", position, "e"),), sources)
+
+    models = tuple(model(str(number), merged) for number in range(num_models))
+    return Catalog(model("base", sources), models, tuple(parameters), (), ())
+
+
+def recipe_for(num_models: int = 2, method: object = "ties", **more: Any) -> Recipe:
+    data = {"base": "/m/base", "models": [f"/m/{n}" for n in range(num_models)], "method": method, "output": "/out"}
+    return validate(data | more)
+
+
+def random_parameters(draw: random.Random) -> list[Parameter]:
+    dtypes = ["BF16", "F16", "F32", "F64", "I64", "BOOL"]
+    shapes: list[tuple[int, ...]] = [(), (1,), (0, 7), (3, 5), (1000,), (37, 411), (2048, 33)]
+    found = []
+    for number in range(draw.randint(1, 12)):
+        dtype = draw.choice(dtypes)
+        mergeable = dtype not in ("I64", "BOOL") and draw.random() < 0.9
+        found.append(Parameter(f"p{number}", draw.choice(shapes), dtype, mergeable))
+    return [*found, Parameter("last", (5, 700), draw.choice(dtypes[:4]), True)]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_shards_cover_every_byte_of_every_file_and_every_element_once(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(seed)
+    part = PART_ALIGNMENT * draw.randint(1, 9)
+    monkeypatch.setattr(shards, "part_size", lambda recipe, files: part)
+    monkeypatch.setattr(shards, "MAX_SHARD", part * draw.randint(1, 4))
+    monkeypatch.setattr(shards, "MIN_RANGE", draw.choice([100, 4096, 2**20]))
+    monkeypatch.setattr(shards, "SHARDS_AT_LEAST", draw.choice([1, 7, 50]))
+    parameters = random_parameters(draw)
+    num_models = draw.choice([1, 2, MODEL_GROUP, MODEL_GROUP + 1])
+    output = {"path": "/out", "file_size": draw.choice(["1KB", "40KB", "5GB"])}
+    made = make_plan(recipe_for(num_models, output=output), catalog_of(parameters, num_models))
+    by_kind = {round_.kind: round_ for round_ in made.result.rounds}
+    layout = made.layout
+
+    elements = {parameter.name: [0] * parameter.numel for parameter in parameters}
+    written = {file: 0 for file in range(len(made.result.files))}
+    for index in range(by_kind["merge"].num_shards):
+        shard = layout.shard("merge", index, num_models)
+        assert shard.models == (0, num_models)
+        for number in range(*shard.parts):
+            start, stop = layout.part(shard.file, number)
+            assert start == written[shard.file], "parts follow one another"
+            assert stop - start == part or stop == made.result.files[shard.file].size
+            written[shard.file] = stop
+            held = max(0, min(stop, 8 + len(made.result.files[shard.file].header)) - start)
+            for placed, first, last in elements_in(layout, shard.file, number):
+                held += (last - first) * DTYPE_BITS[placed.tensor.dtype] // 8
+                for element in range(first, last):
+                    elements[placed.tensor.parameter][element] += 1
+            assert held == stop - start, "header and elements fill the part"
+    assert written == {number: file.size for number, file in enumerate(made.result.files)}
+    assert all(count == 1 for counts in elements.values() for count in counts)
+
+    for kind in ("count_high", "count_low"):
+        seen: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for index in range(by_kind[kind].num_shards):
+            shard = layout.shard(kind, index, num_models)
+            assert 0 < shard.models[1] - shard.models[0] <= MODEL_GROUP
+            for parameter, start, stop in shard.segments:
+                assert start < stop
+                for model in range(*shard.models):
+                    seen.setdefault((model, parameter), []).append((start, stop))
+        merged = [
+            (n, parameter.numel) for n, parameter in enumerate(parameters) if parameter.merged and parameter.numel
+        ]
+        assert seen.keys() == {(model, n) for model in range(num_models) for n, _ in merged}
+        for (_, parameter), pieces in seen.items():
+            edges = [0, *itertools.chain.from_iterable(sorted(pieces)), parameters[parameter].numel]
+            assert edges[::2] == edges[1::2], "the pieces of each model meet, and miss nothing"
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_runs_are_all_blocks_in_order_and_as_long_as_they_may_be(seed: int) -> None:
+    draw = random.Random(seed)
+    block, run = draw.choice([128, 4096]), draw.choice([0, 64, 1024, 4096])
+    segments = [Segment(number, 3, 3 + draw.choice([0, 1, 60, 64, 500, 9000])) for number in range(30)]
+    alone = set(draw.sample(range(30), 5))
+    runs = list(runs_of(segments, block, run, lambda parameter: parameter not in alone))
+    blocks = list(itertools.chain.from_iterable(runs))
+    assert all(0 < one.stop - one.start <= block for one in blocks)
+    covered = [(one.parameter, element) for one in blocks for element in range(one.start, one.stop)]
+    assert covered == [(one.parameter, element) for one in segments for element in range(one.start, one.stop)]
+
+    def taken(some: Sequence[Segment]) -> int:
+        return sum(-(-(one.stop - one.start) // 64) * 64 for one in some)
+
+    for one in runs:
+        assert len(one) == 1 or (taken(one) <= run and not alone & {each.parameter for each in one})
+    for one, following in itertools.pairwise(runs):
+        assert taken((*one, following[0])) > run or alone & {one[-1].parameter, following[0].parameter}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_files_are_filled_up_to_their_size(seed: int) -> None:
+    draw = random.Random(seed)
+    parameters = random_parameters(draw)
+    limit = draw.choice([3_000, 40_000, 200_000])
+    recipe = recipe_for(output={"path": "/out", "file_size": limit})
+    made = make_plan(recipe, catalog_of(parameters))
+    names = [placed.tensor.name for file in made.result.files for placed in file.tensors]
+    assert sorted(names) == sorted(parameter.name for parameter in parameters)
+    for number, file in enumerate(made.result.files, start=1):
+        count = len(made.result.files)
+        assert file.name == (f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors")
+        assert (8 + len(file.header)) % PART_ALIGNMENT == 0
+        sizes = [placed.stop - placed.start for placed in file.tensors]
+        assert sum(sizes) <= limit or len([size for size in sizes if size]) == 1
+        assert file.size == 8 + len(file.header) + sum(sizes)
+
+
+def test_a_plan_survives_json(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3, shards=2)
+    recipe = recipe_of(
+        family, {"path": str(tmp_path / "{run_id}"), "dtype": "float16"}, {"name": "ties", "lambda": 0.3},
+        weights=(1.0, 0.0, 2.5), densities=(0.5, None, 0.25), exclude=["lm_head.*"],
+    )  # fmt: skip
+    made = merging.plan(recipe)
+    again = PLAN_FORM.validate_json(made.to_json())
+    assert again == made
+    assert again.to_json() == made.to_json()
+    assert made.output == str(tmp_path / made.run_id)
+    assert [member.id for member in made.result.members] == ["0", "2"]
+    assert any("weight 0, left out" in note for note in made.notes)
+
+
+def test_planning_touches_no_store(family_of: MakeFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(family_of(num_models=3), "/nowhere", "ties")
+    catalog = read_catalog(recipe, Stores({}))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a store was used")
+
+    for store in (Store, Local):
+        for name in ("get", "put", "list", "head", "read", "begin_upload"):
+            monkeypatch.setattr(store, name, refuse)
+    with pytest.raises(AssertionError, match="a store was used"):
+        read_catalog(recipe, Stores({}))
+    assert make_plan(recipe, catalog).bytes_read > 0
+
+
+def test_a_thousand_models_are_planned_in_seconds_and_cost_a_kilobyte_each() -> None:
+    parameters = [Parameter(f"layer.{n}.weight", (4096, 4096), "BF16", True) for n in range(200)]
+    few = make_plan(recipe_for(2), catalog_of(parameters, 2))
+    catalog = catalog_of(parameters, 1000)
+    started = time.monotonic()
+    many = make_plan(recipe_for(1000), catalog)
+    assert time.monotonic() - started < 10
+    assert many.memory - few.memory <= 998 * 2**11, "only the plan itself has to be held"
+    size = sum(parameter.numel * 2 for parameter in parameters)
+    groups = -(-1000 // MODEL_GROUP)
+    assert [round_.bytes_read for round_ in many.result.rounds] == [size * (1000 + groups)] * 2 + [size * 1001]
+    assert len(many.to_json()) < 40 * 2**20
+
+
+@pytest.mark.parametrize("memory", ["128MiB", "160MiB", "512MiB", "3GiB"])
+@pytest.mark.parametrize("method", ["average", "ties", "consensus", {"name": "ties", "zero_sum": "majority"}], ids=str)
+@pytest.mark.parametrize("dtype", ["BF16", "F64"])
+@pytest.mark.parametrize("num_models", [1, 8, 300])
+def test_a_worker_never_needs_more_than_the_recipes_memory(
+    num_models: int, dtype: str, method: object, memory: str
+) -> None:
+    method = {"name": "consensus", "agree": 1} if method == "consensus" else method
+    parameters = [Parameter("a", (3000, 30_000), dtype, True), Parameter("b", (5,), "I64", False)]
+    recipe = recipe_for(num_models, method, run={"memory": memory}, output={"path": "/out", "part_size": "5MiB"})
+    made = make_plan(recipe, catalog_of(parameters, num_models))
+    assert made.memory <= recipe.run.memory
+    if num_models == 300 and made.recipe.method.name == "consensus" and memory == "128MiB":
+        assert made.result.rounds[-1].passes == 2, "300 slices do not fit, so they are read twice"
+
+
+@pytest.mark.parametrize(("memory", "ahead"), [("380MiB", [4]), ("420MiB", range(5, 16)), ("512MiB", [16])])
+def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(
+    memory: str, ahead: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
+    pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
+    far = replace(local, models=tuple(replace(model, objects=pins) for model in local.models))
+    recipe = recipe_for(8, "average", run={"memory": memory})
+    assert make_plan(recipe, local).ahead == 4
+    plan = make_plan(recipe, far)
+    assert plan.ahead in ahead
+    assert plan.memory <= recipe.run.memory
+    assert {one.block for one in plan.result.rounds} == {4 * 2**20}
+    monkeypatch.setattr(planning, "MOST_AHEAD", 4)
+    assert plan.memory - make_plan(recipe, far).memory == (plan.ahead - 4) * 8 * 2**20
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("BF16", 2), ("F32", 4)])
+def test_slices_of_local_files_that_are_needed_together_take_as_much_whatever_the_number_of_models(
+    dtype: str, width: int
+) -> None:
+    parameters = [Parameter("p", (8192, 4096), dtype, True)]
+    for number, together in ((2, 2), (4, 4), (8, 8), (16, 16), (300, 16)):
+        ties, consensus = (
+            make_plan(recipe_for(number, method), catalog_of(parameters, number)).result.rounds
+            for method in ("ties", {"name": "consensus", "agree": 1})
+        )
+        assert [one.block for one in ties] == [2**20, 2**20, min(2**20, 2**23 // width // together)]
+        counting, merging = ties[0].run * min(number, MODEL_GROUP), ties[-1].run * number
+        assert 2**21 < max(counting, merging) * width <= 2**23
+        assert consensus[-1].block == max(2**17, min(2**20, 2**23 // width // number)), "it keeps all slices"
+
+
+def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
+    local = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
+    pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
+    far = replace(local, base=replace(local.base, objects=pins))
+    near, beside = (make_plan(recipe_for(8, "ties"), one) for one in (local, far))
+    assert [one.block for one in near.result.rounds] == [2**20, 2**20, 2**19]
+    assert {one.block for one in beside.result.rounds} == {4 * 2**20}, "one that is far is enough"
+    assert near.memory < beside.memory
+    on_gpu = make_plan(recipe_for(8, "ties", run={"device": "cuda"}), local)
+    assert {one.block for one in on_gpu.result.rounds} == {4 * 2**20}, "a GPU would wait for Python more often"
+
+
+def test_too_little_memory_for_the_parts_is_refused() -> None:
+    parameters = [Parameter("a", (300_000, 3000), "BF16", True)]
+    with pytest.raises(RecipeError, match=r"run\.memory: .*128.* is too little beside 128 MiB of parts"):
+        make_plan(recipe_for(run={"memory": "128MiB"}), catalog_of(parameters))
+
+
+def test_what_decides_the_bytes_decides_the_run_id() -> None:
+    parameters = [Parameter("a", (30, 3), "BF16", True)]
+    catalog = catalog_of(parameters)
+    plain = make_plan(recipe_for(), catalog).run_id
+    same: list[dict[str, Any]] = [
+        {"run": {"workers": 3, "memory": "1GiB", "executor": "local"}},
+        {"output": "/elsewhere"},
+        {"output": {"path": "/out", "part_size": "8MiB"}},
+        {"storage": {"s3": {"endpoint_url": "http://localhost:1"}}},
+    ]
+    other: list[dict[str, Any]] = [
+        {"method": {"name": "ties", "density": 0.21}},
+        {"method": "average"},
+        {"output": {"path": "/out", "dtype": "float32"}},
+        {"output": {"path": "/out", "file_size": "4GB"}},
+        {"exclude": ["b*"]},
+        {"allow": {"nan": "zero"}},
+    ]
+    assert {make_plan(recipe_for(**more), catalog).run_id for more in same} == {plain}
+    ids = [make_plan(recipe_for(**more), catalog).run_id for more in other]
+    heavier = replace(catalog, models=(replace(catalog.models[0], weight=2.0), catalog.models[1]))
+    swapped = replace(catalog, models=catalog.models[::-1])
+    touched = replace(catalog.models[1], objects=(catalog.models[1].objects[0]._replace(etag="f"),))
+    changed = replace(catalog, models=(catalog.models[0], touched))
+    ids += [make_plan(recipe_for(), one).run_id for one in (heavier, swapped, changed)]
+    assert len({plain, *ids}) == 1 + len(ids)
+
+
+def test_a_merge_of_nothing_is_refused() -> None:
+    parameters = [Parameter("a", (30, 3), "BF16", True)]
+    catalog = catalog_of(parameters)
+    weightless = replace(catalog, models=tuple(replace(model, weight=0.0) for model in catalog.models))
+    with pytest.raises(RecipeError, match="models: all weights are zero; give at least one model a weight"):
+        make_plan(recipe_for(), weightless)
+    with pytest.raises(RecipeError, match="base: no parameter is left to merge; give the folders that hold"):
+        make_plan(recipe_for(), catalog_of([Parameter("a", (30, 3), "BF16", False)]))
+
+
+def test_a_base_without_elements_has_a_plan() -> None:
+    made = make_plan(recipe_for(), catalog_of([Parameter("a", (0, 3), "BF16", True)]))
+    assert made.bytes_read == 0

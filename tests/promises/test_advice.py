@@ -1,0 +1,64 @@
+"""Every remedy that stands in the code is followed by a test, or known to be none that a test can follow."""
+
+from tests.promises.test_remedies import CASES
+from tests.tools.advice import printed
+
+UNFOLLOWED = {
+    "another tool has to make the files anew": (
+        "give the original", "give the unquantised", "save it ", "save each", "save the ", "merge it into its base",
+        "merge-weights", "zero_to_fp32", "fuse it with its base", "export it for PEFT", "let torchtune save",
+        "load it with PEFT where", "put it on its pipeline", "convert it to safetensors", "give the adapters that",
+        "keep one of them", "merge_and_unload", "init_lora_weights: true into",
+    ),
+    "the files have to be fetched or uploaded anew": (
+        "upload it", "upload the file", "complete the download", "finish the download", "in the clone fetches",
+        "`hf download`", "/resolve/", "unpack it", "cache verify", "restore it and wait", "restore that version",
+    ),
+    "only its reader knows what was meant": (
+        "check th", "are they of one base?", "name the model that", "name one of them", "name the bucket",
+        "is it a fine-tune of this base? `ties-ray inspect`", "give the folder with", "do not trust", "choose another",
+        "it may be one of those inside", "it holds no safetensors", "it is not a safetensors", "look for models",
+        "move those aside", "rename ", "give the folders that hold", "narrow `exclude`", "repair or drop it",
+        "drop the model", "a single file beside them", "remove it", "give the folder itself", "give the recipe's file",
+        "write that model into", "write to a local folder", "write to a shorter", "write s3://", "write hf://",
+        "write file:///", "name the host", "known here", "at most {}", "levels, and no tags", "put it in quotes",
+        "mend the YAML", "start from the example", "as in ", "a recipe has", "split it into", "see ", "give the plain",
+        "remove the link", "remove them, and run", "put it back", "the configs of the inputs back", "modules.json",
+    ),
+    "somebody has to give a permission, room, credentials or a service": (
+        "accept them at", "free s", "give the user", "credentials", "HF_TOKEN", "AWS_", "log in again", "anonymous",
+        "KMS", "kms_key", "endpoint_url", "storage.s3", "set the clock", "make HF_HOME", "HF_HUB_OFFLINE", "SSE-C",
+        "make one: head", "certificate", "use a service that does", "every worker needs it", "service refuses",
+        "copy it to another store", "copy the files to a store", "this file system", "smaller files: output",
+        "huggingface.co",
+    ),
+    "a cluster, its machines or their software have to change": (
+        "pip install", "raise run.deadline", "RAY_", "lower run.", "wait for room", "give workers more memory",
+        "a folder that all nodes share", "unset what asks", "use the version that merged", "a-z, 0-9",
+        "Kubernetes", "put it into object storage", "put its models into", "ray status",
+    ),
+    "trying again is all that helps, or another writer has to end": (
+        "run again", "run the command again", "run the same command", "the same command continues", "try again",
+        "wait for it", "let that run finish", "merge later", "keep inputs unchanged", "find out who else writes",
+        "promote", "the pointer is as it was", "merge first", "a defect of ties_ray", "clear the pool cache",
+        "leave the hidden files", "delete it, and run the merge", "run the merge with --fresh",
+        "merge again with --fresh", "leave --", "leave {} out", "bring the inputs back",
+    ),
+    "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
+    "no remedy, or a part of one that is followed": (
+        "checkpoint", "an output of kind",
+        "the base has no such tensor", "excluded by the recipe", "holds no tensors", "{exclusion}",
+        "{} failed", "(the name is not known)", "`exclude: {}` {}", "--bucket", "HTTPHeaders", "ResponseMetadata",
+        "response", "x-amz-", "\\", "give the folder that holds it",
+    ),
+}  # fmt: skip
+"""Parts of advice that no test follows, by the reason."""
+
+
+def test_every_remedy_of_the_code_is_followed_or_known_to_be_none_to_follow() -> None:
+    followed = [case.remedy for case in CASES]
+    parts = [part for parts in UNFOLLOWED.values() for part in parts]
+    texts = set(printed())
+    new = [text for text in texts if not any(one in text or text in one for one in followed)]
+    assert not sorted(text for text in new if not any(part in text for part in parts))
+    assert not [part for part in parts if not any(part in text for text in texts)], "no longer in the code"

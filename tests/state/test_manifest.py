@@ -1,0 +1,149 @@
+"""What a run has stored is used again, once, and only where it is what was written."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tools.adapters import make_pool
+from tests.tools.families import Family, make_family
+from tests.tools.merging import LOCAL, digests, merge, recipe_of
+from ties_ray.errors import InputError
+from ties_ray.operations import merging
+from ties_ray.planning.plan import Plan
+from ties_ray.recipe.recipe import validate
+from ties_ray.reports.records import Progress
+from ties_ray.rounds.kth_largest import Counts, Pick, add, pack
+from ties_ray.state.manifest import Folded, Manifest, Matrix, Record, Written, misfit
+from ties_ray.stores import Part, Stores
+
+MakeFamily = Callable[..., Family]
+TIES = {"name": "ties", "density": 0.3}
+
+
+class Stop(Exception):
+    """Ends a merge at a stage, as a kill would."""
+
+
+def stop_at(stage: str) -> Callable[[Progress], None]:
+    def watch(progress: Progress) -> None:
+        if progress.stage == stage:
+            raise Stop
+
+    return watch
+
+
+def test_scratch_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
+    manifest = Manifest(Stores({}), f"{tmp_path}/0123456789abcdef/1")
+    data = bytearray(range(256))
+    matrix = Matrix(3, manifest.write_scratch(3, memoryview(data)), 1.0, {4: 0.5})
+    assert manifest.read_scratch(matrix) == bytes(data)
+    path = Path(manifest.folder, "scratch", "3")
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="scratch is not what was written; merge again with --fresh"):
+        manifest.read_scratch(matrix)
+    path.unlink()
+    with pytest.raises(InputError, match="scratch of this merge has gone"):
+        manifest.read_scratch(matrix)
+
+
+def test_an_adapter_is_not_assembled_from_spoiled_scratch(tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), num_adapters=2)
+    output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 4}
+    data = {"base": pool.base, "models": list(pool.adapters), "method": "average", "output": output, "run": LOCAL}
+    with pytest.raises(Stop):
+        merging.merge(validate(data), watch=stop_at("assemble"))
+    for path in tmp_path.glob("out/.ties-ray/*/1/scratch/*"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="scratch is not what was written"):
+        merging.merge(validate(data))
+
+
+def test_of_two_records_of_the_same_shards_one_is_counted(family_of: MakeFamily, tmp_path: Path) -> None:
+    """A shard that two workers have counted, the second after it was given up, is in two records."""
+    family = family_of(num_models=3)
+    wanted = merge(family, tmp_path / "wanted", TIES)
+    recipe = recipe_of(family, tmp_path / "out", TIES)
+    with pytest.raises(Stop):
+        merging.merge(recipe, watch=stop_at("merge"))
+    (generation,) = tmp_path.glob("out/.ties-ray/*/1")
+    for path in generation.glob("folded/*/*"):
+        path.unlink()
+    records = sorted(generation.glob("records/0/*"))
+    assert records
+    for number, path in enumerate(records):
+        path.with_name(f"{number:08d}-ffffffffffff-{number:06d}.json").write_bytes(path.read_bytes())
+    result = merging.merge(recipe)
+    assert result.resumed
+    assert result.trims == wanted.trims
+    assert digests(tmp_path / "out") == digests(tmp_path / "wanted")
+
+
+def test_what_the_first_round_has_read_is_known_to_a_run_that_continues(tmp_path: Path) -> None:
+    """The ledger of checksums is stored and read again: an input that changed behind its mark in between is found."""
+    family = make_family(Stores({}).of("/"), str(tmp_path), num_models=2)
+    recipe = recipe_of(family, tmp_path / "out", TIES)
+    with pytest.raises(Stop):
+        merging.merge(recipe, watch=stop_at("merge"))
+    assert list(tmp_path.glob("out/.ties-ray/*/1/seen/*.json"))
+    victim = Path(family.models[1]) / "model.safetensors"
+    times, data = victim.stat(), bytearray(victim.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    (start, *_) = (one["data_offsets"][0] for name, one in header.items() if name.endswith("q_proj.weight"))
+    data[8 + size + start : 8 + size + start + 2] = b"\x11\x11"
+    with victim.open("r+b") as file:
+        file.write(data)
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match="are not those that this merge read first, though its ETag is the same"):
+        merging.merge(recipe)
+
+
+@pytest.fixture
+def plan(family_of: MakeFamily, tmp_path: Path) -> Plan:
+    return merging.plan(recipe_of(family_of(num_models=2), tmp_path / "out", TIES))
+
+
+PART = Part(1, 100, "etag")
+
+
+@pytest.mark.parametrize(
+    ("found", "what"),
+    [
+        (Record(1, ()), "the round"), (Record(0, (99,)), "a shard"), (Record(0, (-1,)), "a shard"),
+        (Record(0, (), counts=(Counts(2, -1, "", ""),)), "a model"),
+        (Record(0, (), counts=(Counts(0, -2, "", ""),)), "a parameter"),
+        (Record(0, (), parts=(Written(0, PART, "00000000"),)), "a part"),
+        (Record(0, (), parts=(Written(7, PART, "00000000"),), uploads=((7, "x"),)), "a weight file"),
+        (Record(0, (), zeroed=((0, "nothing", 1),)), "a zeroed parameter"),
+        (Record(0, (), matrices=(Matrix(0, "00000000", 1.0, {}),)), "a matrix"),
+        (Folded(picks=(Pick(0, -1, 70_000, 1, 1),)), "a bin"),
+        (Folded(picks=(Pick(0, -1, 0, 1, 1, 2**31),)), "a threshold"),
+        (Folded(picks=(Pick(0, -1, 0, -1, 1),)), "a threshold"),
+    ],
+)  # fmt: skip
+def test_a_record_that_can_not_be_of_the_plan_is_refused(found: Record | Folded, what: str, plan: Plan) -> None:
+    assert what in misfit(found, plan, 0)
+    assert misfit(Record(0, (0,)), plan, 0) == misfit(Folded(), plan, 0) == ""
+
+
+def test_tables_that_no_worker_writes_are_value_errors() -> None:
+    table = np.zeros(65_536, np.int64)
+    table[[3, 70]] = 5, 7
+    good = pack((0, -1), table)
+    assert good
+    assert add([good])[0, -1].sum() == 12
+    more = pack((0, -1), np.ones(65_536, np.int64))
+    assert more
+    less = pack((0, -1), -table)
+    assert less
+    for bad in (good._replace(bins="!"), good._replace(counts=more.counts), good._replace(bins=good.counts), less,
+                good._replace(bins="AAAA"), good._replace(counts="")):  # fmt: skip
+        with pytest.raises(ValueError, match=r"table of counts|base64|buffer size|Incorrect padding"):
+            add([bad])

@@ -1,0 +1,287 @@
+"""What a worker does with its orders, its slices and its failures."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tools.families import Family
+from tests.tools.merging import LOCAL, carried_out, digests, merge, recipe_of
+from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
+from ties_ray.kernels import Election, Encoded, SignedSums, Term, WeightedSum, load
+from ties_ray.layout import reads, shards
+from ties_ray.methods import Context, Deltas, Result, Round
+from ties_ray.methods.average import Average
+from ties_ray.operations import merging
+from ties_ray.planning import plan as planning
+from ties_ray.reports.records import Progress
+from ties_ray.state.manifest import Manifest, Record
+from ties_ray.stores import Stores
+from ties_ray.worker import worker
+from ties_ray.worker.slices import Slices
+from ties_ray.worker.worker import ANSWER, ORDER, SETUP, Order, Setup, Worker, make_worker
+
+MakeFamily = Callable[..., Family]
+
+
+def make_slices(
+    models: list[torch.Tensor | None], base: torch.Tensor, *, passes: int = 1, resident: bool = False, together: int = 2
+) -> tuple[Slices, list[int]]:
+    """Return the slices of some models, and a list of those that were taken from storage so far."""
+    passes = 1 if resident else passes
+    taken: list[int] = []
+
+    def coming() -> Iterator[Encoded | None]:
+        for _ in range(passes):
+            for number, model in enumerate(models):
+                taken.append(number)
+                yield None if model is None else Encoded(model)
+
+    slices = Slices(
+        load("cpu"), base, 0, len(models), coming(), passes=passes, resident=resident, together=together
+    )  # fmt: skip
+    return slices, taken
+
+
+def some_models(count: int, length: int = 1000) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    values = torch.randn(count + 1, length, generator=torch.Generator().manual_seed(count)).to(torch.bfloat16)
+    models: list[torch.Tensor | None] = list(values[1:])
+    models[count // 2] = None
+    return models, values[0].float()
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_iterating_and_folding_give_the_same_bits(count: int, together: int) -> None:
+    models, base = some_models(count)
+    op = WeightedSum(tuple(Term(0.3 + number) for number in range(count)))
+    folded = make_slices(models, base, together=together)[0].fold(op)["sum"]
+    total = torch.zeros_like(base)
+    for model, delta in make_slices(models, base)[0]:
+        assert bool(delta.any()) == (models[model] is not None), "a model that lacks the parameter moves nothing"
+        total += delta * torch.tensor(0.3 + model, dtype=torch.float32)
+    assert torch.equal(folded, total)
+
+
+@pytest.mark.parametrize("lacking", [0, 4, 8])
+@pytest.mark.parametrize("together", [1, 4, 8, 9])
+def test_an_election_has_the_bits_of_folding_first(together: int, lacking: int) -> None:
+    models, base = some_models(9)
+    models[lacking] = None
+    assert models[3] is not None
+    models[3][7] = float("nan")
+    op, election = SignedSums((Term(threshold=0x3F00_0000),) * 9), Election(factor=0.7)
+    one, other = (make_slices(models, base, together=together)[0] for _ in range(2))
+    merged = one.elect(op, election)
+    assert torch.equal(merged, load("cpu").elect(op, other.fold(op), *election))
+    assert merged.count_nonzero() > 500
+    assert one.not_finite == other.not_finite == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+    one.close()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_second_pass_sees_the_same_slices(resident: bool) -> None:
+    models, base = some_models(5)
+    slices, taken = make_slices(models, base, passes=2, resident=resident)
+    first = [(model, delta.clone()) for model, delta in slices]
+    second = [(model, delta.clone()) for model, delta in slices]
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(first, second, strict=True))
+    assert taken == [0, 1, 2, 3, 4] * (1 if resident else 2)
+
+
+def test_a_method_that_goes_through_its_models_too_often_is_told() -> None:
+    slices, _ = make_slices(*some_models(2))
+    assert len(list(slices)) == 2
+    with pytest.raises(RuntimeError, match="more often than its round's `passes` says"):
+        next(iter(slices))
+
+
+def test_slices_that_a_method_leaves_are_taken_all_the_same() -> None:
+    models, base = some_models(5)
+    slices, taken = make_slices(models, base, passes=2)
+    next(iter(slices))
+    next(iter(slices))
+    assert taken == [0, 1, 2, 3, 4, 0]
+    slices.close()
+    assert taken == [0, 1, 2, 3, 4] * 2
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_is_not_finite_is_counted_once_however_often_it_is_seen(resident: bool) -> None:
+    models, base = some_models(3)
+    assert models[2] is not None
+    models[2][[3, 500]] = torch.tensor([float("nan"), float("inf")], dtype=torch.bfloat16)
+    slices, _ = make_slices(models, base, passes=2, resident=resident)
+    op = SignedSums((Term(), Term(), Term()))
+    assert torch.equal(slices.fold(op)["sum"], slices.fold(op)["sum"])
+    assert slices.not_finite == [0, 0, 2]
+
+
+# What goes wrong while a worker works.
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the merge of a tiny family into dozens of shards, in groups of two models, recorded two at a time."""
+    monkeypatch.setattr(shards, "part_size", lambda recipe, files: 4096)
+    monkeypatch.setattr(shards, "MIN_RANGE", 700)
+    monkeypatch.setattr(shards, "SHARDS_AT_LEAST", 100)
+    for module in (shards, reads, planning, worker, merging):
+        monkeypatch.setattr(module, "MODEL_GROUP", 2)
+    monkeypatch.setattr(worker, "RECORD_SHARDS", 2)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("seed", range(8))
+def test_failures_that_a_repetition_mends_cost_work_and_no_byte(
+    seed: int, family_of: MakeFamily, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records that can't be written, reads that fail: at random, in any round, several in a run."""
+    family = family_of(num_models=5, mixed=True, shards=2)
+    method = {"name": "ties", "profile": "official"}
+    whole = merge(family, tmp_path / "whole", method)
+    draw = random.Random(seed)
+    failed: list[str] = []
+
+    def failing(original: Callable[..., Any], name: str, rate: float) -> Callable[..., Any]:
+        def call(self: object, *given: Any) -> Any:
+            if failed.count(name) < 3 and draw.random() < rate:
+                failed.append(name)
+                raise UnavailableError(Problem("the storage", f"{name} was throttled"))
+            return original(self, *given)
+
+        return call
+
+    monkeypatch.setattr(Manifest, "write_record", failing(Manifest.write_record, "write_record", 0.3))
+    monkeypatch.setattr(Worker, "_shard", failing(Worker._shard, "_shard", 0.15))
+    run = {**LOCAL, "workers": draw.choice([1, 2, 3])}
+    result = None
+    while result is None:  # chance may fail one shard three times, which ends a run: then the same command continues
+        with suppress(UnavailableError):
+            result = merge(family, tmp_path / "out", method, run=run)
+    assert set(failed) == {"write_record", "_shard"}
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert result.trims == whole.trims
+    assert result.statistics == whole.statistics
+
+
+@pytest.mark.timeout(60)
+def test_a_storage_that_stays_away_ends_the_run_and_the_same_command_continues(
+    family_of: MakeFamily, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of(num_models=5, mixed=True, shards=2)
+    merge(family, tmp_path / "whole", "ties")
+    with monkeypatch.context() as patch:
+
+        def refuse(self: Manifest, name: str, record: Record) -> None:
+            raise UnavailableError(Problem("the storage", "is away", "try later"))
+
+        patch.setattr(Manifest, "write_record", refuse)
+        with pytest.raises(MergeError, match="the storage: is away") as raised:
+            merge(family, tmp_path / "out", "ties")
+        assert raised.value.retryable
+    assert merge(family, tmp_path / "out", "ties").resumed
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_method_that_owes_its_delta_is_named(
+    family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(self: Average, deltas: Deltas, context: Context) -> Result:
+        return Result(statistics={"seen": 1})
+
+    monkeypatch.setattr(Average, "rounds", lambda self: (Round("merge", lambda d, c: forgetful(self, d, c)),))
+    with pytest.raises(MergeError, match="method average: the last round owes the merged delta, fp32, 1-D"):
+        merge(family_of(num_models=3), tmp_path / "out", "average")
+
+
+# A worker by itself.
+
+
+@pytest.fixture
+def setup(family_of: MakeFamily, tmp_path: Path) -> Setup:
+    """Return the setup of a run that was planned and not begun."""
+    made = merging.plan(recipe_of(family_of(num_models=3), tmp_path / "out", "ties"))
+    stores = Stores({})
+    manifest = Manifest(stores, Manifest.folder_of(made.output, made.run_id))
+    return Setup(manifest.folder, {}, manifest.write_plan(made))
+
+
+def order(**fields: Any) -> str:
+    return ORDER.dump_json(Order(**fields)).decode()
+
+
+def test_a_worker_tells_what_it_has_done_and_writes_it_when_asked(setup: Setup) -> None:
+    worker = make_worker(SETUP.dump_json(setup).decode())
+    assert ANSWER.validate_json(worker.run(order(action="hello"))).bytes_read == 0
+    done = ANSWER.validate_json(worker.run(order(action="shard", round=0, index=0)))
+    assert (done.record, done.shards) == ("", ())
+    assert done.bytes_read > 0
+    assert done.requests > 0
+    told = ANSWER.validate_json(worker.run(order(action="flush")))
+    assert (told.round, told.shards, told.bytes_read) == (0, (0,), 0)
+    manifest = Manifest(Stores({}), setup.folder)
+    made = manifest.read_plan()
+    assert made
+    record = manifest.read_record(0, made, told.record)
+    assert record.shards == (0,)
+    assert {count.member for count in record.counts} == {0, 1, 2}
+    assert ANSWER.validate_json(worker.run(order(action="flush"))).record == ""
+
+
+def test_a_worker_that_does_not_see_the_output_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="this worker does not see the output folder; use a folder that all nodes"):
+        Worker(Setup(str(tmp_path), {}, ""))
+
+
+def test_a_worker_that_does_not_see_an_input_as_planned_gets_no_work(
+    family_of: MakeFamily, setup: Setup, tmp_path: Path
+) -> None:
+    manifest = Manifest(Stores({}), setup.folder)
+    made = manifest.read_plan()
+    assert made
+    model = made.catalog.models[1]
+    missing = replace(model, objects=(model.objects[0]._replace(uri=str(tmp_path / "elsewhere/model.safetensors")),))
+    models = (made.catalog.models[0], missing, made.catalog.models[2])
+    digest = manifest.write_plan(replace(made, catalog=replace(made.catalog, models=models)))
+    with pytest.raises(InputError, match="another plan lies there than the one that this merge has written"):
+        Worker(setup)
+    with pytest.raises(InputError, match=r"elsewhere/model\.safetensors"):
+        Worker(replace(setup, digest=digest)).run(order(action="hello"))
+
+
+def test_a_worker_that_flushes_denormals_to_zero_gets_no_work(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "flushes_to_zero", lambda: True)
+    with pytest.raises(InputError, match="flushes denormal numbers to zero, which changes results"):
+        Worker(setup).run(order(action="hello"))
+
+
+def test_progress_is_told_from_the_first_to_the_last_stage(family_of: MakeFamily, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    recipe = recipe_of(family_of(num_models=3), tmp_path / "out", "ties")
+    result = merging.merge(recipe, watch=seen.append)
+    stages = list(dict.fromkeys(progress.stage for progress in seen))
+    assert [stages[0], stages[-2], stages[-1]] == ["start", "merge", "publish"]
+    assert seen[-1].bytes_read == seen[-1].bytes_planned == result.bytes_read
+    assert all(progress.done <= progress.total for progress in seen)
+    assert [progress.bytes_read for progress in seen] == sorted(progress.bytes_read for progress in seen)
+
+
+def test_a_json_log_has_a_line_for_each_shard_with_its_run(
+    family_of: Callable[..., Family], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = {**LOCAL, "workers": 1, "log": "json"}
+    result = merging.merge(recipe_of(family_of(num_models=2), tmp_path / "out", "ties", run=run))
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    shards = [line for line in lines if line["action"] == "shard"]
+    rounds = Counter(line["round"] for line in shards)
+    assert rounds == {one.name: one.num_shards for one in carried_out(result).result.rounds if one.bytes_read}
+    assert {line["outcome"] for line in shards} == {"done"}
+    assert {line["run_id"] for line in lines} == {result.run_id}

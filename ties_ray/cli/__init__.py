@@ -1,0 +1,1 @@
+"""The command line `ties-ray`: commands, and the words on the screen."""

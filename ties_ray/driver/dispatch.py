@@ -1,0 +1,158 @@
+"""One stage's orders on their way: what the schedule says goes to the executor, what happens goes back to it."""
+
+import itertools
+import statistics
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Literal
+
+from ties_ray.driver.schedule import Schedule
+from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused
+from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order
+
+SLOW_FACTOR, SLOW_SECONDS = 3.0, 5.0
+"""To `repeat`: a shard that takes so many times as long as the median, and so much longer."""
+HUNG_FACTOR, HUNG_SECONDS = 10.0, 60.0
+"""To `replace`, which is dearer."""
+RECENT = 1000
+"""Orders of which the median is taken."""
+
+Slow = Literal["repeat", "replace", "wait"]
+"""What becomes of a shard that takes far longer than others did, once there are idle workers: one of them does it too;
+or its worker is given up (once a shard), where twice done is twice counted; or it is waited for, as shards differ."""
+
+
+class Stage:
+    """The orders of one round or barrier; each `step` submits what can be, and waits a moment for what happens."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        executor: Executor,
+        order: Callable[[int], Order],
+        *,
+        first_ticket: int,
+        records: bool,
+        slow: Slow,
+        patience: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin with nothing submitted.
+
+        order: what to tell a worker for a task. records: a task is finished when a record holds it, else as soon as it
+        is answered. patience: seconds until a worker that says nothing is given up.
+        """
+        self.shards_by_record: dict[str, tuple[int, ...]] = {}
+        self._schedule = schedule
+        self._executor = executor
+        self._order = order
+        self._first = first_ticket  # so that late news of an earlier stage is not mistaken for ours
+        self._records = records
+        self._slow = slow
+        self._patience = patience
+        self._clock = clock
+        self._since: OrderedDict[int, tuple[int, float]] = OrderedDict()
+        """Worker and time of submission of every open ticket, oldest first."""
+        self._signs: dict[int, float] = {}
+        """When a worker last answered."""
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        """How long the last orders took."""
+        self._overtaken: set[int] = set()
+        self._next_flush = -1
+        self._flushing: dict[int, int] = {}
+        """The ticket of every worker that was asked to write a record."""
+
+    def step(self) -> list[Answer]:
+        """Submit what can be, wait a moment, and take in what happened; return the answers."""
+        for worker, ticket, task in self._schedule.assignments():
+            self._submit(worker, ticket, self._order(task))
+        for worker in self._schedule.holding() if self._records else ():
+            if worker not in self._flushing:
+                self._flushing[worker] = self._next_flush
+                self._submit(worker, self._next_flush, Order("flush"))
+                self._next_flush -= 1
+        self._overtake()
+        self._give_up_hung()
+        return [answer for event in self._executor.wait(1.0) if (answer := self._take(event))]
+
+    def _overtake(self) -> None:
+        """Let idle workers do what takes far longer than it did elsewhere."""
+        idle = self._schedule.idle()
+        if not idle or self._slow == "wait" or len(self._seconds) < 3:
+            return
+        factor, more = (SLOW_FACTOR, SLOW_SECONDS) if self._slow == "repeat" else (HUNG_FACTOR, HUNG_SECONDS)
+        late = self._clock() - factor * statistics.median(self._seconds) - more
+        slow = [
+            (ticket, task)
+            for ticket, _ in itertools.takewhile(lambda entry: entry[1][1] < late, self._since.items())
+            if (task := self._schedule.task_of(ticket)) is not None and task not in self._overtaken
+        ]
+        for worker, (ticket, task) in zip(idle, slow, strict=False):
+            self._overtaken.add(task)
+            if self._slow == "repeat":
+                self._submit(*self._schedule.repeat(ticket, worker)[:2], self._order(task))
+            elif ticket in self._since:  # not gone with another one of its worker
+                self._give_up(self._since[ticket][0], "no answer, far longer than others took")
+
+    def _give_up_hung(self) -> None:
+        late = self._clock() - self._patience
+        if not self._since or next(iter(self._since.values()))[1] >= late:
+            return
+        waiting = {worker: since for worker, since in reversed(self._since.values())}
+        for worker, since in waiting.items():
+            if max(since, self._signs.get(worker, 0.0)) < late:
+                self._give_up(worker, f"no answer within {self._patience:g} s (run.patience)")
+
+    def _give_up(self, worker: int, reason: str) -> None:
+        self._executor.give_up(worker)
+        self._lost(worker, reason)
+
+    def _lost(self, worker: int, reason: str) -> None:
+        self._flushing.pop(worker, None)
+        for ticket in [known for known, (other, _) in self._since.items() if other == worker]:
+            del self._since[ticket]
+        self._schedule.lost(worker, reason)
+        self._executor.revive(worker)
+
+    def _submit(self, worker: int, ticket: int, order: Order) -> None:
+        self._since[ticket] = (worker, self._clock())
+        self._executor.submit(worker, self._first + ticket, ORDER.dump_json(order).decode())
+
+    def _take(self, event: Event) -> Answer | None:
+        schedule = self._schedule
+        match event:
+            case Answered():
+                return self._answered(event.worker, event.ticket - self._first, ANSWER.validate_json(event.answer))
+            case Refused():
+                ticket = event.ticket - self._first
+                self._since.pop(ticket, None)
+                if self._is_flush(event.worker, ticket):  # no record, so what it holds is as good as lost
+                    schedule.lost(event.worker, "; ".join(map(str, event.problems)))
+                    schedule.ready(event.worker)
+                schedule.refused(ticket, event.kind, event.problems, event.traceback)
+            case Lost():
+                self._lost(event.worker, event.reason)
+            case Ready():
+                schedule.ready(event.worker)
+        return None
+
+    def _answered(self, worker: int, ticket: int, answer: Answer) -> Answer:
+        self._signs[worker] = self._clock()
+        submitted = self._since.pop(ticket, None)
+        if submitted and ticket >= 0:
+            self._seconds.append(self._clock() - submitted[1])
+        task = self._schedule.task_of(ticket)
+        if task is None and not self._is_flush(worker, ticket):
+            return answer  # of a worker that was given up: its shards are done again, and its record is not used
+        self._schedule.answered(ticket)
+        if answer.record:
+            self.shards_by_record[answer.record] = answer.shards
+            self._schedule.recorded(worker, answer.shards)
+        if task is not None and not self._records:
+            self._schedule.recorded(worker, [task])
+        return answer
+
+    def _is_flush(self, worker: int, ticket: int) -> bool:
+        """Return whether a ticket is that of the worker's flush, which is over now."""
+        return self._flushing.get(worker) == ticket and self._flushing.pop(worker) == ticket

@@ -1,0 +1,181 @@
+"""Publish: complete the uploads, then config, tokenizer and card, then the loader's door, then the result record.
+
+Every step may be done twice, so that a kill anywhere is mended by the same command.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from ties_ray.errors import InputError, InterruptedMerge, Problem, UnavailableError, printable
+from ties_ray.inputs.catalog import TEXT_BYTES
+from ties_ray.libraries.loaders import (
+    CARD_NAME,
+    LOADED_FOLDERS,
+    RECIPE_NAME,
+    RESULT_NAME,
+    TEXTS,
+    ModelFolder,
+    strangers,
+)
+from ties_ray.planning.plan import Plan
+from ties_ray.reports.model_card import card, plain_yaml
+from ties_ray.reports.records import MergeResult, WrittenFile
+from ties_ray.state.manifest import Written
+from ties_ray.stores import Stores, crc32c, crc32c_joined, join, within
+
+FEW = 8
+"""Names shown in one message; of more, the first ones and a count."""
+
+
+def complete_uploads(
+    plan: Plan,
+    stores: Stores,
+    uploads: dict[str, str],
+    parts: Sequence[Written],
+    check: Callable[[], None],
+) -> list[WrittenFile]:
+    """Make the weight files visible, and return them. Raises `InterruptedMerge` if a part is missing.
+
+    check: raises if another run holds the output now; asked before each file.
+    """
+    store = stores.of(plan.output)
+    written = []
+    for index, file in enumerate(plan.result.files):
+        own = {one.part.number: one for one in parts if one.file == index}
+        missing = plan.layout.num_parts(index) - len(own)
+        if missing:
+            raise InterruptedMerge(Problem(file.name, f"{missing} parts are not recorded", "run again to continue"))
+        ordered = [own[number] for number in sorted(own)]
+        check()
+        pin = store.complete_upload(join(plan.output, file.name), uploads[file.name], [one.part for one in ordered])
+        crc = crc32c_joined((one.crc32c, one.part.size) for one in ordered)
+        written.append(WrittenFile(name=file.name, size=pin.size, etag=pin.etag, crc32c=crc))
+    return written
+
+
+def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[str, bytes]:
+    """Return what stands beside the weights but the card, by relative name, in the order in which it is written.
+
+    The file by which a loader finds the weights is last. texts: only the files that say what else has to be there.
+    Reads small files as they were planned; raises `InputError` where one is another by now.
+    """
+    output = plan.recipe.output
+    found: dict[str, bytes] = {}
+    for small in plan.catalog.small_files:
+        if texts and not (small.name in TEXTS and small.pin.size <= TEXT_BYTES):
+            continue
+        taken = _without(small.without, stores.of(small.pin.uri).get_pinned(small.pin))
+        data = output.rewrite(small.name, taken, plan.catalog.facts)
+        if data is not None:
+            found[small.name] = data
+    index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
+    if index:
+        found[index[0]] = index[1]
+    door = output.door(plan.result.files, plan.library)
+    if door in found:
+        found[door] = found.pop(door)
+    return found
+
+
+def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
+    """Return what a loader will find in the output; documents: of small files, those in `TEXTS` at least."""
+    small = (small.name for small in plan.catalog.small_files)
+    files = plan.result.files
+    return ModelFolder(
+        uri=plan.output,
+        names=frozenset((*small, *documents, *(file.name for file in files))),
+        texts={name: documents[name] for name in TEXTS if name in documents},
+        shapes={placed.tensor.name: placed.tensor.shape for file in files for placed in file.tensors},
+        borrowed=plan.recipe.output.files_from not in ("base", plan.catalog.base.uri),
+    )
+
+
+def own_names(plan: Plan) -> set[str]:
+    """Return the relative names that a run of the plan may publish, but for card, recipe and result."""
+    index = plan.recipe.output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
+    names = {small.name for small in plan.catalog.small_files} | {file.name for file in plan.result.files}
+    return names | {index[0]} if index else names
+
+
+def foreign_files(stores: Stores, output: str, own: Collection[str]) -> list[str]:
+    """Return the files in an output that a loader may take for the model's, and that are not among its `own` names."""
+    store = stores.of(output)
+    listing = store.list(output)
+    names = [_last(pin.uri) for pin in listing.files]
+    lying = {_last(folder) for folder in listing.folders}
+    inside = {name.rpartition("/")[0] for name in own if "/" in name} | set(LOADED_FOLDERS)
+    for folder in sorted(inside):
+        if folder.partition("/")[0] in lying:
+            names += [f"{folder}/{_last(pin.uri)}" for pin in store.list_below(output, folder).files]
+    return strangers(names, own)
+
+
+def demand_space(plan: Plan, stores: Stores) -> None:
+    """Raise `UnavailableError` where the output's disk has less room than the weights, and scratch, still need."""
+    store = stores.of(plan.output)
+    space = store.space(plan.output)
+    if space is None:
+        return
+    own = {file.name for file in plan.result.files}
+    done = sum(pin.size for pin in store.list(plan.output).files if _last(pin.uri) in own)
+    needed = plan.bytes_written + plan.bytes_of_scratch - space.held - done
+    if needed > space.free:
+        what = f"the merge needs {needed:,} bytes there, and {space.free:,} are free"
+        raise UnavailableError(Problem(plan.output, what, "free space, and run the same command again"))
+
+
+def demand_no_foreign(plan: Plan, stores: Stores, documents: Collection[str]) -> None:
+    """Raise `InputError` where the output holds what a loader may take for a part of this model."""
+    own = {*documents, *(file.name for file in plan.result.files)}
+    foreign = foreign_files(stores, plan.output, own)
+    if foreign:
+        what = f"holds files of another model, which a loader would take for this one's: {listed(foreign)}"
+        raise InputError(Problem(plan.output, what, "remove them, and run the same command again"))
+
+
+def publish_documents(
+    plan: Plan, stores: Stores, documents: Mapping[str, bytes], result: MergeResult
+) -> list[WrittenFile]:
+    """Write what stands beside the weights, and return it; the file by which a loader finds them comes last."""
+    store = stores.of(plan.output)
+    store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
+    asked = plan.recipe.model_dump(mode="json", exclude_unset=True)
+    store.put(join(plan.output, RECIPE_NAME), plain_yaml(asked).encode())
+    door = plan.recipe.output.door(plan.result.files, plan.library)
+    written = []
+    for name, data in documents.items():
+        if name == door:
+            demand_no_foreign(plan, stores, documents)
+        pin = store.put(within(plan.output, name), data)
+        written.append(WrittenFile(name=name, size=pin.size, etag=pin.etag, crc32c=crc32c(memoryview(data))))
+    return written
+
+
+def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
+    """Write the result record: from now on the merge is done."""
+    text = result.model_dump_json(indent=2) + "\n"
+    stores.of(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
+
+
+def _without(keys: Sequence[str], data: bytes) -> bytes:
+    """Return a JSON object without some of its keys; those of parts as `part.key`."""
+    if not keys:
+        return data
+    whole = json.loads(data)
+    for key in keys:
+        *parents, last = key.split(".")
+        part = whole
+        for parent in parents:
+            part = part[parent]
+        del part[last]
+    return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return printable(", ".join(names[:FEW])) + more
+
+
+def _last(uri: str) -> str:
+    return uri.rpartition("/")[2]

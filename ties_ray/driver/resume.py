@@ -1,0 +1,212 @@
+"""What an output folder holds already: nothing, this merge done or half-done, another one, or something else."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from ties_ray.driver.publish import demand_no_foreign, foreign_files, listed, own_names
+from ties_ray.errors import InputError, Problem
+from ties_ray.libraries.loaders import LOADED_FOLDERS, RESULT_NAME, SUMS_NAME, is_loaded
+from ties_ray.planning.plan import Plan, make_plan
+from ties_ray.reports.records import MergeResult, find_result
+from ties_ray.state.manifest import FOLDER, Manifest, Start, find_runs
+from ties_ray.stores import Pin, Stores, join, within
+
+
+def finished(wanted: Plan, stores: Stores) -> MergeResult | None:
+    """Return the result record if the output holds just this merge, whole; None if it does not hold it."""
+    result = find_result(stores, wanted.output)
+    if result is None or result.run_id != wanted.run_id:
+        return None
+    _demand_files(stores, wanted.output, result)
+    return result.model_copy(update={"reused": True})
+
+
+def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manifest, bool]:
+    """Return (plan, manifest, whether it is continued) of a run; refuse a folder that holds something else.
+
+    fresh: remove what earlier runs left, and begin a generation that nothing of theirs can reach.
+    """
+    output = wanted.output
+    runs = find_runs(stores, output)
+    mine = [generation for run_id, generation in runs if run_id == wanted.run_id]
+    removed: list[str] = []
+    if fresh:
+        removed = _forget(wanted, stores, runs)
+    else:
+        _refuse_others(wanted, stores, runs)
+        if mine:
+            manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, mine[-1]))
+            start = manifest.read_start()
+            if start:
+                return _continued(wanted, manifest, start), manifest, True
+    manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, max(mine, default=0) + 1))
+    if removed:
+        note = f"--fresh has removed what a loader might have taken for this model: {listed(removed)}"
+        wanted = replace(wanted, notes=(*wanted.notes, note))
+    manifest.write_start(Start(digest=wanted.digest(), part_size=wanted.recipe.output.part_size))
+    return wanted, manifest, False
+
+
+def clean(stores: Stores, output: str, *, remove: bool) -> list[str]:
+    """Return what interrupted merges left in an output, and remove it: uploads, and manifests of unfinished runs.
+
+    The manifest of a finished merge stays (`verify` reads it), and so does every visible file. A folder that no merge
+    has ever used is left alone, whatever uploads are under way there. Call it while holding the lease.
+    """
+    result, runs, store = find_result(stores, output), find_runs(stores, output), stores.of(output)
+    if result is None and not runs:
+        return []
+    found = []
+    for uri, upload in store.list_uploads(output):  # first: without a run, they would not be looked for again
+        found.append(f"unfinished upload of {uri.rsplit('/', 1)[-1]} ({upload[:16]})")
+        if remove:
+            store.abort_upload(uri, upload)
+    kept = max((run for run in runs if result and run[0] == result.run_id), default=None)
+    for run in runs:
+        if run != kept:
+            found.append(f"unfinished run {run[0]}, generation {run[1]}")
+            if remove:
+                store.delete_folder(Manifest.folder_of(output, *run))
+    return found
+
+
+def _refuse_others(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
+    output = wanted.output
+    result = find_result(stores, output)
+    others = [run for run in runs if run[0] != wanted.run_id]
+    remedy = "choose another folder (a path with {run_id} gives each merge its own), or replace it with --fresh"
+    what = ""
+    if result is not None:
+        what = f"holds the result of another merge, run {result.run_id}"
+    elif others:
+        changed = _what_changed(wanted, _claim(stores, output, others[-1]))
+        what = f"holds an unfinished merge, run {others[-1][0]}, which differs from this one: {changed}"
+    elif not runs:
+        listing = stores.of(output).list(output)
+        names = [uri.rsplit("/", 1)[-1] for uri in (*(pin.uri for pin in listing.files), *listing.folders)]
+        foreign = [name for name in names if name != FOLDER]
+        what = f"holds something else: {', '.join(foreign[:5])}" if foreign else ""
+    if what:
+        _demand_no_folders(stores, output, own_names(wanted) | _written(_claims(stores, output, runs)))
+        raise InputError(Problem(output, what, remedy))
+    demand_no_foreign(wanted, stores, own_names(wanted))
+
+
+def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[str]:
+    """Remove earlier runs, and files that a loader would take; return the names of those that no run has written.
+
+    First goes what makes an earlier result look whole, then weights, uploads and manifests. Weights go too, lest an old
+    file pass for one that this run has completed, where an ETag tells nothing. A plan that can't be read, of another
+    version or of a plugin that is not here, tells nothing, and goes as well. Only files that a listing of the folder
+    shows are removed, and in folders only those that an earlier run of this output has written. The plan of another run
+    may be anybody's: of the names in it only those count that a loader would open.
+    """
+    output, store = wanted.output, stores.of(wanted.output)
+    claims = _claims(stores, output, runs)
+    written = _written(claims)
+    own = own_names(wanted) | written
+    _demand_no_folders(stores, output, own)
+    lying = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
+    doors = {plan.recipe.output.door(plan.result.files, plan.library) for plan in (wanted, *claims)}
+    taken = [name for name in sorted(lying) if name in own or is_loaded(name)]
+    first = [RESULT_NAME, SUMS_NAME, *sorted(doors & own)]
+    for name in (*(name for name in first if name in lying), *(name for name in taken if name not in first)):
+        store.delete(join(output, name))
+    folders = {name.partition("/")[0] for name in own if "/" in name}
+    for folder in folders & {uri.rpartition("/")[2] for uri in store.list(output).folders}:
+        store.list_below(output, folder)  # refuses a link that leads out of the output
+        for name in sorted(name for name in own if name.startswith(f"{folder}/")):
+            store.delete(within(output, name))
+    for uri, upload in store.list_uploads(output):
+        store.abort_upload(uri, upload)
+    for run in runs:
+        store.delete_folder(Manifest.folder_of(output, *run))
+    return [name for name in taken if name not in written and name not in (RESULT_NAME, SUMS_NAME)]
+
+
+def _demand_no_folders(stores: Stores, output: str, own: Collection[str]) -> None:
+    """Raise `InputError` where folders in the output hold files that --fresh leaves and a loader would take."""
+    inside = [name for name in foreign_files(stores, output, own) if "/" in name]
+    if inside:
+        what = f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
+        raise InputError(
+            Problem(output, what, "remove these folders yourself and run it with --fresh, or choose another output")
+        )
+
+
+def _claims(stores: Stores, output: str, runs: Sequence[tuple[str, int]]) -> list[Plan]:
+    """Return the plans that lie in earlier runs' folders, whoever wrote them."""
+    return [claim for run in runs if (claim := _claim(stores, output, run))]
+
+
+def _written(claims: Sequence[Plan]) -> set[str]:
+    """Return the names that earlier runs claim to publish, as far as a loader would open them."""
+    return {name for claim in claims for name in _names(claim) if _may_be_ours(name)}
+
+
+def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:
+    sizes = {pin.uri.rsplit("/", 1)[-1]: pin.size for pin in stores.of(output).list(output).files}
+    gone = [file.name for file in result.files if sizes.get(file.name) != file.size]
+    gone += [file.name for file in result.documents if "/" not in file.name and file.name not in sizes]
+    if gone:
+        what = f"the result record is there, but not as it says: {', '.join(gone[:5])}"
+        raise InputError(Problem(output, what, "put the files back, or merge again with --fresh"))
+
+
+def _what_changed(wanted: Plan, stored: Plan | None) -> str:
+    if stored is None:
+        return "its plan is not there, or can't be read"
+    changes = []
+    if stored.arithmetic != wanted.arithmetic:
+        changes.append(f"arithmetic {stored.arithmetic} there, {wanted.arithmetic} here")
+    fields = ("method", "exclude", "allow", "output")
+    changes += [f"`{field}`" for field in fields if getattr(stored.recipe, field) != getattr(wanted.recipe, field)]
+    before, now = ({pin.uri: pin for pin in _pins(plan)} for plan in (stored, wanted))
+    changes += [f"input {uri}" for uri in sorted(before.keys() | now.keys()) if before.get(uri) != now.get(uri)][:3]
+    return "; ".join(changes) or "models, weights or ids"
+
+
+def _pins(plan: Plan) -> Iterator[Pin]:
+    """Yield the pins of all files that decide what comes out."""
+    for model in (plan.catalog.base, *plan.catalog.models):
+        yield from model.objects
+    for small in plan.catalog.small_files:
+        yield small.pin
+
+
+def _may_be_ours(name: str) -> bool:
+    """Return whether a name in a plan that lies in the output is one of those that merges publish for loaders."""
+    folder, _, last = name.rpartition("/")
+    return is_loaded(last) or folder in LOADED_FOLDERS
+
+
+def _names(claim: Plan) -> set[str]:
+    """Return the names that another run's plan claims to publish; none where it contradicts itself."""
+    with suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        return own_names(claim)
+    return set()
+
+
+def _claim(stores: Stores, output: str, run: tuple[str, int]) -> Plan | None:
+    """Return the plan that lies in another run's folder, whoever wrote it; None where none can be read."""
+    with suppress(InputError):
+        return Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
+    return None
+
+
+def _continued(wanted: Plan, manifest: Manifest, start: Start) -> Plan:
+    """Return the plan by which a run goes on: this call's own, cut into the parts that the run began with.
+
+    The stored plan is not asked. Raises `InputError` where the records rest on something else than this plan does.
+    """
+    if wanted.digest() != start.digest:
+        what = "the unfinished merge there read its inputs in another way, though their content is the same"
+        remedy = "put the configs of the inputs back as they were, or merge again with --fresh"
+        raise InputError(Problem(manifest.folder, what, remedy))
+    if wanted.recipe.output.part_size == start.part_size:
+        return wanted
+    output = wanted.recipe.output.model_copy(update={"part_size": start.part_size})
+    made = make_plan(wanted.recipe.model_copy(update={"output": output}), wanted.catalog)
+    note = "continued with the parts of the run that began: output.part_size of this call is ignored"
+    return replace(made, notes=(*made.notes, note))

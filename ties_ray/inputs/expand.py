@@ -1,0 +1,322 @@
+"""Which folders a recipe means: globs, tables and plain paths become a list of models, in recipe order."""
+
+import csv
+import io
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import ValidationError
+
+from ties_ray.errors import InputError, Problem, RecipeError, printable
+from ties_ray.recipe.recipe import ModelEntry, Recipe, unfit
+from ties_ray.stores import Stores, leads_from, scheme_of, shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+TABLE_BYTES = 4 * 2**20
+"""Largest table of models that is read..."""
+TABLE_ROWS = 40_000
+"""...and the most rows of one: a table of empty rows would take a hundred times its size in memory."""
+LINE_SHOWN = 200
+"""Characters of a header row that a message repeats."""
+LINES_SHOWN = 20
+"""Problems shown of one table; the rest is counted."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+"""Endings of files that hold weights, also of such as are refused afterwards."""
+COLUMNS = ("path", "weight", "density", "file", "variant")
+BASE = "base"
+"""The base's id."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the expanded list, or the base."""
+
+    place: str
+    """Where it stands in the recipe, for messages: `models.3`."""
+    uri: str
+    id: str = ""
+    """Until the list is complete: empty where the recipe gives none."""
+    weight: float = 1.0
+    density: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    version_id: Mapping[str, str] = field(default_factory=dict)
+    settle: float = 0.0
+    """Seconds that its newest file must be old."""
+    file: str | None = None
+    variant: str | None = None
+    """Which of several models in the folder is meant."""
+
+
+class Expanded(NamedTuple):
+    """What a recipe's list of models means."""
+
+    entries: tuple[Entry, ...]
+    """The base, if there is one, then the models, each with an id."""
+    notes: tuple[str, ...]
+    waiting: tuple[str, ...]
+    """Folders that are left for a later merge, and why."""
+
+
+def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
+    """Return what a recipe's list of models means; a glob costs a listing a folder, `settle` two more a model.
+
+    Raises `RecipeError` for what the recipe contradicts, `InputError` for what is not there, with every problem.
+    """
+    entries: list[Entry] = []
+    notes: list[str] = []
+    wrong: list[Problem] = []
+    missing: list[Problem] = []
+    waiting: list[str] = []
+    for number, asked in enumerate(recipe.models):
+        place = f"models.{number}"
+        try:
+            found = _settled(list(entries_of(asked, place, stores, threads, notes)), stores, threads, waiting)
+        except RecipeError as error:
+            wrong += error.problems
+        except InputError as error:
+            missing += error.problems
+        else:
+            entries += found
+            if len(found) < (asked.at_least or 0):
+                what = f"{asked.path or asked.table} yields {len(found)} models, at_least is {asked.at_least}"
+                missing.append(Problem(place, what, "look for models that were not written"))
+    base = []
+    if recipe.base:
+        uri = recipe.base.path.rstrip("/") or "/"
+        base.append(Entry(BASE, uri, BASE, file=recipe.base.file, variant=recipe.base.variant))
+    everything = [*base, *entries]
+    wrong += [*_repeated(everything), *_overlapping(recipe.output.path, everything)]
+    named = [*base, *(replace(entry, id=entry.id or str(position)) for position, entry in enumerate(entries))]
+    wrong += [
+        Problem("models", f"{count} models have the id {name!r}", "give each its own; by default it is the position")
+        for name, count in Counter(entry.id for entry in named).items()
+        if count > 1
+    ]
+    if wrong:
+        raise RecipeError(wrong + missing)
+    if missing:
+        raise InputError(missing)
+    return Expanded(tuple(named), tuple(notes), tuple(waiting))
+
+
+def overlaps(one: str, other: str) -> bool:
+    """Return whether two folders are the same or one lies in the other (links of a local path followed)."""
+    first, second = _real(one) + "/", _real(other) + "/"
+    return first.startswith(second) or second.startswith(first)
+
+
+def _real(uri: str) -> str:
+    if scheme_of(uri) == "local":
+        return os.path.realpath(uri.removeprefix("file://")).rstrip("/")
+    return uri.rstrip("/")
+
+
+def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor, notes: list[str]) -> Iterator[Entry]:
+    """Yield the models that one line of `models` means; what a reader should know is added to `notes`."""
+    if asked.table is not None:
+        rows = _table(asked, place, stores)
+        gone = _left_out([entry.uri for entry in rows], asked.not_)
+        yield from (entry for entry in rows if entry.uri not in gone)
+        return
+    path = asked.path or ""
+    model = Entry(place, path.rstrip("/") or "/", weight=asked.weight, density=asked.density)
+    model = replace(model, file=asked.file, variant=asked.variant)
+    if not asked.is_glob or _exists(path, stores):
+        yield replace(model, id=asked.id or "", sha256=asked.sha256, version_id=asked.version_id, settle=asked.settle)
+        return
+    matched, checkpoints = _match(path, place, stores, threads)
+    if checkpoints:
+        notes.append(
+            f"{path}: {len(checkpoints)} checkpoint-* folders are not taken as models unless the glob names them"
+        )
+    links = [uri for uri in matched if _is_link(uri)]
+    gone = _left_out(matched, asked.not_) | (set() if asked.links else set(links))
+    found = [uri for uri in matched if uri not in gone]
+    if not found:
+        what = f"no folder matches {path}"
+        if matched:
+            what = f"`not` and `links` leave out all {len(matched)} matches of {path}"
+        hint = f"name them: {path.rstrip('/')}/checkpoint-*" if checkpoints else "check the path and its permissions"
+        if "[" in path and not matched:
+            hint += "; `[` begins a set of characters: `glob: false` or `[[]` takes it as it is"
+        raise InputError(Problem(place, what, hint))
+    if followed := [f"{_last(uri)} to {_real(uri)}" for uri in found if uri in links]:
+        notes.append(f"{path}: {len(followed)} folders are links ({_few(followed)}); `links: false` leaves them out")
+    for uri in found:
+        yield replace(model, uri=uri, settle=asked.settle)
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(map(printable, texts[:4])) + ", ..." * (len(texts) > 4)
+
+
+def _exists(path: str, stores: Stores) -> bool:
+    """Return whether there is a folder of that very path, whatever its characters mean in a pattern."""
+    try:
+        listing = stores.of(path).list(path.rstrip("/") or "/")
+    except InputError:  # of a local path: a file, or a folder whose links lead out, which is told when it is read
+        return scheme_of(path) == "local"
+    return bool(listing.files or listing.folders)
+
+
+def _is_link(uri: str) -> bool:
+    return scheme_of(uri) == "local" and os.path.islink(uri.removeprefix("file://"))
+
+
+def _settled(entries: Sequence[Entry], stores: Stores, threads: Executor, waiting: list[str]) -> list[Entry]:
+    """Return the entries whose folders hold weights and have come to rest; note in `waiting` what others lack."""
+
+    def look(entry: Entry) -> str:
+        if not entry.settle:
+            return ""
+        store = stores.of(entry.uri)
+        if not any(pin.uri.endswith(WEIGHTS) for pin in store.list(entry.uri).files):
+            return "it has no weights yet"
+        newest = store.newest(entry.uri)
+        age = math.inf if newest is None else time.time() - newest
+        return f"its newest file is {age:.0f} s old, settle is {entry.settle:g} s" if age < entry.settle else ""
+
+    why = list(threads.map(look, entries))
+    waiting += [f"{entry.uri}: {reason}" for entry, reason in zip(entries, why, strict=True) if reason]
+    left = [entry for entry, reason in zip(entries, why, strict=True) if not reason]
+    if entries and not left:
+        raise InputError(Problem(entries[0].place, f"all {len(entries)} models wait: {waiting[-1]}", "merge later"))
+    return left
+
+
+def _is_glob(path: str) -> bool:
+    return any(char in path for char in "*?[")
+
+
+def _match(path: str, place: str, stores: Stores, threads: Executor) -> tuple[list[str], list[str]]:
+    """Return the folders that match, sorted by the bytes of their URIs, and `checkpoint-*` folders passed over."""
+    scheme, separator, rest = path.partition("://") if "://" in path else ("", "", path)
+    segments = rest.rstrip("/").split("/")
+    first = next(index for index, segment in enumerate(segments) if _is_glob(segment))
+    if "**" in segments:
+        raise RecipeError(Problem(place, f"`**` in {path} is not supported", "write one `*` for each level of folders"))
+    if separator and scheme != "file" and first == 0:
+        raise RecipeError(Problem(place, f"{path} has a glob for the bucket", "name the bucket"))
+    level = [scheme + separator + "/".join(segments[:first]) or ("/" if path.startswith("/") else ".")]
+    passed_over: list[str] = []
+    for segment in segments[first:]:
+        below = [uri for some in threads.map(lambda uri: stores.of(uri).folders(uri), level) for uri in some]
+        matched = [uri for uri in below if fnmatchcase(_last(uri), segment)]
+        matched = [uri for uri in matched if segment.startswith(".") or not _last(uri).startswith(".")]
+        # A trainer leaves its intermediate states beside the model, in folders that look like models.
+        states = [uri for uri in matched if _last(uri).startswith("checkpoint-") and "checkpoint" not in segment]
+        passed_over += states
+        level = [uri for uri in matched if uri not in states]
+    return sorted(level), passed_over  # code points sort as their UTF-8 bytes do
+
+
+def _left_out(uris: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """Return the paths which a pattern matches, or whose last segments do, as many as the pattern has.
+
+    A pattern that is the very path of some, or their last segments, means these alone.
+    """
+    gone: set[str] = set()
+    for pattern in (pattern.rstrip("/") for pattern in patterns):
+        ends = {uri: "/".join(uri.split("/")[-pattern.count("/") - 1 :]) for uri in uris}
+        exact = {uri for uri, end in ends.items() if pattern in (uri, end)}
+        gone |= exact or {uri for uri, end in ends.items() if fnmatchcase(uri, pattern) or fnmatchcase(end, pattern)}
+    return gone
+
+
+def _plain(path: str, stores: Stores) -> str | None:
+    """Return the one folder that a path with `*`, `?` or `[` means: itself, or what it quotes; None for a pattern."""
+    quoted = re.sub(r"\[([][*?])\]", r"\1", path)
+    rest = re.sub(r"\[[][*?]\]", "", path)
+    return path if _exists(path, stores) else None if any(char in rest for char in "*?[") else quoted
+
+
+def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
+    table = asked.table or ""
+    try:
+        _, data = stores.of(table).get(table, TABLE_BYTES)
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True)
+        columns = reader.fieldnames or []
+        known = "path" in columns and set(columns) <= set(COLUMNS)
+        rows = list(islice(reader, TABLE_ROWS + 1)) if known else []
+    except FileNotFoundError:
+        raise InputError(Problem(place, f"there is no table {table}", "check the path")) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(Problem(table, f"is not a CSV file in UTF-8 ({error})", "save it again")) from None
+    if not rows:
+        what = f"needs a header row and at least one model; columns: {', '.join(COLUMNS)}, the last two optional"
+        raise InputError(Problem(table, f"{what}; it has {', '.join(columns)[:LINE_SHOWN] or 'none'}"))
+    if len(rows) > TABLE_ROWS:
+        raise InputError(Problem(table, f"has more than {TABLE_ROWS:,} rows", "split it into several tables"))
+    entries, problems = [], []
+    for line, row in enumerate(rows, start=2):
+        if None in row:
+            problems.append(
+                Problem(f"{table}:{line}", "has more fields than the header row", "quote a path with commas")
+            )
+            continue
+        given = {key: value.strip() for key, value in row.items() if value and value.strip()}
+        wrong = [problem._replace(where=f"{table}:{line}") for problem in unfit(given)]
+        if wrong:
+            problems += wrong
+            continue
+        try:
+            shared = {"weight": asked.weight, "density": asked.density, "file": asked.file, "variant": asked.variant}
+            model = ModelEntry.model_validate({**shared, **given})
+        except ValidationError as error:
+            problems += [Problem(f"{table}:{line}", _message(item)) for item in error.errors(include_url=False)]
+            continue
+        place = f"{table}:{line}"
+        path = (model.path or "").rstrip("/") or "/"
+        if not leads_from(table, path):
+            what = f"names {shown(path)}, and a table of {scheme_of(table)}:// may only name what lies there too"
+            problems.append(Problem(place, what, "write that model into the recipe"))
+            continue
+        plain = _plain(path, stores) if model.is_glob else path
+        if plain is None:
+            problems.append(Problem(place, "has a glob as its path", "write one folder a row; `[[]` stands for `[`"))
+            continue
+        own = Entry(place, plain, weight=model.weight, density=model.density, settle=asked.settle)
+        entries.append(replace(own, file=model.file, variant=model.variant))
+    if len(problems) > LINES_SHOWN:
+        more = Problem(table, f"and {len(problems) - LINES_SHOWN:,} more problems")
+        problems = [*problems[:LINES_SHOWN], more]
+    if problems:
+        raise InputError(problems)
+    return entries
+
+
+def _repeated(entries: Sequence[Entry]) -> Iterator[Problem]:
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        other = first.setdefault(_real(entry.uri), entry)
+        if other is not entry and not (entry.id and other.id):
+            remedy = "give each an `id` if this is meant" if other.id != BASE else "leave it out: its change is zero"
+            if not entry.id and other.place == entry.place:  # of one glob: one is a link to the other
+                remedy = f"leave one out: `links: false`, or `not: [{_last(entry.uri)}]`"
+            yield Problem(entry.place, f"{entry.uri} stands in the recipe twice, first as {other.place}", remedy)
+
+
+def _overlapping(output: str, entries: Sequence[Entry]) -> Iterator[Problem]:
+    for entry in entries:
+        if overlaps(output, entry.uri):
+            what = f"{output} and the input {entry.uri} ({entry.place}) lie in each other"
+            yield Problem("output.path", what, "write to a folder of its own")
+
+
+def _message(item: "ErrorDetails") -> str:
+    return ": ".join([*map(str, item["loc"]), item["msg"].removeprefix("Value error, ")])
+
+
+def _last(uri: str) -> str:
+    return uri.rpartition("/")[2]

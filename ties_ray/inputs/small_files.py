@@ -1,0 +1,206 @@
+"""The files beside the weights that an output takes over: which ones, pinned, and what is left and why."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ties_ray.errors import InputError, Problem, printable
+from ties_ray.libraries.downloads import SNIFFED, mistaken, pointer
+from ties_ray.libraries.loaders import MODULES, is_loaded, module_folders, role
+from ties_ray.stores import Listing, Pin, Stores, within
+
+LIMIT = 256 * 2**20
+"""Bytes of the largest file that is taken over; tokenizers of large vocabularies come near 40 MB."""
+MOST_FILES = 2000
+"""Files of one folder, with all folders in it, that are taken over."""
+MOST_BYTES = 2**30
+"""Bytes of all files that are taken over: they are in memory together when they are published."""
+MOST_FOLDERS, DEEPEST = 200, 4
+"""Folders that are looked into, and how far down."""
+MOST_NAMED = 100
+"""Names in one note; of more, the first ones and a count."""
+TEXT_BYTES = 2**20
+"""Largest `modules.json` that is read."""
+COMPARED_BYTES = 64 * 2**20
+"""Largest file that is compared byte by byte."""
+
+
+@dataclass(frozen=True)
+class SmallFile:
+    """A file that the output takes over (config, tokenizer, chat template, licence, a small module's weights)."""
+
+    name: str
+    """Relative to the model's folder: `1_Pooling/config.json`."""
+    pin: Pin
+    without: tuple[str, ...] = ()
+    """Of a JSON object: keys that the output's file lacks; of its parts as `part.key`."""
+
+
+class Taken(NamedTuple):
+    """What an output takes over from an input."""
+
+    files: tuple[SmallFile, ...]
+    """Sorted by name."""
+    notes: tuple[str, ...]
+
+
+class _Tree(NamedTuple):
+    """The files of a folder and of the folders in it, by relative name, and what was not looked into."""
+
+    files: dict[str, Pin]
+    left: list[str]
+
+
+def take(uri: str, listing: Listing, stores: Stores, threads: Executor) -> Taken:
+    """Return the small files of an input folder, pinned, and notes on what is left of it.
+
+    All come along but weights, what belongs to a training, and hidden files. A folder that holds weights is another
+    model's and stays, unless `modules.json` names it. Costs a listing a folder and a request a file. Raises
+    `InputError` where a file is not what its listing shows.
+    """
+    modules = _modules(uri, listing, stores)
+    tree = _tree(uri, listing, stores, threads)
+    foreign = {_folder(name) for name in tree.files if role(name) == "weights"} - {""}
+    foreign = {one for one in foreign if not any(_is_in(one, module) for module in modules)}
+    wanted: dict[str, Pin] = {}
+    left = list(tree.left)
+    for name, pin in sorted(tree.files.items()):
+        of_module = any(_is_in(_folder(name), module) for module in modules)
+        kind = "small" if of_module and role(name) == "weights" else role(name)
+        elsewhere = [one for one in foreign if _is_in(_folder(name), one)]
+        if elsewhere:
+            left.append(f"{min(elsewhere)}/")
+        elif kind == "small" and pin.size <= LIMIT and _is_plain(name):
+            wanted[name] = pin
+        elif kind not in ("hidden", "own") and not _is_expected(name):
+            left.append(name)
+    size = sum(pin.size for pin in wanted.values())
+    if len(wanted) > MOST_FILES or size > MOST_BYTES:
+        what = f"holds {len(wanted):,} files of {size:,} bytes beside its weights, and at most {MOST_FILES:,} of"
+        what += f" {MOST_BYTES:,} are taken over"
+        raise InputError(Problem(uri, what, "move those aside that are not the model's"))
+    heads = list(threads.map(lambda pin: stores.of(pin.uri).head_listed(pin, SNIFFED), wanted.values()))
+    problems = [
+        Problem(within(uri, name), *other, "download")
+        for name, (pin, head) in zip(wanted, heads, strict=True)
+        if (other := _mistaken(name, head, pin.size))
+    ]
+    if problems:
+        raise InputError(problems)
+    files = tuple(SmallFile(name, pin) for name, (pin, _) in zip(wanted, heads, strict=True))
+    return Taken(files, tuple(_notes(uri, [one.name for one in files], list(dict.fromkeys(left)))))
+
+
+def differing_modules(
+    taken: Sequence[SmallFile], others: Mapping[str, str], stores: Stores, threads: Executor
+) -> list[str]:
+    """Return a note for each file of a sentence-transformers module that some models have otherwise.
+
+    others: the URI of each model by its id. The files of a module are not merged, so that a trained one stays as it is
+    in the input that gives the small files.
+    """
+    text = next((stores.of(one.pin.uri).get_pinned(one.pin) for one in taken if one.name == MODULES), b"[]")
+    ours = {one.name: one.pin for one in taken if any(_is_in(_folder(one.name), each) for each in module_folders(text))}
+    folders = sorted({_folder(name) for name in ours})
+
+    def of(uri: str) -> list[str]:
+        found = {}
+        for folder in folders:
+            for pin in stores.of(uri).list_below(uri, folder).files:
+                found[f"{folder}/{_last(pin.uri)}"] = pin
+        return [name for name, pin in ours.items() if name in found and not _same(pin, found[name], stores)]
+
+    who: dict[str, list[str]] = {}
+    for id_, names in zip(others, threads.map(of, others.values()), strict=True):
+        for name in names:
+            who.setdefault(name, []).append(id_)
+    return [
+        f"model{'s' * (len(ids) > 1)} {', '.join(ids)}: {name} differs, and is not merged: the output has the one of"
+        " `output.files_from`"
+        for name, ids in sorted(who.items())
+    ]
+
+
+def _mistaken(name: str, head: bytes, size: int) -> tuple[str, str] | None:
+    """Return what a file is, and what to do, where it is a pointer, or a page instead of a JSON text that is loaded."""
+    if pointer(head):
+        return mistaken(head, size)
+    return mistaken(head, size, text=True) if name.endswith(".json") and is_loaded(name) else None
+
+
+def _modules(uri: str, listing: Listing, stores: Stores) -> tuple[str, ...]:
+    """Return the folders that `modules.json` names."""
+    for pin in listing.files:
+        if _last(pin.uri) == MODULES:
+            found, data = stores.of(uri).head_listed(pin, TEXT_BYTES)
+            if found.size <= TEXT_BYTES:
+                return module_folders(data)
+    return ()
+
+
+def _tree(uri: str, listing: Listing, stores: Stores, threads: Executor) -> _Tree:
+    """Return all files below a folder, level by level; of folders that no output takes, the names alone."""
+    files = {_last(pin.uri): pin for pin in listing.files}
+    left: list[str] = []
+    level = [_last(folder) for folder in listing.folders]
+    looked = 0
+    for _ in range(DEEPEST):
+        entered = [name for name in level if role(name) == "small" and _is_plain(name)][: MOST_FOLDERS - looked]
+        left += [f"{name}/" for name in level if name not in entered and role(name) != "hidden"]
+        looked += len(entered)
+        level = []
+        for name, inside in zip(entered, threads.map(lambda each: _below(uri, each, stores), entered), strict=True):
+            files |= {f"{name}/{_last(pin.uri)}": pin for pin in inside.files}
+            level += [f"{name}/{_last(folder)}" for folder in inside.folders]
+    return _Tree(files, [*left, *(f"{name}/" for name in level)])
+
+
+def _below(uri: str, name: str, stores: Stores) -> Listing:
+    within(uri, name)
+    return stores.of(uri).list_below(uri, name)
+
+
+def _notes(uri: str, names: Sequence[str], left: Sequence[str]) -> Iterator[str]:
+    if left:
+        more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
+        yield f"not taken over from {uri}: {printable(', '.join(left[:MOST_NAMED]))}{more}"
+    code = [name for name in names if name.endswith(".py")]
+    if code:
+        yield (
+            f"code of {uri} comes along and was not run: {printable(', '.join(code))}; a loader runs it where it is"
+            " told to trust the model"
+        )
+
+
+def _same(one: Pin, other: Pin, stores: Stores) -> bool:
+    """Return whether two files hold the same bytes, as far as it is cheap to tell."""
+    if one.size != other.size:
+        return False
+    if one.etag and one.etag == other.etag:
+        return True
+    if one.size > COMPARED_BYTES:
+        return False
+    return stores.of(one.uri).get_pinned(one) == stores.of(other.uri).head_listed(other, other.size)[1]
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether any file system can have a file of this name, and any terminal show it."""
+    return name.isprintable() and "\\" not in name
+
+
+def _is_expected(name: str) -> bool:
+    """Return whether everybody knows that a file stays: it is the weights that are merged."""
+    return "/" not in name and (name.endswith(".safetensors") or name.endswith(".safetensors.index.json"))
+
+
+def _is_in(folder: str, other: str) -> bool:
+    return folder == other or folder.startswith(f"{other}/")
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _last(uri: str) -> str:
+    return uri.rpartition("/")[2]

@@ -1,0 +1,210 @@
+"""How the result lies in files and parts, and how the work on it is cut into shards.
+
+Shards are computed from their number, not stored: a plan of 100,000 of them is as small as its headers.
+"""
+
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from ties_ray.formats import Parameter
+from ties_ray.inputs.catalog import Catalog
+from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTensor, Placed
+from ties_ray.recipe.recipe import Recipe
+from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
+
+MODEL_GROUP = 32
+"""Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""
+MAX_SHARD = 64 * 2**20
+"""Bytes: a shard of the merge holds as many whole parts as fit in this, at least one."""
+MAX_RANGE = 32 * 2**20
+MIN_RANGE = 2**20
+"""Elements of a shard in rounds that count or gather."""
+SHARDS_AT_LEAST = 16
+"""Small merges are cut finer than the sizes above, so that several workers have something to do."""
+
+RoundKind = Literal["survey", "count_high", "count_low", "gather", "condense", "merge"]
+COUNTS = ("count_high", "count_low")
+
+
+class Segment(NamedTuple):
+    """A run of elements of one parameter."""
+
+    parameter: int
+    """Index into the catalog's parameters."""
+    start: int
+    stop: int
+
+
+class Shard(NamedTuple):
+    """One unit of scheduling."""
+
+    models: tuple[int, int]
+    """The models [start, stop) it reads, as indices into the result's members."""
+    segments: tuple[Segment, ...] = ()
+    """In all rounds but the merge; where matrices are condensed, one whole parameter."""
+    file: int = 0
+    parts: tuple[int, int] = (0, 0)
+    """In the merge: parts [start, stop) of the file, from 0."""
+
+
+class Layout:
+    """Where each shard begins and ends; derived from recipe, catalog and files, never stored."""
+
+    def __init__(self, recipe: Recipe, catalog: Catalog, files: Sequence[OutputFile]) -> None:
+        self.part_size = part_size(recipe, files)
+        self.files = files
+        self.parameters = catalog.parameters
+        self.by_name = {parameter.name: index for index, parameter in enumerate(catalog.parameters)}
+        self._merged = [index for index, parameter in enumerate(catalog.parameters) if parameter.merged]
+        self._ends = list(itertools.accumulate(catalog.parameters[index].numel for index in self._merged))
+        """Of each merged parameter in the concatenation of all."""
+        self.num_elements = self._ends[-1] if self._ends else 0
+        """The d of every checkpoint's task vector."""
+        self._range = min(MAX_RANGE, max(MIN_RANGE, -(-self.num_elements // SHARDS_AT_LEAST)))
+        self._parts_a_shard = max(
+            1, min(MAX_SHARD, sum(file.size for file in files) // SHARDS_AT_LEAST) // self.part_size
+        )
+        self.matrices = [index for index in self._merged if catalog.parameters[index].changed]
+        """What is condensed, where the output does that: one shard each."""
+        shards = [-(-self.num_parts(index) // self._parts_a_shard) for index in range(len(files))]
+        self._shard_ends = list(itertools.accumulate(shards))
+        self._starts = [[placed.start for placed in file.tensors] for file in files]
+
+    def num_parts(self, file: int) -> int:
+        """Return how many parts a file has (at least one)."""
+        return -(-self.files[file].size // self.part_size)
+
+    @property
+    def num_merge_shards(self) -> int:
+        """Return the number of runs of parts over all files."""
+        return self._shard_ends[-1]
+
+    def merge_shard(self, index: int, num_models: int) -> Shard:
+        """Return a run of parts of one file."""
+        file = bisect.bisect_right(self._shard_ends, index)
+        first = (index - (self._shard_ends[file - 1] if file else 0)) * self._parts_a_shard
+        last = min(first + self._parts_a_shard, self.num_parts(file))
+        return Shard(models=(0, num_models), file=file, parts=(first, last))
+
+    def part(self, file: int, number: int) -> tuple[int, int]:
+        """Return the bytes [start, stop) of part `number` (from 0)."""
+        return number * self.part_size, min((number + 1) * self.part_size, self.files[file].size)
+
+    def segments(self, shard: Shard) -> tuple[Segment, ...]:
+        """Return the merged elements that a shard covers."""
+        if not shard.parts[1]:
+            return shard.segments
+        return tuple(
+            Segment(self.by_name[placed.tensor.parameter], first, last)
+            for number in range(*shard.parts)
+            for placed, first, last in elements_in(self, shard.file, number)
+            if placed.tensor.origin == "merged"
+        )
+
+    def tensors_in(self, file: int, start: int, stop: int) -> Iterator[Placed]:
+        """Yield the tensors that have bytes in [start, stop) of a file, in order."""
+        first = max(0, bisect.bisect_right(self._starts[file], start) - 1)
+        for placed in self.files[file].tensors[first:]:
+            if placed.start >= stop:
+                return
+            if placed.stop > start:
+                yield placed
+
+    @property
+    def num_ranges(self) -> int:
+        """Return the number of ranges that counting rounds cut the merged parameters into."""
+        return -(-self.num_elements // self._range)
+
+    def range_(self, index: int) -> tuple[Segment, ...]:
+        """Return the segments of one range."""
+        start = index * self._range
+        stop = min(start + self._range, self.num_elements)
+        segments = []
+        position = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            parameter = self._merged[position]
+            begins = self._ends[position] - self.parameters[parameter].numel
+            ends = min(stop, self._ends[position])
+            if ends > start:
+                segments.append(Segment(parameter, start - begins, ends - begins))
+            start = ends
+            position += 1
+        return tuple(segments)
+
+    def ranges_over(self, segments: Iterable[Segment]) -> set[int]:
+        """Return the indices of the ranges that hold any of these elements."""
+        found: set[int] = set()
+        for parameter, start, stop in segments:
+            begins = self._ends[bisect.bisect_left(self._merged, parameter)] - self.parameters[parameter].numel
+            found.update(range((begins + start) // self._range, -(-(begins + stop) // self._range)))
+        return found
+
+    def shard(self, kind: RoundKind, index: int, num_models: int) -> Shard:
+        """Return what shard `index` of a round of this kind covers."""
+        if kind == "merge":
+            return self.merge_shard(index, num_models)
+        if kind == "survey":
+            return Shard(models=(index, index + 1))
+        if kind == "gather":
+            return Shard(models=(0, num_models), segments=self.range_(index))
+        if kind == "condense":
+            parameter = self.matrices[index]
+            return Shard(models=(0, num_models), segments=(Segment(parameter, 0, self.parameters[parameter].numel),))
+        # Group after group, so that a worker's tables serve many shards before they are written out.
+        group, position = divmod(index, self.num_ranges)
+        models = (group * MODEL_GROUP, min((group + 1) * MODEL_GROUP, num_models))
+        return Shard(models=models, segments=self.range_(position))
+
+
+def elements_in(layout: Layout, file: int, number: int) -> Iterator[tuple[Placed, int, int]]:
+    """Yield (tensor, first element, last element exclusive) of what a part holds; parts never split an element."""
+    start, stop = layout.part(file, number)
+    for placed in layout.tensors_in(file, start, stop):
+        size = DTYPE_BITS[placed.tensor.dtype] // 8
+        first = (max(start, placed.start) - placed.start) // size
+        last = (min(stop, placed.stop) - placed.start) // size
+        yield placed, first, last
+
+
+def part_size(recipe: Recipe, files: Sequence[OutputFile]) -> int:
+    """Return the size of a part: the recipe's, or 64 MiB, less where the whole output is small."""
+    if recipe.output.part_size is not None:
+        return int(recipe.output.part_size)
+    fitting = sum(file.size for file in files) // SHARDS_AT_LEAST
+    return min(DEFAULT_PART, max(8 * 2**20, fitting - fitting % PART_ALIGNMENT))
+
+
+def plan_files(recipe: Recipe, catalog: Catalog) -> tuple[OutputFile, ...]:
+    """Return the weight files: tensors dealt out in catalog order up to `file_size`, each file in canonical order."""
+    groups: list[list[OutputTensor]] = [[]]
+    filled = 0
+    library = recipe.output.library(catalog.library)
+    for tensor in recipe.output.tensors(catalog.parameters):
+        size = tensor_bytes(tensor)
+        if groups[-1] and filled + size > recipe.output.file_size and library.shards:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += size
+    return tuple(
+        _plan_file(library.file_name(number, len(groups)), group) for number, group in enumerate(groups, start=1)
+    )
+
+
+def _plan_file(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
+    ordered = sorted(tensors, key=lambda tensor: canonical_order(tensor.dtype, tensor.name))
+    header = build([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered], {"format": "pt"})
+    position = len(header)
+    placed = []
+    for tensor in ordered:
+        stop = position + tensor_bytes(tensor)
+        placed.append(Placed(tensor, position, stop))
+        position = stop
+    return OutputFile(name=name, header=header[8:].decode("ascii"), tensors=tuple(placed), size=position)
+
+
+def tensor_bytes(tensor: OutputTensor) -> int:
+    """Return the stored size of a tensor."""
+    return Parameter(tensor.name, tensor.shape, tensor.dtype, True).numel * DTYPE_BITS[tensor.dtype] // 8

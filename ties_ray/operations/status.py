@@ -1,0 +1,82 @@
+"""What lies in an output folder: a finished merge, or unfinished ones and how far they are."""
+
+from pydantic import BaseModel, ConfigDict
+
+from ties_ray.errors import InputError
+from ties_ray.planning.plan import Plan, PlannedRound
+from ties_ray.reports.records import MergeResult, find_result
+from ties_ray.state import documents, lease
+from ties_ray.state.lease import Holder
+from ties_ray.state.manifest import FOLDER, Manifest, find_runs
+from ties_ray.stores import Stores, within
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RoundStatus(_Record):
+    """How far one round is."""
+
+    name: str
+    shards: int
+    done: int
+    """Shards that are recorded; all of them once the round's barrier is behind."""
+
+
+class RunStatus(_Record):
+    """One generation of one run."""
+
+    run_id: str
+    generation: int
+    rounds: list[RoundStatus] = []
+    """Empty where no plan is stored."""
+    uploads: list[str] = []
+    """Weight files whose upload was begun."""
+    problem: str = ""
+    """Why its plan, or what is stored beside it, can't be read."""
+
+
+class Status(_Record):
+    """What an output folder holds."""
+
+    output: str
+    holder: Holder | None
+    """Who holds the output's lease: a merge at work, or one that was killed less than a minute ago."""
+    result: MergeResult | None
+    runs: list[RunStatus]
+
+
+def status(stores: Stores, output: str) -> Status:
+    """Return what the folder holds; reads the manifest, one request a record."""
+    runs = [_run(stores, output, run_id, generation) for run_id, generation in find_runs(stores, output)]
+    return Status(output=output, holder=_holder(stores, output), result=find_result(stores, output), runs=runs)
+
+
+def _holder(stores: Stores, output: str) -> Holder | None:
+    uri = within(output, f"{FOLDER}/{lease.NAME}")
+    try:
+        return documents.read(stores.of(output), uri, lease.HOLDER, documents.SMALL, "the lease", "")[1]
+    except (FileNotFoundError, InputError):
+        return None
+
+
+def _run(stores: Stores, output: str, run_id: str, generation: int) -> RunStatus:
+    manifest = Manifest(stores, Manifest.folder_of(output, run_id, generation))
+    uploads: list[str] = []
+    rounds: list[RoundStatus] = []
+    problem = ""
+    try:
+        uploads = list(manifest.read_uploads())
+        plan = manifest.read_last_plan()
+        planned = enumerate(plan.result.rounds) if plan else ()
+        rounds = [_round(manifest, plan, index, round_) for index, round_ in planned if plan]
+    except InputError as error:
+        problem = str(error)
+    return RunStatus(run_id=run_id, generation=generation, rounds=rounds, uploads=uploads, problem=problem)
+
+
+def _round(manifest: Manifest, plan: Plan, index: int, round_: PlannedRound) -> RoundStatus:
+    records = manifest.read_records(index, plan, manifest.record_names(index))
+    done = {shard for record in records for shard in record.shards}
+    return RoundStatus(name=round_.name, shards=round_.num_shards, done=len(done))

@@ -1,0 +1,1 @@
+"""What will be done: the plan of a merge, and the time that it takes."""

@@ -1,0 +1,1 @@
+"""What is asked for: the recipe, and its JSON Schema."""

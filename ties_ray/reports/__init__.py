@@ -1,0 +1,1 @@
+"""What is told about a merge: the result record, and the model card."""

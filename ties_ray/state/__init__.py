@@ -1,0 +1,1 @@
+"""What has been done, durable, beside the output."""

@@ -1,0 +1,183 @@
+"""One run at a time on an output: a lease with a heartbeat, at `<output>/.ties-ray/lease.json`.
+
+The holder rewrites it every few seconds. Another run watches it by its own clock, so that clocks need not agree: while
+it changes, the output is held; when it stands still for 20 s, or its holder was a process of this machine that is gone,
+it is taken over. Writes are conditional where the store can do that, else the last writer holds it: whoever finds
+another token there is fenced, and may reach neither Complete nor publication.
+"""
+
+import hashlib
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
+from ties_ray.state import documents
+from ties_ray.state.documents import SMALL
+from ties_ray.state.manifest import FOLDER
+from ties_ray.stores import Store, Stores, join
+
+NAME = "lease.json"
+BEAT_SECONDS = 4.0
+STILL_SECONDS = 20.0
+"""A lease that has not changed for so long is taken over: five beats."""
+
+
+class Holder(BaseModel):
+    """What the lease says."""
+
+    model_config = ConfigDict(frozen=True)
+
+    token: str
+    host: str
+    machine: str
+    """Identity of the machine's boot; empty where it has none."""
+    process: str = Field(pattern="^([0-9]+-[0-9]+)?$")
+    """pid and start time: names one process for ever; empty where the system does not tell."""
+    beat: int = 0
+
+
+HOLDER = TypeAdapter(Holder)
+
+
+class Lease:
+    """A held lease; `check` before anything becomes visible, `release` at the end."""
+
+    def __init__(self, store: Store, uri: str, holder: Holder, etag: str) -> None:
+        self._store = store
+        self._uri = uri
+        self._holder = holder
+        self._etag = etag
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise `InterruptedMerge` if another run holds the output now."""
+        found = _read(self._store, self._uri)
+        if found is None or found[0].token != self._holder.token:
+            who = "nobody" if found is None else f"{found[0].host}, process {found[0].process}"
+            what = f"another run took over ({who} holds it now), because this one gave no sign of life"
+            raise InterruptedMerge(Problem(self._uri, what, "let that run finish, or run again"))
+
+    def release(self) -> None:
+        """Stop the heartbeat and remove the lease, if it is still ours."""
+        self._ended.set()
+        with self._lock:
+            try:
+                self.check()
+                self._store.delete(self._uri)
+            except MergeError:
+                return  # it is another's, or can't be reached: it will stand still
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with self._lock:
+                if self._ended.is_set():
+                    return
+                self._holder = self._holder.model_copy(update={"beat": self._holder.beat + 1})
+                try:
+                    pin = self._store.swap(self._uri, _bytes(self._holder), self._etag)
+                except MergeError:
+                    continue  # the storage is away: `check` will tell whether somebody has taken over meanwhile
+                if pin is None:
+                    found = _read(self._store, self._uri)
+                    if found is None or found[0].token != self._holder.token:
+                        return
+                    self._etag = found[1]
+                else:
+                    self._etag = pin.etag
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
+    """Return the lease of an output; say so if it was taken over. Raises `UnavailableError` while another holds it.
+
+    So it does where the lease that the store shows can't be replaced for a minute.
+    """
+    store, uri = stores.of(output), join(join(output, FOLDER), NAME)
+    mine = Holder(token=secrets.token_hex(16), host=socket.gethostname(), machine=_machine(), process=_process())
+    since = time.monotonic()
+    until = since + 3 * STILL_SECONDS
+    first: Holder | None = None
+    while True:
+        found = _read(store, uri)
+        if found is None:
+            pin = store.swap(uri, _bytes(mine), "")
+        elif _is_gone(found[0]) or (found[0] == first and time.monotonic() - since >= STILL_SECONDS):
+            pin = store.swap(uri, _bytes(mine), found[1])
+        elif first not in (None, found[0]):
+            what = f"another run is at work there: {_describe(found[0])}"
+            raise UnavailableError(Problem(output, what, "wait for it, or write elsewhere"))
+        else:
+            first, pin = found[0], None
+            time.sleep(BEAT_SECONDS / 8)
+            continue
+        now = _read(store, uri)
+        if pin and now and now[0].token == mine.token:  # read again: some servers ignore the condition
+            if found:
+                say(f"took over from {_describe(found[0])}, which gave no sign of life")
+            return Lease(store, uri, mine, now[1])
+        if time.monotonic() > until:
+            what = "what it says can be read, but not replaced: the store may be serving an old copy of it"
+            raise UnavailableError(Problem(uri, what, "run again later"))
+        time.sleep(BEAT_SECONDS / 8)
+        first, since = None, time.monotonic()
+
+
+def _read(store: Store, uri: str) -> tuple[Holder, str] | None:
+    try:
+        pin, data = store.head(uri, SMALL.stored)
+    except FileNotFoundError:
+        return None
+    try:
+        return documents.parse(data, HOLDER, SMALL, uri, "the lease", "remove it"), pin.etag
+    except InputError:  # not ours to read: it stands still, and is then replaced
+        return Holder(token=hashlib.sha256(data).hexdigest(), host="unknown", machine="", process=""), pin.etag
+
+
+def _bytes(holder: Holder) -> bytes:
+    return holder.model_dump_json().encode()
+
+
+def _describe(holder: Holder) -> str:
+    return f"process {holder.process.partition('-')[0] or 'unknown'} on {holder.host}"
+
+
+def _is_gone(holder: Holder) -> bool:
+    """Return whether the holder was a process of this very machine that no longer runs."""
+    if not holder.machine or not holder.process or holder.machine != _machine():
+        return False
+    return _process(holder.process.partition("-")[0]) != holder.process
+
+
+def _machine() -> str:
+    """Return what no other machine, container or boot shares; empty where that can't be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _process(pid: str = "self") -> str:
+    """Return pid and start time of a process; empty if it does not run."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    number, _, rest = fields.partition(" ")
+    after_name = rest.rpartition(")")[2].split()
+    return "" if after_name[0] in "ZX" else f"{number}-{after_name[19]}"

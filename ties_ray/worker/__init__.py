@@ -1,0 +1,1 @@
+"""The side that does the work: reads slices ahead, merges blocks, writes parts behind."""

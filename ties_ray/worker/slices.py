@@ -1,0 +1,124 @@
+"""The models' slices of one block: what a merge method sees of them (the contract `Deltas`)."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ties_ray.kernels import Election, Factors, Kernels, Op, State, Stored
+from ties_ray.layout.footprint import FACTOR_ROOM
+from ties_ray.methods import Deltas, Slice
+
+
+class Slices(Deltas):
+    """The deltas of one block. What is not finite is counted once a model and taken as zero."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        base: Tensor,
+        offset: int,
+        num_models: int,
+        coming: Iterator[Stored | None],
+        *,
+        passes: int,
+        resident: bool,
+        together: int,
+    ) -> None:
+        """`coming` yields the models' slices, `passes` times over; resident: keep them for further passes."""
+        self.not_finite = [0] * num_models
+        self._kernels = kernels
+        self._base = base
+        self._offset = offset
+        self._num_models = num_models
+        self._coming = coming
+        self._passes = passes
+        self._pass = 0
+        self._taken = 0
+        self._resident = resident
+        self._together = together
+        self._held: list[Stored | None] = []
+
+    def __iter__(self) -> Iterator[Slice]:
+        delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
+        for model, encoded in self.models():
+            if encoded:
+                self._note([(model, encoded)], [self._kernels.delta(encoded, self._base, delta)])
+            else:
+                delta.zero_()
+            del encoded
+            yield Slice(model, delta)
+
+    def fold(self, op: Op) -> State:
+        """Return the op's state over all models; a model that lacks the parameter adds nothing."""
+        models = self.models()
+        return self._folded(op, models, *self._group(models))
+
+    def elect(self, op: Op, election: Election) -> Tensor:
+        """Return the merged delta; where one group holds all models, no state is ever written to memory."""
+        models = self.models()
+        group, last = self._group(models)
+        if not last:
+            return self._kernels.elect(op, self._folded(op, models, group, last), *election)
+        merged, counts = self._kernels.merge(op, self._base, group, self._offset, election)
+        self._note(group, counts)
+        return merged
+
+    def _folded(
+        self, op: Op, models: Iterator[tuple[int, Stored | None]], group: list[tuple[int, Stored]], last: bool
+    ) -> State:
+        """Return the state of a first group and, if it is not the last, of those that follow."""
+        state = self._kernels.start(op, len(self._base))
+        while group:
+            self._note(group, self._kernels.fold(op, state, self._base, group, self._offset))
+            group.clear()  # its memory is for the slices to come
+            if not last:
+                group, last = self._group(models)
+        return state
+
+    def _group(self, models: Iterator[tuple[int, Stored | None]]) -> tuple[list[tuple[int, Stored]], bool]:
+        """Take the next models that change the parameter, as many slices as are merged together, or factors as fit.
+
+        And return whether no model follows.
+        """
+        group: list[tuple[int, Stored]] = []
+        decoded = 0
+        for model, one in models:
+            if one:
+                group.append((model, one))
+                decoded += one.left.nbytes + one.right.nbytes if isinstance(one, Factors) else 0
+            if model < self._num_models - 1 and (len(group) == self._together or decoded > FACTOR_ROOM // 2):
+                return group, False
+        return group, True
+
+    def models(self) -> Iterator[tuple[int, Stored | None]]:
+        """Yield (model, slice) in recipe order; who holds on to slices holds their memory."""
+        self._pass += 1
+        if self._resident and self._pass > 1:
+            yield from enumerate(self._held)
+            return
+        if self._pass > self._passes:
+            raise RuntimeError("the method goes through its models more often than its round's `passes` says")
+        self._skip_to((self._pass - 1) * self._num_models)
+        for model in range(self._num_models):
+            self._taken += 1
+            if self._resident:
+                self._held.append(next(self._coming))
+                yield model, self._held[-1]
+            else:
+                yield model, next(self._coming)
+
+    def close(self) -> None:
+        """Let go of all slices, and take those that the method did not ask for."""
+        self._skip_to(self._passes * self._num_models)
+
+    def _skip_to(self, position: int) -> None:
+        self._held.clear()
+        for _ in range(position - self._taken):
+            next(self._coming)
+        self._taken = position
+
+    def _note(self, group: Sequence[tuple[int, Stored]], counts: Sequence[int]) -> None:
+        if self._pass == 1:
+            for (model, _), count in zip(group, counts, strict=True):
+                self.not_finite[model] += count
