@@ -103,9 +103,9 @@ def report(place: str, storage: dict[str, object], log: Path | None) -> None:
 
 def large_catalog(num_models: int, ways: int) -> "Catalog":
     """Return fine-tunes of a model of 70B parameters; ways: in how many ways they are cut into files."""
-    from ties_ray.formats import Parameter, Source, TensorRef
     from ties_ray.inputs.catalog import Catalog, Model
     from ties_ray.stores import Pin
+    from ties_ray.tensors import Parameter, Source, TensorRef
 
     hidden, inner, keys, rows = 8192, 28672, 1024, 128_256
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, hidden)}

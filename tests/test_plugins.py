@@ -21,10 +21,11 @@ from tests.tools.oracle import Rules
 from ties_ray import plugins
 from ties_ray.errors import RecipeError
 from ties_ray.executors import Executor
-from ties_ray.formats import Format, Parameter
+from ties_ray.formats import Format
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
 from ties_ray.stores import Store
+from ties_ray.tensors import Parameter
 from ties_ray.testing import FormatContract, MethodContract, OutputContract, StoreContract
 
 MakeFamily = Callable[..., Family]

@@ -11,9 +11,10 @@ import torch
 
 from tests.tools.families import CONFIG, file_bytes
 from ties_ray.account import Aside
-from ties_ray.formats import Format, Found, Parameter, Rules, Source, TensorRef
+from ties_ray.formats import Format, Found, Rules
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.safetensors import MERGEABLE
+from ties_ray.tensors import Parameter, Source, TensorRef
 from ties_ray.testing import FormatContract, folder_of
 
 Config = Mapping[str, object]

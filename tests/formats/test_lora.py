@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from tests.libraries.test_patterns import HOSTILE
 from tests.tools.adapters import ATTENTION, MLP, Module, adapter_files, config_of, make_pool
 from tests.tools.families import DTYPES, file_bytes
-from ties_ray.formats import Format, Found, Parameter, Read, Rules, joined
+from ties_ray.formats import Format, Found, Rules
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
 from ties_ray.layout.footprint import hull
 from ties_ray.libraries.naming import Tie
 from ties_ray.stores import Stores
+from ties_ray.tensors import Parameter, Read, joined
 from ties_ray.testing import FormatContract, folder_of
 
 with warnings.catch_warnings():

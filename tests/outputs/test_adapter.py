@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.tools.adapters import make_pool
-from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors
 from ties_ray.libraries.library import TRANSFORMERS
 from ties_ray.operations import merging
@@ -20,6 +19,7 @@ from ties_ray.outputs.adapter import PEFT, Adapter
 from ties_ray.recipe.recipe import validate
 from ties_ray.reports.records import MergeResult
 from ties_ray.stores import Stores
+from ties_ray.tensors import Kind, Parameter
 from ties_ray.testing import OutputContract
 
 with warnings.catch_warnings():
@@ -242,7 +242,7 @@ def test_a_merged_adapter_misses_the_merged_delta_by_the_error_it_states(tmp_pat
 
 MEASURE = """
 import sys, torch
-from ties_ray.formats import Parameter
+from ties_ray.tensors import Parameter
 from ties_ray.kernels import Factors
 from ties_ray.outputs.adapter import Adapter
 

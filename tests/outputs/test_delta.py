@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from ties_ray.formats import Parameter
 from ties_ray.kernels import load
 from ties_ray.outputs import OutputFile, Placed
 from ties_ray.outputs.delta import LIBRARY, Delta
+from ties_ray.tensors import Parameter
 from ties_ray.testing import OutputContract, same_bits
 
 

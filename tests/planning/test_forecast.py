@@ -14,7 +14,6 @@ from tests.tools.families import Family, write_checkpoint
 from tests.tools.merging import LOCAL, recipe_of
 from ties_ray.cli.commands import commands
 from ties_ray.cli.text import of_plan, of_result, show
-from ties_ray.formats import Parameter
 from ties_ray.inputs.catalog import Catalog
 from ties_ray.operations import merging
 from ties_ray.planning.forecast import Pace, Rates, Work, loads, observed, predict
@@ -22,6 +21,7 @@ from ties_ray.planning.plan import Plan, make_plan
 from ties_ray.recipe.recipe import validate
 from ties_ray.reports.records import MergeResult, plan_record
 from ties_ray.stores import Stores
+from ties_ray.tensors import Parameter
 from ties_ray.worker.rates import measure
 
 PARAMETERS = [Parameter(f"p{number}", (4096, 8192), "F32", True) for number in range(40)]

@@ -11,7 +11,6 @@ import pytest
 from tests.tools.families import Family
 from tests.tools.merging import recipe_of
 from ties_ray.errors import RecipeError
-from ties_ray.formats import Parameter, Source, TensorRef
 from ties_ray.inputs.catalog import Catalog, Model, read_catalog
 from ties_ray.layout import shards
 from ties_ray.layout.reads import runs_of
@@ -24,6 +23,7 @@ from ties_ray.recipe.recipe import Recipe, validate
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Pin, Store, Stores
 from ties_ray.stores.local import Local
+from ties_ray.tensors import Parameter, Source, TensorRef
 
 MakeFamily = Callable[..., Family]
 

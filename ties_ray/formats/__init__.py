@@ -16,6 +16,7 @@ from ties_ray.libraries import naming
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.safetensors import Header
 from ties_ray.stores import Pin
+from ties_ray.tensors import Kind, Parameter, Read, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,86 +24,6 @@ if TYPE_CHECKING:
     from ties_ray.kernels import Stored
 
 __path__ = plugins.search_path("formats", list(__path__))
-
-Kind = Literal["linear", "transposed", "embedding"]
-"""What a parameter is as a matrix: (out, in), as most store a linear layer; (in, out), as GPT-2 does; (rows, width)."""
-
-
-class TensorRef(NamedTuple):
-    """Where one stored tensor lies."""
-
-    object: int
-    """Index into the model's `objects`."""
-    start: int
-    """Its first byte in that object."""
-    dtype: str
-    """As safetensors names it."""
-    shape: tuple[int, ...]
-
-
-class Source(NamedTuple):
-    """What one model stores for one base parameter: its values, in one or several tensors, or factors of its change."""
-
-    tensors: tuple[TensorRef, ...]
-    numbers: tuple[tuple[str, float], ...] = ()
-    """Named constants that belong to it (a scale)."""
-
-
-class Read(NamedTuple):
-    """One range request."""
-
-    object: int
-    start: int
-    stop: int
-    """Exclusive."""
-    shared: bool = False
-    """True: every slice of the parameter needs it (a factor), so a worker keeps it at hand where it can."""
-
-
-def joined(reads: Sequence[Read], *, width: int = 8, gap: int = 0, spare: int = 0) -> list[list[Read]]:
-    """Return reads in groups that one request brings: of one object, back to back or with bytes between them.
-
-    gap, spare: so many bytes between two reads at most, and of all groups together. width: reads of a group begin at
-    multiples of it from the first, so that each can be looked at as a dtype of so many bytes.
-    """
-    found: list[list[Read]] = []
-    for read in sorted(reads):
-        first, last = (found[-1][0], found[-1][-1]) if found else (read, read)
-        between = read.start - last.stop
-        near = last.object == read.object and 0 <= between <= min(gap, spare)
-        if found and near and (read.start - first.start) % width == 0:
-            found[-1].append(read)
-            spare -= between
-        else:
-            found.append([read])
-    return found
-
-
-class Parameter(NamedTuple):
-    """One named tensor of the base."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors names it."""
-    merged: bool
-    """False: an integer or boolean tensor, or one excluded by the recipe; copied from the base byte for byte."""
-    changed: bool = True
-    """False: no model of the recipe has a change for it."""
-    kind: Kind = "linear"
-    """Of a matrix."""
-    called: str = ""
-    """What adapters call it, where that is not `name`."""
-    keeps_dtype: bool = False
-    """True: written in the base's dtype whatever the output's is, because that can't hold the base's values."""
-
-    @property
-    def numel(self) -> int:
-        """Return the number of elements (1 for a scalar)."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
 
 
 class Rules(NamedTuple):

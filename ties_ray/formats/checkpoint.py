@@ -10,7 +10,7 @@ from ties_ray import bounded
 from ties_ray.account import account
 from ties_ray.errors import Problem, printable
 from ties_ray.excluding import COPIES, either, exclusion
-from ties_ray.formats import Folder, Format, Found, Parameter, Question, Read, Rules, Source, TensorRef
+from ties_ray.formats import Folder, Format, Found, Question, Rules
 from ties_ray.kernels import Encoded
 from ties_ray.libraries import naming, quantised
 from ties_ray.libraries.downloads import unfinished
@@ -18,6 +18,7 @@ from ties_ray.libraries.library import CONFIGS, library_of
 from ties_ray.libraries.weight_files import ADAPTER, STEMS, Candidate, candidates, is_index, is_weights, listed, usual
 from ties_ray.safetensors import COPYABLE, DTYPE_BITS, MERGEABLE
 from ties_ray.stores import join
+from ties_ray.tensors import Parameter, Read, Source, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

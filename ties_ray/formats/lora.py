@@ -17,11 +17,12 @@ from ties_ray import bounded
 from ties_ray.account import Account, account
 from ties_ray.errors import Problem, printable
 from ties_ray.excluding import LEAVE_OUT, exclusion
-from ties_ray.formats import Folder, Format, Found, Kind, Parameter, Read, Rules, Source, TensorRef
+from ties_ray.formats import Folder, Format, Found, Rules
 from ties_ray.kernels import Encoded, Factors
 from ties_ray.libraries import naming
 from ties_ray.libraries.patterns import UnfitKey, resolve
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE, TensorInfo, nbytes
+from ties_ray.tensors import Kind, Parameter, Read, Source, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

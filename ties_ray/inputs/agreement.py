@@ -10,10 +10,11 @@ from glob import escape
 from typing import NamedTuple
 
 from ties_ray.errors import InputError, Problem, printable
-from ties_ray.formats import Format, Found, Parameter
+from ties_ray.formats import Format, Found
 from ties_ray.inputs.expand import BASE, Entry
 from ties_ray.inputs.spelling import Spelling, other_spellings
 from ties_ray.recipe.recipe import Recipe
+from ties_ray.tensors import Parameter
 
 NAMES_PRINTED = 8
 """Names of a base that a remedy lists; where there are more it takes any name."""

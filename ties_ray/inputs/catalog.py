@@ -17,7 +17,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler
 from ties_ray import plugins
 from ties_ray.account import Account
 from ties_ray.errors import InputError, Problem, RecipeError, printable
-from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
+from ties_ray.formats import Folder, Format, Found, Rules
 from ties_ray.formats.checkpoint import tied
 from ties_ray.formats.lora import CONFIG as ADAPTER_CONFIG
 from ties_ray.inputs import agreement, answers, configs, small_files, tokenizers
@@ -35,6 +35,7 @@ from ties_ray.outputs import DTYPES
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE, Header, header_bytes, parse
 from ties_ray.stores import Listing, Pin, Store, Stores, hub_name, hub_uri, scheme_of, shown
+from ties_ray.tensors import Parameter, Source
 
 T = TypeVar("T")
 R = TypeVar("R")

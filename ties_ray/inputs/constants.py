@@ -5,8 +5,9 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from ties_ray.formats import Format, Found, Parameter
+from ties_ray.formats import Format, Found
 from ties_ray.stores import Stores
+from ties_ray.tensors import Parameter
 
 LARGEST = 2**20
 """Bytes of a tensor that is read while planning."""

@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from ties_ray import plugins
-from ties_ray.formats import Format, Parameter, Read, Source, joined
+from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Catalog, Model
 from ties_ray.methods import Member
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
+from ties_ray.tensors import Parameter, Read, Source, joined
 
 TOGETHER = 16
 """Slices merged together: the sums go to memory and back once for so many models, and never where these are all..."""

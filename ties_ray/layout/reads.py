@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from ties_ray.formats import Parameter
 from ties_ray.inputs.catalog import Model
 from ties_ray.layout.footprint import NEEDS, Footprint, Sources, kept_requests, requests_of, rounded_up
 from ties_ray.layout.shards import MODEL_GROUP, Layout, Segment, elements_in
@@ -12,6 +11,7 @@ from ties_ray.methods import Member
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import scheme_of
+from ties_ray.tensors import Parameter
 
 
 def runs_of(

@@ -8,11 +8,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from ties_ray.formats import Parameter
 from ties_ray.inputs.catalog import Catalog
 from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTensor, Placed
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
+from ties_ray.tensors import Parameter
 
 MODEL_GROUP = 32
 """Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""

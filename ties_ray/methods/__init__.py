@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
-from ties_ray.formats import Parameter
 from ties_ray.kernels import Election, Kernels, Op, State
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict
 
 from ties_ray import bounded
 from ties_ray.errors import Problem
-from ties_ray.formats import Folder, Format, Found, Rules, Source, TensorRef
+from ties_ray.formats import Folder, Format, Found, Rules
 from ties_ray.inputs import catalog
 from ties_ray.inputs.catalog import README, licence_of
 from ties_ray.inputs.expand import Entry, entries_of
 from ties_ray.inputs.tokenizers import SETTINGS, VOCABULARY
 from ties_ray.recipe.recipe import ModelEntry
-from ties_ray.reports.records import elements_by_dtype
 from ties_ray.stores import Pin, Stores
+from ties_ray.tensors import Source, TensorRef, elements_by_dtype
 
 _MD5 = re.compile("[0-9a-f]{32}")
 """An ETag that may be the content's MD5."""

@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
-from ties_ray.formats import Parameter
 from ties_ray.kernels import Factors, Kernels
 from ties_ray.libraries.library import Library
 from ties_ray.stores import Uri
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,10 +17,10 @@ from pydantic import Field
 
 from ties_ray.errors import Problem
 from ties_ray.excluding import exclusion
-from ties_ray.formats import Kind, Parameter
 from ties_ray.kernels import Factors, Kernels
 from ties_ray.libraries.library import Library
 from ties_ray.outputs import DTYPES, Condensed, Output, OutputFile, OutputTensor
+from ties_ray.tensors import Kind, Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

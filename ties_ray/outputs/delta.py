@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
 from ties_ray.libraries.library import Library
 from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor, weight_map
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,8 +1,6 @@
 """What is told: progress, and the records of a plan and of a result as machines read them; `text.py` is for people."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from ties_ray.account import Account
 from ties_ray.errors import ErrorKind, MergeError
-from ties_ray.formats import Source
 from ties_ray.inputs.catalog import Model
 from ties_ray.libraries.loaders import RECIPE_NAME as RECIPE_NAME
 from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME
@@ -19,6 +16,7 @@ from ties_ray.planning.forecast import Forecast
 from ties_ray.planning.plan import Plan
 from ties_ray.state import documents
 from ties_ray.stores import Stores, join
+from ties_ray.tensors import elements_by_dtype
 
 RESULT_SCHEMA_VERSION = 1
 
@@ -325,15 +323,6 @@ def _planned_input(model: Model) -> PlannedInput:
         size=sum(pin.size for pin in model.objects),
         account=model.account,
     )
-
-
-def elements_by_dtype(sources: Iterable[Source]) -> dict[str, int]:
-    """Return how many elements of each dtype are stored, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for source in sources:
-        for tensor in source.tensors:
-            counts[tensor.dtype] += math.prod(tensor.shape)
-    return dict(counts.most_common())
 
 
 def find_result(stores: Stores, output: str) -> MergeResult | None:

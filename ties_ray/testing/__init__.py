@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from ties_ray import safetensors
 from ties_ray.errors import InputError, MergeError, Problem
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refused
-from ties_ray.formats import Folder, Format, Found, Parameter, Rules, Source
+from ties_ray.formats import Folder, Format, Found, Rules
 from ties_ray.kernels import (
     BINS,
     Agreement,
@@ -48,6 +48,7 @@ from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
 from ties_ray.outputs import Output, OutputFile, Placed
 from ties_ray.rounds.kth_largest import kept_count
 from ties_ray.stores import Listing, NoUpload, Part, Pin, Store, join, within
+from ties_ray.tensors import Parameter, Source
 
 
 class KernelContract:

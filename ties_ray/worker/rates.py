@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ties_ray import kernels
-from ties_ray.formats import Format, Parameter, Source
+from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored
 from ties_ray.layout.footprint import Sources
@@ -21,6 +21,7 @@ from ties_ray.methods import Context
 from ties_ray.planning.forecast import Rates
 from ties_ray.planning.plan import Plan, PlannedRound, is_resident, method_round
 from ties_ray.stores import Pin, Stores
+from ties_ray.tensors import Parameter, Source
 from ties_ray.worker.read_ahead import Ledger
 from ties_ray.worker.slices import Slices
 

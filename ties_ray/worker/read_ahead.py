@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.formats import Format, Read, Source
+from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.footprint import kept_requests, requests_of, rounded_up
 from ties_ray.state.manifest import Seen, Written
 from ties_ray.stores import Pin, Stores, crc32c, scheme_of, shown
+from ties_ray.tensors import Read, Source
 from ties_ray.worker.cache import Cache, Shelf
 from ties_ray.worker.timing import Times
 

@@ -28,7 +28,6 @@ from ties_ray import kernels
 from ties_ray.errors import FRESH_THEN, InputError, Problem
 from ties_ray.excluding import COPIES, either, exclusion
 from ties_ray.executors import WorkerDied
-from ties_ray.formats import Parameter
 from ties_ray.inputs.catalog import Model
 from ties_ray.inputs.constants import OVERFLOWS
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored, flushes_to_zero
@@ -45,6 +44,7 @@ from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.state.manifest import Folded, Manifest, Matrix, Record, Seen, Survey, Written
 from ties_ray.state.pool_cache import PoolCache, identity
 from ties_ray.stores import Stores, join, scheme_of
+from ties_ray.tensors import Parameter
 from ties_ray.worker.cache import Cache, Shelf
 from ties_ray.worker.messages import ANSWER, ORDER, SETUP, Answer, Order, Setup
 from ties_ray.worker.read_ahead import Ledger, ReadAhead, Room, Wanted, WriteBehind, dealt

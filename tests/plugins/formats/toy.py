@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ties_ray.account import account
 from ties_ray.errors import Problem
-from ties_ray.formats import Folder, Format, Found, Parameter, Read, Rules, Source, TensorRef
+from ties_ray.formats import Folder, Format, Found, Rules
 from ties_ray.kernels import Encoded
 from ties_ray.stores import join
+from ties_ray.tensors import Parameter, Read, Source, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

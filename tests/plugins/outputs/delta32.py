@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ties_ray.formats import Parameter
 from ties_ray.kernels import Kernels
 from ties_ray.libraries.library import Library
 from ties_ray.outputs import Output, OutputFile, OutputTensor
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

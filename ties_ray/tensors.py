@@ -1,0 +1,94 @@
+"""Tensors by name and place: the base's parameters, what a model stores for one, and the byte ranges to read."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+Kind = Literal["linear", "transposed", "embedding"]
+"""The orientation of a matrix: (out, in), as most store a linear layer; (in, out), as GPT-2 does; (rows, width)."""
+
+
+class Parameter(NamedTuple):
+    """One named tensor of the base."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """The name that safetensors gives it."""
+    merged: bool
+    """False: an integer or boolean tensor, or one that the recipe excludes; the base's bytes are copied."""
+    changed: bool = True
+    """False: no model of the recipe has a change for it."""
+    kind: Kind = "linear"
+    """The orientation, if the parameter is a matrix."""
+    called: str = ""
+    """What adapters call it, where that is not `name`."""
+    keeps_dtype: bool = False
+    """True: it keeps the base's dtype, because the output's dtype can't hold the base's values."""
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements (1 for a scalar)."""
+        return math.prod(self.shape)
+
+
+class TensorRef(NamedTuple):
+    """The place of one stored tensor."""
+
+    object: int
+    """Index into the model's `objects`."""
+    start: int
+    """Its first byte in that object."""
+    dtype: str
+    """The name that safetensors gives it."""
+    shape: tuple[int, ...]
+
+
+class Source(NamedTuple):
+    """What one model stores for one base parameter: its values, in one or several tensors, or factors of its change."""
+
+    tensors: tuple[TensorRef, ...]
+    numbers: tuple[tuple[str, float], ...] = ()
+    """Named constants that belong to it (a scale)."""
+
+
+class Read(NamedTuple):
+    """One range request."""
+
+    object: int
+    """Index into the model's `objects`."""
+    start: int
+    stop: int
+    """Exclusive."""
+    shared: bool = False
+    """True: every slice of the parameter needs it (a factor), so a worker keeps it where it can."""
+
+
+def joined(reads: Sequence[Read], *, width: int = 8, gap: int = 0, spare: int = 0) -> list[list[Read]]:
+    """Return the reads in groups, one group a request; each group lies in one object, in order of bytes.
+
+    gap: bytes that two neighbours of a group may lie apart. spare: bytes that all groups together may skip.
+    width: the reads of a group begin at multiples of it from the first, so that each can be viewed as a dtype of so
+    many bytes.
+    """
+    groups: list[list[Read]] = []
+    for read in sorted(reads):
+        first, last = (groups[-1][0], groups[-1][-1]) if groups else (read, read)
+        between = read.start - last.stop
+        near = last.object == read.object and 0 <= between <= min(gap, spare)
+        if groups and near and (read.start - first.start) % width == 0:
+            groups[-1].append(read)
+            spare -= between
+        else:
+            groups.append([read])
+    return groups
+
+
+def elements_by_dtype(sources: Iterable[Source]) -> dict[str, int]:
+    """Return how many elements of each dtype are stored, the most frequent dtype first."""
+    counts: Counter[str] = Counter()
+    for source in sources:
+        for tensor in source.tensors:
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    return dict(counts.most_common())
