@@ -1,0 +1,190 @@
+"""The contract of merge methods, and a merge of task vectors in memory."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ties_ray.kernels import (
+    Election,
+    Encoded,
+    Kernels,
+    Op,
+    State,
+    load,
+)
+from ties_ray.kernels.definition import Definition
+from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
+from ties_ray.rounds.kth_largest import kept_count
+from ties_ray.tensors import Parameter
+from ties_ray.testing.kernels import same_bits
+
+
+class MethodContract:
+    """What every merge method does: the same bits however slices are cut, whoever computes, and nothing from nothing.
+
+    Inherit, and provide a fixture `method`, which may be merged with weights 1.
+    """
+
+    LENGTHS = (1, 0, 2_000, 777)
+    """Elements of the parameters that are merged."""
+
+    @pytest.fixture
+    def method(self) -> Method:
+        """Return the method under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def deltas(self) -> dict[str, list[torch.Tensor]]:
+        """Return task vectors of five models, by parameter: few distinct sizes, zeros, exact cancellation."""
+        generator = torch.Generator().manual_seed(7)
+        made = {}
+        for number, length in enumerate(self.LENGTHS):
+            steps = torch.randint(-3, 4, (5, length), generator=generator).float() * 2.0**-10
+            steps[0] *= torch.rand(length, generator=generator) + 0.5
+            steps[2, ::3] = -steps[1, ::3]
+            made[f"parameter.{number}"] = list(steps)
+        return made
+
+    def test_the_method_survives_json_and_can_not_be_changed(self, method: Method) -> None:
+        assert type(method).model_validate_json(method.model_dump_json()) == method
+        with pytest.raises(ValidationError, match="frozen"):
+            method.name = "another"
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            type(method).model_validate({**method.model_dump(), "no_such_parameter": 1})
+
+    def test_what_lambda_scales_and_the_paper_are_told(self, method: Method) -> None:
+        assert method.scales in ("sum", "mean")
+        assert method.paper
+
+    def test_the_last_round_gives_a_finite_delta_that_is_not_zero(
+        self, method: Method, deltas: dict[str, list[torch.Tensor]]
+    ) -> None:
+        merged = merge_held(method, deltas)
+        assert merged.keys() == deltas.keys()
+        assert all(bool(value.isfinite().all()) for value in merged.values())
+        assert any(bool(value.any()) for value in merged.values())
+
+    def test_cuts_change_no_bit(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
+        whole = merge_held(method, deltas)
+        for step in (1_999, 300, 64):
+            cut = merge_held(method, deltas, step=step)
+            assert all(same_bits(whole[name], cut[name]) for name in whole), step
+
+    def test_the_compiled_kernels_and_the_definition_agree(
+        self, method: Method, deltas: dict[str, list[torch.Tensor]]
+    ) -> None:
+        compiled, defined = merge_held(method, deltas), merge_held(method, deltas, kernels=Definition())
+        assert all(same_bits(compiled[name], defined[name]) for name in deltas)
+
+    def test_where_no_model_moves_nothing_merges(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
+        still = {name: [torch.zeros_like(one) for one in many] for name, many in deltas.items()}
+        assert not any(bool(value.any()) for value in merge_held(method, still).values())
+
+    def test_the_models_are_left_as_they_are(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
+        before = {name: [one.clone() for one in many] for name, many in deltas.items()}
+        merge_held(method, deltas)
+        for name, many in deltas.items():
+            assert all(same_bits(old, new) for old, new in zip(before[name], many, strict=True))
+
+    def test_the_coefficients_are_those_of_the_weighted_sum(
+        self, method: Method, deltas: dict[str, list[torch.Tensor]]
+    ) -> None:
+        factors = method.coefficients(held_members(5), [True] * 5)
+        if factors is None:
+            return
+        for name, merged in merge_held(method, deltas).items():
+            wanted = sum(factor * delta.double() for factor, delta in zip(factors, deltas[name], strict=True))
+            torch.testing.assert_close(merged.double(), wanted, rtol=1e-6, atol=1e-8)
+
+
+class Held(Deltas):
+    """Deltas in memory; refuses to be gone through more often than the round says."""
+
+    def __init__(self, deltas: Sequence[torch.Tensor], kernels: Kernels, start: int, passes: int) -> None:
+        self._deltas = deltas
+        self._kernels = kernels
+        self._start = start
+        self._left = passes
+
+    def __iter__(self) -> Iterator[Slice]:
+        self._pass()
+        yield from (Slice(model, delta.clone()) for model, delta in enumerate(self._deltas))
+
+    def fold(self, op: Op) -> State:
+        """Return the op's state over all models."""
+        self._pass()
+        length = len(self._deltas[0])
+        state = self._kernels.start(op, length)
+        group = [(model, Encoded(delta, "delta")) for model, delta in enumerate(self._deltas)]
+        self._kernels.fold(op, state, torch.zeros(length), group, self._start)
+        return state
+
+    def elect(self, op: Op, election: Election) -> torch.Tensor:
+        """Return what is elected from it."""
+        return self._kernels.elect(op, self.fold(op), *election)
+
+    def _pass(self) -> None:
+        assert self._left > 0, "the method goes through its models more often than its round's `passes` says"
+        self._left -= 1
+
+
+def held_members(count: int) -> tuple[Member, ...]:
+    """Return so many members, all of weight 1 and without a density."""
+    return tuple(Member(str(number), 1.0, None) for number in range(count))
+
+
+def merge_held(
+    method: Method, deltas: Mapping[str, Sequence[torch.Tensor]], *, step: int = 10**9, kernels: Kernels | None = None
+) -> dict[str, torch.Tensor]:
+    """Return what a method makes of task vectors in memory (fp32, by parameter), `step` elements at a time."""
+    kernels = kernels or load("cpu")
+    members = held_members(len(next(iter(deltas.values()))))
+    need = method.needs(members)
+    statistics: Counter[str] = Counter()
+    merged = {}
+    rounds = method.rounds()
+    for position, round_ in enumerate(rounds):
+        gathered: Counter[str] = Counter()
+        for name, many in deltas.items():
+            length = len(many[0])
+            pieces = []
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                context = Context(
+                    parameter=Parameter(name, (length,), "F32", True),
+                    start=start,
+                    stop=stop,
+                    members=members,
+                    present=(True,) * len(members),
+                    thresholds=_sorted_thresholds(need, deltas, name),
+                    statistics=dict(statistics),
+                    kernels=kernels,
+                )
+                result = round_.run(Held([one[start:stop] for one in many], kernels, start, round_.passes), context)
+                gathered.update(result.statistics)
+                if position == len(rounds) - 1:
+                    assert result.merged is not None, "the last round owes the merged delta"
+                    assert (result.merged.dtype, result.merged.shape) == (torch.float32, (stop - start,))
+                    pieces.append(result.merged)
+            merged[name] = torch.cat(pieces) if pieces else torch.empty(0)
+        statistics.update(gathered)
+    return merged
+
+
+def _sorted_thresholds(
+    need: Threshold | None, deltas: Mapping[str, Sequence[torch.Tensor]], name: str
+) -> tuple[int, ...]:
+    """Return each model's threshold by sorting, as magnitude bits."""
+    bits = []
+    for model in range(len(deltas[name])):
+        of = [deltas[name][model]] if need and need.scope == "tensor" else [many[model] for many in deltas.values()]
+        ordered = torch.cat(of).abs().sort(descending=True).values
+        if need is None or need.densities[model] == 1 or not len(ordered):
+            bits.append(0)
+        else:
+            kept = kept_count(need, model, len(ordered))
+            bits.append(int(ordered[kept - 1].view(torch.int32)))
+    return tuple(bits)

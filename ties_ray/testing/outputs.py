@@ -1,0 +1,194 @@
+"""The contract of output kinds."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ties_ray import safetensors
+from ties_ray.kernels import (
+    Factors,
+    load,
+)
+from ties_ray.libraries.library import Library
+from ties_ray.outputs import Output, OutputFile, Placed
+from ties_ray.tensors import Parameter
+from ties_ray.testing.kernels import same_bits
+
+
+class OutputContract:
+    """What every output kind does: names what it writes, and writes the same bits however slices are cut.
+
+    Inherit, and provide the fixtures `output` (with any path) and `parameters` (of a small base). A kind that condenses
+    is asked for its factors instead of values; the rest of the suite is skipped.
+    """
+
+    @pytest.fixture
+    def output(self) -> Output:
+        """Return the output section under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Return the base's parameters: some merged, one copied, one without elements, one that nobody changes.
+
+        For a kind that condenses: matrices that it can hold, where they are merged and changed.
+        """
+        return (
+            Parameter("a.weight", (40, 7), "BF16", True),
+            Parameter("b.scalar", (), "F32", True),
+            Parameter("c.empty", (0, 3), "F16", True),
+            Parameter("d.ids", (9,), "I64", False),
+            Parameter("e.weight", (5,), "F32", True, changed=False),
+        )
+
+    @pytest.fixture
+    def values(self, output: Output) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]:
+        """Return the kind's `values` on the compiled kernels."""
+        if output.condenses:
+            pytest.skip("this kind writes factors")
+        return lambda base, merged, out: output.values(base, merged, out, load("cpu"))
+
+    @pytest.fixture
+    def matrices(self, output: Output, parameters: tuple[Parameter, ...]) -> list[tuple[Parameter, list[Factors]]]:
+        """Return the parameters that are condensed, each with three changes of rank 2."""
+        if not output.condenses:
+            pytest.skip("this kind writes values")
+        source = torch.Generator().manual_seed(4)
+        changed = [each for each in parameters if each.merged and each.changed]
+        sides = [(torch.randn(each.shape[0], 6), torch.randn(6, each.shape[1], generator=source)) for each in changed]
+        return [
+            (each, [Factors(left[:, at : at + 2].contiguous(), right[at : at + 2], 0.5, 0) for at in (0, 2, 4)])
+            for each, (left, right) in zip(changed, sides, strict=True)
+        ]
+
+    def test_the_section_survives_json_and_can_not_be_changed(self, output: Output) -> None:
+        assert type(output).model_validate_json(output.model_dump_json()) == output
+        with pytest.raises(ValidationError, match="frozen"):
+            output.path = "/elsewhere"
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            type(output).model_validate({**output.model_dump(), "no_such_key": 1})
+
+    def test_every_tensor_comes_from_a_parameter_that_can_give_it(
+        self, output: Output, parameters: tuple[Parameter, ...]
+    ) -> None:
+        known = {parameter.name: parameter for parameter in parameters}
+        tensors = output.tensors(parameters)
+        assert not output.problems(parameters)
+        assert tensors
+        assert len({tensor.name for tensor in tensors}) == len(tensors)
+        for tensor in tensors:
+            source = known[tensor.parameter]
+            assert tensor.dtype in safetensors.DTYPE_BITS
+            assert tensor.origin == "base" or source.merged, "a parameter that is not merged can only be copied"
+            assert (tensor.origin == "scratch") == output.condenses
+            assert output.condenses or math.prod(tensor.shape) == source.numel
+            assert tensor.origin != "base" or (tensor.dtype == source.dtype and output.reads_base)
+
+    def test_weight_files_have_names_of_their_own(self, output: Output) -> None:
+        library = output.library(Library())
+        for count in (1, 2, 3) if library.shards else (1,):
+            names = [library.file_name(number, count) for number in range(1, count + 1)]
+            assert len(set(names)) == count
+            assert all(name.endswith(".safetensors") and "/" not in name for name in names)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_a_loader_finds_every_file_through_the_door(
+        self, output: Output, parameters: tuple[Parameter, ...], count: int
+    ) -> None:
+        library = output.library(Library())
+        groups = [[tensor] for tensor in output.tensors(parameters)[: count if library.shards else 1]]
+        files = tuple(
+            OutputFile(library.file_name(number, len(groups)), "{}", (Placed(tensor, 0, 8),), 8)
+            for number, (tensor,) in enumerate(groups, start=1)
+        )
+        door, index = output.door(files, library), output.index(files, parameters, {}, library)
+        assert door
+        assert door not in {file.name for file in files}
+        if index is not None:
+            name, data = index
+            content = json.loads(data)
+            assert name not in {file.name for file in files}
+            mapped = {file.tensors[0].tensor.name: file.name for file in files}
+            assert content["weight_map"] == mapped if "weight_map" in content else len(files) == 1
+
+    def test_cuts_change_no_bit_of_the_values(
+        self, values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]
+    ) -> None:
+        base, merged = torch.randn(2, 1_001, generator=torch.Generator().manual_seed(3))
+        merged[::5] = 0
+        for dtype in (torch.float32, torch.bfloat16):
+            whole, cut = torch.empty(2, 1_001, dtype=dtype)
+            assert values(base, merged, whole) == 0
+            for start, stop in itertools.pairwise((0, 1, 64, 500, 1_001)):
+                assert values(base[start:stop], merged[start:stop], cut[start:stop]) == 0
+            assert same_bits(whole, cut)
+
+    def test_what_overflows_is_counted(self, values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]) -> None:
+        out = torch.empty(3, dtype=torch.float16)
+        assert values(torch.zeros(3), torch.tensor([1.0, 1e6, -1e6]), out) == 2
+
+    def test_a_kind_that_reads_no_base_gives_the_same_on_any(
+        self, output: Output, values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]
+    ) -> None:
+        base, merged = torch.randn(2, 1_001, generator=torch.Generator().manual_seed(3))
+        with_base, with_another = torch.empty(2, 1_001)
+        values(base, merged, with_base)
+        values(base * float("nan"), merged, with_another)
+        assert output.reads_base or same_bits(with_base, with_another)
+
+    def test_factors_are_as_close_as_they_say(
+        self, output: Output, matrices: list[tuple[Parameter, list[Factors]]]
+    ) -> None:
+        assert list(output.ranks) == sorted(set(output.ranks))
+        for parameter, changes in matrices:
+            matrix = sum(each.scale * each.left @ each.right for each in changes)
+            assert isinstance(matrix, torch.Tensor)
+            norm2 = float(matrix.double().square().sum())
+            found, again = (output.condense(parameter, matrix.clone()) for _ in range(2))
+            assert same_bits(found.data, again.data)
+            assert found.norm2 == pytest.approx(norm2)
+            assert len(found.errors2) == len(output.ranks)
+            assert list(found.errors2) == sorted(found.errors2, reverse=True)
+            assert 0 <= found.errors2[-1] <= 1e-6 * norm2 or output.ranks[-1] < 6
+            combined = output.combine(parameter, [(1.0, each) for each in changes])
+            assert combined.norm2 == pytest.approx(norm2)
+            assert combined.errors2 == pytest.approx(found.errors2, abs=1e-6 * norm2)
+            assert len(combined.data) == len(found.data)
+
+    def test_every_rank_is_assembled_from_the_same_scratch(
+        self, output: Output, parameters: tuple[Parameter, ...], matrices: list[tuple[Parameter, list[Factors]]]
+    ) -> None:
+        condensed = {
+            each.name: (each, output.combine(each, [(1.0, change) for change in changes])) for each, changes in matrices
+        }
+        settled = output.choose(*zip(*((found.norm2, found.errors2) for _, found in condensed.values()), strict=True))
+        assert settled.ranks in {(rank,) for rank in output.ranks}
+        assert settled.choose([], []) == settled
+        for each in (output, settled):
+            for tensor in each.tensors(parameters):
+                parameter, found = condensed[tensor.parameter]
+                elements = each.assemble(tensor, parameter, found.data)
+                assert elements.shape == (math.prod(tensor.shape),)
+                assert {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[
+                    elements.dtype
+                ] == tensor.dtype
+
+    def test_a_matrix_that_is_not_finite_shows_in_its_norm(
+        self, output: Output, matrices: list[tuple[Parameter, list[Factors]]]
+    ) -> None:
+        for parameter, _ in matrices:
+            for value in (float("nan"), float("inf")):
+                matrix = torch.zeros(parameter.shape)
+                matrix.view(-1)[-1:] = value
+                assert not parameter.numel or not math.isfinite(output.condense(parameter, matrix).norm2)
+
+    def test_rewriting_a_small_file_is_stable(self, output: Output) -> None:
+        for name, data in (("config.json", b'{"torch_dtype": "float32"}'), ("tokenizer.json", b"{}")):
+            for facts in ({}, {"untied": "lm_head.weight"}):
+                once = output.rewrite(name, data, facts)
+                assert once is None or output.rewrite(name, once, facts) == once
