@@ -351,7 +351,7 @@ def _used(tree: ast.AST) -> Iterator[str]:
 
 def test_nothing_in_production_unpickles_or_evaluates() -> None:
     sources = sorted(Path(ties_ray.__file__).parent.rglob("*.py"))
-    sources = [path for path in sources if path.parent.name != "testing"]  # its suites show that stores can't be pickled
+    sources = [path for path in sources if path.parent.name != "testing"]  # they show show that stores can't be pickled
     assert len(sources) > 30
     assert set(_used(ast.parse("import numpy as np, pickle\nnp.load(1)"))) & UNSAFE == {"pickle", "np.load"}
     found = {path.name: set(_used(ast.parse(path.read_bytes()))) & UNSAFE for path in sources}
