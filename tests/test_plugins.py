@@ -22,9 +22,10 @@ from ties_ray import plugins
 from ties_ray.errors import RecipeError
 from ties_ray.executors import Executor
 from ties_ray.formats import Format
+from ties_ray.inputs.catalog import read_catalog
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.stores import Store
+from ties_ray.stores import Store, Stores
 from ties_ray.tensors import Parameter
 from ties_ray.testing import FormatContract, MethodContract, OutputContract, StoreContract
 
@@ -96,6 +97,32 @@ def test_a_format_is_one_file(family_of: MakeFamily, tmp_path: Path, drop: Calla
     command(drop("formats/toy.py"), mixed, str(tmp_path / "out"), "ties", allow={"missing": "zero"})
     merge(family, tmp_path / "wanted", "ties")
     assert digests(tmp_path / "out") == digests(tmp_path / "wanted")
+
+
+def test_two_formats_with_the_same_layout_do_not_share_their_sources(
+    family_of: MakeFamily, tmp_path: Path, plugged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ties_ray import formats
+
+    (tmp_path / "negative.py").write_text(
+        "from ties_ray.formats.toy import Toy\n"
+        "class Negative(Toy):\n"
+        "    name = 'negative'\n"
+        "    def recognises(self, names): return 'negative.txt' in names\n"
+    )
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
+    family = family_of(num_models=3)
+    folders = [tmp_path / name for name in ("toy", "same", "negative")]
+    for folder in folders:
+        write_toy(family, 1, folder)
+    (folders[2] / "negative.txt").touch()
+    models = Family(family.base, tuple(map(str, folders)), {}, ())
+    catalog = read_catalog(recipe_of(models, str(tmp_path / "out"), "average", allow={"missing": "zero"}), Stores({}))
+    toy, same, negative = catalog.models
+    assert [toy.format, same.format, negative.format] == ["toy", "toy", "negative"]
+    assert toy.sources is same.sources
+    assert toy.sources == negative.sources
+    assert toy.sources is not negative.sources
 
 
 def test_a_store_is_one_file(family_of: MakeFamily, tmp_path: Path, drop: Callable[[str], Path]) -> None:

@@ -45,12 +45,18 @@ class TensorRef(NamedTuple):
     shape: tuple[int, ...]
 
 
+Encoding = Literal["dense", "factors"]
+"""How a change is stored: element by element, or as the factors of a product."""
+
+
 class Source(NamedTuple):
-    """What one model stores for one base parameter: its values, in one or several tensors, or factors of its change."""
+    """What one model stores for one base parameter."""
 
     tensors: tuple[TensorRef, ...]
+    """Their elements, one tensor after the other, are the parameter's; the tensors of factors are the format's own."""
     numbers: tuple[tuple[str, float], ...] = ()
     """Named constants that belong to it (a scale)."""
+    encoding: Encoding = "dense"
 
 
 class Read(NamedTuple):

@@ -496,7 +496,7 @@ def test_factors_that_lie_together_and_are_needed_whole_come_in_one_read() -> No
 
 def test_what_is_held_covers_the_factors_as_read_and_as_decoded() -> None:
     source = good(adapter_files({"model.a.q_proj": module(6, 4, dtype="BF16")})).sources["model.a.q_proj.weight"]
-    assert Lora().held(source) == (2 * 4 + 6 * 2) * (2 + 2 + 4)
+    assert Lora().decoded_bytes(source) == (2 * 4 + 6 * 2) * (2 + 2 + 4)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -728,7 +728,7 @@ def test_no_keys_and_shapes_make_reading_raise(tensors: dict[str, tuple[int, ...
         found = read(files, base, SAVED)
         assert all(problem.code in REASONS for problem in found.problems)
         for source in found.sources.values():
-            assert Lora().held(source) >= 0
+            assert Lora().decoded_bytes(source) >= 0
 
 
 @pytest.fixture(autouse=True)

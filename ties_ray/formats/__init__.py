@@ -151,6 +151,7 @@ class Format(ABC):
     def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> "Stored":
         """Return the slice from what the reads brought: one 1-D uint8 tensor a read, not to be written to.
 
+        It returns `Factors` exactly where `source.encoding` is "factors", and `Encoded` elsewhere.
         Several reads of a dense source may come end to end in one tensor.
         """
 
@@ -166,6 +167,6 @@ class Format(ABC):
         """Return the rank of a change that `encoded` gives as plain factors over the whole parameter; 0: it is none."""
         return 0
 
-    def held(self, source: Source) -> int:
-        """Return at most how many bytes `encoded` holds besides the slice's own elements (decoded factors)."""
+    def decoded_bytes(self, source: Source) -> int:
+        """Return an upper bound of the bytes that `encoded` holds beside the slice's own elements (decoded factors)."""
         return 0

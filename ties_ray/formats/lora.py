@@ -237,9 +237,9 @@ class Lora(Format):
             dtype = dtypes[ref.dtype]
             aligned = data.storage_offset() % dtype.itemsize == 0 == data.data_ptr() % dtype.itemsize
             stored.append((data if aligned else data.clone()).view(dtype))
-        numbers = dict(source.numbers)
-        if "scale" not in numbers:
+        if source.encoding == "dense":
             return Encoded(stored[0] if stored else torch.empty(0, dtype=dtypes[source.tensors[0].dtype]))
+        numbers = dict(source.numbers)
         scale = numbers["scale"]
         if len(source.tensors) == 1:  # a bias: rows of one element
             values = stored[0].float() if stored else torch.empty(0)
@@ -258,7 +258,7 @@ class Lora(Format):
 
     def needs(self, source: Source) -> Literal["nothing", "slice", "rows"]:
         """Return `rows` for DoRA, whose rows are scaled by their norms; `slice` for a tensor that was saved whole."""
-        if "scale" not in dict(source.numbers):
+        if source.encoding == "dense":
             return "slice"
         return "rows" if len(source.tensors) > 2 else "nothing"
 
@@ -268,12 +268,12 @@ class Lora(Format):
 
     def rank(self, source: Source) -> int:
         """Return the rank of a module's factors; 0 of DoRA, whose change is no product, and of anything saved whole."""
-        plain = "scale" in dict(source.numbers) and len(source.tensors) == 2
+        plain = source.encoding == "factors" and len(source.tensors) == 2
         return source.tensors[0].shape[0] if plain else 0
 
-    def held(self, source: Source) -> int:
+    def decoded_bytes(self, source: Source) -> int:
         """Return the bytes of the factors as read, once more aligned, and decoded."""
-        if "scale" not in dict(source.numbers):
+        if source.encoding == "dense":
             return 0
         return sum(2 * nbytes(ref.dtype, ref.shape) + 4 * math.prod(ref.shape) for ref in source.tensors)
 
@@ -458,7 +458,7 @@ class _Adapter:
             self._add_weight(path, parts, a, b, scale)
             if "bias" in parts:
                 self._variants.add("lora_bias")
-                self._add(f"{path}.bias", parts["bias"].shape, Source((parts["bias"],), (("scale", scale),)))
+                self._add(f"{path}.bias", parts["bias"].shape, Source((parts["bias"],), (("scale", scale),), "factors"))
             self._modules.append(path)
             self._ranks.add(a.shape[0])
 
@@ -566,7 +566,7 @@ class _Adapter:
             self._refused.add("shape_mismatch", f"{path} magnitude {list(magnitude.shape)} of {shape[0]} rows")
         else:
             self._variants |= {"dora"} if magnitude is not None else set()
-            source = Source((a, b) if magnitude is None else (a, b, magnitude), numbers)
+            source = Source((a, b) if magnitude is None else (a, b, magnitude), numbers, "factors")
             self._add(f"{path}.weight", shape, source)
             if kind != "linear" and name in self.sources:
                 self.kinds[name] = kind
@@ -581,7 +581,7 @@ class _Adapter:
                 return
             start = b.start + first * b.shape[1] * DTYPE_BITS[b.dtype] // 8
             part = b._replace(start=start, shape=(last - first, b.shape[1]))
-            self._add(name, piece.shape, Source((a, part), (("scale", scale),)))
+            self._add(name, piece.shape, Source((a, part), (("scale", scale),), "factors"))
 
     def _add(self, name: str, shape: tuple[int, ...], source: Source) -> None:
         """Add a source if the base has such a parameter and the recipe does not exclude it."""

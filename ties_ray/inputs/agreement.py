@@ -197,7 +197,7 @@ def _shapes(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
 def _kinds(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
     first: dict[str, tuple[str, str]] = {}
     for model in models:
-        factored = [name for name, source in model.found.sources.items() if model.format.held(source)]
+        factored = [name for name, source in model.found.sources.items() if source.encoding == "factors"]
         for name in factored:
             kind = model.found.kinds.get(name, "linear")
             known, whose = first.setdefault(name, (kind, model.entry.uri))

@@ -52,7 +52,7 @@ class Model:
     objects: tuple[Pin, ...]
     sources: dict[str, Source]
     """By base parameter; a parameter that is missing here has delta zero (the recipe allowed it). Models that store
-    theirs alike, as fine-tunes of one base do, share one dictionary, in memory and in JSON."""
+    theirs alike in one format, as fine-tunes of one base do, share one dictionary, in memory and in JSON."""
     weight: float = 1.0
     density: float | None = None
     licence: str = ""
@@ -536,7 +536,7 @@ def _model(looked: Looked, folder: Folder, found: Found, known: dict[Hashable, d
         id=entry.id,
         format=looked.format.name,
         objects=found.objects,
-        sources=known.setdefault(tuple(found.sources.items()), dict(found.sources)),
+        sources=known.setdefault((looked.format.name, *found.sources.items()), dict(found.sources)),
         weight=entry.weight,
         density=entry.density,
         licence=licence_of(folder.texts.get(README, b"")),

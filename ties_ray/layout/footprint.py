@@ -131,15 +131,14 @@ class Sources:
         found = 0
         for (_, count), model in zip(counts, kinds, strict=True):
             form, source = self.formats[model.format], model.sources.get(parameter.name)
-            if source and not form.held(source):
+            if source and source.encoding == "dense":
                 found += count * len(form.reads(source, start, stop))
         return found
 
     def _stored(self) -> Iterator[tuple[str, Source, bool]]:
         """Yield (parameter, source, whether it is factors) of each kind of model."""
         for model in self.alike(self.models)[1]:
-            held = self.formats[model.format].held
-            yield from ((name, source, held(source) > 0) for name, source in model.sources.items())
+            yield from ((name, source, source.encoding == "factors") for name, source in model.sources.items())
 
     @cached_property
     def widths(self) -> tuple[int, int]:
@@ -223,7 +222,8 @@ class Sources:
         """Yield consecutive parameters whose factors are read at once, and kept until all of them are done.
 
         Of one model they hold no more than twice the largest parameter's: while they are cut apart there are their
-        bytes, and one's again, where the plan counts those of one as read, aligned and decoded (`Format.held`).
+        bytes, and one's again, where the plan counts those of one as read, aligned and decoded
+        (`Format.decoded_bytes`).
         """
         found: list[Parameter] = []
         room = largest = 0
@@ -241,11 +241,10 @@ class Sources:
 
     def factors(self, model: Model, parameters: Iterable[Parameter]) -> list[tuple[Source, int, int]]:
         """Return what a model stores as factors for some parameters, each whole: (source, start, stop)."""
-        held = self.formats[model.format].held
         return [
             (source, 0, one.numel)
             for one in parameters
-            if (source := model.sources.get(one.name)) is not None and held(source)
+            if (source := model.sources.get(one.name)) is not None and source.encoding == "factors"
         ]
 
     @cached_property
@@ -294,9 +293,9 @@ def _footprint(form: Format, source: Source, numel: int) -> Footprint:
         return sum(read.stop - read.start for read in reads)
 
     whole = form.reads(source, 0, numel)
-    held = form.held(source)
+    held = form.decoded_bytes(source)
     cost = size(whole), len(whole)
-    if not held:
+    if source.encoding == "dense":
         return Footprint(cost, (0, 0), (0, 0), 0, 0, 0, (0, 0), form.needs(source))
     some = form.reads(source, 0, max(1, numel // 2))
     least = form.reads(source, 0, min(1, numel))

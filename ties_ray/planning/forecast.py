@@ -104,9 +104,9 @@ def loads(plan: Plan, workers: int) -> list[Load]:
         totals = [0, 0]
         for model in (sources.models[member] for member in members):
             if id(model.sources) not in known:
-                form, of_one = sources.formats[model.format], [0, 0]
+                of_one = [0, 0]
                 for name, source in model.sources.items():
-                    of_one[form.held(source) > 0] += numels.get(name, 0)
+                    of_one[source.encoding == "factors"] += numels.get(name, 0)
                 known[id(model.sources)] = of_one[0], of_one[1]
             totals = [total + more for total, more in zip(totals, known[id(model.sources)], strict=True)]
         return totals[0], totals[1]

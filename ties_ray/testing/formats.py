@@ -96,7 +96,8 @@ class FormatContract:
                 continue
             got = self.decoded(format, files, found, name, 0, parameters[name].numel)
             factors = [part for part in got if isinstance(part, torch.Tensor)] if isinstance(got, Factors) else []
-            assert sum(factor.nbytes for factor in factors) <= format.held(source), name
+            assert isinstance(got, Factors) == (source.encoding == "factors"), name
+            assert sum(factor.nbytes for factor in factors) <= format.decoded_bytes(source), name
             assert format.needs(source) in ("nothing", "slice", "rows")
             assert format.shape(source) == parameters[name].shape
             rank = got.left.shape[1] if isinstance(got, Factors) and got.magnitude is None else 0

@@ -21,7 +21,7 @@ from ties_ray.methods import Context
 from ties_ray.planning.forecast import Rates
 from ties_ray.planning.plan import Plan, PlannedRound, is_resident, method_round
 from ties_ray.stores import Pin, Stores
-from ties_ray.tensors import Parameter, Source
+from ties_ray.tensors import Encoding, Parameter, Source
 from ties_ray.worker.read_ahead import Ledger
 from ties_ray.worker.slices import Slices
 
@@ -110,11 +110,10 @@ def _ranges(plan: Plan, sources: Sources) -> Iterator[tuple[Pin, int, int]]:
 def _samples(plan: Plan, sources: Sources, stores: Stores) -> Iterator[tuple[str, tuple[Parameter, Stored, Tensor]]]:
     """Yield a slice and its base: of the largest parameter that is stored whole, of the largest stored as factors."""
     merged = {one.name: one for one in plan.catalog.parameters if one.merged}
-    largest: dict[str, tuple[int, Model, str]] = {}
+    largest: dict[Encoding, tuple[int, Model, str]] = {}
     for model in sources.models[len(sources.models) // 2 :] + sources.models[: len(sources.models) // 2]:
-        form = sources.formats[model.format]
         for name in model.sources.keys() & merged.keys():
-            kind = "factors" if form.held(model.sources[name]) else "dense"
+            kind = model.sources[name].encoding
             if merged[name].numel > largest.get(kind, (0,))[0]:
                 largest[kind] = merged[name].numel, model, name
     for kind, (numel, model, name) in largest.items():

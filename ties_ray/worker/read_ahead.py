@@ -301,14 +301,14 @@ class ReadAhead:
     def _alone(self, wanted: Wanted) -> list[Tensor]:
         form = self._formats[wanted.model.format]
         reads = form.reads(wanted.source, wanted.start, wanted.stop)
-        if wanted.kept == "all" and form.held(wanted.source):
+        if wanted.kept == "all" and wanted.source.encoding == "factors":
             return self._cut_from_kept(wanted, reads)
-        if len(reads) > 1 and not form.held(wanted.source):
+        if len(reads) > 1 and wanted.source.encoding == "dense":
             return [self._end_to_end(wanted.model.objects, reads)]
         return [
             self._kept(wanted.model.objects[read.object], read)
             if read.shared and wanted.kept == "shared"
-            else self._buffered(wanted, read, again=bool(form.held(wanted.source)))
+            else self._buffered(wanted, read, again=wanted.source.encoding == "factors")
             for read in reads
         ]
 

@@ -656,11 +656,10 @@ class Worker:
         (member,) = range(*shard.models)
         model = self._models[member]
         numels = {parameter.name: parameter.numel for parameter in self._plan.catalog.parameters if parameter.merged}
-        form = self._formats[model.format]
         wanted = [
             [Wanted(model, source, 0, numels[name])]
             for name, source in model.sources.items()
-            if name in numels and form.held(source)
+            if name in numels and source.encoding == "factors"
         ]
         norm2, not_finite = 0.0, 0
         with closing(self._reads.stream(wanted)) as coming:
