@@ -150,7 +150,7 @@ def work_out(plan: "Plan") -> None:
 def plan_large(num_models: int) -> None:
     """Print what it takes to plan, to store the plan, to load it, and to work out all shards from it."""
     from ties_ray.planning.plan import PLAN_FORM, make_plan
-    from ties_ray.recipe.recipe import validate
+    from ties_ray.recipe.parse import validate
 
     def taken(step: Callable[[], Any]) -> tuple[Any, float, float]:
         before, began = psutil.Process().memory_info().rss, time.process_time()

@@ -29,7 +29,7 @@ from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
 from ties_ray.operations.merging import DEPTH, MergeRun
 from ties_ray.planning.plan import Plan, make_plan
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.state.manifest import D, Manifest, Record, Written
 from ties_ray.stores import Part, Stores
 from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order

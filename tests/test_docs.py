@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ties_ray.recipe.recipe import parse
+from ties_ray.recipe.parse import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

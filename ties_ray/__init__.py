@@ -66,7 +66,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     overrides: `field=value` each, as in `method.density=0.3`. Raises `RecipeError` with every problem and its place,
     `InputError` if there is no such file.
     """
-    from ties_ray.recipe.recipe import parse
+    from ties_ray.recipe.parse import parse
     from ties_ray.stores import Stores, shown
 
     uri = os.fspath(source)
@@ -111,7 +111,8 @@ def merge(
 
 
 def _recipe(given: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":
-    from ties_ray.recipe.recipe import Recipe, validate
+    from ties_ray.recipe.parse import validate
+    from ties_ray.recipe.recipe import Recipe
 
     if isinstance(given, Recipe):
         return given

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ties_ray.operations.kubernetes import Options, kuberay, to_yaml
-from ties_ray.recipe.recipe import Recipe, parse
+from ties_ray.recipe.parse import parse
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import PlannedInput, PlannedRoundRecord, PlanRecord
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kuberay"

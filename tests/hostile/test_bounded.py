@@ -62,7 +62,7 @@ ALLOWED = 250
 SCRIPT = """
 import json, re, sys
 from pathlib import Path
-from ties_ray.recipe import recipe
+from ties_ray.recipe import parse
 from ties_ray.inputs.catalog import read_catalog
 from ties_ray.errors import MergeError
 from ties_ray.stores import Stores
@@ -71,7 +71,7 @@ import ties_ray.formats.lora, ties_ray.formats.checkpoint, ties_ray.stores.local
 def most():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
-asked = recipe.validate(json.loads(sys.argv[1]))
+asked = parse.validate(json.loads(sys.argv[1]))
 before = most()
 try:
     read_catalog(asked, Stores({}))

@@ -28,8 +28,8 @@ from ties_ray.inputs.catalog import licence_of, read_catalog
 from ties_ray.inputs.expand import entries_of
 from ties_ray.inputs.tokenizers import Tokenizer, check_common_ids, notes
 from ties_ray.operations import merging
-from ties_ray.recipe import recipe
-from ties_ray.recipe.recipe import ModelEntry
+from ties_ray.recipe import parse
+from ties_ray.recipe.recipe import ModelEntry, Recipe, Run
 from ties_ray.stores import Stores
 from ties_ray.stores.memory import Memory
 
@@ -147,9 +147,9 @@ def written(stores: Stores, folder: Path, **files: bytes) -> tuple[str, str]:
     return f"{folder}/base", f"{folder}/m"
 
 
-def recipe_of(base: str, *models: object, **more: object) -> recipe.Recipe:
+def recipe_of(base: str, *models: object, **more: object) -> Recipe:
     data = {"base": base, "models": list(models), "method": "ties", "output": f"{base}-out", "run": LOCAL}
-    return recipe.validate(data | more)
+    return parse.validate(data | more)
 
 
 class Opened(Memory):
@@ -351,7 +351,7 @@ def _used(tree: ast.AST) -> Iterator[str]:
 
 def test_nothing_in_production_unpickles_or_evaluates() -> None:
     sources = sorted(Path(ties_ray.__file__).parent.rglob("*.py"))
-    sources = [path for path in sources if path.parent.name != "testing"]  # they show show that stores can't be pickled
+    sources = [path for path in sources if path.parent.name != "testing"]  # show that stores can't be pickled
     assert len(sources) > 30
     assert set(_used(ast.parse("import numpy as np, pickle\nnp.load(1)"))) & UNSAFE == {"pickle", "np.load"}
     found = {path.name: set(_used(ast.parse(path.read_bytes()))) & UNSAFE for path in sources}
@@ -373,7 +373,7 @@ def laughs(levels: int, form: str = "[{}]") -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("#" * (recipe.MAX_CHARACTERS + 1), "has 4,194,305 characters; a recipe has at most 4,194,304 characters"),
+        ("#" * (parse.MAX_CHARACTERS + 1), "has 4,194,305 characters; a recipe has at most 4,194,304 characters"),
         ("[" * 100_000, "is nested more than 32 levels deep"),
         ("- " * 50_000, "is nested more than 32 levels deep"),
         ("? " * 50_000, "is nested more than 32 levels deep"),
@@ -404,31 +404,31 @@ def laughs(levels: int, form: str = "[{}]") -> str:
     ids=lambda value: ascii(value)[:30],
 )  # fmt: skip
 def test_a_recipe_that_attacks_its_reader_is_refused(text: str, message: str) -> None:
-    error = check(lambda: recipe.parse(text), 8 * len(text))
+    error = check(lambda: parse.parse(text), 8 * len(text))
     assert isinstance(error, RecipeError)
     assert re.search(message, str(error)), str(error)
 
 
 def test_anchors_and_merge_keys_in_reason_are_fine() -> None:
     text = "models: [&m {path: /m, weight: 2.0}, {<<: *m, path: /n}]\nmethod: ties\nbase: /b\noutput: /o\n"
-    assert [entry.weight for entry in recipe.parse(text).models] == [2.0, 2.0]
+    assert [entry.weight for entry in parse.parse(text).models] == [2.0, 2.0]
 
 
 def test_a_recipe_of_many_models_is_read() -> None:
     models = ",".join(f'{{"path": "/models/{number}", "weight": 0.5}}' for number in range(5000))
     text = f'{{"base": "/b", "method": "ties", "output": "/o", "models": [{models}]}}'
-    assert len(recipe.parse(text).models) == 5000
+    assert len(parse.parse(text).models) == 5000
 
 
-recipe.parse(GOOD)  # imports what the first recipe imports, so that no bound counts it
+parse.parse(GOOD)  # imports what the first recipe imports, so that no bound counts it
 
-fields = st.sampled_from([*recipe.Recipe.model_fields, "models.0", "run.workers", "storage.s3", "method.name", "x"])
+fields = st.sampled_from([*Recipe.model_fields, "models.0", "run.workers", "storage.s3", "method.name", "x"])
 
 
 @settings(seeded, max_examples=50)
 @given(
     st.dictionaries(fields, json_values, max_size=3),
-    st.dictionaries(st.sampled_from(list(recipe.Run.model_fields)), json_values),
+    st.dictionaries(st.sampled_from(list(Run.model_fields)), json_values),
 )
 def test_a_recipe_with_any_values_is_understood_or_refused(changes: dict[str, object], run: dict[str, object]) -> None:
     data: dict[str, Any] = {
@@ -438,16 +438,16 @@ def test_a_recipe_with_any_values_is_understood_or_refused(changes: dict[str, ob
         "output": {"path": "/o"},
     }
     text = json.dumps(data | {"run": run} | changes)
-    check(lambda: recipe.parse(text), 2**14 + 64 * len(text))
+    check(lambda: parse.parse(text), 2**14 + 64 * len(text))
     overrides = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
-    check(lambda: recipe.parse(GOOD, "recipe", overrides), 2**14 + 64 * len(text))
+    check(lambda: parse.parse(GOOD, "recipe", overrides), 2**14 + 64 * len(text))
 
 
 @seeded
 @given(st.text(alphabet=st.sampled_from("ab01:-?&*!|>%@`{}[],#\"' \n\t.~<=\\_/\u00e9\ufeff"), max_size=60))
 def test_any_text_is_a_recipe_or_refused(text: str) -> None:
-    assert isinstance(check(lambda: recipe.parse(text), 2**15), RecipeError)
-    check(lambda: recipe.parse(GOOD + text), 2**15)
+    assert isinstance(check(lambda: parse.parse(text), 2**15), RecipeError)
+    check(lambda: parse.parse(GOOD + text), 2**15)
 
 
 @settings(seeded, max_examples=60)

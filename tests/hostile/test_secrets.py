@@ -27,7 +27,7 @@ from tests.tools.merging import LOCAL
 from ties_ray.errors import InputError, MergeError, Problem, RecipeError, holds_secret, shown
 from ties_ray.inputs.expand import entries_of
 from ties_ray.operations import merging
-from ties_ray.recipe import recipe
+from ties_ray.recipe import parse
 from ties_ray.recipe.recipe import ModelEntry
 from ties_ray.stores import Stores
 
@@ -140,7 +140,7 @@ import psutil, ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
 from tests.hostile.test_secrets import secrets_in
 from ties_ray.operations import merging
-from ties_ray.recipe import recipe
+from ties_ray.recipe import parse
 from ties_ray.executors.ray import RayExecutor, _OWN_CLUSTER
 
 said, seen = [], {}
@@ -171,7 +171,7 @@ def watch(progress):
     seen["leaks"] = {name: sorted(secrets_in(text)) for name, text in texts.items() if secrets_in(text)}
     seen["leaks"] |= {name: "Ray's token" for name, text in texts.items() if own in text}
 
-merging.merge(recipe.validate(json.loads(sys.argv[1])), watch=watch)
+merging.merge(parse.validate(json.loads(sys.argv[1])), watch=watch)
 print(json.dumps(seen))
 """
 
@@ -242,24 +242,24 @@ GOOD: dict[str, Any] = {"base": "/b", "models": ["/m"], "method": "ties", "outpu
 def test_a_recipe_with_a_secret_is_refused_and_the_secret_is_not_repeated(change: dict[str, Any]) -> None:
     place = next(iter(change))
     with pytest.raises(RecipeError, match=place) as raised:
-        recipe.parse(json.dumps(GOOD | change))
+        parse.parse(json.dumps(GOOD | change))
     assert secrets_in(repr(raised.value).encode()) == set()
     (name, value) = next(iter(change.items()))
     with pytest.raises(RecipeError, match=place) as raised:
-        recipe.parse(json.dumps(GOOD), overrides=[f"{name}={json.dumps(value)}"])
+        parse.parse(json.dumps(GOOD), overrides=[f"{name}={json.dumps(value)}"])
     assert secrets_in(repr(raised.value).encode()) == set()
 
 
 @pytest.mark.parametrize("override", [f"storage.s3.secret=[{SECRET}", f"base.x.y={SECRET}", "=x"])
 def test_an_override_that_fails_does_not_repeat_its_value(override: str) -> None:
     with pytest.raises(RecipeError, match=r"--set|base\.x: unknown key") as raised:
-        recipe.parse(json.dumps(GOOD), overrides=[override])
+        parse.parse(json.dumps(GOOD), overrides=[override])
     assert secrets_in(str(raised.value).encode()) == set()
 
 
 def test_a_container_at_an_account_is_no_secret() -> None:
-    assert recipe.validate(GOOD | {"base": "abfs://models@account.dfs.core.windows.net/base"}).base
-    assert recipe.validate(GOOD | {"models": ["s3://bucket/team-?/key=7/m-*"]}).models
+    assert parse.validate(GOOD | {"base": "abfs://models@account.dfs.core.windows.net/base"}).base
+    assert parse.validate(GOOD | {"models": ["s3://bucket/team-?/key=7/m-*"]}).models
 
 
 def test_a_signed_url_in_a_table_is_refused_by_its_line() -> None:
@@ -285,7 +285,7 @@ def test_everything_that_is_written_honours_the_umask(tmp_path: Path, umask: int
     before = os.umask(umask)
     try:
         data = {"base": f"{tmp_path}/base", "models": [f"{tmp_path}/m"], "method": "ties", "output": f"{tmp_path}/out"}
-        merging.merge(recipe.validate(data | {"run": LOCAL}), watch=watch)
+        merging.merge(parse.validate(data | {"run": LOCAL}), watch=watch)
         watch(None)
     finally:
         os.umask(before)
@@ -333,7 +333,7 @@ def test_a_signed_url_is_refused_wherever_it_stands_and_never_repeated(kind: str
     url = SIGNED[kind]
     for change in ({"base": url}, {"models": [url]}, {"models": [{"table": url}]}, {"output": url}):
         with pytest.raises(RecipeError, match=r"is a URL with a password or a signature|unknown scheme") as raised:
-            recipe.parse(json.dumps(GOOD | change))
+            parse.parse(json.dumps(GOOD | change))
         assert secrets_in(repr(raised.value).encode()) == set()
     with pytest.raises(InputError, match="is a URL with a password or a signature") as refused:
         Stores({}).of(url)
@@ -362,7 +362,7 @@ def test_a_long_text_is_looked_through_in_no_time(text: str) -> None:
     began = time.monotonic()
     holds_secret(text)
     assert len(shown(text)) < 25_000
-    assert list(recipe.unfit({"path": text}))
+    assert list(parse.unfit({"path": text}))
     assert time.monotonic() - began < 5
 
 

@@ -14,7 +14,8 @@ from ties_ray.account import Account, Aside, account
 from ties_ray.cli.text import of_plan
 from ties_ray.errors import InputError, RecipeError
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import plan_record
 from ties_ray.stores import Stores
 

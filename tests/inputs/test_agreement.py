@@ -20,7 +20,8 @@ from tests.tools.merging import LOCAL, carried_out
 from ties_ray.errors import InputError, MergeError, RecipeError
 from ties_ray.formats.lora import REASONS
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import RESULT_NAME, MergeResult
 from ties_ray.stores import Stores
 

@@ -17,7 +17,8 @@ from ties_ray.inputs import tokenizers
 from ties_ray.inputs.catalog import Catalog, read_catalog
 from ties_ray.inputs.expand import overlaps
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.stores import NoOptions, Pin, Store, Stores, join
 from ties_ray.stores.memory import Memory
 

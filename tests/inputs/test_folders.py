@@ -13,7 +13,8 @@ from ties_ray.inputs.catalog import Catalog, read_catalog
 from ties_ray.operations import merging
 from ties_ray.outputs import Output
 from ties_ray.planning.plan import make_plan
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.stores import Store, Stores
 
 CONFIG = b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'

@@ -29,7 +29,7 @@ from ties_ray.stores import Stores
 DIE = """
 import os, signal, sys
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import parse
+from ties_ray.recipe.parse import parse
 
 merging.merge(
     parse(sys.stdin.read()), watch=lambda now: now.stage == "publish" and os.kill(os.getpid(), signal.SIGKILL)

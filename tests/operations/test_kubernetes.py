@@ -23,7 +23,8 @@ from tests.tools.families import make_family
 from ties_ray.errors import RecipeError
 from ties_ray.operations import kubernetes, merging
 from ties_ray.operations.kubernetes import Options, kuberay, recipe_text, size, to_yaml
-from ties_ray.recipe.recipe import Recipe, parse
+from ties_ray.recipe.parse import parse
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import plan_record
 from ties_ray.stores import Stores
 

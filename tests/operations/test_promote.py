@@ -18,7 +18,7 @@ from ties_ray.errors import InputError
 from ties_ray.operations import merging
 from ties_ray.operations.promote import Pointer, promote, rollback
 from ties_ray.operations.verify import verify
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.stores import Stores
 from ties_ray.stores.local import Local
 

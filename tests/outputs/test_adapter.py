@@ -16,7 +16,7 @@ from ties_ray.kernels import Factors
 from ties_ray.libraries.library import TRANSFORMERS
 from ties_ray.operations import merging
 from ties_ray.outputs.adapter import PEFT, Adapter
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import MergeResult
 from ties_ray.stores import Stores
 from ties_ray.tensors import Kind, Parameter

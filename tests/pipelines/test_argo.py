@@ -17,7 +17,7 @@ from tests.conftest import Bucket, tool
 from tests.deploy.rules import broken
 from tests.tools.adapters import make_pool
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.stores import Stores
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from ties_ray.inputs.catalog import Catalog
 from ties_ray.operations import merging
 from ties_ray.planning.forecast import Pace, Rates, Work, loads, observed, predict
 from ties_ray.planning.plan import Plan, make_plan
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import MergeResult, plan_record
 from ties_ray.stores import Stores
 from ties_ray.tensors import Parameter

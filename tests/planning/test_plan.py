@@ -19,7 +19,8 @@ from ties_ray.operations import merging
 from ties_ray.outputs import PART_ALIGNMENT
 from ties_ray.planning import plan as planning
 from ties_ray.planning.plan import PLAN_FORM, make_plan
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Pin, Store, Stores
 from ties_ray.stores.local import Local

@@ -25,7 +25,8 @@ from tests.tools.families import Family, Tensors, write_checkpoint
 from tests.tools.merging import LOCAL, draw_sizes, merge_and_die, read_tensors
 from tests.tools.oracle import Answer, Change, Rules
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import RESULT_NAME, MergeResult, Progress
 from ties_ray.stores import Stores
 
@@ -365,8 +366,8 @@ def test_another_cpu_gives_the_same_bytes(pool_of: MakePool, wanted: dict[str, d
     (tmp_path / "recipes").write_text(
         "\n".join(one.model_dump_json(exclude_unset=True, by_alias=True) for one in recipes)
     )
-    script = "import sys; from ties_ray.operations import merging; from ties_ray.recipe.recipe import recipe\n"
-    script += "for line in open(sys.argv[1]): merging.merge(recipe.parse(line))"
+    script = "import sys; from ties_ray.operations import merging; from ties_ray.recipe.parse import parse\n"
+    script += "for line in open(sys.argv[1]): merging.merge(parse(line))"
     other = {"NUMBA_CPU_NAME": "generic", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
     environment = os.environ | other | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", script, str(tmp_path / "recipes")]

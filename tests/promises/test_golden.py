@@ -22,7 +22,7 @@ from tests.tools.adapters import write_adapter
 from tests.tools.families import CONFIG, DTYPES, Tensors, write_checkpoint
 from ties_ray.kernels import ARITHMETICS
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.stores import Stores
 
 DIGESTS = Path(__file__).with_name("golden.json")

@@ -22,7 +22,7 @@ from ties_ray.executors import WorkerDied
 from ties_ray.kernels.cuda import Cuda
 from ties_ray.operations import merging
 from ties_ray.operations.verify import verify
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import MergeResult
 from ties_ray.stores import Stores
 

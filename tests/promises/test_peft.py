@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ties_ray.errors import InputError
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PEFT's own

@@ -20,7 +20,7 @@ from tests.tools.families import CONFIG, Family, Tensors, file_bytes, make_famil
 from ties_ray.errors import FRESH_THEN, MergeError, Problem
 from ties_ray.formats.lora import REASONS
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import MergeResult
 from ties_ray.stores import Stores
 

@@ -179,7 +179,7 @@ import sys
 from ties_ray import kernels
 from ties_ray.operations import merging
 from ties_ray.worker import worker
-from ties_ray.recipe.recipe import parse
+from ties_ray.recipe.parse import parse
 from ties_ray.executors.local import LocalExecutor
 kernels.load("cpu")
 recipe = parse(open(sys.argv[1]).read())

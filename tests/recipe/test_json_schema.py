@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ties_ray import plugins
 from ties_ray.methods import Method
 from ties_ray.recipe.json_schema import method_doc, recipe_schema
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 
 RECIPE: dict[str, Any] = {"base": "b", "models": ["m"], "method": {"name": "ties"}, "output": {"path": "o"}}
 

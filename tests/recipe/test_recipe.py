@@ -7,7 +7,8 @@ import pytest
 from ties_ray import plugins
 from ties_ray.errors import Problem, RecipeError
 from ties_ray.methods import Method
-from ties_ray.recipe.recipe import Recipe, override, parse, validate
+from ties_ray.recipe.parse import override, parse, validate
+from ties_ray.recipe.recipe import Recipe
 
 PLAIN: dict[str, Any] = {"base": "b", "models": ["m"], "method": {"name": "ties"}, "output": {"path": "o"}}
 YAML = """

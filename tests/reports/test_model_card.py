@@ -15,7 +15,7 @@ from tests.tools.families import write_checkpoint
 from ties_ray.errors import printable
 from ties_ray.operations import merging
 from ties_ray.planning.plan import Plan
-from ties_ray.recipe import recipe
+from ties_ray.recipe import parse
 from ties_ray.reports.model_card import card, code, plain_yaml, prose
 from ties_ray.reports.records import MergeResult, TrimReport
 from ties_ray.stores import Stores
@@ -91,7 +91,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         "method": "ties",
         "output": f"{folder}/out",
     }
-    return merging.plan(recipe.validate(asked))
+    return merging.plan(parse.validate(asked))
 
 
 @settings(max_examples=150, deadline=None)

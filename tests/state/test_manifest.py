@@ -14,7 +14,7 @@ from tests.tools.merging import LOCAL, digests, merge, recipe_of
 from ties_ray.errors import InputError
 from ties_ray.operations import merging
 from ties_ray.planning.plan import Plan
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import Progress
 from ties_ray.rounds.kth_largest import Counts, Pick, add, pack
 from ties_ray.state.manifest import Folded, Manifest, Matrix, Record, Written, misfit

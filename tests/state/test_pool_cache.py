@@ -11,7 +11,8 @@ from tests.tools.adapters import Pool, make_pool
 from tests.tools.merging import LOCAL, carried_out
 from ties_ray.operations import merging
 from ties_ray.operations.verify import verify
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import MergeResult
 from ties_ray.rounds.kth_largest import Counts
 from ties_ray.state.documents import parse

@@ -17,7 +17,7 @@ from ties_ray import stores
 from ties_ray.errors import InputError, RecipeError, UnavailableError
 from ties_ray.inputs.expand import entries_of
 from ties_ray.operations import merging
-from ties_ray.recipe import recipe
+from ties_ray.recipe import parse
 from ties_ray.recipe.recipe import ModelEntry
 from ties_ray.stores import REMOTE, Listing, Pin, Stores, leads_from, store_class
 from ties_ray.stores.fsspec import Fsspec, _pin
@@ -255,7 +255,7 @@ def test_a_uri_that_could_lead_from_its_store_to_another_is_refused(uri: str) ->
         Stores({}).of(uri)
     data = {"base": uri, "models": [uri, {"table": uri}], "method": "ties", "output": uri, "run": {"pool_cache": uri}}
     with pytest.raises(RecipeError, match=r"unknown scheme|is a chain of URIs|holds a control character") as raised:
-        recipe.validate(data)
+        parse.validate(data)
     assert len(raised.value.problems) == 5
 
 
@@ -268,7 +268,7 @@ def test_a_row_of_a_table_cannot_run_what_a_reference_says(tmp_path: Path) -> No
     (tmp_path / "base").mkdir()
     data = {"base": f"{tmp_path}/base", "models": [{"table": f"{tmp_path}/pool.csv"}], "method": "ties"}
     with pytest.raises(InputError, match=r"pool.csv:2: path: unknown scheme 'reference'"):
-        merging.plan(recipe.validate(data | {"output": f"{tmp_path}/out"}))
+        merging.plan(parse.validate(data | {"output": f"{tmp_path}/out"}))
     assert not ran.exists()
 
 

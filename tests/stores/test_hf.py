@@ -13,7 +13,7 @@ from tests.tools.hub import TOKEN, Hub, serve_hub
 from tests.tools.merging import read_tensors
 from ties_ray.errors import InputError, UnavailableError
 from ties_ray.inputs.catalog import Catalog, read_catalog
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 from ties_ray.stores import Pin, Stores, hub_uri
 from ties_ray.stores.hf import Hf, HfOptions
 

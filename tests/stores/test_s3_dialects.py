@@ -24,7 +24,7 @@ from tests.tools.fault_proxy import Dialect, FaultProxy
 from tests.tools.merging import LOCAL, recipe_of
 from ties_ray.errors import InputError, MergeError, RecipeError, UnavailableError
 from ties_ray.operations import merging
-from ties_ray.recipe import recipe
+from ties_ray.recipe import parse
 from ties_ray.stores import Listing, Part, Stores, _s3_client, s3
 from ties_ray.stores.s3 import S3
 
@@ -300,8 +300,8 @@ def test_the_marker_of_an_empty_folder_is_no_model_and_the_remedy_leaves_it_out(
     data = {"base": family.base, "method": "average", "output": {"path": f"{s3_bucket.uri}/out"}, "storage": storage}
     models = f"{s3_bucket.uri}/pool/model-*"
     with pytest.raises(InputError, match=r"model-old: there is nothing;.*`not: \[model-old\]`"):
-        merging.plan(recipe.validate({**data, "models": [models]}))
-    made = merging.plan(recipe.validate({**data, "models": [{"path": models, "not": ["model-old"]}]}))
+        merging.plan(parse.validate({**data, "models": [models]}))
+    made = merging.plan(parse.validate({**data, "models": [{"path": models, "not": ["model-old"]}]}))
     assert [model.uri for model in made.catalog.models] == list(family.models)
 
 

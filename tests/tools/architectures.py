@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ties_ray.operations import merging
-from ties_ray.recipe.recipe import validate
+from ties_ray.recipe.parse import validate
 
 Tensors = dict[str, torch.Tensor]
 LARGEST = 3_000_000

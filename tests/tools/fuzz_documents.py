@@ -30,7 +30,8 @@ from ties_ray.operations import merging
 from ties_ray.operations.promote import promote, rollback
 from ties_ray.operations.status import status
 from ties_ray.operations.verify import verify
-from ties_ray.recipe.recipe import Recipe, validate
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import Progress
 from ties_ray.state import lease
 from ties_ray.stores import Stores, memory

@@ -9,7 +9,7 @@ from ties_ray.formats import Folder, Rules
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.formats.lora import Lora
 from ties_ray.inputs.catalog import licence_of
-from ties_ray.recipe import recipe
+from ties_ray.recipe import parse
 from ties_ray.safetensors import Header, TensorInfo
 from ties_ray.stores import Pin
 
@@ -73,8 +73,8 @@ def read_adapter(content: bytes) -> None:
 
 def read_recipe(content: bytes) -> None:
     """Read a recipe; what is understood is written and understood again, the same."""
-    read = recipe.parse(content.decode(errors="surrogateescape"))
-    assert recipe.validate(json.loads(read.model_dump_json(exclude_unset=True))) == read
+    read = parse.parse(content.decode(errors="surrogateescape"))
+    assert parse.validate(json.loads(read.model_dump_json(exclude_unset=True))) == read
 
 
 def read_card(content: bytes) -> None:

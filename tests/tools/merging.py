@@ -21,7 +21,8 @@ from ties_ray.operations import merging
 from ties_ray.planning import plan as planning
 from ties_ray.planning.plan import Plan
 from ties_ray.plugins import PLUGIN_FOLDER, search_path
-from ties_ray.recipe.recipe import Recipe, parse, validate
+from ties_ray.recipe.parse import parse, validate
+from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import MergeResult
 from ties_ray.state.manifest import Manifest, find_runs
 from ties_ray.stores import Stores

@@ -632,7 +632,7 @@ class _Job:
 def _load(source: str, overrides: Sequence[str]) -> "Recipe":
     """Return the recipe of a path, a URI or standard input."""
     if source == "-":
-        from ties_ray.recipe.recipe import parse
+        from ties_ray.recipe.parse import parse
 
         return parse(sys.stdin.read(), "standard input", overrides)
     import ties_ray
@@ -642,7 +642,7 @@ def _load(source: str, overrides: Sequence[str]) -> "Recipe":
 
 def _stores(overrides: Sequence[str]) -> "Stores":
     """Return the stores with the options that `--set storage....` gives."""
-    from ties_ray.recipe.recipe import override
+    from ties_ray.recipe.parse import override
     from ties_ray.stores import Stores, options_of
 
     data: dict[str, Any] = {}

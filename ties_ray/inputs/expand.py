@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import ValidationError
 
 from ties_ray.errors import InputError, Problem, RecipeError, printable
-from ties_ray.recipe.recipe import ModelEntry, Recipe, unfit
+from ties_ray.recipe.parse import unfit
+from ties_ray.recipe.recipe import ModelEntry, Recipe
 from ties_ray.stores import Stores, leads_from, scheme_of, shown
 
 if TYPE_CHECKING:

@@ -1,11 +1,6 @@
 """What the user asks: base, models, method, output, limits. Frozen, with an exact JSON form, and no work in it."""
 
-import difflib
-import itertools
-import json
-import re
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,12 +19,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import InitErrorDetails
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from ties_ray import plugins
-from ties_ray.errors import Problem, RecipeError, holds_secret, shown
+from ties_ray.errors import RecipeError
 from ties_ray.executors import address_problem
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
@@ -37,21 +29,8 @@ from ties_ray.stores import Uri, store_class
 
 Json = dict[str, Any]
 
-MAX_CHARACTERS = 4 * 2**20
-"""Of a recipe's text: 40,000 models, one a line. More of them belong in a table."""
-MAX_TEXT = 4096
-"""Of one text in it: the longest path that Linux takes. pydantic reads a size in time that grows with the square."""
-MAX_VALUES = 500_000
-"""Of a recipe, with every alias written out."""
-MAX_DEPTH = 32
 MAX_WORKERS = 100_000
 """More is a slip of the keyboard; Ray clusters have some thousand nodes."""
-MAX_SHOWN = 200
-"""Characters of a wrong value that a message repeats."""
-_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
-"""Characters that no sane path or name has, or that no JSON can hold."""
-MAX_UNFIT = 8
-"""Texts with such characters that are shown."""
 
 
 class Strict(BaseModel):
@@ -290,191 +269,3 @@ class Recipe(Strict):
         if self.base is None and self.output.reads_base:
             raise ValueError(f"`base` is missing, and an output of kind {self.output.kind} holds it")
         return self
-
-
-def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in a YAML or JSON text; raise `RecipeError` with every problem and its place.
-
-    overrides: `a.b=value` each, applied to the text's fields first; values are YAML.
-    """
-    data = _plain(text.replace("\t", "  ") if text.lstrip().startswith("{") else text, source)
-    if not isinstance(data, dict):
-        raise RecipeError(Problem(source, "is not a mapping of keys", "start from the example in the README"))
-    override(data, overrides)
-    return validate(data)
-
-
-def override(data: Json, overrides: Sequence[str]) -> None:
-    """Set fields of plain data: `a.b=value` each, values in YAML. Raises `RecipeError` where there is no such place."""
-    for one in overrides:
-        _override(data, one)
-
-
-def validate(data: Json) -> Recipe:
-    """Return the recipe of plain data; raise `RecipeError` with every problem and its place (`models.3.weight`)."""
-    wrong = list(itertools.islice(unfit(data), MAX_UNFIT))
-    if wrong:
-        raise RecipeError(wrong)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        counted = (
-            item for item in error.errors(include_url=False) if not (item["type"] == "too_short" and item["input"])
-        )
-        problems = [_problem(item, data) for item in counted]  # an entry that is wrong is not missing, too
-        raise RecipeError(problems + list(_no_base(data, problems))) from None
-
-
-def _no_base(data: Json, problems: Sequence[Problem]) -> Iterator[Problem]:
-    """Yield that the base is missing, which pydantic looks at only where all fields are right."""
-    output = data.get("output")
-    kind = output.get("kind", "checkpoint") if isinstance(output, Mapping) else "checkpoint"
-    if "base" in data or any("`base` is missing" in problem.what for problem in problems):
-        return
-    if kind not in plugins.names("outputs") or plugins.load("outputs", kind, Output).reads_base:
-        yield Problem("base", "is missing", f"an output of kind {kind} holds it")
-
-
-def _plain(text: str, source: str) -> Any:
-    """Return the plain data of a YAML text; raise `RecipeError`, whatever the text is made to do to its reader."""
-    try:
-        what = f"has {len(text):,} characters" if len(text) > MAX_CHARACTERS else _too_much(text)
-        if what is None:
-            return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise RecipeError(_syntax(error, source)) from None
-    except ValueError as error:  # a date or a number that is none
-        raise RecipeError(Problem(source, f"holds a value that can't be read: {error}", "put it in quotes")) from None
-    limits = f"at most {MAX_CHARACTERS:,} characters ({MAX_TEXT:,} in one text), {MAX_VALUES:,} values,"
-    limits += f" {MAX_DEPTH} levels, and no tags"
-    raise RecipeError(Problem(source, what, f"a recipe has {limits}; put a long list of models into a table"))
-
-
-def _too_much(text: str) -> str | None:
-    """Say what in the events of a YAML text would take too much to build; aliases count as what they stand for."""
-    sizes: dict[str, int] = {}
-    open_: list[tuple[str | None, int]] = []
-    count = 0
-    for event in YAML(typ="safe", pure=True).parse(text):
-        if isinstance(event, AliasEvent):
-            count += sizes.get(event.anchor, 0)
-        elif isinstance(event, ScalarEvent | CollectionStartEvent):
-            if isinstance(event, ScalarEvent) and len(event.value) > MAX_TEXT:
-                return f"holds a text of {len(event.value):,} characters"
-            if event.tag is not None:
-                return f"holds the tag {event.tag[:80]}"
-            if event.anchor in sizes:
-                return f"has the anchor {event.anchor[:80]} twice"
-            count += 1
-            if event.anchor:
-                sizes[event.anchor] = 1 if isinstance(event, ScalarEvent) else MAX_VALUES  # until it ends: in itself
-        if isinstance(event, CollectionStartEvent):
-            open_.append((event.anchor, count))
-        elif isinstance(event, CollectionEndEvent):
-            anchor, before = open_.pop()
-            if anchor:
-                sizes[anchor] = count - before + 1
-        if count > MAX_VALUES:
-            return f"stands for more than {MAX_VALUES:,} values"
-        if len(open_) > MAX_DEPTH:
-            return f"is nested more than {MAX_DEPTH} levels deep"
-    return None
-
-
-def _syntax(error: YAMLError, source: str) -> Problem:
-    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
-        return Problem(source, f"is neither YAML nor JSON: {error}")
-    where = f"{source}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
-    return Problem(where, " ".join(str(error.problem).split()), "mend the YAML")
-
-
-def _override(data: Json, override: str) -> None:
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise RecipeError(
-            Problem("--set", f"{shown(path)!r} is not of the form field=value", "as in method.density=0.3")
-        )
-    *parents, last = path.split(".")
-    target: Any = data
-    try:
-        for step in parents:
-            key: Any = int(step) if isinstance(target, list) else step
-            if isinstance(target, dict):
-                target.setdefault(key, {})
-            if isinstance(target[key], str):  # `method: ties` is short for `method: {name: ties}`
-                target[key] = {{"method": "name"}.get(step, "path"): target[key]}
-            target = target[key]
-        value = _plain(text, "--set")
-        if isinstance(target, list):
-            target[int(last)] = value
-        else:
-            target[last] = value
-    except (ValueError, IndexError, AttributeError, TypeError):
-        raise RecipeError(Problem("--set", f"the recipe has no place {path!r}, or its value can't be read")) from None
-
-
-def unfit(data: object) -> Iterator[Problem]:
-    """Yield a problem for each text, keys included, that no path or name is, or that is a URL with a secret in it."""
-    left: list[tuple[str, object]] = [("", data)]
-    while left:
-        place, value = left.pop()
-        if isinstance(value, str) and len(value) > MAX_TEXT:
-            yield Problem(place, f"has {len(value):,} characters", f"at most {MAX_TEXT:,} are a path or a name")
-        elif isinstance(value, str) and _UNFIT.search(value):
-            yield Problem(place, f"{reprlib.repr(value)} holds a control character or half a character")
-        elif isinstance(value, str) and holds_secret(value):
-            what = "is a URL with a password or a signature in it, which would be written into plan, result and card"
-            yield Problem(place, what, "give the plain URL; credentials come from the environment, a profile or a role")
-        elif isinstance(value, Mapping):
-            left += [(place, key) for key in value]
-            left += [(f"{place}.{key}".removeprefix("."), item) for key, item in value.items() if isinstance(key, str)]
-        elif isinstance(value, list | tuple):
-            left += [(f"{place}.{number}", item) for number, item in enumerate(value)]
-
-
-def _problem(error: Any, data: Json) -> Problem:
-    place = error["loc"]
-    where = ".".join(str(step) for step in place)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1], data)
-        close = difflib.get_close_matches(str(place[-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return Problem(where, "unknown key", hint)
-    if error["type"] == "missing":
-        return Problem(where, "is missing")
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    silent = "Value error" in error["msg"] or place[0] == "storage"  # what stands there may be a secret
-    got = "" if silent else _got(error.get("input"))
-    return Problem(where, f"{message[0].lower()}{message[1:]}{got}")
-
-
-def _got(value: object) -> str:
-    """Return a value as the end of a message; nothing where it is no scalar."""
-    if isinstance(value, int) and value.bit_length() > 64:  # longer ones can't even be printed
-        return f", not a number of {value.bit_length()} bits"
-    if not isinstance(value, str | int | float):
-        return ""
-    text = shown(json.dumps(value))
-    return f", not {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'}"
-
-
-def _known_keys(place: tuple[int | str, ...], data: Json) -> list[str]:
-    """Return the keys that may stand at a place of the recipe."""
-    sections: dict[str, type[BaseModel]] = {
-        "base": Base,
-        "models": ModelEntry,
-        "allow": Allow,
-        "bounds": Bounds,
-        "run": Run,
-    }
-    if not place:
-        section: type[BaseModel] = Recipe
-    elif place[0] == "method":
-        section = plugins.load("methods", data["method"]["name"], Method)
-    elif place[0] == "output":
-        section = plugins.load("outputs", data["output"].get("kind", "checkpoint"), Output)
-    elif place[0] == "storage":
-        section = store_class(str(place[1])).options
-    else:
-        section = sections[str(place[0])]
-    return sorted(field.alias or name for name, field in section.model_fields.items())

@@ -1,0 +1,265 @@
+"""From text to a recipe: YAML within limits, overrides, and every problem with its place."""
+
+import difflib
+import itertools
+import json
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event, ScalarEvent
+
+from ties_ray import plugins
+from ties_ray.errors import Problem, RecipeError, holds_secret, shown
+from ties_ray.methods import Method
+from ties_ray.outputs import Output
+from ties_ray.recipe.recipe import Allow, Base, Bounds, Json, ModelEntry, Recipe, Run
+from ties_ray.stores import store_class
+
+MAX_CHARACTERS = 4 * 2**20
+"""Characters of a recipe's text: room for 40,000 models, one a line. A table holds more."""
+MAX_TEXT = 4096
+"""Characters of one text: the longest path that Linux takes.
+
+pydantic parses a size in time that grows with the square of its length.
+"""
+MAX_VALUES = 500_000
+"""Values of a recipe, where an alias counts as all that it stands for."""
+MAX_DEPTH = 32
+"""Levels of nesting."""
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
+MAX_UNFIT = 8
+"""Unfit texts that an error lists."""
+_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and halves of characters, which JSON can't hold."""
+SECTIONS: dict[str, type[BaseModel]] = {
+    "base": Base,
+    "models": ModelEntry,
+    "allow": Allow,
+    "bounds": Bounds,
+    "run": Run,
+}
+"""The sections of a recipe whose keys do not depend on a name in it."""
+
+
+def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in a YAML or JSON text; raise `RecipeError` with every problem and its place.
+
+    overrides: `a.b=value` each, with values in YAML. They are applied to the text's fields first.
+    """
+    data = _plain(text.replace("\t", "  ") if text.lstrip().startswith("{") else text, source)
+    if not isinstance(data, dict):
+        raise RecipeError(Problem(source, "is not a mapping of keys", "start from the example in the README"))
+    override(data, overrides)
+    return validate(data)
+
+
+def override(data: Json, overrides: Sequence[str]) -> None:
+    """Set fields of plain data: `a.b=value` each, values in YAML. Raises `RecipeError` where there is no such place."""
+    for assignment in overrides:
+        _assign(data, assignment)
+
+
+def validate(data: Json) -> Recipe:
+    """Return the recipe of plain data; raise `RecipeError` with every problem and its place (`models.3.weight`)."""
+    problems = list(itertools.islice(unfit(data), MAX_UNFIT))
+    if problems:
+        raise RecipeError(problems)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # pydantic counts an entry that is wrong as missing too
+        problems = [_problem(each, data) for each in details if not (each["type"] == "too_short" and each["input"])]
+        raise RecipeError(problems + list(_missing_base(data, problems))) from None
+
+
+def _missing_base(data: Json, problems: Sequence[Problem]) -> Iterator[Problem]:
+    """Yield that the base is missing; pydantic checks it only where all fields are right."""
+    output = data.get("output")
+    kind = output.get("kind", "checkpoint") if isinstance(output, Mapping) else "checkpoint"
+    if "base" in data or any("`base` is missing" in problem.what for problem in problems):
+        return
+    if kind not in plugins.names("outputs") or plugins.load("outputs", kind, Output).reads_base:
+        yield Problem("base", "is missing", f"an output of kind {kind} holds it")
+
+
+# -- text
+
+
+def _plain(text: str, source: str) -> Any:
+    """Return the plain data of a YAML text; raise `RecipeError` for any text that is wrong or too large."""
+    try:
+        excess = f"has {len(text):,} characters" if len(text) > MAX_CHARACTERS else _excess(text)
+        if excess is None:
+            return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise RecipeError(_syntax(error, source)) from None
+    except ValueError as error:  # such as the date 2026-13-01
+        raise RecipeError(Problem(source, f"holds a value that can't be read: {error}", "put it in quotes")) from None
+    limits = f"at most {MAX_CHARACTERS:,} characters ({MAX_TEXT:,} in one text), {MAX_VALUES:,} values,"
+    limits += f" {MAX_DEPTH} levels, and no tags"
+    raise RecipeError(Problem(source, excess, f"a recipe has {limits}; put a long list of models into a table"))
+
+
+def _excess(text: str) -> str | None:
+    """Return the first limit that a YAML text exceeds; None if it exceeds none."""
+    meter = _Meter()
+    return next(filter(None, map(meter.add, YAML(typ="safe", pure=True).parse(text))), None)
+
+
+class _Meter:
+    """Measures the data that the events of a YAML text would build, without building them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._by_anchor: dict[str, int] = {}
+        """Values that an alias of each anchor stands for."""
+        self._open: list[tuple[str | None, int]] = []
+        """The anchor of each collection that has not ended, and the count at its start."""
+
+    def add(self, event: Event) -> str | None:
+        """Count an event; return the limit that is exceeded by it, if any."""
+        problem = None
+        if isinstance(event, AliasEvent):
+            self._count += self._by_anchor.get(event.anchor, 0)
+        elif isinstance(event, ScalarEvent | CollectionStartEvent):
+            problem = self._start(event)
+        elif isinstance(event, CollectionEndEvent):
+            self._end()
+        if problem is None and self._count > MAX_VALUES:
+            return f"stands for more than {MAX_VALUES:,} values"
+        if problem is None and len(self._open) > MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} levels deep"
+        return problem
+
+    def _start(self, event: ScalarEvent | CollectionStartEvent) -> str | None:
+        if isinstance(event, ScalarEvent) and len(event.value) > MAX_TEXT:
+            return f"holds a text of {len(event.value):,} characters"
+        if event.tag is not None:
+            return f"holds the tag {event.tag[:80]}"
+        if event.anchor in self._by_anchor:
+            return f"has the anchor {event.anchor[:80]} twice"
+        self._count += 1
+        if event.anchor:  # a collection that holds an alias of itself exceeds every limit
+            self._by_anchor[event.anchor] = 1 if isinstance(event, ScalarEvent) else MAX_VALUES
+        if isinstance(event, CollectionStartEvent):
+            self._open.append((event.anchor, self._count))
+        return None
+
+    def _end(self) -> None:
+        anchor, count_at_start = self._open.pop()
+        if anchor:
+            self._by_anchor[anchor] = self._count - count_at_start + 1
+
+
+def _syntax(error: YAMLError, source: str) -> Problem:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return Problem(source, f"is neither YAML nor JSON: {error}")
+    where = f"{source}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return Problem(where, " ".join(str(error.problem).split()), "mend the YAML")
+
+
+def _assign(data: Json, assignment: str) -> None:
+    """Set the field of plain data that `a.b=value` names."""
+    path, separator, text = assignment.partition("=")
+    if not separator or not path:
+        raise RecipeError(
+            Problem("--set", f"{shown(path)!r} is not of the form field=value", "as in method.density=0.3")
+        )
+    *parents, last = path.split(".")
+    target: Any = data
+    try:
+        for step in parents:
+            key: Any = int(step) if isinstance(target, list) else step
+            if isinstance(target, dict):
+                target.setdefault(key, {})
+            if isinstance(target[key], str):  # `method: ties` is short for `method: {name: ties}`
+                target[key] = {{"method": "name"}.get(step, "path"): target[key]}
+            target = target[key]
+        value = _plain(text, "--set")
+        if isinstance(target, list):
+            target[int(last)] = value
+        else:
+            target[last] = value
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise RecipeError(Problem("--set", f"the recipe has no place {path!r}, or its value can't be read")) from None
+
+
+# -- values
+
+
+def unfit(data: object) -> Iterator[Problem]:
+    """Yield a problem for each text, keys included, that can't be a path or a name, or is a URL that holds a secret."""
+    left: list[tuple[str, object]] = [("", data)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, str):
+            yield from _unfit_text(place, value)
+        elif isinstance(value, Mapping):
+            left += [(place, key) for key in value]
+            left += [(f"{place}.{key}".removeprefix("."), item) for key, item in value.items() if isinstance(key, str)]
+        elif isinstance(value, list | tuple):
+            left += [(f"{place}.{number}", item) for number, item in enumerate(value)]
+
+
+def _unfit_text(place: str, value: str) -> Iterator[Problem]:
+    if len(value) > MAX_TEXT:
+        yield Problem(place, f"has {len(value):,} characters", f"at most {MAX_TEXT:,} are a path or a name")
+    elif _UNFIT.search(value):
+        yield Problem(place, f"{reprlib.repr(value)} holds a control character or half a character")
+    elif holds_secret(value):
+        what = "is a URL with a password or a signature in it, which would be written into plan, result and card"
+        yield Problem(place, what, "give the plain URL; credentials come from the environment, a profile or a role")
+
+
+def _problem(error: Any, data: Json) -> Problem:
+    """Return a detail of pydantic's error in our words."""
+    place = error["loc"]
+    where = ".".join(str(step) for step in place)
+    if error["type"] == "extra_forbidden":
+        keys = _keys_at(place[:-1], data)
+        close = difflib.get_close_matches(str(place[-1]), keys, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(keys)}"
+        return Problem(where, "unknown key", hint)
+    if error["type"] == "missing":
+        return Problem(where, "is missing")
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    silent = "Value error" in error["msg"] or place[0] == "storage"  # a value of `storage` may be a secret
+    value = "" if silent else _not_this(error.get("input"))
+    return Problem(where, f"{message[0].lower()}{message[1:]}{value}")
+
+
+def _not_this(value: object) -> str:
+    """Return a wrong value as the end of a message; nothing where it is no scalar."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print a very long one
+        return f", not a number of {value.bit_length()} bits"
+    if not isinstance(value, str | int | float):
+        return ""
+    text = shown(json.dumps(value))
+    return f", not {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'}"
+
+
+def _keys_at(place: tuple[int | str, ...], data: Json) -> list[str]:
+    """Return the keys that may stand at a place of the recipe."""
+    if not place:
+        section: type[BaseModel] = Recipe
+    elif place[0] == "method":
+        section = plugins.load("methods", data["method"]["name"], Method)
+    elif place[0] == "output":
+        section = plugins.load("outputs", data["output"].get("kind", "checkpoint"), Output)
+    elif place[0] == "storage":
+        section = store_class(str(place[1])).options
+    else:
+        section = SECTIONS[str(place[0])]
+    return keys_of(section)
+
+
+def keys_of(section: type[BaseModel]) -> list[str]:
+    """Return the keys of a section as a recipe writes them, sorted."""
+    return sorted(field.alias or name for name, field in section.model_fields.items())
