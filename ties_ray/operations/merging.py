@@ -33,6 +33,7 @@ from ties_ray.executors import Executor, Needs
 from ties_ray.inputs.catalog import Catalog, Model, read_catalog
 from ties_ray.layout.shards import COUNTS, MODEL_GROUP
 from ties_ray.libraries.loaders import opened_by, remarks, unloadable
+from ties_ray.outputs import CondensingOutput
 from ties_ray.planning.forecast import DEAR, Forecast, Pace, Work, predict, predictable
 from ties_ray.planning.plan import Plan, PlannedRound, make_plan, narrowed, settle, without
 from ties_ray.recipe.recipe import Recipe
@@ -229,8 +230,9 @@ class MergeRun:
 
     def _settle(self, index: int) -> None:
         """Give the output the rank that its matrices ask for, in the stored plan too; workers read it again."""
-        if self._plan.recipe.output.condenses:
-            matrices, ranks = self._barrier(index - 1).matrices, self._plan.recipe.output.ranks
+        output = self._plan.recipe.output
+        if isinstance(output, CondensingOutput):
+            matrices, ranks = self._barrier(index - 1).matrices, output.ranks
             if [one.parameter for one in matrices] != self._plan.layout.matrices:
                 raise InputError(Problem(self._manifest.folder, "a condensed matrix is not recorded", FRESH))
             errors2 = [[one.errors2[rank] for rank in ranks] for one in matrices]
@@ -583,7 +585,7 @@ class MergeRun:
         result = result.model_copy(update={"documents": written, "seconds": seconds, "predicted_seconds": predicted})
         check()
         publish_result(self._plan, self._stores, result)
-        if self._plan.recipe.output.condenses:
+        if isinstance(self._plan.recipe.output, CondensingOutput):
             self._manifest.delete_scratch()
         self.watch(Progress("publish", 1, 1, self._totals.bytes_read, self._plan.bytes_read))
         return result
@@ -591,7 +593,7 @@ class MergeRun:
     def _truncation(self, last: int) -> tuple[Truncation | None, Sequence[tuple[int, str, int]]]:
         """Return what a rank cost, and what counted as zero while matrices were condensed."""
         output = self._plan.recipe.output
-        if not output.condenses:
+        if not isinstance(output, CondensingOutput):
             return None, ()
         folded = self._barrier(last - 1)
         rank = output.ranks[-1]

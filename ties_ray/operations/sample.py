@@ -10,7 +10,7 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import ARITHMETICS
 from ties_ray.layout.shards import MODEL_GROUP
-from ties_ray.outputs import Placed
+from ties_ray.outputs import CondensingOutput, Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import Progress, Sample, Watch
 from ties_ray.rounds.kth_largest import Pick
@@ -46,7 +46,7 @@ def compare(
     are not as they were.
     """
     _demand_arithmetic(plan, "--sample")
-    if plan.recipe.output.condenses:
+    if isinstance(plan.recipe.output, CondensingOutput):
         what = "the merged matrices went through scratch, which is gone: they can't be merged again in samples"
         raise InputError(Problem("--sample", what, LEAVE_OUT.removeprefix("or ")))
     chosen = [(pins[name], placed, runs) for name, placed, runs in choose(plan, share, seed) if name in pins]

@@ -1,7 +1,7 @@
 """The contract of an output kind: which tensors are written, from what, and which files make them loadable.
 
 A kind is a frozen pydantic model of the recipe's `output` section. It is pure: it names tensors and turns bytes into
-bytes; the worker writes them and `driver/publish.py` publishes them. One file here a kind.
+bytes; the worker writes them and `driver/publish.py` publishes them. There is one file a kind in this folder.
 """
 
 import json
@@ -89,15 +89,18 @@ class Condensed(NamedTuple):
     """One merged matrix as factors of few columns, and what was lost."""
 
     data: "Tensor"
-    """fp32, 1-D: whatever `Output.assemble` makes tensors from."""
+    """fp32, 1-D: the data from which `CondensingOutput.assemble` makes tensors."""
     norm2: float
     """Squared Frobenius norm of the matrix; not finite where an element is not: then the rest means nothing."""
     errors2: tuple[float, ...]
-    """Squared Frobenius norm of the error at each of `Output.ranks`."""
+    """Squared Frobenius norm of the error at each of `CondensingOutput.ranks`."""
 
 
 class Output(BaseModel, ABC):
-    """The `output` section of a recipe. Subclasses add fields, among them `kind: Literal["..."]`."""
+    """The `output` section of a recipe: the part of the contract that all kinds share.
+
+    A kind is an `ElementwiseOutput` or a `CondensingOutput`. It adds fields, among them `kind: Literal["..."]`.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, use_attribute_docstrings=True
@@ -116,10 +119,7 @@ class Output(BaseModel, ABC):
     """Which input gives config, tokenizer and chat template: `base`, or a model's id or path."""
 
     reads_base: ClassVar[bool] = True
-    """Whether `values` uses the base: if not, and no model needs it either, a recipe may leave the base out."""
-    condenses: ClassVar[bool] = False
-    """Whether matrices are condensed in a round of their own, one a shard, into scratch; then all tensors come from
-    there, and `ranks`, `condense`, `combine`, `choose` and `assemble` are used."""
+    """Whether the output holds values of the base. If not, and no model needs it, a recipe may leave the base out."""
 
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return why these parameters can't be written as this kind."""
@@ -128,14 +128,6 @@ class Output(BaseModel, ABC):
     @abstractmethod
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return what is written, in the order in which files are filled."""
-
-    @abstractmethod
-    def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
-        """Write the output's elements of one slice into `out`; return how many finite ones overflow its dtype.
-
-        base: 1-D fp32 or fp64, of any content where `reads_base` is False; merged: 1-D fp32; out: 1-D of the output
-        tensor's dtype.
-        """
 
     @abstractmethod
     def library(self, inputs: Library) -> Library:
@@ -164,36 +156,56 @@ class Output(BaseModel, ABC):
     def door(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the file by which a loader finds the weights; it is published last, before the result record."""
 
-    # -- kinds that condense
+
+class ElementwiseOutput(Output):
+    """A kind that writes each element from the base's and the merged one, slice by slice, in any cut."""
+
+    @abstractmethod
+    def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
+        """Write the output's elements of one slice into `out`; return how many finite ones overflow its dtype.
+
+        base: 1-D fp32 or fp64, of any content where `reads_base` is False. merged: 1-D fp32. out: 1-D, in the dtype of
+        the output tensor.
+        """
+
+
+class CondensingOutput(Output):
+    """A kind that condenses whole matrices into factors of few columns.
+
+    A round of its own condenses one matrix a shard and leaves the factors in scratch. The last round assembles every
+    tensor from there.
+    """
+
+    reads_base: ClassVar[bool] = False
 
     @property
+    @abstractmethod
     def ranks(self) -> tuple[int, ...]:
-        """Return the ranks at which the error is measured, ascending; scratch holds factors of the last one.
+        """Return the ranks at which the error is measured, ascending.
 
-        Until `choose` has settled it, `tensors` plans for the last one too.
+        Scratch holds factors of the last one. Until `choose` settles the rank, `tensors` plans for the last one too.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def condense(self, parameter: Parameter, matrix: "Tensor") -> Condensed:
         """Return the best factors of a merged matrix (fp32, of the parameter's shape), which may be overwritten."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, parameter: Parameter, factors: "Sequence[tuple[float, Factors]]") -> Condensed:
         """Return the best factors of sum(coefficient * change), without forming a matrix of the parameter's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def condense_bytes(self, parameter: Parameter) -> int:
-        """Return at most how many bytes `condense` holds beside the matrix it is given, its result among them."""
-        return 0
+        """Return an upper bound of the bytes that `condense` holds beside its matrix, the result among them."""
 
+    @abstractmethod
     def combine_bytes(self, parameter: Parameter, rank_sum: int) -> int:
-        """Return at most how many bytes `combine` holds beside the factors it is given, its result among them."""
-        return 0
+        """Return an upper bound of the bytes that `combine` holds beside its factors, the result among them."""
 
-    def choose(self, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> "Output":
-        """Return this output with its rank settled, from what all matrices came to (one entry a matrix)."""
-        return self
+    @abstractmethod
+    def choose(self, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> "CondensingOutput":
+        """Return this output with one rank, settled by the norms and errors of all matrices (one entry a matrix)."""
 
+    @abstractmethod
     def assemble(self, tensor: OutputTensor, parameter: Parameter, data: "Tensor") -> "Tensor":
-        """Return the elements (1-D, of the tensor's dtype) of a tensor from the scratch of its parameter."""
-        raise NotImplementedError
+        """Return the elements (1-D, in the tensor's dtype) of a tensor from the scratch of its parameter."""

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from ties_ray.errors import Problem
 from ties_ray.excluding import exclusion
-from ties_ray.kernels import Factors, Kernels
+from ties_ray.kernels import Factors
 from ties_ray.libraries.library import Library
-from ties_ray.outputs import DTYPES, Condensed, Output, OutputFile, OutputTensor
+from ties_ray.outputs import DTYPES, Condensed, CondensingOutput, OutputFile, OutputTensor
 from ties_ray.tensors import Kind, Parameter
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ SHOWN = 4
 """Parameters named in a problem; of more, the first ones and a count."""
 
 
-class Adapter(Output):
+class Adapter(CondensingOutput):
     """The best adapter of one rank for the merged change; exact where the rank suffices, else with its error."""
 
     kind: Literal["adapter"] = "adapter"
@@ -55,9 +55,6 @@ class Adapter(Output):
     """For auto: the share of the squared norm, over all modules, that is kept."""
     max_rank: int = Field(default=256, ge=SMALLEST)
     """For auto: the largest rank, taken where none keeps enough."""
-
-    reads_base = False
-    condenses = True
 
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return which changed parameters have no place in an adapter, and that layouts are mixed."""
@@ -85,10 +82,6 @@ class Adapter(Output):
                 name = PREFIX + _path(each) + key
                 found.append(OutputTensor(name, dtype, shape, each.name, "scratch"))
         return tuple(found)
-
-    def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
-        """Not called: every tensor comes from scratch."""
-        raise NotImplementedError
 
     def library(self, inputs: Library) -> Library:
         """Return PEFT: it and serving engines look for one file."""

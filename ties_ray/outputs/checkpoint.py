@@ -8,14 +8,14 @@ from ties_ray import bounded
 from ties_ray.kernels import Kernels
 from ties_ray.libraries import naming
 from ties_ray.libraries.library import Library
-from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor, weight_map
+from ties_ray.outputs import DTYPES, ElementwiseOutput, OutputFile, OutputTensor, weight_map
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Checkpoint(Output):
+class Checkpoint(ElementwiseOutput):
     """All parameters of the base, merged or copied."""
 
     kind: Literal["checkpoint"] = "checkpoint"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray.kernels import Kernels
 from ties_ray.libraries.library import Library
-from ties_ray.outputs import DTYPES, Output, OutputFile, OutputTensor, weight_map
+from ties_ray.outputs import DTYPES, ElementwiseOutput, OutputFile, OutputTensor, weight_map
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ TILE = 65_536
 """Elements written at a time, so that the zeros they are added to stay in the cache."""
 
 
-class Delta(Output):
+class Delta(ElementwiseOutput):
     """The merged change of every parameter that some model changes, under the parameter's name."""
 
     kind: Literal["delta"] = "delta"

@@ -29,7 +29,7 @@ from ties_ray.layout.reads import Cost, Reading
 from ties_ray.layout.shards import COUNTS, MODEL_GROUP, Layout, RoundKind, plan_files
 from ties_ray.libraries.library import Library
 from ties_ray.methods import Member, Round
-from ties_ray.outputs import OutputFile
+from ties_ray.outputs import CondensingOutput, OutputFile
 from ties_ray.recipe.recipe import Recipe, Run
 from ties_ray.rounds.kth_largest import WHOLE, Scope
 from ties_ray.stores import scheme_of
@@ -145,9 +145,10 @@ class Plan:
     @property
     def bytes_of_scratch(self) -> int:
         """Return about what condensed matrices take until they are assembled: two factors of the largest rank, fp32."""
-        if not self.recipe.output.condenses:
+        output, layout = self.recipe.output, self.layout
+        if not isinstance(output, CondensingOutput):
             return 0
-        layout, rank = self.layout, self.recipe.output.ranks[-1]
+        rank = output.ranks[-1]
         return sum(4 * rank * sum(layout.parameters[index].shape) for index in layout.matrices)
 
     @property
@@ -248,7 +249,9 @@ def believable(claim: Plan) -> Plan:
 
 def settle(plan: Plan, norms2: Sequence[float], errors2: Sequence[Sequence[float]]) -> Plan:
     """Return the plan with the output's rank settled by what the matrices came to; the same plan if it was."""
-    output = plan.recipe.output.choose(norms2, errors2)
+    output = plan.recipe.output
+    if isinstance(output, CondensingOutput):
+        output = output.choose(norms2, errors2)
     if output == plan.recipe.output:
         return plan
     recipe = plan.recipe.model_copy(update={"output": output})
@@ -360,7 +363,7 @@ def _rounds(recipe: Recipe, result: PlannedResult, layout: Layout, sources: "Sou
         again = cost.again(trimmed, 1, _groups(trimmed), counted.gaps)
         yield PlannedRound("threshold, low bits", "count_low", 0, shards, 1, block, *counted[:2], again, run)
     own = recipe.method.rounds()
-    condenses = recipe.output.condenses
+    condenses = isinstance(recipe.output, CondensingOutput)
     for position, round_ in enumerate(own):
         last = position == len(own) - 1
         beside = largest_matrix(recipe, result, layout, sources) if last and condenses else 2 * layout.part_size
@@ -461,7 +464,7 @@ def _memory(recipe: Recipe, result: PlannedResult, round_: PlannedRound, layout:
         needed += TABLES
     if round_.kind == "condense":
         needed += largest_matrix(recipe, result, layout, sources)
-    if round_.kind != "merge" or not recipe.output.condenses:
+    if round_.kind != "merge" or not isinstance(recipe.output, CondensingOutput):
         resident = is_resident(recipe, round_)
         needed += sources.filled(round_.block) * _element_bytes(sources, _slices(sources, resident))
         needed += _held(sources, resident)
@@ -491,13 +494,14 @@ def _deeper(recipe: Recipe, result: PlannedResult, sources: Sources, memory: int
 
 def largest_matrix(recipe: Recipe, result: PlannedResult, layout: Layout, sources: Sources) -> int:
     """Return what the costliest matrix takes while it is condensed, beside the blocks it is merged in."""
-    needed = 0
+    needed, output = 0, recipe.output
+    assert isinstance(output, CondensingOutput)
     for index in layout.matrices:
         parameter = layout.parameters[index]
         ranks = sources.rank_sum(recipe, result.members, parameter)
         held = sources.footprint(parameter, sources.models).held[0]
-        of_sum = held + recipe.output.combine_bytes(parameter, ranks)
-        needed = max(needed, of_sum if ranks else 4 * parameter.numel + recipe.output.condense_bytes(parameter))
+        of_sum = held + output.combine_bytes(parameter, ranks)
+        needed = max(needed, of_sum if ranks else 4 * parameter.numel + output.condense_bytes(parameter))
     return needed
 
 
@@ -510,7 +514,7 @@ def _overhead(catalog: Catalog) -> int:
 
 def is_resident(recipe: Recipe, round_: PlannedRound) -> bool:
     """Return whether a worker keeps all models' slices of a block, because the method goes through them again."""
-    if round_.kind == "merge" and recipe.output.condenses:
+    if round_.kind == "merge" and isinstance(recipe.output, CondensingOutput):
         return False
     return round_.kind not in (*COUNTS, "survey") and round_.passes < method_round(recipe, round_).passes
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.kernels import BINS
-from ties_ray.outputs import PartSize
+from ties_ray.outputs import CondensingOutput, PartSize
 from ties_ray.planning.plan import PLAN_FORM, Plan
 from ties_ray.rounds.kth_largest import WHOLE, Counts, Pick
 from ties_ray.state import documents
@@ -297,7 +297,8 @@ def misfit(found: Record | Folded, plan: Plan, round_: int) -> str:
     members, parameters = range(len(plan.result.members)), range(len(plan.catalog.parameters))
     found_of = found.counts if isinstance(found, Record) else found.picks
     scopes = [(one.member, one.parameter) for one in found_of]
-    ranks = set(plan.recipe.output.ranks) if plan.recipe.output.condenses else None
+    output = plan.recipe.output
+    ranks = set(output.ranks) if isinstance(output, CondensingOutput) else None
     wrong = {
         "a model": [one for one in (*scopes, *found.surveys, *found.zeroed) if one[0] not in members],
         "a parameter": [one for one in scopes if one[1] != WHOLE and one[1] not in parameters],

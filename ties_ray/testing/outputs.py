@@ -15,7 +15,7 @@ from ties_ray.kernels import (
     load,
 )
 from ties_ray.libraries.library import Library
-from ties_ray.outputs import Output, OutputFile, Placed
+from ties_ray.outputs import CondensingOutput, ElementwiseOutput, Output, OutputFile, Placed
 from ties_ray.tensors import Parameter
 from ties_ray.testing.kernels import same_bits
 
@@ -49,15 +49,22 @@ class OutputContract:
     @pytest.fixture
     def values(self, output: Output) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]:
         """Return the kind's `values` on the compiled kernels."""
-        if output.condenses:
+        if not isinstance(output, ElementwiseOutput):
             pytest.skip("this kind writes factors")
         return lambda base, merged, out: output.values(base, merged, out, load("cpu"))
 
     @pytest.fixture
-    def matrices(self, output: Output, parameters: tuple[Parameter, ...]) -> list[tuple[Parameter, list[Factors]]]:
-        """Return the parameters that are condensed, each with three changes of rank 2."""
-        if not output.condenses:
+    def condensing(self, output: Output) -> CondensingOutput:
+        """Return the output, if it condenses."""
+        if not isinstance(output, CondensingOutput):
             pytest.skip("this kind writes values")
+        return output
+
+    @pytest.fixture
+    def matrices(
+        self, condensing: CondensingOutput, parameters: tuple[Parameter, ...]
+    ) -> list[tuple[Parameter, list[Factors]]]:
+        """Return the parameters that are condensed, each with three changes of rank 2."""
         source = torch.Generator().manual_seed(4)
         changed = [each for each in parameters if each.merged and each.changed]
         sides = [(torch.randn(each.shape[0], 6), torch.randn(6, each.shape[1], generator=source)) for each in changed]
@@ -78,6 +85,7 @@ class OutputContract:
     ) -> None:
         known = {parameter.name: parameter for parameter in parameters}
         tensors = output.tensors(parameters)
+        assert isinstance(output, ElementwiseOutput | CondensingOutput)
         assert not output.problems(parameters)
         assert tensors
         assert len({tensor.name for tensor in tensors}) == len(tensors)
@@ -85,8 +93,8 @@ class OutputContract:
             source = known[tensor.parameter]
             assert tensor.dtype in safetensors.DTYPE_BITS
             assert tensor.origin == "base" or source.merged, "a parameter that is not merged can only be copied"
-            assert (tensor.origin == "scratch") == output.condenses
-            assert output.condenses or math.prod(tensor.shape) == source.numel
+            assert (tensor.origin == "scratch") == isinstance(output, CondensingOutput)
+            assert tensor.origin == "scratch" or math.prod(tensor.shape) == source.numel
             assert tensor.origin != "base" or (tensor.dtype == source.dtype and output.reads_base)
 
     def test_weight_files_have_names_of_their_own(self, output: Output) -> None:
@@ -142,34 +150,40 @@ class OutputContract:
         assert output.reads_base or same_bits(with_base, with_another)
 
     def test_factors_are_as_close_as_they_say(
-        self, output: Output, matrices: list[tuple[Parameter, list[Factors]]]
+        self, condensing: CondensingOutput, matrices: list[tuple[Parameter, list[Factors]]]
     ) -> None:
-        assert list(output.ranks) == sorted(set(output.ranks))
+        assert list(condensing.ranks) == sorted(set(condensing.ranks))
         for parameter, changes in matrices:
             matrix = sum(each.scale * each.left @ each.right for each in changes)
             assert isinstance(matrix, torch.Tensor)
             norm2 = float(matrix.double().square().sum())
-            found, again = (output.condense(parameter, matrix.clone()) for _ in range(2))
+            found, again = (condensing.condense(parameter, matrix.clone()) for _ in range(2))
             assert same_bits(found.data, again.data)
             assert found.norm2 == pytest.approx(norm2)
-            assert len(found.errors2) == len(output.ranks)
+            assert len(found.errors2) == len(condensing.ranks)
             assert list(found.errors2) == sorted(found.errors2, reverse=True)
-            assert 0 <= found.errors2[-1] <= 1e-6 * norm2 or output.ranks[-1] < 6
-            combined = output.combine(parameter, [(1.0, each) for each in changes])
+            assert 0 <= found.errors2[-1] <= 1e-6 * norm2 or condensing.ranks[-1] < 6
+            combined = condensing.combine(parameter, [(1.0, each) for each in changes])
             assert combined.norm2 == pytest.approx(norm2)
             assert combined.errors2 == pytest.approx(found.errors2, abs=1e-6 * norm2)
             assert len(combined.data) == len(found.data)
 
     def test_every_rank_is_assembled_from_the_same_scratch(
-        self, output: Output, parameters: tuple[Parameter, ...], matrices: list[tuple[Parameter, list[Factors]]]
+        self,
+        condensing: CondensingOutput,
+        parameters: tuple[Parameter, ...],
+        matrices: list[tuple[Parameter, list[Factors]]],
     ) -> None:
         condensed = {
-            each.name: (each, output.combine(each, [(1.0, change) for change in changes])) for each, changes in matrices
+            each.name: (each, condensing.combine(each, [(1.0, change) for change in changes]))
+            for each, changes in matrices
         }
-        settled = output.choose(*zip(*((found.norm2, found.errors2) for _, found in condensed.values()), strict=True))
-        assert settled.ranks in {(rank,) for rank in output.ranks}
+        settled = condensing.choose(
+            *zip(*((found.norm2, found.errors2) for _, found in condensed.values()), strict=True)
+        )
+        assert settled.ranks in {(rank,) for rank in condensing.ranks}
         assert settled.choose([], []) == settled
-        for each in (output, settled):
+        for each in (condensing, settled):
             for tensor in each.tensors(parameters):
                 parameter, found = condensed[tensor.parameter]
                 elements = each.assemble(tensor, parameter, found.data)
@@ -179,13 +193,13 @@ class OutputContract:
                 ] == tensor.dtype
 
     def test_a_matrix_that_is_not_finite_shows_in_its_norm(
-        self, output: Output, matrices: list[tuple[Parameter, list[Factors]]]
+        self, condensing: CondensingOutput, matrices: list[tuple[Parameter, list[Factors]]]
     ) -> None:
         for parameter, _ in matrices:
             for value in (float("nan"), float("inf")):
                 matrix = torch.zeros(parameter.shape)
                 matrix.view(-1)[-1:] = value
-                assert not parameter.numel or not math.isfinite(output.condense(parameter, matrix).norm2)
+                assert not parameter.numel or not math.isfinite(condensing.condense(parameter, matrix).norm2)
 
     def test_rewriting_a_small_file_is_stable(self, output: Output) -> None:
         for name, data in (("config.json", b'{"torch_dtype": "float32"}'), ("tokenizer.json", b"{}")):

@@ -18,6 +18,7 @@ from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored
 from ties_ray.layout.footprint import Sources
 from ties_ray.methods import Context
+from ties_ray.outputs import ElementwiseOutput
 from ties_ray.planning.forecast import Rates
 from ties_ray.planning.plan import Plan, PlannedRound, is_resident, method_round
 from ties_ray.stores import Pin, Stores
@@ -190,9 +191,10 @@ def _round(
     )  # fmt: skip
     merged = method_round(plan.recipe, round_).run(slices, context).merged
     slices.close()
-    if merged is not None and round_.kind == "merge":
+    output = plan.recipe.output
+    if merged is not None and round_.kind == "merge" and isinstance(output, ElementwiseOutput):
         out = torch.empty(len(base), dtype=torch.float32)
-        plan.recipe.output.values(base, merged, out, context.kernels)
+        output.values(base, merged, out, context.kernels)
 
 
 def _seconds(work: Callable[[], object]) -> float:

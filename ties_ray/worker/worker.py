@@ -37,7 +37,7 @@ from ties_ray.layout.footprint import NEEDS, Footprint, Sources
 from ties_ray.layout.reads import runs_of
 from ties_ray.layout.shards import COUNTS, MODEL_GROUP, Segment, Shard, elements_in
 from ties_ray.methods import Context, Threshold
-from ties_ray.outputs import Placed
+from ties_ray.outputs import CondensingOutput, ElementwiseOutput, Placed
 from ties_ray.planning.plan import Plan, PlannedResult, PlannedRound, is_resident, method_round
 from ties_ray.rounds.kth_largest import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
 from ties_ray.safetensors import DTYPE_BITS
@@ -748,13 +748,15 @@ class Worker:
 
     def _merge_block(self, block: Block, placed: Placed, out: Tensor) -> None:
         merged = self._merged(block)
-        overflow = self._plan.recipe.output.values(block.base, merged, out, self._kernels)
+        output = self._plan.recipe.output
+        assert isinstance(output, ElementwiseOutput)
+        overflow = output.values(block.base, merged, out, self._kernels)
         if overflow:
             what = f"{overflow} merged values are finite but overflow {placed.tensor.dtype}"
             of_base = int((block.base.abs() >= OVERFLOWS.get(placed.tensor.dtype, math.inf)).sum())
             wider = "choose a wider output.dtype" if placed.tensor.dtype != "F64" else ""
             smaller = "" if of_base else self._smaller()
-            if of_base and self._plan.recipe.output.reads_base:
+            if of_base and output.reads_base:
                 what += f", as {of_base} of the base's do"
             advice = (wider, smaller, self._excluding(placed.tensor.parameter))
             raise InputError(Problem(placed.tensor.name, what, f"{either(advice)}; {FRESH_THEN}"))
@@ -774,6 +776,7 @@ class Worker:
         (segment,) = shard.segments
         parameter = self._plan.catalog.parameters[segment.parameter]
         output = self._plan.recipe.output
+        assert isinstance(output, CondensingOutput)
         factors = self._factors(parameter)
         if factors:
             condensed = output.combine(parameter, factors)
@@ -819,7 +822,9 @@ class Worker:
             data = bytearray(self._manifest.read_scratch(matrices[index]))
             self._scratch = index, torch.frombuffer(data, dtype=torch.float32)
         parameter = self._plan.catalog.parameters[index]
-        return self._plan.recipe.output.assemble(placed.tensor, parameter, self._scratch[1])
+        output = self._plan.recipe.output
+        assert isinstance(output, CondensingOutput)
+        return output.assemble(placed.tensor, parameter, self._scratch[1])
 
     def _context(self, block: Block) -> Context:
         parameter = self._plan.catalog.parameters[block.parameter]

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray.kernels import Kernels
 from ties_ray.libraries.library import Library
-from ties_ray.outputs import Output, OutputFile, OutputTensor
+from ties_ray.outputs import ElementwiseOutput, OutputFile, OutputTensor
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Delta32(Output):
+class Delta32(ElementwiseOutput):
     """What is merged and nothing else, before the base is added."""
 
     kind: Literal["delta32"] = "delta32"
