@@ -1,0 +1,107 @@
+"""KnOTS, Core Space and Compress-then-Merge: adapters turned into a common basis, merged there, and turned back.
+
+An adapter maps a module to (B, A), B (m, r) and A (r, n), with the scale s folded in: its delta is B A. A module that
+an adapter lacks has a delta of zero. A rule in the core is any function from a list of dicts to one dict of arrays.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from tests.tools.oracles.electing import ties
+from tests.tools.oracles.linalg import svd
+from tests.tools.oracles.protocol import Array, Merged, Tensors, stacked, task_vectors
+
+Adapter = Mapping[str, tuple[Array, Array]]
+Rule = Callable[[Sequence[Tensors]], Tensors]
+
+
+def dense(adapters: Sequence[Adapter]) -> list[dict[str, Array]]:
+    """Return the adapters' deltas B A, zero where a module is missing."""
+    return task_vectors(None, [{name: b @ a for name, (b, a) in adapter.items()} for adapter in adapters])
+
+
+def added(deltas: Sequence[Tensors]) -> dict[str, Array]:
+    """Return the sum: task arithmetic as a rule."""
+    return {name: stacked(deltas, name).sum(0) for name in deltas[0]}
+
+
+def trimmed(density: float, profile: str = "official") -> Rule:
+    """Return TIES as a rule."""
+    return lambda deltas: ties(None, deltas, density=density, profile=profile).delta  # type: ignore[arg-type]
+
+
+def knots(
+    base: Tensors | None,
+    models: Sequence[Tensors],
+    *,
+    rule: Rule = added,
+    cut: float | None = 1e-5,
+    lambda_: float = 1.0,
+) -> Merged:
+    """KnOTS (Stoica et al. 2025, arXiv:2410.19735): lambda U rule(diag(s) V_i), [tau_1 .. tau_N] = U s [V_1 .. V_N].
+
+    By module; `rule` sees all modules of a model at once, so its ranks are those of the whole. Singular values at or
+    below `cut` are dropped; the published cut is absolute, 1e-5. None is the relative cutoff of `linalg.svd`.
+    A rule that is linear makes KnOTS the same as that rule on the deltas, up to what the cut drops. TIES is not: it
+    sees the signs of U, and, where singular values are equal, an arbitrary rotation. Zero sums by majority depend on
+    the signs of U as well. Published: TIES without a trim at lambda 0.5 on Llama, and only the first weight is used.
+    Products: `basis` U (m, p) by module.
+    """
+    deltas = task_vectors(base, models)
+    bases, parts = {}, [{} for _ in deltas]  # type: list[dict[str, Array]]
+    for name in deltas[0]:
+        stack = stacked(deltas, name)
+        wide = np.concatenate(list(stack), 1)
+        if cut is None:
+            u, s, v = svd(wide)
+        else:
+            u, s, v = np.linalg.svd(wide, full_matrices=False)
+            there = int(np.sum(s > cut))
+            u, s, v = u[:, :there], s[:there], v[:there]
+        bases[name] = u
+        for part, own in zip(parts, np.split(s[:, None] * v, len(stack), 1), strict=True):
+            part[name] = own
+    core = rule(parts)
+    return Merged({name: lambda_ * bases[name] @ core[name] for name in bases}, base, {"basis": bases})
+
+
+def core_space(adapters: Sequence[Adapter], *, rule: Rule = added, lambda_: float = 1.0) -> Merged:
+    """Core Space (Panariello et al. 2025, arXiv:2509.17786): lambda U rule(U^T B_i A_i V) V^T.
+
+    U: left singular vectors of [B_1 .. B_N]; V: right singular vectors of [A_1; ..; A_N], both up to the numerical
+    rank, by module. Every B_i A_i lies in their span, so nothing is lost: a linear rule gives what it gives on the
+    deltas, and so do TSV and Iso-C. TIES depends on the basis, and the basis on how B and A share a scale.
+    Products: `left` (m, p), `right` (q, n), `cores` (p, q) for each adapter.
+    """
+    modules = dict.fromkeys(name for adapter in adapters for name in adapter)
+    left, right = {}, {}
+    for name in modules:
+        pairs = [adapter[name] for adapter in adapters if name in adapter]
+        left[name] = svd(np.concatenate([b for b, _ in pairs], 1))[0]
+        right[name] = svd(np.concatenate([a for _, a in pairs], 0))[2]
+    return _merged_between(dense(adapters), left, right, rule, lambda_)
+
+
+def compress_merge(adapters: Sequence[Adapter], *, rank: int, rule: Rule = added, lambda_: float = 1.0) -> Merged:
+    """Compress-then-Merge (arXiv:2606.03723): as Core Space, in the `rank` directions the adapters share most.
+
+    U: the leading left singular vectors of [tau_1 .. tau_N]; V: the leading right ones of [tau_1; ..; tau_N], by
+    module. (METHODS leaves the choice open; this one depends on the deltas alone, not on how B and A share a scale.)
+    The result has rank `rank` at most: B = U core, A = V^T. rank at least that of both stacks loses nothing.
+    Products as of Core Space.
+    """
+    deltas = dense(adapters)
+    left, right = {}, {}
+    for name in deltas[0]:
+        stack = stacked(deltas, name)
+        left[name] = svd(np.concatenate(list(stack), 1), rank)[0]
+        right[name] = svd(np.concatenate(list(stack), 0), rank)[2]
+    return _merged_between(deltas, left, right, rule, lambda_)
+
+
+def _merged_between(deltas: Sequence[Tensors], left: Tensors, right: Tensors, rule: Rule, lambda_: float) -> Merged:
+    cores = [{name: left[name].T @ tau @ right[name].T for name, tau in delta.items()} for delta in deltas]
+    core = rule(cores)
+    merged = {name: lambda_ * left[name] @ core[name] @ right[name] for name in left}
+    return Merged(merged, None, {"left": left, "right": right, "cores": cores})
