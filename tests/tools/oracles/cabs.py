@@ -31,14 +31,14 @@ def cabs(
         stack = stacked(deltas, name)
         flags = np.zeros(stack.shape, dtype=np.bool_)
         held = np.zeros(stack[0].size, dtype=np.bool_)
-        for tau, flag in zip(stack, flags, strict=True):
+        for model, tau in enumerate(stack):
             free = np.where(held, 0.0, np.abs(tau.ravel()))
             mine = np.zeros_like(held)
             for start in range(0, free.size, m):
                 block = free[start : start + m]
                 mine[start : start + m] = largest(block, n) & (block > 0)
             held |= mine
-            flag[...] = mine.reshape(tau.shape)
+            flags[model] = mine.reshape(tau.shape)
         kept[name] = flags
         merged[name] = lambda_ * scaled(own, np.where(flags, stack, 0.0)).sum(0)
     return Merged(merged, base, {"kept": kept})

@@ -1,7 +1,6 @@
 """Model Stock (Jang et al. 2024, arXiv:2403.19522): how far to go from the base to the mean, from the mean cosine."""
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import numpy as np
 
@@ -38,8 +37,6 @@ def _mean_cosine(rows: Array) -> Array:
         return np.ones(rows.shape[1])
     sizes = np.linalg.norm(rows, axis=2, keepdims=True)
     units = rows / np.where(sizes > 0, sizes, 1.0)
-    pairs = list(combinations(units, 2))
-    total = np.zeros(rows.shape[1])
-    for one, other in pairs:
-        total += (one * other).sum(1)
-    return total / len(pairs)
+    cosines = np.einsum("ire,jre->rij", units, units)
+    pairs = np.triu_indices(len(rows), 1)
+    return cosines[:, *pairs].mean(1)

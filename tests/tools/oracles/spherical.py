@@ -120,11 +120,11 @@ def karcher(
         length = np.linalg.norm(mean)
         mean = units[0] if length < tolerance else mean / length
         for _ in range(max_iter):
-            tangent = np.zeros_like(mean)
-            for pull, unit in zip(pulls, units, strict=True):
-                away = unit - (unit @ mean) * mean
-                if (size := np.linalg.norm(away)) > 1e-12:
-                    tangent += pull * _angle(unit, mean) * away / size
+            away = units - (units @ mean)[:, None] * mean
+            lengths = np.linalg.norm(away, axis=1)
+            angles = 2 * np.arctan2(np.linalg.norm(units - mean, axis=1), np.linalg.norm(units + mean, axis=1))
+            there = lengths > 1e-12
+            tangent = (pulls * np.where(there, angles / np.where(there, lengths, 1.0), 0.0)) @ away
             if np.linalg.norm(tangent) < tolerance:
                 break
             mean = _exponential(mean, tangent)
