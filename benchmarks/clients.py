@@ -67,7 +67,7 @@ def store(endpoint: str) -> tuple[Read, Write]:
     """Return what ties_ray reads and writes by."""
     from ties_ray.stores import Pin, Stores
 
-    ours = Stores({"s3": {"endpoint_url": endpoint}}).of("s3://")
+    ours = Stores({"s3": {"endpoint_url": endpoint}}).writer("s3://")
     ours.put(f"s3://{BUCKET}/known", b"as a plan is: so a worker knows how the server makes ETags")
     sizes = {str(key): ours.head(f"s3://{BUCKET}/{key}", 1)[0].size for key in range(OBJECTS)}
 

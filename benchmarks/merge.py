@@ -57,7 +57,7 @@ def copy(given: str) -> None:
 
     with ThreadPoolExecutor(plan.ahead) as threads:
         list(threads.map(read, range(plan.ahead)))
-    store = stores.of(plan.output)
+    store = stores.writer(plan.output)
     for index, file in enumerate(plan.result.files):
         uri = f"{plan.output}/{file.name}"
         upload, parts = store.begin_upload(uri, file.size), []

@@ -22,7 +22,7 @@ from ties_ray.planning.plan import PLAN_FORM, make_plan
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS
-from ties_ray.stores import Pin, Store, Stores
+from ties_ray.stores import Pin, Store, Stores, WritableStore
 from ties_ray.stores.local import Local
 from ties_ray.tensors import Parameter, Source, TensorRef
 
@@ -175,8 +175,9 @@ def test_planning_touches_no_store(family_of: MakeFamily, monkeypatch: pytest.Mo
     def refuse(*_: object) -> None:
         raise AssertionError("a store was used")
 
-    for store in (Store, Local):
-        for name in ("get", "put", "list", "head", "read", "begin_upload"):
+    reads, writes = ("get", "list", "head", "read"), ("put", "begin_upload")
+    for store, names in ((Store, reads), (WritableStore, writes), (Local, (*reads, *writes))):
+        for name in names:
             monkeypatch.setattr(store, name, refuse)
     with pytest.raises(AssertionError, match="a store was used"):
         read_catalog(recipe, Stores({}))

@@ -12,6 +12,7 @@ from ties_ray.stores import (
     Meter,
     Stores,
     Transient,
+    WritableStore,
     crc32c_joined,
     entry_uri,
     join,
@@ -32,6 +33,16 @@ def test_the_scheme_chooses_the_store_and_each_is_opened_once() -> None:
     assert isinstance(stores.of("memory://a"), Memory)
     assert len(stores.opened()) == 2
     assert [scheme_of(uri) for uri in ("s3://a/b", "zip://x::s3://a/b", "a:b")] == ["s3", "zip", "local"]
+
+
+def test_a_store_that_only_reads_has_no_method_that_writes() -> None:
+    stores = Stores({})
+    reader = stores.of("gs://bucket/folder")
+    assert not isinstance(reader, WritableStore)
+    assert not hasattr(reader, "put")
+    with pytest.raises(InputError, match=r"gs://bucket/folder: can only be read; write to a local folder"):
+        stores.writer("gs://bucket/folder")
+    assert stores.writer("memory://x") is stores.of("memory://y")
 
 
 def test_names_are_joined_to_folders() -> None:

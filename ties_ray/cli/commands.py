@@ -607,7 +607,7 @@ class _Job:
             from ties_ray.stores import Stores, absolute
 
             uri = absolute(self._uri)
-            Stores(self.storage).of(uri).put(uri, (result.model_dump_json(indent=2) + "\n").encode())
+            Stores(self.storage).writer(uri).put(uri, (result.model_dump_json(indent=2) + "\n").encode())
 
     def failed(self, error: MergeError) -> None:
         """Tell the failure as a result record."""

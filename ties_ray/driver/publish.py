@@ -38,7 +38,7 @@ def complete_uploads(
 
     check: raises if another run holds the output now; asked before each file.
     """
-    store = stores.of(plan.output)
+    store = stores.writer(plan.output)
     written = []
     for index, file in enumerate(plan.result.files):
         own = {one.part.number: one for one in parts if one.file == index}
@@ -112,7 +112,7 @@ def foreign_files(stores: Stores, output: str, own: Collection[str]) -> list[str
 
 def demand_space(plan: Plan, stores: Stores) -> None:
     """Raise `UnavailableError` where the output's disk has less room than the weights, and scratch, still need."""
-    store = stores.of(plan.output)
+    store = stores.writer(plan.output)
     space = store.space(plan.output)
     if space is None:
         return
@@ -137,7 +137,7 @@ def publish_documents(
     plan: Plan, stores: Stores, documents: Mapping[str, bytes], result: MergeResult
 ) -> list[WrittenFile]:
     """Write what stands beside the weights, and return it; the file by which a loader finds them comes last."""
-    store = stores.of(plan.output)
+    store = stores.writer(plan.output)
     store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
     asked = plan.recipe.model_dump(mode="json", exclude_unset=True)
     store.put(join(plan.output, RECIPE_NAME), plain_yaml(asked).encode())
@@ -154,7 +154,7 @@ def publish_documents(
 def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
     """Write the result record: from now on the merge is done."""
     text = result.model_dump_json(indent=2) + "\n"
-    stores.of(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
+    stores.writer(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
 
 
 def _without(keys: Sequence[str], data: bytes) -> bytes:

@@ -54,7 +54,7 @@ def clean(stores: Stores, output: str, *, remove: bool) -> list[str]:
     The manifest of a finished merge stays (`verify` reads it), and so does every visible file. A folder that no merge
     has ever used is left alone, whatever uploads are under way there. Call it while holding the lease.
     """
-    result, runs, store = find_result(stores, output), find_runs(stores, output), stores.of(output)
+    result, runs, store = find_result(stores, output), find_runs(stores, output), stores.writer(output)
     if result is None and not runs:
         return []
     found = []
@@ -102,7 +102,7 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[s
     shows are removed, and in folders only those that an earlier run of this output has written. The plan of another run
     may be anybody's: of the names in it only those count that a loader would open.
     """
-    output, store = wanted.output, stores.of(wanted.output)
+    output, store = wanted.output, stores.writer(wanted.output)
     claims = _claims(stores, output, runs)
     written = _written(claims)
     own = own_names(wanted) | written

@@ -50,7 +50,7 @@ from ties_ray.rounds.kth_largest import WHOLE
 from ties_ray.state import lease
 from ties_ray.state.manifest import FRESH, Folded, Manifest, Record, Survey
 from ties_ray.state.pool_cache import PoolCache
-from ties_ray.stores import Stores, absolute, join
+from ties_ray.stores import CAN_ONLY_BE_READ, WRITE_ELSEWHERE, Stores, WritableStore, absolute, join
 from ties_ray.worker.messages import SETUP, Answer, Order, Setup
 from ties_ray.worker.timing import ACTIVITIES, Times, Trace
 
@@ -72,9 +72,9 @@ def plan(recipe: Recipe) -> Plan:
     stores = Stores(recipe.storage)
     output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
     made = make_plan(recipe.model_copy(update={"output": output}), read_catalog(recipe, stores))
-    if not stores.of(made.output).writable:
-        what = f"{made.output} can only be read"
-        raise InputError(Problem("output.path", what, "write to a local folder or an s3:// bucket"))
+    if not isinstance(stores.of(made.output), WritableStore):
+        what = f"{made.output} {CAN_ONLY_BE_READ}"
+        raise InputError(Problem("output.path", what, WRITE_ELSEWHERE))
     folder = as_loaded(made, read_documents(made, stores, texts=True))
     problems = unloadable(folder)
     if problems:
@@ -281,7 +281,7 @@ class MergeRun:
 
     def _begin_uploads(self, last: int) -> dict[str, str]:
         """Return the upload of each weight file; begin those that are not there, or no longer known to the store."""
-        store = self._stores.of(self._plan.output)
+        store = self._stores.writer(self._plan.output)
         uploads = self._manifest.read_uploads()
         recorded: dict[tuple[int, str], set[int]] = {}
         for record in self._records_of(last).values():
@@ -310,7 +310,7 @@ class MergeRun:
 
     def uploads_are_known(self) -> bool:
         """Return whether the store knows all uploads, as far as they had begun; one that was completed counts too."""
-        store = self._stores.of(self._plan.output)
+        store = self._stores.writer(self._plan.output)
         return all(
             store.list_parts(uri, self._uploads[file.name]) is not None or self._is_completed(uri, file.size)
             for file in self._plan.result.files

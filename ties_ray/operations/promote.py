@@ -131,7 +131,7 @@ def _swap(stores: Stores, pointer: str, release: Release) -> Promotion:
         if there and (there.current.output, there.current.run_id) == (release.output, release.run_id):
             return _told(pointer, there, changed=False)
         wanted = Pointer(current=release, previous=there.current if there else None)
-        if stores.of(pointer).swap(pointer, (wanted.model_dump_json(indent=2) + "\n").encode(), etag) is not None:
+        if stores.writer(pointer).swap(pointer, (wanted.model_dump_json(indent=2) + "\n").encode(), etag) is not None:
             return _told(pointer, wanted, changed=True)
     raise UnavailableError(Problem(pointer, "others keep writing it", "try again"))
 

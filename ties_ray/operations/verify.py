@@ -493,7 +493,7 @@ def _recount(
 
 def _write_sums(stores: Stores, output: str, watch: Watch) -> str:
     """Write what `sha256sum -c` reads, over all files that lie directly in the folder; return its URI."""
-    store, uri = stores.of(output), join(output, SUMS_NAME)
+    store, uri = stores.writer(output), join(output, SUMS_NAME)
     pins = [store.head(pin.uri, 0)[0] for pin in store.list(output).files if pin.uri != uri]
     total = sum(pin.size for pin in pins)
     lines = []

@@ -22,7 +22,7 @@ from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, U
 from ties_ray.state import documents
 from ties_ray.state.documents import SMALL
 from ties_ray.state.manifest import FOLDER
-from ties_ray.stores import Store, Stores, join
+from ties_ray.stores import Store, Stores, WritableStore, join
 
 NAME = "lease.json"
 BEAT_SECONDS = 4.0
@@ -50,7 +50,7 @@ HOLDER = TypeAdapter(Holder)
 class Lease:
     """A held lease; `check` before anything becomes visible, `release` at the end."""
 
-    def __init__(self, store: Store, uri: str, holder: Holder, etag: str) -> None:
+    def __init__(self, store: WritableStore, uri: str, holder: Holder, etag: str) -> None:
         self._store = store
         self._uri = uri
         self._holder = holder
@@ -107,7 +107,7 @@ def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
 
     So it does where the lease that the store shows can't be replaced for a minute.
     """
-    store, uri = stores.of(output), join(join(output, FOLDER), NAME)
+    store, uri = stores.writer(output), join(join(output, FOLDER), NAME)
     mine = Holder(token=secrets.token_hex(16), host=socket.gethostname(), machine=_machine(), process=_process())
     since = time.monotonic()
     until = since + 3 * STILL_SECONDS

@@ -31,7 +31,7 @@ from ties_ray.planning.plan import PLAN_FORM, Plan
 from ties_ray.rounds.kth_largest import WHOLE, Counts, Pick
 from ties_ray.state import documents
 from ties_ray.state.documents import LARGE, PLAN, SMALL, Bounds
-from ties_ray.stores import Part, Stores, crc32c, join, within
+from ties_ray.stores import Part, Stores, WritableStore, crc32c, join, within
 
 T = TypeVar("T")
 D = TypeVar("D", "Record", "Folded")
@@ -149,6 +149,10 @@ class Manifest:
         self._stores = stores
         self._store = stores.of(folder)
 
+    @property
+    def _writer(self) -> WritableStore:
+        return self._stores.writer(self.folder)
+
     @staticmethod
     def folder_of(output: str, run_id: str, generation: int = 1) -> str:
         """Return the URI of a generation's folder."""
@@ -156,7 +160,7 @@ class Manifest:
 
     def write_start(self, start: Start) -> None:
         """Store what the run begins with; its presence makes the run one that can be continued."""
-        self._store.put(join(self.folder, "run.json"), _START.dump_json(start))
+        self._writer.put(join(self.folder, "run.json"), _START.dump_json(start))
 
     def read_start(self) -> Start | None:
         """Return what the run began with, None where that is not there."""
@@ -165,7 +169,7 @@ class Manifest:
     def write_plan(self, plan: Plan) -> str:
         """Store a revision of the plan; return the SHA-256 by which `read_plan` knows it again."""
         data = gzip.compress(plan.to_json(), 1, mtime=0)
-        self._store.put(join(self.folder, _plan_name(plan.revision)), data)
+        self._writer.put(join(self.folder, _plan_name(plan.revision)), data)
         return hashlib.sha256(data).hexdigest()
 
     def read_plan(self, revision: int = 0, digest: str | None = None) -> Plan | None:
@@ -194,7 +198,7 @@ class Manifest:
 
     def write_uploads(self, uploads: dict[str, str]) -> None:
         """Store the upload id of each weight file."""
-        self._store.put(join(self.folder, "uploads.json"), _UPLOADS.dump_json(uploads))
+        self._writer.put(join(self.folder, "uploads.json"), _UPLOADS.dump_json(uploads))
 
     def read_uploads(self) -> dict[str, str]:
         """Return the upload ids by file name; empty where none were begun."""
@@ -202,7 +206,7 @@ class Manifest:
 
     def write_record(self, name: str, record: Record) -> None:
         """Store one batch; `name` is unique among all workers of all attempts."""
-        self._store.put(join(self._records(record.round), name), _RECORD.dump_json(record))
+        self._writer.put(join(self._records(record.round), name), _RECORD.dump_json(record))
 
     def record_names(self, round_: int) -> list[str]:
         """Return the names of a round's records, sorted; what else lies there is not ours."""
@@ -227,7 +231,7 @@ class Manifest:
 
     def write_folded(self, round_: int, group: int, folded: Folded) -> None:
         """Store what the barrier after a round knows of a group."""
-        self._store.put(within(self.folder, f"folded/{round_}/{group}.json"), _FOLDED.dump_json(folded))
+        self._writer.put(within(self.folder, f"folded/{round_}/{group}.json"), _FOLDED.dump_json(folded))
 
     def read_folded(self, round_: int, plan: Plan, groups: Sequence[int]) -> dict[int, Folded]:
         """Return what is known after a round, by group; groups not folded yet are missing."""
@@ -241,7 +245,7 @@ class Manifest:
 
     def write_seen(self, shard: int, seen: Sequence[Seen]) -> None:
         """Store what a shard of the first round has read."""
-        self._store.put(within(self.folder, f"seen/{shard}.json"), _SEEN.dump_json(tuple(seen)))
+        self._writer.put(within(self.folder, f"seen/{shard}.json"), _SEEN.dump_json(tuple(seen)))
 
     def read_seen(self, shard: int) -> tuple[Seen, ...]:
         """Return what a shard of the first round has read; nothing if it is not done yet."""
@@ -249,7 +253,7 @@ class Manifest:
 
     def write_scratch(self, parameter: int, data: memoryview) -> str:
         """Store the condensed matrix of a parameter; return its CRC32C."""
-        self._store.put(self._scratch(parameter), bytes(data))
+        self._writer.put(self._scratch(parameter), bytes(data))
         return crc32c(data)
 
     def read_scratch(self, matrix: Matrix) -> bytes:
@@ -265,7 +269,7 @@ class Manifest:
 
     def delete_scratch(self) -> None:
         """Remove all scratch; nothing needs it once the result is there."""
-        self._store.delete_folder(join(self.folder, "scratch"))
+        self._writer.delete_folder(join(self.folder, "scratch"))
 
     def _scratch(self, parameter: int) -> str:
         return within(self.folder, f"scratch/{parameter}")

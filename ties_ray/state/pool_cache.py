@@ -68,7 +68,7 @@ class PoolCache:
     """The findings in one folder."""
 
     def __init__(self, stores: Stores, folder: str) -> None:
-        self._store = stores.of(folder)
+        self._store = stores.writer(folder)
         self._folder = folder
         self._key = os.environ.get(KEY, "").encode()
         self.refused: list[str] = []

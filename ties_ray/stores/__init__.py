@@ -81,6 +81,9 @@ class Space(NamedTuple):
 
 KEEP = "keep inputs unchanged while they are planned and merged, and run it again"
 
+CAN_ONLY_BE_READ = "can only be read"
+WRITE_ELSEWHERE = "write to a local folder or an s3:// bucket"
+
 _METER = threading.Lock()
 """One for all meters, so that a meter stays a plain value that can be copied and sent."""
 
@@ -111,7 +114,7 @@ class NoOptions(BaseModel):
 
 
 class Store(ABC):
-    """Reads ranges, and writes one object from many processes.
+    """Lists folders and reads ranges.
 
     Errors are those of `ties_ray.errors`: `InputError` for what is missing, forbidden or changed (message: the URI,
     what was asked, what came), `UnavailableError` when the one retry budget is spent. Methods may be called from
@@ -122,7 +125,6 @@ class Store(ABC):
     """The pydantic model of `storage.<scheme>` in a recipe; never holds a secret."""
     pinned_by: ClassVar[str] = "ETag"
     """How well a read is tied to the planned content, for the plan's text."""
-    writable: ClassVar[bool] = False
     exact_listing: ClassVar[bool] = False
     """Whether a listing's pins are those that `head` gives, so that a file which changed in between shows."""
 
@@ -152,10 +154,6 @@ class Store(ABC):
         A store that knows links raises `InputError` where one leads out of `root`.
         """
         return self.list(within(root, name))
-
-    def space(self, folder: str) -> "Space | None":
-        """Return how much room there is for files in a folder; None where the store has no limit that it tells."""
-        return None
 
     def newest(self, uri: str) -> float | None:
         """Return when the newest file directly in the folder was written (seconds since 1970, by the store's clock).
@@ -212,9 +210,13 @@ class Store(ABC):
             raise InputError(Problem(shown(uri), found, "check that this is the right file"))
         return pin, data
 
+
+class WritableStore(Store):
+    """A store that also writes: small objects at once, large ones in parts, from many processes."""
+
+    @abstractmethod
     def put(self, uri: str, data: bytes) -> Pin:
         """Write a small object whole and atomically, replacing what is there."""
-        raise NotImplementedError
 
     def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
         """Write a small object if the one there still has this ETag ("": if there is none); None if not.
@@ -227,9 +229,9 @@ class Store(ABC):
             now = ""
         return self.put(uri, data) if now == etag else None
 
+    @abstractmethod
     def delete(self, uri: str) -> None:
         """Remove an object; nothing happens where there is none."""
-        raise NotImplementedError
 
     def delete_folder(self, uri: str) -> None:
         """Remove all that lies in a folder, at any depth; nothing happens where there is none."""
@@ -239,32 +241,36 @@ class Store(ABC):
         for pin in listing.files:
             self.delete(pin.uri)
 
+    @abstractmethod
     def begin_upload(self, uri: str, size: int) -> str:
         """Start an object of `size` bytes, invisible until completed; return the upload's id."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_part(self, uri: str, upload: str, number: int, offset: int, data: memoryview) -> Part:
         """Write one part, durably; writing a part again replaces it. Any process may call this."""
-        raise NotImplementedError
 
+    @abstractmethod
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
         """Return the parts that are there, by number; None where the upload is not known (any more).
 
         A store that can't list single parts (a local file) returns () for a known upload.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
         """Return (object's URI, upload id) of the unfinished uploads of objects directly in a folder, sorted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Make the object visible, whole; does nothing more if just this upload was completed before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def abort_upload(self, uri: str, upload: str) -> None:
         """Forget an upload and its parts; nothing happens where there is none."""
-        raise NotImplementedError
+
+    def space(self, folder: str) -> "Space | None":
+        """Return how much room there is for files in a folder; None where the store has no limit that it tells."""
+        return None
 
 
 REMOTE = frozenset({
@@ -394,6 +400,13 @@ class Stores:
                 options = options_of(scheme, self.options.get(scheme, {}))
                 self._open[scheme] = store_class(scheme)(options)
             return self._open[scheme]
+
+    def writer(self, uri: str) -> WritableStore:
+        """Return the store that serves `uri`; raise `InputError` where it can only be read."""
+        store = self.of(uri)
+        if not isinstance(store, WritableStore):
+            raise InputError(Problem(shown(uri), CAN_ONLY_BE_READ, WRITE_ELSEWHERE))
+        return store
 
     def opened(self) -> tuple[Store, ...]:
         """Return the stores used so far."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Space, Store, changed, entry_uri, no_upload, within
+from ties_ray.stores import Listing, Part, Pin, Space, WritableStore, changed, entry_uri, no_upload, within
 
 _HIDDEN = ".ties-ray-part"
 """The names of our unfinished files begin with a dot and end so; a listing leaves them out, as S3 does."""
@@ -46,7 +46,7 @@ class LocalOptions(BaseModel):
     """Whether a file of a folder may be a link that leads out of it."""
 
 
-class Local(Store):
+class Local(WritableStore):
     """Paths and `file://` URIs: `preadv` into the caller's buffer, `pwrite` into a file beside its target.
 
     A file is opened anew for each read: 10 us on a disk, one round trip on NFS, and never the wrong descriptor.
@@ -60,7 +60,6 @@ class Local(Store):
     options = LocalOptions
 
     pinned_by = "size, time of change and inode"
-    writable = True
     exact_listing = True
 
     def __init__(self, options: BaseModel) -> None:

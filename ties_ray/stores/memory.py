@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.stores import Listing, Part, Pin, Store, changed, crc32c, no_upload
+from ties_ray.stores import Listing, Part, Pin, WritableStore, changed, crc32c, no_upload
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ _UPLOADS: dict[str, _Upload] = {}
 _GENERATIONS = itertools.count(1)
 
 
-class Memory(Store):
+class Memory(WritableStore):
     """`memory://folder/name`, shared by all instances of one process."""
 
     pinned_by = "a generation number"
-    writable = True
 
     def list(self, uri: str) -> Listing:
         """Return what lies directly in the folder."""

@@ -24,8 +24,8 @@ from ties_ray.stores import (
     NoUpload,
     Part,
     Pin,
-    Store,
     Transient,
+    WritableStore,
     changed,
     crc32c,
     no_upload,
@@ -52,12 +52,11 @@ _STATIC = ("env", "shared-credentials-file", "config-file")
 """Where botocore finds credentials that do not renew themselves."""
 
 
-class S3(Store):
+class S3(WritableStore):
     """`s3://bucket/key`. A request runs in the thread of its caller; all share one client and its connections."""
 
     options = S3Options
     pinned_by = "ETag, and version where the bucket keeps versions"
-    writable = True
     patience: float = 120.0
     """Seconds that one call may go on repeating itself."""
     first_patience: float = 20.0

@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 
 from ties_ray.errors import InputError
-from ties_ray.stores import Listing, NoUpload, Part, Store, join, within
+from ties_ray.stores import Listing, NoUpload, Part, WritableStore, join, within
+
+Place = tuple[WritableStore, str]
+"""A store and the URI of an empty folder in it."""
 
 
 class StoreContract:
@@ -19,11 +22,11 @@ class StoreContract:
     part_bytes = 5 << 20
 
     @pytest.fixture
-    def place(self) -> tuple[Store, str]:
+    def place(self) -> Place:
         """Return a store and the URI of an empty folder in it."""
         raise NotImplementedError("a subclass says where")
 
-    def test_a_small_object_comes_back_whole_with_the_pin_that_put_returned(self, place: tuple[Store, str]) -> None:
+    def test_a_small_object_comes_back_whole_with_the_pin_that_put_returned(self, place: Place) -> None:
         store, root = place
         uri = within(root, "a/small.json")
         pin = store.put(uri, b"hello world")
@@ -31,7 +34,7 @@ class StoreContract:
         assert (pin.uri, pin.size) == (uri, 11)
         assert pin.etag
 
-    def test_head_returns_no_more_than_there_is(self, place: tuple[Store, str]) -> None:
+    def test_head_returns_no_more_than_there_is(self, place: Place) -> None:
         store, root = place
         pin = store.put(join(root, "x"), b"0123456789")
         assert store.head(pin.uri, 4) == (pin, b"0123")
@@ -39,23 +42,23 @@ class StoreContract:
         assert store.head(pin.uri, 4096) == (pin, b"0123456789")
         assert store.head(pin.uri, 0) == (pin, b"")
 
-    def test_an_empty_object_has_a_pin(self, place: tuple[Store, str]) -> None:
+    def test_an_empty_object_has_a_pin(self, place: Place) -> None:
         store, root = place
         pin = store.put(join(root, "empty"), b"")
         assert store.head(pin.uri, 100) == (pin, b"")
 
-    def test_an_object_above_the_limit_is_refused(self, place: tuple[Store, str]) -> None:
+    def test_an_object_above_the_limit_is_refused(self, place: Place) -> None:
         store, root = place
         store.put(join(root, "x"), b"0123456789")
         with pytest.raises(InputError, match=r"10 bytes.*at most 9"):
             store.get(join(root, "x"), 9)
 
-    def test_a_missing_object_is_not_found(self, place: tuple[Store, str]) -> None:
+    def test_a_missing_object_is_not_found(self, place: Place) -> None:
         store, root = place
         with pytest.raises(FileNotFoundError, match="nothing"):
             store.head(join(root, "nothing"), 10)
 
-    def test_a_range_lands_in_the_callers_buffer_and_is_counted(self, place: tuple[Store, str]) -> None:
+    def test_a_range_lands_in_the_callers_buffer_and_is_counted(self, place: Place) -> None:
         store, root = place
         data = bytes(range(256)) * 4096
         pin = store.put(join(root, "x"), data)
@@ -67,7 +70,7 @@ class StoreContract:
         assert store.meter.requests - before.requests == 4
         assert store.meter.bytes_read - before.bytes_read == 2 + len(data) + 699_001
 
-    def test_many_threads_read_at_once(self, place: tuple[Store, str]) -> None:
+    def test_many_threads_read_at_once(self, place: Place) -> None:
         store, root = place
         data = bytes(range(256)) * 256
         pin = store.put(join(root, "x"), data)
@@ -81,7 +84,7 @@ class StoreContract:
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(read, starts)) == [data[start : start + 4096] for start in starts]
 
-    def test_a_replaced_object_is_refused_even_at_the_same_size(self, place: tuple[Store, str]) -> None:
+    def test_a_replaced_object_is_refused_even_at_the_same_size(self, place: Place) -> None:
         store, root = place
         pin = store.put(join(root, "x"), b"old content")
         store.put(join(root, "x"), b"new content")
@@ -89,7 +92,7 @@ class StoreContract:
         with pytest.raises(InputError, match=r"/x: changed since the plan"):
             store.read(pin, 0, memoryview(buffer))
 
-    def test_a_deleted_object_is_refused(self, place: tuple[Store, str]) -> None:
+    def test_a_deleted_object_is_refused(self, place: Place) -> None:
         store, root = place
         pin = store.put(join(root, "x"), b"old content")
         store.delete(pin.uri)
@@ -97,7 +100,7 @@ class StoreContract:
         with pytest.raises(InputError, match=r"/x: changed since the plan"):
             store.read(pin, 0, memoryview(bytearray(3)))
 
-    def test_a_listing_is_sorted_and_one_level_deep(self, place: tuple[Store, str]) -> None:
+    def test_a_listing_is_sorted_and_one_level_deep(self, place: Place) -> None:
         store, root = place
         for name in ["b", "a/2", "Z", "a/1", "c/d/e", "caf\u00e9", "with space"]:
             store.put(within(root, name), name.encode())
@@ -109,11 +112,11 @@ class StoreContract:
         inside = [pin.uri for pin in store.list(found.folders[0]).files]
         assert inside == [within(root, "a/1"), within(root, "a/2")]
 
-    def test_a_missing_folder_is_empty(self, place: tuple[Store, str]) -> None:
+    def test_a_missing_folder_is_empty(self, place: Place) -> None:
         store, root = place
         assert store.list(join(root, "nowhere")) == Listing((), ())
 
-    def test_parts_make_an_object_in_any_order_and_the_last_writing_wins(self, place: tuple[Store, str]) -> None:
+    def test_parts_make_an_object_in_any_order_and_the_last_writing_wins(self, place: Place) -> None:
         store, root = place
         uri, data = within(root, "out/model.safetensors"), self._data()
         upload = store.begin_upload(uri, len(data))
@@ -127,7 +130,7 @@ class StoreContract:
         assert store.get(uri, len(data)) == (pin, data)
         assert store.list_parts(uri, upload) is None
 
-    def test_completing_twice_is_completing_once(self, place: tuple[Store, str]) -> None:
+    def test_completing_twice_is_completing_once(self, place: Place) -> None:
         store, root = place
         uri, data = join(root, "x"), self._data()
         upload = store.begin_upload(uri, len(data))
@@ -135,7 +138,7 @@ class StoreContract:
         pin = store.complete_upload(uri, upload, parts)
         assert store.complete_upload(uri, upload, parts) == pin
 
-    def test_an_upload_does_not_take_anothers_object_for_its_own(self, place: tuple[Store, str]) -> None:
+    def test_an_upload_does_not_take_anothers_object_for_its_own(self, place: Place) -> None:
         store, root = place
         uri, data = join(root, "x"), self._data()
         upload = store.begin_upload(uri, len(data))
@@ -145,7 +148,7 @@ class StoreContract:
         with pytest.raises(InputError, match="upload"):
             store.complete_upload(uri, upload, parts)
 
-    def test_an_aborted_upload_leaves_nothing(self, place: tuple[Store, str]) -> None:
+    def test_an_aborted_upload_leaves_nothing(self, place: Place) -> None:
         store, root = place
         uri, data = join(root, "x"), self._data()
         upload = store.begin_upload(uri, len(data))
@@ -157,7 +160,7 @@ class StoreContract:
             store.complete_upload(uri, upload, [part])
         assert store.list(root) == Listing((), ())
 
-    def test_a_part_of_an_unknown_upload_is_refused(self, place: tuple[Store, str]) -> None:
+    def test_a_part_of_an_unknown_upload_is_refused(self, place: Place) -> None:
         store, root = place
         uri, data = join(root, "x"), self._data()
         upload = store.begin_upload(uri, len(data))
@@ -165,13 +168,13 @@ class StoreContract:
         with pytest.raises(NoUpload, match="does not know the upload"):
             self._write(store, uri, upload, 1, data)
 
-    def test_a_store_is_not_pickled(self, place: tuple[Store, str]) -> None:
+    def test_a_store_is_not_pickled(self, place: Place) -> None:
         with pytest.raises(TypeError, match="in the process that uses it"):
             pickle.dumps(place[0])
 
     def _data(self) -> bytes:
         return bytes(range(251)) * ((2 * self.part_bytes + 1000) // 251)
 
-    def _write(self, store: Store, uri: str, upload: str, number: int, data: bytes) -> Part:
+    def _write(self, store: WritableStore, uri: str, upload: str, number: int, data: bytes) -> Part:
         start = (number - 1) * self.part_bytes
         return store.write_part(uri, upload, number, start, memoryview(data)[start : start + self.part_bytes])

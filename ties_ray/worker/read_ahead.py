@@ -404,7 +404,7 @@ class WriteBehind:
 
     def write(self, part: Tensor, file: int, uri: str, upload: str, number: int, offset: int) -> None:
         """Begin to write part `number` (from 1) of weight file `file`."""
-        store, data = self._stores.of(uri), part.numpy().data
+        store, data = self._stores.writer(uri), part.numpy().data
 
         def send() -> Written:
             with self._times.spent("write", nbytes=len(data)):
