@@ -7,15 +7,13 @@
     result = ties_ray.merge(recipe)
     print(result.output, result.seconds)
 
-The command line `ties-ray` does the same. Importing this package takes neither torch nor ray.
+The command line `ties-ray` does the same. Importing this package imports neither torch nor ray.
 """
 
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ties_ray.errors import (
@@ -45,6 +43,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "UnavailableError",
+    "__version__",
     "load_recipe",
     "merge",
     "plan",
@@ -57,14 +56,14 @@ _LAZY = {
     "Progress": "ties_ray.reports.records",
 }
 RECIPE_BYTES = 16 * 2**20
-"""No recipe is larger."""
+"""Largest recipe file in bytes."""
 
 
 def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Recipe":
     """Return the recipe in a YAML or JSON file, a path or a URI.
 
-    overrides: `field=value` each, as in `method.density=0.3`. Raises `RecipeError` with every problem and its place,
-    `InputError` if there is no such file.
+    overrides: `field=value` each, as in `method.density=0.3`. Raises `RecipeError` with every problem and its place.
+    Raises `InputError` if there is no such file.
     """
     from ties_ray.recipe.parse import parse
     from ties_ray.stores import Stores, shown
@@ -84,10 +83,10 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 
 def plan(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Plan":
-    """Return what a merge would do; reads headers only.
+    """Return what a merge would do; read headers only.
 
     recipe: a `Recipe`, the mapping that a recipe's file holds, or that file's path or URI.
-    Raises `RecipeError` and `InputError`, each with every problem found.
+    Raises `RecipeError` or `InputError` with every problem.
     """
     from ties_ray.operations import merging
 
@@ -102,8 +101,10 @@ def merge(
 ) -> "MergeResult":
     """Merge, or continue an interrupted merge, or recognise a finished one; return the result record.
 
-    recipe: as for `plan`. fresh: forget what the output folder holds of earlier merges. watch: called after every
-    event, from this thread. Raises a `MergeError`; what is done is kept, and the same call continues.
+    recipe: a `Recipe`, the mapping that a recipe's file holds, or that file's path or URI.
+    fresh: forget what the output folder holds of earlier merges.
+    watch: is called after every event, in the calling thread.
+    Raises a `MergeError`. Finished shards are kept, and the same call continues.
     """
     from ties_ray.operations import merging
 
@@ -122,24 +123,12 @@ def _recipe(given: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> 
 def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version  # here, since reading it takes 10 ms
+
+        return version("ties-ray")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """This package, whose `plan` stays the function above: importing the module of that name would replace it."""
-
-    @property
-    def plan(self) -> "Callable[[Recipe], Plan]":
-        return _plan
-
-    @plan.setter
-    def plan(self, module: ModuleType) -> None:
-        pass
-
-
-_plan = plan
-sys.modules[__name__].__class__ = _Package

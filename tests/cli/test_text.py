@@ -1,8 +1,6 @@
 import io
 import re
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 from rich.console import RenderableType
 
 from ties_ray.cli import text
+from ties_ray.cli.screen import show
 from ties_ray.operations.inspection import Inspection, Inspections
 from ties_ray.operations.promote import Promotion, Release
 from ties_ray.operations.status import RunStatus, Status
@@ -17,7 +16,6 @@ from ties_ray.reports.records import (
     Cleaning,
     InputProvenance,
     MergeResult,
-    Progress,
     Provenance,
     TrimReport,
     WrittenFile,
@@ -27,7 +25,7 @@ from ties_ray.state.lease import Holder
 
 def shown(*things: RenderableType) -> str:
     file = io.StringIO()
-    text.show(*things, file=file)
+    show(*things, file=file)
     return file.getvalue()
 
 
@@ -39,24 +37,6 @@ def result(trims: Sequence[TrimReport] = (), **more: object) -> MergeResult:
     files = [WrittenFile(name="model.safetensors", size=1500, etag="", crc32c="")]
     fields = {"status": "done", "output": "/out/merged", "files": files, "trims": list(trims), **more}
     return MergeResult.model_validate(fields)
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (16_060_522_000, "16.1 GB"), (3.2e15, "3,200.0 TB")],
-)
-def test_sizes_are_said_in_decimal_units(value: float, words: str) -> None:
-    assert text.num_bytes(value) == words
-
-
-@pytest.mark.parametrize(("value", "words"), [(4226, "4,226"), (22.7e6, "22.70 M"), (8_030_261_248, "8.03 B")])
-def test_counts_are_said_in_short(value: float, words: str) -> None:
-    assert text.num(value) == words
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(0.62, "0.6 s"), (61.2, "1 min 01 s"), (7503, "2 h 05 min")])
-def test_time_spans_are_said_in_hours_minutes_seconds(seconds: float, words: str) -> None:
-    assert text.duration(seconds) == words
 
 
 def test_of_many_models_the_first_few_are_shown_and_the_rest_counted() -> None:
@@ -105,40 +85,6 @@ def test_a_bucket_is_not_offered_to_transformers_and_names_are_quoted_for_the_sh
     assert "verify '/out/a b'" in shown(*text.of_result(result(output="/out/a b"), "r.yaml"))
 
 
-def test_long_lines_are_not_broken_and_brackets_are_no_markup_off_a_terminal(tmp_path: Path) -> None:
-    name = "[bold]" + "x" * 300
-    assert shown(f"note: {name}") == f"note: {name}\n"
-
-
-def test_lines_come_once_a_stage_and_not_with_every_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.StringIO()
-    with text.Lines(file) as lines:
-        for done in range(50):
-            lines(Progress("merge", done, 50, done * 10**9, 50 * 10**9))
-        lines(Progress("publish", 0, 1, 50 * 10**9, 50 * 10**9))
-    told = file.getvalue().splitlines()
-    assert [line.partition(":")[0] for line in told] == ["merge", "publish"]
-    assert "0 of 50, 0 bytes of 50.0 GB read" in told[0]
-    monkeypatch.setattr(text, "EVERY_SECONDS", 0.0)
-    with text.Lines(file) as lines:
-        lines(Progress("merge", 1, 50, 0, 1))
-        lines(Progress("merge", 2, 50, 0, 1))
-    assert len(file.getvalue().splitlines()) == 4
-
-
-def test_a_bar_shows_the_stage_at_hand() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    file = Terminal()
-    with text.Bar(file) as bar:
-        bar(Progress("merge", 3, 9, 10**9, 2 * 10**9))
-        time.sleep(0.3)  # it is drawn ten times a second
-    assert "merge" in file.getvalue()
-    assert "3 of 9, 1.0 GB of 2.0 GB read" in file.getvalue()
-
-
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eelif\r\x08 [bold]x[/bold]"
 
 
@@ -165,7 +111,7 @@ def test_no_name_host_or_note_reaches_the_terminal_as_more_than_text(
 
     monkeypatch.setenv("TERM", "xterm-256color")
     file = Screen()
-    text.show(*things, file=file)
+    show(*things, file=file)
     told = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()) if terminal else file.getvalue()  # rich's own bold
     assert all(line.isprintable() for line in told.split("\n"))
     assert told.count("\\x1b]0;owned") > 8

@@ -13,7 +13,8 @@ from tests.tools.adapters import make_pool
 from tests.tools.families import Family, write_checkpoint
 from tests.tools.merging import LOCAL, recipe_of
 from ties_ray.cli.commands import commands
-from ties_ray.cli.text import of_plan, of_result, show
+from ties_ray.cli.screen import show
+from ties_ray.cli.text import of_plan, of_result
 from ties_ray.inputs.catalog import Catalog
 from ties_ray.operations import merging
 from ties_ray.planning.forecast import Pace, Rates, Work, loads, observed, predict

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from ties_ray import plugins
 from ties_ray.methods import Method
-from ties_ray.recipe.json_schema import method_doc, recipe_schema
+from ties_ray.recipe.json_schema import recipe_schema
 from ties_ray.recipe.parse import validate
 
 RECIPE: dict[str, Any] = {"base": "b", "models": ["m"], "method": {"name": "ties"}, "output": {"path": "o"}}
@@ -101,15 +101,3 @@ def test_every_field_of_every_section_is_described(validator: Any) -> None:
         if name not in known and not {"description", "$ref", "oneOf"} & field.keys()
     }
     assert len(bare) <= 6, bare  # names that say it all
-
-
-def test_a_method_is_explained_by_its_field_docstrings() -> None:
-    doc = method_doc("ties", plugins.load("methods", "ties", Method))
-    assert (doc.scales, doc.has_density) == ("mean", True)
-    assert doc.description.startswith("Keeps the largest values")
-    by_name = {one.name: one for one in doc.parameters}
-    assert by_name["density"].allowed == "number, > 0, <= 1"
-    assert by_name["density"].default == "0.2"
-    assert by_name["merge"].allowed == "mean | sum | max"
-    assert by_name["lambda"].description == "Factor on the merged task vector."
-    assert "name" not in by_name

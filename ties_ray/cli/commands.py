@@ -1,34 +1,28 @@
-"""The command line. Nothing heavy is imported until a command needs it: `--help` takes neither torch nor ray."""
+"""The command line. Each command imports what it needs when it runs, so that `--help` imports neither torch nor ray."""
 
 import contextlib
 import functools
 import os
-import select
 import shlex
-import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ties_ray.errors import Cancelled, InputError, MergeError, Problem, RecipeError, UnavailableError, printable
+from ties_ray.cli import completion, signals
+from ties_ray.cli.console import Console, complain, log, print_json
+from ties_ray.errors import InputError, MergeError, Problem, RecipeError, UnavailableError, printable
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.recipe import Recipe
     from ties_ray.reports.records import MergeResult, Progress, Watch
     from ties_ray.stores import Stores
 
-PATIENCE = 2.5
-"""Seconds after a signal in which the run may end by itself; then the process leaves at once."""
 EXIT_CODES = """\b
 Exit codes:
   0        done (also when it was done before)
@@ -39,28 +33,18 @@ Exit codes:
   5        cluster or storage unreachable, throttled or held by another run: retry later
   130, 143 cancelled by SIGINT, SIGTERM
 """
-_ERRORS_SHOWN = 50
-
-
-_signals: list[int] = []
-"""Those that ended this process: Ray's C++ turns whatever a handler raises into a plain KeyboardInterrupt."""
 
 
 def main() -> NoReturn:
     """Run the command line and leave the process with its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _on_signal)
-    told, heard = os.pipe()
-    os.set_blocking(heard, False)
-    signal.set_wakeup_fd(heard)
-    threading.Thread(target=_leave_late, args=(told,), name="signals", daemon=True).start()
+    signals.listen()
     code = 0
     try:
         commands(prog_name="ties-ray")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except KeyboardInterrupt:  # before or after a command's own handling
-        code = 128 + _signals[0]
+    except KeyboardInterrupt:  # while no command runs
+        code = 128 + signals.received[0]
     if threading.active_count() > 2:  # a thread that waits for storage would keep the interpreter from ending
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -69,134 +53,21 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _on_signal(number: int, _: FrameType | None) -> None:
-    """Raise in the main thread, once."""
-    _signals.append(number)
-    if len(_signals) == 1:
-        raise KeyboardInterrupt
-
-
-def _leave_late(told: int) -> None:
-    """Leave for good `PATIENCE` after a signal, or at a second one; also where the main thread is inside a library.
-
-    A handler in Python waits until a call into C comes back. The signal's number comes by this pipe at once.
-    """
-    while (number := os.read(told, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
-        pass
-    select.select([told], [], [], PATIENCE)
-    os._exit(128 + number)
-
-
-# -- what all commands share
-
-
-class _Desk:
-    """How a command talks: to people or to machines, and what becomes of an error."""
-
-    def __init__(self, *, json: bool, quiet: bool, debug: bool) -> None:
-        self.json, self.quiet, self.debug = json, quiet, debug
-        self.started = time.monotonic()
-        self.on_failure: Callable[[MergeError], None] = self._error_as_json
-
-    def _error_as_json(self, error: MergeError) -> None:
-        if self.json:
-            import json
-
-            from ties_ray.reports.records import Failure
-
-            _print_json(json.dumps({"error": Failure.of(error).model_dump(mode="json")}, indent=2))
-
-    def run(self, command: Callable[[], int]) -> int:
-        """Return the command's exit code; every failure is told, one line a problem."""
-        try:
-            return command()
-        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
-            raise
-        except (Exception, KeyboardInterrupt) as caught:
-            error = _as_merge_error(caught)
-            if self.debug:
-                traceback.print_exception(caught)
-            for problem in error.problems[:_ERRORS_SHOWN]:
-                _complain(problem)
-            if len(error.problems) > _ERRORS_SHOWN:
-                _complain(Problem("", f"and {len(error.problems) - _ERRORS_SHOWN:,} more problems"))
-            self.on_failure(error)
-            return error.exit_code
-
-    def tell(self, record: "BaseModel", *things: Any) -> None:
-        """Print the record for machines, or the texts and tables for people."""
-        if self.json:
-            _print_json(record.model_dump_json(indent=2))
-        elif not self.quiet:
-            from ties_ray.cli import text
-
-            text.show(*things)
-
-    @contextlib.contextmanager
-    def progress(self, *, as_json: bool = False) -> "Iterator[Watch]":
-        """Yield what is to be called with each `Progress`; as_json: write lines for machines."""
-        if self.quiet and not as_json:
-            yield lambda progress: None
-            return
-        from ties_ray.cli import text
-
-        if as_json:
-            yield text.json_lines(sys.stderr)
-            return
-        with text.Bar(sys.stderr) if sys.stderr.isatty() else text.Lines(sys.stderr) as watch:
-            yield watch
-
-
-def _complain(problem: Problem) -> None:
-    """Print a problem as one line that no file name or header can break or colour."""
-    line = "".join(char if char.isprintable() else " " for char in str(problem))
-    click.echo(f"error: {line}", err=True)
-
-
-def _print_json(text: str) -> None:
-    """Print JSON; in its strings what a terminal might act on is escaped, as JSON escapes."""
-    import json
-
-    if not text.isascii():
-        text = "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
-    click.echo(text)
-
-
-def _as_merge_error(caught: BaseException) -> MergeError:
-    if isinstance(caught, MergeError):
-        if caught.kind != "defect":
-            return caught
-        error = MergeError(map(_defect, caught.problems))
-        error.shard = caught.shard
-        return error
-    if isinstance(caught, KeyboardInterrupt):
-        number = _signals[0] if _signals else signal.SIGINT
-        what = f"cancelled by {signal.Signals(number).name}"
-        cancelled = Cancelled(Problem("", what, "what is done is kept, and the same command continues"))
-        cancelled.exit_code = 128 + number
-        return cancelled
-    return MergeError(_defect(Problem("", f"{type(caught).__name__}: {caught}")))
-
-
-def _defect(problem: Problem) -> Problem:
-    return problem._replace(remedy="a defect of ties_ray: run again with --debug, and please report it")
-
-
 def _command(function: Callable[..., int], group: "click.Group | None" = None) -> click.Command:
-    """Return the click command of a function `(desk, ...) -> exit code`, with the options that all have.
+    """Return the click command of a function `(console, ...) -> exit code`, with the options that all have.
 
-    group: the one it belongs to; by default that of all commands.
+    group: the group of the command; None: the group of all commands.
     """
 
     @functools.wraps(function)
     @click.pass_context
-    def run(context: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
-        desk = _Desk(json=as_json, quiet=quiet, debug=debug)
-        context.exit(desk.run(lambda: function(desk, **given)))
+    def run(context: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        console = Console(json=as_json, quiet=quiet, debug=debug)
+        context.exit(console.run(lambda: function(console, **options)))
 
     options = (
-        click.option("--json", "as_json", is_flag=True, help="Print what machines read on standard output."),
-        click.option("--quiet", is_flag=True, help="No progress and no summary; errors only."),
+        click.option("--json", "as_json", is_flag=True, help="Print a record for machines on standard output."),
+        click.option("--quiet", is_flag=True, help="Print errors only, no progress and no summary."),
         click.option("--debug", is_flag=True, help="Show the traceback of an error."),
     )
     decorated: Any = run
@@ -205,9 +76,16 @@ def _command(function: Callable[..., int], group: "click.Group | None" = None) -
     return (group or commands).command(function.__name__.strip("_"))(decorated)
 
 
-_RECIPE = click.argument("recipe")
+_RECIPE = click.argument("recipe", shell_complete=completion.files)
+_OUTPUT = click.argument("output", shell_complete=completion.files)
+_POINTER = click.argument("pointer", shell_complete=completion.files)
 _SET = click.option(
-    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field, as in method.density=0.3."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    shell_complete=completion.fields,
+    help="Override a field of the recipe, as in method.density=0.3.",
 )
 
 
@@ -221,8 +99,10 @@ Examples:
   ties-ray inspect 's3://models/llama-*'
 
 \b
-Shell completion:
-  eval "$(_TIES_RAY_COMPLETE=bash_source ties-ray)"      (or zsh_source, fish_source)
+Shell completion of commands, files, methods and fields of a recipe:
+  bash   eval "$(_TIES_RAY_COMPLETE=bash_source ties-ray)"      in ~/.bashrc
+  zsh    eval "$(_TIES_RAY_COMPLETE=zsh_source ties-ray)"       in ~/.zshrc
+  fish   _TIES_RAY_COMPLETE=fish_source ties-ray | source       in ~/.config/fish/completions/ties-ray.fish
 
 """
     + EXIT_CODES,
@@ -241,49 +121,60 @@ def commands() -> None:
 @_command
 @_RECIPE
 @_SET
-@click.option("--full", is_flag=True, help="With --json: the whole stored plan, every tensor and its place.")
+@click.option("--full", is_flag=True, help="With --json: print the whole stored plan, every tensor and its place.")
 @click.option("--no-rates", is_flag=True, help="Read headers only: do not measure, and predict no time.")
-def _plan(desk: _Desk, recipe: str, overrides: Sequence[str], full: bool, no_rates: bool) -> int:
-    """Say what a merge would read, write and need, and how long it takes.
+def _plan(console: Console, recipe: str, overrides: Sequence[str], full: bool, no_rates: bool) -> int:
+    """Say what a merge reads, writes and needs, and how long it takes.
 
-    Reads headers, and for about a second some of the weights, to see how fast that goes from here.
+    Reads headers. Then reads some of the weights for about a second, to measure how fast the storage is from here.
 
     \b
     Examples:
       ties-ray plan recipe.yaml
       ties-ray plan recipe.yaml --json --no-rates | jq .bytes_read
     """
-    asked = _load(recipe, overrides)
+    loaded = _load(recipe, overrides)
     from ties_ray.operations import merging
     from ties_ray.reports.records import plan_record
 
-    made = merging.plan(asked)
-    if full and desk.json:
-        _print_json(made.to_json().decode())
+    plan = merging.plan(loaded)
+    if full and console.json:
+        print_json(plan.to_json().decode())
         return 0
     from ties_ray.cli import text
 
-    found, problem = None, ""
+    forecast, problem = None, ""
     if not no_rates:
         try:
-            found = merging.forecast(made)
+            forecast = merging.forecast(plan)
         except (InputError, UnavailableError) as error:
             problem = str(error)
-    record = plan_record(made, found)
-    desk.tell(record, *text.of_plan(record), *([f"note: no time is predicted: {problem}"] if problem else []))
+    record = plan_record(plan, forecast)
+    console.show(record, *text.of_plan(record), *([f"note: no time is predicted: {problem}"] if problem else []))
     return 0
 
 
 @_command
 @_RECIPE
 @_SET
-@click.option("--result", "result_uri", metavar="PATH|URI", help="Write the result record here, also on failure.")
+@click.option(
+    "--result",
+    "result_uri",
+    metavar="PATH|URI",
+    shell_complete=completion.files,
+    help="Write the result record here, also on failure.",
+)
 @click.option("--fresh", is_flag=True, help="Forget what the output folder holds of earlier merges.")
-@click.option("--profile", metavar="FILE", help="Write here what every worker did when, for ui.perfetto.dev.")
+@click.option(
+    "--profile",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Write a trace of every worker's activity here, for ui.perfetto.dev.",
+)
 def _merge(
-    desk: _Desk, recipe: str, overrides: Sequence[str], result_uri: str | None, fresh: bool, profile: str | None
+    console: Console, recipe: str, overrides: Sequence[str], result_uri: str | None, fresh: bool, profile: str | None
 ) -> int:
-    """Merge. Interrupted, the same command continues; finished, it says so and does nothing.
+    """Merge. The same command continues an interrupted merge; it leaves a finished one as it is, and says so.
 
     \b
     Examples:
@@ -291,30 +182,29 @@ def _merge(
       ties-ray merge recipe.yaml --set run.executor=local
       ties-ray merge s3://recipes/nightly.yaml --json --quiet --result s3://recipes/nightly.result.json
     """
-    job = _Job(desk, result_uri)
-    desk.on_failure = job.failed
-    asked = _load(recipe, overrides)
-    job.storage = asked.storage
-    # Ray and plugins print what they like, from any thread; standard output is for the record alone.
+    job = _Job(console, result_uri)
+    console.on_failure = job.failed
+    loaded = _load(recipe, overrides)
+    job.storage = loaded.storage
     from ties_ray.cli import text
     from ties_ray.operations import merging
 
-    with desk.progress(as_json=asked.run.log == "json") as watch, contextlib.redirect_stdout(sys.stderr):
-        if not desk.quiet and asked.run.log == "none":
-            click.echo("plan: reading headers", err=True)
-        job.plan = merging.plan(asked)
+    # Ray and plugins print to standard output from any thread; only the record may stand there.
+    with console.progress(json_lines=loaded.run.log == "json") as watch, contextlib.redirect_stdout(sys.stderr):
+        log.info("plan: reading headers")
+        job.plan = merging.plan(loaded)
         watch, trace = job.watching(watch), Path(profile) if profile else None
-        result = merging.carry_out(job.plan, started=desk.started, fresh=fresh, watch=watch, profile=trace)
-    desk.on_failure = desk._error_as_json  # from here on, what fails is the record's own delivery
+        result = merging.carry_out(job.plan, started=console.started, fresh=fresh, watch=watch, profile=trace)
+    console.on_failure = console.print_error  # the merge is done; only the delivery of its record can fail
     job.write(result)
-    desk.tell(result, *text.of_result(result, recipe))
+    console.show(result, *text.of_result(result, recipe))
     return 0
 
 
 @_command
-@click.argument("output")
+@_OUTPUT
 @_SET
-def _status(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
+def _status(console: Console, output: str, overrides: Sequence[str]) -> int:
     """Say what an OUTPUT folder holds: a finished merge, or unfinished ones and how far they are.
 
     OUTPUT is the folder, or the recipe file that names it.
@@ -329,13 +219,13 @@ def _status(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
     from ties_ray.cli import text
     from ties_ray.operations.status import status
 
-    found = status(stores, folder)
-    desk.tell(found, *text.of_status(found))
+    record = status(stores, folder)
+    console.show(record, *text.of_status(record))
     return 0
 
 
 @_command
-@click.argument("output")
+@_OUTPUT
 @_SET
 @click.option(
     "--sample",
@@ -349,18 +239,18 @@ def _status(desk: _Desk, output: str, overrides: Sequence[str]) -> int:
     type=click.FloatRange(0, 1),
     default=0.0,
     metavar="SHARE",
-    help="Count the thresholds of this share of the models anew, at least of one, and compare them.",
+    help="Count the thresholds of this share of the models anew, of one at least, and compare them.",
 )
-@click.option("--seed", type=int, default=0, help="Takes another sample.")
+@click.option("--seed", type=int, default=0, help="Another seed takes another sample.")
 @click.option("--sha256", "sums", is_flag=True, help="If all is well, write SHA256SUMS for `sha256sum -c`.")
 def _verify(
-    desk: _Desk, output: str, overrides: Sequence[str], sample: float, recount: float, seed: int, sums: bool
+    console: Console, output: str, overrides: Sequence[str], sample: float, recount: float, seed: int, sums: bool
 ) -> int:
     """Re-read a finished OUTPUT: headers, index, checksums of parts and files, values that are not finite.
 
-    OUTPUT is the folder, or the recipe file that names it. Exits with 3 if anything is not as it was written, or not
-    what the inputs give. A sample reads the inputs that the folder's plan names, with the storage options of the recipe
-    or of --set, never with those of the plan.
+    OUTPUT is the folder, or the recipe file that names it. Exits with 3 if the files are not as they were written, or
+    not what the inputs give. A sample reads the inputs that the folder's plan names. It uses the storage options of the
+    recipe or of --set, never those of the plan.
 
     \b
     Examples:
@@ -373,23 +263,21 @@ def _verify(
     from ties_ray.operations.verify import verify
 
     def announce(inputs: Sequence[str]) -> None:
-        if not desk.quiet:
-            more = f" and {len(inputs) - 5} more" if len(inputs) > 5 else ""
-            named = printable(", ".join(inputs[:5]))
-            click.echo(f"sample: reads the inputs that the folder's plan names: {named}{more}", err=True)
+        more = f" and {len(inputs) - 5} more" if len(inputs) > 5 else ""
+        log.info("sample: reads the inputs that the folder's plan names: %s%s", printable(", ".join(inputs[:5])), more)
 
-    with desk.progress() as watch:
-        found = verify(stores, folder, watch, sample=sample, recount=recount, seed=seed, sums=sums, announce=announce)
-    desk.tell(found, *text.of_verification(found))
-    return _report(found.findings)
+    with console.progress() as watch:
+        record = verify(stores, folder, watch, sample=sample, recount=recount, seed=seed, sums=sums, announce=announce)
+    console.show(record, *text.of_verification(record))
+    return _report(record.findings)
 
 
 @_command
-@click.argument("output")
+@_OUTPUT
 @_SET
-@click.option("--dry-run", is_flag=True, help="Only say what there is.")
-def _clean(desk: _Desk, output: str, overrides: Sequence[str], dry_run: bool) -> int:
-    """Remove what interrupted merges left in OUTPUT: unfinished uploads, and records to continue by.
+@click.option("--dry-run", is_flag=True, help="List what would be removed.")
+def _clean(console: Console, output: str, overrides: Sequence[str], dry_run: bool) -> int:
+    """Remove what interrupted merges left in OUTPUT: unfinished uploads, and the records to continue from.
 
     OUTPUT is the folder, or the recipe file that names it. Visible files stay, and so does what `verify` needs of a
     finished merge. Exits with 5 while a merge is at work there.
@@ -406,27 +294,29 @@ def _clean(desk: _Desk, output: str, overrides: Sequence[str], dry_run: bool) ->
     from ties_ray.state import lease
 
     notes: list[str] = []
-    found = clean(stores, folder, remove=False)
-    if found:  # else there is nothing of ours, and nothing should come to be
+    remnants = clean(stores, folder, remove=False)
+    if remnants:  # a lease would create the folder of an output that holds nothing of ours
         with lease.acquire(stores, folder, notes.append):
-            found = clean(stores, folder, remove=not dry_run)
-    told = Cleaning(output=folder, removed=not dry_run, found=found, notes=notes)
-    desk.tell(told, *text.of_cleaning(told))
+            remnants = clean(stores, folder, remove=not dry_run)
+    record = Cleaning(output=folder, removed=not dry_run, found=remnants, notes=notes)
+    console.show(record, *text.of_cleaning(record))
     return 0
 
 
 @_command
-@click.argument("output")
-@click.argument("pointer")
+@_OUTPUT
+@_POINTER
 @_SET
-@click.option("--evaluate", metavar="COMMAND", default="", help="Promote only if it ends with 0; see below.")
+@click.option("--evaluate", metavar="COMMAND", default="", help="Promote only if this command exits with 0; see above.")
 @click.option("--verify", "verified", is_flag=True, help="Promote only what `ties-ray verify` finds whole; reads all.")
-def _promote(desk: _Desk, output: str, pointer: str, overrides: Sequence[str], evaluate: str, verified: bool) -> int:
-    """Let POINTER, a small JSON object, name the finished merge in OUTPUT; the one before is kept for `rollback`.
+def _promote(
+    console: Console, output: str, pointer: str, overrides: Sequence[str], evaluate: str, verified: bool
+) -> int:
+    """Let POINTER, a small JSON object, name the finished merge in OUTPUT; `rollback` returns to the one before.
 
-    COMMAND gets TIES_RAY_OUTPUT (the folder) and TIES_RAY_RESULT (a file with the result record). Exits with 3, and
-    leaves the pointer, if it does not approve, or if the folder was changed meanwhile. What the pointer names already
-    is not evaluated again.
+    COMMAND gets TIES_RAY_OUTPUT (the folder) and TIES_RAY_RESULT (a file with the result record). If it does not
+    approve, or if the folder changes meanwhile, the pointer stays and the exit code is 3. An output that the pointer
+    names already is not evaluated again.
 
     \b
     Examples:
@@ -438,17 +328,17 @@ def _promote(desk: _Desk, output: str, pointer: str, overrides: Sequence[str], e
     from ties_ray.operations.verify import verify
     from ties_ray.stores import absolute
 
-    with desk.progress() as watch:
+    with console.progress() as watch:
         check = functools.partial(verify, stores, folder, watch) if verified else None
-        told = promote(stores, folder, absolute(pointer), shlex.split(evaluate), check)
-    desk.tell(told, *text.of_promotion(told))
+        record = promote(stores, folder, absolute(pointer), shlex.split(evaluate), check)
+    console.show(record, *text.of_promotion(record))
     return 0
 
 
 @_command
-@click.argument("pointer")
+@_POINTER
 @_SET
-def _rollback(desk: _Desk, pointer: str, overrides: Sequence[str]) -> int:
+def _rollback(console: Console, pointer: str, overrides: Sequence[str]) -> int:
     """Let POINTER name the merge before the current one again.
 
     \b
@@ -460,16 +350,16 @@ def _rollback(desk: _Desk, pointer: str, overrides: Sequence[str]) -> int:
     from ties_ray.operations.promote import rollback
     from ties_ray.stores import absolute
 
-    told = rollback(stores, absolute(pointer))
-    desk.tell(told, *text.of_promotion(told))
+    record = rollback(stores, absolute(pointer))
+    console.show(record, *text.of_promotion(record))
     return 0
 
 
 @_command
-@click.argument("uri")
-@click.option("--norms", is_flag=True, help="Read adapters whole: norms, values that are not finite, duplicates.")
+@click.argument("uri", shell_complete=completion.files)
+@click.option("--norms", is_flag=True, help="Read adapters whole: show norms, values that are not finite, duplicates.")
 @_SET
-def _inspect(desk: _Desk, uri: str, overrides: Sequence[str], norms: bool) -> int:
+def _inspect(console: Console, uri: str, overrides: Sequence[str], norms: bool) -> int:
     """Say what an input folder holds, before any recipe: tensors, config, tokenizer, licence, and what is wrong.
 
     URI may be a glob (quote it). Exits with 3 if a folder could not be merged.
@@ -484,16 +374,16 @@ def _inspect(desk: _Desk, uri: str, overrides: Sequence[str], norms: bool) -> in
     from ties_ray.cli import text
     from ties_ray.operations.inspection import Inspections, inspect, pool
 
-    found = inspect(stores, uri, norms=norms)
-    whole = Inspections(folders=found, pool=pool(found))
-    desk.tell(whole, *text.of_inspections(whole))
-    return _report([problem for one in found for problem in one.problems])
+    folders = inspect(stores, uri, norms=norms)
+    record = Inspections(folders=folders, pool=pool(folders))
+    console.show(record, *text.of_inspections(record))
+    return _report([problem for folder in folders for problem in folder.problems])
 
 
 @_command
-@click.argument("name", required=False)
-def _methods(desk: _Desk, name: str | None) -> int:
-    """List the merge methods, or say all about one: its parameters, defaults and paper.
+@click.argument("name", required=False, shell_complete=completion.methods)
+def _methods(console: Console, name: str | None) -> int:
+    """List the merge methods, or explain one: its parameters, defaults and paper.
 
     \b
     Examples:
@@ -502,52 +392,64 @@ def _methods(desk: _Desk, name: str | None) -> int:
     """
     from ties_ray import plugins
     from ties_ray.cli import text
+    from ties_ray.cli.method_docs import MethodDocs, method_doc
     from ties_ray.methods import Method
-    from ties_ray.recipe.json_schema import MethodDocs, method_doc
 
     names = [name] if name else plugins.names("methods")
-    docs = [method_doc(one, plugins.load("methods", one, Method)) for one in names]
-    desk.tell(MethodDocs(methods=docs), *(text.of_method(docs[0]) if name else text.of_methods(docs)))
+    docs = [method_doc(each, plugins.load("methods", each, Method)) for each in names]
+    console.show(MethodDocs(methods=docs), *(text.of_method(docs[0]) if name else text.of_methods(docs)))
     return 0
 
 
 @commands.group()
 def deploy() -> None:
-    """Print what runs a merge elsewhere."""
+    """Print manifests that run a merge elsewhere."""
 
 
 @functools.partial(_command, group=deploy)
 @_RECIPE
 @_SET
-@click.option("--image", required=True, help="With ties_ray, Ray and torch in it; deploy/Dockerfile makes one.")
-@click.option("--ray-version", default="", help="Of the image; this environment's by default.")
-@click.option("--name", default="", help="Of all that is made; `merge-` and the start of the run_id by default.")
+@click.option("--image", required=True, help="Image that holds ties_ray, Ray and torch; deploy/Dockerfile makes one.")
+@click.option("--ray-version", default="", help="Ray version of the image. Default: the version of this environment.")
+@click.option("--name", default="", help="Name of all objects. Default: `merge-` and the start of the run_id.")
 @click.option("--namespace", default="default", show_default=True)
-@click.option("--workers", type=int, help="The recipe's, else as many as read the inputs in a quarter of an hour.")
-@click.option("--workers-per-pod", type=int, default=4, show_default=True, help="At most; each takes one CPU.")
-@click.option("--service-account", default="ties-ray", show_default=True, help="Whose role may read and write.")
+@click.option(
+    "--workers",
+    type=int,
+    help="Number of workers. Default: the recipe's, else enough to read the inputs in a quarter of an hour.",
+)
+@click.option(
+    "--workers-per-pod", type=int, default=4, show_default=True, help="Most workers of a pod; each takes one CPU."
+)
+@click.option(
+    "--service-account", default="ties-ray", show_default=True, help="Service account that may read and write."
+)
 @click.option("--role-arn", default="", help="Print that account too, bound to this IAM role (IRSA).")
 @click.option("--kueue-queue", "queue", default="", help="Wait in this local queue of Kueue.")
 @click.option("--cron", "schedule", default="", metavar='"M H D M W"', help="A RayCronJob that merges at these times.")
-@click.option("--time-zone", default="", help="Of --cron; the operator's by default.")
+@click.option("--time-zone", default="", help="Time zone of --cron. Default: the operator's.")
 @click.option("--cluster", is_flag=True, help="A RayCluster that grows and shrinks, to submit merges to.")
-@click.option("--spot/--no-spot", default=True, help="Workers on spot nodes where there are any (the default).")
-@click.option("--result", default="", metavar="URI", help="Where the result record is written, also on failure.")
-@click.option("--deadline", type=int, help="Seconds; four times what the plan expects by default, at least an hour.")
-@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Of all pods; no secrets.")
+@click.option("--spot/--no-spot", default=True, help="Run workers on spot nodes where there are any (the default).")
+@click.option("--result", default="", metavar="URI", help="Write the result record here, also on failure.")
+@click.option(
+    "--deadline",
+    type=int,
+    help="Seconds until the job is given up. Default: four times the expected time, an hour at least.",
+)
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="An environment variable of all pods; no secrets.")
 @click.option("--env-from", "secrets", multiple=True, metavar="SECRET", help="A Kubernetes secret, as environment.")
-def _kuberay(desk: _Desk, recipe: str, overrides: Sequence[str], env: Sequence[str], **given: Any) -> int:
-    """Print a RayJob for KubeRay, sized for this merge: it is planned here, from headers only.
+def _kuberay(console: Console, recipe: str, overrides: Sequence[str], env: Sequence[str], **options: Any) -> int:
+    """Print a RayJob for KubeRay, sized for this merge: the command plans it here, from headers only.
 
     \b
     Examples:
       ties-ray deploy kuberay recipe.yaml --image registry.example/ties-ray:0.1.0 | kubectl apply -f -
       ties-ray deploy kuberay recipe.yaml --image IMAGE --cron "15 2 * * *" --result s3://recipes/nightly.result.json
     """
-    wrong = [one for one in env if "=" not in one]
+    wrong = [setting for setting in env if "=" not in setting]
     if wrong:
         raise RecipeError(Problem("--env", f"{wrong[0]!r} is not of the form NAME=VALUE"))
-    asked = _load(recipe, overrides)
+    loaded = _load(recipe, overrides)
     import importlib.metadata
     import json
 
@@ -555,15 +457,15 @@ def _kuberay(desk: _Desk, recipe: str, overrides: Sequence[str], env: Sequence[s
     from ties_ray.operations.kubernetes import Options, kuberay, to_yaml
     from ties_ray.reports.records import plan_record
 
-    given["ray_version"] = given["ray_version"] or importlib.metadata.version("ray")
-    options = Options(env=dict(one.split("=", 1) for one in env), **given)
-    made = kuberay(plan_record(merging.plan(asked)), asked, options)
-    click.echo(json.dumps(made, indent=2) if desk.json else to_yaml(made), nl=desk.json)
+    options["ray_version"] = options["ray_version"] or importlib.metadata.version("ray")
+    asked = Options(env=dict(setting.split("=", 1) for setting in env), **options)
+    manifests = kuberay(plan_record(merging.plan(loaded)), loaded, asked)
+    click.echo(json.dumps(manifests, indent=2) if console.json else to_yaml(manifests), nl=console.json)
     return 0
 
 
 @_command
-def _schema(desk: _Desk) -> int:
+def _schema(console: Console) -> int:
     """Print the JSON schema of a recipe, for editors and for programs that write recipes.
 
     \b
@@ -583,17 +485,17 @@ def _schema(desk: _Desk) -> int:
 
 
 class _Job:
-    """One merge as the command line sees it, so that a failure too leaves a result record."""
+    """One merge as the command line sees it, so that a failure leaves a result record too."""
 
-    def __init__(self, desk: _Desk, result_uri: str | None) -> None:
+    def __init__(self, console: Console, result_uri: str | None) -> None:
         self.storage: Mapping[str, Mapping[str, object]] = {}
         self.plan: Plan | None = None
-        self._desk = desk
+        self._console = console
         self._uri = result_uri
         self._bytes_read = 0
 
     def watching(self, watch: "Watch") -> "Watch":
-        """Return a watch that also remembers how far the merge came."""
+        """Return a watch that also remembers how far the merge is."""
 
         def remember(progress: "Progress") -> None:
             self._bytes_read = progress.bytes_read
@@ -610,7 +512,7 @@ class _Job:
             Stores(self.storage).writer(uri).put(uri, (result.model_dump_json(indent=2) + "\n").encode())
 
     def failed(self, error: MergeError) -> None:
-        """Tell the failure as a result record."""
+        """Print and write the failure as a result record."""
         from ties_ray.reports.records import Failure, MergeResult
 
         result = MergeResult(
@@ -618,15 +520,15 @@ class _Job:
             run_id=self.plan.run_id if self.plan else "",
             output=self.plan.output if self.plan else "",
             bytes_read=self._bytes_read,
-            seconds=round(time.monotonic() - self._desk.started, 3),
+            seconds=round(time.monotonic() - self._console.started, 3),
             error=Failure.of(error),
         )
-        if self._desk.json:
-            _print_json(result.model_dump_json(indent=2))
+        if self._console.json:
+            print_json(result.model_dump_json(indent=2))
         try:
             self.write(result)
         except Exception as second:
-            _complain(Problem("--result", str(second)))
+            complain(Problem("--result", str(second)))
 
 
 def _load(source: str, overrides: Sequence[str]) -> "Recipe":
@@ -656,20 +558,20 @@ def _stores(overrides: Sequence[str]) -> "Stores":
 
 
 def _place(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
-    """Return the folder that is meant, and the stores to read it with."""
+    """Return the stores for an output folder, and its URI."""
     from ties_ray.stores import Stores, absolute
 
     if not output.endswith((".yaml", ".yml", ".json")):
         return _stores(overrides), absolute(output).rstrip("/")
     recipe = _load(output, overrides)
     if "{run_id}" in recipe.output.path:
-        what = "the recipe's output holds {run_id}"
-        raise InputError(Problem(output, what, "give the folder itself; `ties-ray plan` names it"))
+        problem = "the recipe's output holds {run_id}"
+        raise InputError(Problem(output, problem, "give the folder itself; `ties-ray plan` names it"))
     return Stores(recipe.storage), absolute(recipe.output.path).rstrip("/")
 
 
 def _report(findings: Sequence[Any]) -> int:
-    """Print findings as errors; return the exit code."""
-    for one in findings:
-        _complain(Problem(one.where, one.what, one.remedy, getattr(one, "code", "")))
+    """Log findings as errors; return the exit code."""
+    for finding in findings:
+        complain(Problem(finding.where, finding.what, finding.remedy, getattr(finding, "code", "")))
     return InputError.exit_code if findings else 0

@@ -257,9 +257,4 @@ def _keys_at(place: tuple[int | str, ...], data: Json) -> list[str]:
         section = store_class(str(place[1])).options
     else:
         section = SECTIONS[str(place[0])]
-    return keys_of(section)
-
-
-def keys_of(section: type[BaseModel]) -> list[str]:
-    """Return the keys of a section as a recipe writes them, sorted."""
     return sorted(field.alias or name for name, field in section.model_fields.items())

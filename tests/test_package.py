@@ -1,0 +1,76 @@
+import importlib.metadata
+import json
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+
+import ties_ray
+from tests.tools.families import Family
+from tests.tools.merging import LOCAL, carried_out, recipe_of
+from ties_ray.operations import merging
+
+
+@pytest.fixture
+def recipe(family_of: Callable[..., Family], tmp_path: Path) -> Path:
+    recipe = recipe_of(family_of(num_models=3), tmp_path / "out", {"name": "ties", "density": 0.3}, run=LOCAL)
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe.model_dump_json(exclude_unset=True))
+    return path
+
+
+def test_the_package_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, ties_ray; heavy = {'torch', 'ray', 'pydantic'} & sys.modules.keys(); assert not heavy, heavy;"
+    code += "import ties_ray.planning.plan; assert ties_ray.plan.__name__ == 'plan' and callable(ties_ray.plan);"
+    code += "assert ties_ray.Plan.__name__ == 'Plan' and not {'torch', 'ray'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_function_that_uses_the_package_can_be_sent_to_a_worker() -> None:
+    function = eval("lambda: ties_ray.plan.__module__", {"ties_ray": ties_ray})  # as in a notebook: by value
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer)())"
+    sent = subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(function), capture_output=True)
+    assert sent.stdout.decode() == "ties_ray\n", sent.stderr.decode()
+    assert pickle.loads(cloudpickle.dumps(ties_ray)) is ties_ray
+
+
+def test_the_version_is_the_one_that_is_installed() -> None:
+    assert ties_ray.__version__ == importlib.metadata.version("ties-ray")
+    assert set(ties_ray.__all__) == set(dir(ties_ray))
+
+
+def test_python_takes_a_recipe_a_mapping_or_a_path(recipe: Path, tmp_path: Path) -> None:
+    loaded = ties_ray.load_recipe(recipe)
+    plans = [ties_ray.plan(loaded), ties_ray.plan(json.loads(recipe.read_text())), ties_ray.plan(str(recipe))]
+    assert len({plan.run_id for plan in plans}) == 1
+    stages: list[str] = []
+    result = ties_ray.merge(loaded, watch=lambda progress: stages.append(progress.stage))
+    assert result.status == "done"
+    assert {"start", "merge", "publish"} <= set(stages)
+    assert ties_ray.merge(recipe).reused
+    assert not ties_ray.merge(recipe, fresh=True).reused
+
+
+def test_python_refuses_what_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ties_ray.InputError, match=r"there is no such recipe"):
+        ties_ray.load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ties_ray.InputError, match=r"is a folder"):
+        ties_ray.load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"base: caf\xe9")
+    with pytest.raises(ties_ray.RecipeError, match=r"not text in UTF-8"):
+        ties_ray.load_recipe(tmp_path / "latin.yaml")
+    with pytest.raises(AttributeError, match="has no attribute 'mergen'"):
+        ties_ray.mergen  # noqa: B018
+
+
+def test_a_plan_is_carried_out_as_it_is(recipe: Path) -> None:
+    planned = ties_ray.plan(recipe)
+    done = merging.carry_out(planned, started=time.monotonic(), fresh=False, watch=lambda progress: None)
+    assert done.run_id == planned.run_id
+    assert done.bytes_read == carried_out(done).bytes_read
