@@ -11,7 +11,7 @@ import torch
 
 from tests.tools.families import CONFIG, file_bytes
 from ties_ray.account import Aside
-from ties_ray.formats import Format, Found, Rules
+from ties_ray.formats import Contents, Format, Rules
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.safetensors import MERGEABLE
 from ties_ray.tensors import Parameter, Source, TensorRef
@@ -47,7 +47,7 @@ def read(
     rules: Rules = Rules(),  # noqa: B008
     *,
     same: bool = True,
-) -> Found:
+) -> Contents:
     """Return what the format makes of a folder; same: the answer to questions about the base's bytes."""
     form, folder = Checkpoint(), folder_of(Checkpoint(), files)
     stored = {
@@ -70,7 +70,7 @@ def base_of(
     }
 
 
-def problems(found: Found) -> list[str]:
+def problems(found: Contents) -> list[str]:
     return [str(problem) for problem in found.problems]
 
 
@@ -419,7 +419,7 @@ FUSED = torch.stack(
 )
 
 
-def values(found: Found, name: str, files: dict[str, bytes], start: int, stop: int) -> torch.Tensor:
+def values(found: Contents, name: str, files: dict[str, bytes], start: int, stop: int) -> torch.Tensor:
     form, source = Checkpoint(), found.sources[name]
     data = torch.frombuffer(bytearray(files["model.safetensors"]), dtype=torch.uint8)
     buffers = [data[read.start : read.stop] for read in form.reads(source, start, stop)]

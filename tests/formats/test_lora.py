@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.libraries.test_patterns import HOSTILE
 from tests.tools.adapters import ATTENTION, MLP, Module, adapter_files, config_of, make_pool
 from tests.tools.families import DTYPES, file_bytes
-from ties_ray.formats import Format, Found, Rules
+from ties_ray.formats import Contents, Format, Rules
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
@@ -64,21 +64,21 @@ BASE = shapes(
 )
 
 
-def read(files: Files, base: Parameters | None = BASE, rules: Rules = Rules()) -> Found:  # noqa: B008
+def read(files: Files, base: Parameters | None = BASE, rules: Rules = Rules()) -> Contents:  # noqa: B008
     return Lora().read(folder_of(Lora(), files), base, rules)
 
 
-def good(files: Files, base: Parameters | None = BASE, rules: Rules = Rules()) -> Found:  # noqa: B008
+def good(files: Files, base: Parameters | None = BASE, rules: Rules = Rules()) -> Contents:  # noqa: B008
     found = read(files, base, rules)
     assert found.problems == ()
     return found
 
 
-def codes(found: Found) -> list[str]:
+def codes(found: Contents) -> list[str]:
     return [problem.code for problem in found.problems]
 
 
-def change(files: Files, found: Found, name: str, base: torch.Tensor) -> torch.Tensor:
+def change(files: Files, found: Contents, name: str, base: torch.Tensor) -> torch.Tensor:
     """Return the change of a parameter as the kernels' definition has it, of the parameter's shape."""
     source = found.sources[name]
     data = files["adapter_model.safetensors"]

@@ -24,8 +24,9 @@ from tests.tools.families import Family, write_checkpoint
 from tests.tools.merging import LOCAL, merge, read_tensors
 from ties_ray import safetensors
 from ties_ray.errors import InputError, MergeError, Problem, RecipeError
-from ties_ray.inputs.catalog import licence_of, read_catalog
+from ties_ray.inputs.catalog import read_catalog
 from ties_ray.inputs.expand import entries_of
+from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.tokenizers import Tokenizer, check_common_ids, notes
 from ties_ray.operations import merging
 from ties_ray.recipe import parse

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ties_ray
 from ties_ray.formats import lora
-from ties_ray.inputs import catalog, other_tools
+from ties_ray.inputs import other_tools, unrecognised
 from ties_ray.libraries import downloads
 from ties_ray.stores import _s3_errors
 
@@ -28,7 +28,7 @@ def printed() -> Iterator[str]:
     """Yield every remedy, some more than once."""
     tables = [remedy for _, remedy in lora.REASONS.values()]
     tables += [tool.remedy for tool in other_tools._TOOLS]
-    tables += [remedy for _, remedy in (*catalog._FOREIGN.values(), *catalog._TRAINED.values())]
+    tables += [remedy for _, remedy in (*unrecognised.OTHER_FORMATS.values(), *unrecognised.TRAINING_STATES.values())]
     tables += [remedy for _, _, remedy in (*downloads._POINTERS, *downloads._MAGIC)]
     yield from (*tables, *_s3_errors._REMEDIES.values())
     for path in sorted(PACKAGE.rglob("*.py")):

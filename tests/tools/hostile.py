@@ -8,7 +8,7 @@ from ties_ray.errors import MergeError
 from ties_ray.formats import Folder, Rules
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.formats.lora import Lora
-from ties_ray.inputs.catalog import licence_of
+from ties_ray.inputs.licence import licence_of
 from ties_ray.recipe import parse
 from ties_ray.safetensors import Header, TensorInfo
 from ties_ray.stores import Pin

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ties_ray.errors import InputError, InterruptedMerge, Problem, UnavailableError, printable
-from ties_ray.inputs.catalog import TEXT_BYTES
+from ties_ray.inputs.fetch import TEXT_BYTES
 from ties_ray.libraries.loaders import (
     CARD_NAME,
     LOADED_FOLDERS,

@@ -76,7 +76,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Found:
+class Contents:
     """What a format made of a folder."""
 
     objects: tuple[Pin, ...] = ()
@@ -136,7 +136,7 @@ class Format(ABC):
         return ()
 
     @abstractmethod
-    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
         """Return what the model stores, checked against the base's parameters.
 
         None: this is the base itself, or, for a format of changes, the recipe names no base: shapes are then the

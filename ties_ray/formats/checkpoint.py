@@ -10,7 +10,7 @@ from ties_ray import bounded
 from ties_ray.account import account
 from ties_ray.errors import Problem, printable
 from ties_ray.excluding import COPIES, either, exclusion
-from ties_ray.formats import Folder, Format, Found, Question, Rules
+from ties_ray.formats import Contents, Folder, Format, Question, Rules
 from ties_ray.kernels import Encoded
 from ties_ray.libraries import naming, quantised
 from ties_ray.libraries.downloads import unfinished
@@ -81,7 +81,7 @@ class Checkpoint(Format):
             *(Question(mine, name, "base") for name, mine in names.copied(base, rules).items()),
         )
 
-    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
         """Return every tensor of the base, or one source for each merged parameter that the model stores."""
         problems: list[Problem] = []
         notes: list[str] = []
@@ -94,7 +94,7 @@ class Checkpoint(Format):
         leftovers, wrong = _quantised(stored, config, list(pins), rules)
         problems += [Problem(folder.uri, what, remedy, "quantised") for what, remedy in wrong]
         if problems:
-            return Found(problems=tuple(problems))
+            return Contents(problems=tuple(problems))
         same = {(question.mine, question.other) for question, same in folder.answers.items() if same}
         if base is None:
             checked = _check_base(stored, config, rules, same)
@@ -102,10 +102,10 @@ class Checkpoint(Format):
             checked = _check_model(stored, config, base, rules, same)
         problems += [Problem(folder.uri, what, remedy) for what, remedy in checked.problems]
         if problems:
-            return Found(problems=tuple(problems))
+            return Contents(problems=tuple(problems))
         if leftovers:
             notes.append(f"{', '.join(leftovers)} in {CONFIG} is left over: no weight is quantised")
-        return Found(
+        return Contents(
             objects,
             {name: Source(refs) for name, refs in checked.tensors.items()},
             notes=tuple(f"{folder.uri}: {note}" for note in (*notes, *checked.notes)),

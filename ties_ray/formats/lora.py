@@ -17,7 +17,7 @@ from ties_ray import bounded
 from ties_ray.account import Account, account
 from ties_ray.errors import Problem, printable
 from ties_ray.excluding import LEAVE_OUT, exclusion
-from ties_ray.formats import Folder, Format, Found, Rules
+from ties_ray.formats import Contents, Folder, Format, Rules
 from ties_ray.kernels import Encoded, Factors
 from ties_ray.libraries import naming
 from ties_ray.libraries.patterns import UnfitKey, resolve
@@ -179,7 +179,7 @@ class Lora(Format):
         ]
         return tuple(weights), tuple(name for name in names if name == CONFIG)
 
-    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
         """Return a source for each parameter that the adapter changes, checked against config and base."""
         refused = _Refused()
         config = _config(folder, refused)
@@ -187,7 +187,7 @@ class Lora(Format):
         if WEIGHTS not in pins:
             refused.add("pickle" if PICKLE in pins else "weights_missing")
         if WEIGHTS not in pins or "peft_type" in refused or "prompt" in refused:  # the rest would follow from it
-            return Found(problems=refused.problems(folder.uri))
+            return Contents(problems=refused.problems(folder.uri))
         modules, saved = _stored(folder.headers[WEIGHTS].tensors, refused)
         adapter = _Adapter(_settings(config, modules, refused), modules, saved, base, rules, refused)
         for path, parts in modules.items():
@@ -198,12 +198,12 @@ class Lora(Format):
             refused.add("nothing")
         problems = refused.problems(folder.uri, {*adapter.sources, *(base or ())})
         if problems:
-            return Found(problems=problems)
+            return Contents(problems=problems)
         notes = tuple(f"{folder.uri}: {note}" for note in adapter.notes())
         if folder.nested:
             inside = ", ".join(folder.nested)
             notes += (f"{folder.uri}: further adapters lie in it, each to be named by its own path: {inside}",)
-        return Found(
+        return Contents(
             (pins[WEIGHTS],),
             adapter.sources,
             untied=adapter.untied,

@@ -10,7 +10,7 @@ from glob import escape
 from typing import NamedTuple
 
 from ties_ray.errors import InputError, Problem, printable
-from ties_ray.formats import Format, Found
+from ties_ray.formats import Contents, Format
 from ties_ray.inputs.expand import BASE, Entry
 from ties_ray.inputs.spelling import Spelling, other_spellings
 from ties_ray.recipe.recipe import Recipe
@@ -21,15 +21,15 @@ NAMES_PRINTED = 8
 _ON_THE_HUB = re.compile(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)")
 
 
-class Read(NamedTuple):
+class ReadModel(NamedTuple):
     """A model as its format read it."""
 
     entry: Entry
     format: Format
-    found: Found
+    contents: Contents
 
 
-class Refused(NamedTuple):
+class RefusedModel(NamedTuple):
     """A model that is left out, because it would be refused and the recipe allows to drop such models."""
 
     id: str
@@ -37,10 +37,12 @@ class Refused(NamedTuple):
     problems: tuple[Problem, ...]
 
 
-def named(recipe: Recipe, reads: Mapping[str, Read]) -> dict[str, Read]:
+def named(recipe: Recipe, reads: Mapping[str, ReadModel]) -> dict[str, ReadModel]:
     """Return the models with one name for what is one base: by the recipe's table, and by slash and case."""
     table = recipe.allow.base_names if isinstance(recipe.allow.base_names, Mapping) else {}
-    said = {id_: read.found.facts["base_name"] for id_, read in reads.items() if read.found.facts.get("base_name")}
+    said = {
+        id_: read.contents.facts["base_name"] for id_, read in reads.items() if read.contents.facts.get("base_name")
+    }
     told = {
         name: next((one for one, patterns in table.items() if name == one or _matches(name, patterns)), name)
         for name in said.values()
@@ -50,9 +52,9 @@ def named(recipe: Recipe, reads: Mapping[str, Read]) -> dict[str, Read]:
     for name in sorted(counts, key=lambda name: (-counts[name], name.endswith("/"), name)):
         usual.setdefault(_plain(name), name)
 
-    def renamed(read: Read, name: str) -> Read:
-        facts = {**read.found.facts, "base_name": usual[_plain(told[name])]}
-        return read._replace(found=replace(read.found, facts=facts))
+    def renamed(read: ReadModel, name: str) -> ReadModel:
+        facts = {**read.contents.facts, "base_name": usual[_plain(told[name])]}
+        return read._replace(contents=replace(read.contents, facts=facts))
 
     return {id_: renamed(read, said[id_]) if id_ in said else read for id_, read in reads.items()}
 
@@ -64,7 +66,7 @@ def _plain(name: str) -> str:
     return match[1].lower() if match else name
 
 
-def disagreements(recipe: Recipe, models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+def disagreements(recipe: Recipe, models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     """Yield (model id, problem) where a model does not belong with the others, or needs a base that is not named."""
     allowed = recipe.allow.base_names
     yield from _base_names(() if isinstance(allowed, Mapping) else allowed, models)
@@ -75,36 +77,36 @@ def disagreements(recipe: Recipe, models: Sequence[Read]) -> Iterator[tuple[str,
     yield from _kinds(models)
 
 
-def untie(base: Mapping[str, Parameter], models: dict[str, Read]) -> dict[str, Parameter]:
+def untie(base: Mapping[str, Parameter], models: dict[str, ReadModel]) -> dict[str, Parameter]:
     """Return the base's parameters with those that a model has of its own and the base ties to another of its own.
 
     models: by id, with the base; brought up to date. In the base, and in whole models that tie it too, such a parameter
     has the other's value. The base's fact `untied` names all of them.
     """
-    untied = {name: kept for model in models.values() for name, kept in model.found.untied.items() if kept in base}
+    untied = {name: kept for model in models.values() for name, kept in model.contents.untied.items() if kept in base}
     known = {**{name: base[kept]._replace(name=name) for name, kept in untied.items()}, **base}
     for id_, model in models.items() if untied else ():
-        sources, facts = dict(model.found.sources), dict(model.found.facts)
+        sources, facts = dict(model.contents.sources), dict(model.contents.facts)
         if model.format.whole:
             sources |= {name: sources[kept] for name, kept in untied.items() if kept in sources and name not in sources}
         if id_ == BASE:
             facts["untied"] = ", ".join(untied)
-        models[id_] = model._replace(found=replace(model.found, sources=sources, facts=facts))
+        models[id_] = model._replace(contents=replace(model.contents, sources=sources, facts=facts))
     return {name: known[name] for name in (*base, *untied)}
 
 
-def unmerged(base: Mapping[str, Parameter], models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+def unmerged(base: Mapping[str, Parameter], models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     """Yield (model id, problem) where nothing that a model stores would be merged."""
     for model in models:
-        sources = model.found.sources
-        if not model.found.problems and not any(base[name].merged if base else True for name in sources):
-            what = f"nothing of it would be merged ({model.found.account})"
+        sources = model.contents.sources
+        if not model.contents.problems and not any(base[name].merged if base else True for name in sources):
+            what = f"nothing of it would be merged ({model.contents.account})"
             yield model.entry.id, Problem(model.entry.uri, what, "drop the model, or mend `exclude`", "nothing")
 
 
 def drop(
     recipe: Recipe, entries: Sequence[Entry], problems: Mapping[str, Sequence[Problem]]
-) -> tuple[list[Entry], tuple[Refused, ...]]:
+) -> tuple[list[Entry], tuple[RefusedModel, ...]]:
     """Return what is left without the models that have problems, and those; raise `InputError` with all problems where
     the recipe does not allow that, the base has some too, or nothing would be left."""
     wrong = [entry for entry in entries if problems.get(entry.id)]
@@ -112,20 +114,20 @@ def drop(
     allowed = recipe.allow.refused_model == "drop" and not problems.get(BASE)
     if wrong and not (allowed and any(entry.id != BASE for entry in left)):
         raise InputError(problem for entry in entries for problem in problems.get(entry.id, ()))
-    return left, tuple(Refused(entry.id, entry.uri, tuple(problems[entry.id])) for entry in wrong)
+    return left, tuple(RefusedModel(entry.id, entry.uri, tuple(problems[entry.id])) for entry in wrong)
 
 
-def parameters(base: Mapping[str, Parameter], models: Sequence[Read]) -> tuple[Parameter, ...]:
+def parameters(base: Mapping[str, Parameter], models: Sequence[ReadModel]) -> tuple[Parameter, ...]:
     """Return the base's parameters, or, where there is no base, all that the models change, by name."""
-    changed = {name for model in models for name in model.found.sources}
-    kinds = {name: kind for model in models for name, kind in model.found.kinds.items()}
+    changed = {name for model in models for name in model.contents.sources}
+    kinds = {name: kind for model in models for name, kind in model.contents.kinds.items()}
     known = base or {
         name: Parameter(name, model.format.shape(source), "F32", True)
         for model in models
-        for name, source in sorted(model.found.sources.items())
+        for name, source in sorted(model.contents.sources.items())
     }
     spelling = Spelling(
-        {name: model.found.called.get(name, name) for name in model.found.sources}
+        {name: model.contents.called.get(name, name) for name in model.contents.sources}
         for model in models
         if not model.format.whole
     )
@@ -141,8 +143,8 @@ def parameters(base: Mapping[str, Parameter], models: Sequence[Read]) -> tuple[P
     )
 
 
-def _base_names(allowed: Sequence[str], models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
-    said = {model.entry.id: name for model in models if (name := model.found.facts.get("base_name"))}
+def _base_names(allowed: Sequence[str], models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
+    said = {model.entry.id: name for model in models if (name := model.contents.facts.get("base_name"))}
     counts = Counter(said.values())
     usual = min(counts, key=lambda name: (-counts[name], name), default="")
     names = [usual, *sorted(counts.keys() - {usual})]
@@ -165,27 +167,27 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _spellings(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+def _spellings(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     """Yield the models whose names of modules differ from the others' by leading words alone."""
-    others = other_spellings([model.found.sources.keys() for model in models])
+    others = other_spellings([model.contents.sources.keys() for model in models])
     for number, (name, usual) in sorted(others.items()):
         model = models[number]
         what = f"calls {printable(name)} what more of the others call {printable(usual)}"
         yield model.entry.id, Problem(model.entry.uri, what, "name the `base`, which tells what is meant", "spelling")
 
 
-def _needy(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+def _needy(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     for model in models:
-        names = [name for name, source in model.found.sources.items() if model.format.needs(source) != "nothing"]
+        names = [name for name, source in model.contents.sources.items() if model.format.needs(source) != "nothing"]
         if names:
             what = f"has {len(names)} tensors whose change the base alone can tell: {printable(names[0])}"
             yield model.entry.id, Problem(model.entry.uri, what, "name the `base`", "needs_base")
 
 
-def _shapes(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+def _shapes(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     first: dict[str, tuple[tuple[int, ...], str]] = {}
     for model in models:
-        for name, source in model.found.sources.items():
+        for name, source in model.contents.sources.items():
             shape = model.format.shape(source)
             known, whose = first.setdefault(name, (shape, model.entry.uri))
             if shape != known:
@@ -194,12 +196,12 @@ def _shapes(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
                 break
 
 
-def _kinds(models: Sequence[Read]) -> Iterator[tuple[str, Problem]]:
+def _kinds(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     first: dict[str, tuple[str, str]] = {}
     for model in models:
-        factored = [name for name, source in model.found.sources.items() if source.encoding == "factors"]
+        factored = [name for name, source in model.contents.sources.items() if source.encoding == "factors"]
         for name in factored:
-            kind = model.found.kinds.get(name, "linear")
+            kind = model.contents.kinds.get(name, "linear")
             known, whose = first.setdefault(name, (kind, model.entry.uri))
             if kind != known:
                 what = f"takes {printable(name)} for {kind}, {whose} for {known}"

@@ -48,11 +48,17 @@ class Answers(NamedTuple):
 
 
 class _Piece(NamedTuple):
+    """A run of bytes that two tensors are compared by."""
+
     number: int
-    """Of the inquiry."""
+    """The inquiry's."""
     start: int
-    """From the first byte of either tensor."""
+    """Counted from the first byte of either tensor."""
     stop: int
+
+
+_Range = tuple[Stored, int, int]
+"""(tensor, first byte in it, end)."""
 
 
 def stored(folder: Folder, form: Format) -> dict[str, Stored]:
@@ -82,61 +88,70 @@ def answer(asked: Sequence[Inquiry], stores: Stores, threads: Executor) -> Answe
 
     A tensor of the base is read once, however many models are compared with it.
     """
-    differs = [Event() for _ in asked]
-    failed: dict[int, InputError] = {}
-    num_bytes = 0
-
-    def digest(range_: tuple[Stored, int, int]) -> bytes | InputError:
-        try:
-            return hashlib.sha256(_bytes(*range_, stores)).digest()
-        except InputError as error:
-            return error
-
+    comparison = _Comparison(asked, stores)
     for first, last in ((0, FIRST_BYTES), (FIRST_BYTES, None)):
-        pieces = [
-            piece
-            for number in range(len(asked))
-            if number not in failed and not differs[number].is_set()
-            for piece in _pieces(asked, number, first, last)
-        ]
-        others = {(asked[number].other, start, stop): stop - start for number, start, stop in pieces}
-        digests = dict(zip(others, threads.map(digest, others), strict=True))
-        num_bytes += sum(others.values())
-
-        def compare(piece: _Piece, digests: Mapping[tuple[Stored, int, int], bytes | InputError] = digests) -> int:
-            number, start, stop = piece
-            if differs[number].is_set():
-                return 0
-            mine, other = digest((asked[number].mine, start, stop)), digests[asked[number].other, start, stop]
-            for one in (mine, other):
-                if isinstance(one, InputError):
-                    failed[number] = one
-            if mine != other:
-                differs[number].set()
-            return stop - start
-
-        num_bytes += sum(threads.map(compare, pieces))
+        comparison.run(first, last, threads)
     same: defaultdict[str, dict[Question, bool]] = defaultdict(dict)
     problems: defaultdict[str, list[Problem]] = defaultdict(list)
     for number, inquiry in enumerate(asked):
-        if number in failed:
-            problems[inquiry.owner] += failed[number].problems
+        if number in comparison.failed:
+            problems[inquiry.owner] += comparison.failed[number].problems
         else:
-            equal = inquiry.mine.size == inquiry.other.size and not differs[number].is_set()
-            same[inquiry.owner][inquiry.question] = equal
-    return Answers(same, problems, num_bytes)
+            same[inquiry.owner][inquiry.question] = not comparison.differs[number].is_set()
+    return Answers(same, problems, comparison.num_bytes)
 
 
-def _pieces(asked: Sequence[Inquiry], number: int, first: int, last: int | None) -> list[_Piece]:
-    """Return the pieces of the bytes [first, last) of two tensors; none where their sizes tell that they differ."""
-    inquiry = asked[number]
-    if inquiry.mine.size != inquiry.other.size:
-        return []
-    end = inquiry.mine.size if last is None else min(last, inquiry.mine.size)
+class _Comparison:
+    """The state of all inquiries while their bytes are compared, from many threads."""
+
+    def __init__(self, asked: Sequence[Inquiry], stores: Stores) -> None:
+        self._asked = asked
+        self._stores = stores
+        self.differs = [Event() for _ in asked]
+        self.failed: dict[int, InputError] = {}
+        self.num_bytes = 0
+        for inquiry, differs in zip(asked, self.differs, strict=True):
+            if inquiry.mine.size != inquiry.other.size:
+                differs.set()
+
+    def run(self, first: int, last: int | None, threads: Executor) -> None:
+        """Compare the bytes [first, last) of all tensors that may still be equal; None: to the end."""
+        pieces = [
+            piece
+            for number, inquiry in enumerate(self._asked)
+            if number not in self.failed and not self.differs[number].is_set()
+            for piece in _pieces(number, inquiry.mine.size, first, last)
+        ]
+        ranges = {(self._asked[number].other, start, stop): stop - start for number, start, stop in pieces}
+        digests = dict(zip(ranges, threads.map(self._digest, ranges), strict=True))
+        self.num_bytes += sum(ranges.values())
+        self.num_bytes += sum(threads.map(lambda piece: self._compare(piece, digests), pieces))
+
+    def _compare(self, piece: _Piece, digests: Mapping[_Range, bytes | InputError]) -> int:
+        """Compare one piece with the digest of the other tensor's; return how many bytes were read for it."""
+        number, start, stop = piece
+        if self.differs[number].is_set():
+            return 0
+        inquiry = self._asked[number]
+        mine, other = self._digest((inquiry.mine, start, stop)), digests[inquiry.other, start, stop]
+        for digest in (mine, other):
+            if isinstance(digest, InputError):
+                self.failed[number] = digest
+        if mine != other:
+            self.differs[number].set()
+        return stop - start
+
+    def _digest(self, range_: _Range) -> bytes | InputError:
+        tensor, start, stop = range_
+        data = bytearray(stop - start)
+        try:
+            self._stores.of(tensor.pin.uri).read(tensor.pin, tensor.start + start, memoryview(data))
+        except InputError as error:
+            return error
+        return hashlib.sha256(data).digest()
+
+
+def _pieces(number: int, size: int, first: int, last: int | None) -> list[_Piece]:
+    """Return the pieces of the bytes [first, last) of two tensors of so many bytes."""
+    end = size if last is None else min(last, size)
     return [_Piece(number, at, min(at + PIECE_BYTES, end)) for at in range(first, end, PIECE_BYTES)]
-
-
-def _bytes(tensor: Stored, start: int, stop: int, stores: Stores) -> bytearray:
-    data = bytearray(stop - start)
-    stores.of(tensor.pin.uri).read(tensor.pin, tensor.start + start, memoryview(data))
-    return data

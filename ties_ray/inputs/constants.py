@@ -5,7 +5,7 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from ties_ray.formats import Format, Found
+from ties_ray.formats import Contents, Format
 from ties_ray.stores import Stores
 from ties_ray.tensors import Parameter
 
@@ -22,7 +22,7 @@ _RANGES = ("F16", "BF16", "F32", "F64")
 
 
 def keep_dtypes(
-    parameters: Sequence[Parameter], base: Found, form: Format, asked: str, stores: Stores, threads: Executor
+    parameters: Sequence[Parameter], base: Contents, form: Format, asked: str, stores: Stores, threads: Executor
 ) -> tuple[tuple[Parameter, ...], list[str]]:
     """Return the parameters, those marked whose base values overflow the asked dtype, and notes on them.
 

@@ -243,7 +243,25 @@ def _plain(path: str, stores: Stores) -> str | None:
 
 
 def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
+    """Return the models of a table; raise `InputError` with all that is wrong with its rows."""
     table = asked.table or ""
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    for line, row in enumerate(_rows(table, place, stores), start=2):
+        try:
+            entries.append(_entry_of_row(asked, f"{table}:{line}", row, stores))
+        except InputError as error:
+            problems += error.problems
+    if len(problems) > LINES_SHOWN:
+        more = Problem(table, f"and {len(problems) - LINES_SHOWN:,} more problems")
+        problems = [*problems[:LINES_SHOWN], more]
+    if problems:
+        raise InputError(problems)
+    return entries
+
+
+def _rows(table: str, place: str, stores: Stores) -> list[dict[str | None, str]]:
+    """Return the rows of a CSV file by column; the key None holds fields beyond the header row."""
     try:
         _, data = stores.of(table).get(table, TABLE_BYTES)
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True)
@@ -259,42 +277,31 @@ def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
         raise InputError(Problem(table, f"{what}; it has {', '.join(columns)[:LINE_SHOWN] or 'none'}"))
     if len(rows) > TABLE_ROWS:
         raise InputError(Problem(table, f"has more than {TABLE_ROWS:,} rows", "split it into several tables"))
-    entries, problems = [], []
-    for line, row in enumerate(rows, start=2):
-        if None in row:
-            problems.append(
-                Problem(f"{table}:{line}", "has more fields than the header row", "quote a path with commas")
-            )
-            continue
-        given = {key: value.strip() for key, value in row.items() if value and value.strip()}
-        wrong = [problem._replace(where=f"{table}:{line}") for problem in unfit(given)]
-        if wrong:
-            problems += wrong
-            continue
-        try:
-            shared = {"weight": asked.weight, "density": asked.density, "file": asked.file, "variant": asked.variant}
-            model = ModelEntry.model_validate({**shared, **given})
-        except ValidationError as error:
-            problems += [Problem(f"{table}:{line}", _message(item)) for item in error.errors(include_url=False)]
-            continue
-        place = f"{table}:{line}"
-        path = (model.path or "").rstrip("/") or "/"
-        if not leads_from(table, path):
-            what = f"names {shown(path)}, and a table of {scheme_of(table)}:// may only name what lies there too"
-            problems.append(Problem(place, what, "write that model into the recipe"))
-            continue
-        plain = _plain(path, stores) if model.is_glob else path
-        if plain is None:
-            problems.append(Problem(place, "has a glob as its path", "write one folder a row; `[[]` stands for `[`"))
-            continue
-        own = Entry(place, plain, weight=model.weight, density=model.density, settle=asked.settle)
-        entries.append(replace(own, file=model.file, variant=model.variant))
-    if len(problems) > LINES_SHOWN:
-        more = Problem(table, f"and {len(problems) - LINES_SHOWN:,} more problems")
-        problems = [*problems[:LINES_SHOWN], more]
-    if problems:
+    return rows
+
+
+def _entry_of_row(asked: ModelEntry, place: str, row: Mapping[str | None, str], stores: Stores) -> Entry:
+    """Return the model of one row; raise `InputError` where the row is wrong."""
+    if None in row:
+        raise InputError(Problem(place, "has more fields than the header row", "quote a path with commas"))
+    given = {key: value.strip() for key, value in row.items() if value and value.strip()}
+    if problems := [problem._replace(where=place) for problem in unfit(given)]:
         raise InputError(problems)
-    return entries
+    shared = {"weight": asked.weight, "density": asked.density, "file": asked.file, "variant": asked.variant}
+    try:
+        model = ModelEntry.model_validate({**shared, **given})
+    except ValidationError as error:
+        raise InputError(Problem(place, _message(item)) for item in error.errors(include_url=False)) from None
+    path = (model.path or "").rstrip("/") or "/"
+    if not leads_from(asked.table or "", path):
+        scheme = scheme_of(asked.table or "")
+        what = f"names {shown(path)}, and a table of {scheme}:// may only name what lies there too"
+        raise InputError(Problem(place, what, "write that model into the recipe"))
+    folder = _plain(path, stores) if model.is_glob else path
+    if folder is None:
+        raise InputError(Problem(place, "has a glob as its path", "write one folder a row; `[[]` stands for `[`"))
+    entry = Entry(place, folder, weight=model.weight, density=model.density, settle=asked.settle)
+    return replace(entry, file=model.file, variant=model.variant)
 
 
 def _repeated(entries: Sequence[Entry]) -> Iterator[Problem]:

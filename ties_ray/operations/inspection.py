@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from ties_ray import bounded
 from ties_ray.errors import Problem
-from ties_ray.formats import Folder, Format, Found, Rules
-from ties_ray.inputs import catalog
-from ties_ray.inputs.catalog import README, licence_of
+from ties_ray.formats import Contents, Folder, Format, Rules
+from ties_ray.inputs.catalog import THREADS
 from ties_ray.inputs.expand import Entry, entries_of
+from ties_ray.inputs.fetch import README, fetch, read_folders
+from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.tokenizers import SETTINGS, VOCABULARY
 from ties_ray.recipe.recipe import ModelEntry
 from ties_ray.stores import Pin, Stores
@@ -142,7 +143,7 @@ def inspect(stores: Stores, path: str, *, norms: bool = False) -> list[Inspectio
     norms: read all factors of adapters too, for their norms, and for what only bytes show: values that are not finite,
     and weights that are those of another folder. Raises `InputError` where a glob means no folder.
     """
-    requests, folders = ThreadPoolExecutor(catalog.THREADS), ThreadPoolExecutor(TOGETHER)
+    requests, folders = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(TOGETHER)
     try:
         notes: list[str] = []
         entries = list(entries_of(ModelEntry(path=path), path, stores, requests, notes))
@@ -154,30 +155,30 @@ def inspect(stores: Stores, path: str, *, norms: bool = False) -> list[Inspectio
 
 def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], *, norms: bool) -> Inspection:
     entry = Entry(place="input", uri=entry.uri, id="input")
-    fetched, problems = catalog.fetch([entry], stores, threads)
+    fetched, problems = fetch([entry], stores, threads)
     if entry.id not in fetched:
         return Inspection(uri=entry.uri, problems=_findings(problems[entry.id]), notes=notes)
-    looked, folder = fetched[entry.id]
+    listed, folder = fetched[entry.id]
     rules = Rules(saved_modules=True)
-    found = catalog.read_folders(fetched, None, None, rules, stores, threads)[0][entry.id]
+    found = read_folders(fetched, None, None, rules, stores, threads)[0][entry.id]
     sources = found.sources or _stored(folder)
     dtypes = elements_by_dtype(sources.values())
-    strict = () if found.problems else looked.format.read(folder, None, Rules()).problems
+    strict = () if found.problems else listed.format.read(folder, None, Rules()).problems
     wrong = [*found.problems, *strict]
     norm, content = None, "".join(pin.etag for pin in found.objects if _MD5.fullmatch(pin.etag))
     if norms and found.facts:
-        norm, content = _read_factors(stores, looked.format, found, wrong, folder.uri)
+        norm, content = _read_factors(stores, listed.format, found, wrong, folder.uri)
     pins = found.objects or tuple(pin for pin in folder.files if _name(pin) in folder.headers)
     return Inspection(
         uri=folder.uri,
-        format=looked.format.name,
+        format=listed.format.name,
         architecture=_architecture(folder),
         tensors=sum(len(source.tensors) for source in sources.values()),
         parameters=sum(dtypes.values()),
         dtypes=dtypes,
         files=[_name(pin) for pin in pins],
         size=sum(pin.size for pin in pins),
-        tokenizer=[name for name in looked.files if name in (*VOCABULARY, *SETTINGS)],
+        tokenizer=[name for name in listed.files if name in (*VOCABULARY, *SETTINGS)],
         licence=licence_of(folder.texts.get(README, b"")),
         facts=dict(found.facts),
         norm=norm,
@@ -188,7 +189,7 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], 
 
 
 def _read_factors(
-    stores: Stores, form: Format, found: Found, problems: list[Problem], uri: str
+    stores: Stores, form: Format, found: Contents, problems: list[Problem], uri: str
 ) -> tuple[float | None, str]:
     """Return an adapter's norm, and the SHA-256 of all that it stores; note factors that are not finite."""
     import torch  # here, so that looking at headers does not wait for it

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import ByteSize, Field, TypeAdapter
 
 from ties_ray.errors import InputError, MergeError, Problem, RecipeError
-from ties_ray.inputs.agreement import Refused
+from ties_ray.inputs.agreement import RefusedModel
 from ties_ray.inputs.catalog import Catalog, Model
 from ties_ray.kernels import ARITHMETICS
 from ties_ray.layout.footprint import (
@@ -34,7 +34,7 @@ from ties_ray.recipe.recipe import Recipe, Run
 from ties_ray.rounds.kth_largest import WHOLE, Scope
 from ties_ray.stores import scheme_of
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """Part of the run's identity. Raise it with any constant below, in layout.py or sources.py: a resumed run works its
 shards out from them again."""
 TABLES = 2 * MODEL_GROUP * 65_536 * 8
@@ -274,7 +274,7 @@ def without(plan: Plan, refused: Mapping[int, Problem]) -> Plan:
         parameters=tuple(one._replace(changed=one.name in changed) for one in catalog.parameters),
         refused=(
             *catalog.refused,
-            *(Refused(catalog.models[index].id, catalog.models[index].uri, (why,)) for index, why in gone.items()),
+            *(RefusedModel(catalog.models[index].id, catalog.models[index].uri, (why,)) for index, why in gone.items()),
         ),
     )
     notes = (*plan.notes, *(f"left out, as allowed: {problem}" for problem in gone.values()))

@@ -363,6 +363,11 @@ def entry_uri(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def last_part(uri: str) -> str:
+    """Return the name of a file or folder in its own folder."""
+    return uri.rpartition("/")[2]
+
+
 def within(folder: str, name: str) -> str:
     """Return the URI of a relative name of one or more components (`1_Pooling/config.json`) inside a folder.
 

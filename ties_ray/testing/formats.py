@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from ties_ray import safetensors
-from ties_ray.formats import Folder, Format, Found, Rules
+from ties_ray.formats import Contents, Folder, Format, Rules
 from ties_ray.kernels import (
     Encoded,
     Factors,
@@ -142,7 +142,7 @@ class FormatContract:
             folder = folder_of(format, {**files, name: text})
             assert format.read(folder, parameters, Rules()).problems, name
 
-    def found(self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]) -> Found:
+    def found(self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]) -> Contents:
         """Return what the format makes of the model; it has no problems."""
         folder = folder_of(format, files)
         answers = dict.fromkeys(format.questions(folder, parameters, Rules()), True)
@@ -153,7 +153,7 @@ class FormatContract:
         return found
 
     def decoded(
-        self, format: Format, files: dict[str, bytes], found: Found, name: str, start: int, stop: int
+        self, format: Format, files: dict[str, bytes], found: Contents, name: str, start: int, stop: int
     ) -> Stored:
         """Return a slice from buffers that begin at an odd address, and check that they were not written to."""
         buffers = []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ties_ray.account import account
 from ties_ray.errors import Problem
-from ties_ray.formats import Folder, Format, Found, Rules
+from ties_ray.formats import Contents, Folder, Format, Rules
 from ties_ray.kernels import Encoded
 from ties_ray.stores import join
 from ties_ray.tensors import Parameter, Read, Source, TensorRef
@@ -28,17 +28,17 @@ class Toy(Format):
     def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), (MAP,) if MAP in names else ()
 
-    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Found:
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
         pins = {pin.uri.rpartition("/")[2]: pin for pin in folder.files}
         try:
             starts = {str(name): int(start) for name, start in json.loads(folder.texts[MAP]).items()}
         except (ValueError, RecursionError, AttributeError, TypeError) as error:
-            return Found(problems=(Problem(join(folder.uri, MAP), f"is no map of names to bytes: {error}"),))
+            return Contents(problems=(Problem(join(folder.uri, MAP), f"is no map of names to bytes: {error}"),))
         if base is None or starts.keys() - base.keys() or DATA not in pins:
-            return Found(problems=(Problem(folder.uri, "does not belong to this base"),))
+            return Contents(problems=(Problem(folder.uri, "does not belong to this base"),))
         sources = {name: Source((TensorRef(0, start, "F32", base[name].shape),)) for name, start in starts.items()}
         size = sum(base[name].numel for name in starts)
-        return Found((pins[DATA],), sources, account=account(size, [("merged", size)]))
+        return Contents((pins[DATA],), sources, account=account(size, [("merged", size)]))
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
         begin = source.tensors[0].start
