@@ -45,13 +45,18 @@ def knots(
     below `cut` are dropped; the published cut is absolute, 1e-5. None is the relative cutoff of `linalg.svd`.
     A rule that is linear makes KnOTS the same as that rule on the deltas, up to what the cut drops. TIES is not: it
     sees the signs of U, and, where singular values are equal, an arbitrary rotation. Zero sums by majority depend on
-    the signs of U as well. Published: TIES without a trim at lambda 0.5 on Llama, and only the first weight is used.
+    the signs of U as well. Parameters of other than two axes go through the rule as they are.
+    Published: TIES without a trim at lambda 0.5 on Llama; only the first weight is used.
     Products: `basis` U (m, p) by module.
     """
     deltas = task_vectors(base, models)
     bases, parts = {}, [{} for _ in deltas]  # type: list[dict[str, Array]]
     for name in deltas[0]:
         stack = stacked(deltas, name)
+        if stack.ndim != 3:
+            for part, tau in zip(parts, stack, strict=True):
+                part[name] = tau
+            continue
         wide = np.concatenate(list(stack), 1)
         if cut is None:
             u, s, v = svd(wide)
@@ -63,7 +68,8 @@ def knots(
         for part, own in zip(parts, np.split(s[:, None] * v, len(stack), 1), strict=True):
             part[name] = own
     core = rule(parts)
-    return Merged({name: lambda_ * bases[name] @ core[name] for name in bases}, base, {"basis": bases})
+    merged = {name: bases[name] @ value if name in bases else value for name, value in core.items()}
+    return Merged({name: lambda_ * value for name, value in merged.items()}, base, {"basis": bases})
 
 
 def core_space(adapters: Sequence[Adapter], *, rule: Rule = added, lambda_: float = 1.0) -> Merged:

@@ -5,6 +5,7 @@ that counts in 2**-6, so sums over models are exact in any order, equal magnitud
 deltas are zero, and models cancel exactly. `smooth` gives generic deltas, for methods of angles and spectra.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -148,6 +149,7 @@ def draws(seed: int, family: Family) -> list[dict[str, Array]]:
     return [{name: random.random(value.shape) for name, value in family.base.items()} for _ in family.models]
 
 
+@functools.cache
 def hazards(num_models: int, seed: int = 0) -> dict[str, Family]:
     """Return the families that every oracle is tried on, by the name of what is hard about them."""
     grid = checkpoints(seed, num_models)

@@ -66,6 +66,8 @@ def multislerp(
     the result is (cos|g| m + sin|g| g/|g|) * sum w_i |x_i|. A zero tensor has the unit 0 and the norm 0 and keeps its
     weight. N = 1 gives the model. Where |sum w_i u_i| < 1e-8 (all frozen, or directions that cancel) the result is
     sum w_i x_i for any N; mergekit does so for N = 2 and raises for more. Weights that sum to 0 are refused.
+
+    m is the direction of sum w_i u_i, so g is always 0: the result is unit(sum w_i u_i) * sum w_i |x_i|.
     """
     deltas = task_vectors(base, models)
     own = factors(weights, len(deltas))

@@ -23,8 +23,10 @@ def wudi(
     `steps` of Adam (beta .9 and .999, epsilon 1e-8, bias corrected) at `rate` from the sum; early stopping is part of
     the method, so the steps are. `steps=None`: the minimum P Q^+; eigenvalues of Q at or below
     (max(m, n) 2^-24)^2 times the largest count as zero, the square of the cutoff for singular values.
-    A frozen tau_i has no term. N = 1: the loss is zero from the start, so the result is the model, and for identical
-    models the minimum is the model while the start is N times it. Rows outside the span of the tau_i never appear.
+    Adam stops where no element of the gradient exceeds 1e-12 of the largest of P: below epsilon it has a step of
+    rate / epsilon, which makes rounding errors grow several hundred times a step, up to about `rate`. So N = 1 gives
+    the model, whose loss is zero from the start. Of identical models the minimum is the model; the start is N times
+    it. A frozen tau_i has no term. Rows outside the span of the tau_i never appear.
     Vectors: the mean times lambda (the published code leaves them at the base).
     Products by matrix: `P`, `Q`.
     """
@@ -55,6 +57,8 @@ def _adam(tau: Array, left: Array, gram: Array, steps: int, rate: float) -> Arra
     first, second = np.zeros_like(tau), np.zeros_like(tau)
     for step in range(1, steps + 1):
         gradient = 2 * (tau @ gram - left)
+        if np.abs(gradient).max() <= 1e-12 * np.abs(left).max():
+            break
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
         corrected = np.sqrt(second / (1 - 0.999**step)) + 1e-8
