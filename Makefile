@@ -50,6 +50,7 @@ check: $(VENV)/installed  ## what is looked at besides tests: style, types, laye
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.tools.limits
 
 audit: | $(UV)  ## known weaknesses of the pinned versions; asks the network, so it is no part of .ci/run
 	$(UV) tool run pip-audit --requirement constraints.txt --no-deps --disable-pip --vulnerability-service osv

@@ -225,7 +225,7 @@ def simulate(world: World, seed: int = 0) -> Story:
     executor = Simulated(world, seed)
     executor.start("", "", Needs(world.workers, 0))
     began = time.process_time()
-    schedule = Schedule([1] * world.shards, world.workers, bytes_in_flight=world.shards, depth=DEPTH)
+    schedule = Schedule([1] * world.shards, world.workers, depth=DEPTH)
     stage = Stage(
         schedule, executor, lambda shard: Order("shard", 2, shard), first_ticket=3 << 40,
         records=True, slow="repeat" if world.repeats else "replace", patience=world.patience,

@@ -24,16 +24,16 @@ def run_to_the_end(schedule: Schedule) -> list[Assignment]:
 
 
 def test_neighbouring_tasks_go_to_one_worker_in_segments_of_equal_bytes() -> None:
-    by_bytes = Schedule([10, 10, 10, 30, 20, 10], 3, bytes_in_flight=1000, depth=1)
+    by_bytes = Schedule([10, 10, 10, 30, 20, 10], 3, depth=1)
     assert [(worker, task) for worker, _, task in by_bytes.assignments()] == [(0, 0), (1, 3), (2, 4)]
-    schedule = Schedule([7] * 9, 3, bytes_in_flight=1000)
+    schedule = Schedule([7] * 9, 3)
     run_to_the_end(schedule)
     assert schedule.owners == (0, 0, 0, 1, 1, 1, 2, 2, 2)
     assert schedule.recorded_by == [3, 3, 3]
 
 
 def test_a_worker_without_tasks_takes_the_end_of_the_largest_segment() -> None:
-    schedule = Schedule([1] * 12, 3, bytes_in_flight=1000, depth=1)
+    schedule = Schedule([1] * 12, 3, depth=1)
     first = {task: ticket for _, ticket, task in schedule.assignments()}
     assert sorted(first) == [0, 4, 8]
     taken = []
@@ -47,38 +47,26 @@ def test_a_worker_without_tasks_takes_the_end_of_the_largest_segment() -> None:
 
 
 def test_an_earlier_owner_is_preferred() -> None:
-    schedule = Schedule([5] * 6, 2, bytes_in_flight=1000, prefer=[1, 0, 1, 0, None, 7])
+    schedule = Schedule([5] * 6, 2, prefer=[1, 0, 1, 0, None, 7])
     run_to_the_end(schedule)
     assert schedule.owners[:4] == (1, 0, 1, 0)
 
 
 def test_no_worker_has_more_than_depth_tasks_and_idle_ones_come_first() -> None:
-    schedule = Schedule([1] * 100, 3, bytes_in_flight=1000, depth=2)
+    schedule = Schedule([1] * 100, 3, depth=2)
     assert [worker for worker, _, _ in schedule.assignments()] == [0, 1, 2, 0, 1, 2]
     assert schedule.assignments() == []
 
 
-def test_bytes_in_flight_hold_back_what_does_not_fit_and_one_large_task_runs_alone() -> None:
-    schedule = Schedule([6, 500, 6], 3, bytes_in_flight=10)
-    [(_, ticket, task)] = schedule.assignments()
-    assert task == 0
-    schedule.answered(ticket)
-    [(_, ticket, task)] = schedule.assignments()
-    assert task == 1
-    assert schedule.assignments() == []
-    schedule.answered(ticket)
-    assert [task for _, _, task in schedule.assignments()] == [2]
-
-
 def test_what_was_done_before_is_not_given_again() -> None:
-    schedule = Schedule([1] * 5, 1, bytes_in_flight=100, done=[0, 3])
+    schedule = Schedule([1] * 5, 1, done=[0, 3])
     assert [task for _, _, task in run_to_the_end(schedule)] == [1, 2, 4]
     assert schedule.num_recorded == 5
-    assert Schedule([1, 1], 1, bytes_in_flight=100, done=[0, 1]).finished
+    assert Schedule([1, 1], 1, done=[0, 1]).finished
 
 
 def test_a_lost_worker_gives_back_what_it_ran_and_what_it_held() -> None:
-    schedule = Schedule([1] * 7, 2, bytes_in_flight=100)
+    schedule = Schedule([1] * 7, 2)
     tickets = {task: ticket for _, ticket, task in schedule.assignments()}
     assert sorted(tickets) == [0, 1, 3, 4]
     schedule.recorded(1, [2, 5, 6])  # all others
@@ -103,7 +91,7 @@ def test_a_lost_worker_gives_back_what_it_ran_and_what_it_held() -> None:
 
 
 def test_the_last_tasks_wait_for_idle_workers_and_not_behind_a_busy_one() -> None:
-    schedule = Schedule([1] * 5, 2, bytes_in_flight=100)
+    schedule = Schedule([1] * 5, 2)
     tickets = {task: ticket for _, ticket, task in schedule.assignments()}
     assert sorted(tickets) == [0, 1, 2]  # two are left, one a worker
     schedule.answered(tickets[2])
@@ -111,7 +99,7 @@ def test_the_last_tasks_wait_for_idle_workers_and_not_behind_a_busy_one() -> Non
 
 
 def test_a_record_that_comes_late_still_counts() -> None:
-    schedule = Schedule([1] * 2, 2, bytes_in_flight=100, depth=1)
+    schedule = Schedule([1] * 2, 2, depth=1)
     (_, first, _), (_, second, _) = schedule.assignments()
     schedule.answered(first)
     schedule.lost(0)
@@ -127,7 +115,7 @@ def test_a_record_that_comes_late_still_counts() -> None:
 
 
 def test_an_idle_worker_may_repeat_a_running_task_and_the_first_answer_counts() -> None:
-    schedule = Schedule([1, 1], 2, bytes_in_flight=1000, depth=1)
+    schedule = Schedule([1, 1], 2, depth=1)
     (_, slow, task), (fast_worker, fast, other) = schedule.assignments()
     assert schedule.idle() == ()
     schedule.answered(fast)
@@ -144,7 +132,7 @@ def test_an_idle_worker_may_repeat_a_running_task_and_the_first_answer_counts() 
 
 
 def test_a_repeated_task_is_given_back_only_when_nobody_runs_it_any_more() -> None:
-    schedule = Schedule([1, 1], 2, bytes_in_flight=1000, depth=1)
+    schedule = Schedule([1, 1], 2, depth=1)
     (slow_worker, slow, _), (fast_worker, fast, other) = schedule.assignments()
     schedule.answered(fast)
     schedule.recorded(fast_worker, [other])
@@ -156,7 +144,7 @@ def test_a_repeated_task_is_given_back_only_when_nobody_runs_it_any_more() -> No
 
 
 def test_a_lost_worker_works_again_when_it_is_ready() -> None:
-    schedule = Schedule([1], 1, bytes_in_flight=100)
+    schedule = Schedule([1], 1)
     schedule.assignments()
     schedule.lost(0)
     assert schedule.assignments() == []
@@ -166,9 +154,9 @@ def test_a_lost_worker_works_again_when_it_is_ready() -> None:
 
 
 def test_a_worker_lost_in_an_earlier_round_gets_nothing_until_it_is_ready() -> None:
-    before = Schedule([1, 1], 2, bytes_in_flight=9)
+    before = Schedule([1, 1], 2)
     before.lost(1)
-    schedule = Schedule([1] * 4, 2, bytes_in_flight=9, lost=before.quarantined)
+    schedule = Schedule([1] * 4, 2, lost=before.quarantined)
     assert {given.worker for given in schedule.assignments()} == {0}
     schedule.ready(1)
     assert {given.worker for given in schedule.assignments()} == {1}
@@ -177,7 +165,7 @@ def test_a_worker_lost_in_an_earlier_round_gets_nothing_until_it_is_ready() -> N
 
 @pytest.mark.parametrize("kind", ["input", "recipe", "cancelled"])
 def test_an_error_that_no_retry_mends_ends_the_run_at_once(kind: str) -> None:
-    schedule = Schedule([1] * 3, 1, bytes_in_flight=100)
+    schedule = Schedule([1] * 3, 1)
     _, ticket, task = schedule.assignments()[0]
     schedule.refused(ticket, kind, GONE, "trace")  # type: ignore[arg-type]
     assert schedule.failure is not None
@@ -187,7 +175,7 @@ def test_an_error_that_no_retry_mends_ends_the_run_at_once(kind: str) -> None:
 
 
 def test_a_refused_task_is_tried_elsewhere_until_its_attempts_are_used_up() -> None:
-    schedule = Schedule([1], 2, bytes_in_flight=100)
+    schedule = Schedule([1], 2)
     workers = []
     for _ in range(3):
         assert schedule.failure is None
@@ -200,7 +188,7 @@ def test_a_refused_task_is_tried_elsewhere_until_its_attempts_are_used_up() -> N
 
 
 def test_a_refused_task_comes_back_to_its_only_worker() -> None:
-    schedule = Schedule([1], 2, bytes_in_flight=100)
+    schedule = Schedule([1], 2)
     schedule.lost(1)
     [(_, ticket, _)] = schedule.assignments()
     schedule.refused(ticket, "defect", GONE)
@@ -209,7 +197,7 @@ def test_a_refused_task_comes_back_to_its_only_worker() -> None:
 
 
 def test_a_task_that_kills_three_workers_is_named_and_its_neighbours_are_not() -> None:
-    schedule = Schedule([1] * 6, 3, bytes_in_flight=100)
+    schedule = Schedule([1] * 6, 3)
     poison = 3
     while schedule.failure is None:
         for worker in range(3):
@@ -225,7 +213,7 @@ def test_a_task_that_kills_three_workers_is_named_and_its_neighbours_are_not() -
 
 
 def test_where_workers_are_lost_all_the_time_a_task_is_named_later_but_named() -> None:
-    schedule = Schedule([1] * 40, 4, bytes_in_flight=100, depth=1, losses=10**6)
+    schedule = Schedule([1] * 40, 4, depth=1, losses=10**6)
     poison, others = 7, 0
     while schedule.failure is None:
         for worker in range(4):
@@ -242,7 +230,7 @@ def test_where_workers_are_lost_all_the_time_a_task_is_named_later_but_named() -
 
 
 def test_losing_workers_for_nothing_ends_the_run_and_progress_forgives() -> None:
-    schedule = Schedule([1] * 50, 1, bytes_in_flight=100, losses=3, kills=99)
+    schedule = Schedule([1] * 50, 1, losses=3, kills=99)
     for _ in range(10):
         schedule.lost(0)
         schedule.lost(0)  # it could not be brought back
@@ -260,11 +248,11 @@ def test_losing_workers_for_nothing_ends_the_run_and_progress_forgives() -> None
 
 
 class Simulation:
-    """Workers that may do anything an executor can report, in any order; checks the limits at each step."""
+    """Workers that may do anything an executor can report, in any order; checks the rules at each step."""
 
-    def __init__(self, costs: list[int], workers: int, depth: int, limit: int) -> None:
-        self.costs, self.depth, self.limit = costs, depth, limit
-        self.schedule = Schedule(costs, workers, bytes_in_flight=limit, depth=depth)
+    def __init__(self, costs: list[int], workers: int, depth: int) -> None:
+        self.costs, self.depth = costs, depth
+        self.schedule = Schedule(costs, workers, depth=depth)
         self.running: dict[int, tuple[int, int]] = {}
         self.held: list[set[int]] = [set() for _ in range(workers)]
         self.stale: list[int] = []
@@ -279,8 +267,6 @@ class Simulation:
             assert task not in {task for _, task in self.running.values()}
             assert all(task not in held for held in self.held)
             self.running[ticket] = (worker, task)
-            in_flight = [self.costs[task] for _, task in self.running.values()]
-            assert len(in_flight) == 1 or sum(in_flight) <= self.limit
             assert sum(w == worker for w, _ in self.running.values()) <= self.depth
 
     def answer(self, choose: Callable[[int], int]) -> None:
@@ -350,7 +336,6 @@ class Simulation:
     costs=st.lists(st.integers(0, 20), min_size=1, max_size=25),
     workers=st.integers(1, 5),
     depth=st.integers(1, 3),
-    limit=st.integers(1, 60),
     story=st.lists(
         st.tuples(
             st.sampled_from(["answer", "answer", "answer", "record", "refuse", "lose", "ready", "ready", "late_news"]),
@@ -360,9 +345,9 @@ class Simulation:
     ),
 )
 def test_whatever_happens_every_task_is_recorded_or_the_run_fails_by_name(
-    costs: list[int], workers: int, depth: int, limit: int, story: list[tuple[str, int]]
+    costs: list[int], workers: int, depth: int, story: list[tuple[str, int]]
 ) -> None:
-    simulation = Simulation(costs, workers, depth, limit)
+    simulation = Simulation(costs, workers, depth)
     for step, number in story:
         simulation.assign()
         getattr(simulation, step)(lambda count, number=number: number % count)

@@ -474,7 +474,6 @@ class MergeRun:
         schedule = Schedule(
             costs,
             self._num_workers,
-            bytes_in_flight=sum(costs) + 1,
             done=done,
             lost=self._quarantined,
             prefer=prefer,

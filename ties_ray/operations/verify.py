@@ -1,12 +1,12 @@
-"""Is a finished output still what the merge wrote? Re-reads every weight file and compares it with plan and records.
+"""Verification: re-read every weight file of a finished output, and compare it with the plan and the records.
 
-A sample of it can be computed again from the inputs, and every file can be given a SHA-256 for others to check.
+On request, a sample of it is computed again from the inputs, and every file gets a SHA-256 for others to check.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -26,11 +26,11 @@ from ties_ray.stores import Pin, Store, Stores, crc32c, crc32c_joined, join, wit
 
 AGAIN = "merge again with --fresh"
 THREADS = 4
-"""Parts read at a time, one buffer each."""
+"""Threads that read parts, each with a buffer of its own."""
 EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
-"""Bits of the exponent; a value is not finite where all of them are set."""
+"""Masks of the exponent's bits by dtype; a value is not finite where all of them are set."""
 ELEMENTS = 2**20
-"""Looked at together for values that are not finite: what a mask of them takes stays small."""
+"""Elements in which values that are not finite are counted at a time: a mask of them stays small."""
 
 
 class _Record(BaseModel):
@@ -38,22 +38,24 @@ class _Record(BaseModel):
 
 
 class FileCheck(_Record):
-    """What re-reading one weight file found."""
+    """The state of one weight file."""
 
     name: str
     size: int
     tensors: int
     parts: int
     parts_proved: int
-    """Parts whose bytes have the CRC32C that the worker recorded which wrote them."""
+    """Parts whose bytes have the CRC32C that was recorded by the worker that wrote them."""
     crc32c: str
-    """Of the whole file as it is now."""
+    """CRC32C of the whole file as it is now, 8 hex digits."""
     nan: int
+    """NaN values of all tensors."""
     infinite: int
+    """Infinite values of all tensors."""
 
 
 class Finding(_Record):
-    """One thing that is not as it should be."""
+    """One thing that is wrong."""
 
     where: str
     what: str
@@ -61,20 +63,20 @@ class Finding(_Record):
 
 
 class Verification(_Record):
-    """What re-reading an output found; whole if there are no findings."""
+    """The state of a finished output; it is whole if there are no findings."""
 
     output: str
     run_id: str
     files: list[FileCheck]
     sample: Sample | None
-    """None where none was asked for, or it could not be taken."""
+    """The sample that was compared; None where no sample was asked for or could be taken."""
     recounted: list[str] = []
     """Ids of the models whose thresholds were counted anew."""
     sums: str | None
-    """URI of the SHA-256 sums; None where they were not asked for, or there are findings."""
+    """URI of the SHA-256 sums; None where they were not asked for, or where there are findings."""
     findings: list[Finding]
     notes: list[str]
-    """What could not be checked, and what is odd but not wrong."""
+    """Remarks about what could not be checked, and about oddities that are not wrong."""
 
 
 class _Metadata(BaseModel):
@@ -82,7 +84,7 @@ class _Metadata(BaseModel):
 
 
 class _Index(BaseModel):
-    """As libraries write it, and with whatever else they put there."""
+    """An index as libraries write it; further keys are ignored."""
 
     weight_map: dict[str, str]
     metadata: _Metadata
@@ -92,26 +94,29 @@ _INDEX = TypeAdapter(_Index)
 
 
 class _Piece(NamedTuple):
-    """A run of bytes of one file: a part, where the parts are known."""
+    """The bytes [start, stop) of one file."""
 
     file: int
+    """Position of the file in the list of files."""
     start: int
     stop: int
     part: Written | None
+    """The recorded part that these bytes are, where the records name it."""
 
 
-class _Seen(NamedTuple):
-    """What one piece holds."""
+class _Content(NamedTuple):
+    """The checksum of one piece, and its values that are not finite."""
 
     crc32c: str
     nan: dict[str, int]
+    """NaN values by tensor."""
     infinite: dict[str, int]
-    """By tensor."""
+    """Infinite values by tensor."""
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """One weight file as it lies there now."""
+    """One weight file as it is in the folder."""
 
     pin: Pin
     head: bytes
@@ -120,6 +125,20 @@ class _Weights:
     @property
     def name(self) -> str:
         return self.pin.uri.rpartition("/")[2]
+
+
+@dataclass
+class _Review:
+    """The verification of one output as far as it is."""
+
+    stores: Stores
+    output: str
+    result: MergeResult
+    plan: Plan | None = None
+    """The plan that made the result; None where it was removed."""
+    manifest: Manifest | None = None
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def verify(
@@ -133,37 +152,31 @@ def verify(
     sums: bool = False,
     announce: Callable[[Sequence[str]], None] = lambda folders: None,
 ) -> Verification:
-    """Return what is wrong with a finished output; reads all its weights once.
+    """Return what is wrong with a finished output; read all its weights once.
 
-    sample: the share of the elements that is computed again from the inputs, chosen by run id and `seed`; at least one
-    slice of every tensor where it is not 0. recount: the share of the models whose thresholds are counted anew from
-    their values, at least one: those that were used may come from a pool cache. sums: if nothing is wrong, write the
-    SHA-256 of every file of the folder into it, which reads them once more. announce: gets the folders of inputs that
-    are going to be read, since it is the stored plan that names them. Storage options are those of `stores` alone.
-    Raises `InputError` where no finished merge lies.
+    sample: the share of the elements that is computed again from the inputs, chosen by run id and `seed`. It holds at
+    least one slice of every tensor where it is not 0.
+    recount: the share of the models whose thresholds are counted anew from their values, at least one where it is not
+    0. The merge may have taken its thresholds from a pool cache.
+    sums: if nothing is wrong, read all files once more and write their SHA-256 into the folder.
+    announce: gets the folders of the inputs before they are read, since the stored plan names them.
+    The storage options are those of `stores` alone. Raises `InputError` where there is no finished merge.
     """
     result = find_result(stores, output)
     if result is None:
         raise InputError(Problem(output, f"holds no {RESULT_NAME}: no finished merge", "see `ties-ray status`"))
-    problems: list[Problem] = []
-    notes: list[str] = []
-    plan, manifest = _plan_of(stores, output, result, notes)
-    files = _files(stores, output, result, problems)
-    documents = _documents(stores, output, result, problems)
-    problems += _strangers(stores, output, result)
-    problems += unloadable(_as_loaded(output, result, files, documents))
-    if plan:
-        problems += _against_plan(plan, files)
-    problems += _against_index(stores, output, files)
-    parts = _parts(plan, manifest, problems) if plan and manifest else {}
-    pieces = [piece for number, file in enumerate(files) for piece in _cut(number, file, plan, parts)]
-    seen = _look(stores, files, pieces, watch)
-    checks = [_check(number, file, pieces, seen) for number, file in enumerate(files)]
-    problems += _broken(files, pieces, seen, checks, result) + _not_finite(files, plan, pieces, seen, notes)
-    taken = _sample(stores, plan, manifest, files, sample, seed, watch, announce, problems) if sample else None
-    recounted = _recount(stores, plan, manifest, recount, seed, watch, announce, problems) if recount else []
-    written = _write_sums(stores, output, watch) if sums and not problems else None
-    findings = [Finding(where=one.where, what=one.what, remedy=one.remedy) for one in problems]
+    review = _Review(stores, output, result)
+    _read_plan(review)
+    files = _files(review)
+    _compare_documents(review, files)
+    pieces = _pieces(review, files)
+    contents = _read(stores, files, pieces, watch)
+    checks = [_check(number, file, pieces, contents) for number, file in enumerate(files)]
+    review.problems += _broken(files, pieces, contents, checks, result)
+    review.problems += _not_finite(review, files, pieces, contents)
+    taken = _sample(review, files, sample, seed, watch, announce) if sample else None
+    recounted = _recount(review, recount, seed, watch, announce) if recount else []
+    written = _write_sums(stores, output, watch) if sums and not review.problems else None
     return Verification(
         output=output,
         run_id=result.run_id,
@@ -171,35 +184,40 @@ def verify(
         sample=taken,
         recounted=recounted,
         sums=written,
-        findings=findings,
-        notes=notes,
+        findings=[Finding(where=each.where, what=each.what, remedy=each.remedy) for each in review.problems],
+        notes=review.notes,
     )
 
 
-def _plan_of(stores: Stores, output: str, result: MergeResult, notes: list[str]) -> tuple[Plan | None, Manifest | None]:
-    """Return the plan and manifest by which the result was made; None, and a note, where they were removed."""
-    generations = [generation for run_id, generation in find_runs(stores, output) if run_id == result.run_id]
+# -- the folder
+
+
+def _read_plan(review: _Review) -> None:
+    """Find the plan and manifest that made the result; note it where they were removed."""
+    runs = find_runs(review.stores, review.output)
+    generations = [generation for run_id, generation in runs if run_id == review.result.run_id]
     for generation in reversed(generations):
-        manifest = Manifest(stores, Manifest.folder_of(output, result.run_id, generation))
+        folder = Manifest.folder_of(review.output, review.result.run_id, generation)
+        manifest = Manifest(review.stores, folder)
         try:
             plan = manifest.read_last_plan()
             if plan:
-                return believable(plan), manifest
+                review.plan, review.manifest = believable(plan), manifest
+                return
         except InputError as error:
-            notes.append(str(error))
+            review.notes.append(str(error))
             break
-    notes.append(
+    review.notes.append(
         "without the run's plan, headers and parts can't be compared with it; whole files are, by their CRC32C"
     )
-    return None, None
 
 
-def _files(stores: Stores, output: str, result: MergeResult, problems: list[Problem]) -> list[_Weights]:
-    """Return the files that the result names and whose headers can be read."""
-    store = stores.of(output)
-    found = []
-    for file in result.files:
-        uri = join(output, file.name)
+def _files(review: _Review) -> list[_Weights]:
+    """Return the weight files that the result names and whose headers can be read."""
+    store, problems = review.stores.of(review.output), review.problems
+    files = []
+    for file in review.result.files:
+        uri = join(review.output, file.name)
         try:
             pin, head = store.head(uri, 8)
             if pin.size != file.size:
@@ -207,50 +225,59 @@ def _files(stores: Stores, output: str, result: MergeResult, problems: list[Prob
                 problems.append(Problem(file.name, what, AGAIN))
             whole = bytearray(header_bytes(head, pin.size, file.name))
             store.read(pin, 0, memoryview(whole))
-            found.append(_Weights(pin, bytes(whole), parse(bytes(whole), pin.size, file.name)))
+            files.append(_Weights(pin, bytes(whole), parse(bytes(whole), pin.size, file.name)))
         except FileNotFoundError:
             problems.append(Problem(file.name, "is not there", "put it back, or merge again with --fresh"))
         except InputError as error:
             problems += error.problems
-    return found
+    return files
 
 
-def _documents(stores: Stores, output: str, result: MergeResult, problems: list[Problem]) -> dict[str, bytes]:
-    """Return the files beside the weights that the result names, and that are as they were written, by name."""
-    found = {}
-    for file in result.documents:
+def _compare_documents(review: _Review, files: Sequence[_Weights]) -> None:
+    """Compare all that lies in the folder, but for the weights, with what the merge wrote and a loader needs."""
+    documents = _documents(review)
+    review.problems += _strangers(review)
+    review.problems += unloadable(_as_loaded(review, files, documents))
+    if review.plan:
+        review.problems += _against_plan(review.plan, files)
+    review.problems += _against_index(review.stores, review.output, files)
+
+
+def _documents(review: _Review) -> dict[str, bytes]:
+    """Return the files beside the weights that the result names and that can be read, by name."""
+    store, problems = review.stores.of(review.output), review.problems
+    contents = {}
+    for file in review.result.documents:
         try:
-            data = stores.of(output).get(within(output, file.name), max(file.size, 1))[1]
+            data = store.get(within(review.output, file.name), max(file.size, 1))[1]
         except FileNotFoundError:
             problems.append(Problem(file.name, "is not there", "put it back, or merge again with --fresh"))
         except InputError as error:
             problems += error.problems
         else:
-            found[file.name] = data
+            contents[file.name] = data
             if crc32c(memoryview(data)) != file.crc32c:
                 what = f"its CRC32C is {crc32c(memoryview(data))}, {file.crc32c} was written"
                 problems.append(Problem(file.name, what, "put it back as it was, or merge again with --fresh"))
-    return found
+    return contents
 
 
-def _as_loaded(
-    output: str, result: MergeResult, files: Sequence[_Weights], documents: Mapping[str, bytes]
-) -> ModelFolder:
+def _as_loaded(review: _Review, files: Sequence[_Weights], documents: Mapping[str, bytes]) -> ModelFolder:
     return ModelFolder(
-        uri=output,
+        uri=review.output,
         names=frozenset((*documents, *(file.name for file in files))),
         texts={name: documents[name] for name in TEXTS if name in documents},
         shapes={name: info.shape for file in files for name, info in file.header.tensors.items()},
     )
 
 
-def _strangers(stores: Stores, output: str, result: MergeResult) -> list[Problem]:
-    """Return the files that the merge did not write, and that a loader may take for the model's."""
-    own = {file.name for file in (*result.files, *result.documents)}
-    strange = foreign_files(stores, output, own)
-    if not result.documents:  # of a version that did not name what stands beside the weights
-        strange = [name for name in strange if name.endswith(".safetensors")]
-    return [Problem(name, "was not written by this merge, and a loader may take it", "remove it") for name in strange]
+def _strangers(review: _Review) -> list[Problem]:
+    """Return a problem for each file that the merge did not write, and that a loader may take for the model's."""
+    own = {file.name for file in (*review.result.files, *review.result.documents)}
+    names = foreign_files(review.stores, review.output, own)
+    if not review.result.documents:  # early result records do not name the files beside the weights
+        names = [name for name in names if name.endswith(".safetensors")]
+    return [Problem(name, "was not written by this merge, and a loader may take it", "remove it") for name in names]
 
 
 def _against_plan(plan: Plan, files: Sequence[_Weights]) -> list[Problem]:
@@ -293,53 +320,61 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
     return problems
 
 
-def _parts(plan: Plan, manifest: Manifest, problems: list[Problem]) -> dict[str, dict[int, Written]]:
-    """Return the recorded parts by file name and number; what was written twice has the same bytes."""
-    last = len(plan.result.rounds) - 1
-    found: dict[str, dict[int, Written]] = {}
-    try:
-        for record in manifest.read_records(last, plan, manifest.record_names(last)):
-            for written in record.parts:
-                found.setdefault(plan.result.files[written.file].name, {})[written.part.number] = written
-    except InputError as error:
-        problems += error.problems
-    return found
+# -- the weights
 
 
-def _cut(number: int, file: _Weights, plan: Plan | None, parts: dict[str, dict[int, Written]]) -> Sequence[_Piece]:
-    """Return the pieces in which a file is read; none splits an element of a file that we wrote."""
-    size = plan.layout.part_size if plan else DEFAULT_PART
-    known = parts.get(file.name, {})
+def _pieces(review: _Review, files: Sequence[_Weights]) -> list[_Piece]:
+    """Return the pieces in which the files are read; none splits an element of a file that we wrote."""
+    size = review.plan.layout.part_size if review.plan else DEFAULT_PART
+    parts = _parts(review)
     return [
-        _Piece(number, start, min(start + size, file.pin.size), known.get(start // size + 1))
+        _Piece(number, start, min(start + size, file.pin.size), parts.get((file.name, start // size + 1)))
+        for number, file in enumerate(files)
         for start in range(0, file.pin.size, size)
     ]
 
 
-def _look(stores: Stores, files: Sequence[_Weights], pieces: Sequence[_Piece], watch: Watch) -> list[_Seen]:
-    total = sum(piece.stop - piece.start for piece in pieces)
-    read = 0
+def _parts(review: _Review) -> dict[tuple[str, int], Written]:
+    """Return the recorded parts by file name and number; a part that was written twice has the same bytes."""
+    plan, manifest = review.plan, review.manifest
+    parts: dict[tuple[str, int], Written] = {}
+    if plan is None or manifest is None:
+        return parts
+    last = len(plan.result.rounds) - 1
+    try:
+        for record in manifest.read_records(last, plan, manifest.record_names(last)):
+            for written in record.parts:
+                parts[plan.result.files[written.file].name, written.part.number] = written
+    except InputError as error:
+        review.problems += error.problems
+    return parts
 
-    def look(piece: _Piece) -> _Seen:
+
+def _read(stores: Stores, files: Sequence[_Weights], pieces: Sequence[_Piece], watch: Watch) -> list[_Content]:
+    """Return the content of each piece, in order."""
+    total = sum(piece.stop - piece.start for piece in pieces)
+    bytes_read = 0
+
+    def read(piece: _Piece) -> _Content:
         file = files[piece.file]
         data = memoryview(bytearray(piece.stop - piece.start))
         stores.of(file.pin.uri).read(file.pin, piece.start, data)
-        return _Seen(crc32c(data), *_count(file.header, piece.start, data))
+        return _Content(crc32c(data), *_count(file.header, piece.start, data))
 
-    seen = []
+    contents = []
     threads = ThreadPoolExecutor(THREADS)
     try:
-        for piece, one in zip(pieces, threads.map(look, pieces), strict=True):
-            seen.append(one)
-            read += piece.stop - piece.start
-            watch(Progress("verify", len(seen), len(pieces), read, total))
+        for piece, content in zip(pieces, threads.map(read, pieces), strict=True):
+            contents.append(content)
+            bytes_read += piece.stop - piece.start
+            watch(Progress("verify", len(contents), len(pieces), bytes_read, total))
     finally:
         threads.shutdown(cancel_futures=True)
-    return seen
+    return contents
 
 
 def _count(header: Header, offset: int, data: memoryview) -> tuple[dict[str, int], dict[str, int]]:
-    """Return how many values of each tensor are NaN, and how many infinite, in the bytes from `offset` on."""
+    """Return the number of NaN and of infinite values by tensor, in the bytes of a file from `offset` on."""
     nan: dict[str, int] = {}
     infinite: dict[str, int] = {}
     for name, info in header.tensors.items():
@@ -347,7 +382,7 @@ def _count(header: Header, offset: int, data: memoryview) -> tuple[dict[str, int
         if info.dtype not in EXPONENTS or start >= stop:
             continue
         width = DTYPE_BITS[info.dtype] // 8
-        start += (info.start - start) % width  # whole elements only, in a file that was cut otherwise
+        start += (info.start - start) % width  # whole elements only, where a piece splits an element
         bits = np.frombuffer(data[start - offset : stop - offset - (stop - start) % width], f"<u{width}")
         mask = EXPONENTS[info.dtype]
         sign = 1 << (8 * width - 1)
@@ -355,144 +390,132 @@ def _count(header: Header, offset: int, data: memoryview) -> tuple[dict[str, int
             magnitude = bits[begin : begin + ELEMENTS] & (sign - 1)
             wrong = int((magnitude >= mask).sum())
             if wrong:
-                endless = int((magnitude == mask).sum())
-                nan[name] = nan.get(name, 0) + wrong - endless
-                infinite[name] = infinite.get(name, 0) + endless
+                count = int((magnitude == mask).sum())
+                nan[name] = nan.get(name, 0) + wrong - count
+                infinite[name] = infinite.get(name, 0) + count
     return nan, infinite
 
 
-def _proves(piece: _Piece, seen: _Seen) -> bool:
-    """Return whether the piece is a part that has the bytes of which the record tells."""
-    found = (piece.stop - piece.start, seen.crc32c)
-    return piece.part is not None and (piece.part.part.size, piece.part.crc32c) == found
+def _proves(piece: _Piece, content: _Content) -> bool:
+    """Return whether a piece is a part whose size and bytes are those of the record."""
+    actual = (piece.stop - piece.start, content.crc32c)
+    return piece.part is not None and (piece.part.part.size, piece.part.crc32c) == actual
 
 
-def _check(number: int, file: _Weights, pieces: Sequence[_Piece], seen: Sequence[_Seen]) -> FileCheck:
-    own = [(piece, one) for piece, one in zip(pieces, seen, strict=True) if piece.file == number]
+def _check(number: int, file: _Weights, pieces: Sequence[_Piece], contents: Sequence[_Content]) -> FileCheck:
+    own = [(piece, content) for piece, content in zip(pieces, contents, strict=True) if piece.file == number]
     return FileCheck(
         name=file.name,
         size=file.pin.size,
         tensors=len(file.header.tensors),
         parts=len(own),
-        parts_proved=sum(_proves(*one) for one in own),
-        crc32c=crc32c_joined((one.crc32c, piece.stop - piece.start) for piece, one in own),
-        nan=sum(sum(one.nan.values()) for _, one in own),
-        infinite=sum(sum(one.infinite.values()) for _, one in own),
+        parts_proved=sum(_proves(*each) for each in own),
+        crc32c=crc32c_joined((content.crc32c, piece.stop - piece.start) for piece, content in own),
+        nan=sum(sum(content.nan.values()) for _, content in own),
+        infinite=sum(sum(content.infinite.values()) for _, content in own),
     )
 
 
 def _broken(
     files: Sequence[_Weights],
     pieces: Sequence[_Piece],
-    seen: Sequence[_Seen],
+    contents: Sequence[_Content],
     checks: Sequence[FileCheck],
     result: MergeResult,
 ) -> list[Problem]:
-    """Return the parts, and the files without such a part, whose bytes are not those that were written."""
+    """Return a problem for each part whose bytes differ from the written ones, and for each such file without parts."""
     problems = [
         Problem(
             files[piece.file].name,
             f"the bytes [{piece.start:,}, {piece.stop:,}) are not those that were written",
             AGAIN,
         )
-        for piece, one in zip(pieces, seen, strict=True)
-        if piece.part and not _proves(piece, one)
+        for piece, content in zip(pieces, contents, strict=True)
+        if piece.part and not _proves(piece, content)
     ]
-    told = {problem.where for problem in problems}
+    named = {problem.where for problem in problems}
     written = {file.name: file.crc32c for file in result.files}
     return problems + [
         Problem(check.name, f"its CRC32C is {check.crc32c}, {written[check.name]} was written", AGAIN)
         for check in checks
-        if check.crc32c != written[check.name] and check.name not in told
+        if check.crc32c != written[check.name] and check.name not in named
     ]
 
 
 def _not_finite(
-    files: Sequence[_Weights],
-    plan: Plan | None,
-    pieces: Sequence[_Piece],
-    seen: Sequence[_Seen],
-    notes: list[str],
+    review: _Review, files: Sequence[_Weights], pieces: Sequence[_Piece], contents: Sequence[_Content]
 ) -> list[Problem]:
-    """Return the merged tensors that hold NaN or infinity; in one copied from the base they are the base's: a note."""
-    planned = plan.result.files if plan else ()
+    """Return a problem for each merged tensor that holds NaN or infinity; note copies of such tensors of the base."""
+    planned = review.plan.result.files if review.plan else ()
     copied = {placed.tensor.name for file in planned for placed in file.tensors if placed.tensor.origin == "base"}
     counts: dict[tuple[str, str], list[int]] = {}
-    for piece, one in zip(pieces, seen, strict=True):
-        for name in one.nan:
+    for piece, content in zip(pieces, contents, strict=True):
+        for name in content.nan:
             count = counts.setdefault((files[piece.file].name, name), [0, 0])
-            count[0] += one.nan[name]
-            count[1] += one.infinite[name]
+            count[0] += content.nan[name]
+            count[1] += content.infinite[name]
     problems = []
     for (file, name), (nan, infinite) in counts.items():
-        what = f"holds {nan:,} NaN and {infinite:,} infinite values"
+        values = f"holds {nan:,} NaN and {infinite:,} infinite values"
         if name in copied:
-            notes.append(f"{file}: {name} {what}, as in the base")
+            review.notes.append(f"{file}: {name} {values}, as in the base")
         else:
-            problems.append(Problem(f"{file}: {name}", what, AGAIN))
+            problems.append(Problem(f"{file}: {name}", values, AGAIN))
     return problems
 
 
-# -- what is done when asked for
+# -- on request
 
 
 def _sample(
-    stores: Stores,
-    plan: Plan | None,
-    manifest: Manifest | None,
+    review: _Review,
     files: Sequence[_Weights],
     share: float,
     seed: int,
     watch: Watch,
     announce: Callable[[Sequence[str]], None],
-    problems: list[Problem],
 ) -> Sample | None:
     """Compare a sample of the files with what the inputs give; None, and a problem, where that can't be done."""
-    from ties_ray.operations.sample import compare  # here, since it takes torch, and other commands read this file too
+    from ties_ray.operations.sample import compare  # here, since it imports torch, and every command imports this module
 
+    plan, manifest = review.plan, review.manifest
     if plan is None or manifest is None:
         what = "there is no plan by which a sample could be merged again"
-        problems.append(Problem("--sample", what, "bring the folder's .ties-ray back, or leave --sample out"))
+        review.problems.append(Problem("--sample", what, "bring the folder's .ties-ray back, or leave --sample out"))
         return None
     planned = {file.name: (file.size, _planned_head(file)) for file in plan.result.files}
     pins = {file.name: file.pin for file in files if (file.pin.size, file.head) == planned.get(file.name)}
     try:
-        taken, differing = compare(stores, plan, manifest, pins, share, seed, watch, announce)
+        sample, differing = compare(review.stores, plan, manifest, pins, share, seed, watch, announce)
     except InputError as error:
-        problems += error.problems
+        review.problems += error.problems
         return None
-    problems += differing
-    return taken
+    review.problems += differing
+    return sample
 
 
 def _recount(
-    stores: Stores,
-    plan: Plan | None,
-    manifest: Manifest | None,
-    share: float,
-    seed: int,
-    watch: Watch,
-    announce: Callable[[Sequence[str]], None],
-    problems: list[Problem],
+    review: _Review, share: float, seed: int, watch: Watch, announce: Callable[[Sequence[str]], None]
 ) -> list[str]:
     """Compare the thresholds of some models with what their values give; return the models' ids."""
-    from ties_ray.operations.sample import recount  # here, since it takes torch
+    from ties_ray.operations.sample import recount  # here, since it imports torch
 
+    plan, manifest = review.plan, review.manifest
     if plan is None or manifest is None:
         what = "there is no plan that says how thresholds were counted"
-        problems.append(Problem("--recount", what, "bring the folder's .ties-ray back, or leave --recount out"))
+        review.problems.append(Problem("--recount", what, "bring the folder's .ties-ray back, or leave --recount out"))
         return []
     try:
-        recounted, differing = recount(stores, plan, manifest, share, seed, watch, announce)
+        models, differing = recount(review.stores, plan, manifest, share, seed, watch, announce)
     except InputError as error:
-        problems += error.problems
+        review.problems += error.problems
         return []
-    problems += differing
-    return recounted
+    review.problems += differing
+    return models
 
 
 def _write_sums(stores: Stores, output: str, watch: Watch) -> str:
-    """Write what `sha256sum -c` reads, over all files that lie directly in the folder; return its URI."""
+    """Write the sums of all files that lie directly in the folder, for `sha256sum -c`; return their URI."""
     store, uri = stores.writer(output), join(output, SUMS_NAME)
     pins = [store.head(pin.uri, 0)[0] for pin in store.list(output).files if pin.uri != uri]
     total = sum(pin.size for pin in pins)
