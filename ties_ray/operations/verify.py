@@ -476,7 +476,7 @@ def _sample(
     announce: Callable[[Sequence[str]], None],
 ) -> Sample | None:
     """Compare a sample of the files with what the inputs give; None, and a problem, where that can't be done."""
-    from ties_ray.operations.sample import compare  # here, since it imports torch, and every command imports this module
+    from ties_ray.operations.sample import compare  # here, since it imports torch
 
     plan, manifest = review.plan, review.manifest
     if plan is None or manifest is None:
