@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: demo test slow engines pipelines chaos check audit format bench clean
+.PHONY: demo test docs package slow engines pipelines chaos check audit format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -33,12 +33,19 @@ $(ENGINES)/%/installed: pipelines/constraints-%.txt | $(UV)
 	$(UV) pip install --quiet --python $(@D) --requirement $<
 	touch $@
 
-engines: $(foreach one,airflow dagster kfp,$(ENGINES)/$(one)/installed)
+engines: $(foreach engine,airflow dagster kfp,$(ENGINES)/$(engine)/installed)
+
+docs: $(VENV)/installed  ## the site, in build/site; broken links and other warnings are errors
+	$(BIN)/python -m docs.generate build/docs
+	$(BIN)/zensical build --strict --clean
 
 slow: $(VENV)/installed  ## all architectures; 200 adapters from a bucket, on Ray; every benchmark, small; the GPU's kernels, interpreted
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(SLOW)
 
-pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own
+pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own, with ties-ray-pipelines installed in it
+	for engine in airflow dagster kfp; do \
+		$(UV) pip install --quiet --no-deps --reinstall-package ties-ray-pipelines \
+			--python $(ENGINES)/$$engine ./pipelines || exit 1; done
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/pipelines
 
 chaos: $(VENV)/installed  ## 300 merges under faults and kills (an hour), and the proof that it would notice

@@ -1,64 +1,82 @@
-"""What the documents say of the code is so."""
+"""What the documents say of the code is so, and they can be read."""
 
+import ast
 import re
-import subprocess
-import sys
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
-from ties_ray.recipe.parse import parse
+from docs import generate
+from tests.tools.pages import PAGES, ROOT, blocks, num_words, sentences
+from ties_ray import plugins
+from ties_ray.recipe.parse import validate
+from ties_ray.recipe.recipe import Recipe
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+OTHERS = {ROOT / "CONTRIBUTING.md", ROOT / "docs" / "design.md", ROOT / "docs" / "performance.md"}
+LONGEST, MEDIAN = 25, 17
+"""Words of a sentence."""
 
 
 def test_the_recipe_of_the_readme_is_a_recipe() -> None:
-    recipe = parse(re.findall(r"```yaml\n(# recipe.yaml.*?)```", README, re.DOTALL)[0])
-    assert recipe.method.name == "ties"
-    assert [entry.at_least for entry in recipe.models] == [None, None, 10]
+    (recipe,) = [block.code for block in blocks(ROOT / "README.md") if block.code.startswith("# recipe.yaml")]
+    parsed = validate(plain(recipe))
+    assert parsed.method.name == "ties"
+    assert [entry.at_least for entry in parsed.models] == [None, None, 10]
 
 
-def test_the_storage_options_of_the_readme_are_taken() -> None:
-    (section,) = re.findall(r"```yaml\n(storage:.*?)```", README, re.DOTALL)
-    data = {"base": "b", "models": ["m"], "method": "average", "output": "o", **yaml.safe_load(section)}
-    assert parse(yaml.safe_dump(data)).storage["s3"]["profile"] == "merges"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_code_block_is_run_by_a_test_or_says_why_not(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in ("bash", "python", "yaml", "text", "csv", "json"), f"{block}: what language is it?"
+        if block.language == "python":
+            ast.parse(block.code)
+        elif block.language == "yaml":
+            validate(whole(plain(block.code)))
 
 
-def test_every_link_between_documents_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def plain(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
 
 
-def test_the_method_of_the_extending_page_merges(tmp_path: Path) -> None:
-    from tests.tools.families import make_family
-    from ties_ray.stores import Stores
-
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
-    (tmp_path / "plugins" / "methods").mkdir(parents=True)
-    (tmp_path / "plugins" / "methods" / "unanimous.py").write_text(code)
-    family = make_family(Stores({}).of(str(tmp_path)), str(tmp_path), num_models=2)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "base": family.base,
-                "models": list(family.models),
-                "method": "unanimous",
-                "output": str(tmp_path / "out"),
-                "run": {"executor": "local"},
-            }
-        )
-    )
-    command = [Path(sys.executable).with_name("ties-ray"), "merge", recipe]
-    environment = {"TIES_RAY_PLUGINS": str(tmp_path / "plugins"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "model.safetensors").exists()
+def whole(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe that holds a part of one."""
+    return {"base": "b", "models": ["m"], "method": "average", "output": "o"} | part
 
 
-@pytest.mark.parametrize("page", ["design", "performance", "reliability", "extending", "follow-one-parameter"])
-def test_the_documents_are_there(page: str) -> None:
-    assert (ROOT / "docs" / f"{page}.md").stat().st_size > 1000
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_between_documents_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - OTHERS), ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_sentence_is_long(page: Path) -> None:
+    found = list(sentences(page))
+    long = [sentence for sentence in found if num_words(sentence) > LONGEST]
+    assert not long
+    assert statistics.median(map(num_words, found)) <= MEDIAN
+
+
+def test_the_site_fills_in_what_the_code_says(tmp_path: Path) -> None:
+    generate.write_site(tmp_path / "site")
+    recipe = (tmp_path / "site/reference/recipe.md").read_text()
+    for section in (Recipe, *(field.annotation for field in Recipe.model_fields.values())):
+        for name, field in getattr(section, "model_fields", {}).items():
+            assert re.search(rf"`(\w+(\[\])?\.)?{field.alias or name}`", recipe), name
+    methods = (tmp_path / "site/reference/methods.md").read_text()
+    assert all(f"## {name}\n" in methods for name in plugins.names("methods"))
+    commands = (tmp_path / "site/reference/command-line.md").read_text()
+    assert "Usage: ties-ray deploy kuberay" in commands
+    assert "| 5 | `UnavailableError`" in (tmp_path / "site/reference/exit-codes.md").read_text()
+    for page in (tmp_path / "site").rglob("*.md"):
+        assert "<!-- generated" not in page.read_text(), page
+    assert not list((tmp_path / "site").rglob("*.py"))
+
+
+def test_a_link_out_of_the_documents_becomes_plain_text(tmp_path: Path) -> None:
+    generate.write_site(tmp_path / "site")
+    assert "`deploy/iam-policy.json`" in (tmp_path / "site/guide/buckets.md").read_text()
+    assert "](guide/first-merge.md)" in (tmp_path / "site/index.md").read_text()

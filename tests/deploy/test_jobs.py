@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import jobs as client
-from pipelines.jobs import Job, Jobs, JobsError, exit_code_of, merge_command, record_in, visible
 from tests.conftest import free_port, tool
 from tests.tools.families import Family
+from ties_ray_pipelines import jobs as client
+from ties_ray_pipelines.jobs import Job, Jobs, JobsError, exit_code_of, merge_command, record_in, visible
 
 SCRIPT = Path(client.__file__)
 TOKEN = "a token of tests"

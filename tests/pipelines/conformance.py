@@ -138,7 +138,7 @@ class Conformance:
         code = "import sys, importlib, importlib.util; [importlib.import_module(name) for name in sys.argv[1:]]; "
         code += "heavy = ('ties_ray', 'torch', 'ray'); print([name for name in heavy if name in sys.modules]); "
         code += "sys.path.remove(''); print([name for name in heavy if importlib.util.find_spec(name)])"
-        modules = (f"pipelines.on_{self.engine}", f"pipelines.nightly_{self.engine}")
+        modules = (f"ties_ray_pipelines.on_{self.engine}", f"ties_ray_pipelines.nightly_{self.engine}")
         printed = subprocess.check_output([python(self.engine), "-c", code, *modules], cwd=ROOT, text=True)
         assert printed.splitlines()[-2:] == ["[]", "[]"], "imported; installed"
 
@@ -248,7 +248,7 @@ class engine_running:
         home, self._log = folder / "home", (folder / "log").open("ab")
         (folder / "told.json").unlink(missing_ok=True)
         (folder / "cases.json").write_text(json.dumps(cases))
-        own = {"CASES": str(folder / "cases.json"), "PYTHONPATH": str(ROOT), "HOME": str(home)}
+        own = {"CASES": str(folder / "cases.json"), "HOME": str(home)}
         own |= {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "PREFECT_HOME": str(home)}
         home.mkdir(parents=True, exist_ok=True)
         self._environment = os.environ | own | {"PYTHONWARNINGS": "ignore"} | environment

@@ -10,8 +10,8 @@ from typing import Any
 
 from airflow.sdk import DAG
 
-import pipelines.on_airflow
-from pipelines.on_airflow import MergeOperator
+import ties_ray_pipelines.on_airflow
+from ties_ray_pipelines.on_airflow import MergeOperator
 
 CASES: list[dict[str, Any]] = json.loads(Path(os.environ["CASES"]).read_text())
 DAGS: dict[str, DAG] = {}
@@ -37,7 +37,7 @@ def main(told: str) -> None:
     for case in CASES:
         subprocess.run(case.get("before", ["true"]), check=True)
         if case.get("nightly"):
-            from pipelines.nightly_airflow import nightly as dag
+            from ties_ray_pipelines.nightly_airflow import nightly as dag
         else:
             dag = DAGS[case["id"]]
         run = dag.test()
@@ -62,7 +62,7 @@ def settle_in() -> None:
     folder = Path(os.environ["AIRFLOW_HOME"]) / "dags"
     if not folder.exists():
         folder.mkdir()
-        for file in (Path(__file__), Path(pipelines.on_airflow.__file__).with_name("nightly_airflow.py")):
+        for file in (Path(__file__), Path(ties_ray_pipelines.on_airflow.__file__).with_name("nightly_airflow.py")):
             (folder / file.name).symlink_to(file)
         subprocess.run([Path(sys.executable).with_name("airflow"), "db", "migrate"], check=True)
 

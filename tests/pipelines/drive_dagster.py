@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster import AssetKey, DagsterInstance, materialize
 
-from pipelines.on_dagster import TiesRay, merge_asset
+from ties_ray_pipelines.on_dagster import TiesRay, merge_asset
 
 
 def main(told: str) -> None:
@@ -17,7 +17,7 @@ def main(told: str) -> None:
     for case in json.loads(Path(os.environ["CASES"]).read_text()):
         subprocess.run(case.get("before", ["true"]), check=True)
         if case.get("nightly"):
-            from pipelines.nightly_dagster import definitions
+            from ties_ray_pipelines.nightly_dagster import definitions
 
             instance = DagsterInstance.ephemeral()
             done = definitions.get_job_def("nightly_merge").execute_in_process(instance=instance, raise_on_error=False)

@@ -12,13 +12,13 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from pipelines.step import verdict
 from tests.conftest import Bucket, tool
 from tests.deploy.rules import broken
 from tests.tools.adapters import make_pool
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 from ties_ray.stores import Stores
+from ties_ray_pipelines.step import verdict
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "pipelines" / "argo"

@@ -15,11 +15,11 @@ import boto3
 import psutil
 import pytest
 
-from pipelines.jobs import Jobs, JobsError
 from tests.conftest import free_port, served, tool
 from tests.pipelines.conformance import PLUGINS, Json, engine_running, wait_for
 from tests.tools.adapters import make_pool
 from ties_ray.stores import Stores
+from ties_ray_pipelines.jobs import Jobs, JobsError
 
 ENGINES = ("airflow", "dagster", "kfp")
 PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")

@@ -19,7 +19,7 @@ class TestKubeflow(Conformance):
 
     def test_the_nightly_pipeline_compiles_and_carries_its_code_along(self, tmp_path: Path) -> None:
         file = tmp_path / "nightly.json"
-        code = "import sys; from kfp import compiler; from pipelines.nightly_kfp import nightly; "
+        code = "import sys; from kfp import compiler; from ties_ray_pipelines.nightly_kfp import nightly; "
         code += "compiler.Compiler().compile(nightly, sys.argv[1])"
         subprocess.run([python("kfp"), "-W", "ignore", "-c", code, str(file)], cwd=ROOT, check=True)
         spec = json.loads(file.read_text())
@@ -27,7 +27,7 @@ class TestKubeflow(Conformance):
         assert spec["root"]["dag"]["tasks"]["promote"]["dependentTasks"] == ["merge"]
         assert not spec["root"]["dag"]["tasks"]["merge"].get("cachingOptions", {}).get("enableCache")
         container = spec["deploymentSpec"]["executors"]["exec-merge"]["container"]
-        assert "from pipelines.step import" in " ".join(container["command"])
+        assert "from ties_ray_pipelines.step import" in " ".join(container["command"])
 
 
 def _is_component(process: psutil.Process) -> bool:

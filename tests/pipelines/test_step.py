@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import step
-from pipelines.jobs import JobsError, Outcome
-from pipelines.step import (
+from ties_ray_pipelines import step
+from ties_ray_pipelines.jobs import JobsError, Outcome
+from ties_ray_pipelines.step import (
     Merge,
     Promote,
     Site,
@@ -106,8 +106,8 @@ def test_a_cancelled_step_ends_within_three_seconds_even_if_it_does_not_listen(p
 
 def test_sigterm_to_the_caller_ends_the_step(program: Callable[[str], Site], tmp_path: Path) -> None:
     site = program(f"trap 'touch {tmp_path}/ended; exit 143' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done")
-    code = "import sys; from pipelines.step import *; run(Site(program=sys.argv[1]), Merge('r'), 'n')"
-    with subprocess.Popen([sys.executable, "-S", "-c", code, site.program], cwd=ROOT) as caller:
+    code = "import sys; from ties_ray_pipelines.step import *; run(Site(program=sys.argv[1]), Merge('r'), 'n')"
+    with subprocess.Popen([sys.executable, "-S", "-c", code, site.program], cwd=ROOT / "pipelines") as caller:
         assert_comes(tmp_path / "up")
         caller.terminate()
         assert caller.wait(10) == 143

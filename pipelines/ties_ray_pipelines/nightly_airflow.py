@@ -1,8 +1,8 @@
 """Airflow: every night, merge what is new in a bucket, and promote it if the evaluation approves.
 
-Set by the environment of the Airflow components, or written into a copy of this file:
-TIES_RAY_ADDRESS (dashboard of a cluster; empty: TIES_RAY_PROGRAM, a command line of this machine), TIES_RAY_RECIPE,
-TIES_RAY_POINTER, TIES_RAY_EVALUATE.
+Copy this file into the folder of DAGs. Variables of the environment of Airflow's components say what to merge:
+TIES_RAY_RECIPE, TIES_RAY_POINTER, TIES_RAY_EVALUATE. TIES_RAY_ADDRESS is the dashboard of a cluster. Without it,
+TIES_RAY_PROGRAM is a command line of this machine.
 """
 
 from datetime import datetime, timedelta
@@ -11,8 +11,8 @@ from typing import Any
 
 from airflow.sdk import DAG, dag, get_current_context, task
 
-from pipelines.on_airflow import MergeOperator, PromoteOperator, judged
-from pipelines.step import Merge, Site, name_of, run
+from ties_ray_pipelines.on_airflow import MergeOperator, PromoteOperator, judged
+from ties_ray_pipelines.step import Merge, Site, name_of, run
 
 WHERE: dict[str, Any] = {
     "address": environ.get("TIES_RAY_ADDRESS"),

@@ -1,7 +1,6 @@
 """Airflow 3: operators that merge and promote, on a Ray cluster by its jobs API or by a command line of this machine.
 
-Put `pipelines/` (this file, step.py and jobs.py) on the PYTHONPATH of scheduler, workers and triggerer. Parsing a DAG
-imports neither ties_ray, torch nor ray.
+Install this package where scheduler, workers and triggerer run. Parsing a DAG imports neither ties_ray, torch nor ray.
 """
 
 import asyncio
@@ -13,8 +12,8 @@ from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from pipelines.jobs import UNAVAILABLE, Jobs, JobsError, Json, Outcome, visible
-from pipelines.step import (
+from ties_ray_pipelines.jobs import UNAVAILABLE, Jobs, JobsError, Json, Outcome, visible
+from ties_ray_pipelines.step import (
     Command,
     Job,
     Merge,

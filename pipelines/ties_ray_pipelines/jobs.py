@@ -1,11 +1,12 @@
 """A client of Ray's jobs API, in this one file of the standard library: neither ray nor ties_ray need be installed.
 
-Workflow engines import or copy it; by hand, to run a merge on a cluster that exists already:
+Workflow engines import it. By hand it runs a merge on a cluster that exists already:
 
-    python pipelines/jobs.py --address http://head:8265 --id nightly -- ties-ray merge s3://recipes/nightly.yaml --json
+    ties-ray-job --address http://head:8265 --id nightly -- ties-ray merge s3://recipes/nightly.yaml --json
 
-It prints the job's log as it grows and exits with the code of the command, which `ray job submit` turns into 0 or 1.
-SIGINT and SIGTERM stop the job. RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN stand in for `--address` and the token.
+`python jobs.py` does the same where only this file lies. It prints the job's log as it grows and exits with the code of
+the command, which `ray job submit` turns into 0 or 1. SIGINT and SIGTERM stop the job. RAY_API_SERVER_ADDRESS and
+RAY_AUTH_TOKEN stand in for `--address` and the token.
 """
 
 import argparse
@@ -36,14 +37,14 @@ _CODES = {"recipe": 2, "input": 3, "interrupted": 4, "unavailable": 5, "cancelle
 _NOT_STARTED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE")
 """What Ray calls it when the command never ran."""
 INLINE_BYTES = 100_000
-"""Of a recipe in the command itself: Linux takes 128 KiB in one argument."""
+"""The largest recipe that stands in the command itself: Linux takes 128 KiB in one argument."""
 TRIES = 12
-"""Of a submission..."""
+"""How often a job is submitted while a cluster is there and none of its nodes can start it yet."""
+AGENT_SECONDS = 5.0
+"""The pause between two of these tries."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PASSWORD = re.compile(r"[\w+.-]+://[^/@\s]*@")
 """A user or a password in a URL."""
-AGENT_SECONDS = 5.0
-"""...with such a pause while a cluster is there, and none of its nodes can start a job yet."""
 
 
 def visible(text: str) -> str:

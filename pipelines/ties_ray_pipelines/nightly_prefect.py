@@ -1,10 +1,10 @@
 """Prefect 3: every night, merge what is new in a bucket, and promote it if the evaluation approves.
 
-    python pipelines/nightly_prefect.py          # serves the flow, with its schedule
-    python pipelines/nightly_prefect.py --once   # runs it now
+    python -m ties_ray_pipelines.nightly_prefect          # serves the flow, with its schedule
+    python -m ties_ray_pipelines.nightly_prefect --once   # runs it now
 
-Set by the environment, or written into a copy of this file: TIES_RAY_ADDRESS (dashboard of a cluster; empty:
-TIES_RAY_PROGRAM, a command line of this machine), TIES_RAY_RECIPE, TIES_RAY_POINTER, TIES_RAY_EVALUATE.
+Variables of the environment say what to merge: TIES_RAY_RECIPE, TIES_RAY_POINTER, TIES_RAY_EVALUATE. TIES_RAY_ADDRESS
+is the dashboard of a cluster. Without it, TIES_RAY_PROGRAM is a command line of this machine.
 """
 
 import sys
@@ -16,8 +16,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run, task_run
 from prefect.tasks import Task
 
-from pipelines.jobs import Json, Outcome
-from pipelines.step import Command, Merge, Promote, Site, compact, explain, is_new, name_of, run, verdict
+from ties_ray_pipelines.jobs import Json, Outcome
+from ties_ray_pipelines.step import Command, Merge, Promote, Site, compact, explain, is_new, name_of, run, verdict
 
 SITE = Site(environ.get("TIES_RAY_ADDRESS") or None, environ.get("TIES_RAY_PROGRAM", "ties-ray"))
 

@@ -1,7 +1,6 @@
 """Dagster: assets that are merges, on a Ray cluster by its jobs API or by a command line of this machine.
 
-Put `pipelines/` (this file, step.py and jobs.py) beside the code location. Loading it imports neither ties_ray, torch
-nor ray.
+Install this package where the code location runs. Loading it imports neither ties_ray, torch nor ray.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from dagster import (
 )
 from pydantic import Field
 
-from pipelines.jobs import Json, Outcome
-from pipelines.step import Command, Merge, Promote, Site, compact, explain, is_new, name_of, run, verdict
+from ties_ray_pipelines.jobs import Json, Outcome
+from ties_ray_pipelines.step import Command, Merge, Promote, Site, compact, explain, is_new, name_of, run, verdict
 
 
 class TiesRay(ConfigurableResource):  # type: ignore[type-arg]

@@ -1,13 +1,13 @@
 """Kubeflow Pipelines v2: every night, merge what is new in a bucket, and promote it if the evaluation approves.
 
-Compile it, upload it, and let a recurring run start it; `create_recurring_run` of the client takes a cron expression.
+Compile it, upload it, and let a recurring run start it. `create_recurring_run` of the client takes a cron expression.
 """
 
 from os import environ
 
 from kfp import dsl
 
-from pipelines.on_kfp import merge, promote
+from ties_ray_pipelines.on_kfp import merge, promote
 
 
 @dsl.pipeline(name="nightly-merge")

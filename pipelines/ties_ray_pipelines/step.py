@@ -1,4 +1,4 @@
-"""One command of ties_ray as a step of a workflow; of the standard library, with `jobs.py` beside it.
+"""One command of ties_ray as a step of a workflow. It needs the standard library and `jobs.py`.
 
 A step runs on a Ray cluster, by its jobs API, or by the command line of another environment on this machine. The
 engine's own process needs neither ties_ray nor torch nor ray. What every integration keeps to:
@@ -27,7 +27,7 @@ from os import environ
 from types import FrameType
 from typing import IO, Any, Literal, Protocol
 
-from pipelines.jobs import (
+from ties_ray_pipelines.jobs import (
     CANCELLED,
     INTERRUPTED,
     UNAVAILABLE,

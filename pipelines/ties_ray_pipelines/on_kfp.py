@@ -1,10 +1,12 @@
 """Kubeflow Pipelines v2: components that merge and promote, on a Ray cluster by its jobs API or by a command line.
 
-    kfp dsl compile --py pipelines/nightly_kfp.py --output nightly.yaml
+    kfp dsl compile --py nightly_kfp.py --output nightly.yaml
 
-The components carry step.py and jobs.py with them, so any image with Python and a shell will do for a cluster, and the
-image with ties_ray in it for merges in the component's own pod. Kubeflow can't tell errors that are worth another try
-from others, so the component itself tries again; leave `set_retry` alone, and caching off: buckets change.
+The components carry step.py and jobs.py with them. So any image with Python and a shell will do for merges on a
+cluster. Merges in the component's own pod need the image with ties_ray in it.
+
+Kubeflow can't tell errors that are worth another try from others, so the component itself tries again. Leave
+`set_retry` alone. Leave caching off, since buckets change.
 """
 
 import shutil
@@ -21,9 +23,9 @@ IMAGE = "python:3.11"
 def _component(function: Callable[..., Any]) -> Any:
     """Return a component that has step.py and jobs.py in it, as the package they are."""
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "pipelines"
+        package = Path(folder) / "ties_ray_pipelines"
         package.mkdir()
-        for name in ("jobs.py", "step.py"):
+        for name in ("__init__.py", "jobs.py", "step.py"):
             shutil.copy(Path(__file__).with_name(name), package)
         return dsl.component(function, base_image=IMAGE, embedded_artifact_path=folder)
 
@@ -46,7 +48,7 @@ def _merge(
     import sys
     from pathlib import Path
 
-    from pipelines.step import Merge, Site, compact, explain, name_of, run
+    from ties_ray_pipelines.step import Merge, Site, compact, explain, name_of, run
 
     wanted = json.loads(recipe) if recipe.lstrip().startswith("{") else recipe
     site, command = Site(address or None, program, env), Merge(wanted, tuple(overrides), result or None)
@@ -76,7 +78,7 @@ def _promote(
     import json
     import sys
 
-    from pipelines.step import Promote, Site, explain, is_new, name_of, run
+    from ties_ray_pipelines.step import Promote, Site, explain, is_new, name_of, run
 
     made = json.loads(record)
     if not is_new(made):
