@@ -221,6 +221,11 @@ def contract(place: str) -> str:
     return table((name, "", "what it returns or does"), sorted(rows, key=lambda row: row[1] != "must"))
 
 
+def file(path: str) -> str:
+    """Return a source file as a code block."""
+    return f"```python\n{(ROOT / path).read_text().rstrip()}\n```"
+
+
 def decisions() -> str:
     """Return the list of decision records, the newest first."""
     rows = []
@@ -283,6 +288,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "python": python_api,
     "contract": contract,
     "decisions": decisions,
+    "file": file,
     "rooms": rooms,
 }
 """By the name that a page's marker gives."""
