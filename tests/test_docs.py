@@ -13,9 +13,8 @@ from docs import generate
 from tests.tools.pages import PAGES, ROOT, blocks, num_words, sentences
 from ties_ray import plugins
 from ties_ray.recipe.parse import validate
-from ties_ray.recipe.recipe import Recipe
+from ties_ray.recipe.recipe import Allow, ModelEntry, Recipe, Run
 
-OTHERS = {ROOT / "CONTRIBUTING.md", ROOT / "docs" / "design.md", ROOT / "docs" / "performance.md"}
 LONGEST, MEDIAN = 25, 17
 """Words of a sentence."""
 
@@ -33,7 +32,7 @@ def test_every_code_block_is_run_by_a_test_or_says_why_not(page: Path) -> None:
         assert block.language in ("bash", "python", "yaml", "text", "csv", "json"), f"{block}: what language is it?"
         if block.language == "python":
             ast.parse(block.code)
-        elif block.language == "yaml":
+        elif block.language == "yaml" and not block.why_not:
             validate(whole(plain(block.code)))
 
 
@@ -52,20 +51,21 @@ def test_every_link_between_documents_leads_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", sorted(set(PAGES) - OTHERS), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_sentence_is_long(page: Path) -> None:
-    found = list(sentences(page))
-    long = [sentence for sentence in found if num_words(sentence) > LONGEST]
-    assert not long
-    assert statistics.median(map(num_words, found)) <= MEDIAN
+    assert not [sentence for sentence in sentences(page) if num_words(sentence) > LONGEST]
+
+
+def test_most_sentences_are_short() -> None:
+    assert statistics.median(num_words(sentence) for page in PAGES for sentence in sentences(page)) <= MEDIAN
 
 
 def test_the_site_fills_in_what_the_code_says(tmp_path: Path) -> None:
     generate.write_site(tmp_path / "site")
     recipe = (tmp_path / "site/reference/recipe.md").read_text()
-    for section in (Recipe, *(field.annotation for field in Recipe.model_fields.values())):
-        for name, field in getattr(section, "model_fields", {}).items():
-            assert re.search(rf"`(\w+(\[\])?\.)?{field.alias or name}`", recipe), name
+    for prefix, section in (("", Recipe), ("models[].", ModelEntry), ("run.", Run), ("allow.", Allow)):
+        for name, field in section.model_fields.items():
+            assert f"| `{prefix}{field.alias or name}` |" in recipe
     methods = (tmp_path / "site/reference/methods.md").read_text()
     assert all(f"## {name}\n" in methods for name in plugins.names("methods"))
     commands = (tmp_path / "site/reference/command-line.md").read_text()
