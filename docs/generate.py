@@ -25,8 +25,9 @@ import click
 import ties_ray
 from ties_ray import errors, plugins
 from ties_ray.cli.commands import commands
+from ties_ray.cli.method_docs import method_doc
 from ties_ray.methods import Method
-from ties_ray.recipe.json_schema import method_doc, recipe_schema
+from ties_ray.recipe.json_schema import recipe_schema
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_THE_ROOT = {
