@@ -187,7 +187,7 @@ def exit_codes() -> str:
 def python_api() -> str:
     """Return a section for each public name."""
     found = []
-    for name in ties_ray.__all__:
+    for name in sorted(set(ties_ray.__all__) - {"__version__"}, key=str.lower):
         value = getattr(ties_ray, name)
         signature = "" if inspect.isclass(value) else str(inspect.signature(value)).replace("'", "")
         text = f"## {name}\n\n" + (f"```text\n{name}{signature}\n```\n\n" if signature else "")
