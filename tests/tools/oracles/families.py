@@ -65,14 +65,20 @@ def checkpoints(seed: int, num_models: int, *, layers: int = 2, hidden: int = 6,
     return Family(base, models)
 
 
-def smooth(seed: int, num_models: int, *, layers: int = 2, hidden: int = 6, rank: int | None = None) -> Family:
-    """Return a family of generic deltas around 1e-3 and of unlike sizes, or of matrices of low rank."""
+def smooth(
+    seed: int, num_models: int, *, layers: int = 2, hidden: int = 6, rank: int | None = None, shared: float = 0.0
+) -> Family:
+    """Return a family of generic deltas around 1e-3 and of unlike sizes, or of matrices of low rank.
+
+    `shared` times one delta is in all models alike; at 0 about half of all cosines are negative.
+    """
     random = np.random.default_rng(seed)
     base, models = {}, tuple({} for _ in range(num_models))  # type: dict[str, Array], tuple[dict[str, Array], ...]
     for name, shape in shapes(layers, hidden).items():
         base[name] = np.zeros(shape)
+        common = shared * random.standard_normal(shape) if shared else 0.0
         for model in models:
-            delta = random.standard_normal(shape)
+            delta = common + random.standard_normal(shape)
             if rank is not None and is_matrix(name, delta):
                 low = min(rank, *shape)
                 delta = random.standard_normal((shape[0], low)) @ random.standard_normal((low, shape[1]))
