@@ -451,9 +451,8 @@ def verdict(package: str, case: Case) -> bool:
             wrong.append(f"{name} ({apart:.1e})")
         elif name not in case.differs:
             worst = max(worst, apart)
-    print(
-        f"{package:13}{case.name:28}{worst:9.1e}  {'; '.join(filter(None, [*sorted(set(case.differs.values())), case.note]))}"
-    )
+    reasons = [*sorted(set(case.differs.values())), *([case.note] if case.note else [])]
+    print(f"{package:13}{case.name:28}{worst:9.1e}  {'; '.join(reasons)}")
     for line in wrong:
         print(f"{'':13}not as expected: {line}")
     return not wrong
