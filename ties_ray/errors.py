@@ -49,6 +49,12 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def enumerated(names: Iterable[str], most: int = 4) -> str:
+    """Return the first few names, printable, and how many more there are."""
+    every = [printable(name) for name in names]
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
 def printable_lines(text: str) -> str:
     """Return a text that may have several lines, each of them printable."""
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))

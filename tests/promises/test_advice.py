@@ -47,7 +47,7 @@ UNFOLLOWED = {
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (
         "checkpoint", "an output of kind",
-        "the base has no such tensor", "excluded by the recipe", "holds no tensors", "{exclusion}",
+        "holds no tensors", "{exclusion}",
         "{} failed", "(the name is not known)", "`exclude: {}` {}", "--bucket", "HTTPHeaders", "ResponseMetadata",
         "response", "x-amz-", "\\", "give the folder that holds it",
     ),

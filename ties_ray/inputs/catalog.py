@@ -12,7 +12,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler
 from ties_ray.account import Account
 from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.formats import Contents, Folder, Rules
-from ties_ray.formats.checkpoint import tied
+from ties_ray.formats._checkpoint_names import tied
 from ties_ray.inputs import agreement, configs, small_files, tokenizers
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
