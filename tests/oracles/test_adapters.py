@@ -106,6 +106,39 @@ def test_compress_merge_has_the_rank_it_was_asked_for(rank: int) -> None:
         np.testing.assert_allclose(value, left @ left.T @ total[name] @ right.T @ right, atol=1e-15)
 
 
+def test_compress_merge_learns_better_directions_with_every_step() -> None:
+    adapters = families.adapters(10, (4, 4, 4), missing=False)
+    name = next(iter(adapters[0]))
+    taus = [delta[name] for delta in dense(adapters)]
+    errors = []
+    for iterations in (0, 1, 3, 30):
+        found = compress_merge(adapters, rank=2, iterations=iterations, tolerance=0.0).products
+        left, right = found["left"][name], found["right"][name]
+        errors.append(sum(np.linalg.norm(tau - left @ left.T @ tau @ right.T @ right) for tau in taus))
+        np.testing.assert_allclose(left.T @ left, np.eye(2), atol=1e-13)
+    assert errors[0] >= errors[1] >= errors[2] >= errors[3]
+    core = sum(np.linalg.norm(left.T @ tau @ right.T) ** 2 for tau in taus)
+    turned_left = np.linalg.svd(np.concatenate([tau @ right.T for tau in taus], 1))[1]
+    assert core == pytest.approx((turned_left[:2] ** 2).sum())
+
+
+def test_compress_merge_of_targets_of_one_length_does_not_hear_the_loudest() -> None:
+    adapters = families.adapters(11, (3, 3), missing=False)
+    louder = [adapters[0], {name: (50 * b, a) for name, (b, a) in adapters[1].items()}]
+    name = next(iter(adapters[0]))
+    for beta, same in ((0.0, True), (1.0, False)):
+        one, other = (compress_merge(own, rank=2, beta=beta).products["left"][name] for own in (adapters, louder))
+        assert np.allclose(one @ one.T, other @ other.T, atol=1e-3) == same
+
+
+def test_compress_merge_of_one_adapter_is_its_best_approximation() -> None:
+    adapters = families.adapters(12, (4,))
+    for name, tau in dense(adapters)[0].items():
+        u, s, v = np.linalg.svd(tau, full_matrices=False)
+        found = compress_merge(adapters, rank=2).delta[name]
+        np.testing.assert_allclose(found, (u[:, :2] * s[:2]) @ v[:2], atol=1e-13)
+
+
 def test_a_module_that_no_second_adapter_has_counts_as_zero() -> None:
     adapters = families.adapters(6, (2, 2))
     missing = "model.layers.0.mlp.up_proj"

@@ -191,7 +191,7 @@ def test_lines_scales_any_merge_to_the_size_of_the_mean() -> None:
     inner = ties(family.base, family.models).delta
     found = lines(family.base, family.models, beta=0.0, merged=inner)
     mean = sum(flat(delta) for delta in family.deltas) / 4
-    np.testing.assert_allclose(np.linalg.norm(flat(found.delta)), np.linalg.norm(mean))
+    np.testing.assert_allclose(np.abs(flat(found.delta)).sum(), np.abs(mean).sum())
 
 
 def test_layer_swapping_by_hand() -> None:

@@ -89,21 +89,52 @@ def core_space(adapters: Sequence[Adapter], *, rule: Rule = added, lambda_: floa
     return _merged_between(dense(adapters), left, right, rule, lambda_)
 
 
-def compress_merge(adapters: Sequence[Adapter], *, rank: int, rule: Rule = added, lambda_: float = 1.0) -> Merged:
-    """Compress-then-Merge (arXiv:2606.03723): as Core Space, in the `rank` directions the adapters share most.
+def compress_merge(
+    adapters: Sequence[Adapter],
+    *,
+    rank: int,
+    beta: float = 1.0,
+    rule: Rule = added,
+    lambda_: float = 1.0,
+    iterations: int = 1000,
+    tolerance: float = 1e-6,
+) -> Merged:
+    """Compress-then-Merge (He et al. 2026, arXiv:2606.03723): as Core Space, in `rank` directions learned from the tau.
 
-    U: the leading left singular vectors of [tau_1 .. tau_N]; V: the leading right ones of [tau_1; ..; tau_N], by
-    module. (METHODS leaves the choice open; this one depends on the deltas alone, not on how B and A share a scale.)
-    The result has rank `rank` at most: B = U core, A = V^T. rank at least that of both stacks loses nothing.
-    Products as of Core Space.
+    By module: targets X_i = (beta + (1 - beta) mean_j|tau_j| / |tau_i|) tau_i, over the adapters that change it; U and
+    V are the factors of their Tucker-2 decomposition, by alternation: U begins with the leading left singular vectors
+    of [X_1 .. X_N], V with the right ones of [X_1; ..; X_N]; then U becomes the leading left ones of [X_1 V .. X_N V]
+    and V the right ones of [U^T X_1; ..; U^T X_N], until, after the second time, the relative error
+    sqrt(|X|^2 - |core|^2) / |X| changes by less than `tolerance`. The cores are U^T tau_i V of the tau_i themselves.
+    beta = 1 does not rescale, beta = 0 makes all targets equally long (the paper: 0 to .75 serve).
+    The result has rank `rank` at most: B = U core, A = V^T. A rank at least that of both stacks loses nothing.
+    Depends on the deltas alone, not on how B and A share a scale. Products as of Core Space.
     """
     deltas = dense(adapters)
     left, right = {}, {}
     for name in deltas[0]:
-        stack = stacked(deltas, name)
-        left[name] = svd(np.concatenate(list(stack), 1), rank)[0]
-        right[name] = svd(np.concatenate(list(stack), 0), rank)[2]
+        targets = [tau for tau in stacked(deltas, name) if tau.any()]
+        sizes = np.array([np.linalg.norm(tau) for tau in targets])
+        shares = [beta + (1 - beta) * sizes.mean() / size for size in sizes]
+        stretched = [share * tau for share, tau in zip(shares, targets, strict=True)] or [deltas[0][name]]
+        left[name], right[name] = _tucker(stretched, rank, iterations, tolerance)
     return _merged_between(deltas, left, right, rule, lambda_)
+
+
+def _tucker(targets: Sequence[Array], rank: int, iterations: int, tolerance: float) -> tuple[Array, Array]:
+    """Return U (m, rank) and V^T (rank, n)."""
+    left = svd(np.concatenate(targets, 1), rank)[0]
+    right = svd(np.concatenate(targets, 0), rank)[2]
+    whole = sum(float(np.vdot(tau, tau)) for tau in targets)
+    errors: list[float] = []
+    for _ in range(iterations if whole else 0):
+        left = svd(np.concatenate([tau @ right.T for tau in targets], 1), rank)[0]
+        right = svd(np.concatenate([left.T @ tau for tau in targets], 0), rank)[2]
+        kept = sum(float(np.sum((left.T @ tau @ right.T) ** 2)) for tau in targets)
+        errors.append(np.sqrt(abs(whole - kept) / whole))
+        if len(errors) > 2 and abs(errors[-2] - errors[-1]) < tolerance:
+            break
+    return left, right
 
 
 def _merged_between(deltas: Sequence[Tensors], left: Tensors, right: Tensors, rule: Rule, lambda_: float) -> Merged:

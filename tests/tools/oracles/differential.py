@@ -19,9 +19,10 @@ import torch
 
 from tests.tools.oracles import families
 from tests.tools.oracles.breadcrumbs import breadcrumbs
+from tests.tools.oracles.consensus import consensus
 from tests.tools.oracles.della import della
 from tests.tools.oracles.electing import dare, ties
-from tests.tools.oracles.elements import ram
+from tests.tools.oracles.elements import magmax, ram
 from tests.tools.oracles.emr import emr
 from tests.tools.oracles.families import Family
 from tests.tools.oracles.iso import iso_c, iso_cts
@@ -29,6 +30,7 @@ from tests.tools.oracles.model_stock import model_stock
 from tests.tools.oracles.nearswap import nearswap
 from tests.tools.oracles.opcm import opcm
 from tests.tools.oracles.protocol import Array, Tensors, is_matrix
+from tests.tools.oracles.regmean import regmean
 from tests.tools.oracles.sce import sce
 from tests.tools.oracles.spherical import karcher, multislerp, nuslerp, slerp
 from tests.tools.oracles.tsv import tsv
@@ -381,8 +383,34 @@ def opcm_of_fusion(family: Family) -> Tensors:
     return {name: value.numpy() for name, value in merged.items()}
 
 
+def consensus_of_fusion(family: Family) -> Tensors:
+    """Return Consensus from fusion_bench's TALL masks, which compare whole weights."""
+    module = importlib.import_module("fusion_bench.method.tall_mask.task_arithmetic")
+    base = {name: torch.from_numpy(np.array(value)) for name, value in family.base.items()}
+    models = [{name: torch.from_numpy(np.array(value)) for name, value in model.items()} for model in family.models]
+    total = {name: sum(model[name] - value for model in models) for name, value in base.items()}
+    multi = {name: value + total[name] for name, value in base.items()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        masks = [module.generate_task_masks(multi, model, base, tall_mask_lambda=0.4) for model in models]
+    return {name: (value * (sum(mask[name] for mask in masks) >= 2)).numpy() for name, value in total.items()}
+
+
+def regmean_of_fusion(family: Family) -> Tensors:
+    """Return RegMean by fusion_bench, whose inverse needs a Gram matrix of full rank."""
+    module = importlib.import_module("fusion_bench.method.regmean.regmean")
+    own = [
+        {name.removesuffix(".weight"): torch.from_numpy(gram) for name, gram in each.items()}
+        for each in families.grams(3, family)
+    ]
+    taus = {name: [torch.from_numpy(np.array(delta[name])) for delta in family.deltas] for name in family.base}
+    torch.set_default_dtype(torch.float64)
+    found = module.merging_with_regmean_weights(taus, own, reduce_non_diagonal_ratio=0.9)
+    torch.set_default_dtype(torch.float32)
+    return {name: value.numpy() for name, value in found.items()}
+
+
 def cases_of_fusion_bench() -> Iterator[Case]:
-    """Yield fusion_bench's matrix methods and EMR."""
+    """Yield fusion_bench's matrix methods, EMR, MagMax, Consensus and RegMean."""
     three = families.smooth(4, 3)
     moved = without(three, FROZEN)
     narrow = dict.fromkeys(NARROW, "a matrix of width 1 is a vector here")
@@ -416,6 +444,15 @@ def cases_of_fusion_bench() -> Iterator[Case]:
     )
     yield Case("opcm", opcm_of_fusion, lambda f: opcm(f.base, f.models).delta, three)
     grid = families.checkpoints(5, 4)
+    yield Case("magmax", fusion("magmax.magmax", "_magmax_select"), lambda f: magmax(f.base, f.models).delta, grid)
+    yield Case("consensus", consensus_of_fusion, lambda f: consensus(f.base, f.models).delta, grid)
+    yield Case(
+        "regmean",
+        regmean_of_fusion,
+        lambda f: regmean(f.base, f.models, grams=families.grams(3, f)).delta,
+        without(three, FROZEN),
+        1e-9,
+    )
     yield Case("emr", fusion("emr_merging.utils", "emr_merge"), lambda f: emr(f.base, f.models).delta, grid)
 
 

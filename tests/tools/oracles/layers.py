@@ -3,7 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from tests.tools.oracles.protocol import Merged, Tensors, norm, stacked, task_vectors
+import numpy as np
+
+from tests.tools.oracles.protocol import Merged, Tensors, stacked, task_vectors
 
 LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers?|blocks?|h|resblocks))\.(?P<index>\d+)(?:\.|$)")
 
@@ -42,17 +44,18 @@ def lines(
     """LiNeS (Wang et al. 2025, arXiv:2410.17146): scale the merged delta by alpha + beta l / (L - 1) in layer l of L.
 
     `merged` is the delta of any method, by default the sum of the task vectors. Parameters outside the layers are
-    scaled by alpha. alpha = |sum tau| / |merged| / N by default, norms over the whole model: 1/N for the sum; 0 where
-    the merged delta is zero. L = 1: the layer counts as the last, hence alpha + beta, as a gradient of one layer does
-    in mergekit. The published code takes the first number of a name, so an expert may pass for a layer.
+    scaled by alpha. alpha = |sum tau|_1 / |merged|_1 / N by default, sums of magnitudes over the whole model: 1/N for
+    the sum; 0 where the merged delta is zero. For one model the paper takes beta = 1 - alpha.
+    L = 1: the layer counts as the last, hence alpha + beta, as a gradient of one layer does in mergekit. The published
+    code takes the smallest i whose ".i." is anywhere in the name, so an expert may pass for a layer.
     Products: `alpha`, `scales` by parameter.
     """
     deltas = task_vectors(base, models)
     total = {name: stacked(deltas, name).sum(0) for name in deltas[0]}
     inner = total if merged is None else merged
     if alpha is None:
-        size = norm(inner)
-        alpha = norm(total) / size / len(deltas) if size else 0.0
+        size = sum(float(np.abs(value).sum()) for value in inner.values())
+        alpha = sum(float(np.abs(value).sum()) for value in total.values()) / size / len(deltas) if size else 0.0
     scales = {name: alpha + beta * (depth or 0.0) for name, depth in depths(list(inner)).items()}
     return Merged(
         {name: scales[name] * value for name, value in inner.items()}, base, {"scales": scales, "alpha": alpha}

@@ -15,6 +15,8 @@ def lora_lego(
     clusters: int,
     starts: Mapping[str, Sequence[int]] | None = None,
     balance: bool = False,
+    order: float = 2,
+    pooled: bool = False,
     iterations: int = 100,
 ) -> Merged:
     """LoRA-LEGO, by module: k-means of all units (row j of A beside column j of B), one rank of the output a cluster.
@@ -22,8 +24,9 @@ def lora_lego(
     Units are in order of adapters, then ranks, B and A with the square root of the scale folded into both. `starts`
     are the units that are the first centroids, the first `clusters` by default. Lloyd: each unit to the nearest
     centroid (the lowest of equals), each centroid to the mean of its units (an empty one stays); until no unit
-    moves, at most `iterations` times. Then each centroid is scaled to the mean norm of its units, and the output by
-    sqrt(r / clusters), r the mean rank of the adapters. `balance` first gives both halves of each unit the same norm.
+    moves, at most `iterations` times. Then each centroid is scaled to the mean norm of its units, of that `order` (one
+    reimplementation takes the largest element, order inf), and the output by sqrt(r / clusters), r the mean rank of
+    the adapters, or, `pooled`, the number of all units. `balance` first gives both halves of a unit the same norm.
     As many clusters as units: each unit is its own centroid; for N = 1 that is the model. N identical adapters and
     clusters = r give the adapter if each start is another rank. More clusters than units are refused.
     Products: `factors` (B, A) by module, `labels` of the units.
@@ -42,11 +45,12 @@ def lora_lego(
         first = list(range(clusters)) if starts is None else list(starts[name])
         labels[name], centres = _clustered(units, first, iterations)
         for cluster in range(clusters):
-            sizes = np.linalg.norm(units[labels[name] == cluster], axis=1)
-            length = np.linalg.norm(centres[cluster])
+            sizes = np.linalg.norm(units[labels[name] == cluster], order, axis=1)
+            length = np.linalg.norm(centres[cluster], order)
             if len(sizes) and length:
                 centres[cluster] *= sizes.mean() / length
-        scale = np.sqrt(np.mean([a.shape[0] for _, a in own]) / clusters)
+        ranks = [a.shape[0] for _, a in own]
+        scale = np.sqrt((np.sum(ranks) if pooled else np.mean(ranks)) / clusters)
         b, a = centres[:, : left.shape[1]].T, centres[:, left.shape[1] :]
         pairs[name] = (np.sqrt(scale) * b, np.sqrt(scale) * a)
         merged[name] = pairs[name][0] @ pairs[name][1]

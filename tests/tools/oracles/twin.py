@@ -19,8 +19,9 @@ def twin(
 ) -> Merged:
     """Twin-Merging: shared = lambda sum tau_i; exclusive_i = the r leading triplets of tau_i - shared, by matrix.
 
-    r = max(1, int((1 - mask_rate) min(m, n))) or `rank`, at most the numerical rank (relative to the larger of the
-    largest singular values of tau_i and of the shared delta). Vectors stay whole in the exclusive part. At full rank
+    r = max(1, int((1 - mask_rate) min(m, n))) or `rank`; 1 - .9 is a little below .1, so r of width 20 is 1. At most
+    the numerical rank, relative to the larger of the largest singular values of tau_i and of the shared delta.
+    Vectors stay whole in the exclusive part. At full rank
     shared + exclusive_i is the model i. The router is outside. N = 1 with lambda = 1: the exclusive part is zero.
     Products: `exclusive`, for each model a dict of (B, A) pairs with B (m, r) = U sqrt(s), A (r, n) = sqrt(s) V^T by
     matrix; `vectors`, for each model a dict of whole deltas.
