@@ -19,7 +19,7 @@ from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
 from ties_ray.layout.footprint import hull
-from ties_ray.libraries.naming import Tie
+from ties_ray.libraries.ties import Tie
 from ties_ray.stores import Stores
 from ties_ray.tensors import Parameter, Read, joined
 from ties_ray.testing import FormatContract, folder_of

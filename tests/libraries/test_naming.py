@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from ties_ray.libraries.naming import Match, Shape, Tie, kinds_of, matched, ties_of
+from ties_ray.libraries.conversions import kinds_of
+from ties_ray.libraries.naming import Match, Shape, matched
+from ties_ray.libraries.ties import Tie, ties_of
 
 Shapes = Mapping[str, Shape]
 MIXTRAL = kinds_of({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"})
@@ -203,3 +205,9 @@ def test_a_known_class_ties_only_what_it_ties() -> None:
     assert ties_of(stacks, ("FSMTModel", "fsmt")) == [Tie(stacks[1], stacks[0])]
     head = "lm_head.out_proj.weight"
     assert ties_of([*stacks, head], ("T5GemmaForConditionalGeneration", "t5gemma")) == [Tie(head, stacks[0])]
+
+
+def test_models_of_one_layout_are_matched_once() -> None:
+    base: dict[str, Shape] = {"layers.0.q.weight": (4, 4), "layers.1.q.weight": (4, 4)}
+    model: dict[str, Shape] = {f"model.{name}": shape for name, shape in base.items()}
+    assert matched(dict(model), base) is matched(model, dict(base))

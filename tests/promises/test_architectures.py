@@ -10,7 +10,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tests.tools.architectures import CLASSES, build, check, kinds, values
 from tests.tools.conversions import TARGET, collected, text
-from ties_ray.libraries.naming import kinds_of, matched
+from ties_ray.libraries.conversions import kinds_of
+from ties_ray.libraries.naming import matched
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 REFUSED = ("Inkling2", "Kimi_K25", "MistralLarge4", "PI0", "Step3p7", "Tipsv2")

@@ -1,4 +1,4 @@
-"""Write ties_ray/conversions.json: what transformers renames, converts and ties, as facts without its code.
+"""Write ties_ray/libraries/conversions.json: what transformers renames, converts and ties, as facts without its code.
 
 `python -m tests.tools.conversions` writes it anew for the transformers that is installed.
 """
@@ -15,9 +15,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from ties_ray.libraries import naming
+from ties_ray.libraries import conversions
 
-TARGET = Path(naming.__file__).with_name("conversions.json")
+TARGET = Path(conversions.__file__).with_name("conversions.json")
 
 
 def collected() -> dict[str, Any]:

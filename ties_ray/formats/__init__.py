@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from ties_ray import plugins
 from ties_ray.account import Account
 from ties_ray.errors import Problem
-from ties_ray.libraries import naming
 from ties_ray.libraries.library import TRANSFORMERS, Library
+from ties_ray.libraries.ties import Tie
 from ties_ray.safetensors import Header
 from ties_ray.stores import Pin
 from ties_ray.tensors import Kind, Parameter, Read, Source
@@ -38,8 +38,8 @@ class Rules(NamedTuple):
     saved_modules: bool = False
     """Whole tensors that an adapter saved beside its factors are merged as dense changes."""
     kinds: tuple[str, ...] = ()
-    """What the base's config calls it (`naming.kinds_of`), by which its names are known."""
-    tied: tuple[naming.Tie, ...] = ()
+    """What the base's config calls it (`conversions.kinds_of`), by which its names are known."""
+    tied: tuple[Tie, ...] = ()
     """Parameters that the base does not store, as they share the tensors of others."""
 
     def excludes(self, name: str) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 
 from ties_ray.errors import enumerated
 from ties_ray.formats import Rules
-from ties_ray.libraries import naming
+from ties_ray.libraries.conversions import kinds_of
+from ties_ray.libraries.naming import Match, Piece, matched
+from ties_ray.libraries.ties import Tie, always_tied, tied_by_default, ties_of, unstored
 from ties_ray.safetensors import COPYABLE, DTYPE_BITS
 from ties_ray.tensors import Parameter, TensorRef
 
@@ -21,9 +23,9 @@ class ModelNames:
     def __init__(
         self, stored: Mapping[str, TensorRef], config: Mapping[str, Any], base: Mapping[str, Parameter]
     ) -> None:
-        kinds = naming.kinds_of(config)
+        kinds = kinds_of(config)
         shapes = {name: ref.shape for name, ref in stored.items()}
-        match = naming.matched(shapes, {name: parameter.shape for name, parameter in base.items()}, kinds)
+        match = matched(shapes, {name: parameter.shape for name, parameter in base.items()}, kinds)
         self.problems = list(match.problems)
         self.notes = list(_stored_otherwise(match, stored))
         self.tensors = {
@@ -37,9 +39,9 @@ class ModelNames:
         self.tied: dict[str, str] = {}
         """By a name in `left`: the base's parameter with which the tensor may share its value."""
         if self.left or len(self.tensors) < len(base):
-            self._tie(base, naming.ties_of([*base, *self.left], kinds), ties(config, unsaid=True))
+            self._tie(base, ties_of([*base, *self.left], kinds), ties(config, unsaid=True))
 
-    def _tie(self, base: Mapping[str, Parameter], pairs: Sequence[naming.Tie], tied: bool) -> None:
+    def _tie(self, base: Mapping[str, Parameter], pairs: Sequence[Tie], tied: bool) -> None:
         """Settle names that may mean one value, where the base and the model store different ones of them."""
         groups: dict[str, list[str]] = {}
         for alias, kept in pairs:
@@ -99,7 +101,7 @@ def _is_table(parameter: Parameter, rules: Rules) -> bool:
     return parameter.dtype in COPYABLE and not rules.excludes(parameter.name)
 
 
-def _stored_otherwise(match: naming.Match, stored: Mapping[str, TensorRef]) -> Iterator[str]:
+def _stored_otherwise(match: Match, stored: Mapping[str, TensorRef]) -> Iterator[str]:
     """Yield notes on parameters that the model stores otherwise than the base."""
     renamed, cut, joined = list[str](), list[str](), list[str]()
     for name, (first, *others) in match.pieces.items():
@@ -118,14 +120,14 @@ def _stored_otherwise(match: naming.Match, stored: Mapping[str, TensorRef]) -> I
             yield f"{len(names)} parameters {what}: {enumerated(names)}"
 
 
-def _cut(ref: TensorRef, piece: naming.Piece) -> TensorRef:
+def _cut(ref: TensorRef, piece: Piece) -> TensorRef:
     """Return the place of a run of a tensor's elements."""
     return ref._replace(start=ref.start + piece.start * DTYPE_BITS[ref.dtype] // 8, shape=piece.shape)
 
 
-def tied(names: Collection[str], config: Mapping[str, Any]) -> list[naming.Tie]:
+def tied(names: Collection[str], config: Mapping[str, Any]) -> list[Tie]:
     """Return the parameters of a model of this config that are not stored, because it ties them to stored ones."""
-    return naming.unstored(names, config) if ties(config) else []
+    return unstored(names, config) if ties(config) else []
 
 
 def ties(config: Mapping[str, Any], *, unsaid: bool | None = None) -> bool:
@@ -135,9 +137,9 @@ def ties(config: Mapping[str, Any], *, unsaid: bool | None = None) -> bool:
     """
     text = config.get("text_config")
     kinds = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
-    if any(map(naming.always_tied, kinds)):
+    if any(map(always_tied, kinds)):
         return True
-    default = any(map(naming.tied_by_default, kinds)) if unsaid is None else unsaid
+    default = any(map(tied_by_default, kinds)) if unsaid is None else unsaid
     return setting(config, "tie_word_embeddings", default) is True
 
 

@@ -12,8 +12,10 @@ from ties_ray.formats import _checkpoint_files as files_of
 from ties_ray.formats._checkpoint_model import Checked, check_model, refused_dtypes
 from ties_ray.formats._checkpoint_names import ModelNames, ties
 from ties_ray.kernels import Encoded
-from ties_ray.libraries import naming, quantised
+from ties_ray.libraries import quantised
+from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import CONFIGS, library_of
+from ties_ray.libraries.ties import ties_of
 from ties_ray.libraries.weight_files import ADAPTER, STEMS, candidates, is_index, is_weights, usual
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 from ties_ray.stores import last_part
@@ -190,5 +192,5 @@ def _base_ties(stored: Mapping[str, TensorRef], config: Mapping[str, Any]) -> li
     """Return (alias, name that is kept) of tensors that are stored twice if the config's ties hold."""
     if not ties(config):
         return []
-    pairs = naming.ties_of(stored, naming.kinds_of(config))
+    pairs = ties_of(stored, kinds_of(config))
     return [(tie.alias, tie.kept) for tie in pairs if stored[tie.alias].shape == stored[tie.kept].shape]

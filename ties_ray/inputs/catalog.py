@@ -21,7 +21,7 @@ from ties_ray.inputs.fetch import README, FetchedInput, ListedInput, Problems, f
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.pins import verify_pins, weak_pins
 from ties_ray.inputs.small_files import SmallFile
-from ties_ray.libraries import naming
+from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.outputs import DTYPES
 from ties_ray.recipe.recipe import Recipe
@@ -246,7 +246,7 @@ def _rules(recipe: Recipe) -> Rules:
 def _with_names(rules: Rules, folder: Folder, base: Collection[str]) -> Rules:
     """Return the rules with what the base's config tells of names; its format has refused what is no object."""
     config = json.loads(folder.texts.get("config.json", b"{}"))
-    return rules._replace(kinds=naming.kinds_of(config), tied=tuple(tied(base, config)))
+    return rules._replace(kinds=kinds_of(config), tied=tuple(tied(base, config)))
 
 
 def _parameter(name: str, source: Source, rules: Rules) -> Parameter:

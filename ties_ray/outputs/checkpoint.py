@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray import bounded
 from ties_ray.kernels import Kernels
-from ties_ray.libraries import naming
 from ties_ray.libraries.library import Library
+from ties_ray.libraries.ties import ties_only_the_head
 from ties_ray.outputs import DTYPES, ElementwiseOutput, OutputFile, OutputTensor, weight_map
 from ties_ray.tensors import Parameter
 
@@ -57,7 +57,7 @@ class Checkpoint(ElementwiseOutput):
         # transformers writes `torch_dtype` up to version 4 and `dtype` since; both read either.
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"] if self.dtype else ():
             config[key] = self.dtype
-        if unties and naming.ties_only_the_head(config):
+        if unties and ties_only_the_head(config):
             for part in (config, config.get("text_config")):
                 if isinstance(part, dict):
                     part["tie_word_embeddings"] = False
