@@ -22,7 +22,7 @@ demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster
 SLOW := tests/test_docs_run.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/promises/test_architectures.py
 
 test: $(VENV)/installed  ## all tests but the slow ones, file by file on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines $(SLOW))
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines tests/packaging $(SLOW))
 
 $(UV):
 	$(PYTHON) -m venv $(ENGINES)/uv
@@ -38,6 +38,9 @@ engines: $(foreach engine,airflow dagster kfp,$(ENGINES)/$(engine)/installed)
 docs: $(VENV)/installed  ## the site, in build/site; broken links and other warnings are errors
 	$(BIN)/python -m docs.generate build/docs
 	$(BIN)/zensical build --strict --clean
+
+package: $(VENV)/installed  ## wheels and sdists: what they hold, and that they work in environments of their own
+	$(BIN)/python -m pytest -q tests/packaging
 
 slow: $(VENV)/installed  ## the code of all pages; all architectures; 200 adapters from a bucket, on Ray; every benchmark, small; the GPU's kernels, interpreted
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(SLOW)

@@ -1,0 +1,152 @@
+"""The wheels hold what they should, and work in environments of their own.
+
+They are built from copies of the tracked files, without the network. The environment of `ties-ray` is fresh. It borrows
+the dependencies of this one, but not its editable ties_ray, by a line in a .pth file. That of `ties-ray-pipelines` has
+the standard library alone. Whether pip can resolve the dependencies is shown by `make .venv/installed`.
+"""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import ZipFile
+
+import pytest
+
+from tests.tools.families import make_family
+from ties_ray.stores import Stores
+
+ROOT = Path(__file__).parents[2]
+PROVIDED_BY = {
+    "google_crc32c": "google-crc32c", "llvmlite": "numba", "pydantic_core": "pydantic", "re2": "google-re2",
+    "ruamel": "ruamel.yaml",
+}  # fmt: skip
+"""The distributions of modules with other names. numba and pydantic each pin the module that they are built on."""
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+"""What a user of the package has: no PYTHONPATH."""
+
+
+class Built(NamedTuple):
+    """What a build makes."""
+
+    sdist: Path
+    wheel: Path
+
+    def of_sdist(self) -> set[str]:
+        with tarfile.open(self.sdist) as archive:
+            return {name.partition("/")[2] for name in archive.getnames()}
+
+    def of_wheel(self) -> set[str]:
+        with ZipFile(self.wheel) as archive:
+            return set(archive.namelist())
+
+
+def build(source: Path, folder: Path) -> Built:
+    """Build an sdist of tracked files, and a wheel of that sdist."""
+    copy = folder / "source"
+    for name in tracked(source):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, copy / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
+    return Built(sdist, wheel)
+
+
+def tracked(folder: Path) -> list[str]:
+    listed = subprocess.check_output(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=folder)
+    return [name for name in listed.decode().splitlines() if (folder / name).is_file()]
+
+
+def environment(folder: Path, wheel: Path, *borrowed: str) -> Path:
+    """Make a virtual environment with a wheel in it; return its folder of commands. borrowed: paths to import from."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    place = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    (Path(place.strip()) / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(ROOT, tmp_path_factory.mktemp("ties-ray"))
+
+
+@pytest.fixture(scope="module")
+def installed(ours: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("environment"), ours.wheel, sysconfig.get_path("purelib"))
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(ROOT / "pipelines", tmp_path_factory.mktemp("pipelines"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(ours: Built) -> None:
+    package = {name for name in tracked(ROOT) if name.startswith("ties_ray/")}
+    assert {"ties_ray/py.typed", "ties_ray/libraries/conversions.json"} <= package
+    beside = ours.of_wheel() - package
+    assert not package - ours.of_wheel()
+    assert all(".dist-info/" in name for name in beside), beside
+    assert any(name.endswith("licenses/LICENSE") for name in beside)
+
+
+def test_the_sdist_holds_what_builds_the_wheel(ours: Built) -> None:
+    files = ours.of_sdist()
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "ties_ray/py.typed"} <= files
+    assert not [name for name in files if name.startswith(("tests/", "pipelines/", "docs/"))]
+
+
+def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
+    imported: set[str] = set()
+    for file in (ROOT / "ties_ray").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add((node.module or "").partition(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"ties_ray"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["hub"], *extras["gpu"]]
+    declared = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}
+    found = {PROVIDED_BY.get(module, module).lower() for module in foreign}
+    assert found - declared <= {"pytest"}, "only the contract suites of ties_ray.testing need pytest"
+
+
+def test_the_installed_package_merges(installed: Path, tmp_path: Path) -> None:
+    where = "import ties_ray; print(ties_ray.__file__)"
+    place = subprocess.check_output([installed / "python", "-c", where], cwd=tmp_path, env=ENVIRONMENT, text=True)
+    assert place.startswith(str(installed.parent)), place
+    told = subprocess.check_output([installed / "ties-ray", "--version"], cwd=tmp_path, env=ENVIRONMENT, text=True)
+    assert told.split()[-1] == importlib.metadata.version("ties-ray")
+    family = make_family(Stores({}).of("/"), str(tmp_path / "family"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{{base: {family.base}, models: [{tmp_path}/family/model-*], method: ties, output: merged}}")
+    command = [installed / "ties-ray", "merge", recipe, "--set", "run.executor=local"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_the_steps_of_workflow_engines_need_the_standard_library_alone(pipelines: Built, tmp_path: Path) -> None:
+    package = {name for name in tracked(ROOT / "pipelines") if name.startswith("ties_ray_pipelines/")}
+    beside = pipelines.of_wheel() - package
+    assert not package - pipelines.of_wheel()
+    assert all(".dist-info/" in name for name in beside), beside
+    assert any(name.endswith("licenses/LICENSE") for name in beside)
+    commands = environment(tmp_path / "environment", pipelines.wheel)
+    for module in ("step", "jobs"):
+        subprocess.run([commands / "python", "-I", "-c", f"import ties_ray_pipelines.{module}"], check=True)
+    assert "--address" in subprocess.check_output([commands / "ties-ray-job", "--help"], env=ENVIRONMENT, text=True)
