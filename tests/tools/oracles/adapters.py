@@ -50,7 +50,8 @@ def knots(
     Products: `basis` U (m, p) by module.
     """
     deltas = task_vectors(base, models)
-    bases, parts = {}, [{} for _ in deltas]  # type: list[dict[str, Array]]
+    bases: dict[str, Array] = {}
+    parts: list[dict[str, Array]] = [{} for _ in deltas]
     for name in deltas[0]:
         stack = stacked(deltas, name)
         if stack.ndim != 3:

@@ -81,7 +81,10 @@ def ties(
     merged, signs = elected(
         terms, own, profile=profile, zero_sum=zero_sum, merge=merge, elect=elect, normalize=normalize
     )
-    products = {"kept": np.stack([flat(one).astype(np.bool_) for one in kept]), "elected": signs}
+    products = {
+        "kept": np.stack([np.concatenate([one[name].ravel() for name in sorted(one)]) for one in kept]),
+        "elected": signs,
+    }
     return Merged({name: lambda_ * value for name, value in merged.items()}, base, products)
 
 

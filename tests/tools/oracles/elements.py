@@ -66,7 +66,7 @@ def ram(
         shared = (flags & (counts[name] > 1)).reshape(len(deltas), -1).sum(1)
         alone = (flags & (counts[name] == 1)).reshape(len(deltas), -1).sum(1)
         tallies[name] = np.stack([shared, alone])
-    whole = sum(tallies.values())
+    whole = np.sum(list(tallies.values()), axis=0)
     merged, scales = {}, {}
     for name, flags in changes.items():
         shared, alone = whole if scope == "model" else tallies[name]

@@ -66,7 +66,7 @@ def iso_cts(
         shared = svd(total, width - each * len(stack))
         largest = np.linalg.norm(total, 2)
         own = [
-            svd(tau - shared[0] @ (shared[0].T @ tau), each, scale=max(largest, np.linalg.norm(tau, 2)))
+            svd(tau - shared[0] @ (shared[0].T @ tau), each, scale=float(max(largest, np.linalg.norm(tau, 2))))
             for tau in stack
         ]
         parts = [*own, shared]

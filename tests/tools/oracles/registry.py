@@ -20,7 +20,7 @@ from tests.tools.oracles.layers import lines
 from tests.tools.oracles.model_stock import model_stock
 from tests.tools.oracles.opcm import opcm
 from tests.tools.oracles.pcb import pcb
-from tests.tools.oracles.protocol import Merged
+from tests.tools.oracles.protocol import Flags, Merged
 from tests.tools.oracles.regmean import regmean
 from tests.tools.oracles.sce import sce
 from tests.tools.oracles.spherical import karcher, multislerp
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     """Deltas twice as large give a merged delta twice as large."""
 
 
-def _kept(family: Family) -> list[dict[str, families.Array]]:
+def _kept(family: Family) -> list[dict[str, Flags]]:
     return [{name: draw < 0.5 for name, draw in own.items()} for own in families.draws(5, family)]
 
 

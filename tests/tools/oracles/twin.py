@@ -37,7 +37,7 @@ def twin(
                 rest[name] = tau - shared[name]
                 continue
             count = max(1, int((1 - mask_rate) * min(tau.shape))) if rank is None else rank
-            scale = max(np.linalg.norm(tau, 2), np.linalg.norm(shared[name], 2))
+            scale = float(max(np.linalg.norm(tau, 2), np.linalg.norm(shared[name], 2)))
             u, s, v = svd(tau - shared[name], count, scale=scale)
             pairs[name] = (u * np.sqrt(s), np.sqrt(s)[:, None] * v)
         exclusive.append(pairs)
