@@ -90,7 +90,7 @@ def plan(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "P
     """
     from ties_ray.operations import merging
 
-    return merging.plan(_recipe(recipe))
+    return merging.plan(_as_recipe(recipe))
 
 
 def merge(
@@ -108,16 +108,16 @@ def merge(
     """
     from ties_ray.operations import merging
 
-    return merging.merge(_recipe(recipe), fresh=fresh, watch=watch)
+    return merging.merge(_as_recipe(recipe), fresh=fresh, watch=watch)
 
 
-def _recipe(given: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":
+def _as_recipe(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":
     from ties_ray.recipe.parse import validate
     from ties_ray.recipe.recipe import Recipe
 
-    if isinstance(given, Recipe):
-        return given
-    return validate(dict(given)) if isinstance(given, Mapping) else load_recipe(given)
+    if isinstance(recipe, Recipe):
+        return recipe
+    return validate(dict(recipe)) if isinstance(recipe, Mapping) else load_recipe(recipe)
 
 
 def __getattr__(name: str) -> object:

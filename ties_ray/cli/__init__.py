@@ -1,1 +1,1 @@
-"""The command line `ties-ray`: commands, and the words on the screen."""
+"""The command line `ties-ray`: its commands, and their texts on the screen."""

@@ -121,7 +121,7 @@ def commands() -> None:
 @_command
 @_RECIPE
 @_SET
-@click.option("--full", is_flag=True, help="With --json: print the whole stored plan, every tensor and its place.")
+@click.option("--full", is_flag=True, help="Print the whole stored plan, every tensor and its place; needs --json.")
 @click.option("--no-rates", is_flag=True, help="Read headers only: do not measure, and predict no time.")
 def _plan(console: Console, recipe: str, overrides: Sequence[str], full: bool, no_rates: bool) -> int:
     """Say what a merge reads, writes and needs, and how long it takes.

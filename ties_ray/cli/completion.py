@@ -1,4 +1,4 @@
-"""What a shell completes: files, names of methods, and fields of a recipe."""
+"""Shell completion of files, names of methods, and fields of a recipe."""
 
 import typing
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What every command shares: the record on standard output, the log on standard error, and the exit code."""
+"""The console of a command: the record on standard output, the log on standard error, and the exit code."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ties_ray.reports.records import Watch
 
 log = logging.getLogger("ties_ray")
-"""What a command tells beside its record: progress, notes and errors."""
+"""Progress, notes and errors of a command."""
 _ERRORS_SHOWN = 50
 
 
@@ -113,7 +113,7 @@ def _logging(level: int) -> Iterator[None]:
 
 
 class _StandardError(logging.Handler):
-    """Writes to what standard error is at the moment: a progress bar replaces it to stay below the lines."""
+    """Writes to the current standard error, which a progress bar replaces to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(self.format(record), err=True)
@@ -141,8 +141,8 @@ def _as_merge_error(caught: BaseException) -> MergeError:
         return error
     if isinstance(caught, KeyboardInterrupt):
         number = received[0] if received else signal.SIGINT
-        what = f"cancelled by {signal.Signals(number).name}"
-        cancelled = Cancelled(Problem("", what, "what is done is kept, and the same command continues"))
+        message = f"cancelled by {signal.Signals(number).name}"
+        cancelled = Cancelled(Problem("", message, "what is done is kept, and the same command continues"))
         cancelled.exit_code = 128 + number
         return cancelled
     return MergeError(_defect(Problem("", f"{type(caught).__name__}: {caught}")))

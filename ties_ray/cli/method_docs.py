@@ -1,4 +1,4 @@
-"""What a method's class says about itself, for people and as a record."""
+"""The description of a method, from the docstrings and fields of its class."""
 
 import inspect
 import json
@@ -14,22 +14,24 @@ class _Doc(BaseModel):
 
 
 class ParameterDoc(_Doc):
-    """One parameter of a method."""
+    """A parameter of a method."""
 
     name: str
-    """As a recipe writes it."""
+    """Name in a recipe."""
     default: str
+    """Default as text; `required` where there is none."""
     allowed: str
+    """Type, choices and bounds."""
     description: str
 
 
 class MethodDoc(_Doc):
-    """All about one method."""
+    """A method and its parameters."""
 
     name: str
     description: str
     scales: Literal["sum", "mean"]
-    """What lambda multiplies."""
+    """The value that lambda multiplies."""
     paper: str
     has_density: bool
     """Whether models may have a density of their own."""
@@ -43,7 +45,7 @@ class MethodDocs(_Doc):
 
 
 def method_doc(name: str, method: type[Method]) -> MethodDoc:
-    """Return what a method's class says about itself; name: as a recipe writes it."""
+    """Return the description of a method; name: its name in a recipe."""
     schema: dict[str, Any] = method.model_json_schema(by_alias=True)
     return MethodDoc(
         name=name,

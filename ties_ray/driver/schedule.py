@@ -156,20 +156,20 @@ class Schedule:
 
         The last tasks, one a worker, wait for idle workers: a task queued behind a slow one can't be taken back.
         """
-        given: list[Assignment] = []
+        assignments: list[Assignment] = []
         if self.failure is not None:
-            return given
+            return assignments
         last = len(self._running) - len(self._lost)
         for load, free in enumerate(self._free):
             for worker in tuple(free):
                 if load and self.num_pending <= last:
-                    return given
+                    return assignments
                 task = self._next_task(worker)
                 if task is not None:
                     self._move(task, _State.RUNNING)
                     self._owner[task] = worker
-                    given.append(self._issue(worker, task))
-        return given
+                    assignments.append(self._issue(worker, task))
+        return assignments
 
     def idle(self) -> tuple[int, ...]:
         """Return the workers without a task while others still run theirs: they may `repeat` a slow task."""
@@ -336,13 +336,13 @@ class _Losses:
         if suspect is not None:
             kills = self._kills[suspect] = self._kills.get(suspect, 0) + 1
             if kills >= self._max_kills and not self._is_chance(kills):
-                what = f"{kills} workers were lost while they ran it; the last: {reason}"
+                message = f"{kills} workers were lost while they ran it; the last: {reason}"
                 remedy = "give workers more memory, or look at what it reads"
-                problem = Problem(f"task {suspect}", what, remedy)
+                problem = Problem(f"task {suspect}", message, remedy)
                 failures.append(Failure("poisoned", "interrupted", suspect, (problem,)))
         if self.in_a_row >= self._max_in_a_row:
-            what = f"{self.in_a_row} workers were lost with nothing finished in between; the last: {reason}"
-            problem = Problem("cluster", what, "run again to continue")
+            message = f"{self.in_a_row} workers were lost with nothing finished in between; the last: {reason}"
+            problem = Problem("cluster", message, "run again to continue")
             failures.append(Failure("losses", "interrupted", None, (problem,)))
         return failures
 

@@ -1,7 +1,7 @@
-"""The contract of an executor: start workers, give them messages, tell what became of them.
+"""The contract of an executor: start workers, hand them messages, report their answers and losses.
 
-An executor hosts one `Host` a worker and knows nothing of merging. Which message goes where, retries and budgets are
-the business of `schedule.py`. One file here an executor; the same conformance suite (`ties_ray.testing`) runs on each.
+An executor hosts one `Host` a worker and knows nothing of merging. `driver/schedule.py` decides which worker gets a
+message, and when a message is sent again. Each file here is one executor; `ties_ray.testing.ExecutorContract` tests it.
 """
 
 import importlib
@@ -17,60 +17,60 @@ from ties_ray.errors import ErrorKind, MergeError, Problem
 __path__ = plugins.search_path("executors", list(__path__))
 
 MESSAGE_BYTES = 2**20
-"""No message and no answer is longer."""
+"""Largest message or answer in bytes."""
 
 
 class WorkerDied(BaseException):
-    """Raised by a host whose process is of no use any more (its CUDA context is gone, say): the worker is lost.
+    """Raised by a host whose process can't go on, such as one without a CUDA context: the worker is lost.
 
-    Not an `Exception`, so that no retry on the way out holds it back.
+    It is not an `Exception`, so that no retry on its way catches it.
     """
 
 
 class Host(Protocol):
-    """What runs in a worker; built there by the factory that `Executor.start` names.
+    """Runs in a worker, where the factory that `Executor.start` names builds it.
 
-    A host may have `totals()` too: what it has counted so far, by (name, label), for an executor that offers metrics.
+    A host may also have `totals()`: its counts so far by (name, label), for an executor that offers metrics.
     """
 
     def run(self, message: str) -> str:
-        """Handle one message and return the answer; both small (up to 1 MiB) and usually JSON."""
+        """Handle one message and return the answer; each has at most `MESSAGE_BYTES`, and is usually JSON."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What is asked for the workers of a run."""
+    """The resources and versions that the workers of a run need."""
 
     num_workers: int | None
-    """None: as many as the machine or cluster has room for."""
+    """None: as many workers as the machine or cluster has room for."""
     memory: int
     """Bytes a worker may use beyond its imports."""
     gpus: float = 0
-    """GPUs a worker."""
+    """GPUs of each worker."""
     address: str | None = None
-    """The cluster, as `address_problem` allows; None: the one that RAY_ADDRESS names, else a local one."""
+    """Address of the Ray cluster. None: the cluster that RAY_ADDRESS names, else a new local one."""
     deadline: float = 300.0
     """Seconds to wait for workers before giving up."""
     versions: tuple[tuple[str, str], ...] = ()
-    """(package, version) that every worker must have, of which more may follow a "+"; what differs is refused."""
+    """(package, version) pairs that every worker must have; a local version may follow, as in `2.6.0+cu126`."""
 
 
 def address_problem(address: str) -> tuple[str, str] | None:
     """Return what is wrong with the address of a Ray cluster, and what to write instead; None if nothing is."""
     if re.match("https?://", address):
-        what = f"{address} is where Ray takes jobs, and not where it takes workers"
+        problem = f"{address} is where Ray takes jobs, and not where it takes workers"
         command = f"ray job submit --address {address} -- ties-ray merge RECIPE --set run.address=auto"
-        return what, f"write ray://host:10001 or host:6379, or send the merge there: {command}"
+        return problem, f"write ray://host:10001 or host:6379, or send the merge there: {command}"
     if address in ("auto", "local") or re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:.]+\]|[^/:\s]+):\d+", address):
         return None
     if re.match("(?!ray)[a-z]+://", address):
-        return None  # a service with a client of its own
+        return None  # a hosted service, whose own client judges the address
     return f"{address!r} is no address of a Ray cluster", "write auto, local, host:port or ray://host:port"
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A message was handled."""
+    """A worker handled a message."""
 
     worker: int
     ticket: int
@@ -79,32 +79,32 @@ class Answered:
 
 @dataclass(frozen=True)
 class Refused:
-    """The host raised: the message's own fault, as far as can be told."""
+    """The host raised an exception over a message; the worker goes on."""
 
     worker: int
     ticket: int
     kind: ErrorKind
-    """`defect` for an exception that is not of `ties_ray.errors`."""
+    """The kind of the `MergeError`; `defect` for any other exception."""
     problems: tuple[Problem, ...]
     traceback: str
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker died or can't be reached, once a loss; none of its open messages will be answered.
+    """A worker died or can't be reached; each loss is reported once.
 
-    They may or may not have been handled.
+    None of its open messages will be answered, though it may have handled some.
     """
 
     worker: int
     ticket: int | None
-    """Its oldest open message, the one it was handling if any."""
+    """Ticket of its oldest open message, which it was handling; None if it was idle."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A lost worker answers again (its host was built anew and remembers nothing)."""
+    """A lost worker answers again, with a new host that remembers nothing."""
 
     worker: int
 
@@ -119,45 +119,45 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self, factory: str, setup: str, needs: Needs) -> int:
-        """Start workers whose host is `module:function` called with `setup`; return how many there are.
+        """Start workers whose host is `module:function` called with `setup`; return the number of workers.
 
-        Raises `UnavailableError` if none can be had within the deadline, `InputError` if a worker's versions differ
-        (naming what differs, where, and the command that mends it), and what the factory raises as its `MergeError`.
+        Raises `UnavailableError` if no worker starts within the deadline. Raises `InputError` if a worker's versions
+        differ; it names the package, the place and the command that mends it. Raises the factory's own `MergeError`.
         """
 
     @abstractmethod
     def submit(self, worker: int, ticket: int, message: str) -> None:
-        """Hand a message to a worker without waiting; a worker handles its messages in order.
+        """Hand a message to a worker and return at once; a worker handles its messages in order.
 
-        What a worker is given between its loss and its `Ready` is dropped, as the loss has told already.
+        Messages to a worker between its loss and its `Ready` are dropped.
         """
 
     @abstractmethod
     def wait(self, timeout: float) -> list[Event]:
-        """Return what happened, at least one event, or [] after `timeout` seconds; news may overtake each other."""
+        """Return at least one event, or [] after `timeout` seconds; events of different workers come in any order."""
 
     @abstractmethod
     def give_up(self, worker: int) -> None:
-        """Have done with a worker that gives no answer, hung or cut off: as if `Lost`, without the event."""
+        """Drop a worker that hangs or is cut off: it counts as lost, and no event reports it."""
 
     @abstractmethod
     def revive(self, worker: int) -> None:
-        """Begin to bring a lost worker back; a `Ready` (or another `Lost`) follows; a healthy one is left alone."""
+        """Begin to replace a lost worker; a `Ready` or another `Lost` follows. A healthy worker stays as it is."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End all workers at once, whatever they do; idempotent, within a second or two."""
+        """End all workers within a second or two, whatever they do. A second call does nothing."""
 
 
 class Refusal(NamedTuple):
-    """What a host raised, in a form that travels."""
+    """An exception of a host, in a form that can be sent."""
 
     kind: ErrorKind
     problems: tuple[Problem, ...]
     traceback: str
 
     def error(self) -> MergeError:
-        """Return the exception of `ties_ray.errors` that says the same; for a defect its traceback is a note."""
+        """Return the exception of `ties_ray.errors` of this kind; a defect carries its traceback as a note."""
         classes = (errors.RecipeError, errors.InputError, errors.InterruptedMerge, errors.UnavailableError,
                    errors.Cancelled)  # fmt: skip
         error = next((c for c in classes if c.kind == self.kind), MergeError)(self.problems)
@@ -167,7 +167,7 @@ class Refusal(NamedTuple):
 
 
 def build(factory: str, setup: str) -> Host | Refusal:
-    """Call the factory `module:function` in this process."""
+    """Build a host by the factory `module:function` in this process; return its refusal if it raises."""
     try:
         module, _, function = factory.partition(":")
         return cast(Host, getattr(importlib.import_module(module), function)(setup))
@@ -176,7 +176,7 @@ def build(factory: str, setup: str) -> Host | Refusal:
 
 
 def handle(host: Host, message: str) -> str | Refusal:
-    """Let the host handle a message; only `WorkerDied` and its like get through."""
+    """Let the host handle a message; return its answer, or its refusal if it raises an `Exception`."""
     try:
         answer = host.run(message)
         if len(answer) > MESSAGE_BYTES:

@@ -1,4 +1,4 @@
-"""Workers as threads of this process: no cluster, for small merges and for tests."""
+"""Workers as threads of this process, without a cluster: for small merges and for tests."""
 
 import importlib.metadata
 import queue
@@ -23,7 +23,7 @@ from ties_ray.executors import (
 
 
 class LocalExecutor(Executor):
-    """One daemon thread a worker, so that the main thread only waits and a signal reaches it; one worker by default."""
+    """Runs each worker in a daemon thread. The main thread only waits, so that a signal reaches it."""
 
     name = "local"
 
@@ -32,7 +32,7 @@ class LocalExecutor(Executor):
         self._events: queue.SimpleQueue[tuple[_Worker, Event]] = queue.SimpleQueue()
 
     def start(self, factory: str, setup: str, needs: Needs) -> int:
-        """Start `needs.num_workers` threads; memory, GPUs and address have no meaning here."""
+        """Start `needs.num_workers` threads, by default one; memory, GPUs and address have no meaning here."""
         problems = list(_differences(needs.versions))
         if problems:
             raise InputError(problems)
@@ -42,8 +42,8 @@ class LocalExecutor(Executor):
         for worker in self._workers:
             if not worker.built.wait(max(0.0, end - time.monotonic())):
                 self.stop()
-                what = f"not set up within {needs.deadline:g} s"
-                raise UnavailableError(Problem(f"worker {worker.number}", what, "raise run.deadline"))
+                message = f"not set up within {needs.deadline:g} s"
+                raise UnavailableError(Problem(f"worker {worker.number}", message, "raise run.deadline"))
             if worker.broken is not None:
                 self.stop()
                 raise worker.broken.error()
@@ -57,35 +57,35 @@ class LocalExecutor(Executor):
         self._workers[worker].messages.put((ticket, message))
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return what the threads have told so far."""
+        """Return the events of the threads so far."""
         events: list[Event] = []
         end = time.monotonic() + timeout
         while not events:
             try:
-                told = [self._events.get(timeout=max(0.0, end - time.monotonic()))]
+                reports = [self._events.get(timeout=max(0.0, end - time.monotonic()))]
             except queue.Empty:
                 return []
             while not self._events.empty():
-                told.append(self._events.get())
+                reports.append(self._events.get())
             events = [
                 event
-                for worker, event in told
+                for worker, event in reports
                 if worker is self._workers[worker.number] and (not worker.gone or isinstance(event, Lost))
             ]
         return events
 
     def give_up(self, worker: int) -> None:
-        """Let go of the thread: it can't be ended, but nothing it tells is listened to any more."""
+        """Ignore all further events of the thread, since a thread can't be ended."""
         self._workers[worker].gone = True
         self._workers[worker].messages.put(None)
 
     def revive(self, worker: int) -> None:
-        """Start a new thread with a new host where the old one has ended."""
+        """Start a new thread with a new host in place of a lost one."""
         if self._workers[worker].gone:
             self._workers[worker] = self._new(worker)
 
     def stop(self) -> None:
-        """Let go of the threads: an idle one ends now, a busy one after the message it is at, as a daemon."""
+        """Ignore the threads from here on: an idle one ends now, a busy one after its message, or with the process."""
         for worker in self._workers:
             worker.gone = True
             worker.messages.put(None)
@@ -100,7 +100,7 @@ class LocalExecutor(Executor):
 
 
 class _Worker:
-    """The thread's side: builds the host, then handles messages until told to stop or until the host is dead."""
+    """The thread's side: builds the host, then handles messages until it is stopped or its host dies."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -126,7 +126,7 @@ class _Worker:
                     events.put((self, Refused(self.number, ticket, *outcome)))
                 else:
                     events.put((self, Answered(self.number, ticket, outcome)))
-        except BaseException as error:  # WorkerDied, or whatever else ends a thread
+        except BaseException as error:  # WorkerDied, or any other exception that ends a thread
             self._die(ticket, f"{type(error).__name__}: {error}", events)
 
     def _die(self, ticket: int | None, reason: str, events: "queue.SimpleQueue[tuple[_Worker, Event]]") -> None:
@@ -136,11 +136,11 @@ class _Worker:
 
 
 def _differences(versions: Iterable[tuple[str, str]]) -> Iterable[Problem]:
-    for package, wanted in versions:
+    for package, version in versions:
         try:
-            found = importlib.metadata.version(package)
+            installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found = "nothing"
-        if wanted not in (found, found.partition("+")[0]):
-            remedy = f"pip install {package}=={wanted}"
-            yield Problem("this process", f"{package} {wanted} is needed, {found} is installed", remedy)
+            installed = "nothing"
+        if version not in (installed, installed.partition("+")[0]):
+            remedy = f"pip install {package}=={version}"
+            yield Problem("this process", f"{package} {version} is needed, {installed} is installed", remedy)

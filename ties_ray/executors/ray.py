@@ -1,11 +1,11 @@
-"""Workers as Ray actors; the only file that imports ray.
+"""Workers as Ray actors. No other file imports ray.
 
-A worker that is lost is replaced by a new actor (`max_restarts=0`): an actor that Ray restarts by itself has forgotten
-its answers and could pass for the one that gave them. Ray waits for ever for what can't be, so every wait has a
-deadline here. Only short strings travel.
+A new actor replaces a lost worker. `max_restarts` is 0, because an actor that Ray restarts has forgotten its answers
+and looks like the one that gave them. Ray waits for ever for resources that never come, so every wait here has a
+deadline. Only short strings are sent.
 
-`_Worker` and its helpers are pickled by value: they run, and say what is wrong, where ties_ray is missing (hence no
-annotation here may be evaluated).
+`_Worker` and its helpers are pickled by value, so that they can report a node without ties_ray. No annotation here may
+be evaluated for that.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
-# Ray prints a page of advice on the user's stdout for each lost worker, whatever is said about logs, and reads this
-# variable when it is imported; here a loss is an event. (With RAY_DEDUP_LOGS=0 it prints the page even so.)
+# Ray prints a page of advice for each lost worker, despite its log settings; here a loss is an event.
+# Ray reads this variable when it is imported. With RAY_DEDUP_LOGS=0 it prints the page even so.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
 
 import ray
@@ -57,16 +57,19 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 _OWN_CLUSTER = {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else ray.init writes one into the user's home
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour Ray announces; without it Ray warns
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future behaviour of Ray; without it Ray warns
 }
 _STORE_BYTES = 100 * 2**20
-"""Ray's object store: nothing of ours goes through it; Ray asks for 75 MiB at least."""
+"""Bytes of Ray's object store. We send nothing through it, and Ray demands at least 75 MiB."""
 _LONGEST_FOLDER = 36
-"""Bytes of the path in which Ray may make `ray/session_<time>_<pid>/sockets/plasma_store.1`: a socket's has 107."""
+"""Longest path of a folder for Ray's session, in bytes.
+
+Ray adds `ray/session_<time>_<pid>/sockets/plasma_store.1`, and the path of a socket has at most 107 bytes.
+"""
 _SLICE = 0.2
-"""Seconds that one call of Ray may keep the main thread from its signals."""
+"""Seconds that one call of Ray may delay a signal to the main thread."""
 _GRACE = 30.0
-"""Seconds the other workers get once one is there, if the user named no number of them."""
+"""Seconds that further workers have to start after the first, if the user named no number of workers."""
 
 
 _Plain = tuple[str, list[tuple[str, ...]], str]
@@ -93,7 +96,7 @@ def _installed(package: str) -> str:
 
 
 def _facts(packages: Sequence[str], plugins: str, plugins_digest: str) -> dict[str, str]:
-    """Return what this process would run with, without importing any of it; point it at its copy of the plugins."""
+    """Return the versions in this process, without importing the packages; point it at its copy of the plugins."""
     spec = importlib.util.find_spec("ties_ray")
     facts = {name: _installed(name) for name in packages}
     facts["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -107,7 +110,7 @@ def _facts(packages: Sequence[str], plugins: str, plugins_digest: str) -> dict[s
 
 
 class _Begun(TypedDict):
-    """What a new worker tells: builtins only, which need no import to be read."""
+    """The report of a new worker, in builtins: reading them needs no import."""
 
     node: str
     differs: dict[str, str]
@@ -115,24 +118,24 @@ class _Begun(TypedDict):
 
 
 class _Worker:
-    """The actor: its one group of one thread handles messages in order, beside the main thread, which only waits."""
+    """The actor. One thread handles messages in order, while the main thread only waits."""
 
     def begin(self, expected: dict[str, str], plugins: str, factory: str, setup: str) -> tuple[str, _Begun]:
-        """Build the host if this place is as expected; say where this is, and what is not as it should be."""
+        """Build the host if the versions are as expected; report the node, the differences and the host's refusal."""
         self._dead = False
         packages = [name for name in expected if name not in ("python", "ties_ray", "plugins")]
-        found = _facts(packages, plugins, expected.get("plugins", ""))
-        differs = {name: found[name] for name, wanted in expected.items() if not _fits(found[name], wanted)}
-        told: _Begun = {"node": ray.util.get_node_ip_address(), "differs": differs, "refusal": None}
+        facts = _facts(packages, plugins, expected.get("plugins", ""))
+        differs = {name: facts[name] for name, version in expected.items() if not _fits(facts[name], version)}
+        report: _Begun = {"node": ray.util.get_node_ip_address(), "differs": differs, "refusal": None}
         if not differs:
             from ties_ray import executors
 
             self._host = executors.build(factory, setup)
             if isinstance(self._host, executors.Refusal):
-                told["refusal"] = _plain(self._host)
+                report["refusal"] = _plain(self._host)
             self._counters: dict[str, Any] = {}
             self._counted: dict[tuple[str, str], float] = {}
-        return "begun", told
+        return "begun", report
 
     def run(self, message: str) -> tuple[Any, ...]:
         """Return ("answered", text), ("refused", kind, problems, traceback) or ("died", reason)."""
@@ -150,7 +153,7 @@ class _Worker:
         return ("answered", outcome) if isinstance(outcome, str) else ("refused", *_plain(outcome))
 
     def _export(self) -> None:
-        """Hand what the host has counted to Ray, whose nodes offer it to Prometheus."""
+        """Hand the host's counts to Ray, whose nodes offer them to Prometheus."""
         for key, total in dict(getattr(self._host, "totals", dict)()).items():
             name, label = key
             more = total - self._counted.get(key, 0.0)
@@ -161,9 +164,9 @@ class _Worker:
                 self._counted[key] = total
 
 
-def _fits(found: str, wanted: str) -> bool:
-    """Whether a version will do: 2.6.0+cu126 is a 2.6.0, and "any" is whatever is there."""
-    return found != "nothing" if wanted == "any" else wanted in (found, found.partition("+")[0])
+def _fits(installed: str, expected: str) -> bool:
+    """Return whether a version will do: 2.6.0+cu126 is a 2.6.0, and "any" accepts all."""
+    return installed != "nothing" if expected == "any" else expected in (installed, installed.partition("+")[0])
 
 
 def _plain(refusal: Refusal) -> _Plain:
@@ -172,7 +175,7 @@ def _plain(refusal: Refusal) -> _Plain:
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 for _method in (_Worker.begin, _Worker.run):
-    ray.method(concurrency_group="work")(_method)  # here, since a call through Ray Client can't name its group
+    ray.method(concurrency_group="work")(_method)  # a call through Ray Client can't name its group
 _Actor = ray.remote(concurrency_groups={"work": 1})(_Worker)
 
 
@@ -180,16 +183,16 @@ _Actor = ray.remote(concurrency_groups={"work": 1})(_Worker)
 
 
 class _Message(NamedTuple):
-    """What an open call to an actor is for."""
+    """An open call to an actor."""
 
     worker: int
     ticket: int | None
-    """None: to begin."""
+    """Ticket of the message; None for the call that builds the host."""
     since: float
 
 
 class RayExecutor(Executor):
-    """One actor a worker, spread over the nodes, each with one CPU, its memory and its GPUs."""
+    """Runs each worker in an actor with one CPU, its memory and its GPUs; the actors spread over the nodes."""
 
     name = "ray"
 
@@ -202,10 +205,10 @@ class RayExecutor(Executor):
         self._folder: str | None = None
 
     def start(self, factory: str, setup: str, needs: Needs) -> int:
-        """Connect, start actors, check what each of them runs with, build the hosts.
+        """Connect, start actors, check the versions on their nodes, build the hosts.
 
-        ties_ray and the plugin folder are shipped to nodes that lack them or have others, if the connection is ours;
-        on a connection that the caller opened (`ray.init`) that is refused, with what to do.
+        On a connection of our own, nodes without our ties_ray or plugins get a copy. On a connection that the caller
+        opened (`ray.init`) such nodes are refused, with the remedy.
         """
         self._factory, self._setup, self._needs = factory, setup, needs
         try:
@@ -236,7 +239,7 @@ class RayExecutor(Executor):
             self._open[call] = _Message(worker, ticket, time.monotonic())
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return what the open calls have come to."""
+        """Return the events of the open calls."""
         end = time.monotonic() + timeout
         while True:
             events = self._read(self._done(end)) + self._overdue()
@@ -248,7 +251,7 @@ class RayExecutor(Executor):
         self._lose(worker, "given up")
 
     def revive(self, worker: int) -> None:
-        """Ask for a new actor in the place of a lost one."""
+        """Ask Ray for a new actor in place of a lost one."""
         if not self._healthy[worker] and all(message.worker != worker for message in self._open.values()):
             self._actors[worker] = self._new_actor()
             self._begin(worker)
@@ -273,9 +276,9 @@ class RayExecutor(Executor):
         if ray.is_initialized():
             return
         address = self._needs.address or os.environ.get("RAY_ADDRESS") or "local"
-        wrong = address_problem(address)
-        if wrong:
-            raise InputError(Problem("RAY_ADDRESS", *wrong))
+        problem = address_problem(address)
+        if problem:
+            raise InputError(Problem("RAY_ADDRESS", *problem))
         options: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
         if modules:
             options["runtime_env"] = {"py_modules": list(modules), "excludes": ["**/__pycache__"]}
@@ -294,23 +297,23 @@ class RayExecutor(Executor):
             self._init(address, options)
 
     def _init(self, address: str, options: Mapping[str, object]) -> None:
-        """Call `ray.init`, which has to be in the main thread (else later calls hang) and takes SIGTERM there."""
+        """Call `ray.init` and restore the handler of SIGTERM. Outside of the main thread later calls would hang."""
         handler = signal.getsignal(signal.SIGTERM)
         terminated = False
         try:
             with _no_upload():
                 ray.init(**options)
-        except SystemExit:  # what Ray makes of a SIGTERM
+        except SystemExit:  # Ray raises it on SIGTERM
             terminated = True
         except Exception as error:
             if re.search("version.*(mismatch|differ)|(mismatch|differ).*version", str(error), re.I | re.S):
                 remedy = f"pip install ray=={ray.__version__} there, or the cluster's versions here"
                 raise InputError(Problem(f"Ray at {address}", str(error), remedy)) from error
-            what = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
             if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError):
                 remedy = "correct run.address, RAY_ADDRESS or RAY_TMPDIR"
-                raise InputError(Problem(f"Ray at {address}", what, remedy)) from error
-            raise UnavailableError(Problem(f"Ray at {address}", what, "see `ray status` there")) from error
+                raise InputError(Problem(f"Ray at {address}", message, remedy)) from error
+            raise UnavailableError(Problem(f"Ray at {address}", message, "see `ray status` there")) from error
         finally:
             if threading.current_thread() is threading.main_thread() and handler is not None:
                 signal.signal(signal.SIGTERM, handler)
@@ -318,11 +321,11 @@ class RayExecutor(Executor):
             signal.raise_signal(signal.SIGTERM)
 
     def _check_room(self) -> None:
-        """Refuse at once what this machine will never have; a cluster may grow."""
-        wanted, room = self._needs.num_workers or 1, _room(self._needs)
-        if room < wanted:
-            what = f"{wanted} workers of {self._each()} are asked for, and there is room for {room}"
-            raise UnavailableError(Problem("this machine", what, "lower run.workers or run.memory"))
+        """Raise at once if this machine has no room for the workers. (A cluster may grow.)"""
+        count, room = self._needs.num_workers or 1, _room(self._needs)
+        if room < count:
+            message = f"{count} workers of {self._each()} are asked for, and there is room for {room}"
+            raise UnavailableError(Problem("this machine", message, "lower run.workers or run.memory"))
 
     def _each(self) -> str:
         gpus = f", {self._needs.gpus:g} GPU" if self._needs.gpus else ""
@@ -339,7 +342,7 @@ class RayExecutor(Executor):
             memory=self._needs.memory,
             max_restarts=0,
             max_task_retries=0,
-            scheduling_strategy="SPREAD",  # the network is a node's; packing would put all readers behind one card
+            scheduling_strategy="SPREAD",  # packing would put all readers behind the network card of one node
             runtime_env={"env_vars": env},
         ).remote()
 
@@ -349,18 +352,18 @@ class RayExecutor(Executor):
         self._open[call] = _Message(worker, None, time.monotonic())
 
     def _find_expected(self) -> dict[str, str]:
-        """Return what every worker must have, as this process has it now."""
+        """Return the versions of this process, which every worker must have."""
         plugins = _plugin_folder()
         versions = {"ray": ray.__version__, "torch": "any", "numba": "any"} | dict(self._needs.versions)
         return versions | _facts((), plugins, _digest(plugins))
 
     def _begin_all(self) -> list[_Begun]:
-        """Start the workers and return what they told; those that are not there by the deadline are let go."""
-        wanted = self._needs.num_workers or max(1, _room(self._needs))
+        """Start the workers and return their reports; drop those that do not start by the deadline."""
+        count = self._needs.num_workers or max(1, _room(self._needs))
         self._expected = self._find_expected()
-        self._actors = [self._new_actor() for _ in range(wanted)]
-        self._healthy = [False] * wanted
-        for worker in range(wanted):
+        self._actors = [self._new_actor() for _ in range(count)]
+        self._healthy = [False] * count
+        for worker in range(count):
             self._begin(worker)
         calls, self._open = list(self._open), {}
         answers: dict[int, _Begun] = {}
@@ -381,29 +384,29 @@ class RayExecutor(Executor):
                 ray.kill(actor, no_restart=True)
         if not answers:
             nodes = ", ".join(_describe(node) for node in ray.nodes() if node["Alive"])
-            what = f"no worker of {self._each()} within {self._needs.deadline:g} s ({failure}); nodes: {nodes}"
-            raise UnavailableError(Problem("Ray", what, "wait for room, or lower run.memory or run.gpus_per_worker"))
+            message = f"no worker of {self._each()} within {self._needs.deadline:g} s ({failure}); nodes: {nodes}"
+            raise UnavailableError(Problem("Ray", message, "wait for room, or lower run.memory or run.gpus_per_worker"))
         self._actors = [self._actors[worker] for worker in sorted(answers)]
         self._healthy = [True] * len(answers)
         return list(answers.values())
 
     def _wrong(self, answer: _Begun) -> list[Problem]:
-        """Return what a new worker's node lacks, or what its factory raised."""
+        """Return the problems of a new worker's node, or of its factory."""
         expected = self._expected
         problems = [
             Problem(
                 f"node {answer['node']}",
-                f"{name} {found} is there, not {expected[name]}",
+                f"{name} {version} is there, not {expected[name]}",
                 _remedy(name, expected[name]),
             )
-            for name, found in answer["differs"].items()
+            for name, version in answer["differs"].items()
         ]
         return problems or list(_refusal(answer["refusal"]).problems if answer["refusal"] else ())
 
     # ----- events
 
     def _done(self, end: float) -> list[Any]:
-        """Return the calls that are done, in the order they were made; the first moment there is one, or at `end`."""
+        """Return the calls that are done, in the order they were made: as soon as there is one, or at `end`."""
         left = min(_SLICE, max(0.0, end - time.monotonic()))
         if not self._open:
             time.sleep(left)
@@ -415,32 +418,32 @@ class RayExecutor(Executor):
         return sorted(done, key=lambda call: self._open[call].since)
 
     def _read(self, calls: Sequence[Any]) -> list[Event]:
-        """Turn done calls into events: first what was handled, then who was lost."""
+        """Return the events of calls that are done: answers first, then losses."""
         events: list[Event] = []
         losses: dict[int, str] = {}
         for call in calls:
             worker, ticket, _ = self._open[call]
             try:
-                told = ray.get(call)
-            except RayError as error:  # also our own actor's: what the host raises comes as a value
-                told = ("died", _reason(error))
-            if ticket is None and told[0] == "begun":
-                told = ("died", "; ".join(map(str, self._wrong(told[1])))) if self._wrong(told[1]) else told
-            if told[0] == "died":
-                losses.setdefault(worker, told[1])
+                outcome = ray.get(call)
+            except RayError as error:  # exceptions of the host come as a value
+                outcome = ("died", _reason(error))
+            if ticket is None and outcome[0] == "begun" and (problems := self._wrong(outcome[1])):
+                outcome = ("died", "; ".join(map(str, problems)))
+            if outcome[0] == "died":
+                losses.setdefault(worker, outcome[1])
                 continue
             del self._open[call]
             if ticket is None:
                 self._healthy[worker] = True
                 events.append(Ready(worker))
-            elif told[0] == "answered":
-                events.append(Answered(worker, ticket, told[1]))
+            elif outcome[0] == "answered":
+                events.append(Answered(worker, ticket, outcome[1]))
             else:
-                events.append(Refused(worker, ticket, *_refusal(told[1:])))
+                events.append(Refused(worker, ticket, *_refusal(outcome[1:])))
         return events + [self._lose(worker, reason) for worker, reason in losses.items()]
 
     def _overdue(self) -> list[Event]:
-        """Give up on new actors that Ray found no place for."""
+        """Give up new actors for which Ray has no place."""
         late = time.monotonic() - self._needs.deadline
         workers = [message.worker for message in self._open.values() if message.ticket is None and message.since < late]
         return [self._lose(worker, f"no new worker within {self._needs.deadline:g} s") for worker in workers]
@@ -459,19 +462,19 @@ def _refusal(plain: _Plain) -> Refusal:
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error of Ray in one line: its texts are pages."""
+    """Return an error of Ray in one line of its page of text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayTaskError) else 0] if lines else ''}"
 
 
-def _remedy(name: str, wanted: str) -> str:
+def _remedy(name: str, version: str) -> str:
     if name == "python":
-        return f"run the cluster with Python {wanted}, or this command with the cluster's Python"
+        return f"run the cluster with Python {version}, or this command with the cluster's Python"
     if name == "ties_ray":
         return f"pip install ties-ray=={_installed('ties-ray')} there, or let ties_ray call ray.init to ship its own"
     if name == "plugins":
         return f"put the folder of {PLUGIN_FOLDER} there, or let ties_ray call ray.init to ship it"
-    return f"pip install {name}" if wanted == "any" else f"pip install {name}=={wanted}"
+    return f"pip install {name}" if version == "any" else f"pip install {name}=={version}"
 
 
 def _package_folder() -> str:
@@ -480,10 +483,10 @@ def _package_folder() -> str:
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """Have Ray take 127.0.0.1 for this machine's address, as it does on macOS: it then listens nowhere else.
+    """Let Ray use 127.0.0.1 as this machine's address, as it does on macOS, so that it listens nowhere else.
 
-    By default all its ports are open to the network. Ray turns `_node_ip_address="127.0.0.1"` into the address that
-    others see, unless this constant says that the machine is alone.
+    By default all its ports are open to the network. `_node_ip_address="127.0.0.1"` does not help: Ray replaces it by
+    the public address, unless this constant is False.
     """
     constants = ray._private.ray_constants
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
@@ -497,7 +500,7 @@ def _loopback() -> Iterator[None]:
 def _no_upload() -> Iterator[None]:
     """Keep Ray from uploading the project of a driver that was started by `uv run`: the folder may hold models.
 
-    The nodes have what a worker needs, or get ties_ray itself. Who wants it otherwise sets Ray's own variable.
+    The nodes have the packages of a worker, or get ties_ray alone. Users who want the upload set Ray's own variable.
     """
     constants = ray._private.ray_constants
     before = constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
@@ -509,15 +512,15 @@ def _no_upload() -> Iterator[None]:
 
 
 def _short_folder() -> str | None:
-    """Return a new folder for Ray's session where its own would give sockets too long a path; else None."""
-    asked = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    if len(os.fsencode(asked)) <= _LONGEST_FOLDER:
+    """Return a new folder for Ray's session if its own makes the paths of sockets too long; else None."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
         return None
     for place in ("/tmp", "/var/tmp", "/dev/shm"):
         with suppress(OSError):
             return tempfile.mkdtemp(prefix="ties-ray-", dir=place)
-    what = f"{asked} is too long for Ray's sockets, and no shorter folder can be written"
-    raise InputError(Problem("TMPDIR", what, f"set RAY_TMPDIR to a folder of at most {_LONGEST_FOLDER} bytes"))
+    message = f"{folder} is too long for Ray's sockets, and no shorter folder can be written"
+    raise InputError(Problem("TMPDIR", message, f"set RAY_TMPDIR to a folder of at most {_LONGEST_FOLDER} bytes"))
 
 
 def _plugin_folder() -> str:
@@ -526,7 +529,7 @@ def _plugin_folder() -> str:
 
 
 def _room(needs: Needs) -> int:
-    """Return how many workers the nodes that are there could hold if they were idle."""
+    """Return how many workers the nodes of the cluster could hold if they were idle."""
     each = {"CPU": 1.0, "memory": float(needs.memory), "GPU": needs.gpus}
     return sum(
         int(min(node["Resources"].get(name, 0.0) / amount for name, amount in each.items() if amount > 0))
@@ -542,10 +545,10 @@ def _describe(node: Mapping[str, Any]) -> str:
 
 
 def _reach(address: str, timeout: float) -> None:
-    """Raise `UnavailableError` where no cluster answers: `ray.init` would try for minutes, and write about it."""
+    """Raise `UnavailableError` where no cluster answers; `ray.init` would try for minutes."""
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if not (separator and port.isdigit()):
-        return  # "auto", or something for Ray to judge
+        return  # "auto", or an address that only Ray can judge
     command = [
         sys.executable,
         "-m",
@@ -558,9 +561,9 @@ def _reach(address: str, timeout: float) -> None:
     remedy = "start the cluster, or correct run.address or RAY_ADDRESS"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-        if not address.startswith("ray://"):  # there Ray Client answers, which has no such check
+        if not address.startswith("ray://"):  # Ray Client has no such check
             subprocess.run(command, check=True, capture_output=True, timeout=timeout)
     except (OSError, subprocess.SubprocessError) as error:
         slow = "in time" if isinstance(error, subprocess.TimeoutExpired) else "as one"
-        what = f"no Ray cluster answers ({error if isinstance(error, OSError) else f'what is there does not, {slow}'})"
-        raise UnavailableError(Problem(f"Ray at {address}", what, remedy)) from error
+        cause = error if isinstance(error, OSError) else f"what is there does not, {slow}"
+        raise UnavailableError(Problem(f"Ray at {address}", f"no Ray cluster answers ({cause})", remedy)) from error

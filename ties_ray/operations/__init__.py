@@ -1,1 +1,1 @@
-"""What a user asks for: merge, verify, inspect, status, promote, and manifests for Kubernetes."""
+"""The operations of the command line: merge, verify, inspect, status, promote, manifests for Kubernetes."""

@@ -1,4 +1,4 @@
-"""What input folders hold, before any recipe: format, tensors, files, every reason to refuse them, and a whole pool."""
+"""Inspection of input folders before any recipe: formats, tensors, files, reasons to refuse them, and pools."""
 
 import hashlib
 import json
@@ -24,12 +24,12 @@ from ties_ray.tensors import Source, TensorRef, elements_by_dtype
 
 _MD5 = re.compile("[0-9a-f]{32}")
 """An ETag that may be the content's MD5."""
-TOGETHER = 8
-"""Folders looked at together; each has many requests of its own."""
+FOLDERS_AT_ONCE = 8
+"""Folders that are inspected at the same time; each sends many requests."""
 
 
 class Finding(BaseModel):
-    """One reason to refuse the folder as the base of a merge."""
+    """A reason to refuse a folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,19 +37,19 @@ class Finding(BaseModel):
     what: str
     remedy: str
     code: str = ""
-    """A short name of the reason."""
+    """Short name of the reason."""
 
 
 class Inspection(BaseModel):
-    """One input folder."""
+    """The content of an input folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     format: str = ""
-    """Empty where it is none that we know, or could not be read."""
+    """Name of the format; empty where no format recognises the folder, or where it can't be read."""
     architecture: str = ""
-    """As config.json names it."""
+    """Architecture that config.json names."""
     tensors: int = 0
     parameters: int = 0
     """Elements of all tensors."""
@@ -58,35 +58,40 @@ class Inspection(BaseModel):
     files: list[str] = []
     """Weight files."""
     size: int = 0
-    """Their bytes."""
+    """Bytes of the weight files."""
     tokenizer: list[str] = []
     """Files of a tokenizer."""
     licence: str = ""
     facts: dict[str, str] = {}
-    """Of an adapter: `base_name`, `rank`, `scale`, `modules`, `targets`, ..."""
+    """Facts of an adapter, such as `base_name`, `rank`, `scale`, `modules` and `targets`."""
     norm: float | None = None
-    """Frobenius norm of an adapter's low-rank changes, where asked for."""
+    """Frobenius norm of an adapter's low-rank changes; None where norms were not asked for."""
     content: str = ""
-    """What two folders with the same weights have in common: SHA-256 where norms were asked for, else a store's ETag
-    that is one of the content; empty where neither is known."""
+    """Digest that two folders with the same weights share: SHA-256 where norms were asked for, else the store's MD5.
+
+    Empty where there is neither.
+    """
     problems: list[Finding] = []
     notes: list[str] = []
 
 
 class Pool(BaseModel):
-    """Several adapters, as one."""
+    """The counts of several adapters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapters: int
     usable: int
     refused: dict[str, int]
-    """Folders by the code of a reason to refuse them; one may have several."""
+    """Folders by the code of a reason to refuse them; a folder may have several."""
     ranks: dict[str, int]
-    """Adapters by rank, and so on."""
+    """Adapters by rank."""
     scales: dict[str, int]
+    """Adapters by scale."""
     targets: dict[str, int]
+    """Adapters by target modules."""
     base_names: dict[str, int]
+    """Adapters by the name of their base."""
     parameters: int
     """Elements of all factors."""
     size: int
@@ -94,56 +99,58 @@ class Pool(BaseModel):
     norms: list[float]
     """Smallest, median and largest norm; empty where norms were not asked for."""
     duplicates: list[list[str]]
-    """URIs of folders with the same weights."""
+    """URIs of folders with the same weights, in groups."""
 
 
 class Inspections(BaseModel):
-    """Several input folders."""
+    """The contents of several input folders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folders: list[Inspection]
     pool: Pool | None = None
-    """Where there are several folders and an adapter among them."""
+    """The pool that the folders form, if there are several and an adapter among them."""
 
 
 def pool(folders: Sequence[Inspection]) -> Pool | None:
-    """Return what several folders are as a pool of adapters; None where they are none."""
-    if len(folders) < 2 or not any(one.format == "lora" for one in folders):
+    """Return several folders as a pool of adapters; None where there are fewer than two, or no adapter."""
+    if len(folders) < 2 or not any(folder.format == "lora" for folder in folders):
         return None
-    adapters = [one for one in folders if one.format in ("lora", "")]  # what can't be read may have been one
-    usable = [one for one in adapters if not one.problems]
-    alike: defaultdict[str, list[str]] = defaultdict(list)
-    for one in adapters:
-        if one.content:
-            alike[one.content].append(one.uri)
-    norms = sorted(one.norm for one in usable if one.norm is not None)
+    adapters = [folder for folder in folders if folder.format in ("lora", "")]  # an unreadable one may be an adapter
+    usable = [adapter for adapter in adapters if not adapter.problems]
+    by_content: defaultdict[str, list[str]] = defaultdict(list)
+    for adapter in adapters:
+        if adapter.content:
+            by_content[adapter.content].append(adapter.uri)
+    norms = sorted(adapter.norm for adapter in usable if adapter.norm is not None)
 
     def count(fact: str) -> dict[str, int]:
-        return dict(Counter(one.facts[fact] for one in usable if one.facts.get(fact)).most_common())
+        return dict(Counter(adapter.facts[fact] for adapter in usable if adapter.facts.get(fact)).most_common())
+
+    codes = Counter(code for folder in folders for code in {problem.code for problem in folder.problems})
 
     return Pool(
         adapters=len(adapters),
         usable=len(usable),
-        refused=dict(Counter(code for one in folders for code in {known.code for known in one.problems}).most_common()),
+        refused=dict(codes.most_common()),
         ranks=count("rank"),
         scales=count("scale"),
         targets=count("targets"),
         base_names=count("base_name"),
-        parameters=sum(one.parameters for one in usable),
-        size=sum(one.size for one in adapters),
+        parameters=sum(adapter.parameters for adapter in usable),
+        size=sum(adapter.size for adapter in adapters),
         norms=[norms[0], norms[len(norms) // 2], norms[-1]] if norms else [],
-        duplicates=[uris for uris in alike.values() if len(uris) > 1],
+        duplicates=[uris for uris in by_content.values() if len(uris) > 1],
     )
 
 
 def inspect(stores: Stores, path: str, *, norms: bool = False) -> list[Inspection]:
-    """Return what a folder, or every folder that a glob means, holds; reads headers and small files only.
+    """Return the content of a folder, or of every folder that a glob means; read headers and small files only.
 
-    norms: read all factors of adapters too, for their norms, and for what only bytes show: values that are not finite,
-    and weights that are those of another folder. Raises `InputError` where a glob means no folder.
+    norms: read all factors of adapters too. They give norms, values that are not finite, and duplicates.
+    Raises `InputError` where a glob means no folder.
     """
-    requests, folders = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(TOGETHER)
+    requests, folders = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(FOLDERS_AT_ONCE)
     try:
         notes: list[str] = []
         entries = list(entries_of(ModelEntry(path=path), path, stores, requests, notes))
@@ -160,15 +167,15 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], 
         return Inspection(uri=entry.uri, problems=_findings(problems[entry.id]), notes=notes)
     listed, folder = fetched[entry.id]
     rules = Rules(saved_modules=True)
-    found = read_folders(fetched, None, None, rules, stores, threads)[0][entry.id]
-    sources = found.sources or _stored(folder)
+    contents = read_folders(fetched, None, None, rules, stores, threads)[0][entry.id]
+    sources = contents.sources or _stored(folder)
     dtypes = elements_by_dtype(sources.values())
-    strict = () if found.problems else listed.format.read(folder, None, Rules()).problems
-    wrong = [*found.problems, *strict]
-    norm, content = None, "".join(pin.etag for pin in found.objects if _MD5.fullmatch(pin.etag))
-    if norms and found.facts:
-        norm, content = _read_factors(stores, listed.format, found, wrong, folder.uri)
-    pins = found.objects or tuple(pin for pin in folder.files if _name(pin) in folder.headers)
+    strict = () if contents.problems else listed.format.read(folder, None, Rules()).problems
+    wrong = [*contents.problems, *strict]
+    norm, content = None, "".join(pin.etag for pin in contents.objects if _MD5.fullmatch(pin.etag))
+    if norms and contents.facts:
+        norm, content = _read_factors(stores, listed.format, contents, wrong, folder.uri)
+    pins = contents.objects or tuple(pin for pin in folder.files if _name(pin) in folder.headers)
     return Inspection(
         uri=folder.uri,
         format=listed.format.name,
@@ -180,30 +187,30 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], 
         size=sum(pin.size for pin in pins),
         tokenizer=[name for name in listed.files if name in (*VOCABULARY, *SETTINGS)],
         licence=licence_of(folder.texts.get(README, b"")),
-        facts=dict(found.facts),
+        facts=dict(contents.facts),
         norm=norm,
         content=content,
         problems=_findings(wrong),
-        notes=[*notes, *found.notes],
+        notes=[*notes, *contents.notes],
     )
 
 
 def _read_factors(
-    stores: Stores, form: Format, found: Contents, problems: list[Problem], uri: str
+    stores: Stores, form: Format, contents: Contents, problems: list[Problem], uri: str
 ) -> tuple[float | None, str]:
-    """Return an adapter's norm, and the SHA-256 of all that it stores; note factors that are not finite."""
-    import torch  # here, so that looking at headers does not wait for it
+    """Return an adapter's norm, and the SHA-256 of all its factors; add a problem if they are not finite."""
+    import torch  # here, since an inspection of headers does not need it
 
     from ties_ray.kernels import Factors
     from ties_ray.kernels.lowrank import norm2_of
 
     digest, norm2, not_finite = hashlib.sha256(), 0.0, 0
-    for name, source in sorted(found.sources.items()):
+    for name, source in sorted(contents.sources.items()):
         numel = math.prod(form.shape(source))
         views = []
         for read in form.reads(source, 0, numel):
             views.append(torch.empty(read.stop - read.start, dtype=torch.uint8))
-            pin = found.objects[read.object]
+            pin = contents.objects[read.object]
             stores.of(pin.uri).read(pin, read.start, views[-1].numpy().data)
             digest.update(views[-1].numpy().data)
         digest.update(json.dumps([name, source.numbers]).encode())
@@ -219,7 +226,7 @@ def _read_factors(
 
 
 def _stored(folder: Folder) -> dict[str, Source]:
-    """Return every tensor of every header: what there is to show of a folder that is refused."""
+    """Return every tensor of every header, for a folder that is refused."""
     return {
         f"{file}: {name}": Source((TensorRef(0, info.start, info.dtype, info.shape),))
         for file, header in folder.headers.items()
@@ -231,13 +238,13 @@ def _architecture(folder: Folder) -> str:
     try:
         config = bounded.loads(folder.texts.get("config.json", b"{}"))
     except (ValueError, RecursionError):
-        return ""  # among the problems already
+        return ""  # the format reports it as a problem
     names = config.get("architectures") if isinstance(config, dict) else None
     return ", ".join(map(str, names)) if isinstance(names, list) else ""
 
 
 def _findings(problems: list[Problem]) -> list[Finding]:
-    return [Finding(where=one.where, what=one.what, remedy=one.remedy, code=one.code) for one in problems]
+    return [Finding(where=each.where, what=each.what, remedy=each.remedy, code=each.code) for each in problems]
 
 
 def _name(pin: Pin) -> str:

@@ -1,7 +1,7 @@
-"""From a plan to Kubernetes: a RayJob (or RayCronJob, or RayCluster) of KubeRay sized for that merge. Pure.
+"""Kubernetes manifests of a planned merge: a RayJob, RayCronJob or RayCluster of KubeRay, sized for it.
 
-What KubeRay refuses was read in its validation, what Kueue refuses in its documentation; no cluster has taken these
-manifests yet. deploy/schemas and the rules of tests/deploy hold what the fields ask of each other.
+No cluster has taken these manifests yet. The rules come from the source of KubeRay's validation and from Kueue's
+documentation; deploy/schemas and tests/deploy check them.
 """
 
 import io
@@ -23,32 +23,33 @@ from ties_ray.stores import hub_uri
 Json = dict[str, Any]
 
 IMPORTS = 256 * 2**20
-"""Of a worker beside what its plan counts: torch, numba, Ray (229 MB measured in an actor)."""
+"""Bytes of a worker's imports: torch, numba and Ray (229 MB measured in an actor)."""
 NODE = 768 * 2**20
-"""Of a pod beside its workers: raylet, agents, idle worker processes (456 MiB measured, and 50 a CPU)."""
+"""Bytes of a pod beside its workers: raylet, agents, idle processes (456 MiB measured, and 50 MiB a CPU)."""
 IDLE = 64 * 2**20
-"""Of the process that Ray starts ahead for each CPU."""
+"""Bytes of the process that Ray starts ahead for each CPU."""
 OBJECT_STORE = 128 * 2**20
-"""Nothing of ours goes through it; Ray asks for 75 MiB at least."""
+"""Bytes of Ray's object store. We send nothing through it, and Ray demands at least 75 MiB."""
 HEADROOM = 0.85
 """Share of a pod's memory that is planned for; Ray kills workers at 0.95."""
 HEAD_MEMORY = 4 * 2**30
-"""Of the head: GCS, dashboard, the driver with its imports; beside it 1 MiB a model for the plan."""
+"""Bytes of the head: GCS, dashboard and the driver with its imports. Each model adds 1 MiB for the plan."""
 STORAGE = 4 * 2**30
-"""Of /tmp, a pod's one writable folder: Ray's logs, compiled kernels, HOME."""
+"""Bytes of /tmp, the only writable folder of a pod: it holds Ray's logs, compiled kernels and HOME."""
 RATE = 100e6
-"""Bytes a second and worker, by which their number is chosen: what one reader gets of S3, not what a core could do."""
+"""Bytes a second that a worker is expected to read. This is the rate of one reader of S3; a core is faster."""
 TARGET = 900.0
-"""Seconds that a merge should take at this rate."""
+"""Seconds that a merge should take at this rate; they decide the number of workers."""
 MAX_WORKERS = 256
+"""Largest number of workers that is chosen without being asked for."""
 MAX_NAME = 47
-"""KubeRay: a cluster's name adds 6 characters, a service's 10, and a label has 63."""
+"""Characters of a name. KubeRay adds 6 to it for a cluster and 10 for a service; a label has at most 63."""
 MAX_CRON_NAME = 36
-"""... and what a RayCronJob starts is called after it and its time: 11 characters, as for Kubernetes' own CronJob."""
+"""Characters of the name of a RayCronJob, which adds its time to the name of each job: 11 characters."""
 MAX_CONFIG = 1_000_000
 """Bytes of a ConfigMap, which Kubernetes bounds at 1 MiB."""
 FOLDER = "/etc/ties-ray"
-"""Where the head finds recipe and script."""
+"""Folder of the recipe and the script on the head."""
 
 SPOT_LABELS = {
     "karpenter.sh/capacity-type": "spot",
@@ -56,75 +57,79 @@ SPOT_LABELS = {
     "cloud.google.com/gke-spot": "true",
     "kubernetes.azure.com/scalesetpriority": "spot",
 }
-"""How Karpenter, EKS, GKE and AKS mark nodes that may be taken away."""
+"""Labels by which Karpenter, EKS, GKE and AKS mark spot nodes, which may be taken away."""
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./:@-]*")
 _NOT_TEXT = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null", ".inf", ".nan"))
-"""Words that YAML 1.1, which Kubernetes reads, takes for something else."""
+"""Texts that YAML 1.1, which Kubernetes reads, takes for another type."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user decides; the rest follows from the plan."""
+    """The choices of the user; the rest follows from the plan."""
 
     image: str
-    """Holds ties_ray, Ray and torch; deploy/Dockerfile makes one."""
+    """Image that holds ties_ray, Ray and torch; deploy/Dockerfile makes one."""
     ray_version: str
-    """Of the image; KubeRay chooses its commands by it."""
+    """Ray version of the image; KubeRay chooses its commands by it."""
     name: str = ""
-    """Of all that is made; empty: `merge-` and the start of the run_id."""
+    """Name of all objects; empty: `merge-` and the start of the run_id."""
     namespace: str = "default"
     workers: int | None = None
-    """None: the recipe's, else as many as read the inputs in a quarter of an hour."""
+    """Number of workers. None: the recipe's, else enough to read the inputs in a quarter of an hour."""
     workers_per_pod: int = 4
-    """At most; each takes one CPU. Small pods spread: the network, and the loss, is a node's."""
+    """Most workers of a pod; each takes one CPU. Small pods spread over more nodes, and over more networks."""
     service_account: str = "ties-ray"
     role_arn: str = ""
-    """Also print that service account, bound to this IAM role (IRSA)."""
+    """IAM role (IRSA) of the service account; where it is given, the account is printed too."""
     queue: str = ""
-    """A local queue of Kueue."""
+    """Local queue of Kueue."""
     schedule: str = ""
     """Five fields of cron: a RayCronJob instead of a RayJob."""
     time_zone: str = ""
+    """Time zone of the schedule; empty: the operator's."""
     cluster: bool = False
-    """A RayCluster that grows and shrinks, to which merges are submitted, instead of a job with its own."""
+    """Whether to print a RayCluster that grows and shrinks, for merges to come, instead of a job."""
     spot: bool = True
-    """Workers go to spot nodes where there are any, else to on-demand ones; the head never does."""
+    """Whether workers go to spot nodes where there are any, else to on-demand ones; the head never does."""
     result: str = ""
-    """Where the result record is written, also on failure."""
+    """URI of the result record, which is written on failure too."""
     deadline: int | None = None
-    """Seconds until the job is given up; None: four times what the plan expects, at least an hour."""
+    """Seconds until the job is given up; None: four times the expected time, at least an hour."""
     env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of all pods."""
     secrets: Sequence[str] = ()
     """Names of Kubernetes secrets whose keys become environment variables."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a merge is given. Sizes are bytes, times seconds."""
+    """The resources of a merge. Sizes are bytes, times are seconds."""
 
     pods: int
     workers_per_pod: int
     gpus_per_pod: int
     memory: int
-    """Of a worker pod."""
+    """Memory of a worker pod."""
     head_memory: int
+    """Memory of the head pod."""
     seconds: float
-    """How long it should take, at `RATE`."""
+    """Expected time of the merge, at `RATE`."""
     deadline: int
+    """Time until the job is given up."""
 
     @property
     def workers(self) -> int:
-        """Of all pods."""
+        """Number of workers in all pods."""
         return self.pods * self.workers_per_pod
 
 
 def size(record: PlanRecord, recipe: Recipe, options: Options) -> Size:
-    """Return what a planned merge should be given: full pods, at least as many workers as were asked for."""
-    wanted = options.workers or recipe.run.workers or _workers(record)
-    pods = math.ceil(wanted / options.workers_per_pod)
-    each = math.ceil(wanted / pods)
+    """Return the resources of a planned merge: full pods, and at least as many workers as were asked for."""
+    workers = options.workers or recipe.run.workers or _workers(record)
+    pods = math.ceil(workers / options.workers_per_pod)
+    each = math.ceil(workers / pods)
     planned = each * (record.memory + IMPORTS + IDLE) + NODE + OBJECT_STORE
     seconds = record.bytes_read / (RATE * pods * each)
     return Size(
@@ -139,29 +144,29 @@ def size(record: PlanRecord, recipe: Recipe, options: Options) -> Size:
 
 
 def kuberay(record: PlanRecord, recipe: Recipe, options: Options) -> list[Json]:
-    """Return the manifests of a planned merge: what to apply, in this order.
+    """Return the manifests of a planned merge, in the order in which they are applied.
 
-    Raises `RecipeError` with everything that Kubernetes, KubeRay or Kueue would refuse or read otherwise.
+    Raises `RecipeError` with everything that Kubernetes, KubeRay or Kueue would refuse or misread.
     """
     script = _script(size(record, recipe, options), options)
     text = recipe_text(recipe)
     problems = [*_problems(recipe, options), *_too_large(text)]
     if problems:
         raise RecipeError(problems)
-    made = _Manifests(record, options, size(record, recipe, options))
-    account = [made.service_account()] if options.role_arn else []
+    manifests = _Manifests(record, options, size(record, recipe, options))
+    account = [manifests.service_account()] if options.role_arn else []
     if options.cluster:
-        return [*account, made.cluster()]
-    return [*account, made.config({"recipe.yaml": text, "merge.sh": script}), made.job()]
+        return [*account, manifests.cluster()]
+    return [*account, manifests.config({"recipe.yaml": text, "merge.sh": script}), manifests.job()]
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return a recipe as YAML, with what it left open left open."""
+    """Return a recipe as YAML, without the fields that it leaves to their defaults."""
     return to_yaml([recipe.model_dump(mode="json", exclude_unset=True)])
 
 
 def to_yaml(documents: Sequence[Json]) -> str:
-    """Return documents as YAML that readers of 1.1 and 1.2 understand alike: what could be read otherwise is quoted."""
+    """Return documents as YAML that readers of YAML 1.1 and 1.2 read alike: ambiguous texts are quoted."""
     writer = YAML()
     writer.width = 2**20
     writer.indent(mapping=2, sequence=4, offset=2)
@@ -171,24 +176,24 @@ def to_yaml(documents: Sequence[Json]) -> str:
 
 
 class _Manifests:
-    """The parts that RayJob, RayCronJob and RayCluster share."""
+    """Builds the manifests, whose parts RayJob, RayCronJob and RayCluster share."""
 
-    def __init__(self, record: PlanRecord, options: Options, wanted: Size) -> None:
-        self._record, self._options, self._size = record, options, wanted
+    def __init__(self, record: PlanRecord, options: Options, size: Size) -> None:
+        self._record, self._options, self._size = record, options, size
         self._name = options.name or f"merge-{record.run_id[:10]}"
 
     def service_account(self) -> Json:
-        """Return the account whose pods S3 knows by their IAM role."""
+        """Return the service account that gives its pods an IAM role."""
         annotations = {"eks.amazonaws.com/role-arn": self._options.role_arn}
         metadata = self._metadata(self._options.service_account) | {"annotations": annotations}
         return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata}
 
     def config(self, files: Mapping[str, str]) -> Json:
-        """Return the files that the head mounts."""
+        """Return the ConfigMap of the files that the head mounts."""
         return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": self._metadata(self._name), "data": dict(files)}
 
     def job(self) -> Json:
-        """Return the RayJob, or the RayCronJob that makes one each time."""
+        """Return the RayJob, or the RayCronJob that starts a job at each of its times."""
         metadata = self._metadata(self._name) | {"annotations": self._annotations()}
         if self._options.schedule:
             spec = {"schedule": self._options.schedule, "jobTemplate": self._job_spec()}
@@ -199,17 +204,17 @@ class _Manifests:
         return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": self._job_spec()}
 
     def cluster(self) -> Json:
-        """Return a cluster that grows to the planned size when merges ask for workers, and shrinks after them."""
+        """Return the RayCluster: it grows to the planned size when merges ask for workers, and shrinks after them."""
         metadata = self._metadata(self._name) | {"annotations": self._annotations()}
         return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": self._cluster_spec()}
 
     def _job_spec(self) -> Json:
         spec: Json = {
-            # One word after the other: a shell and `ray job submit` both read this line.
+            # A shell and `ray job submit` both split this line into words.
             "entrypoint": f"sh {FOLDER}/merge.sh",
             "submissionMode": "K8sJobMode",
             "submitterConfig": {"backoffLimit": 2},
-            # KubeRay would build a new cluster after any failure, a typo's too; merge.sh knows which ones to retry.
+            # KubeRay would build a new cluster after any failure, even a typo. merge.sh retries what may pass.
             "backoffLimit": 0,
             "activeDeadlineSeconds": self._size.deadline,
             "shutdownAfterJobFinishes": True,
@@ -224,7 +229,7 @@ class _Manifests:
         autoscaler: Json = {"version": "v2", "idleTimeoutSeconds": 120, "resources": _resources(0.5, 2**30, 0)}
         autoscaler["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         head: Json = {
-            # No worker on the head: losing that pod loses the job.
+            # The head has no worker, since the loss of this pod loses the job.
             "rayStartParams": {"num-cpus": "0", "object-store-memory": str(OBJECT_STORE)},
             "template": self._pod("ray-head", 2, self._size.head_memory, 0),
         }
@@ -239,7 +244,7 @@ class _Manifests:
         spec = {"enableInTreeAutoscaling": True, "autoscalerOptions": autoscaler} if grows else {}
         return {
             "rayVersion": self._options.ray_version,
-            "authOptions": {"mode": "token"},  # KubeRay makes the token, and its secret
+            "authOptions": {"mode": "token"},  # KubeRay creates the token and its secret
             **spec,
             "headGroupSpec": head,
             "workerGroupSpecs": [workers],
@@ -254,7 +259,7 @@ class _Manifests:
             volumes.append({"name": "recipe", "configMap": {"name": self._name}})
         spec: Json = {
             "serviceAccountName": self._options.service_account,
-            "automountServiceAccountToken": head and self._options.cluster,  # for the autoscaler alone
+            "automountServiceAccountToken": head and self._options.cluster,  # only the autoscaler needs it
             "securityContext": _POD_SECURITY,
             "affinity": {"nodeAffinity": _on_demand() if head or not self._options.spot else _spot_preferred()},
         }
@@ -286,7 +291,7 @@ class _Manifests:
         }
         return {
             "restartPolicy": "Never",
-            "automountServiceAccountToken": False,  # it only follows the job's log
+            "automountServiceAccountToken": False,  # the submitter only follows the job's log
             "securityContext": _POD_SECURITY,
             "affinity": {"nodeAffinity": _on_demand()},
             "containers": [container],
@@ -298,7 +303,7 @@ class _Manifests:
         return own | dict(self._options.env)
 
     def _spread(self) -> Json:
-        """Return the wish that workers lie on different nodes: the network is a node's."""
+        """Return the preference that workers run on different nodes, each with a network card of its own."""
         return {
             "maxSkew": 1,
             "topologyKey": "kubernetes.io/hostname",
@@ -324,7 +329,7 @@ class _Manifests:
 
 _POD_SECURITY: Json = {
     "runAsNonRoot": True,
-    "runAsUser": 1000,  # `ray` of Ray's images
+    "runAsUser": 1000,  # the user `ray` of Ray's images
     "runAsGroup": 100,
     "fsGroup": 100,
     "seccompProfile": {"type": "RuntimeDefault"},
@@ -337,17 +342,17 @@ _CONTAINER_SECURITY: Json = {
 
 
 def _workers(record: PlanRecord) -> int:
-    most = max((one.shards for one in record.rounds), default=1)
+    most = max((round_.shards for round_ in record.rounds), default=1)
     return max(1, min(math.ceil(record.bytes_read / (RATE * TARGET)), most, MAX_WORKERS))
 
 
-def _script(wanted: Size, options: Options) -> str:
-    overrides = ("run.executor=ray", "run.address=auto", f"run.workers={wanted.workers}", "run.deadline=1800")
+def _script(size: Size, options: Options) -> str:
+    overrides = ("run.executor=ray", "run.address=auto", f"run.workers={size.workers}", "run.deadline=1800")
     words = ["ties-ray", "merge", f"{FOLDER}/recipe.yaml", "--json"]
-    words += [word for one in overrides for word in ("--set", one)]
+    words += [word for override in overrides for word in ("--set", override)]
     command = shlex.join(words + (["--result", options.result] if options.result else []))
     return f"""\
-# Merges; again where that helps: 4 (interrupted, it continues) and 5 (something out of reach). Other codes are final.
+# Merges. Repeats it where that helps: 4 (interrupted, it continues) and 5 (out of reach). Other codes are final.
 for pause in 30 120 0; do
   {command}
   code=$?
@@ -361,7 +366,7 @@ exit "$code"
 
 
 def _resources(cpus: float, memory: int, gpus: int, storage: int = 0) -> Json:
-    """Return requests and limits, which are equal: Ray counts by limits, Kubernetes and Kueue place by requests."""
+    """Return equal requests and limits: Ray counts by limits, Kubernetes and Kueue place by requests."""
     amounts = {"cpu": f"{cpus:g}" if cpus >= 1 else f"{round(1000 * cpus)}m", "memory": _mebibytes(memory)}
     amounts |= {"ephemeral-storage": _mebibytes(storage)} if storage else {}
     amounts |= {"nvidia.com/gpu": str(gpus)} if gpus else {}
@@ -369,13 +374,13 @@ def _resources(cpus: float, memory: int, gpus: int, storage: int = 0) -> Json:
 
 
 def _on_demand() -> Json:
-    """Return a demand that nodes without these labels meet too."""
+    """Return the requirement that a node is no spot node; nodes without these labels meet it."""
     terms = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in SPOT_LABELS.items()]
     return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": terms}]}}
 
 
 def _spot_preferred() -> Json:
-    """Return a wish, not a demand: where no spot node can be had, pods go to on-demand ones."""
+    """Return the preference for spot nodes: where there are none, pods go to on-demand nodes."""
 
     def term(key: str, value: str) -> Json:
         return {"weight": 100, "preference": {"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]}}
@@ -400,8 +405,8 @@ def _problems(recipe: Recipe, options: Options) -> Iterator[Problem]:
     if options.schedule and (len(options.schedule.split()) != 5 or "TZ" in options.schedule):
         yield Problem("--cron", f"{options.schedule!r} has not five fields", "as in '15 2 * * *', and --time-zone")
     if options.schedule and options.queue:
-        what = "the jobs of a RayCronJob would not carry the queue's label"
-        yield Problem("--cron", what, "let the schedule come from outside Kubernetes, or leave --kueue-queue out")
+        message = "the jobs of a RayCronJob would not carry the queue's label"
+        yield Problem("--cron", message, "let the schedule come from outside Kubernetes, or leave --kueue-queue out")
     if options.cluster and (options.schedule or options.queue):
         yield Problem("--cluster", "a cluster that grows has neither a schedule nor a place in a queue of Kueue")
     if options.workers_per_pod < 1 or (options.workers is not None and options.workers < 1):
@@ -410,12 +415,12 @@ def _problems(recipe: Recipe, options: Options) -> Iterator[Problem]:
         yield Problem("--image", f"{options.image!r} names no image", "as in registry.example/ties-ray:0.1.0")
     for name, value in options.env.items():
         if _SECRET.search(name) or holds_secret(value) or USER_IN_URL.match(value):
-            what = f"{name} looks like a secret, or holds one, which a manifest must not"
-            yield Problem("--env", what, "put it into a Kubernetes secret and name that: --env-from NAME")
+            message = f"{name} looks like a secret, or holds one, which a manifest must not"
+            yield Problem("--env", message, "put it into a Kubernetes secret and name that: --env-from NAME")
     for place, path in _paths(recipe, options):
         if "://" not in hub_uri(path) or path.startswith("file://"):
-            what = f"{path} is a path of this machine, which a pod does not see"
-            yield Problem(place, what, "put it into object storage")
+            message = f"{path} is a path of this machine, which a pod does not see"
+            yield Problem(place, message, "put it into object storage")
 
 
 def _paths(recipe: Recipe, options: Options) -> Iterator[tuple[str, str]]:
@@ -433,8 +438,8 @@ def _paths(recipe: Recipe, options: Options) -> Iterator[tuple[str, str]]:
 
 def _too_large(text: str) -> Iterator[Problem]:
     if len(text.encode()) > MAX_CONFIG:
-        what = f"has {len(text.encode()):,} bytes, and a ConfigMap takes {MAX_CONFIG:,}"
-        yield Problem("recipe", what, "put its models into a table in object storage")
+        message = f"has {len(text.encode()):,} bytes, and a ConfigMap takes {MAX_CONFIG:,}"
+        yield Problem("recipe", message, "put its models into a table in object storage")
 
 
 def _quoted(value: Any) -> Any:

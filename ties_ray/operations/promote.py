@@ -1,6 +1,6 @@
-"""A pointer to the merge that is in use: moved in one step once the merge has proved itself, and moved back again.
+"""A pointer to the merge that is in use. It moves in one step once the merge is approved, and can move back.
 
-The pointer is a small JSON object anywhere a store can write. It names the current output and the one before.
+The pointer is a small JSON object anywhere a store can write. It names the current output and the previous one.
 """
 
 import os
@@ -19,7 +19,7 @@ from ties_ray.state import documents
 from ties_ray.stores import Pin, Stores
 
 TRIES = 5
-"""Swaps that may be lost to others before we give up."""
+"""Swaps that may fail because others write the pointer, until we give up."""
 
 
 class _Record(BaseModel):
@@ -27,7 +27,7 @@ class _Record(BaseModel):
 
 
 class Release(_Record):
-    """One merge that was promoted."""
+    """A merge that was promoted."""
 
     output: str
     run_id: str
@@ -36,7 +36,7 @@ class Release(_Record):
 
 
 class Pointer(_Record):
-    """What is in use."""
+    """The content of a pointer: the release in use, and the one before it."""
 
     schema_version: Literal[1] = 1
     current: Release
@@ -47,12 +47,12 @@ _POINTER = TypeAdapter(Pointer)
 
 
 class Promotion(_Record):
-    """What a promotion or a rollback came to."""
+    """The outcome of a promotion or a rollback."""
 
     pointer: str
-    """Its URI."""
+    """URI of the pointer."""
     changed: bool
-    """False: it pointed there already."""
+    """Whether the pointer moved; False: it named this release already."""
     current: Release
     previous: Release | None
 
@@ -64,45 +64,48 @@ def promote(
     evaluate: Sequence[str] = (),
     check: Callable[[], Verification] | None = None,
 ) -> Promotion:
-    """Let the pointer name a finished merge, after a command has approved of it; the one before is kept.
+    """Let the pointer name a finished merge, once a command approves of it; keep the current release as the previous.
 
-    evaluate: a command that gets TIES_RAY_OUTPUT (the folder's URI) and TIES_RAY_RESULT (a file with the result record)
-    and approves by exit code 0. check: re-reads the output before. Neither is asked again for what the pointer names
-    already. Raises `InputError` where the output holds no finished merge, the check finds something, the command does
-    not approve, or the folder holds something else afterwards.
+    evaluate: a command that approves by exit code 0. Its environment has TIES_RAY_OUTPUT (the folder's URI) and
+    TIES_RAY_RESULT (a file with the result record).
+    check: re-reads the output before that.
+    An output that the pointer names already is neither checked nor evaluated.
+    Raises `InputError` where the output holds no finished merge, the check has findings, the command does not approve,
+    or the folder changes meanwhile.
     """
-    result, files = _held(stores, output)
-    there, _ = _read(stores, pointer)
-    if there and (there.current.output, there.current.run_id) == (output, result.run_id):
-        return _told(pointer, there, changed=False)
+    result, files = _finished(stores, output)
+    content, _ = _read(stores, pointer)
+    if content and (content.current.output, content.current.run_id) == (output, result.run_id):
+        return _promotion(pointer, content, changed=False)
     if check and (findings := check().findings):
-        raise InputError(Problem(one.where, one.what, one.remedy) for one in findings)
+        raise InputError(Problem(finding.where, finding.what, finding.remedy) for finding in findings)
     if evaluate:
         _evaluate(output, result, evaluate)
     if evaluate or check:
-        now, lying = _held(stores, output)
-        changed = sorted(name for name, pin in files.items() if lying.get(name) != pin)
-        if now != result or changed:
-            what = f"was changed while it was evaluated: {', '.join(changed[:5]) or 'its result record'}"
-            raise InputError(Problem(output, what, "promote it again, with nobody at work there", "not_approved"))
+        result_after, files_after = _finished(stores, output)
+        changed = sorted(name for name, pin in files.items() if files_after.get(name) != pin)
+        if result_after != result or changed:
+            message = f"was changed while it was evaluated: {', '.join(changed[:5]) or 'its result record'}"
+            raise InputError(Problem(output, message, "promote it again, with nobody at work there", "not_approved"))
     release = Release(output=output, run_id=result.run_id, promoted_at=datetime.now(UTC).isoformat(timespec="seconds"))
     return _swap(stores, pointer, release)
 
 
 def rollback(stores: Stores, pointer: str) -> Promotion:
-    """Let the pointer name the merge before, and the present one as the one before that."""
-    there, _ = _read(stores, pointer)
-    if there is None or there.previous is None:
+    """Let the pointer name the previous release; the current one becomes the previous."""
+    content, _ = _read(stores, pointer)
+    if content is None or content.previous is None:
         raise InputError(Problem(pointer, "names no merge before the current one", "promote one"))
-    held = find_result(stores, there.previous.output)
-    if held is None or (held.status, held.run_id) != ("done", there.previous.run_id):
-        what = f"the merge before, run {there.previous.run_id} in {there.previous.output}, is not there any more"
-        raise InputError(Problem(pointer, what, "promote another"))
-    return _swap(stores, pointer, there.previous)
+    previous = content.previous
+    result = find_result(stores, previous.output)
+    if result is None or (result.status, result.run_id) != ("done", previous.run_id):
+        message = f"the merge before, run {previous.run_id} in {previous.output}, is not there any more"
+        raise InputError(Problem(pointer, message, "promote another"))
+    return _swap(stores, pointer, previous)
 
 
-def _held(stores: Stores, output: str) -> tuple[MergeResult, dict[str, Pin]]:
-    """Return the result record of an output and the pins of its files; refuse one that holds no finished merge."""
+def _finished(stores: Stores, output: str) -> tuple[MergeResult, dict[str, Pin]]:
+    """Return the result record of a finished merge, and the pins of its files by name."""
     result = find_result(stores, output)
     if result is None or result.status != "done":
         raise InputError(Problem(output, "holds no finished merge", "merge first"))
@@ -113,39 +116,39 @@ def _evaluate(output: str, result: MergeResult, command: Sequence[str]) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as record:
         record.write(result.model_dump_json(indent=2))
         record.flush()
-        known = {"TIES_RAY_OUTPUT": output, "TIES_RAY_RESULT": record.name}
+        variables = {"TIES_RAY_OUTPUT": output, "TIES_RAY_RESULT": record.name}
         try:
-            code = subprocess.run(command, env={**os.environ, **known}, check=False).returncode
+            code = subprocess.run(command, env={**os.environ, **variables}, check=False).returncode
         except OSError as error:
             raise InputError(Problem("--evaluate", f"{command[0]}: {error.strerror}", "check the command")) from None
     if code:
-        # its arguments may hold a key, and are not repeated
-        what = f"the evaluation by {command[0]} ended with {code}: {output} is not promoted"
-        raise InputError(Problem("--evaluate", what, "the pointer is as it was", "not_approved"))
+        # The message leaves the arguments out, since they may hold a key.
+        message = f"the evaluation by {command[0]} ended with {code}: {output} is not promoted"
+        raise InputError(Problem("--evaluate", message, "the pointer is as it was", "not_approved"))
 
 
 def _swap(stores: Stores, pointer: str, release: Release) -> Promotion:
-    """Write the pointer, unless somebody else does at the same time; then look again."""
+    """Write the pointer; if others write it at the same time, read it again and retry."""
     for _ in range(TRIES):
-        there, etag = _read(stores, pointer)
-        if there and (there.current.output, there.current.run_id) == (release.output, release.run_id):
-            return _told(pointer, there, changed=False)
-        wanted = Pointer(current=release, previous=there.current if there else None)
-        if stores.writer(pointer).swap(pointer, (wanted.model_dump_json(indent=2) + "\n").encode(), etag) is not None:
-            return _told(pointer, wanted, changed=True)
+        old, etag = _read(stores, pointer)
+        if old and (old.current.output, old.current.run_id) == (release.output, release.run_id):
+            return _promotion(pointer, old, changed=False)
+        new = Pointer(current=release, previous=old.current if old else None)
+        if stores.writer(pointer).swap(pointer, (new.model_dump_json(indent=2) + "\n").encode(), etag) is not None:
+            return _promotion(pointer, new, changed=True)
     raise UnavailableError(Problem(pointer, "others keep writing it", "try again"))
 
 
 def _read(stores: Stores, pointer: str) -> tuple[Pointer | None, str]:
-    """Return the pointer and its ETag; None and "" where there is none."""
+    """Return the content of the pointer and its ETag; None and "" where there is no pointer."""
     try:
-        pin, found = documents.read(
+        pin, content = documents.read(
             stores.of(pointer), pointer, _POINTER, documents.SMALL, "it as a pointer", "name another object"
         )
-        return found, pin.etag
+        return content, pin.etag
     except FileNotFoundError:
         return None, ""
 
 
-def _told(pointer: str, now: Pointer, *, changed: bool) -> Promotion:
-    return Promotion(pointer=pointer, changed=changed, current=now.current, previous=now.previous)
+def _promotion(pointer: str, content: Pointer, *, changed: bool) -> Promotion:
+    return Promotion(pointer=pointer, changed=changed, current=content.current, previous=content.previous)

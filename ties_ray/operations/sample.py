@@ -1,4 +1,4 @@
-"""A sample of a finished output, computed again from the inputs and compared bit by bit; for `verify --sample`."""
+"""`verify --sample` and `--recount`: compute a part of a finished merge again, and compare it bit by bit."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +21,11 @@ from ties_ray.worker.messages import Setup
 from ties_ray.worker.worker import Worker
 
 SLICE = 2**18
-"""Elements of a tensor that are taken or left together: 512 KiB of bf16, of every model."""
+"""Elements of a slice, the unit of a sample: 512 KiB of bf16 from every model."""
 LEAVE_OUT = "or leave --sample out"
 
-Runs = Sequence[tuple[int, int]]
-"""Elements [first, last) of a tensor."""
+Slices = Sequence[tuple[int, int]]
+"""Ranges [start, stop) of a tensor's elements, in order."""
 
 
 def compare(
@@ -38,38 +38,39 @@ def compare(
     watch: Watch,
     announce: Callable[[Sequence[str]], None],
 ) -> tuple[Sample, list[Problem]]:
-    """Return what was taken, and the tensors that differ; pins: by name, the weight files that can be compared.
+    """Return the sample, and a problem for each tensor that differs.
 
-    A worker merges in this process, with the stored plan and thresholds; nothing is written. Nothing of the stored
-    plan's settings is used: neither storage options nor folders on this disk. announce: gets the folders of the inputs,
-    before any is read. Raises `InputError` where it can't: another arithmetic, thresholds that are gone, inputs that
-    are not as they were.
+    A worker merges in this process, with the stored plan and thresholds, and writes nothing. It uses neither the
+    storage options of the stored plan nor its folders on this disk.
+    pins: the weight files that can be compared, by name.
+    announce: gets the folders of the inputs before they are read.
+    Raises `InputError` where the arithmetic is another, thresholds are gone, or inputs have changed.
     """
-    _demand_arithmetic(plan, "--sample")
+    _require_arithmetic(plan, "--sample")
     if isinstance(plan.recipe.output, CondensingOutput):
-        what = "the merged matrices went through scratch, which is gone: they can't be merged again in samples"
-        raise InputError(Problem("--sample", what, LEAVE_OUT.removeprefix("or ")))
-    chosen = [(pins[name], placed, runs) for name, placed, runs in choose(plan, share, seed) if name in pins]
-    total = sum(_num_bytes(placed, runs) for _, placed, runs in chosen)
+        message = "the merged matrices went through scratch, which is gone: they can't be merged again in samples"
+        raise InputError(Problem("--sample", message, LEAVE_OUT.removeprefix("or ")))
+    chosen = [(pins[name], placed, slices) for name, placed, slices in choose(plan, share, seed) if name in pins]
+    total = sum(_num_bytes(placed, slices) for _, placed, slices in chosen)
     inputs = _folders(_inputs(plan))
     announce(inputs)
     worker = _worker(stores, plan, manifest)
     problems = []
     compared = 0
-    for number, (pin, placed, runs) in enumerate(chosen):
+    for number, (pin, placed, slices) in enumerate(chosen):
         watch(Progress("sample", number, len(chosen), compared, total))
-        problems += _compare(stores, worker, pin, placed, runs)
-        compared += _num_bytes(placed, runs)
+        problems += _compare(stores, worker, pin, placed, slices)
+        compared += _num_bytes(placed, slices)
     watch(Progress("sample", len(chosen), len(chosen), compared, total))
-    taken = Sample(
+    sample = Sample(
         share=share,
         seed=seed,
         tensors=len(chosen),
-        elements=sum(last - first for _, _, runs in chosen for first, last in runs),
+        elements=sum(stop - start for _, _, slices in chosen for start, stop in slices),
         of=sum(_numel(placed) for _, placed, _ in chosen),
         inputs=inputs,
     )
-    return taken, problems
+    return sample, problems
 
 
 def recount(
@@ -81,12 +82,14 @@ def recount(
     watch: Watch,
     announce: Callable[[Sequence[str]], None],
 ) -> tuple[list[str], list[Problem]]:
-    """Return the ids of the models whose thresholds were counted anew, and of those that differ the problems.
+    """Return the ids of the models whose thresholds are counted anew, and a problem for each that differs.
 
-    What the merge used may come from a pool cache, which whoever may write there decides. Raises as `compare` does.
+    The merge may have taken its thresholds from a pool cache, which others can write.
+    announce: gets the folders of the inputs before they are read.
+    Raises `InputError` where there are no thresholds, the arithmetic is another, or inputs have changed.
     """
-    _demand_arithmetic(plan, "--recount")
-    low = [index for index, one in enumerate(plan.result.rounds) if one.kind == "count_low"]
+    _require_arithmetic(plan, "--recount")
+    low = [index for index, round_ in enumerate(plan.result.rounds) if round_.kind == "count_low"]
     need = plan.recipe.method.needs(plan.result.members)
     trimmed = [number for number in range(len(plan.result.members)) if need and need.densities[number] < 1]
     if not low or not trimmed:
@@ -94,18 +97,18 @@ def recount(
     generator = random.Random(f"{plan.run_id} {seed}")
     chosen = sorted(generator.sample(trimmed, max(1, round(share * len(trimmed)))))
     groups = sorted({member // MODEL_GROUP for member in chosen})
-    known = manifest.read_folded(low[0], plan, groups)
+    folded = manifest.read_folded(low[0], plan, groups)
     announce(_folders([plan.catalog.base, *(plan.catalog.models[plan.result.models[member]] for member in chosen)]))
     worker = _worker(stores, plan, manifest)
     problems = []
     for number, member in enumerate(chosen):
         watch(Progress("recount", number, len(chosen), 0, 0))
-        used = [one for one in known[member // MODEL_GROUP].picks if one.member == member] if known else []
+        used = [pick for pick in folded[member // MODEL_GROUP].picks if pick.member == member] if folded else []
         counted = worker.recounted(member)
-        if [_threshold(one) for one in used] != [_threshold(one) for one in counted]:
+        if list(map(_threshold, used)) != list(map(_threshold, counted)):
             model = plan.result.members[member].id
-            what = f"the merge trimmed it at {_shown(used)}, and its values give {_shown(counted)}"
-            problems.append(Problem(f"model {model}", what, "clear the pool cache, and merge again with --fresh"))
+            message = f"the merge trimmed it at {_shown(used)}, and its values give {_shown(counted)}"
+            problems.append(Problem(f"model {model}", message, "clear the pool cache, and merge again with --fresh"))
     watch(Progress("recount", len(chosen), len(chosen), 0, 0))
     return [plan.result.members[member].id for member in chosen], problems
 
@@ -119,11 +122,11 @@ def _shown(picks: Sequence[Pick]) -> str:
     return f"{', '.join(values) or 'nothing'}{' and more' if len(picks) > 3 else ''}"
 
 
-def _demand_arithmetic(plan: Plan, option: str) -> None:
-    known = ARITHMETICS[plan.recipe.run.arithmetic]
-    if plan.arithmetic != known:
-        what = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {known}"
-        raise InputError(Problem(option, what, f"use the version that merged, or leave {option} out"))
+def _require_arithmetic(plan: Plan, option: str) -> None:
+    ours = ARITHMETICS[plan.recipe.run.arithmetic]
+    if plan.arithmetic != ours:
+        message = f"the merge was computed by arithmetic {plan.arithmetic}, and this ties_ray has {ours}"
+        raise InputError(Problem(option, message, f"use the version that merged, or leave {option} out"))
 
 
 def _worker(stores: Stores, plan: Plan, manifest: Manifest) -> Worker:
@@ -139,49 +142,49 @@ def _inputs(plan: Plan) -> list[Model]:
     return [plan.catalog.base, *(plan.catalog.models[index] for index in plan.result.models)]
 
 
-def choose(plan: Plan, share: float, seed: int) -> Iterator[tuple[str, Placed, Runs]]:
-    """Yield (file, tensor, runs) of every tensor that has elements: about `share` of them, one slice at least."""
+def choose(plan: Plan, share: float, seed: int) -> Iterator[tuple[str, Placed, Slices]]:
+    """Yield (file, tensor, slices) for every tensor that has elements; at least one slice, about `share` of all."""
     generator = random.Random(f"{plan.run_id} {seed}")
     for file in plan.result.files:
         for placed in file.tensors:
             numel = _numel(placed)
             starts = range(0, numel, SLICE)
             if starts:
-                taken = generator.sample(starts, max(1, round(share * len(starts))))
-                yield file.name, placed, [(start, min(start + SLICE, numel)) for start in sorted(taken)]
+                chosen = generator.sample(starts, max(1, round(share * len(starts))))
+                yield file.name, placed, [(start, min(start + SLICE, numel)) for start in sorted(chosen)]
 
 
-def _compare(stores: Stores, worker: Worker, pin: Pin, placed: Placed, runs: Runs) -> list[Problem]:
-    """Return the problem of a tensor whose bytes are not what the inputs give, if so."""
+def _compare(stores: Stores, worker: Worker, pin: Pin, placed: Placed, slices: Slices) -> list[Problem]:
+    """Return a problem if a tensor's bytes differ from those that the inputs give."""
     wrong = []
     try:
-        for (first, _), wanted in zip(runs, worker.merged(placed, runs), strict=True):
-            wrong += _differing(stores, pin, placed, first, wanted)
+        for (start, _), expected in zip(slices, worker.merged(placed, slices), strict=True):
+            wrong += _differing(stores, pin, placed, start, expected)
     except InputError as error:
         remedy = (
             f"bring the inputs back as they were, give the options of their storage (--set storage....), {LEAVE_OUT}"
         )
-        problems = (Problem(one.where, f"can't be merged again: {one.what}", remedy) for one in error.problems)
+        problems = (Problem(each.where, f"can't be merged again: {each.what}", remedy) for each in error.problems)
         raise InputError(problems) from error
     if not wrong:
         return []
     count = sum(count for _, _, count in wrong)
-    what = f"of the elements [{wrong[0][0]:,}, {wrong[-1][1]:,}) {count:,} are not what the inputs give"
-    return [Problem(f"{pin.uri.rpartition('/')[2]}: {placed.tensor.name}", what, "merge again with --fresh")]
+    message = f"of the elements [{wrong[0][0]:,}, {wrong[-1][1]:,}) {count:,} are not what the inputs give"
+    return [Problem(f"{pin.uri.rpartition('/')[2]}: {placed.tensor.name}", message, "merge again with --fresh")]
 
 
-def _differing(stores: Stores, pin: Pin, placed: Placed, first: int, wanted: Tensor) -> list[tuple[int, int, int]]:
-    """Return (first, last exclusive, number) of the elements that differ in one run, if any."""
+def _differing(stores: Stores, pin: Pin, placed: Placed, start: int, expected: Tensor) -> list[tuple[int, int, int]]:
+    """Return (start, stop, number) of the elements of a slice that differ, if any."""
     width = DTYPE_BITS[placed.tensor.dtype] // 8
-    found = np.empty(len(wanted), np.uint8)
-    stores.of(pin.uri).read(pin, placed.start + first * width, found.data)
-    wrong = np.flatnonzero((found != wanted.numpy()).reshape(-1, width).any(axis=1))
-    return [(first + int(wrong[0]), first + int(wrong[-1]) + 1, len(wrong))] if len(wrong) else []
+    written = np.empty(len(expected), np.uint8)
+    stores.of(pin.uri).read(pin, placed.start + start * width, written.data)
+    wrong = np.flatnonzero((written != expected.numpy()).reshape(-1, width).any(axis=1))
+    return [(start + int(wrong[0]), start + int(wrong[-1]) + 1, len(wrong))] if len(wrong) else []
 
 
 def _numel(placed: Placed) -> int:
     return (placed.stop - placed.start) // (DTYPE_BITS[placed.tensor.dtype] // 8)
 
 
-def _num_bytes(placed: Placed, runs: Runs) -> int:
-    return sum(last - first for first, last in runs) * (DTYPE_BITS[placed.tensor.dtype] // 8)
+def _num_bytes(placed: Placed, slices: Slices) -> int:
+    return sum(stop - start for start, stop in slices) * (DTYPE_BITS[placed.tensor.dtype] // 8)

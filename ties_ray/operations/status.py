@@ -1,4 +1,4 @@
-"""What lies in an output folder: a finished merge, or unfinished ones and how far they are."""
+"""The status of an output folder: a finished merge, or unfinished ones and how far they are."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,7 +21,7 @@ class RoundStatus(_Record):
     name: str
     shards: int
     done: int
-    """Shards that are recorded; all of them once the round's barrier is behind."""
+    """Shards in durable records; all of them once the round's barrier is passed."""
 
 
 class RunStatus(_Record):
@@ -32,23 +32,23 @@ class RunStatus(_Record):
     rounds: list[RoundStatus] = []
     """Empty where no plan is stored."""
     uploads: list[str] = []
-    """Weight files whose upload was begun."""
+    """Weight files whose upload has begun."""
     problem: str = ""
-    """Why its plan, or what is stored beside it, can't be read."""
+    """Why the plan or the manifest of the run can't be read; empty if they can."""
 
 
 class Status(_Record):
-    """What an output folder holds."""
+    """The content of an output folder."""
 
     output: str
     holder: Holder | None
-    """Who holds the output's lease: a merge at work, or one that was killed less than a minute ago."""
+    """Holder of the output's lease: a merge at work, or a merge that was killed less than a minute ago."""
     result: MergeResult | None
     runs: list[RunStatus]
 
 
 def status(stores: Stores, output: str) -> Status:
-    """Return what the folder holds; reads the manifest, one request a record."""
+    """Return what the folder holds; read the manifests, one request a record."""
     runs = [_run(stores, output, run_id, generation) for run_id, generation in find_runs(stores, output)]
     return Status(output=output, holder=_holder(stores, output), result=find_result(stores, output), runs=runs)
 

@@ -174,14 +174,14 @@ def verify(
     checks = [_check(number, file, pieces, contents) for number, file in enumerate(files)]
     review.problems += _broken(files, pieces, contents, checks, result)
     review.problems += _not_finite(review, files, pieces, contents)
-    taken = _sample(review, files, sample, seed, watch, announce) if sample else None
+    compared = _sample(review, files, sample, seed, watch, announce) if sample else None
     recounted = _recount(review, recount, seed, watch, announce) if recount else []
     written = _write_sums(stores, output, watch) if sums and not review.problems else None
     return Verification(
         output=output,
         run_id=result.run_id,
         files=checks,
-        sample=taken,
+        sample=compared,
         recounted=recounted,
         sums=written,
         findings=[Finding(where=each.where, what=each.what, remedy=each.remedy) for each in review.problems],
@@ -221,8 +221,8 @@ def _files(review: _Review) -> list[_Weights]:
         try:
             pin, head = store.head(uri, 8)
             if pin.size != file.size:
-                what = f"has {pin.size:,} bytes, {file.size:,} were written"
-                problems.append(Problem(file.name, what, AGAIN))
+                message = f"has {pin.size:,} bytes, {file.size:,} were written"
+                problems.append(Problem(file.name, message, AGAIN))
             whole = bytearray(header_bytes(head, pin.size, file.name))
             store.read(pin, 0, memoryview(whole))
             files.append(_Weights(pin, bytes(whole), parse(bytes(whole), pin.size, file.name)))
@@ -257,8 +257,8 @@ def _documents(review: _Review) -> dict[str, bytes]:
         else:
             contents[file.name] = data
             if crc32c(memoryview(data)) != file.crc32c:
-                what = f"its CRC32C is {crc32c(memoryview(data))}, {file.crc32c} was written"
-                problems.append(Problem(file.name, what, "put it back as it was, or merge again with --fresh"))
+                message = f"its CRC32C is {crc32c(memoryview(data))}, {file.crc32c} was written"
+                problems.append(Problem(file.name, message, "put it back as it was, or merge again with --fresh"))
     return contents
 
 
@@ -298,8 +298,8 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
     names = [pin.uri.rpartition("/")[2] for pin in stores.of(output).list(output).files]
     indices = [name for name in names if name.endswith(".safetensors.index.json")]
     if not indices:
-        what = f"there are {len(files)} weight files and no index"
-        return [Problem(output, what, AGAIN)] if len(files) > 1 else []
+        message = f"there are {len(files)} weight files and no index"
+        return [Problem(output, message, AGAIN)] if len(files) > 1 else []
     name = indices[0]
     try:
         index = documents.read(stores.of(output), join(output, name), _INDEX, documents.LARGE, "it as an index", AGAIN)[
@@ -312,8 +312,8 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
     differ = sorted(key for key in stored.keys() | stated.keys() if stored.get(key) != stated.get(key))
     problems = []
     if differ:
-        what = f"disagrees with the files' headers about {len(differ)} tensors: {', '.join(differ[:4])}"
-        problems.append(Problem(name, what, AGAIN))
+        message = f"disagrees with the files' headers about {len(differ)} tensors: {', '.join(differ[:4])}"
+        problems.append(Problem(name, message, AGAIN))
     size = sum(info.stop - info.start for file in files for info in file.header.tensors.values())
     if total != size:
         problems.append(Problem(name, f"says {total} bytes, the headers {size}", AGAIN))
@@ -480,8 +480,8 @@ def _sample(
 
     plan, manifest = review.plan, review.manifest
     if plan is None or manifest is None:
-        what = "there is no plan by which a sample could be merged again"
-        review.problems.append(Problem("--sample", what, "bring the folder's .ties-ray back, or leave --sample out"))
+        message = "there is no plan by which a sample could be merged again"
+        review.problems.append(Problem("--sample", message, "bring the folder's .ties-ray back, or leave --sample out"))
         return None
     planned = {file.name: (file.size, _planned_head(file)) for file in plan.result.files}
     pins = {file.name: file.pin for file in files if (file.pin.size, file.head) == planned.get(file.name)}
@@ -502,8 +502,10 @@ def _recount(
 
     plan, manifest = review.plan, review.manifest
     if plan is None or manifest is None:
-        what = "there is no plan that says how thresholds were counted"
-        review.problems.append(Problem("--recount", what, "bring the folder's .ties-ray back, or leave --recount out"))
+        message = "there is no plan that says how thresholds were counted"
+        review.problems.append(
+            Problem("--recount", message, "bring the folder's .ties-ray back, or leave --recount out")
+        )
         return []
     try:
         models, differing = recount(review.stores, plan, manifest, share, seed, watch, announce)
@@ -523,7 +525,7 @@ def _write_sums(stores: Stores, output: str, watch: Watch) -> str:
     with ThreadPoolExecutor(THREADS) as threads:
         for number, (pin, digest) in enumerate(zip(pins, threads.map(partial(_sha256, store), pins), strict=True)):
             lines.append(f"{digest}  {pin.uri.rpartition('/')[2]}\n")
-            watch(Progress("sha256", number + 1, len(pins), sum(one.size for one in pins[: number + 1]), total))
+            watch(Progress("sha256", number + 1, len(pins), sum(pin.size for pin in pins[: number + 1]), total))
     store.put(uri, "".join(lines).encode())
     return uri
 

@@ -1,1 +1,1 @@
-"""What is asked for: the recipe, and its JSON Schema."""
+"""The recipe, its parser and its JSON schema."""

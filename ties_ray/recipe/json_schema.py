@@ -13,7 +13,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def recipe_schema() -> Json:
-    """Return the schema; `method` and `output` are one of what is installed, plugins among it."""
+    """Return the schema; `method` and `output` may be any that is installed, plugins included."""
     methods = {name: plugins.load("methods", name, Method) for name in plugins.names("methods")}
     kinds = {name: plugins.load("outputs", name, Output) for name in plugins.names("outputs")}
     options = {name: store_class(name).options for name in plugins.names("stores")}
@@ -25,7 +25,7 @@ def recipe_schema() -> Json:
         return refs[model, "validation"]
 
     def named(key: str, model: type[BaseModel], *, required: bool) -> Json:
-        """Let the class's own schema demand its name, by which the branches of a `oneOf` exclude each other."""
+        """Require the name in the class's own schema: it makes the branches of a `oneOf` exclude each other."""
         definition = definitions[reference(model)["$ref"].rpartition("/")[2]]
         if required:
             definition["required"] = sorted({*definition.get("required", ()), key})

@@ -1,4 +1,4 @@
-"""From text to a recipe: YAML within limits, overrides, and every problem with its place."""
+"""Reads a recipe: YAML within limits, overrides, and every problem with its place."""
 
 import difflib
 import itertools
@@ -214,8 +214,8 @@ def _unfit_text(place: str, value: str) -> Iterator[Problem]:
     elif _UNFIT.search(value):
         yield Problem(place, f"{reprlib.repr(value)} holds a control character or half a character")
     elif holds_secret(value):
-        what = "is a URL with a password or a signature in it, which would be written into plan, result and card"
-        yield Problem(place, what, "give the plain URL; credentials come from the environment, a profile or a role")
+        message = "is a URL with a password or a signature in it, which would be written into plan, result and card"
+        yield Problem(place, message, "give the plain URL; credentials come from the environment, a profile or a role")
 
 
 def _problem(error: Any, data: Json) -> Problem:

@@ -1,4 +1,4 @@
-"""What the user asks: base, models, method, output, limits. Frozen, with an exact JSON form, and no work in it."""
+"""The recipe: base, models, method, output and limits of a merge. It is frozen and has an exact JSON form."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -45,11 +45,11 @@ class Base(Strict):
     """The base model. A bare string is its path."""
 
     path: Uri
-    """Folder."""
+    """Folder of the model."""
     file: str | None = None
-    """Of several models in the folder, the one with this weight file or index."""
+    """Weight file or index that chooses among several models in the folder."""
     variant: str | None = None
-    """Of several models in the folder, the one of this variant: `fp16` of `model.fp16.safetensors`."""
+    """Variant that chooses among several models in the folder: `fp16` for `model.fp16.safetensors`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,30 +65,34 @@ class ModelEntry(Strict):
     """One line of `models`: a path, a glob, or a table of paths. A bare string is a path."""
 
     path: Uri | None = None
-    """Folder, or a glob that expands to folders, sorted by the bytes of their paths."""
+    """Folder, or a glob of folders. The folders are sorted by the bytes of their paths."""
     glob: bool = True
-    """False: `*`, `?` and `[` in the path stand for themselves. So they do where a folder of that very path exists."""
+    """False: `*`, `?` and `[` in the path stand for themselves. They do so too where a folder of that path exists."""
     links: bool = True
     """False: a glob leaves out folders that are links."""
     table: Uri | None = None
-    """CSV file with the columns path, weight, density, file, variant (all but the first optional)."""
+    """CSV file with the columns path, weight, density, file, variant. Only `path` is required."""
     file: str | None = None
-    """Of several models in a folder, the one with this weight file or index."""
+    """Weight file or index that chooses among several models in a folder."""
     variant: str | None = None
-    """Of several models in a folder, the one of this variant: `fp16` of `model.fp16.safetensors`."""
+    """Variant that chooses among several models in a folder: `fp16` for `model.fp16.safetensors`."""
     id: str | None = None
-    """Name of this model: for random methods, and to list one path twice."""
+    """Name of this model. Random methods draw by it, and it allows the same path twice."""
     weight: FiniteFloat = 1.0
+    """Factor on this model's delta."""
     density: FiniteFloat | None = Field(default=None, gt=0, le=1)
-    """Share of this model's task vector that is kept; the method's where none is given."""
+    """Share of this model's task vector that is kept. Default: the density of the method."""
     not_: tuple[str, ...] = Field(default=(), alias="not")
-    """Patterns of paths that the glob must not match."""
+    """Patterns of paths that the glob leaves out."""
     at_least: int | None = Field(default=None, ge=1)
-    """Refuse the recipe if the glob or table yields fewer models."""
+    """Smallest number of models that the glob or table must yield."""
     settle: FiniteFloat = Field(default=0, ge=0)
-    """Seconds: of a glob, folders without weights, or whose newest file is younger, are left for a later merge."""
+    """Age in seconds that the newest file of a folder must have.
+
+    The glob leaves younger folders, and those without weights, for a later merge.
+    """
     sha256: dict[str, str] = {}
-    """SHA-256 by file name, verified before the run (the file is read once more for it)."""
+    """SHA-256 by file name. The files are read once more to verify them before the run."""
     version_id: dict[str, str] = {}
     """Version by file name, where the store keeps versions."""
 
@@ -116,77 +120,84 @@ class ModelEntry(Strict):
 
 
 class Allow(Strict):
-    """What is let through instead of refused, and how; all of it is listed in the result."""
+    """Defects of models that the merge accepts. The result lists each one that it met."""
 
     nan: Literal["zero", "drop_model"] | None = None
-    """A delta that is not finite counts as zero, or an adapter with such factors is left out."""
+    """`zero`: a delta that is not finite counts as zero. `drop_model`: an adapter with such factors is left out."""
     missing: Literal["zero"] | None = None
-    """A floating-point parameter that a model lacks has delta zero; so have embedding rows, where the tokenizers agree
-    on the common ids."""
+    """`zero`: a floating-point parameter that a model lacks has delta zero.
+
+    The same holds for missing embedding rows, where the tokenizers agree on the common ids.
+    """
     extra_rows: Literal["drop"] | None = None
-    """Embedding rows beyond the base's are left aside, where the tokenizers agree on the common ids."""
+    """`drop`: embedding rows beyond the base's are ignored, where the tokenizers agree on the common ids."""
     refused_model: Literal["drop"] | None = None
-    """A model that would be refused is left out, as long as one is left."""
+    """`drop`: a model that would be refused is left out, as long as another model is left."""
     saved_modules: Literal["merge"] | None = None
-    """Whole tensors that an adapter saved beside its factors (embeddings, heads) are merged as dense changes."""
+    """`merge`: whole tensors that an adapter saved beside its factors are merged as dense changes."""
     base_names: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
-    """Patterns of names that adapters may give their base, where the names differ. Or a table of twins: for each name,
-    patterns of other names that mean it."""
+    """Patterns of names that adapters may give their base. A table names patterns of twins for each name."""
 
 
 class Bounds(Strict):
-    """What must hold of the models, found in a first reading of adapters; one that is outside is refused."""
+    """Bounds that a first reading of the adapters checks. An adapter outside of them is refused."""
 
     norm: tuple[FiniteFloat, FiniteFloat] | None = None
-    """Smallest and largest Frobenius norm of an adapter's low-rank change; a public pool took 1 to 1000."""
+    """Smallest and largest Frobenius norm of an adapter's low-rank change. A public pool used 1 and 1000."""
 
 
 class Run(Strict):
-    """How the work is done; changes no byte of the result, but for `arithmetic`."""
+    """The way the work is done. Only `arithmetic` changes the bytes of the result."""
 
     executor: str = "ray"
-    """`ray`, or `local`: in this process, without Ray."""
+    """`ray`: workers are Ray actors. `local`: workers run in this process, without Ray."""
     address: str | None = None
-    """The Ray cluster: `host:port`, `ray://host:port` (Ray Client), `auto` (this machine's), or `local` (a new one).
-    None: the cluster that RAY_ADDRESS names, else a new local one."""
+    """Address of the Ray cluster: `host:port`, `ray://host:port`, `auto` (this machine's) or `local` (a new one).
+
+    Default: the cluster that RAY_ADDRESS names, else a new local one.
+    """
     workers: int | None = Field(default=None, ge=1, le=MAX_WORKERS)
-    """None: one a CPU core of the cluster."""
+    """Number of workers. Default: one for each CPU core of the cluster."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """`cuda`: each worker computes on a GPU, with the same bytes."""
+    """`cuda`: each worker computes on a GPU, and the bytes stay the same."""
     gpus_per_worker: FiniteFloat | None = Field(default=None, ge=0)
-    """GPUs that Ray keeps for a worker; None: one with device cuda, else none. 0.25 has four workers share one."""
+    """GPUs that Ray reserves for a worker; four workers share a GPU at 0.25. Default: 1 with device cuda, else 0."""
     arithmetic: Literal["exact", "fast"] = "exact"
-    """`fast`: tensor cores multiply the factors of adapters, for results that differ in their last bits; cuda only."""
+    """`fast`: tensor cores multiply the factors of adapters. The last bits of the result differ. Needs device cuda."""
     memory: ByteSize = Field(default=ByteSize(512 * 2**20), ge=128 * 2**20)
-    """Of a worker, beyond its imports."""
+    """Bytes that a worker may use beyond its imports."""
     deadline: FiniteFloat = Field(default=300.0, gt=0)
     """Seconds to wait for the cluster's workers."""
     patience: FiniteFloat = Field(default=1800.0, gt=0)
-    """Seconds in which a worker must finish a shard; one that does not is replaced."""
+    """Seconds in which a worker must finish a shard. A slower worker is replaced."""
     cache: ByteSize = Field(default=ByteSize(64 * 2**20), ge=0)
-    """Of a worker's memory, beside `memory`: what it keeps of inputs that are read again; factors of adapters first."""
+    """Bytes of memory, beside `memory`, in which a worker keeps inputs that it reads again. Factors come first."""
     disk_cache: ByteSize = Field(default=ByteSize(16 * 2**30), ge=0)
-    """Of each worker's disk, for what does not fit there: in a file without a name, gone with the worker. A tenth of
-    the disk stays free in any case. Inputs that are local files are not kept."""
+    """Bytes of disk that a worker may use to cache inputs that exceed `cache`; a tenth of the disk stays free.
+
+    The file has no name and disappears with the worker. Inputs in local files are not cached.
+    """
     disk_folder: str | None = None
-    """The folder of that file; None: the system's temporary one."""
+    """Folder of the disk cache. Default: the system's temporary folder."""
     log: Literal["none", "json"] = "none"
-    """`json`: each worker writes a line about every shard on its standard error, and so does progress."""
+    """`json`: the log is JSON lines on standard error. Each worker logs a line for every shard."""
     pool_cache: Uri | None = None
-    """Folder where magnitude counts and norms of adapters are kept, for later merges of any of them; a bucket's, or one
-    that all nodes share. Without it they are found again."""
+    """Folder that keeps magnitude counts and norms of adapters for later merges; all workers must reach it.
+
+    Default: every merge reads the adapters for them.
+    """
 
     @property
     def gpus(self) -> float:
-        """GPUs of a worker."""
+        """GPUs that each worker gets."""
         return float(self.device == "cuda") if self.gpus_per_worker is None else self.gpus_per_worker
 
     @field_validator("address")
     @classmethod
     def _address(cls, value: str | None, info: ValidationInfo) -> str | None:
-        wrong = address_problem(value) if info.data.get("executor") == "ray" and value is not None else None
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        problem = address_problem(value) if info.data.get("executor") == "ray" and value is not None else None
+        if problem:
+            raise ValueError("; ".join(problem))
         return value
 
     @model_validator(mode="after")
@@ -220,42 +231,45 @@ def _by_name(folder: str, key: str, contract: type[BaseModel], value: Any) -> An
     if not isinstance(value.get(key), str):
         raise ValueError(f"needs `{key}`: one of {', '.join(plugins.names(folder))}")
     try:
-        found = plugins.load(folder, value[key], contract)
+        section = plugins.load(folder, value[key], contract)
     except RecipeError as error:
         raise ValueError(str(error)) from error
-    return found.model_validate(value)
+    return section.model_validate(value)
 
 
 class Recipe(Strict):
     """A whole merge."""
 
     base: Base | None = None
-    """Folder of the model that all others were made from. May be left out where all are adapters and what is written
-    is a change too (`kind: adapter` or `delta`): shapes then come from the factors."""
+    """The model that all others were made from.
+
+    Adapters need no base where the output is a change too (`kind: adapter` or `delta`); the factors give the shapes.
+    """
     models: tuple[ModelEntry, ...] = Field(min_length=1)
+    """The models to merge."""
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
     output: Annotated[SerializeAsAny[Output], BeforeValidator(_output)]
     exclude: tuple[str, ...] = ()
-    """Patterns (`*.bias`) of parameters taken from the base unchanged."""
+    """Patterns of parameters that are taken from the base unchanged, such as `*.bias`."""
     allow: Allow = Allow()
     bounds: Bounds = Bounds()
     storage: dict[str, Json] = {}
-    """Options a scheme; never secrets."""
+    """Options of the stores, by scheme. Secrets do not belong here."""
     run: Run = Run()
 
     @field_validator("storage")
     @classmethod
     def _storage(cls, value: dict[str, Json]) -> dict[str, Json]:
-        wrong: list[InitErrorDetails] = []
+        details: list[InitErrorDetails] = []
         for scheme, options in value.items():
             try:
                 store_class(scheme).options.model_validate(options)
             except ValidationError as error:
-                for one in error.errors(include_url=False):  # again, each with its scheme in its place
-                    place = (scheme, *one["loc"])
-                    wrong.append({"type": one["type"], "loc": place, "input": one["input"], "ctx": one.get("ctx", {})})
-        if wrong:
-            raise ValidationError.from_exception_data("storage", wrong, hide_input=True)
+                for each in error.errors(include_url=False):  # the place of each gets the scheme
+                    place, context = (scheme, *each["loc"]), each.get("ctx", {})
+                    details.append({"type": each["type"], "loc": place, "input": each["input"], "ctx": context})
+        if details:
+            raise ValidationError.from_exception_data("storage", details, hide_input=True)
         return value
 
     @model_validator(mode="after")

@@ -1,1 +1,1 @@
-"""What is told about a merge: the result record, and the model card."""
+"""Reports of a merge: progress, the records of plan and result, the model card."""

@@ -1,6 +1,6 @@
-"""The model card of an output: Markdown with a YAML front, in which names, licences and notes of strangers are data.
+"""The model card of an output: Markdown with YAML front matter.
 
-`prose` and `code` are the border: nothing else puts a text that is not ours into Markdown.
+Names, licences and notes come from strangers. Only `prose` and `code` put such text into Markdown, as plain text.
 """
 
 import io
@@ -18,21 +18,21 @@ from ties_ray.stores import hub_name
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _MARKS = re.compile(r"[\\`*\[\]|$~!]|(?<![^\W_])_|_(?![^\W_])")
-"""What makes emphasis, code, links, images, formulas or cells; an underscore inside a word makes nothing."""
+"""Marks of emphasis, code, links, images, formulas and cells; an underscore inside a word is no mark."""
 _TRUTH = re.compile("y|n|yes|no|on|off", re.IGNORECASE)
 _OPENING = re.compile(r"(\d*)([-+#=:.)])")
-"""What begins a list, a heading, a rule or a table where it stands first in a line."""
+"""Marks that begin a list, a heading, a rule or a table at the start of a line."""
 
 
 def prose(text: str) -> str:
-    """Return one line of Markdown that shows just this text, in a paragraph, list item or table cell."""
+    """Return one line of Markdown that shows exactly this text in a paragraph, list item or table cell."""
     line = " ".join(printable(text).split())
     marked = _MARKS.sub(r"\\\g<0>", line).translate(_ENTITIES)
     return _OPENING.sub(r"\1\\\2", marked, count=1) if _OPENING.match(marked) else marked
 
 
 def code(text: str) -> str:
-    """Return a code span of Markdown that shows just this text, in a table cell too."""
+    """Return a code span of Markdown that shows exactly this text, even in a table cell."""
     line = printable(text).replace("|", "\\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if line[:1] in ("`", " ") or line[-1:] in ("`", " ") else ""
@@ -40,7 +40,7 @@ def code(text: str) -> str:
 
 
 def card(plan: Plan, result: MergeResult) -> str:
-    """Return the model card: what was merged, how, and under which licences."""
+    """Return the model card: the inputs, the method and the licences of a merge."""
     catalog, recipe = plan.catalog, plan.recipe
     inputs = [catalog.base] * bool(catalog.base.uri) + list(catalog.models)
     licences = {model.licence for model in inputs}
@@ -50,10 +50,10 @@ def card(plan: Plan, result: MergeResult) -> str:
     front["library_name"] = plan.library.name
     front["tags"] = ["merge", "ties-ray", recipe.method.name]
     rows = [_row(model.id, model) for model in inputs]
-    asked = plain_yaml(
+    sections = plain_yaml(
         recipe.model_dump(mode="json", exclude_unset=True, include={"method", "exclude", "allow"})
     ).rstrip()
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", asked)), default=0))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sections)), default=0))
     lines = [
         "---",
         plain_yaml(front).rstrip(),
@@ -69,7 +69,7 @@ def card(plan: Plan, result: MergeResult) -> str:
         "",
         "## Recipe",
         f"{fence}yaml",
-        asked,
+        sections,
         fence,
     ]
     if result.trims and len(result.trims) <= 2 * len(plan.result.members):
@@ -90,19 +90,19 @@ def _row(name: str, model: Model) -> str:
 
 
 def _cut(truncation: Truncation | None) -> str:
-    """Return what a title must say of a merge that was cut down to a rank."""
+    """Return the end of the title of a merge that was cut down to a rank."""
     if truncation is None:
         return ""
     return f", cut to rank {truncation.rank} (relative error {truncation.relative_error:.2%})"
 
 
 def _short(uri: str) -> str:
-    """Return what names a model in a card: its name on the hub, a bucket's URI, or a folder's own name."""
+    """Return the name of a model in a card: its name on the hub, the URI in a bucket, or the folder's own name."""
     return hub_name(uri) if "://" in uri else uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 class _Representer(SafeRepresenter):
-    """Quotes what YAML 1.1 would read as a truth value, and YAML 1.2 as a text."""
+    """Quotes texts that YAML 1.1 reads as truth values, such as `no`."""
 
 
 def _text(representer: SafeRepresenter, text: str) -> ScalarNode:
@@ -113,13 +113,13 @@ _Representer.add_representer(str, _text)
 
 
 def plain_yaml(value: object) -> str:
-    """Return a value as YAML that every reader understands alike."""
+    """Return a value as YAML that readers of YAML 1.1 and 1.2 read alike."""
     for letters in (True, False):
         stream, writer = io.StringIO(), YAML(typ="safe", pure=True)
         writer.Representer = _Representer
-        writer.allow_unicode, writer.width = letters, 2**20  # it would fold inside words
+        writer.allow_unicode, writer.width = letters, 2**20  # a narrower one folds inside words
         writer.default_flow_style = False
         writer.dump(value, stream)
         if stream.getvalue().replace("\n", "").isprintable():
-            break  # else by their numbers: YAML 1.1 breaks lines at characters that 1.2 takes for letters
+            break  # YAML 1.1 breaks lines at characters that 1.2 takes for letters: those are escaped
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""What is told: progress, and the records of a plan and of a result as machines read them; `text.py` is for people."""
+"""Progress, and the records of a plan and a result for machines. (`cli/text.py` shows them to people.)"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,20 +19,23 @@ from ties_ray.stores import Stores, join
 from ties_ray.tensors import elements_by_dtype
 
 RESULT_SCHEMA_VERSION = 1
+"""Version of the records below; it changes when a field changes its meaning."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; given to the caller after every event."""
+    """How far a merge is; the caller gets one after every event."""
 
     stage: str
-    """`start`, a round's name, or `publish`."""
+    """`start`, the name of a round, or `publish`."""
     done: int
+    """Finished shards of this stage."""
     total: int
-    """Shards of this stage."""
+    """All shards of this stage."""
     bytes_read: int
-    """So far, of all stages."""
+    """Bytes of inputs read so far, in all stages."""
     bytes_planned: int
+    """Bytes of inputs that the whole merge reads."""
 
 
 Watch = Callable[[Progress], None]
@@ -43,7 +46,7 @@ class _Record(BaseModel):
 
 
 class InputProvenance(_Record):
-    """One input as it was merged."""
+    """An input that was merged."""
 
     id: str
     uri: str
@@ -51,13 +54,13 @@ class InputProvenance(_Record):
     density: float | None
     licence: str
     objects: list[tuple[str, int, str, str]]
-    """(URI, size, ETag, version)."""
+    """Each file as (URI, bytes, ETag, version)."""
     account: Account = Account()
-    """What became of every element that it stores."""
+    """Counts of its stored elements by what became of them."""
 
 
 class Provenance(_Record):
-    """What the result was made of, and by what."""
+    """The inputs, the method and the versions that made a result."""
 
     ties_ray: str
     python: str
@@ -71,18 +74,18 @@ class Provenance(_Record):
 
 
 class TrimReport(_Record):
-    """What the trim of one model came to."""
+    """The outcome of trimming one model."""
 
     model: str
     parameter: str | None
-    """None: the whole task vector."""
+    """The parameter that was trimmed; None for the whole task vector."""
     threshold: float
     kept: int
-    """Values at or above the threshold; where it is zero, all but the zeros."""
+    """Values at or above the threshold. Zeros do not count, even at a threshold of zero."""
     tied: int
-    """Values equal to it."""
+    """Values equal to the threshold."""
     size: int
-    """Elements of the task vector (or parameter)."""
+    """Elements of the task vector, or of the parameter."""
 
 
 class Failure(_Record):
@@ -100,13 +103,13 @@ class Failure(_Record):
 
 
 class Truncation(_Record):
-    """What was lost where merged matrices were written as factors of one rank."""
+    """The error of writing merged matrices as factors of one rank."""
 
     rank: int
     relative_error: float
-    """Frobenius norm of what was lost, over that of the whole merged change."""
+    """Frobenius norm of the error, divided by the norm of the whole merged change."""
     matrices: dict[str, float]
-    """The relative error of each matrix, by parameter; 0 where the change itself is zero."""
+    """Relative error of each matrix, by parameter; 0 where the change itself is zero."""
 
 
 class WrittenFile(_Record):
@@ -116,91 +119,95 @@ class WrittenFile(_Record):
     size: int
     etag: str
     crc32c: str
-    """Of the whole file, 8 hex digits; of weights it is joined from those of the parts that workers had in memory."""
+    """CRC32C of the whole file, 8 hex digits. Workers compute it of the parts in their memory, before the upload."""
 
 
 class Cleaning(_Record):
-    """What interrupted merges left in an output."""
+    """The remnants of interrupted merges in an output."""
 
     output: str
     removed: bool
-    """False: only looked for."""
+    """Whether the remnants were removed; False: they were listed."""
     found: list[str]
+    """URIs of the remnants."""
     notes: list[str]
 
 
 class Sample(_Record):
-    """What was computed again from the inputs, and compared with the output bit by bit."""
+    """The part of an output that was computed again from the inputs, and compared bit by bit."""
 
     share: float
     seed: int
     tensors: int
+    """Tensors of which the sample holds at least one slice."""
     elements: int
+    """Elements that were compared."""
     of: int
     """All elements of these tensors."""
     inputs: list[str] = []
-    """The folders of the inputs, which the stored plan names."""
+    """Folders of the inputs that were read, as the stored plan names them."""
 
 
 class MergeResult(_Record):
-    """The result record: also written on failure, then with `error`."""
+    """The result record. A failed merge has one too, with `error`."""
 
     schema_version: int = RESULT_SCHEMA_VERSION
     status: Literal["done", "failed"]
     run_id: str = ""
     reused: bool = False
-    """Nothing was done: the output held this very merge already."""
+    """Whether the output held this very merge already, so that nothing was done."""
     resumed: bool = False
-    """An interrupted run was continued."""
+    """Whether this call continued an interrupted run."""
     output: str = ""
     opened_by: str = ""
-    """A line of Python that opens it."""
+    """A line of Python that opens the output."""
     files: list[WrittenFile] = []
     documents: list[WrittenFile] = []
-    """What stands beside the weights, with relative names: config, index, tokenizer, ...; the card is not among it."""
+    """The files beside the weights by relative name: config, index, tokenizer and the like, but not the card."""
     shards: int = 0
     """Shards of all rounds."""
     shards_done_before: int = 0
-    """Of these, done by an interrupted run."""
+    """Shards that an interrupted run had done."""
     retries: int = 0
-    """Of requests to storage."""
+    """Requests to storage that were repeated."""
     shards_again: int = 0
     """Shards given to a worker again after an error or a lost worker."""
     workers_lost: int = 0
     bytes_read: int = 0
-    """Of inputs, by the workers of this call."""
+    """Bytes of inputs that the workers of this call read."""
     requests: int = 0
-    """Reads of inputs."""
+    """Requests for inputs."""
     bytes_kept: int = 0
-    """Of inputs that were asked for again: not read, since a worker had kept them."""
+    """Bytes of inputs that came from a worker's cache instead of a second reading."""
     bytes_compared: int = 0
-    """Of the bytes read: what an earlier round had read already, and was the same. For the rest, if it changed on its
-    way, there is TLS alone."""
+    """Bytes that several rounds read, and whose checksums agree. Only TLS protects the other bytes on their way."""
     bytes_written: int = 0
     seconds: float = 0.0
     predicted_seconds: float | None = None
-    """What the first shards of this call let expect; None where nothing was to be done, or matrices were condensed."""
+    """Duration predicted from the first shards of this call; None where nothing was done or matrices were condensed."""
     worker_seconds: dict[str, float] = {}
-    """Of the workers' own time: `merge`, `wait_read` and `wait_write` (for storage), `idle`; and beside it, in other
-    threads, `read` and `write` (requests under way)."""
+    """Seconds of all workers by activity: `merge`, `wait_read`, `wait_write`, `idle`; they add up to their time.
+
+    `read` and `write` are the seconds of requests in other threads, at the same time.
+    """
     trims: list[TrimReport] = []
     statistics: dict[str, int] = {}
-    """What the method's own rounds gathered."""
+    """Statistics that the method's own rounds gathered."""
     zeroed: dict[str, int] = {}
-    """By "model: parameter": values that were not finite and counted as zero, as the recipe allows."""
+    """Values that were not finite and counted as zero, as the recipe allows, by `model: parameter`."""
     truncation: Truncation | None = None
-    """Of an output that holds factors."""
+    """Error of an output that holds factors; None for other outputs."""
     refused: dict[str, list[str]] = {}
-    """By URI: models that were left out, as the recipe allows, and why."""
+    """Reasons why models were left out, as the recipe allows, by URI."""
     waiting: list[str] = []
-    """Folders that were left for a later merge, and why; also where nothing was to be done."""
+    """Folders that wait for a later merge, each with the reason; a merge that does nothing lists them too."""
     notes: list[str] = []
     provenance: Provenance | None = None
     error: Failure | None = None
 
 
 class PlannedInput(_Record):
-    """One input as it will be merged."""
+    """An input that will be merged."""
 
     id: str
     uri: str
@@ -209,17 +216,17 @@ class PlannedInput(_Record):
     density: float | None
     licence: str
     parameters: int
-    """Elements it stores of the base's parameters."""
+    """Elements that it stores for parameters of the base."""
     dtypes: dict[str, int]
     """Elements by dtype, as safetensors names it."""
     size: int
     """Bytes of its weight files."""
     account: Account = Account()
-    """What will become of every element that it stores."""
+    """Counts of its stored elements by what will become of them."""
 
 
 class PlannedFile(_Record):
-    """One weight file that will be written."""
+    """A weight file that will be written."""
 
     name: str
     size: int
@@ -227,7 +234,7 @@ class PlannedFile(_Record):
 
 
 class PlannedRoundRecord(_Record):
-    """One reading of the models."""
+    """A round: one reading of the models."""
 
     name: str
     kind: str
@@ -236,11 +243,11 @@ class PlannedRoundRecord(_Record):
     bytes_read: int
     requests: int
     bytes_again: int
-    """Of `bytes_read`: slices from buckets that were read before; caches of the workers spare what they hold."""
+    """Bytes of `bytes_read` that an earlier round reads too; the workers' caches may spare them."""
 
 
 class PlanRecord(_Record):
-    """What a merge will do; the stored plan says it to the byte, this says it at a glance."""
+    """A summary of what a merge will do. (The stored plan has every byte of it.)"""
 
     schema_version: int = RESULT_SCHEMA_VERSION
     run_id: str
@@ -248,44 +255,45 @@ class PlanRecord(_Record):
     method: dict[str, object]
     paper: str
     scales: Literal["sum", "mean"]
-    """What lambda multiplies."""
+    """The value that lambda multiplies."""
     base: PlannedInput
     models: list[PlannedInput]
     merged: int
     """Elements of the parameters that are merged: the size of a whole model's task vector."""
     task_vectors: tuple[int, int]
-    """Elements of the smallest and of the largest task vector: an adapter's has those that it changes."""
+    """Elements of the smallest and of the largest task vector; an adapter's holds the elements that it changes."""
     output: str
     files: list[PlannedFile]
     rounds: list[PlannedRoundRecord]
     shards: int
     bytes_read: int
-    """Of all rounds; so are the requests."""
+    """Bytes of inputs that all rounds read."""
     bytes_written: int
     requests: int
+    """Requests of all rounds."""
     memory: int
-    """Peak of a worker beyond its imports, in bytes."""
+    """Peak memory of a worker beyond its imports, in bytes."""
     notes: list[str]
     forecast: Forecast | None = None
-    """How long it would take; the one field that differs from one call to the next."""
+    """The predicted duration; no other field differs from call to call."""
 
 
 def plan_record(plan: Plan, forecast: Forecast | None = None) -> PlanRecord:
-    """Return the plan at a glance."""
+    """Return the summary of a plan."""
     method = plan.recipe.method
     rounds = [
         PlannedRoundRecord(
-            name=one.name,
-            kind=one.kind,
-            shards=one.num_shards,
-            passes=one.passes,
-            bytes_read=one.bytes_read,
-            bytes_again=one.bytes_again,
-            requests=one.requests,
+            name=round_.name,
+            kind=round_.kind,
+            shards=round_.num_shards,
+            passes=round_.passes,
+            bytes_read=round_.bytes_read,
+            bytes_again=round_.bytes_again,
+            requests=round_.requests,
         )
-        for one in plan.result.rounds
+        for round_ in plan.result.rounds
     ]
-    files = [PlannedFile(name=one.name, size=one.size, tensors=len(one.tensors)) for one in plan.result.files]
+    files = [PlannedFile(name=file.name, size=file.size, tensors=len(file.tensors)) for file in plan.result.files]
     return PlanRecord(
         run_id=plan.run_id,
         arithmetic=plan.arithmetic,
@@ -299,10 +307,10 @@ def plan_record(plan: Plan, forecast: Forecast | None = None) -> PlanRecord:
         output=plan.output,
         files=files,
         rounds=rounds,
-        shards=sum(one.shards for one in rounds),
+        shards=sum(round_.shards for round_ in rounds),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        requests=sum(one.requests for one in rounds),
+        requests=sum(round_.requests for round_ in rounds),
         memory=plan.memory,
         notes=list(plan.notes),
         forecast=forecast,
@@ -326,7 +334,7 @@ def _planned_input(model: Model) -> PlannedInput:
 
 
 def find_result(stores: Stores, output: str) -> MergeResult | None:
-    """Return the result record of a folder, None where there is none; `InputError` where it can't be understood."""
+    """Return the result record of a folder; None where there is none. Raises `InputError` if it can't be parsed."""
     remedy = "use the version that wrote it, or merge again with --fresh"
     try:
         uri = join(output, RESULT_NAME)
