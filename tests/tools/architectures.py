@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """Model classes of transformers, built small: what their configs have in common is shrunk.
 
-`python -m tests.tools.architectures` merges those of `CLASSES` and prints docs/architectures.md.
+`python -m tests.tools.architectures` merges those of `CLASSES` and prints docs/reference/architectures.md.
 """
 
 import re
@@ -243,7 +243,7 @@ def outcomes() -> list[Outcome]:
 
 
 def page(found: list[Outcome]) -> str:
-    """Return docs/architectures.md."""
+    """Return docs/reference/architectures.md."""
     by_name = {one.name: one for one in found}
     lines = [
         "# Architectures",
