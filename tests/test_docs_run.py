@@ -5,6 +5,7 @@ buckets that the pages name lie on an S3 server of the tests. A recipe goes into
 file that the text before it names, if it does.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -16,10 +17,13 @@ import boto3
 import pytest
 import torch
 
+import ties_ray
+from benchmarks.family import write_family
 from tests.conftest import Bucket, tool
 from tests.tools.adapters import make_pool
 from tests.tools.families import write_checkpoint
 from tests.tools.pages import PAGES, ROOT, Block, blocks
+from ties_ray.reports.records import plan_record
 from ties_ray.stores import Stores
 
 RUN = {
@@ -109,3 +113,20 @@ def named_file(block: Block) -> str | None:
     before = "".join(block.page.read_text().splitlines(keepends=True)[: block.line - 1])
     found = NAMED_FILE.search(before)
     return found[1] if found else None
+
+
+def test_the_figures_of_follow_one_parameter_are_those_of_the_demo(tmp_path: Path) -> None:
+    page = " ".join((ROOT / "docs/follow-one-parameter.md").read_text().split())
+    write_family(tmp_path, "20M", 8)
+    recipe = {
+        "base": str(tmp_path / "base"), "models": [f"{tmp_path}/model-*"], "method": {"name": "ties", "density": 0.2},
+        "output": str(tmp_path / "merged"), "run": {"executor": "local"},
+    }  # fmt: skip
+    plan, result = plan_record(ties_ray.plan(recipe)), ties_ray.merge(recipe)
+    name = "model.layers.3.mlp.up_proj.weight"
+    with (tmp_path / "merged/model.safetensors").open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+    reads = f"{plan.bytes_read:,} bytes in {plan.requests:,} requests"
+    for figure in (reads, f"in {result.requests:,} requests", f"lie at {start:,} of"):
+        assert figure in page
