@@ -38,6 +38,7 @@ engines: $(foreach engine,airflow dagster kfp,$(ENGINES)/$(engine)/installed)
 docs: $(VENV)/installed  ## the site, in build/site; broken links and other warnings are errors
 	$(BIN)/python -m docs.generate build/docs
 	$(BIN)/zensical build --strict --clean
+	! grep -rlE "<(script|link|img|iframe)[^>]*(src|href)=.?(https?:)?//" build/site --include="*.html"  # no page asks another host for anything
 
 package: $(VENV)/installed  ## wheels and sdists: what they hold, and that they work in environments of their own
 	$(BIN)/python -m pytest -q tests/packaging
