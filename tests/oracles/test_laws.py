@@ -1,12 +1,23 @@
 """What holds for every oracle, on every family that is hard."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from tests.tools.oracles import families
+from tests.tools.oracles.breadcrumbs import breadcrumbs
+from tests.tools.oracles.cabs import cabs
+from tests.tools.oracles.consensus import consensus
+from tests.tools.oracles.della import della
+from tests.tools.oracles.electing import ties
 from tests.tools.oracles.families import COUNTS, Family
-from tests.tools.oracles.protocol import Tensors
+from tests.tools.oracles.fisher import fisher
+from tests.tools.oracles.protocol import Merged, Tensors, Weights
 from tests.tools.oracles.registry import ORACLES
+from tests.tools.oracles.regmean import regmean
+from tests.tools.oracles.spherical import karcher, multislerp
+from tests.tools.oracles.star import star
 
 HAZARDS = tuple(families.hazards(1))
 FEWER = {40: ("low_rank", "one_layer", "narrow"), 300: ("one_layer", "narrow")}
@@ -111,3 +122,30 @@ def test_the_grid_has_ties_zeros_and_cancellation() -> None:
     assert len(np.unique(np.abs(stack))) <= 5
     assert ((stack[0] == -stack[1]) & (stack[0] != 0)).any()
     assert ((stack.sum(0) == 0) & stack.any(0)).any()
+
+
+WEIGHTED: dict[str, Callable[[Family, Weights], Merged]] = {
+    "multislerp": lambda f, w: multislerp(f.base, f.models, weights=w),
+    "karcher": lambda f, w: karcher(f.base, f.models, weights=w),
+    "ties": lambda f, w: ties(f.base, f.models, weights=w, density=0.4),
+    "ties_mergekit": lambda f, w: ties(f.base, f.models, weights=w, density=0.4, profile="mergekit"),
+    "breadcrumbs": lambda f, w: breadcrumbs(f.base, f.models, weights=w, density=0.4),
+    "della": lambda f, w: della(f.base, f.models, weights=w, draws=families.draws(1, f), density=0.5, epsilon=0.2),
+    "cabs": lambda f, w: cabs(f.base, f.models, weights=w, n=1, m=4),
+    "consensus": lambda f, w: consensus(f.base, f.models, weights=w, agree=1),
+    "star": lambda f, w: star(f.base, f.models, weights=w),
+    "fisher": lambda f, w: fisher(f.base, f.models, weights=w, importances=families.importances(1, f)),
+    "regmean": lambda f, w: regmean(f.base, f.models, weights=w, grams=families.grams(1, f)),
+}
+
+
+@pytest.mark.parametrize("method", WEIGHTED)
+def test_weights_by_parameter_are_the_weights_of_that_parameter(method: str) -> None:
+    family = families.smooth(6, 3)
+    table = {name: [1.0, 2.0, number % 4] for number, name in enumerate(family.base)}
+    found = WEIGHTED[method](family, table).delta
+    for own in ([1.0, 2.0, 0.0], [1.0, 2.0, 1.0], [1.0, 2.0, 2.0], [1.0, 2.0, 3.0]):
+        whole = WEIGHTED[method](family, own).delta
+        names = [name for name, weights in table.items() if weights == own]
+        close({name: found[name] for name in names}, {name: whole[name] for name in names})
+    assert any(np.abs(found[name] - value).max() > 1e-6 for name, value in WEIGHTED[method](family, None).delta.items())

@@ -10,6 +10,7 @@ from tests.tools.oracles.protocol import (
     Flags,
     Merged,
     Tensors,
+    Weights,
     descending,
     factors,
     rows_of,
@@ -26,7 +27,7 @@ def breadcrumbs(
     density: float,
     gamma: float = 0.01,
     scope: Literal["tensor", "row"] = "tensor",
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     lambda_: float = 1.0,
 ) -> Merged:
     """Model Breadcrumbs: lambda * sum of w tau over what is neither among the largest nor the smallest.
@@ -38,12 +39,11 @@ def breadcrumbs(
     Products: `kept`, flags (model, *shape) by parameter.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     merged, kept = {}, {}
     for name in deltas[0]:
         stack = stacked(deltas, name)
         kept[name] = np.stack([_kept(tau, density, gamma, scope) for tau in stack])
-        merged[name] = lambda_ * scaled(own, np.where(kept[name], stack, 0.0)).sum(0)
+        merged[name] = lambda_ * scaled(factors(weights, len(deltas), name), np.where(kept[name], stack, 0.0)).sum(0)
     return Merged(merged, base, {"kept": kept})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.tools.oracles.protocol import Merged, Tensors, factors, largest, scaled, stacked, task_vectors
+from tests.tools.oracles.protocol import Merged, Tensors, Weights, factors, largest, scaled, stacked, task_vectors
 
 
 def cabs(
@@ -13,7 +13,7 @@ def cabs(
     *,
     n: int,
     m: int,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     lambda_: float = 1.0,
 ) -> Merged:
     """CABS: model i keeps, of every m consecutive elements of a tensor, the n largest that no earlier model holds.
@@ -25,7 +25,6 @@ def cabs(
     Products: `kept`, flags (model, *shape) by parameter; no element is held twice.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     merged, kept = {}, {}
     for name in deltas[0]:
         stack = stacked(deltas, name)
@@ -40,5 +39,5 @@ def cabs(
             held |= mine
             flags[model] = mine.reshape(tau.shape)
         kept[name] = flags
-        merged[name] = lambda_ * scaled(own, np.where(flags, stack, 0.0)).sum(0)
+        merged[name] = lambda_ * scaled(factors(weights, len(deltas), name), np.where(flags, stack, 0.0)).sum(0)
     return Merged(merged, base, {"kept": kept})

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.tools.oracles.protocol import Merged, Tensors, factors, scaled, stacked, task_vectors
+from tests.tools.oracles.protocol import Merged, Tensors, Weights, factors, scaled, stacked, task_vectors
 
 
 def consensus(
@@ -13,7 +13,7 @@ def consensus(
     *,
     bound: float | Sequence[float] = 0.4,
     agree: int = 2,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     lambda_: float = 1.0,
     total: Tensors | None = None,
 ) -> Merged:
@@ -27,11 +27,10 @@ def consensus(
     model.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     bounds = np.broadcast_to(np.asarray(bound, dtype=np.float64), (len(deltas),))
     merged, masks, counts, totals = {}, {}, {}, {}
     for name in deltas[0]:
-        stack = scaled(own, stacked(deltas, name))
+        stack = scaled(factors(weights, len(deltas), name), stacked(deltas, name))
         totals[name] = stack.sum(0) if total is None else total[name]
         masks[name] = np.abs(stack) > scaled(bounds, np.abs(totals[name] - stack))
         counts[name] = masks[name].sum(0)

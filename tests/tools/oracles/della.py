@@ -10,6 +10,7 @@ from tests.tools.oracles.protocol import (
     Array,
     Merged,
     Tensors,
+    Weights,
     descending,
     factors,
     rows_of,
@@ -26,7 +27,7 @@ def della(
     draws: Sequence[Tensors],
     density: float,
     epsilon: float,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     lambda_: float = 1.0,
     rescale: Literal["probability", "l1"] = "probability",
     combine: Literal["ties", "linear"] = "ties",
@@ -44,7 +45,6 @@ def della(
     if density < 1 and (density - epsilon <= 0 or density + epsilon > 1):
         raise ValueError("density - epsilon must be above 0 and density + epsilon at most 1")
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     terms: list[dict[str, Array]] = []
     chances: dict[str, list[Array]] = {name: [] for name in deltas[0]}
     for delta, draw in zip(deltas, draws, strict=True):
@@ -60,9 +60,9 @@ def della(
                 term[name] = stays if before < 1e-7 or after < 1e-7 else stays * (before / after)
         terms.append(term)
     if combine == "ties":
-        merged, _ = elected(terms, own, zero_sum=zero_sum)
+        merged, _ = elected(terms, weights, zero_sum=zero_sum)
     else:
-        merged = {name: scaled(own, stacked(terms, name)).sum(0) for name in deltas[0]}
+        merged = {name: scaled(factors(weights, len(deltas), name), stacked(terms, name)).sum(0) for name in deltas[0]}
     products = {"probabilities": {name: np.stack(each) for name, each in chances.items()}}
     return Merged({name: lambda_ * value for name, value in merged.items()}, base, products)
 

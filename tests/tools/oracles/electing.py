@@ -10,6 +10,7 @@ from tests.tools.oracles.protocol import (
     Flags,
     Merged,
     Tensors,
+    Weights,
     factors,
     flat,
     largest,
@@ -28,7 +29,7 @@ def ties(
     models: Sequence[Tensors],
     *,
     density: float | Sequence[float] = 0.2,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     lambda_: float = 1.0,
     profile: Profile = "paper",
     trim: Literal["global", "tensor"] = "global",
@@ -62,7 +63,6 @@ def ties(
     Products: `kept` (models, whole vector) flags in sorted order, `elected` signs by parameter.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     densities = np.broadcast_to(np.asarray(density, dtype=np.float64), (len(deltas),))
     if profile == "official":
         trim, at_threshold, zero_sum = "global", "keep", "majority"
@@ -79,7 +79,7 @@ def ties(
     if rescale:
         terms = [_rescaled(delta, term) for delta, term in zip(deltas, terms, strict=True)]
     merged, signs = elected(
-        terms, own, profile=profile, zero_sum=zero_sum, merge=merge, elect=elect, normalize=normalize
+        terms, weights, profile=profile, zero_sum=zero_sum, merge=merge, elect=elect, normalize=normalize
     )
     products = {
         "kept": np.stack([np.concatenate([one[name].ravel() for name in sorted(one)]) for one in kept]),
@@ -94,7 +94,7 @@ def dare(
     *,
     kept: Sequence[Mapping[str, Flags]],
     density: float | Sequence[float],
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     lambda_: float = 1.0,
     profile: Profile = "paper",
     combine: Literal["linear", "ties"] = "linear",
@@ -112,7 +112,6 @@ def dare(
     leaves their sum unless `normalize`.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     densities = np.broadcast_to(np.asarray(density, dtype=np.float64), (len(deltas),))
     terms = []
     for delta, flags, share in zip(deltas, kept, densities, strict=True):
@@ -125,18 +124,21 @@ def dare(
         else:
             terms.append({name: tau / share for name, tau in term.items()})
     if combine == "linear":
-        total = {name: scaled(own, stacked(terms, name)).sum(0) for name in deltas[0]}
-        divisor = own.sum() if profile == "mergekit" and normalize and abs(own.sum()) >= 1e-8 else 1.0
-        return Merged({name: lambda_ * value / divisor for name, value in total.items()}, base)
+        total = {}
+        for name in deltas[0]:
+            own = factors(weights, len(deltas), name)
+            divisor = own.sum() if profile == "mergekit" and normalize and abs(own.sum()) >= 1e-8 else 1.0
+            total[name] = lambda_ * scaled(own, stacked(terms, name)).sum(0) / divisor
+        return Merged(total, base)
     zero = "positive" if profile in ("mergekit", "peft") else zero_sum
     divides = normalize if profile == "mergekit" else True
-    merged, _ = elected(terms, own, profile=profile, zero_sum=zero, merge="mean", elect=elect, normalize=divides)
+    merged, _ = elected(terms, weights, profile=profile, zero_sum=zero, merge="mean", elect=elect, normalize=divides)
     return Merged({name: lambda_ * value for name, value in merged.items()}, base)
 
 
 def elected(
     terms: Sequence[Tensors],
-    weights: Array,
+    weights: Weights,
     *,
     profile: Profile = "paper",
     zero_sum: ZeroSum = "none",
@@ -149,7 +151,7 @@ def elected(
     signs = {}
     for name in terms[0]:
         stack = stacked(terms, name)
-        votes = stack if peft else scaled(weights, stack)
+        votes = stack if peft else scaled(factors(weights, len(terms), name), stack)
         signs[name] = np.sign((np.sign(votes) if elect == "frequency" else votes).sum(0))
     if zero_sum != "none":
         balance = sum(float(sign.sum()) for sign in signs.values())
@@ -159,13 +161,14 @@ def elected(
     merged = {}
     for name, sign in signs.items():
         stack = stacked(terms, name)
-        weighted = scaled(weights, stack)
+        own = factors(weights, len(terms), name)
+        weighted = scaled(own, stack)
         agrees = (np.sign(stack if peft else weighted) == sign) & (sign != 0)
         if merge == "max":
             merged[name] = sign * np.where(agrees, np.abs(weighted), 0.0).max(0)
             continue
         total = np.where(agrees, weighted, 0.0).sum(0)
-        divisor = agrees.sum(0) if peft else scaled(weights, agrees.astype(np.float64)).sum(0)
+        divisor = agrees.sum(0) if peft else scaled(own, agrees.astype(np.float64)).sum(0)
         merged[name] = total / np.where(divisor == 0, 1.0, divisor) if merge == "mean" and normalize else total
     return merged, signs
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from tests.tools.oracles.protocol import Merged, Tensors, factors, norm, scaled, stacked, task_vectors
+from tests.tools.oracles.protocol import Merged, Tensors, Weights, factors, norm, scaled, stacked, task_vectors
 
 
 def fisher(
@@ -13,7 +13,7 @@ def fisher(
     models: Sequence[Tensors],
     *,
     importances: Sequence[Tensors],
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     floor: float = 1e-6,
     floored: Literal["first", "all"] = "first",
     normalize: bool = True,
@@ -28,13 +28,13 @@ def fisher(
     is, where it is above the floor. Companions: F_i, of the parameter's shape, not negative.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     sizes = np.array([norm(each) if normalize else 1.0 for each in importances])
-    shares = own / np.where(sizes > 0, sizes, 1.0)
     floors = np.full(len(deltas), floor) if floored == "all" else np.array([floor, *[0.0] * (len(deltas) - 1)])
     merged = {}
     for name in deltas[0]:
         stack = stacked(deltas, name)
+        own = factors(weights, len(deltas), name)
+        shares = own / np.where(sizes > 0, sizes, 1.0)
         share = scaled(shares, np.maximum(stacked(importances, name), scaled(floors, np.ones_like(stack))))
         below = share.sum(0)
         mean = scaled(own, stack).sum(0) / own.sum()

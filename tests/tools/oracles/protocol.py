@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Tensors = Mapping[str, Array]
+Weights = Sequence[float] | Mapping[str, Sequence[float]] | None
+"""One number for each model, for all parameters or by parameter; 1 where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ def stacked(deltas: Sequence[Tensors], name: str) -> Array:
     return np.stack([delta[name] for delta in deltas])
 
 
-def factors(weights: Sequence[float] | None, count: int) -> Array:
-    """Return the weights as float64, ones by default."""
-    return np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
+def factors(weights: Weights, count: int, name: str) -> Array:
+    """Return all models' weights for one parameter as float64, ones by default."""
+    own = weights.get(name) if isinstance(weights, Mapping) else weights
+    return np.ones(count) if own is None else np.asarray(own, dtype=np.float64)
 
 
 def scaled(weights: Array, stack: Array) -> Array:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.tools.oracles.linalg import UNIT, inverse
-from tests.tools.oracles.protocol import Merged, Tensors, factors, scaled, stacked, task_vectors
+from tests.tools.oracles.protocol import Merged, Tensors, Weights, factors, scaled, stacked, task_vectors
 
 
 def regmean(
@@ -13,7 +13,7 @@ def regmean(
     models: Sequence[Tensors],
     *,
     grams: Sequence[Tensors],
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     shrink: float = 0.9,
     lambda_: float = 1.0,
 ) -> Merged:
@@ -26,9 +26,9 @@ def regmean(
     Companions: G_i by matrix, symmetric, for all models or for none. RegMean++ differs only in how G is gathered.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     merged = {}
     for name in deltas[0]:
+        own = factors(weights, len(deltas), name)
         stack = stacked(deltas, name)
         if name not in grams[0]:
             merged[name] = lambda_ * scaled(own, stack).sum(0) / own.sum()

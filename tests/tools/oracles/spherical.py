@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from tests.tools.oracles.protocol import Array, Merged, Tensors, factors, stacked, task_vectors
+from tests.tools.oracles.protocol import Array, Merged, Tensors, Weights, factors, stacked, task_vectors
 
 
 def slerp(base: Tensors | None, models: Sequence[Tensors], *, t: float, threshold: float = 0.9995) -> Merged:
@@ -21,14 +21,14 @@ def slerp(base: Tensors | None, models: Sequence[Tensors], *, t: float, threshol
     is zero. t = 0 gives the first model, t = 1 the second; norms follow no rule in between: the vectors themselves
     are combined, not their units.
     """
-    return _pair(base, models, lambda x, y: _arc(x, y, t, lambda angle: abs(np.cos(angle)) > threshold))
+    return _pair(base, models, lambda x, y, _: _arc(x, y, t, lambda angle: abs(np.cos(angle)) > threshold))
 
 
 def nuslerp(
     base: Tensors | None,
     models: Sequence[Tensors],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     unit: Literal["tensor", "row", "column"] = "tensor",
 ) -> Merged:
     """NuSLERP (mergekit): SLERP at t = w_2 / (w_1 + w_2), t = .5 where |w_1 + w_2| < 1e-6.
@@ -37,13 +37,14 @@ def nuslerp(
     along the last axis, or columns along the first (mergekit's nuslerp_row_wise, despite its name). A tensor of one
     axis is one row, and each of its elements is a column of its own.
     """
-    first, second = factors(weights, 2)
-    t = 0.5 if abs(first + second) < 1e-6 else float(second / (first + second))
 
-    def arc(x: Array, y: Array) -> Array:
-        return _arc(x, y, t, lambda angle: np.sin(angle) <= 1e-8)
+    def by_unit(x: Array, y: Array, name: str) -> Array:
+        first, second = factors(weights, 2, name)
+        t = 0.5 if abs(first + second) < 1e-6 else float(second / (first + second))
 
-    def by_unit(x: Array, y: Array) -> Array:
+        def arc(x: Array, y: Array) -> Array:
+            return _arc(x, y, t, lambda angle: np.sin(angle) <= 1e-8)
+
         if unit == "tensor" or x.ndim == 0:
             return arc(x, y)
         axis = -1 if unit == "row" else 0
@@ -58,7 +59,7 @@ def nuslerp(
 
 
 def multislerp(
-    base: Tensors | None, models: Sequence[Tensors], *, weights: Sequence[float] | None = None, normalize: bool = True
+    base: Tensors | None, models: Sequence[Tensors], *, weights: Weights = None, normalize: bool = True
 ) -> Merged:
     """Multi-SLERP (mergekit): one step of the barycentre on the sphere from the weighted Euclidean mean, by tensor.
 
@@ -70,13 +71,13 @@ def multislerp(
     m is the direction of sum w_i u_i, so g is always 0: the result is unit(sum w_i u_i) * sum w_i |x_i|.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
-    if normalize:
-        if abs(own.sum()) < 1e-12:
-            raise ValueError("the weights sum to zero")
-        own = own / own.sum()
 
-    def merge(stack: Array) -> Array:
+    def merge(stack: Array, name: str) -> Array:
+        own = factors(weights, len(stack), name)
+        if normalize:
+            if abs(own.sum()) < 1e-12:
+                raise ValueError("the weights sum to zero")
+            own = own / own.sum()
         if len(stack) == 1:
             return stack[0]
         units, sizes = _units(stack)
@@ -88,14 +89,14 @@ def multislerp(
         tangent = own @ (units - (units @ mean)[:, None] * mean)
         return _exponential(mean, tangent).reshape(stack.shape[1:]) * (own @ sizes)
 
-    return Merged({name: merge(stacked(deltas, name)) for name in deltas[0]}, base)
+    return Merged({name: merge(stacked(deltas, name), name) for name in deltas[0]}, base)
 
 
 def karcher(
     base: Tensors | None,
     models: Sequence[Tensors],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     max_iter: int = 10,
     tolerance: float = 1e-5,
 ) -> Merged:
@@ -109,10 +110,10 @@ def karcher(
     pull in and adds nothing.
     """
     deltas = task_vectors(base, models)
-    shares = factors(weights, len(deltas))
-    shares = shares / shares.sum()
 
-    def merge(stack: Array) -> Array:
+    def merge(stack: Array, name: str) -> Array:
+        shares = factors(weights, len(stack), name)
+        shares = shares / shares.sum()
         units, sizes = _units(stack)
         moved = sizes > 0
         if len(stack) == 1 or not moved.any():
@@ -133,14 +134,14 @@ def karcher(
             mean = mean / np.linalg.norm(mean)
         return mean.reshape(stack.shape[1:]) * (shares @ sizes)
 
-    return Merged({name: merge(stacked(deltas, name)) for name in deltas[0]}, base)
+    return Merged({name: merge(stacked(deltas, name), name) for name in deltas[0]}, base)
 
 
-def _pair(base: Tensors | None, models: Sequence[Tensors], merge: Callable[[Array, Array], Array]) -> Merged:
+def _pair(base: Tensors | None, models: Sequence[Tensors], merge: Callable[[Array, Array, str], Array]) -> Merged:
     if len(models) != 2:
         raise ValueError(f"takes two models, not {len(models)}")
     first, second = task_vectors(base, models)
-    return Merged({name: merge(first[name], second[name]) for name in first}, base)
+    return Merged({name: merge(first[name], second[name], name) for name in first}, base)
 
 
 def _arc(x: Array, y: Array, t: float, straight: Callable[[float], bool]) -> Array:

@@ -5,7 +5,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tests.tools.oracles.linalg import svd
-from tests.tools.oracles.protocol import Array, Merged, Tensors, factors, is_matrix, scaled, stacked, task_vectors
+from tests.tools.oracles.protocol import (
+    Array,
+    Merged,
+    Tensors,
+    Weights,
+    factors,
+    is_matrix,
+    scaled,
+    stacked,
+    task_vectors,
+)
 
 
 def star(
@@ -13,7 +23,7 @@ def star(
     models: Sequence[Tensors],
     *,
     eta: float = 40.0,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     lambda_: float = 1.0,
     matrices: Callable[[str, Array], bool] = is_matrix,
 ) -> Merged:
@@ -26,9 +36,9 @@ def star(
     Products: `ranks`, a list over the models by matrix.
     """
     deltas = task_vectors(base, models)
-    own = factors(weights, len(deltas))
     merged, ranks = {}, {}
     for name in deltas[0]:
+        own = factors(weights, len(deltas), name)
         stack = stacked(deltas, name)
         if matrices(name, stack[0]):
             pairs = [_truncated(tau, eta) for tau in stack]
