@@ -1,4 +1,4 @@
-"""The errors a user can meet, each with the exit code of the command line.
+"""The errors that a user can meet, each with its exit code of the command line.
 
     MergeError
     |- RecipeError        2    the recipe is wrong
@@ -7,7 +7,7 @@
     |- UnavailableError   5    cluster or storage unreachable, throttled, or held by another run
     `- Cancelled        130/143  a signal ended the run
 
-Anything else that leaves the command line is a defect of ours (exit 1).
+Any other exception is a defect of ours (exit code 1).
 """
 
 import re
@@ -18,20 +18,20 @@ ErrorKind = Literal["recipe", "input", "interrupted", "unavailable", "cancelled"
 
 
 FRESH_THEN = "run it with --fresh then, as the output holds this merge half-done"
-"""Follows a remedy that changes a recipe or an input after the run has begun: it is another merge from then on."""
+"""End of a remedy that changes the recipe or an input of a run that has begun: the changed run is another merge."""
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong, said so that its reader can mend it."""
+    """One thing that is wrong, in words that let the reader mend it."""
 
     where: str
     """The field, file, model or parameter: `models.3.weight`, `s3://m/7: layers.0.q.weight`."""
     what: str
-    """What was found, and what was expected."""
+    """The fact, and the expectation: `has 3 rows, the base has 4`."""
     remedy: str = ""
-    """What to do about it."""
+    """What the reader can do about it."""
     code: str = ""
-    """A short name of the reason, where a report groups or a machine looks for it: `dora_transposed`."""
+    """A short name of the reason, by which reports group and machines search: `dora_transposed`."""
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -40,9 +40,9 @@ class Problem(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Return a text from somebody else's file with all that is not plainly visible in it escaped.
+    """Return a text from somebody else's file with all invisible characters escaped.
 
-    A tensor may be called anything: a terminal's colours, text that runs backwards, half a character.
+    The name of a tensor may hold a terminal's colours, text that runs backwards, or half a character.
     """
     if text.isprintable():
         return text
@@ -56,19 +56,19 @@ def enumerated(names: Iterable[str], most: int = 4) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return a text that may have several lines, each of them printable."""
+    """Return a text of several lines with each line printable."""
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
-def _told(text: str) -> str:
+def _safe(text: str) -> str:
     return printable_lines(shown(text))
 
 
 _USER = r"[^/@\s]*@"
 _PASSWORD = r"[^/@\s:]*:(?!\d+/)[^@\s]*@"
-"""An AWS secret often holds a slash, which nobody quotes."""
+"""A user and a password. The password may hold a slash, as an AWS secret often does."""
 _AZURE = r"(?:abfss?|wasbs?)://[^/@\s:]*@"
-"""A container at an account."""
+"""A container of an Azure account, which is no user."""
 USER_IN_URL = re.compile(rf"[\w+.-]+://(?:{_PASSWORD}|{_USER})")
 _PASSWORD_IN_URL = re.compile(rf"[\w+.-]+://{_PASSWORD}")
 _SIGNED = re.compile("sig|token|credential|secret|passw|pwd|auth|sas|key", re.IGNORECASE)
@@ -79,13 +79,13 @@ _IN_TEXT = re.compile(
     re.IGNORECASE,
 )
 _LONGEST = 20_000
-"""Characters of a message; of a longer one, as a server may send it, the rest is left out."""
+"""Characters of a message. A server may send a longer one, whose rest is left out."""
 
 
 def holds_secret(url: str) -> bool:
     """Return whether a URL holds a password, or a signed query (`?sig=`, `&X-Amz-Signature=`, `#access_token=`).
 
-    A user alone is no secret: so is a container of Azure written.
+    A user alone is no secret. A container of Azure looks like one.
     """
     if not re.match(r"[\w+.-]+://", url):
         return False
@@ -95,26 +95,28 @@ def holds_secret(url: str) -> bool:
 
 
 def shown(text: object) -> str:
-    """Return a URI or another's message fit for a log: without the query of a URL, user, password or signature."""
-    given = str(text)
-    given = given if len(given) <= _LONGEST else given[:_LONGEST] + "..."
-    given = re.sub(rf"(?<![\w+.-])(?!{_AZURE})([\w+.-]+://)(?:{_PASSWORD}|{_USER})", r"\1", given)
-    given = _QUERY.sub(lambda url: f"{url[1]}?..." if url[2] else url[0], given)
-    return _IN_TEXT.sub(r"\1...", given)
+    """Return a URI or a foreign message without secrets: no user, password or signature, and no query of a URL."""
+    line = str(text)
+    line = line if len(line) <= _LONGEST else line[:_LONGEST] + "..."
+    line = re.sub(rf"(?<![\w+.-])(?!{_AZURE})([\w+.-]+://)(?:{_PASSWORD}|{_USER})", r"\1", line)
+    line = _QUERY.sub(lambda url: f"{url[1]}?..." if url[2] else url[0], line)
+    return _IN_TEXT.sub(r"\1...", line)
 
 
 class MergeError(Exception):
-    """A failure that a user can act on; holds every problem found, not only the first."""
+    """A failure that a user can act on. It holds every problem, not only the first."""
 
     kind: ClassVar[ErrorKind] = "defect"
     exit_code: int = 1
+    """Exit code of the command line."""
     retryable: ClassVar[bool] = False
+    """Whether the same command may succeed later."""
     shard: int | None = None
-    """The shard that could not be done, where it is one shard's failure."""
+    """The shard that failed, where it is the failure of one shard."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
-        given = (problems,) if isinstance(problems, Problem) else problems
-        self.problems = tuple(Problem(*map(_told, problem)) for problem in given)
+        problems = (problems,) if isinstance(problems, Problem) else problems
+        self.problems = tuple(Problem(*map(_safe, problem)) for problem in problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["MergeError"], tuple[tuple[Problem, ...]]]:
@@ -136,7 +138,7 @@ class InputError(MergeError, ValueError):
 
 
 class InterruptedMerge(MergeError, RuntimeError):
-    """The run failed part-way; what is done is kept, and the same command continues."""
+    """The run failed part-way. Finished shards are kept, and the same command continues."""
 
     kind = "interrupted"
     exit_code = 4

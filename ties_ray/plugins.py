@@ -1,9 +1,8 @@
 """Find an extension by its name: the file of that name in its folder is the extension.
 
-`load("methods", "ties", Method)` imports `ties_ray/methods/ties.py` and returns the one subclass of `Method` which
-that file defines. A folder named by `TIES_RAY_PLUGINS` is searched too (`$TIES_RAY_PLUGINS/methods/mine.py`), and so
-are entry points of installed packages (group `ties_ray.methods`). Nothing but the named file is imported, so that
-asking for one method costs the import of one.
+`load("methods", "ties", Method)` imports `ties_ray/methods/ties.py` and returns the only subclass of `Method` that the
+file defines. The folder that `TIES_RAY_PLUGINS` names is searched too, as in `$TIES_RAY_PLUGINS/methods/mine.py`. So
+are entry points of installed packages (group `ties_ray.methods`). No other file is imported.
 """
 
 import difflib
@@ -19,7 +18,10 @@ from typing import TypeVar
 from ties_ray.errors import Problem, RecipeError
 
 PLUGIN_FOLDER = "TIES_RAY_PLUGINS"
-"""Environment variable: a folder laid out as `ties_ray` itself (methods/, stores/, ...); workers need it as well."""
+"""Environment variable that names the user's folder of extensions, laid out as `ties_ray` itself: methods/, stores/.
+
+Workers need the folder too.
+"""
 
 T = TypeVar("T")
 
@@ -31,16 +33,15 @@ def search_path(folder: str, own: list[str]) -> list[str]:
 
 
 def names(folder: str) -> list[str]:
-    """Return the names a recipe may use, sorted, without importing any of them."""
+    """Return the names that a recipe may use, sorted, without importing the extensions."""
     package = importlib.import_module(f"ties_ray.{folder}")
     modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    found = {name for name in modules if not name.startswith("_")}  # else a helper of several files
-    found.update(_entry_points(folder))
-    return sorted(found)
+    files = {name for name in modules if not name.startswith("_")}  # a name with _ is a helper of several files
+    return sorted(files | _entry_points(folder).keys())
 
 
 def load(folder: str, name: str, contract: type[T]) -> type[T]:
-    """Return the extension called `name`; raise `RecipeError` with the known names if there is none."""
+    """Return the extension called `name`; raise `RecipeError` with all names if there is none."""
     if name not in names(folder):
         raise RecipeError(
             Problem(
@@ -50,10 +51,10 @@ def load(folder: str, name: str, contract: type[T]) -> type[T]:
             )
         )
     if name in _entry_points(folder):
-        found = _entry_points(folder)[name].load()
-        if not (inspect.isclass(found) and issubclass(found, contract)):
+        extension = _entry_points(folder)[name].load()
+        if not (inspect.isclass(extension) and issubclass(extension, contract)):
             raise TypeError(f"the entry point {name} of ties_ray.{folder} is not a {contract.__name__}")
-        return found
+        return extension
     module = importlib.import_module(f"ties_ray.{folder}.{name}")
     own = [
         value
@@ -70,12 +71,12 @@ def load(folder: str, name: str, contract: type[T]) -> type[T]:
 
 @functools.cache
 def _entry_points(folder: str) -> dict[str, EntryPoint]:
-    """Return what installed packages offer; kept, since every look goes through all of them."""
+    """Return the entry points of installed packages by name. The answer is cached, since a search reads them all."""
     return {point.name: point for point in entry_points(group=f"ties_ray.{folder}")}
 
 
-def unknown(name: str, known: list[str], noun: str) -> str:
-    """Say that `name` is not one of `known`, with the likely intention."""
-    close = difflib.get_close_matches(name, known, n=1)
+def unknown(name: str, choices: list[str], noun: str) -> str:
+    """Return the message that `name` is none of `choices`, with the closest of them."""
+    close = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {noun} {name!r}; {hint}known: {', '.join(known)}"
+    return f"unknown {noun} {name!r}; {hint}known: {', '.join(choices)}"

@@ -16,9 +16,6 @@ FUNCTION_LINES = 50
 EXCEPTIONS = {
     "operations/merging.py": {"MergeRun", "publish"},
     "worker/worker.py": {"Worker"},
-    "formats/checkpoint.py": {"_check_model"},
-    "inputs/catalog.py": {"_read_catalog"},
-    "inputs/expand.py": {"_table"},
     "stores/__init__.py": {"persist"},
     "stores/s3.py": {"S3"},
 }

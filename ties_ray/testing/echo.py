@@ -1,4 +1,4 @@
-"""A host that echoes, to try an executor with; apart from `testing` so that a worker has it without importing torch."""
+"""A host that echoes messages, for tests of executors; importing it takes neither torch nor pytest."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from ties_ray.errors import InputError, Problem
 
 
 class EchoHost:
-    """A host for tests: answers how many messages it has had and the message, or does what the message says."""
+    """Answers each message with the number of messages so far, or does what the message says."""
 
     def __init__(self, setup: str) -> None:
         if setup == "broken":

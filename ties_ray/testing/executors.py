@@ -13,13 +13,14 @@ from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Re
 
 
 class ExecutorContract:
-    """What every executor promises; a subclass gives `executor` and may change `loss`."""
+    """Every executor hands on messages, answers and losses alike; a subclass sets `executor` and may change `loss`."""
 
     executor: type[Executor]
     """The class under test."""
     loss = "die"
     """The message on which `EchoHost` loses its worker; `kill` where workers are processes."""
     stop_seconds = 2.0
+    """Longest time that `stop` may take."""
 
     @contextmanager
     def started(self, workers: int = 1, setup: str = "s", **needs: Any) -> Iterator[Executor]:
@@ -33,28 +34,28 @@ class ExecutorContract:
 
     def events(self, executor: Executor, count: int = 1) -> list[Event]:
         """Wait for `count` events."""
-        found: list[Event] = []
+        events: list[Event] = []
         end = time.monotonic() + 60
-        while len(found) < count:
-            assert time.monotonic() < end, f"only {found}"
-            found += executor.wait(1.0)
-        return found
+        while len(events) < count:
+            assert time.monotonic() < end, f"only {events}"
+            events += executor.wait(1.0)
+        return events
 
     def test_a_worker_handles_its_messages_in_order_with_one_host(self) -> None:
         with self.started() as executor:
             for ticket in range(20):
                 executor.submit(0, ticket, f"m{ticket}")
             expected = [Answered(0, ticket, f"{ticket + 1}:s:m{ticket}") for ticket in range(20)]
-            found = self.events(executor, 20)  # where one answer may overtake another
-            assert len(found) == 20
-            assert all(event in found for event in expected)
+            events = self.events(executor, 20)  # where one answer may overtake another
+            assert len(events) == 20
+            assert all(event in events for event in expected)
 
     def test_workers_work_at_the_same_time(self, tmp_path: Path) -> None:
         with self.started(2) as executor:
             executor.submit(0, 1, f"meet {tmp_path / 'a'} {tmp_path / 'b'}")
             executor.submit(1, 2, f"meet {tmp_path / 'b'} {tmp_path / 'a'}")
-            found = self.events(executor, 2)
-            assert {(type(event), event.worker) for event in found} == {(Answered, 0), (Answered, 1)}
+            events = self.events(executor, 2)
+            assert {(type(event), event.worker) for event in events} == {(Answered, 0), (Answered, 1)}
 
     def test_waiting_for_nothing_ends_in_time(self) -> None:
         with self.started() as executor:
@@ -91,11 +92,11 @@ class ExecutorContract:
             executor.submit(0, 2, self.loss if how == "loss" else how)
             executor.submit(0, 3, "queued behind it")
             executor.submit(1, 4, "the other one")
-            found = self.events(executor, 2)
-            lost = next(event for event in found if isinstance(event, Lost))
+            events = self.events(executor, 2)
+            lost = next(event for event in events if isinstance(event, Lost))
             assert (lost.worker, lost.ticket) == (0, 2)
             assert lost.reason
-            assert Answered(1, 4, "1:s:the other one") in found
+            assert Answered(1, 4, "1:s:the other one") in events
             executor.submit(0, 5, "dropped")
             assert executor.wait(0.3) == []
             executor.revive(0)

@@ -22,10 +22,10 @@ from ties_ray.testing.kernels import same_bits
 
 
 class FormatContract:
-    """What every input format does: names exact ranges and decodes them, however a parameter is cut.
+    """Every input format names exact ranges and decodes them, however a parameter is cut.
 
-    Inherit, and provide the fixtures `format`, `files` (one model in this format, by file name), `parameters` (those of
-    its base) and `expected` (by base parameter, the `values` that `encoded` must hold for it, 1-D).
+    A subclass provides four fixtures. `format` is the implementation under test. `files` is one model in this format,
+    by file name. `parameters` are those of its base. `expected` holds the values that each of them decodes to, 1-D.
     """
 
     @pytest.fixture
@@ -65,36 +65,36 @@ class FormatContract:
         parameters: dict[str, Parameter],
         expected: dict[str, torch.Tensor],
     ) -> None:
-        found = self.found(format, files, parameters)
-        assert {name for name in found.sources if parameters[name].merged} == expected.keys()
-        for name, wanted in expected.items():
-            got = self.decoded(format, files, found, name, 0, parameters[name].numel)
+        contents = self.contents(format, files, parameters)
+        assert {name for name in contents.sources if parameters[name].merged} == expected.keys()
+        for name, stored in expected.items():
+            got = self.decoded(format, files, contents, name, 0, parameters[name].numel)
             if isinstance(got, Factors):
-                torch.testing.assert_close(values(got, len(wanted)), wanted, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(values(got, len(stored)), stored, rtol=1e-12, atol=1e-12)
             else:
-                assert got.data.dtype == wanted.dtype
-                assert same_bits(got.data, wanted), name
+                assert got.data.dtype == stored.dtype
+                assert same_bits(got.data, stored), name
 
     def test_slices_are_cut_from_the_whole(
         self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
     ) -> None:
-        found = self.found(format, files, parameters)
-        for name in filter(lambda name: parameters[name].merged, found.sources):
+        contents = self.contents(format, files, parameters)
+        for name in filter(lambda name: parameters[name].merged, contents.sources):
             numel = parameters[name].numel
-            whole = values(self.decoded(format, files, found, name, 0, numel), numel)
+            whole = values(self.decoded(format, files, contents, name, 0, numel), numel)
             for start, stop in itertools.pairwise(sorted({0, 1, 2, numel // 3, numel // 2 + 1, numel})):
                 if stop <= numel:
-                    piece = values(self.decoded(format, files, found, name, start, stop), stop - start)
+                    piece = values(self.decoded(format, files, contents, name, start, stop), stop - start)
                     assert same_bits(piece, whole[start:stop]), (name, start, stop)
 
     def test_what_decoding_holds_is_told_before(
         self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
     ) -> None:
-        found = self.found(format, files, parameters)
-        for name, source in found.sources.items():
+        contents = self.contents(format, files, parameters)
+        for name, source in contents.sources.items():
             if not parameters[name].merged:
                 continue
-            got = self.decoded(format, files, found, name, 0, parameters[name].numel)
+            got = self.decoded(format, files, contents, name, 0, parameters[name].numel)
             factors = [part for part in got if isinstance(part, torch.Tensor)] if isinstance(got, Factors) else []
             assert isinstance(got, Factors) == (source.encoding == "factors"), name
             assert sum(factor.nbytes for factor in factors) <= format.decoded_bytes(source), name
@@ -106,8 +106,8 @@ class FormatContract:
     def test_an_empty_slice_needs_no_read(
         self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
     ) -> None:
-        found = self.found(format, files, parameters)
-        for name, source in found.sources.items():
+        contents = self.contents(format, files, parameters)
+        for name, source in contents.sources.items():
             assert format.reads(source, 0, 0) == ()
             if parameters[name].merged:
                 assert values(format.encoded(source, 0, 0, ()), 0).numel() == 0
@@ -118,7 +118,7 @@ class FormatContract:
         folder = folder_of(format, files)
         headers = [folder.headers[name] for name in format.weight_files(folder)]
         stored = sum(math.prod(info.shape) for header in headers for info in header.tensors.values())
-        account = self.found(format, files, parameters).account
+        account = self.contents(format, files, parameters).account
         assert account.adds_up
         assert account.merged > 0
         assert account.stored == stored or not headers
@@ -130,7 +130,7 @@ class FormatContract:
     def test_sources_survive_json(
         self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]
     ) -> None:
-        sources = dict(self.found(format, files, parameters).sources)
+        sources = dict(self.contents(format, files, parameters).sources)
         adapter = TypeAdapter(dict[str, Source])
         assert adapter.validate_json(adapter.dump_json(sources)) == sources
 
@@ -142,27 +142,27 @@ class FormatContract:
             folder = folder_of(format, {**files, name: text})
             assert format.read(folder, parameters, Rules()).problems, name
 
-    def found(self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]) -> Contents:
+    def contents(self, format: Format, files: dict[str, bytes], parameters: dict[str, Parameter]) -> Contents:
         """Return what the format makes of the model; it has no problems."""
         folder = folder_of(format, files)
         answers = dict.fromkeys(format.questions(folder, parameters, Rules()), True)
-        found = format.read(replace(folder, answers=answers), parameters, Rules())
-        assert found.problems == ()
-        assert set(found.objects) <= set(folder.files)
-        assert found.kinds.keys() <= found.sources.keys() <= parameters.keys()
-        return found
+        contents = format.read(replace(folder, answers=answers), parameters, Rules())
+        assert contents.problems == ()
+        assert set(contents.objects) <= set(folder.files)
+        assert contents.kinds.keys() <= contents.sources.keys() <= parameters.keys()
+        return contents
 
     def decoded(
-        self, format: Format, files: dict[str, bytes], found: Contents, name: str, start: int, stop: int
+        self, format: Format, files: dict[str, bytes], contents: Contents, name: str, start: int, stop: int
     ) -> Stored:
         """Return a slice from buffers that begin at an odd address, and check that they were not written to."""
         buffers = []
-        for read in format.reads(found.sources[name], start, stop):
-            data = files[found.objects[read.object].uri.rpartition("/")[2]]
+        for read in format.reads(contents.sources[name], start, stop):
+            data = files[contents.objects[read.object].uri.rpartition("/")[2]]
             assert 0 <= read.start < read.stop <= len(data)
             buffers.append(torch.frombuffer(bytearray(b"\0" + data[read.start : read.stop]), dtype=torch.uint8)[1:])
         before = [buffer.clone() for buffer in buffers]
-        encoded = format.encoded(found.sources[name], start, stop, buffers)
+        encoded = format.encoded(contents.sources[name], start, stop, buffers)
         assert all(torch.equal(buffer, copy) for buffer, copy in zip(buffers, before, strict=True))
         if isinstance(encoded, Encoded):
             assert encoded.data.shape == (stop - start,)
@@ -179,9 +179,9 @@ class FormatContract:
 
 
 def values(stored: Stored, length: int) -> torch.Tensor:
-    """Return what a slice holds, 1-D: the data as they are, or scale * left @ right in float64.
+    """Return the values of a slice, 1-D: the data as they are, or scale * left @ right in float64.
 
-    Rows of a change with a magnitude are multiplied by it, so that it shows, though it is not what DoRA does with it.
+    The rows of a change with a magnitude are multiplied by it. DoRA does something else, but this makes it visible.
     """
     if isinstance(stored, Encoded):
         return stored.data
@@ -195,7 +195,7 @@ def values(stored: Stored, length: int) -> torch.Tensor:
 
 
 def folder_of(format: Format, files: Mapping[str, bytes], uri: str = "memory://model") -> Folder:
-    """Return what the catalog would have fetched of a folder with these files."""
+    """Return a folder with these files as the catalog fetches it."""
     pins = {name: Pin(join(uri, name), len(data), "etag") for name, data in files.items()}
     weights, texts = format.wanted(list(files))
     headers = {name: safetensors.parse(files[name], len(files[name]), join(uri, name)) for name in weights}

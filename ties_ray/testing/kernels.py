@@ -30,15 +30,15 @@ from ties_ray.kernels.definition import Definition
 
 
 class KernelContract:
-    """What every implementation of `Kernels` does: the same bits as the definition, however a slice is cut.
+    """Every implementation of `Kernels` gives the bits of the definition, however a slice is cut.
 
-    Inherit, and provide a fixture `kernels`. Values are mixed: ordinary numbers, few distinct ones (ties, both zeros,
-    numbers midway between two of a narrower dtype), and any bits at all (denormals, infinities, NaN). A NaN equals any
-    NaN: which one comes is the processor's business.
+    A subclass provides the fixture `kernels`. A third of the values are ordinary numbers. A third are few distinct
+    ones: ties, both zeros, numbers midway between two of a narrower dtype. A third are random bits: denormals,
+    infinities, NaN. All NaN count as equal, since the processor chooses their bits.
     """
 
     LENGTH = 40_003
-    """Odd, and more than a tile of any implementation so far."""
+    """Elements of a slice: an odd number, above the tile of every implementation."""
     DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
     @pytest.fixture
@@ -127,10 +127,10 @@ class KernelContract:
             part = replace(op, total=op.total[start:stop]) if isinstance(op, Agreement) else op
             state = kernels.start(part, stop - start)
             cut = [(model, Encoded(source.data[start:stop], source.kind)) for model, source in group]
-            found = []
+            counted = []
             for few in (cut[:0], cut[:1], cut[1:4], cut[4:]):
-                found += kernels.fold(part, state, base[start:stop], few, offset=5 + start)
-            summed = [a + b for a, b in zip(summed, found, strict=True)]
+                counted += kernels.fold(part, state, base[start:stop], few, offset=5 + start)
+            summed = [a + b for a, b in zip(summed, counted, strict=True)]
             states.append(state)
         assert summed == counts
         for key, expected in whole.items():
@@ -207,7 +207,7 @@ class KernelContract:
     def test_changes_of_factors_are_those_of_the_definition(
         self, kernels: Kernels, rows: int, columns: int, rank: int, base_dtype: torch.dtype | None
     ) -> None:
-        """base_dtype: of DoRA; None is without, and then all of the base may be one number."""
+        """base_dtype: the dtype of the base with DoRA; None is without DoRA, where the base may be one number."""
         start, length = columns // 2, rows * columns - columns // 2 - columns // 3
         source = some_factors(rows, columns, rank, start, dora=base_dtype is not None)
         base = mixed_values(base_dtype, length, seed=1) if base_dtype else torch.zeros(1).expand(length)
@@ -263,7 +263,7 @@ class KernelContract:
         rows, columns = 67, self.LENGTH // 67
         length = rows * columns
         factors = [some_factors(rows, columns, rank, 0) for rank in ranks]
-        group = [(model, one._replace(left=one.left.roll(model, 0))) for model, one in enumerate(factors)]
+        group = [(model, each._replace(left=each.left.roll(model, 0))) for model, each in enumerate(factors)]
         states, counts = [], []
         for each in (Definition(), kernels):
             op = an_op("signed_sums", how, length)
@@ -285,8 +285,8 @@ class KernelContract:
         base, group = (a_mixed_group if factors else a_group)(torch.float32, self.LENGTH)
         op, election = an_op(name, "all", self.LENGTH), Election(1, 0.3, merge)
         expected, counts = Definition().merge(op, base, group, 2**34 + 3, election)
-        merged, found = kernels.merge(op, base, group, 2**34 + 3, election)
-        assert counts == found
+        merged, counted = kernels.merge(op, base, group, 2**34 + 3, election)
+        assert counts == counted
         assert same_bits(expected, merged)
         assert expected.count_nonzero() > self.LENGTH // 2
 
@@ -301,8 +301,8 @@ class KernelContract:
             part = replace(op, total=op.total[start:stop]) if isinstance(op, Agreement) else op
             state = kernels.start(part, stop - start)
             cut = [(model, a_part(source, start, stop)) for model, source in group]
-            found = kernels.fold(part, state, base[start:stop], cut, offset=5 + start)
-            summed = [a + b for a, b in zip(summed, found, strict=True)]
+            counted = kernels.fold(part, state, base[start:stop], cut, offset=5 + start)
+            summed = [a + b for a, b in zip(summed, counted, strict=True)]
             states.append(state)
         assert summed == counts
         for key, expected in whole.items():
@@ -328,16 +328,16 @@ class KernelContract:
 
         expected = run(0)
         with ThreadPoolExecutor(4) as pool:
-            assert all(same_bits(expected, found) for found in pool.map(run, range(12)))
+            assert all(same_bits(expected, total) for total in pool.map(run, range(12)))
 
 
 def compared(kernels: Kernels, source: Stored, base: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Return what the definition makes of a slice, having seen that `kernels` make the same of it.
+    """Assert that `kernels` and the definition agree on a slice; return the results.
 
-    How many deltas are not finite, the deltas, and the counts of their high bits; those of low bits, in the fullest bin
-    but the lowest, are compared too.
+    The results are the number of deltas that are not finite, the deltas, and the counts of their high bits. The counts
+    of low bits are compared in the fullest bin but the lowest.
     """
-    found = []
+    results = []
     for each in (Definition(), kernels):
         delta = torch.full((len(base),), 7.0)
         high, low = torch.arange(BINS), torch.arange(BINS)
@@ -345,16 +345,16 @@ def compared(kernels: Kernels, source: Stored, base: torch.Tensor) -> tuple[int,
         fullest = int((high - torch.arange(BINS))[2:].argmax()) + 2
         numbers.append(each.count_low(source, base, fullest >> 1, low))
         assert len(set(numbers)) == 1
-        found.append((numbers[0], delta, high - torch.arange(BINS), low))
-    (number, delta, high, low), (other, *tensors) = found
+        results.append((numbers[0], delta, high - torch.arange(BINS), low))
+    (number, delta, high, low), (other, *tensors) = results
     assert number == other
-    for wanted, seen in zip((delta, high, low), tensors, strict=True):
-        assert same_bits(wanted, seen) if wanted is delta else torch.equal(wanted, seen)
+    for expected, actual in zip((delta, high, low), tensors, strict=True):
+        assert same_bits(expected, actual) if expected is delta else torch.equal(expected, actual)
     return number, delta, high
 
 
 def mixed_values(dtype: torch.dtype, length: int, seed: int) -> torch.Tensor:
-    """Return ordinary numbers, few distinct ones and random bits, a third each, mixed."""
+    """Return a mix of ordinary numbers, few distinct ones and random bits, a third each."""
     source = torch.Generator().manual_seed(seed)
     integers = as_integers(torch.empty(0, dtype=dtype)).dtype
     limits = torch.iinfo(integers)
@@ -370,7 +370,7 @@ def mixed_values(dtype: torch.dtype, length: int, seed: int) -> torch.Tensor:
 
 
 def near(base: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Return a model of `dtype`: half a fine-tune of `base`, half values that have nothing to do with it."""
+    """Return a model of `dtype`: half of it a fine-tune of `base`, half of it unrelated values."""
     source = torch.Generator().manual_seed(seed)
     tuned = base + 1e-3 * torch.randn(len(base), generator=source, dtype=base.dtype)
     chosen = torch.randint(2, (len(base),), generator=source) == 0
@@ -386,7 +386,7 @@ def a_group(base_dtype: torch.dtype, length: int) -> tuple[torch.Tensor, list[tu
 
 
 def some_factors(rows: int, columns: int, rank: int, start: int, dora: bool = False) -> Factors:
-    """Return factors of ordinary numbers with zeros among them, and some whose products vanish or overflow."""
+    """Return factors of ordinary numbers and zeros; some of their products vanish or overflow."""
     source = torch.Generator().manual_seed(rank)
     left, right = torch.randn(rows, rank, generator=source), torch.randn(rank, columns, generator=source)
     left[rows // 3 :: 5] *= 1e-30
@@ -401,7 +401,7 @@ def some_factors(rows: int, columns: int, rank: int, start: int, dora: bool = Fa
 
 
 def a_mixed_group(base_dtype: torch.dtype, length: int) -> tuple[torch.Tensor, list[tuple[int, Stored]]]:
-    """Return a base and six of the seven models of `an_op`: factors (one of DoRA) and dense ones."""
+    """Return a base and six of the seven models of `an_op`: three as factors, with DoRA or without, and three dense."""
     columns, start = 701, 333
     rows = -(-(start + length) // columns)
     base, dense = a_group(base_dtype, length)
@@ -452,9 +452,9 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
-    """Return whether two tensors have one dtype and the same bits, any NaN being as good as any other."""
-    if expected.dtype != found.dtype or expected.shape != found.shape:
+def same_bits(expected: torch.Tensor, actual: torch.Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bits; all NaN count as equal."""
+    if expected.dtype != actual.dtype or expected.shape != actual.shape:
         return False
-    equal = as_integers(expected) == as_integers(found)
-    return bool((equal | (expected.isnan() & found.isnan())).all())
+    equal = as_integers(expected) == as_integers(actual)
+    return bool((equal | (expected.isnan() & actual.isnan())).all())

@@ -23,9 +23,9 @@ from ties_ray.testing.kernels import same_bits
 
 
 class MethodContract:
-    """What every merge method does: the same bits however slices are cut, whoever computes, and nothing from nothing.
+    """Every merge method gives the same bits however slices are cut and whoever computes, and nothing from nothing.
 
-    Inherit, and provide a fixture `method`, which may be merged with weights 1.
+    A subclass provides the fixture `method`, which can merge members of weight 1.
     """
 
     LENGTHS = (1, 0, 2_000, 777)
@@ -38,7 +38,7 @@ class MethodContract:
 
     @pytest.fixture
     def deltas(self) -> dict[str, list[torch.Tensor]]:
-        """Return task vectors of five models, by parameter: few distinct sizes, zeros, exact cancellation."""
+        """Return task vectors of five models by parameter, with ties, zeros and exact cancellation."""
         generator = torch.Generator().manual_seed(7)
         made = {}
         for number, length in enumerate(self.LENGTHS):
@@ -80,11 +80,11 @@ class MethodContract:
         assert all(same_bits(compiled[name], defined[name]) for name in deltas)
 
     def test_where_no_model_moves_nothing_merges(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
-        still = {name: [torch.zeros_like(one) for one in many] for name, many in deltas.items()}
+        still = {name: [torch.zeros_like(delta) for delta in of_models] for name, of_models in deltas.items()}
         assert not any(bool(value.any()) for value in merge_held(method, still).values())
 
     def test_the_models_are_left_as_they_are(self, method: Method, deltas: dict[str, list[torch.Tensor]]) -> None:
-        before = {name: [one.clone() for one in many] for name, many in deltas.items()}
+        before = {name: [delta.clone() for delta in of_models] for name, of_models in deltas.items()}
         merge_held(method, deltas)
         for name, many in deltas.items():
             assert all(same_bits(old, new) for old, new in zip(before[name], many, strict=True))
@@ -96,12 +96,12 @@ class MethodContract:
         if factors is None:
             return
         for name, merged in merge_held(method, deltas).items():
-            wanted = sum(factor * delta.double() for factor, delta in zip(factors, deltas[name], strict=True))
-            torch.testing.assert_close(merged.double(), wanted, rtol=1e-6, atol=1e-8)
+            expected = sum(factor * delta.double() for factor, delta in zip(factors, deltas[name], strict=True))
+            torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-8)
 
 
 class Held(Deltas):
-    """Deltas in memory; refuses to be gone through more often than the round says."""
+    """Deltas in memory, which may be read as often as the round's `passes` says."""
 
     def __init__(self, deltas: Sequence[torch.Tensor], kernels: Kernels, start: int, passes: int) -> None:
         self._deltas = deltas
@@ -123,7 +123,7 @@ class Held(Deltas):
         return state
 
     def elect(self, op: Op, election: Election) -> torch.Tensor:
-        """Return what is elected from it."""
+        """Return the merged delta that the election gives."""
         return self._kernels.elect(op, self.fold(op), *election)
 
     def _pass(self) -> None:
@@ -132,14 +132,14 @@ class Held(Deltas):
 
 
 def held_members(count: int) -> tuple[Member, ...]:
-    """Return so many members, all of weight 1 and without a density."""
+    """Return `count` members of weight 1, without a density of their own."""
     return tuple(Member(str(number), 1.0, None) for number in range(count))
 
 
 def merge_held(
     method: Method, deltas: Mapping[str, Sequence[torch.Tensor]], *, step: int = 10**9, kernels: Kernels | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return what a method makes of task vectors in memory (fp32, by parameter), `step` elements at a time."""
+    """Return the merge of task vectors in memory (fp32, by parameter), `step` elements at a time."""
     kernels = kernels or load("cpu")
     members = held_members(len(next(iter(deltas.values()))))
     need = method.needs(members)
@@ -148,8 +148,8 @@ def merge_held(
     rounds = method.rounds()
     for position, round_ in enumerate(rounds):
         gathered: Counter[str] = Counter()
-        for name, many in deltas.items():
-            length = len(many[0])
+        for name, of_models in deltas.items():
+            length = len(of_models[0])
             pieces = []
             for start in range(0, length, step):
                 stop = min(start + step, length)
@@ -163,7 +163,8 @@ def merge_held(
                     statistics=dict(statistics),
                     kernels=kernels,
                 )
-                result = round_.run(Held([one[start:stop] for one in many], kernels, start, round_.passes), context)
+                cut = [delta[start:stop] for delta in of_models]
+                result = round_.run(Held(cut, kernels, start, round_.passes), context)
                 gathered.update(result.statistics)
                 if position == len(rounds) - 1:
                     assert result.merged is not None, "the last round owes the merged delta"
@@ -177,11 +178,12 @@ def merge_held(
 def _sorted_thresholds(
     need: Threshold | None, deltas: Mapping[str, Sequence[torch.Tensor]], name: str
 ) -> tuple[int, ...]:
-    """Return each model's threshold by sorting, as magnitude bits."""
+    """Return each model's threshold as magnitude bits; sort the values to find it."""
     bits = []
     for model in range(len(deltas[name])):
-        of = [deltas[name][model]] if need and need.scope == "tensor" else [many[model] for many in deltas.values()]
-        ordered = torch.cat(of).abs().sort(descending=True).values
+        by_tensor = need is not None and need.scope == "tensor"
+        parts = [deltas[name][model]] if by_tensor else [of_models[model] for of_models in deltas.values()]
+        ordered = torch.cat(parts).abs().sort(descending=True).values
         if need is None or need.densities[model] == 1 or not len(ordered):
             bits.append(0)
         else:

@@ -21,10 +21,10 @@ from ties_ray.testing.kernels import same_bits
 
 
 class OutputContract:
-    """What every output kind does: names what it writes, and writes the same bits however slices are cut.
+    """Every output kind names the tensors that it writes, and writes the same bits however slices are cut.
 
-    Inherit, and provide the fixtures `output` (with any path) and `parameters` (of a small base). A kind that condenses
-    is asked for its factors instead of values; the rest of the suite is skipped.
+    A subclass provides the fixtures `output` (with any path) and `parameters` (of a small base). A kind that condenses
+    gives factors instead of values, and the tests of values are skipped for it.
     """
 
     @pytest.fixture
@@ -83,14 +83,14 @@ class OutputContract:
     def test_every_tensor_comes_from_a_parameter_that_can_give_it(
         self, output: Output, parameters: tuple[Parameter, ...]
     ) -> None:
-        known = {parameter.name: parameter for parameter in parameters}
+        by_name = {parameter.name: parameter for parameter in parameters}
         tensors = output.tensors(parameters)
         assert isinstance(output, ElementwiseOutput | CondensingOutput)
         assert not output.problems(parameters)
         assert tensors
         assert len({tensor.name for tensor in tensors}) == len(tensors)
         for tensor in tensors:
-            source = known[tensor.parameter]
+            source = by_name[tensor.parameter]
             assert tensor.dtype in safetensors.DTYPE_BITS
             assert tensor.origin == "base" or source.merged, "a parameter that is not merged can only be copied"
             assert (tensor.origin == "scratch") == isinstance(output, CondensingOutput)
@@ -157,16 +157,16 @@ class OutputContract:
             matrix = sum(each.scale * each.left @ each.right for each in changes)
             assert isinstance(matrix, torch.Tensor)
             norm2 = float(matrix.double().square().sum())
-            found, again = (condensing.condense(parameter, matrix.clone()) for _ in range(2))
-            assert same_bits(found.data, again.data)
-            assert found.norm2 == pytest.approx(norm2)
-            assert len(found.errors2) == len(condensing.ranks)
-            assert list(found.errors2) == sorted(found.errors2, reverse=True)
-            assert 0 <= found.errors2[-1] <= 1e-6 * norm2 or condensing.ranks[-1] < 6
+            first, again = (condensing.condense(parameter, matrix.clone()) for _ in range(2))
+            assert same_bits(first.data, again.data)
+            assert first.norm2 == pytest.approx(norm2)
+            assert len(first.errors2) == len(condensing.ranks)
+            assert list(first.errors2) == sorted(first.errors2, reverse=True)
+            assert 0 <= first.errors2[-1] <= 1e-6 * norm2 or condensing.ranks[-1] < 6
             combined = condensing.combine(parameter, [(1.0, each) for each in changes])
             assert combined.norm2 == pytest.approx(norm2)
-            assert combined.errors2 == pytest.approx(found.errors2, abs=1e-6 * norm2)
-            assert len(combined.data) == len(found.data)
+            assert combined.errors2 == pytest.approx(first.errors2, abs=1e-6 * norm2)
+            assert len(combined.data) == len(first.data)
 
     def test_every_rank_is_assembled_from_the_same_scratch(
         self,
@@ -179,14 +179,14 @@ class OutputContract:
             for each, changes in matrices
         }
         settled = condensing.choose(
-            *zip(*((found.norm2, found.errors2) for _, found in condensed.values()), strict=True)
+            *zip(*((factors.norm2, factors.errors2) for _, factors in condensed.values()), strict=True)
         )
         assert settled.ranks in {(rank,) for rank in condensing.ranks}
         assert settled.choose([], []) == settled
         for each in (condensing, settled):
             for tensor in each.tensors(parameters):
-                parameter, found = condensed[tensor.parameter]
-                elements = each.assemble(tensor, parameter, found.data)
+                parameter, factors = condensed[tensor.parameter]
+                elements = each.assemble(tensor, parameter, factors.data)
                 assert elements.shape == (math.prod(tensor.shape),)
                 assert {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[
                     elements.dtype

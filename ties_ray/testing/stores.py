@@ -14,9 +14,10 @@ Place = tuple[WritableStore, str]
 
 
 class StoreContract:
-    """What every store keeps; a subclass gives the fixture `place`: a store and the URI of an empty folder.
+    """Every store keeps objects, pins, listings and uploads alike.
 
-    Parts are 5 MiB, the least that S3 takes, so that one upload in the suite costs 11 MiB.
+    A subclass provides the fixture `place`: a store and the URI of an empty folder. Parts have 5 MiB, the least that S3
+    takes, so that an upload of the suite has 11 MiB.
     """
 
     part_bytes = 5 << 20
@@ -104,12 +105,14 @@ class StoreContract:
         store, root = place
         for name in ["b", "a/2", "Z", "a/1", "c/d/e", "caf\u00e9", "with space"]:
             store.put(within(root, name), name.encode())
-        found = store.list(root)
-        assert [pin.uri for pin in found.files] == [join(root, name) for name in ["Z", "b", "caf\u00e9", "with space"]]
-        assert [pin.size for pin in found.files] == [1, 1, 5, 10]
-        assert found.folders == (join(root, "a"), join(root, "c"))
-        assert store.list(root + "/") == found
-        inside = [pin.uri for pin in store.list(found.folders[0]).files]
+        listing = store.list(root)
+        assert [pin.uri for pin in listing.files] == [
+            join(root, name) for name in ["Z", "b", "caf\u00e9", "with space"]
+        ]
+        assert [pin.size for pin in listing.files] == [1, 1, 5, 10]
+        assert listing.folders == (join(root, "a"), join(root, "c"))
+        assert store.list(root + "/") == listing
+        inside = [pin.uri for pin in store.list(listing.folders[0]).files]
         assert inside == [within(root, "a/1"), within(root, "a/2")]
 
     def test_a_missing_folder_is_empty(self, place: Place) -> None:
