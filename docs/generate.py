@@ -264,10 +264,16 @@ def picture(layers: Sequence[Sequence[str]]) -> str:
         box, y = (width - gap * (len(layer) - 1)) / len(layer), number * (row + gap)
         for place, room in enumerate(layer):
             x = place * (box + gap)
-            shape = f'<rect x="{x:g}" y="{y}" width="{box:g}" height="{row}" rx="4" fill="none" stroke="currentColor"/>'
+            fill = f'fill="currentColor" fill-opacity="{0.15 * is_extension_point(room):g}" stroke="currentColor"'
+            shape = f'<rect x="{x:g}" y="{y}" width="{box:g}" height="{row}" rx="4" {fill}/>'
             label = f'<text x="{x + box / 2:g}" y="{y + 20}" text-anchor="middle" font-size="14" fill="currentColor">'
             lines.append(f"{shape}{label}{room}</text>")
     return "\n".join([*lines, "</svg>"])
+
+
+def is_extension_point(room: str) -> bool:
+    """Return whether plugin folders may add files to a room."""
+    return "plugins.search_path" in inspect.getsource(importlib.import_module(f"ties_ray.{room}"))
 
 
 def _summary(thing: object) -> str:
