@@ -65,15 +65,13 @@ def _command(function: Callable[..., int], group: "click.Group | None" = None) -
         console = Console(json=as_json, quiet=quiet, debug=debug)
         context.exit(console.run(lambda: function(console, **options)))
 
-    options = (
-        click.option("--json", "as_json", is_flag=True, help="Print a record for machines on standard output."),
-        click.option("--quiet", is_flag=True, help="Print errors only, no progress and no summary."),
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-    )
-    decorated: Any = run
-    for option in options:
-        decorated = option(decorated)
-    return (group or commands).command(function.__name__.strip("_"))(decorated)
+    command = (group or commands).command(function.__name__.strip("_"))(run)
+    command.params += [
+        click.Option(["--json", "as_json"], is_flag=True, help="Print a record for machines on standard output."),
+        click.Option(["--quiet"], is_flag=True, help="Print errors only, no progress and no summary."),
+        click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+    ]
+    return command
 
 
 _RECIPE = click.argument("recipe", shell_complete=completion.files)
@@ -124,9 +122,10 @@ def commands() -> None:
 @click.option("--full", is_flag=True, help="Print the whole stored plan, every tensor and its place; needs --json.")
 @click.option("--no-rates", is_flag=True, help="Read headers only: do not measure, and predict no time.")
 def _plan(console: Console, recipe: str, overrides: Sequence[str], full: bool, no_rates: bool) -> int:
-    """Say what a merge reads, writes and needs, and how long it takes.
+    """Show what a merge reads, writes and needs.
 
-    Reads headers. Then reads some of the weights for about a second, to measure how fast the storage is from here.
+    Reads headers. Then reads some of the weights for about a second, to measure the storage and to predict how long the
+    merge takes.
 
     \b
     Examples:
@@ -174,7 +173,9 @@ def _plan(console: Console, recipe: str, overrides: Sequence[str], full: bool, n
 def _merge(
     console: Console, recipe: str, overrides: Sequence[str], result_uri: str | None, fresh: bool, profile: str | None
 ) -> int:
-    """Merge. The same command continues an interrupted merge; it leaves a finished one as it is, and says so.
+    """Merge the models of a RECIPE, or continue an interrupted merge.
+
+    The same command continues an interrupted merge. If the merge is finished, it says so and does nothing.
 
     \b
     Examples:
@@ -205,9 +206,10 @@ def _merge(
 @_OUTPUT
 @_SET
 def _status(console: Console, output: str, overrides: Sequence[str]) -> int:
-    """Say what an OUTPUT folder holds: a finished merge, or unfinished ones and how far they are.
+    """Show the merges in an OUTPUT folder.
 
-    OUTPUT is the folder, or the recipe file that names it.
+    That is a finished merge, or unfinished ones and how far they are. OUTPUT is the folder, or the recipe file that
+    names it.
 
     \b
     Examples:
@@ -246,11 +248,13 @@ def _status(console: Console, output: str, overrides: Sequence[str]) -> int:
 def _verify(
     console: Console, output: str, overrides: Sequence[str], sample: float, recount: float, seed: int, sums: bool
 ) -> int:
-    """Re-read a finished OUTPUT: headers, index, checksums of parts and files, values that are not finite.
+    """Re-read a finished OUTPUT, and report damage.
 
-    OUTPUT is the folder, or the recipe file that names it. Exits with 3 if the files are not as they were written, or
-    not what the inputs give. A sample reads the inputs that the folder's plan names. It uses the storage options of the
-    recipe or of --set, never those of the plan.
+    Checks headers, the index, checksums of parts and files, and that all values are finite. OUTPUT is the folder, or
+    the recipe file that names it. Exits with 3 if the files are not as they were written, or not what the inputs give.
+
+    A sample reads the inputs that the folder's plan names. It uses the storage options of the recipe or of --set, never
+    those of the plan.
 
     \b
     Examples:
@@ -277,10 +281,11 @@ def _verify(
 @_SET
 @click.option("--dry-run", is_flag=True, help="List what would be removed.")
 def _clean(console: Console, output: str, overrides: Sequence[str], dry_run: bool) -> int:
-    """Remove what interrupted merges left in OUTPUT: unfinished uploads, and the records to continue from.
+    """Remove what interrupted merges left in OUTPUT.
 
-    OUTPUT is the folder, or the recipe file that names it. Visible files stay, and so does what `verify` needs of a
-    finished merge. Exits with 5 while a merge is at work there.
+    That is unfinished uploads, and the records to continue from. OUTPUT is the folder, or the recipe file that names
+    it. Visible files stay, and so does what `verify` needs of a finished merge. Exits with 5 while a merge is at work
+    there.
 
     \b
     Examples:
@@ -312,7 +317,9 @@ def _clean(console: Console, output: str, overrides: Sequence[str], dry_run: boo
 def _promote(
     console: Console, output: str, pointer: str, overrides: Sequence[str], evaluate: str, verified: bool
 ) -> int:
-    """Let POINTER, a small JSON object, name the finished merge in OUTPUT; `rollback` returns to the one before.
+    """Let POINTER name the finished merge in OUTPUT.
+
+    POINTER is a small JSON object, which also keeps the merge before for `rollback`.
 
     COMMAND gets TIES_RAY_OUTPUT (the folder) and TIES_RAY_RESULT (a file with the result record). If it does not
     approve, or if the folder changes meanwhile, the pointer stays and the exit code is 3. An output that the pointer
@@ -360,9 +367,10 @@ def _rollback(console: Console, pointer: str, overrides: Sequence[str]) -> int:
 @click.option("--norms", is_flag=True, help="Read adapters whole: show norms, values that are not finite, duplicates.")
 @_SET
 def _inspect(console: Console, uri: str, overrides: Sequence[str], norms: bool) -> int:
-    """Say what an input folder holds, before any recipe: tensors, config, tokenizer, licence, and what is wrong.
+    """Show what an input folder holds, before any recipe.
 
-    URI may be a glob (quote it). Exits with 3 if a folder could not be merged.
+    Shows tensors, config, tokenizer, licence, and every reason to refuse the folder. URI may be a glob (quote it).
+    Exits with 3 if a folder could not be merged.
 
     \b
     Examples:
@@ -383,7 +391,9 @@ def _inspect(console: Console, uri: str, overrides: Sequence[str], norms: bool) 
 @_command
 @click.argument("name", required=False, shell_complete=completion.methods)
 def _methods(console: Console, name: str | None) -> int:
-    """List the merge methods, or explain one: its parameters, defaults and paper.
+    """List the merge methods, or explain one.
+
+    Explains its parameters, their defaults, and the paper.
 
     \b
     Examples:
@@ -439,7 +449,9 @@ def deploy() -> None:
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="An environment variable of all pods; no secrets.")
 @click.option("--env-from", "secrets", multiple=True, metavar="SECRET", help="A Kubernetes secret, as environment.")
 def _kuberay(console: Console, recipe: str, overrides: Sequence[str], env: Sequence[str], **options: Any) -> int:
-    """Print a RayJob for KubeRay, sized for this merge: the command plans it here, from headers only.
+    """Print a RayJob for KubeRay, sized for this merge.
+
+    The command plans the merge here, from headers only.
 
     \b
     Examples:
@@ -466,7 +478,9 @@ def _kuberay(console: Console, recipe: str, overrides: Sequence[str], env: Seque
 
 @_command
 def _schema(console: Console) -> int:
-    """Print the JSON schema of a recipe, for editors and for programs that write recipes.
+    """Print the JSON schema of a recipe.
+
+    Editors and programs that write recipes can use it.
 
     \b
     Example, for the YAML language server of an editor:
