@@ -117,6 +117,26 @@ def test_karcher_has_no_pull_left() -> None:
     assert np.linalg.norm(pull) < 1e-10
 
 
+def test_karcher_needs_nothing_but_dot_products() -> None:
+    family = families.smooth(4, 5)
+    merged = karcher(family.base, family.models, tolerance=1e-7, max_iter=50).delta
+    name = "model.layers.0.self_attn.q_proj.weight"
+    stack = np.stack([delta[name].ravel() for delta in family.deltas])
+    sizes = np.sqrt(np.diag(stack @ stack.T))
+    gram = stack @ stack.T / np.outer(sizes, sizes)
+    shares = np.full(5, 0.2)
+    mean = shares / np.sqrt(shares @ gram @ shares)
+    for _ in range(50):
+        angles = np.arccos(np.clip(gram @ mean, -1, 1))
+        pulls = shares * angles / np.sin(angles)
+        tangent = pulls - (pulls @ np.cos(angles)) * mean
+        length = np.sqrt(tangent @ gram @ tangent)
+        if length < 1e-7:
+            break
+        mean = np.cos(length) * mean + np.sin(length) / length * tangent
+    np.testing.assert_allclose((mean / sizes) @ stack * sizes.mean(), merged[name].ravel(), rtol=0, atol=1e-9)
+
+
 def test_karcher_of_opposite_units_keeps_the_first() -> None:
     same(karcher(None, [at(20), at(200)]).delta["w"], at(20)["w"])
 

@@ -134,6 +134,17 @@ def test_sce_by_hand() -> None:
     np.testing.assert_allclose(two.delta["w"], [0, eta @ [1, 3], 4, 0])
 
 
+@pytest.mark.parametrize("count", [2, 7])
+def test_sce_selects_by_variance(count: int) -> None:
+    family = families.smooth(5, count)
+    found = sce(family.base, family.models, select_topk=0.3).products["selected"]
+    for name, selected in found.items():
+        spread = np.var([delta[name] for delta in family.deltas], axis=0).ravel()
+        if spread.any():
+            wanted = np.sort(np.argsort(spread)[::-1][: max(1, int(0.3 * spread.size))])
+            np.testing.assert_array_equal(np.flatnonzero(selected), wanted)
+
+
 def test_sce_at_the_size_of_real_updates_has_weights_where_mergekit_has_none() -> None:
     models = [one(np.full(100, 1e-4)), one(np.full(100, 3e-4))]
     np.testing.assert_allclose(sce(None, models).products["weights"]["w"], [0.1, 0.9])
