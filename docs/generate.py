@@ -56,11 +56,11 @@ def site_page(source: Path, place: str, places: Mapping[Path, str]) -> str:
     """Return the text of one page as the site shows it."""
     text = _MARKER.sub(lambda marker: PARTS[marker[1]](*filter(None, [marker[2]])), source.read_text())
 
-    def link(found: re.Match[str]) -> str:
-        target = places.get((source.parent / found[2]).resolve())
+    def link(match: re.Match[str]) -> str:
+        target = places.get((source.parent / match[2]).resolve())
         if target is None:
-            return found[1] if "`" in found[1] else f"`{found[2].rpartition('../')[2]}`"
-        return f"[{found[1]}]({posixpath.relpath(target, posixpath.dirname(place) or '.')}{found[3] or ''})"
+            return match[1] if "`" in match[1] else f"`{match[2].rpartition('../')[2]}`"
+        return f"[{match[1]}]({posixpath.relpath(target, posixpath.dirname(place) or '.')}{match[3] or ''})"
 
     return _LINK.sub(link, text)
 
@@ -144,15 +144,18 @@ def _default(value: object) -> str:
 
 def merge_methods() -> str:
     """Return a section a method: what it does, its paper and its parameters."""
-    found = []
+    sections = []
     for name in plugins.names("methods"):
         doc = method_doc(name, plugins.load("methods", name, Method))
         density = "A model may have a density of its own." if doc.has_density else ""
-        rows = [(f"`{one.name}`", one.allowed, f"`{one.default}`", one.description) for one in doc.parameters]
+        rows = [
+            (f"`{parameter.name}`", parameter.allowed, f"`{parameter.default}`", parameter.description)
+            for parameter in doc.parameters
+        ]
         facts = f"Lambda scales a {doc.scales}. {density}".strip()
         parameters = table(("parameter", "value", "default", "meaning"), rows) if rows else ""
-        found.append(f"## {name}\n\n{doc.description}\n\n{facts} Paper: {doc.paper}.\n\n{parameters}")
-    return "\n\n".join(found)
+        sections.append(f"## {name}\n\n{doc.description}\n\n{facts} Paper: {doc.paper}.\n\n{parameters}")
+    return "\n\n".join(sections)
 
 
 def command_line() -> str:
@@ -186,7 +189,7 @@ def exit_codes() -> str:
 
 def python_api() -> str:
     """Return a section for each public name."""
-    found = []
+    sections = []
     for name in sorted(set(ties_ray.__all__) - {"__version__"}, key=str.lower):
         value = getattr(ties_ray, name)
         signature = "" if inspect.isclass(value) else str(inspect.signature(value)).replace("'", "")
@@ -195,8 +198,8 @@ def python_api() -> str:
         fields = dict(_fields(value)) if inspect.isclass(value) else {}
         if fields:
             text += "\n\n" + table(("field", "meaning"), [(f"`{key}`", meaning) for key, meaning in fields.items()])
-        found.append(text)
-    return "\n\n".join(found)
+        sections.append(text)
+    return "\n\n".join(sections)
 
 
 def _fields(kind: type) -> Iterator[tuple[str, str]]:
@@ -212,9 +215,9 @@ def _fields(kind: type) -> Iterator[tuple[str, str]]:
 def contract(place: str) -> str:
     """Return what a class of `module:Class` asks of those who implement it."""
     module, _, name = place.partition(":")
-    found = getattr(importlib.import_module(module), name)
+    asked = getattr(importlib.import_module(module), name)
     rows = []
-    for key, value in vars(found).items():
+    for key, value in vars(asked).items():
         plain = value.fget if isinstance(value, property) else value
         if not key.startswith("_") and inspect.isfunction(plain):
             must = "must" if getattr(value, "__isabstractmethod__", False) else "may"
@@ -246,7 +249,7 @@ def rooms() -> str:
 def layers_of_the_code() -> list[list[str]]:
     """Return the layers of pyproject.toml, the highest first; rooms of one layer do not import each other."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = [one["layers"] for one in contracts if one["type"] == "layers"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     return [[re.sub(r"[()\s]", "", room) for room in re.split("[|:]", layer)] for layer in layers]
 
 
@@ -298,7 +301,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "file": file,
     "rooms": rooms,
 }
-"""By the name that a page's marker gives."""
+"""What fills in a marker, by the name in it."""
 
 
 if __name__ == "__main__":

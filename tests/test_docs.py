@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from docs import generate
 from tests.tools.pages import PAGES, ROOT, blocks, num_words, sentences
+from tests.tools.words import faults_of
 from ties_ray import plugins
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Allow, ModelEntry, Recipe, Run
@@ -58,6 +59,11 @@ def test_no_sentence_is_long(page: Path) -> None:
 
 def test_most_sentences_are_short() -> None:
     assert statistics.median(num_words(sentence) for page in PAGES for sentence in sentences(page)) <= MEDIAN
+
+
+@pytest.mark.parametrize("place", ["docs", "pipelines/ties_ray_pipelines"])
+def test_the_code_beside_the_package_keeps_the_rules_of_words(place: str) -> None:
+    assert not [str(fault) for path in sorted((ROOT / place).glob("*.py")) for fault in faults_of(path)]
 
 
 def test_the_site_fills_in_what_the_code_says(tmp_path: Path) -> None:

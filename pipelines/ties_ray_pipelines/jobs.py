@@ -76,7 +76,7 @@ class Job:
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     exit_code: int | None
-    """Of the command; None if it has not ended by itself."""
+    """The exit code of the command; None if it has not ended by itself."""
     error_type: str
     message: str
 
@@ -92,7 +92,7 @@ class Outcome:
 
     submission_id: str
     exit_code: int
-    """By the command line's contract: 0 done, 2 bad recipe, 3 bad inputs, 4 and 5 try again, 143 cancelled."""
+    """The contract of the command line: 0 done, 2 bad recipe, 3 bad inputs, 4 and 5 try again, 143 cancelled."""
     message: str
     record: Json | None
     """The result record, where the command printed it (`--json`)."""
@@ -111,8 +111,8 @@ class Jobs:
 
         timeout: seconds one request may take. A CA of one's own is named by SSL_CERT_FILE.
         """
-        given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-        self.address = (given if "://" in given else f"http://{given}").rstrip("/")
+        place = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
+        self.address = (place if "://" in place else f"http://{place}").rstrip("/")
         if urllib.parse.urlsplit(self.address).scheme not in ("http", "https"):
             raise JobsError(f"{self.address} is no http address: the dashboard's is meant, usually :8265", BAD_RECIPE)
         self._token = token or os.environ.get("RAY_AUTH_TOKEN") or _token_file()
@@ -128,8 +128,8 @@ class Jobs:
     ) -> str:
         """Start a command unless it runs already; return the id of the attempt, `ID`, `ID-2`, `ID-3` ...
 
-        An attempt that waits or runs is joined; one that is over is followed by the next, for a merge that is done says
-        so at once, and any other continues. So it is safe to call this again after a crash of the caller.
+        An attempt that waits or runs is joined. One that is over is followed by the next: a merge that is done says so
+        at once, and any other continues. So it is safe to call this again after a crash of the caller.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", submission_id):
             raise JobsError(f"{submission_id!r} is no id: letters, digits, - _ .", BAD_RECIPE)
@@ -139,16 +139,16 @@ class Jobs:
             if attempts and not attempts[max(attempts)].ended:
                 return attempts[max(attempts)].submission_id
             number = max(attempts, default=0) + 1
-            wanted = submission_id if number == 1 else f"{submission_id}-{number}"
+            attempt = submission_id if number == 1 else f"{submission_id}-{number}"
             try:
-                self._call("POST", "/api/jobs/", body | {"submission_id": wanted})
+                self._call("POST", "/api/jobs/", body | {"submission_id": attempt})
             except JobsError as error:
                 if "No available agent" in str(error):  # of a node that has just started
                     time.sleep(AGENT_SECONDS)
                 elif "already exists" not in str(error):
                     raise
             else:
-                return wanted
+                return attempt
         raise JobsError(f"{submission_id} is submitted again and again by somebody else", UNAVAILABLE)
 
     def info(self, submission_id: str) -> Job:
@@ -168,16 +168,16 @@ class Jobs:
 
         patience: seconds in which the cluster may be out of reach (a dashboard that restarts) before that is an error.
         """
-        shown, seen = 0, time.monotonic()
+        shown, last_answer = 0, time.monotonic()
         while True:
             try:
                 over = self.info(submission_id).ended  # before the log is read: then it is whole
                 log = self.log(submission_id)
             except JobsError as error:
-                if error.exit_code != UNAVAILABLE or time.monotonic() - seen > patience:
+                if error.exit_code != UNAVAILABLE or time.monotonic() - last_answer > patience:
                     raise
             else:
-                seen = time.monotonic()
+                last_answer = time.monotonic()
                 if len(log) > shown:
                     yield log[shown:]
                     shown = len(log)
@@ -193,12 +193,12 @@ class Jobs:
 
     def _attempts(self, submission_id: str) -> dict[int, Job]:
         name = re.compile(re.escape(submission_id) + r"(?:-(\d+))?")
-        found: dict[int, Job] = {}
+        attempts: dict[int, Job] = {}
         for listed in self._call("GET", "/api/jobs/"):
             match = name.fullmatch(listed.get("submission_id") or "")
             if match:
-                found[int(match[1] or 1)] = _job(listed)
-        return found
+                attempts[int(match[1] or 1)] = _job(listed)
+        return attempts
 
     def _call(self, method: str, path: str, body: Json | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -228,7 +228,7 @@ def merge_command(recipe: str | Mapping[str, Any], *, overrides: Sequence[str] =
     recipe: a path or URI that the cluster can read, or the recipe itself, which then travels in the command.
     """
     words = ["ties-ray", "merge", "--json"]
-    words += [word for one in (*overrides, "run.address=auto") for word in ("--set", one)]
+    words += [word for override in (*overrides, "run.address=auto") for word in ("--set", override)]
     words += ["--result", result] if result else []
     command = shlex.join([*words, "--", "-" if isinstance(recipe, Mapping) else recipe])
     if isinstance(recipe, str):
@@ -243,10 +243,10 @@ def record_in(log: str) -> Json | None:
     """Return the result record that a command printed last, or None."""
     for start in reversed([match.start() for match in re.finditer(r"^\{$", log, re.MULTILINE)]):
         with contextlib.suppress(ValueError, RecursionError):  # no JSON, or far too deep
-            found, _ = json.JSONDecoder().raw_decode(log, start)
-            error = found.get("error") or {}
-            if {"schema_version", "status"} <= found.keys() and isinstance(error, dict):
-                return found
+            record, _ = json.JSONDecoder().raw_decode(log, start)
+            error = record.get("error") or {}
+            if {"schema_version", "status"} <= record.keys() and isinstance(error, dict):
+                return record
     return None
 
 
@@ -288,14 +288,14 @@ def run(
     return jobs.outcome(attempt)
 
 
-def _job(told: Json) -> Job:
-    code = told.get("driver_exit_code")
+def _job(answer: Json) -> Job:
+    code = answer.get("driver_exit_code")
     return Job(
-        submission_id=str(told["submission_id"]),
-        status=str(told["status"]),
+        submission_id=str(answer["submission_id"]),
+        status=str(answer["status"]),
         exit_code=None if code is None else int(code),
-        error_type=str(told.get("error_type") or ""),
-        message=str(told.get("message") or ""),
+        error_type=str(answer.get("error_type") or ""),
+        message=str(answer.get("message") or ""),
     )
 
 
@@ -317,13 +317,13 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
         raise JobsError(f"{wrong[0]!r} is not of the form NAME=VALUE", BAD_RECIPE)
-    given = dict(pair.split("=", 1) for pair in pairs)
-    secret = next((name for name, value in given.items() if _PASSWORD.match(value)), None)
+    variables = dict(pair.split("=", 1) for pair in pairs)
+    secret = next((name for name, value in variables.items() if _PASSWORD.match(value)), None)
     if secret:
         raise JobsError(
             f"{secret} is a URL with a user or password in it, and a job's environment is public", BAD_RECIPE
         )
-    return given
+    return variables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -331,9 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run a command as a Ray job; exit with the command's own code.")
     parser.add_argument("--address", help="the cluster's dashboard, http://head:8265")
     parser.add_argument("--id", required=True, help="name of the job; one that runs already is joined")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="of the command; no secrets")
-    parser.add_argument("command", nargs="+", help="after --")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="environment of the command; no secrets"
+    )
+    parser.add_argument("command", nargs="+", help="the command, which stands after --")
+    options = parser.parse_args(arguments)
 
     def leave(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -341,8 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     try:
-        runtime_env = {"env_vars": _environment(given.env)} if given.env else None
-        done = run(Jobs(given.address), shlex.join(given.command), given.id, runtime_env=runtime_env, show=_flushed)
+        runtime_env = {"env_vars": _environment(options.env)} if options.env else None
+        done = run(
+            Jobs(options.address), shlex.join(options.command), options.id, runtime_env=runtime_env, show=_flushed
+        )
     except JobsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

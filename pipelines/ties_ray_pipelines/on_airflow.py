@@ -130,10 +130,10 @@ class PromoteOperator(_Operator):
 
     def execute(self, context: Context) -> Json | None:
         """Promote, unless there is nothing new."""
-        told = context["ti"].xcom_pull(task_ids=self.merge)
-        if not is_new(told):
-            raise AirflowSkipException(f"nothing new: {told['output']} lay there already")
-        self._output = told["output"]
+        record = context["ti"].xcom_pull(task_ids=self.merge)
+        if not is_new(record):
+            raise AirflowSkipException(f"nothing new: {record['output']} lay there already")
+        self._output = record["output"]
         return super().execute(context)
 
     def command(self) -> Command:
@@ -156,14 +156,14 @@ class JobTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait until the job is over, or its cluster is lost."""
-        jobs, seen = Jobs(self.address), time.monotonic()
+        jobs, last_answer = Jobs(self.address), time.monotonic()
         while True:
             try:
                 if (await asyncio.to_thread(jobs.info, self.attempt)).ended:
                     break
-                seen = time.monotonic()
+                last_answer = time.monotonic()
             except JobsError as error:
-                if error.exit_code != UNAVAILABLE or time.monotonic() - seen > PATIENCE:
+                if error.exit_code != UNAVAILABLE or time.monotonic() - last_answer > PATIENCE:
                     break  # the task finds out why
             await asyncio.sleep(self.poll)
         yield TriggerEvent({"address": self.address, "attempt": self.attempt})

@@ -80,9 +80,9 @@ def promoted_asset(
     @asset(name=name, deps=[AssetKey(merge)], kinds={"ray"}, output_required=False)
     def promoted(context: AssetExecutionContext, ties_ray: TiesRay):  # type: ignore[no-untyped-def]  # noqa: ANN202
         event = context.instance.get_latest_materialization_event(AssetKey(merge))
-        found = event.asset_materialization.metadata if event and event.asset_materialization else {}
-        output = str(found["output"].value)
-        if not is_new({name: found[name].value for name in ("reused", "tried_before")}):
+        metadata = event.asset_materialization.metadata if event and event.asset_materialization else {}
+        output = str(metadata["output"].value)
+        if not is_new({name: metadata[name].value for name in ("reused", "tried_before")}):
             context.log.info(f"nothing new: {output} lay there already")
             return
         ties_ray.run(context, Promote(output, pointer, evaluate, tuple(overrides)))

@@ -50,15 +50,15 @@ def _merge(
 
     from ties_ray_pipelines.step import Merge, Site, compact, explain, name_of, run
 
-    wanted = json.loads(recipe) if recipe.lstrip().startswith("{") else recipe
-    site, command = Site(address or None, program, env), Merge(wanted, tuple(overrides), result or None)
+    source = json.loads(recipe) if recipe.lstrip().startswith("{") else recipe
+    site, command = Site(address or None, program, env), Merge(source, tuple(overrides), result or None)
     outcome = run(site, command, name_of(name or "merge"), tries=tries, pause=pause)
     if outcome.exit_code or not outcome.record:
         print(explain(outcome), file=sys.stderr)
         sys.exit(outcome.exit_code or 1)
     kept = compact(outcome.record)
     model.uri = kept["output"]
-    model.metadata.update({name: one for name, one in kept.items() if isinstance(one, str | int | float)})
+    model.metadata.update({name: value for name, value in kept.items() if isinstance(value, str | int | float)})
     Path(record).write_text(json.dumps(kept))
 
 

@@ -44,7 +44,7 @@ Verdict = Literal["done", "failed", "again", "cancelled"]
 Show = Callable[[str], object]
 """Takes one line of the log, without its end."""
 KILLED = 128 + signal.SIGKILL
-"""Of a job whose command a shell started, when memory runs out."""
+"""The exit code of a job whose command a shell started, when memory runs out."""
 GRACE = 3.0
 """Seconds from SIGTERM to SIGKILL, as Ray has it for jobs."""
 EVERY = 60.0
@@ -69,8 +69,8 @@ class Site:
     address: str | None = None
     """The dashboard of a Ray cluster, `http://head:8265`; its token comes from RAY_AUTH_TOKEN. None: this machine."""
     program: str = "ties-ray"
-    """On this machine: the command line, `/opt/ties-ray/bin/ties-ray` of another environment. Clusters have `ties-ray`
-    on their PATH."""
+    """The command line on this machine: `/opt/ties-ray/bin/ties-ray` of another environment, for one. Clusters have
+    `ties-ray` on their PATH."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment of the command, besides what is there; shown in dashboards, so no secrets."""
     poll: float = 2.0
@@ -103,9 +103,9 @@ class Merge:
 
     def words(self) -> list[str]:
         """Return the arguments of the command line."""
-        given = [word for one in self.overrides for word in ("--set", one)]
-        given += ["--result", self.result] if self.result else []
-        return ["merge", "--json", *given, "--", self.recipe if isinstance(self.recipe, str) else "-"]
+        options = [word for override in self.overrides for word in ("--set", override)]
+        options += ["--result", self.result] if self.result else []
+        return ["merge", "--json", *options, "--", self.recipe if isinstance(self.recipe, str) else "-"]
 
     def stdin(self) -> str:
         """Return the recipe, unless it is read from elsewhere."""
@@ -127,13 +127,13 @@ class Promote:
     evaluate: str = ""
     """The user's command, run where ties_ray runs: it gets TIES_RAY_OUTPUT and TIES_RAY_RESULT, and approves by 0."""
     overrides: tuple[str, ...] = ()
-    """Of `storage` alone."""
+    """Overrides of `storage`; others have no meaning here."""
 
     def words(self) -> list[str]:
         """Return the arguments of the command line."""
-        given = [word for one in self.overrides for word in ("--set", one)]
-        given += ["--evaluate", self.evaluate] if self.evaluate else []
-        return ["promote", "--json", *given, "--", self.output, self.pointer]
+        options = [word for override in self.overrides for word in ("--set", override)]
+        options += ["--evaluate", self.evaluate] if self.evaluate else []
+        return ["promote", "--json", *options, "--", self.output, self.pointer]
 
     def stdin(self) -> str:
         """Return nothing: it reads none."""
@@ -291,9 +291,9 @@ def with_tries(outcome: Outcome, tried_before: bool) -> Outcome:
 
 
 def name_of(*parts: str) -> str:
-    """Return a name for a step that is the same in each try of it and in no other run: the ids that the engine gives.
+    """Return a name for a step from the ids that the engine gives: the same in each try, and in no other run.
 
-    Characters that Ray takes, at most 100 of them; a digest keeps apart what would become the same.
+    It has characters that Ray takes, at most 100 of them. A digest keeps apart what would become the same.
     """
     plain = "-".join(parts)
     kept = re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-._")[:80]
