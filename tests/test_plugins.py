@@ -82,10 +82,10 @@ def test_an_output_kind_is_one_file(family_of: MakeFamily, tmp_path: Path, drop:
     record = command(drop("outputs/delta32.py"), family, output, {"name": "ties", "lambda": 0.7})
     answer = oracle.merge(family, Rules("ties", 0.2, lambda_=0.7))
     (file,) = record["files"]
-    found = load_file(tmp_path / "out" / file["name"])
-    assert found.keys() == {f"task.{name}" for name in answer.value}
+    loaded = load_file(tmp_path / "out" / file["name"])
+    assert loaded.keys() == {f"task.{name}" for name in answer.value}
     for name in answer.value:
-        assert torch.equal(found[f"task.{name}"].reshape(-1), answer.exact(name)), name
+        assert torch.equal(loaded[f"task.{name}"].reshape(-1), answer.exact(name)), name
     assert (tmp_path / "out/delta.json").exists()
     assert not (tmp_path / "out/config.json").exists()
 
@@ -175,9 +175,9 @@ class TestThePluginOutput(OutputContract):
 class TestThePluginStore(StoreContract):
     @pytest.fixture
     def place(self, plugged: Path, tmp_path: Path) -> tuple[Store, str]:
-        found = plugins.load("stores", "frail", Store)
-        options: BaseModel = found.options()
-        return found(options), f"frail://{tmp_path}"
+        loaded = plugins.load("stores", "frail", Store)
+        options: BaseModel = loaded.options()
+        return loaded(options), f"frail://{tmp_path}"
 
 
 class TestThePluginFormat(FormatContract):

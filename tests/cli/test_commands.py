@@ -119,23 +119,23 @@ def test_python_runs_the_package_as_the_command_line() -> None:
 
 def test_plan_says_the_same_to_machines_as_the_plan_itself(recipe: Path) -> None:
     done = run("plan", recipe, "--json")
-    told = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     planned = ties_ray.plan(recipe)
     assert done.exit_code == 0
-    assert told["run_id"] == planned.run_id
-    assert told["bytes_read"] == planned.bytes_read == sum(one["bytes_read"] for one in told["rounds"])
-    assert told["bytes_written"] == planned.bytes_written == sum(one["size"] for one in told["files"])
-    assert told["memory"] == planned.memory
-    assert [model["id"] for model in told["models"]] == ["0", "1", "2"]
+    assert printed["run_id"] == planned.run_id
+    assert printed["bytes_read"] == planned.bytes_read == sum(each["bytes_read"] for each in printed["rounds"])
+    assert printed["bytes_written"] == planned.bytes_written == sum(each["size"] for each in printed["files"])
+    assert printed["memory"] == planned.memory
+    assert [model["id"] for model in printed["models"]] == ["0", "1", "2"]
     assert "sources" not in done.stdout
     assert len(json.loads(run("plan", recipe, "--json", "--full").stdout)["catalog"]["models"]) == 3
 
 
 def test_plan_tells_people_inputs_method_rounds_output_and_memory(recipe: Path) -> None:
-    told = run("plan", recipe).stdout
+    printed = run("plan", recipe).stdout
     planned = ties_ray.plan(recipe)
     for word in ("models (3)", "density 0.3", "threshold, high bits", planned.output, "beyond its imports", "BF16"):
-        assert word in told
+        assert word in printed
     assert not Path(planned.output).exists()
 
 
@@ -157,28 +157,28 @@ def test_a_merge_is_done_then_recognised_then_verified(recipe: Path, tmp_path: P
 
 
 def test_a_summary_names_thresholds_shares_and_what_to_try_next(recipe: Path) -> None:
-    told = run("merge", recipe).stdout
+    printed = run("merge", recipe).stdout
     for word in ("threshold", "kept", "ties-ray verify", "from_pretrained", "--set method.density=0.2"):
-        assert word in told
+        assert word in printed
 
 
 def test_quiet_says_nothing_and_json_only_json(recipe: Path, tmp_path: Path) -> None:
     quiet = run("merge", recipe, "--quiet")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
-    told = run("merge", recipe, "--json", "--fresh", "--result", tmp_path / "record.json")
-    record = MergeResult.model_validate_json(told.stdout)
+    printed = run("merge", recipe, "--json", "--fresh", "--result", tmp_path / "record.json")
+    record = MergeResult.model_validate_json(printed.stdout)
     assert record.status == "done"
     assert not record.reused
-    assert (tmp_path / "record.json").read_text() == told.stdout
-    assert (tmp_path / "out" / RESULT_NAME).read_text() == told.stdout
+    assert (tmp_path / "record.json").read_text() == printed.stdout
+    assert (tmp_path / "out" / RESULT_NAME).read_text() == printed.stdout
 
 
 def test_a_recipe_comes_from_standard_input_and_set_overrides_it(recipe: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     words = ("merge", "-", "--json", "--set", f"output.path={other}", "--set", "method.density=1")
-    told = json.loads(run(*words, stdin=recipe.read_text()).stdout)
-    assert told["output"] == str(other)
-    assert told["trims"] == []  # density 1 trims nothing
+    printed = json.loads(run(*words, stdin=recipe.read_text()).stdout)
+    assert printed["output"] == str(other)
+    assert printed["trims"] == []  # density 1 trims nothing
 
 
 def test_a_recipe_and_its_results_lie_in_a_bucket(s3_bucket: Bucket) -> None:
@@ -187,27 +187,26 @@ def test_a_recipe_and_its_results_lie_in_a_bucket(s3_bucket: Bucket) -> None:
     family = make_family(store, s3_bucket.uri, num_models=2)
     recipe = recipe_of(family, f"{s3_bucket.uri}/out-{{run_id}}", TIES, storage=s3_bucket.storage)
     result_uri, storage = f"{s3_bucket.uri}/record.json", ("--set", f"storage.s3.endpoint_url={endpoint}")
-    told = run("merge", "-", "--json", "--result", result_uri, stdin=recipe.model_dump_json(exclude_unset=True))
-    assert told.exit_code == 0, told.stderr
-    assert store.get(result_uri, 2**20)[1].decode() == told.stdout
-    output = json.loads(told.stdout)["output"]
-    assert output == f"{s3_bucket.uri}/out-{json.loads(told.stdout)['run_id']}"
+    printed = run("merge", "-", "--json", "--result", result_uri, stdin=recipe.model_dump_json(exclude_unset=True))
+    assert printed.exit_code == 0, printed.stderr
+    assert store.get(result_uri, 2**20)[1].decode() == printed.stdout
+    output = json.loads(printed.stdout)["output"]
+    assert output == f"{s3_bucket.uri}/out-{json.loads(printed.stdout)['run_id']}"
 
     checked = json.loads(run("verify", output, "--json", *storage).stdout)
     assert (checked["findings"], checked["notes"]) == ([], [])
     assert checked["files"][0]["parts_proved"] == checked["files"][0]["parts"] == 1
     assert "finished" in run("status", output, *storage).stdout
-    assert [one["format"] for one in json.loads(run("inspect", f"{s3_bucket.uri}/model-*", "--json", *storage).stdout)[
-        "folders"
-    ]] == ["checkpoint", "checkpoint"]  # fmt: skip
+    inspected = json.loads(run("inspect", f"{s3_bucket.uri}/model-*", "--json", *storage).stdout)
+    assert [folder["format"] for folder in inspected["folders"]] == ["checkpoint", "checkpoint"]
 
 
 def test_ray_starts_by_itself_and_writes_the_bytes_of_the_local_executor(recipe: Path, tmp_path: Path) -> None:
     ray = start("merge", recipe, "--json", "--set", "run.executor=ray", "--set", "run.workers=2",
                 "--set", f"output.path={tmp_path / 'by-ray'}")  # fmt: skip
-    told, errors = ray.communicate(timeout=200)
+    printed, errors = ray.communicate(timeout=200)
     assert ray.returncode == 0, errors
-    assert json.loads(told)["status"] == "done"
+    assert json.loads(printed)["status"] == "done"
     assert run("merge", recipe).exit_code == 0
     assert digests(tmp_path / "by-ray") == digests(tmp_path / "out")
 
@@ -260,9 +259,9 @@ def test_a_result_that_can_not_be_written_fails_the_command(recipe: Path, tmp_pa
 @pytest.mark.parametrize("words", [["plan"], ["status"], ["verify"], ["inspect"]])
 def test_errors_are_json_where_json_is_asked_for(words: list[str], tmp_path: Path) -> None:
     done = run(*words, tmp_path / "none.yaml", "--json")
-    told = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     assert done.exit_code == 3
-    problem = told["folders"][0]["problems"][0]["what"] if words == ["inspect"] else told["error"]["message"]
+    problem = printed["folders"][0]["problems"][0]["what"] if words == ["inspect"] else printed["error"]["message"]
     assert "there is no" in problem
 
 
@@ -359,27 +358,27 @@ def test_a_signal_ends_a_busy_merge_within_seconds_and_the_same_command_continue
              "--set", f"run.executor={executor}", "--set", "run.workers=1")  # fmt: skip
     process = start(*words, **environment)
     assert process.stderr
-    seen = _read_until(process.stderr, "merge: ")
+    lines = _read_until(process.stderr, "merge: ")
     process.send_signal(number)
     began = time.monotonic()
-    told, _ = process.communicate(timeout=30)
-    assert time.monotonic() - began < 3, seen
+    printed, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 3, lines
     assert process.returncode == 128 + number
 
-    record = MergeResult.model_validate_json(told)
+    record = MergeResult.model_validate_json(printed)
     assert record == MergeResult.model_validate_json((tmp_path / "record.json").read_text())
     assert record.error
     assert (record.error.kind, record.error.retryable) == ("cancelled", True)
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
-    told = run("status", tmp_path / "out").stdout  # by a process that lacks the plugin
-    assert "unfinished" in told
-    assert "can't read the stored plan" in told
+    printed = run("status", tmp_path / "out").stdout  # by a process that lacks the plugin
+    assert "unfinished" in printed
+    assert "can't read the stored plan" in printed
 
     (tmp_path / "sleep").unlink()
     again = start(*words, **environment)
-    told, errors = again.communicate(timeout=100)
+    printed, errors = again.communicate(timeout=100)
     assert again.returncode == 0, errors
-    record = MergeResult.model_validate_json(told)
+    record = MergeResult.model_validate_json(printed)
     assert record.resumed
     assert record.shards_done_before == 1  # what the first round found was kept
     assert run("verify", tmp_path / "out").exit_code == 0
@@ -403,14 +402,14 @@ PHASES = [
 ]
 
 
-@pytest.mark.parametrize(("command", "what", "uri"), PHASES)
+@pytest.mark.parametrize(("command", "action", "uri"), PHASES)
 def test_a_signal_ends_every_phase_within_seconds_also_inside_a_library(
-    family_of: Callable[..., Family], tmp_path: Path, command: str, what: str, uri: str
+    family_of: Callable[..., Family], tmp_path: Path, command: str, action: str, uri: str
 ) -> None:
     family = family_of(num_models=2)
     if command in ("verify", "status"):
         merge(family, tmp_path / "out", TIES)
-    point = {"what": what, "uri": uri, "marker": str(tmp_path / "marker"), "how": "hang"}
+    point = {"what": action, "uri": uri, "marker": str(tmp_path / "marker"), "how": "hang"}
     data = {
         "base": f"frail://{family.base}", "models": [f"frail://{uri}" for uri in family.models], "method": TIES,
         "output": f"frail://{tmp_path}/out", "run": LOCAL, "storage": {"frail": point},
@@ -461,12 +460,12 @@ def test_a_signal_ends_a_merge_within_seconds_while_linear_algebra_runs(tmp_path
     recipe.write_text(json.dumps(data))
     process = start("merge", recipe)
     assert process.stderr
-    seen = _read_until(process.stderr, "merge: ")
+    lines = _read_until(process.stderr, "merge: ")
     time.sleep(4)  # the matrix is merged in one
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     process.communicate(timeout=30)
-    assert time.monotonic() - began < 3, seen
+    assert time.monotonic() - began < 3, lines
     assert process.returncode == 143
     assert not list((tmp_path / "out").glob(".ties-ray/*/1/scratch/*")), "it was past the linear algebra already"
 
@@ -485,9 +484,9 @@ def test_a_defect_is_one_line_and_debug_shows_where(slow: tuple[Path, dict[str, 
 
 
 def _read_until(lines: Iterable[str], beginning: str) -> Sequence[str]:
-    seen: list[str] = []
+    lines: list[str] = []
     for line in lines:
-        seen.append(line)
+        lines.append(line)
         if line.startswith(beginning):
-            return seen
-    raise AssertionError(f"no line begins with {beginning!r}: {seen}")
+            return lines
+    raise AssertionError(f"no line begins with {beginning!r}: {lines}")

@@ -12,12 +12,12 @@ from tests.conftest import tool
 
 def completed(words: str, *, shell: str = "bash", **environment: str) -> list[str]:
     """Return what the shell is offered for the last of these words, each as `type,value`."""
-    given = {
+    variables = {
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
         "_TIES_RAY_COMPLETE": f"{shell}_complete",
     }
-    done = subprocess.run([tool("ties-ray")], env=os.environ | given | environment, capture_output=True, text=True)
+    done = subprocess.run([tool("ties-ray")], env=os.environ | variables | environment, capture_output=True, text=True)
     assert done.stderr == ""
     return done.stdout.split()
 
@@ -53,11 +53,11 @@ def test_bash_completes_files_at_the_press_of_a_key(tmp_path: Path) -> None:
 
 
 def _read_until(terminal: int, expected: bytes) -> None:
-    seen, deadline = b"", time.monotonic() + 30
-    while expected not in seen:
-        assert time.monotonic() < deadline, seen
+    output, deadline = b"", time.monotonic() + 30
+    while expected not in output:
+        assert time.monotonic() < deadline, output
         if select.select([terminal], [], [], 1.0)[0]:
-            seen += os.read(terminal, 4096)
+            output += os.read(terminal, 4096)
 
 
 def test_methods_complete_with_those_of_plugins() -> None:

@@ -40,18 +40,18 @@ def result(trims: Sequence[TrimReport] = (), **more: object) -> MergeResult:
 
 
 def test_of_many_models_the_first_few_are_shown_and_the_rest_counted() -> None:
-    told = shown(*text.of_result(result([trim(str(number), 20 + number) for number in range(100)]), "r.yaml"))
-    assert "20.00%" in told
-    assert "27.00%" in told
-    assert "28.00%" not in told
-    assert "and 92 more models" in told
+    printed = shown(*text.of_result(result([trim(str(number), 20 + number) for number in range(100)]), "r.yaml"))
+    assert "20.00%" in printed
+    assert "27.00%" in printed
+    assert "28.00%" not in printed
+    assert "and 92 more models" in printed
 
 
 def test_thresholds_by_tensor_are_one_line_a_model() -> None:
     trims = [trim("a", 10, "x", 0.25), trim("a", 30, "y", 0.75)]
-    told = shown(*text.of_result(result(trims), "r.yaml"))
-    assert "0.25 to 0.75" in told
-    assert "20.00%" in told
+    printed = shown(*text.of_result(result(trims), "r.yaml"))
+    assert "0.25 to 0.75" in printed
+    assert "20.00%" in printed
 
 
 def ruled(at_threshold: str) -> Provenance:
@@ -71,12 +71,12 @@ def test_a_summary_tells_what_was_lost_repeated_zeroed_and_noted() -> None:
         resumed=True, shards=9, shards_done_before=4, workers_lost=2, retries=7, zeroed={"3: a.weight": 5},
         notes=["model 2: other special tokens"], statistics={"positive": 1234},
     )  # fmt: skip
-    told = shown(*text.of_result(done, "r.yaml"))
+    printed = shown(*text.of_result(done, "r.yaml"))
     for words in (
         "continued", "4 of them done by the interrupted run", "2 workers lost", "7 requests repeated",
         "5 values of 3: a.weight", "note: model 2: other special tokens", "positive: 1,234",
     ):  # fmt: skip
-        assert words in told
+        assert words in printed
     assert "nothing to do" in shown(*text.of_result(result(reused=True), "r.yaml"))
 
 
@@ -95,14 +95,14 @@ def test_no_name_host_or_note_reaches_the_terminal_as_more_than_text(
     holder = Holder.model_construct(token="t", host=HOSTILE, machine="", process="")
     runs = [RunStatus.model_construct(run_id=HOSTILE, generation=1, rounds=[], uploads=[HOSTILE], problem=HOSTILE)]
     release = Release(output=HOSTILE, run_id=HOSTILE, promoted_at=HOSTILE)
-    seen = inspection(HOSTILE)
+    folder = inspection(HOSTILE)
     things = [
         *text.of_status(Status.model_construct(output=HOSTILE, holder=holder, result=None, runs=runs)),
         *text.of_promotion(Promotion(pointer=HOSTILE, changed=True, current=release, previous=release)),
         *text.of_cleaning(Cleaning(output=HOSTILE, removed=True, found=[HOSTILE], notes=[HOSTILE])),
         *text.of_result(result([trim(HOSTILE, 1)], notes=[HOSTILE, "a\nerror: b"], waiting=[HOSTILE]), HOSTILE),
-        *text.of_inspections(Inspections(folders=[seen])),
-        *text.of_inspections(Inspections(folders=[seen, seen])),
+        *text.of_inspections(Inspections(folders=[folder])),
+        *text.of_inspections(Inspections(folders=[folder, folder])),
     ]
 
     class Screen(io.StringIO):
@@ -112,11 +112,11 @@ def test_no_name_host_or_note_reaches_the_terminal_as_more_than_text(
     monkeypatch.setenv("TERM", "xterm-256color")
     file = Screen()
     show(*things, file=file)
-    told = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()) if terminal else file.getvalue()  # rich's own bold
-    assert all(line.isprintable() for line in told.split("\n"))
-    assert told.count("\\x1b]0;owned") > 8
-    assert "[bold]x[/bold]" in told
-    assert "note: a\\nerror: b" in told
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()) if terminal else file.getvalue()  # rich's own bold
+    assert all(line.isprintable() for line in printed.split("\n"))
+    assert printed.count("\\x1b]0;owned") > 8
+    assert "[bold]x[/bold]" in printed
+    assert "note: a\\nerror: b" in printed
 
 
 @given(st.text(st.characters() | st.sampled_from("\x1b\x9b\x07\r\u202e\u2066"), max_size=30))

@@ -14,13 +14,13 @@ GONE = (Problem("s3://m/7", "is gone"),)
 
 def run_to_the_end(schedule: Schedule) -> list[Assignment]:
     """Answer and record everything at once, one assignment after the other; return all of them."""
-    given = []
+    assignments = []
     while batch := schedule.assignments():
-        given += batch
+        assignments += batch
         for worker, ticket, task in batch:
             schedule.answered(ticket)
             schedule.recorded(worker, [task])
-    return given
+    return assignments
 
 
 def test_neighbouring_tasks_go_to_one_worker_in_segments_of_equal_bytes() -> None:
@@ -36,14 +36,14 @@ def test_a_worker_without_tasks_takes_the_end_of_the_largest_segment() -> None:
     schedule = Schedule([1] * 12, 3, depth=1)
     first = {task: ticket for _, ticket, task in schedule.assignments()}
     assert sorted(first) == [0, 4, 8]
-    taken = []
+    tasks = []
     ticket = first[8]
     for _ in range(6):  # the third worker alone goes on: its own three, then halves of what others have
         schedule.answered(ticket)
         [(worker, ticket, task)] = schedule.assignments()
         assert worker == 2
-        taken.append(task)
-    assert taken == [9, 10, 11, 2, 3, 6]
+        tasks.append(task)
+    assert tasks == [9, 10, 11, 2, 3, 6]
 
 
 def test_an_earlier_owner_is_preferred() -> None:
@@ -157,9 +157,9 @@ def test_a_worker_lost_in_an_earlier_round_gets_nothing_until_it_is_ready() -> N
     before = Schedule([1, 1], 2)
     before.lost(1)
     schedule = Schedule([1] * 4, 2, lost=before.quarantined)
-    assert {given.worker for given in schedule.assignments()} == {0}
+    assert {assignment.worker for assignment in schedule.assignments()} == {0}
     schedule.ready(1)
-    assert {given.worker for given in schedule.assignments()} == {1}
+    assert {assignment.worker for assignment in schedule.assignments()} == {1}
     assert (schedule.num_losses, schedule.quarantined) == (0, frozenset())
 
 

@@ -31,16 +31,16 @@ def test_prometheus_finds_the_counts_of_a_merge_at_rays_nodes(family_of: Callabl
 
     before = scrape(ray.nodes()[0])
     result = merge(family_of(num_models=2), tmp_path / "out", "ties", run={"executor": "ray", "workers": 1})
-    wanted = before.get((exported("bytes_read"), ""), 0.0) + result.bytes_read
+    expected = before.get((exported("bytes_read"), ""), 0.0) + result.bytes_read
     deadline = time.monotonic() + 60
-    while (found := scrape(ray.nodes()[0])).get((exported("bytes_read"), ""), 0.0) < wanted:
-        assert time.monotonic() < deadline, found
+    while (values := scrape(ray.nodes()[0])).get((exported("bytes_read"), ""), 0.0) < expected:
+        assert time.monotonic() < deadline, values
         time.sleep(1)
-    assert found[exported("bytes_read"), ""] == wanted
+    assert values[exported("bytes_read"), ""] == expected
     done = exported("shards"), "done"
-    assert found[done] - before.get(done, 0.0) == result.shards
-    assert found[exported("requests"), ""] - before.get((exported("requests"), ""), 0.0) == result.requests
-    assert {kind for name, kind in found if name == exported("seconds")} <= {"read", "write", "merge"}
+    assert values[done] - before.get(done, 0.0) == result.shards
+    assert values[exported("requests"), ""] - before.get((exported("requests"), ""), 0.0) == result.requests
+    assert {kind for name, kind in values if name == exported("seconds")} <= {"read", "write", "merge"}
 
 
 def scrape(node: dict[str, object]) -> dict[tuple[str, str], float]:

@@ -59,8 +59,8 @@ def test_a_killed_merge_is_cleaned_from_a_disk(family_of: Callable[..., Family],
     assert left > 1
 
     looked = run("clean", output, "--dry-run", "--json")
-    told = json.loads(looked.stdout)
-    assert (looked.exit_code, told["removed"], len(told["found"])) == (0, False, left + 1)
+    record = json.loads(looked.stdout)
+    assert (looked.exit_code, record["removed"], len(record["found"])) == (0, False, left + 1)
     assert len(hidden(output)) == left
 
     done = run("clean", output)
@@ -88,13 +88,13 @@ def test_a_killed_merge_is_cleaned_from_a_bucket_and_a_finished_one_stays(s3_buc
     assert run("clean", half, *storage).exit_code == 0
     assert "removed: unfinished upload of model.safetensors" in run("clean", whole, *storage).stdout
     assert "nothing to clean" in run("clean", f"{s3_bucket.uri}/elsewhere", *storage).stdout
-    assert [one["Key"] for one in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [
+    assert [upload["Key"] for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [
         "elsewhere/model.safetensors"  # no merge was ever there: it is somebody else's
     ]
     assert client.list_objects_v2(Bucket=bucket, Prefix="half/")["KeyCount"] == 0
-    found = verify(stores, whole, sample=1.0)
-    assert (found.findings, found.notes) == ([], [])
-    assert found.files[0].parts_proved == found.files[0].parts
+    verification = verify(stores, whole, sample=1.0)
+    assert (verification.findings, verification.notes) == ([], [])
+    assert verification.files[0].parts_proved == verification.files[0].parts
 
 
 def test_a_merge_at_work_is_not_cleaned(

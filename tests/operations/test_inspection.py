@@ -16,44 +16,44 @@ STORE = STORES.of("/")
 
 def test_a_checkpoint_is_told_by_tensors_files_config_tokenizer_and_licence(tmp_path: Path) -> None:
     family = make_family(STORE, str(tmp_path), num_models=1, shards=2)
-    (found,) = inspect(STORES, family.base)
-    assert (found.format, found.architecture, found.licence) == ("checkpoint", "LlamaForCausalLM", "apache-2.0")
-    assert found.tensors == len(family.base_tensors)
-    assert found.parameters == sum(tensor.numel() for tensor in family.base_tensors.values())
-    assert found.dtypes["I64"] == family.base_tensors["embed.position_ids"].numel()
-    assert found.files == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert found.size == sum((Path(family.base) / name).stat().st_size for name in found.files)
-    assert found.tokenizer == ["tokenizer.json", "tokenizer_config.json"]
-    assert found.problems == []
+    (folder,) = inspect(STORES, family.base)
+    assert (folder.format, folder.architecture, folder.licence) == ("checkpoint", "LlamaForCausalLM", "apache-2.0")
+    assert folder.tensors == len(family.base_tensors)
+    assert folder.parameters == sum(tensor.numel() for tensor in family.base_tensors.values())
+    assert folder.dtypes["I64"] == family.base_tensors["embed.position_ids"].numel()
+    assert folder.files == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert folder.size == sum((Path(family.base) / name).stat().st_size for name in folder.files)
+    assert folder.tokenizer == ["tokenizer.json", "tokenizer_config.json"]
+    assert folder.problems == []
 
 
 def test_a_glob_yields_every_folder_and_each_keeps_its_own_problems(tmp_path: Path) -> None:
     make_family(STORE, str(tmp_path), num_models=2)
     (tmp_path / "model-2").mkdir()
     (tmp_path / "model-2" / "pytorch_model.bin").write_bytes(b"")
-    found = inspect(STORES, str(tmp_path / "model-*"))
-    assert [Path(one.uri).name for one in found] == ["model-0", "model-1", "model-2"]
-    assert [one.format for one in found] == ["checkpoint", "checkpoint", ""]
-    assert [len(one.problems) for one in found] == [0, 0, 1]
-    assert "pickles" in found[2].problems[0].what
+    folders = inspect(STORES, str(tmp_path / "model-*"))
+    assert [Path(folder.uri).name for folder in folders] == ["model-0", "model-1", "model-2"]
+    assert [folder.format for folder in folders] == ["checkpoint", "checkpoint", ""]
+    assert [len(folder.problems) for folder in folders] == [0, 0, 1]
+    assert "pickles" in folders[2].problems[0].what
 
 
 def test_what_is_refused_is_shown_all_the_same_with_every_reason(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "b": torch.zeros(3)}
     write_checkpoint(STORE, str(tmp_path / "quantised"), tensors, config={"quantization_config": {"bits": 8}})
-    (found,) = inspect(STORES, str(tmp_path / "quantised"))
-    assert found.dtypes == {"F8_E4M3": 16, "F32": 3}
-    assert "8-bit floats" in found.problems[0].what
-    assert found.size == (tmp_path / "quantised" / "model.safetensors").stat().st_size
+    (folder,) = inspect(STORES, str(tmp_path / "quantised"))
+    assert folder.dtypes == {"F8_E4M3": 16, "F32": 3}
+    assert "8-bit floats" in folder.problems[0].what
+    assert folder.size == (tmp_path / "quantised" / "model.safetensors").stat().st_size
 
 
 def test_a_broken_header_is_a_problem_of_its_file(tmp_path: Path) -> None:
     write_checkpoint(STORE, str(tmp_path / "cut"), {"a": torch.zeros(100)})
     path = tmp_path / "cut" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    (found,) = inspect(STORES, str(tmp_path / "cut"))
-    assert found.problems[0].where == str(path)
-    assert "truncated" in found.problems[0].what
+    (folder,) = inspect(STORES, str(tmp_path / "cut"))
+    assert folder.problems[0].where == str(path)
+    assert "truncated" in folder.problems[0].what
 
 
 def test_a_pool_counts_all_folders_and_what_can_be_used_as_it_is(tmp_path: Path) -> None:
@@ -76,16 +76,16 @@ def test_several_adapters_of_one_model_are_listed_with_their_paths(tmp_path: Pat
     (tmp_path / "several").mkdir()
     for number, uri in enumerate(adapters[1:]):
         Path(uri).rename(tmp_path / "several" / f"task-{number}")
-    (found,) = inspect(STORES, str(tmp_path / "several"))
-    assert [one.code for one in found.problems] == ["nested"]
+    (folder,) = inspect(STORES, str(tmp_path / "several"))
+    assert [problem.code for problem in folder.problems] == ["nested"]
     assert (
-        f"write {tmp_path}/several/task-0 for one of them, or {tmp_path}/several/* for all" in found.problems[0].remedy
+        f"write {tmp_path}/several/task-0 for one of them, or {tmp_path}/several/* for all" in folder.problems[0].remedy
     )
     assert len(inspect(STORES, str(tmp_path / "several/*"))) == 2
     (tmp_path / "several" / "task-0").rename(Path(adapters[0]) / "task-0")
-    (found,) = inspect(STORES, adapters[0])
-    assert not found.problems
-    assert f"{adapters[0]}/task-0" in found.notes[0]
+    (folder,) = inspect(STORES, adapters[0])
+    assert not folder.problems
+    assert f"{adapters[0]}/task-0" in folder.notes[0]
 
 
 def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a plan to manifests: sizes, refusals, what is printed, and the script that decides what is repeated."""
+"""Manifests of a plan: sizes, refusals, the printed text, and the script that decides what is repeated."""
 
 import json
 import os
@@ -30,8 +30,8 @@ from ties_ray.stores import Stores
 
 
 def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    (found,) = [one for one in manifests if one["kind"] == kind]
-    return found
+    (chosen,) = [each for each in manifests if each["kind"] == kind]
+    return chosen
 
 
 def asked(**more: object) -> Recipe:
@@ -53,16 +53,16 @@ def test_pods_hold_all_workers_and_what_these_need(
     workers: int | None, per_pod: int, memory: int, num_models: int, shards: int
 ) -> None:
     planned = record(num_models=num_models, memory=memory, shards=shards)
-    found = size(planned, recipe(), replace(OPTIONS, workers=workers, workers_per_pod=per_pod))
-    assert 1 <= found.workers_per_pod <= per_pod
+    chosen = size(planned, recipe(), replace(OPTIONS, workers=workers, workers_per_pod=per_pod))
+    assert 1 <= chosen.workers_per_pod <= per_pod
     if workers is not None:
-        assert workers <= found.workers < workers + found.pods
+        assert workers <= chosen.workers < workers + chosen.pods
     else:
-        assert found.workers < shards + found.pods
-        assert found.workers < kubernetes.MAX_WORKERS + found.pods
-    needed = found.workers_per_pod * (memory + kubernetes.IMPORTS) + kubernetes.NODE + kubernetes.OBJECT_STORE
-    assert needed < 0.95 * found.memory  # from where on Ray kills workers
-    assert found.deadline >= max(3600, 2 * found.seconds)
+        assert chosen.workers < shards + chosen.pods
+        assert chosen.workers < kubernetes.MAX_WORKERS + chosen.pods
+    needed = chosen.workers_per_pod * (memory + kubernetes.IMPORTS) + kubernetes.NODE + kubernetes.OBJECT_STORE
+    assert needed < 0.95 * chosen.memory  # from where on Ray kills workers
+    assert chosen.deadline >= max(3600, 2 * chosen.seconds)
 
 
 def test_a_worker_needs_no_more_for_a_hundred_times_the_models() -> None:
@@ -80,7 +80,7 @@ def test_gpus_are_asked_for_by_the_pod() -> None:
     manifests = kuberay(record(), asked(run={"gpus_per_worker": 0.5}), replace(OPTIONS, workers=8))
     pod = of_kind(manifests, "RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    assert "nvidia.com/gpu" in [one["key"] for one in pod["tolerations"]]
+    assert "nvidia.com/gpu" in [each["key"] for each in pod["tolerations"]]
 
 
 def test_ray_finds_room_for_all_workers_by_its_own_count() -> None:
@@ -164,7 +164,7 @@ def test_secrets_are_named_and_never_written() -> None:
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         container = group["template"]["spec"]["containers"][0]
         assert container["envFrom"] == [{"secretRef": {"name": "hub"}}]
-    assert not [one for manifest in made for one in (*wrong(manifest), *broken(manifest))]
+    assert not [each for manifest in made for each in (*wrong(manifest), *broken(manifest))]
 
 
 def test_without_spot_every_pod_stays() -> None:
@@ -227,8 +227,8 @@ def test_the_command_prints_what_a_cluster_takes(nightly: Path, words: list[str]
     done = run("deploy", "kuberay", nightly, "--image", "registry.example/ties-ray:0.1.0", *words)
     assert done.exit_code == 0, done.output
     printed = list(yaml.safe_load_all(done.stdout))
-    assert [one["kind"] for one in printed] == kinds
-    assert not [one for manifest in printed for one in (*wrong(manifest), *broken(manifest))]
+    assert [each["kind"] for each in printed] == kinds
+    assert not [each for manifest in printed for each in (*wrong(manifest), *broken(manifest))]
 
 
 def test_the_command_sizes_the_job_by_the_plan_and_sends_the_recipe_as_overridden(nightly: Path) -> None:

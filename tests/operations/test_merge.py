@@ -69,17 +69,17 @@ def test_transformers_loads_the_merge_and_computes_with_it(
     recipe = recipe_of(family, {"path": str(tmp_path / "out"), "file_size": "50KB"}, "average")
     assert len(merging.merge(recipe).files) > 1
 
-    loaded, told = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded, record = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(record[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == dtype
-    found = loaded.state_dict()
-    assert found.keys() == base.state_dict().keys()
-    wanted = {}
+    merged = loaded.state_dict()
+    assert merged.keys() == base.state_dict().keys()
+    expected = {}
     for name, tensor in base.state_dict().items():
         deltas = [tune.state_dict()[name].float() - tensor.float() for tune in tunes]
-        wanted[name] = (tensor.float() + (deltas[0] + deltas[1] + deltas[2]) / 3).to(dtype)
-        assert same_bits(found[name], wanted[name]), name
-    base.load_state_dict(wanted)
+        expected[name] = (tensor.float() + (deltas[0] + deltas[1] + deltas[2]) / 3).to(dtype)
+        assert same_bits(merged[name], expected[name]), name
+    base.load_state_dict(expected)
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids)[0], base.eval()(input_ids=ids)[0])
@@ -91,8 +91,8 @@ def test_a_merge_in_another_dtype_is_loaded_in_it(tmp_path: Path) -> None:
     merging.merge(recipe_of(family, output, {"name": "ties", "density": 0.3}))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
-    found = read_tensors(tmp_path / "out")
-    assert all(same_bits(tensor, loaded.state_dict()[name]) for name, tensor in found.items())
+    merged = read_tensors(tmp_path / "out")
+    assert all(same_bits(tensor, loaded.state_dict()[name]) for name, tensor in merged.items())
 
 
 def test_one_model_without_trim_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_a_bucket_is_merged_into_and_a_death_between_upload_and_index_is_mended(
         patch.setattr(merging, "publish_documents", die)
         with pytest.raises(KeyboardInterrupt, match="the machine is gone"):
             merging.merge(recipe)
-    seen = {pin.uri.rpartition("/")[2] for pin in stores.of(s3_bucket.uri).list(f"{s3_bucket.uri}/out").files}
-    assert seen
-    assert all(name.endswith(".safetensors") for name in seen), "the uploads are complete, and no loader finds them"
+    names = {pin.uri.rpartition("/")[2] for pin in stores.of(s3_bucket.uri).list(f"{s3_bucket.uri}/out").files}
+    assert names
+    assert all(name.endswith(".safetensors") for name in names), "the uploads are complete, and no loader finds them"
 
     result = merging.merge(recipe)
     assert result.resumed
@@ -138,15 +138,15 @@ def test_a_bucket_is_merged_into_and_a_death_between_upload_and_index_is_mended(
 def test_the_result_says_what_it_is_made_of(tmp_path: Path) -> None:
     family, _ = fine_tunes(BERT, transformers.AutoModel, tmp_path, torch.float32)
     result = merging.merge(recipe_of(family, str(tmp_path / "out"), {"name": "ties"}, weights=(1.0, 0.0, 2.0)))
-    told = json.loads((tmp_path / "out/ties-ray.result.json").read_bytes())
-    assert told == json.loads(result.model_dump_json())
-    assert (told["status"], told["output"]) == ("done", str(tmp_path / "out"))
-    assert [model["uri"] for model in told["provenance"]["models"]] == list(family.models)
-    sizes = {uri: size for uri, size, *_ in told["provenance"]["base"]["objects"]}
+    record = json.loads((tmp_path / "out/ties-ray.result.json").read_bytes())
+    assert record == json.loads(result.model_dump_json())
+    assert (record["status"], record["output"]) == ("done", str(tmp_path / "out"))
+    assert [model["uri"] for model in record["provenance"]["models"]] == list(family.models)
+    sizes = {uri: size for uri, size, *_ in record["provenance"]["base"]["objects"]}
     assert sizes == {str(path): path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")}
-    assert told["provenance"]["arithmetic"] == "exact-1"
-    assert {trim["model"] for trim in told["trims"]} == {"0", "2"}
-    assert any("weight 0" in note for note in told["notes"])
+    assert record["provenance"]["arithmetic"] == "exact-1"
+    assert {trim["model"] for trim in record["trims"]} == {"0", "2"}
+    assert any("weight 0" in note for note in record["notes"])
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nbase_model:")
     assert "| 2 |" in card
@@ -182,9 +182,9 @@ def test_what_a_model_lacks_does_not_move_if_the_recipe_allows_it(
     whole = replace(family, model_tensors=(family.model_tensors[0], filled, family.model_tensors[2]))
     answer = oracle.merge(whole, oracle.Rules("ties", 0.2, tensor=trim == "tensor"))
     oracle.check(whole, answer, read_tensors(tmp_path / "out"))
-    found = {(trim.model, trim.parameter): trim for trim in result.trims}
-    for key, wanted in answer.trims.items():
-        assert (found[key].threshold, found[key].kept) == (wanted.threshold, wanted.kept), key
+    merged = {(trim.model, trim.parameter): trim for trim in result.trims}
+    for key, expected in answer.trims.items():
+        assert (merged[key].threshold, merged[key].kept) == (expected.threshold, expected.kept), key
 
 
 WITHOUT_RAY = """

@@ -36,25 +36,25 @@ def test_a_worker_in_quarantine_gets_no_work_in_later_stages(
 ) -> None:
     family = family_of(num_models=2)
     merge(family, tmp_path / "wanted", "ties")
-    told: list[frozenset[int]] = []
+    losses: list[frozenset[int]] = []
     owners: list[int | None] = []
 
     class Suspicious(Schedule):
         """Puts worker 1 into quarantine at the end of the first stage."""
 
-        def __init__(self, *given: Any, lost: frozenset[int] = frozenset(), **named: Any) -> None:
-            super().__init__(*given, lost=lost, **named)
-            told.append(frozenset(lost))
+        def __init__(self, *positional: Any, lost: frozenset[int] = frozenset(), **named: Any) -> None:
+            super().__init__(*positional, lost=lost, **named)
+            losses.append(frozenset(lost))
 
         @property
         def quarantined(self) -> frozenset[int]:
-            owners.extend(self.owners if len(told) > 1 else ())
+            owners.extend(self.owners if len(losses) > 1 else ())
             return super().quarantined | {1}
 
     monkeypatch.setattr(merging, "Schedule", Suspicious)
     merge(family, tmp_path / "out", "ties", run=TWO)
-    assert told[0] == frozenset()
-    assert len(told) > 3
-    assert set(told[1:]) == {frozenset({1})}
+    assert losses[0] == frozenset()
+    assert len(losses) > 3
+    assert set(losses[1:]) == {frozenset({1})}
     assert set(owners) - {None} == {0}
     assert digests(tmp_path / "out") == digests(tmp_path / "wanted")

@@ -40,26 +40,26 @@ def test_a_pointer_names_the_promoted_merge_and_rollback_the_one_before(outputs:
         rollback(STORES, pointer)
     assert promote(STORES, outputs[0], pointer).changed
     assert not promote(STORES, outputs[0], pointer).changed
-    told = promote(STORES, outputs[1], pointer)
-    assert (told.current.output, told.previous and told.previous.output) == (outputs[1], outputs[0])
+    promotion = promote(STORES, outputs[1], pointer)
+    assert (promotion.current.output, promotion.previous and promotion.previous.output) == (outputs[1], outputs[0])
     assert rollback(STORES, pointer).current.output == outputs[0]
-    found = Pointer.model_validate_json((tmp_path / "current.json").read_bytes())
-    assert (found.current.output, found.previous and found.previous.output) == (outputs[0], outputs[1])
-    assert found.current.run_id == json.loads((Path(outputs[0]) / "ties-ray.result.json").read_bytes())["run_id"]
+    content = Pointer.model_validate_json((tmp_path / "current.json").read_bytes())
+    assert (content.current.output, content.previous and content.previous.output) == (outputs[0], outputs[1])
+    assert content.current.run_id == json.loads((Path(outputs[0]) / "ties-ray.result.json").read_bytes())["run_id"]
 
 
 def test_only_what_the_evaluation_approves_is_promoted(outputs: list[str], tmp_path: Path) -> None:
-    pointer, seen = str(tmp_path / "current.json"), tmp_path / "seen"
+    pointer, calls = str(tmp_path / "current.json"), tmp_path / "calls"
     look = "import os, json, sys; r = json.load(open(os.environ['TIES_RAY_RESULT']))"
     look += (
-        f"; open({str(seen)!r}, 'a').write(os.environ['TIES_RAY_OUTPUT'] + ' ' + r['status'] + chr(10)); sys.exit(%d)"
+        f"; open({str(calls)!r}, 'a').write(os.environ['TIES_RAY_OUTPUT'] + ' ' + r['status'] + chr(10)); sys.exit(%d)"
     )
     with pytest.raises(InputError, match=r"ended with 7: .* is not promoted \[not_approved\]"):
         promote(STORES, outputs[0], pointer, [sys.executable, "-c", look % 7])
     assert not Path(pointer).exists()
     for _ in range(2):  # the second time it is known, and nobody is asked
         promote(STORES, outputs[0], pointer, [sys.executable, "-c", look % 0])
-    assert seen.read_text() == f"{outputs[0]} done\n" * 2
+    assert calls.read_text() == f"{outputs[0]} done\n" * 2
     with pytest.raises(InputError, match="no-such-command: No such file"):
         promote(STORES, outputs[1], pointer, ["no-such-command"])
     assert Pointer.model_validate_json(Path(pointer).read_bytes()).current.output == outputs[0]
@@ -126,10 +126,10 @@ def test_of_two_promotions_at_the_same_time_none_is_lost(
         return swap(store, uri, data, etag)
 
     monkeypatch.setattr(Local, "swap", late)
-    told = promote(STORES, outputs[1], pointer)
-    assert (told.current.output, told.previous and told.previous.output) == (outputs[1], str(rival))
-    found = Pointer.model_validate_json(Path(pointer).read_bytes())
-    assert (found.current, found.previous) == (told.current, told.previous)
+    promotion = promote(STORES, outputs[1], pointer)
+    assert (promotion.current.output, promotion.previous and promotion.previous.output) == (outputs[1], str(rival))
+    content = Pointer.model_validate_json(Path(pointer).read_bytes())
+    assert (content.current, content.previous) == (promotion.current, promotion.previous)
 
 
 def test_a_merge_that_was_replaced_is_not_rolled_back_to(outputs: list[str], tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_the_command_line_promotes_and_rolls_back(outputs: list[str], tmp_path: 
     assert run("promote", outputs[0], pointer, "--evaluate", "false")[0] == 3
     assert run("promote", outputs[0], pointer, "--evaluate", "true")[0] == 0
     assert run("promote", outputs[1], pointer)[0] == 0
-    code, told = run("rollback", pointer, "--json")
+    code, promotion = run("rollback", pointer, "--json")
     assert code == 0
-    assert json.loads(told)["current"]["output"] == outputs[0]
+    assert json.loads(promotion)["current"]["output"] == outputs[0]
 
 
 def test_an_adapter_that_is_young_or_without_weights_waits_and_is_named(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_adapter_that_is_young_or_without_weights_waits_and_is_named(tmp_path
         "run": {"executor": "local", "workers": 1},
     }
     first = merging.merge(validate(data))
-    assert [one.uri for one in first.provenance.models] == list(pool.adapters[:2]) if first.provenance else False
+    assert [model.uri for model in first.provenance.models] == list(pool.adapters[:2]) if first.provenance else False
     assert "adapter-0002: its newest file is" in first.waiting[0]
     assert "settle is 600 s" in first.waiting[0]
     assert first.waiting[1].endswith("adapter-0003: it has no weights yet")

@@ -20,21 +20,21 @@ def test_a_dead_run_shows_how_far_it_came(stage: str, merged: bool, family_of: M
     recipe = recipe_of(family_of(num_models=3), tmp_path / "out", TIES)
     with pytest.raises(Stop):
         merging.merge(recipe, watch=stop_at(stage))
-    found = status(Stores({}), str(tmp_path / "out"))
-    assert (found.result, found.holder) == (None, None)
-    (run,) = found.runs
+    state = status(Stores({}), str(tmp_path / "out"))
+    assert (state.result, state.holder) == (None, None)
+    (run,) = state.runs
     plan = merging.plan(recipe)
     assert (run.run_id, run.generation, run.problem) == (plan.run_id, 1, "")
     assert run.uploads == ["model.safetensors"]
     *counting, last = run.rounds
-    assert [one.name for one in run.rounds] == [one.name for one in plan.result.rounds]
-    assert all(one.done == one.shards for one in counting)
+    assert [round_.name for round_ in run.rounds] == [round_.name for round_ in plan.result.rounds]
+    assert all(round_.done == round_.shards for round_ in counting)
     assert counting[0].shards == plan.result.rounds[0].num_shards > 0
     assert (last.done, last.shards) == (last.shards if merged else 0, plan.result.rounds[-1].num_shards)
     merging.merge(recipe)
-    found = status(Stores({}), str(tmp_path / "out"))
-    assert found.result
-    assert found.result.run_id == plan.run_id
+    state = status(Stores({}), str(tmp_path / "out"))
+    assert state.result
+    assert state.result.run_id == plan.run_id
 
 
 @pytest.mark.parametrize("name", ["plan.json.gz", "uploads.json", "records/0"])

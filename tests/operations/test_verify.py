@@ -35,8 +35,8 @@ def check(output: Path) -> Verification:
     return verify(Stores({}), str(output))
 
 
-def told(found: Verification) -> str:
-    return "\n".join(f"{one.where}: {one.what}" for one in found.findings)
+def findings_of(verification: Verification) -> str:
+    return "\n".join(f"{each.where}: {each.what}" for each in verification.findings)
 
 
 def first(output: Path) -> Path:
@@ -53,30 +53,33 @@ def place_of(path: Path, dtype: str) -> tuple[str, int]:
     """Return a tensor of this dtype that has elements, and its first byte."""
     data = path.read_bytes()
     tensors = parse(data, len(data), path.name).tensors
-    return next((name, one.start) for name, one in tensors.items() if one.dtype == dtype and one.stop > one.start)
+    return next((name, each.start) for name, each in tensors.items() if each.dtype == dtype and each.stop > each.start)
 
 
 def test_an_untouched_output_is_whole_and_every_part_is_proved(output: Path) -> None:
-    seen: list[Progress] = []
-    found = verify(Stores({}), str(output), seen.append)
-    assert (found.findings, found.notes) == ([], [])
-    assert [file.name for file in found.files] == sorted(path.name for path in output.glob("*.safetensors"))
-    assert all(file.parts_proved == file.parts > 0 and file.nan == file.infinite == 0 for file in found.files)
+    progress: list[Progress] = []
+    verification = verify(Stores({}), str(output), progress.append)
+    assert (verification.findings, verification.notes) == ([], [])
+    assert [file.name for file in verification.files] == sorted(path.name for path in output.glob("*.safetensors"))
+    assert all(file.parts_proved == file.parts > 0 and file.nan == file.infinite == 0 for file in verification.files)
     result = find_result(Stores({}), str(output))
     assert result
-    assert [file.crc32c for file in found.files] == [file.crc32c for file in result.files]
-    assert [file.crc32c for file in found.files] == [
-        crc32c(memoryview((output / file.name).read_bytes())) for file in found.files
+    assert [file.crc32c for file in verification.files] == [file.crc32c for file in result.files]
+    assert [file.crc32c for file in verification.files] == [
+        crc32c(memoryview((output / file.name).read_bytes())) for file in verification.files
     ]
-    assert seen[-1].bytes_read == sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    assert progress[-1].bytes_read == sum(path.stat().st_size for path in output.glob("*.safetensors"))
 
 
 def test_one_changed_bit_is_found_with_its_part(output: Path) -> None:
     path = first(output)
     patch(path, path.stat().st_size - 1, bytes([path.read_bytes()[-1] ^ 1]))
-    found = check(output)
-    assert told(found) == f"{path.name}: the bytes [0, {path.stat().st_size:,}) are not those that were written"
-    assert found.files[0].parts_proved == 0
+    verification = check(output)
+    assert (
+        findings_of(verification)
+        == f"{path.name}: the bytes [0, {path.stat().st_size:,}) are not those that were written"
+    )
+    assert verification.files[0].parts_proved == 0
 
 
 @pytest.mark.parametrize(
@@ -93,9 +96,9 @@ def test_values_that_are_not_finite_are_counted(output: Path, dtype: str, nan: b
     name, start = place_of(path, dtype)
     patch(path, start, nan)
     patch(path, start + 2 * len(nan), infinite)
-    found = check(output)
-    assert f"{path.name}: {name}: holds 1 NaN and 1 infinite values" in told(found)
-    assert sum(file.nan for file in found.files) == sum(file.infinite for file in found.files) == 1
+    verification = check(output)
+    assert f"{path.name}: {name}: holds 1 NaN and 1 infinite values" in findings_of(verification)
+    assert sum(file.nan for file in verification.files) == sum(file.infinite for file in verification.files) == 1
 
 
 def test_infinity_in_a_tensor_copied_from_the_base_is_a_note(family_of: Callable[..., Family], tmp_path: Path) -> None:
@@ -104,70 +107,74 @@ def test_infinity_in_a_tensor_copied_from_the_base_is_a_note(family_of: Callable
     path = tmp_path / "out" / "model.safetensors"
     data = path.read_bytes()
     patch(path, parse(data, len(data), "").tensors["model.norm.weight"].start, struct.pack("<H", 0x7F80))
-    found = check(tmp_path / "out")
-    assert "infinite" not in told(found)  # the changed byte itself is told, as ever
-    assert found.notes == ["model.safetensors: model.norm.weight holds 0 NaN and 1 infinite values, as in the base"]
+    verification = check(tmp_path / "out")
+    assert "infinite" not in findings_of(verification)  # the changed byte itself is told, as ever
+    assert verification.notes == [
+        "model.safetensors: model.norm.weight holds 0 NaN and 1 infinite values, as in the base"
+    ]
 
 
 def test_a_truncated_file_is_told_by_its_size_and_header(output: Path) -> None:
     path = first(output)
     path.write_bytes(path.read_bytes()[:-100])
-    text = told(check(output))
+    text = findings_of(check(output))
     assert "were written" in text
     assert "is truncated" in text
 
 
 def test_a_missing_file_is_told_and_the_others_are_still_checked(output: Path) -> None:
     first(output).unlink()
-    found = check(output)
-    assert f"{first(output).name}" not in told(found)
-    assert "is not there" in told(found)
-    assert "disagrees with the files' headers" in told(found)
-    assert all(file.parts_proved == file.parts for file in found.files)
+    verification = check(output)
+    assert f"{first(output).name}" not in findings_of(verification)
+    assert "is not there" in findings_of(verification)
+    assert "disagrees with the files' headers" in findings_of(verification)
+    assert all(file.parts_proved == file.parts for file in verification.files)
 
 
 def test_a_header_that_is_not_the_planned_one_is_told(output: Path) -> None:
     path = first(output)
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"format":"pt"', b'"format":"tf"', 1))
-    assert f"{path.name}: its header is not the planned one" in told(check(output))
+    assert f"{path.name}: its header is not the planned one" in findings_of(check(output))
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "message"),
     [
         ({"metadata": {"total_size": 1}}, "says 1 bytes"),
         ({"weight_map": {}}, "disagrees with the files' headers"),
         ({"weight_map": None}, "this ties_ray can't read it as an index (weight_map: "),
     ],
 )
-def test_an_index_that_is_not_the_headers_is_told(output: Path, change: dict[str, object], what: str) -> None:
+def test_an_index_that_is_not_the_headers_is_told(output: Path, change: dict[str, object], message: str) -> None:
     index = json.loads((output / INDEX).read_bytes())
     (output / INDEX).write_text(json.dumps(index | change))
-    assert what in told(check(output))
+    assert message in findings_of(check(output))
 
 
 def test_a_missing_index_is_told(output: Path) -> None:
     (output / INDEX).unlink()
-    assert "weight files and no index" in told(check(output))
+    assert "weight files and no index" in findings_of(check(output))
 
 
 def test_a_weight_file_of_somebody_else_is_told(output: Path) -> None:
     (output / "other.safetensors").write_bytes(first(output).read_bytes())
-    assert told(check(output)) == ("other.safetensors: was not written by this merge, and a loader may take it")
+    assert findings_of(check(output)) == ("other.safetensors: was not written by this merge, and a loader may take it")
 
 
 def test_without_the_records_it_says_what_could_not_be_checked(output: Path) -> None:
     (output / FOLDER).rename(output.parent / "elsewhere")
-    found = check(output)
-    assert found.findings == []
-    assert len(found.notes) == 1
-    assert "headers and parts can't be compared" in found.notes[0]
-    assert sum(file.parts_proved for file in found.files) == 0
+    verification = check(output)
+    assert verification.findings == []
+    assert len(verification.notes) == 1
+    assert "headers and parts can't be compared" in verification.notes[0]
+    assert sum(file.parts_proved for file in verification.files) == 0
 
     path = first(output)
     patch(path, path.stat().st_size - 1, bytes([path.read_bytes()[-1] ^ 1]))
-    assert told(check(output)).startswith(f"{path.name}: its CRC32C is ")  # the result record knows the whole file's
+    assert findings_of(check(output)).startswith(
+        f"{path.name}: its CRC32C is "
+    )  # the result record knows the whole file's
 
 
 def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
@@ -225,11 +232,11 @@ def test_what_is_merged_again_has_the_bytes_of_the_output(
     output = {"path": str(tmp_path / "out"), "file_size": 9000}
     merge(family_of(num_models=3, mixed=True), output, method, exclude=["model.norm.weight"])
     before = digests(tmp_path / "out")
-    found = verify(Stores({}), str(tmp_path / "out"), sample=share)
-    assert found.findings == []
-    assert found.sample
-    assert (found.sample.elements == found.sample.of) == (share == 1)
-    assert share <= found.sample.elements / found.sample.of < share + 0.25
+    verification = verify(Stores({}), str(tmp_path / "out"), sample=share)
+    assert verification.findings == []
+    assert verification.sample
+    assert (verification.sample.elements == verification.sample.of) == (share == 1)
+    assert share <= verification.sample.elements / verification.sample.of < share + 0.25
     assert digests(tmp_path / "out") == before
 
 
@@ -248,18 +255,20 @@ def test_one_element_that_the_inputs_do_not_give_is_found_though_all_checksums_a
     patch(path, position, bytes([path.read_bytes()[position] ^ 1]))
     repair(output)
     assert check(output).findings == []
-    found = verify(Stores({}), str(output), sample=1.0)
-    assert told(found) == f"{path.name}: {name}: of the elements [123, 124) 1 are not what the inputs give"
+    verification = verify(Stores({}), str(output), sample=1.0)
+    assert (
+        findings_of(verification) == f"{path.name}: {name}: of the elements [123, 124) 1 are not what the inputs give"
+    )
 
 
 def test_a_sample_holds_something_of_every_tensor_and_depends_on_its_seed(output: Path, slices: None) -> None:
     plan, _ = run_of(output)
-    taken = {seed: list(sample.choose(plan, 0.01, seed)) for seed in (0, 1)}
+    samples = {seed: list(sample.choose(plan, 0.01, seed)) for seed in (0, 1)}
     everything = list(sample.choose(plan, 1.0, 0))
-    assert [placed for _, placed, _ in taken[0]] == [placed for _, placed, _ in everything]
-    assert all(len(runs) == 1 for _, _, runs in taken[0])
+    assert [placed for _, placed, _ in samples[0]] == [placed for _, placed, _ in everything]
+    assert all(len(runs) == 1 for _, _, runs in samples[0])
     assert max(len(runs) for _, _, runs in everything) > 5
-    assert taken[0] == list(sample.choose(plan, 0.01, 0)) != taken[1]
+    assert samples[0] == list(sample.choose(plan, 0.01, 0)) != samples[1]
 
 
 @pytest.mark.parametrize("change", ["rewritten", "removed"])
@@ -271,12 +280,14 @@ def test_inputs_that_are_not_as_they_were_are_told(change: str, output: Path, fa
     if change == "rewritten":
         victim.write_bytes(data)
     try:
-        found = verify(Stores({}), str(output), sample=0.01)
+        verification = verify(Stores({}), str(output), sample=0.01)
     finally:
         victim.with_name("aside").replace(victim)  # the family is shared; its inode and its time are its mark
     assert victim.stat().st_mtime_ns == times.st_mtime_ns
-    assert "model-1/model.safetensors: can't be merged again: changed since the plan was made" in told(found)
-    assert found.sample is None
+    assert "model-1/model.safetensors: can't be merged again: changed since the plan was made" in findings_of(
+        verification
+    )
+    assert verification.sample is None
 
 
 def test_bytes_of_an_input_that_changed_behind_its_mark_are_told(
@@ -289,16 +300,16 @@ def test_bytes_of_an_input_that_changed_behind_its_mark_are_told(
     _, start = place_of(victim, "BF16")
     patch(victim, start, b"\x11")
     os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
-    found = verify(Stores({}), str(tmp_path / "out"), sample=1.0)
-    assert "are not those that this merge read first, though its ETag is the same" in told(found)
+    verification = verify(Stores({}), str(tmp_path / "out"), sample=1.0)
+    assert "are not those that this merge read first, though its ETag is the same" in findings_of(verification)
 
 
 def test_without_thresholds_a_sample_is_refused_and_not_called_different(output: Path) -> None:
     _, manifest = run_of(output)
     shutil.rmtree(Path(manifest.folder, "folded"))
-    found = verify(Stores({}), str(output), sample=0.01)
-    assert "stored of group 0 has gone" in told(found)
-    assert "are not what the inputs give" not in told(found)
+    verification = verify(Stores({}), str(output), sample=0.01)
+    assert "stored of group 0 has gone" in findings_of(verification)
+    assert "are not what the inputs give" not in findings_of(verification)
 
 
 def test_without_a_plan_or_under_another_arithmetic_there_is_no_sample(
@@ -306,9 +317,9 @@ def test_without_a_plan_or_under_another_arithmetic_there_is_no_sample(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setitem(kernels.ARITHMETICS, "exact", "exact-2")
-        assert "computed by arithmetic exact-1" in told(verify(Stores({}), str(output), sample=0.01))
+        assert "computed by arithmetic exact-1" in findings_of(verify(Stores({}), str(output), sample=0.01))
     (output / FOLDER).rename(output.parent / "elsewhere")
-    assert "there is no plan by which" in told(verify(Stores({}), str(output), sample=0.01))
+    assert "there is no plan by which" in findings_of(verify(Stores({}), str(output), sample=0.01))
 
 
 def test_sha256sum_finds_every_file_and_sees_a_changed_one(output: Path) -> None:

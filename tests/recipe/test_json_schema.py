@@ -93,11 +93,11 @@ def test_what_a_recipe_refuses_the_schema_refuses(validator: Any, place: str, va
 
 
 def test_every_field_of_every_section_is_described(validator: Any) -> None:
-    known = {"name", "kind", "weight", "base", "models", "region", "requester_pays"}
+    plain = {"name", "kind", "weight", "base", "models", "region", "requester_pays"}
     bare = {
         f"{section}.{name}"
         for section, definition in validator.schema["$defs"].items()
         for name, field in definition.get("properties", {}).items()
-        if name not in known and not {"description", "$ref", "oneOf"} & field.keys()
+        if name not in plain and not {"description", "$ref", "oneOf"} & field.keys()
     }
     assert len(bare) <= 6, bare  # names that say it all

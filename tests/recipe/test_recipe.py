@@ -32,10 +32,10 @@ def refused(data: dict[str, Any]) -> dict[str, Problem]:
 
 
 def test_yaml_and_json_read_alike() -> None:
-    one = parse(YAML)
-    assert one == parse(one.model_dump_json()) == parse(json.dumps(one.model_dump(mode="json"), indent="\t"))
-    assert [model.weight for model in one.models] == [1.0, 0.7]
-    assert one.method.model_dump()["lambda"] == 1.5
+    recipe = parse(YAML)
+    assert recipe == parse(recipe.model_dump_json()) == parse(json.dumps(recipe.model_dump(mode="json"), indent="\t"))
+    assert [model.weight for model in recipe.models] == [1.0, 0.7]
+    assert recipe.method.model_dump()["lambda"] == 1.5
 
 
 def test_short_forms_mean_the_long_ones() -> None:
@@ -100,14 +100,14 @@ def test_every_problem_is_told_at_once_and_by_its_place() -> None:
         "output": {"path": "o", "part_size": "1MiB", "dtype": "int8"},
         "run": {"workers": 0, "memory": "1MiB"},
     }
-    found = refused(data)
-    assert found.keys() == {
+    problems = refused(data)
+    assert problems.keys() == {
         "base", "models.3.weight", "models.4.density", "method.density", "method.trim", "output.part_size",
         "output.dtype", "run.workers", "run.memory",
     }  # fmt: skip
-    assert found["base"].what == "is missing"
-    assert '"heavy"' in found["models.3.weight"].what
-    assert "5MiB" in found["output.part_size"].what
+    assert problems["base"].what == "is missing"
+    assert '"heavy"' in problems["models.3.weight"].what
+    assert "5MiB" in problems["output.part_size"].what
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
@@ -122,15 +122,15 @@ def test_no_model_at_all_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "what"),
+    ("method", "message"),
     [
         ("tie", "unknown method 'tie'; did you mean 'ties'?"),
         ({"density": 0.2}, "needs `name`: one of average"),
         (3, "valid dictionary or instance of Method"),
     ],
 )
-def test_a_method_that_there_is_not_is_refused(method: object, what: str) -> None:
-    assert what in refused(PLAIN | {"method": method})["method"].what
+def test_a_method_that_there_is_not_is_refused(method: object, message: str) -> None:
+    assert message in refused(PLAIN | {"method": method})["method"].what
 
 
 def test_an_output_kind_that_there_is_not_is_refused() -> None:
@@ -140,7 +140,7 @@ def test_an_output_kind_that_there_is_not_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "what"),
+    ("entry", "message"),
     [
         ({"weight": 1}, "give either `path` or `table`"),
         ({"path": "m", "table": "pool.csv"}, "give either `path` or `table`"),
@@ -151,8 +151,8 @@ def test_an_output_kind_that_there_is_not_is_refused() -> None:
         ({"path": "m[12]", "version_id": {"model.safetensors": "0"}}, "name one model, not a glob"),
     ],
 )
-def test_fields_of_one_model_and_of_many_do_not_mix(entry: dict[str, Any], what: str) -> None:
-    assert what in refused(PLAIN | {"models": [entry]})["models.0"].what
+def test_fields_of_one_model_and_of_many_do_not_mix(entry: dict[str, Any], message: str) -> None:
+    assert message in refused(PLAIN | {"models": [entry]})["models.0"].what
 
 
 def test_a_glob_and_a_table_take_what_belongs_to_many() -> None:
@@ -178,9 +178,9 @@ def test_exactly_as_many_as_the_density_says_is_refused_until_it_is_built() -> N
     ("field", "rule"), [("trim", "tensor"), ("at_threshold", "drop"), ("zero_sum", "none"), ("zero_sum", "positive")]
 )
 def test_contradicting_a_profile_is_refused(field: str, rule: str) -> None:
-    what = refused(PLAIN | {"method": {"name": "ties", "profile": "official", field: rule}})["method"].what
-    assert f"profile 'official' means {field}: " in what
-    assert f"the recipe says {rule!r}" in what
+    message = refused(PLAIN | {"method": {"name": "ties", "profile": "official", field: rule}})["method"].what
+    assert f"profile 'official' means {field}: " in message
+    assert f"the recipe says {rule!r}" in message
 
 
 def test_a_profile_sets_its_rules_and_agreeing_with_it_is_fine() -> None:
@@ -193,7 +193,7 @@ def test_a_profile_sets_its_rules_and_agreeing_with_it_is_fine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "place", "what"),
+    ("options", "place", "message"),
     [
         ({"secret_access_key": "hidden"}, "storage.s3", "looks like a secret"),
         ({"aws_session_token": "hidden"}, "storage.s3", "looks like a secret"),
@@ -202,10 +202,10 @@ def test_a_profile_sets_its_rules_and_agreeing_with_it_is_fine() -> None:
     ],
 )
 def test_a_secret_in_the_storage_options_is_refused_and_not_repeated(
-    options: dict[str, str], place: str, what: str
+    options: dict[str, str], place: str, message: str
 ) -> None:
     problem = refused(PLAIN | {"storage": {"s3": options}})[place]
-    assert what in problem.what
+    assert message in problem.what
     assert "hidden" not in str(problem)
 
 
@@ -213,7 +213,7 @@ def test_a_secret_in_the_storage_options_is_refused_and_not_repeated(
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "message"),
     [
         ("base: [", r"r\.yaml, line 1, column 8: "),
         ("base: a\nbase: b\n", r"r\.yaml, line 2, column 1: .*duplicate key"),
@@ -223,8 +223,8 @@ def test_a_secret_in_the_storage_options_is_refused_and_not_repeated(
         ("base: !!python/object:os.system {}\n", r"r\.yaml"),
     ],
 )
-def test_a_text_that_is_no_recipe_is_refused_with_its_place(text: str, what: str) -> None:
-    with pytest.raises(RecipeError, match=what):
+def test_a_text_that_is_no_recipe_is_refused_with_its_place(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         parse(text, "r.yaml")
 
 
@@ -232,7 +232,7 @@ def test_a_text_that_is_no_recipe_is_refused_with_its_place(text: str, what: str
 
 
 @pytest.mark.parametrize(
-    ("one", "place", "value"),
+    ("override", "place", "value"),
     [
         ("method.density=0.3", ("method", "density"), 0.3),
         ("method.lambda=2", ("method", "lambda"), 2.0),
@@ -245,11 +245,11 @@ def test_a_text_that_is_no_recipe_is_refused_with_its_place(text: str, what: str
         ("output.path=/a=b", ("output", "path"), "/a=b"),
     ],
 )
-def test_an_override_sets_one_field(one: str, place: tuple[str | int, ...], value: object) -> None:
-    found: Any = parse(YAML, overrides=[one]).model_dump(mode="json")
+def test_an_override_sets_one_field(override: str, place: tuple[str | int, ...], value: object) -> None:
+    data: Any = parse(YAML, overrides=[override]).model_dump(mode="json")
     for step in place:
-        found = found[step]
-    assert found == value
+        data = data[step]
+    assert data == value
 
 
 def test_an_override_reaches_into_the_short_forms() -> None:
@@ -263,11 +263,11 @@ def test_of_two_overrides_the_later_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    "one", ["method.density", "=3", "models.7.weight=1", "models.x.weight=1", "method.density.x=1"]
+    "override", ["method.density", "=3", "models.7.weight=1", "models.x.weight=1", "method.density.x=1"]
 )
-def test_an_override_without_a_place_is_refused(one: str) -> None:
+def test_an_override_without_a_place_is_refused(override: str) -> None:
     with pytest.raises(RecipeError, match=r"--set: .*"):
-        parse(YAML, overrides=[one])
+        parse(YAML, overrides=[override])
 
 
 def test_a_wrong_override_is_refused_as_the_field_itself_would_be() -> None:

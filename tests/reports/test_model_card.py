@@ -101,17 +101,17 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 def test_names_licences_and_notes_are_data_in_a_whole_card(
     plan: Plan, name: str, licence: str, note: str, pattern: str
 ) -> None:
-    inputs = [replace(one, id=name, licence=licence, uri=f"s3://b/{name}") for one in plan.catalog.models]
+    inputs = [replace(model, id=name, licence=licence, uri=f"s3://b/{name}") for model in plan.catalog.models]
     base = replace(plan.catalog.base, licence=licence)
     catalog = replace(plan.catalog, models=tuple(inputs), base=base)
     asked = plan.recipe.model_copy(update={"exclude": (pattern,)})
     trims = [TrimReport(model=name, parameter=None, threshold=0.5, kept=1, tied=0, size=2)]
     text = card(replace(plan, catalog=catalog, recipe=asked), MergeResult(status="done", trims=trims, notes=[note]))
     _, front, body = text.split("---\n", 2)
-    told = yaml.safe_load(front)
-    assert told.keys() == {"base_model", "library_name", "tags"} | ({"license"} if licence else set())
-    assert told.get("license", "") == licence
-    assert told["base_model"][1:] == [f"s3://b/{name}"] * 2
+    fields = yaml.safe_load(front)
+    assert fields.keys() == {"base_model", "library_name", "tags"} | ({"license"} if licence else set())
+    assert fields.get("license", "") == licence
+    assert fields["base_model"][1:] == [f"s3://b/{name}"] * 2
     tokens = MARKDOWN.parse(body)
     leaves = {leaf.type for token in tokens for leaf in token.children or ()}
     assert leaves <= PLAIN

@@ -273,7 +273,7 @@ class Schedule:
         return task
 
     def _acceptable(self, worker: int, task: int) -> bool:
-        """Return whether a worker may run a returned task: no task's shunned worker while another is there."""
+        """Return whether a worker may run a returned task; a shunned worker may if there is no other."""
         shunned_by = self._shunned_by.get(task)
         if not shunned_by or worker not in shunned_by:
             return True

@@ -30,7 +30,7 @@ from ties_ray.stores import Uri, store_class
 Json = dict[str, Any]
 
 MAX_WORKERS = 100_000
-"""More is a slip of the keyboard; Ray clusters have some thousand nodes."""
+"""Largest number of workers. A larger one is a typing error: Ray clusters have some thousand nodes."""
 
 
 class Strict(BaseModel):
