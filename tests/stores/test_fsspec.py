@@ -13,13 +13,12 @@ import trustme
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
-from ties_ray import stores
 from ties_ray.errors import InputError, RecipeError, UnavailableError
 from ties_ray.inputs.expand import entries_of
 from ties_ray.operations import merging
 from ties_ray.recipe import parse
 from ties_ray.recipe.recipe import ModelEntry
-from ties_ray.stores import REMOTE, Listing, Pin, Stores, leads_from, store_class
+from ties_ray.stores import REMOTE, Listing, Pin, Stores, _uris, leads_from, store_class
 from ties_ray.stores.fsspec import Fsspec, _pin
 
 
@@ -39,7 +38,7 @@ fsspec.register_implementation("elsewhere", _Elsewhere, clobber=True)
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a URI name that scheme, as no user could."""
-    monkeypatch.setattr(stores, "REMOTE", REMOTE | {"elsewhere"})
+    monkeypatch.setattr(_uris, "REMOTE", REMOTE | {"elsewhere"})
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import trustme
 
 from tests.conftest import Bucket, free_port, served, tool
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Store, Stores, join, s3
+from ties_ray.stores import Listing, Part, Pin, Store, Stores, _s3_service, join
 from ties_ray.stores.s3 import S3
 from ties_ray.testing import StoreContract
 
@@ -164,7 +164,7 @@ def test_missing_credentials_are_an_input_error(s3_bucket: Bucket, monkeypatch: 
 
 def test_an_endpoint_that_nobody_serves_is_unavailable(s3_credentials: None) -> None:
     store = opened(Bucket("s3://bucket", {"s3": {"endpoint_url": f"http://127.0.0.1:{free_port()}"}}))
-    store.first_patience = 3.0
+    store.service.first_patience = 3.0
     with pytest.raises(UnavailableError, match=r"s3://bucket/x: reading .* failed \d+ times.*Could not connect"):
         store.head("s3://bucket/x", 1)
     assert store.meter.retries > 0
@@ -386,11 +386,11 @@ def test_a_server_that_breaks_the_protocol_is_given_up_soon(odd: Misbehaving, fa
 def test_a_throttle_that_lasts_is_given_up_when_patience_ends(odd: Misbehaving) -> None:
     odd.answers = [slow_down] * 1000
     store = odd.store()
-    store.patience = 1.5
+    store.service.patience = 1.5
     with pytest.raises(UnavailableError, match=r"bytes 0 to 10 failed \d+ times in \d s, last: 503 SlowDown"):
         odd.read(0, 10, store)
     assert len(odd.requests) == store.meter.requests
-    # The last retry may have been held back by the brake until patience ended.
+    # The last retry may have been held back by the throttle until patience ended.
     assert store.meter.retries in (len(odd.requests) - 1, len(odd.requests))
 
 
@@ -430,7 +430,7 @@ def test_a_connection_serves_request_after_request_until_an_answer_was_cut(odd: 
 def test_an_answer_that_trickles_is_given_up_though_it_never_falls_silent(
     odd: Misbehaving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_GRACE", 0.5)
+    monkeypatch.setattr(_s3_service, "GRACE", 0.5)
     odd.answers = [trickle]
     store, started = odd.store(), time.monotonic()
     assert odd.read(0, len(DATA), store) == DATA
@@ -439,8 +439,8 @@ def test_an_answer_that_trickles_is_given_up_though_it_never_falls_silent(
 
 
 def test_a_part_that_is_taken_in_sips_is_sent_again(odd: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "_GRACE", 0.5)
-    monkeypatch.setattr(s3, "_LEAST_RATE", 1 << 26)
+    monkeypatch.setattr(_s3_service, "GRACE", 0.5)
+    monkeypatch.setattr(_s3_service, "LEAST_RATE", 1 << 26)
     odd.answers = [sip, take]
     store, data, started = odd.store(), os.urandom(6 * PART), time.monotonic()  # more than the sockets hold
     part = store.write_part(f"{odd.uri}/x", "upload", 1, 0, memoryview(data))
@@ -455,7 +455,7 @@ def test_a_whole_object_may_come_as_200(odd: Misbehaving) -> None:
     odd.answers = [whole, whole]
     store = odd.store()
     assert store.head(f"{odd.uri}/x", 20_000) == (odd.pin, DATA)
-    store.first_patience = store.patience = 60
+    store.service.first_patience = store.service.patience = 60
     odd.answers = [whole] * 4
     with pytest.raises(UnavailableError, match="asked for bytes 0-99, got status 200"):
         store.head(f"{odd.uri}/x", 100)

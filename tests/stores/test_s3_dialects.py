@@ -34,7 +34,7 @@ PART = 5 << 20
 def opened(storage: dict[str, object] | None = None, *, settle: float = 0.3) -> S3:
     store = Stores({"s3": storage or {}}).of("s3://")
     assert isinstance(store, S3)
-    store.first_patience = 3.0
+    store.service.first_patience = 3.0
     store.settle = settle
     return store
 
@@ -531,7 +531,7 @@ def test_a_refusal_that_may_pass_is_repeated_and_then_unavailable(
 ) -> None:
     with service(s3_server, always(status, code)) as proxy:
         store = opened({"endpoint_url": proxy.url})
-        store.patience = 4.0
+        store.service.patience = 4.0
         with pytest.raises(UnavailableError, match=rf"{status} {code}"):
             store.put("s3://bucket/x", b"data")
         assert proxy.requests["put"] > 1
@@ -571,7 +571,7 @@ def test_an_ended_single_sign_on_is_refused_with_the_command_that_renews_it(
 
 def test_a_name_that_is_not_known_is_refused_for_good(s3_credentials: None) -> None:
     store = opened({"endpoint_url": "http://no-such-host.invalid:9000"})
-    store.first_patience = 60.0
+    store.service.first_patience = 60.0
     with pytest.raises(InputError, match=r"the name is not known.*check storage\.s3\.endpoint_url"):
         store.head("s3://bucket/x", 1)
     assert store.meter.retries == 3
@@ -620,7 +620,7 @@ def test_what_does_not_speak_s3_is_refused_for_good(s3_credentials: None) -> Non
 
     with saying(page) as url:
         store = opened({"endpoint_url": url})
-        store.first_patience = 60.0
+        store.service.first_patience = 60.0
         with pytest.raises(InputError, match="something else than XML: it does not speak S3"):
             store.list("s3://bucket/m")
 
@@ -649,7 +649,7 @@ def listing(keys: list[str], more: bool, token: str = "again") -> bytes:
 
 @pytest.mark.parametrize("kind", ["same", "empty", "new", "no token"])
 def test_a_listing_without_an_end_is_given_up(kind: str, s3_credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "_MOST_NAMES", 5_000)
+    monkeypatch.setattr(s3, "MOST_NAMES", 5_000)
     pages = 0
 
     def page(request: BaseHTTPRequestHandler) -> None:
@@ -729,7 +729,7 @@ def test_a_document_that_trickles_is_given_up(s3_credentials: None, monkeypatch:
 
     with saying(trickle) as url:
         store = opened({"endpoint_url": url})
-        store.first_patience = store.patience = 1.0
+        store.service.first_patience = store.service.patience = 1.0
         with pytest.raises(UnavailableError, match=r"its answer took more than 0\.3 s"):
             store.list("s3://bucket/m")
 
@@ -743,7 +743,7 @@ def test_headers_without_an_end_are_given_up(s3_credentials: None) -> None:
 
     with saying(headers) as url:
         store = opened({"endpoint_url": url})
-        store.first_patience = store.patience = 1.0
+        store.service.first_patience = store.service.patience = 1.0
         with pytest.raises(MergeError, match="listing it failed"):
             store.list("s3://bucket/m")
 

@@ -21,7 +21,8 @@ from tests.tools.merging import LOCAL, recipe_of
 from ties_ray.errors import InputError, UnavailableError
 from ties_ray.operations import merging
 from ties_ray.reports.records import MergeResult, Progress
-from ties_ray.stores import NoUpload, Part, Pin, Stores, s3
+from ties_ray.stores import NoUpload, Part, Pin, Stores, _s3_answers, _s3_transfer
+from ties_ray.stores._s3_service import Service
 from ties_ray.stores.s3 import S3
 
 DATA = os.urandom(1 << 20)
@@ -43,7 +44,7 @@ def store(s3_bucket: Bucket, proxy: FaultProxy) -> S3:
 def opened(proxy: FaultProxy, patience: float = 5.0, **options: object) -> S3:
     made = Stores({"s3": {"endpoint_url": proxy.url, **options}}).of("s3://")
     assert isinstance(made, S3)
-    made.patience = made.first_patience = patience
+    made.service.patience = made.service.first_patience = patience
     return made
 
 
@@ -86,7 +87,7 @@ def test_a_fault_that_lasts_ends_in_an_error_with_object_range_and_cause(
     fault: Fault, cause: str, most: int, proxy: FaultProxy, store: S3, pin: Pin
 ) -> None:
     proxy.script = [Rule(fault, "get-range")]
-    store.patience = 1.5
+    store.service.patience = 1.5
     started = time.monotonic()
     message = rf"s3://\w+/x: reading bytes 100,000 to 900,000 failed \d+ times in \d+ s, last: .*({cause})"
     with pytest.raises(UnavailableError, match=message) as caught:
@@ -99,7 +100,7 @@ def test_a_fault_that_lasts_ends_in_an_error_with_object_range_and_cause(
 def test_a_connection_that_falls_silent_is_given_up_and_opened_anew(
     s3_bucket: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(S3, "silence", 0.5)
+    monkeypatch.setattr(Service, "silence", 0.5)
     store = opened(proxy)
     pin = store.put(f"{s3_bucket.uri}/x", DATA)
     proxy.script = [Rule("hang", "get-range", count=2, seconds=60)]
@@ -132,7 +133,7 @@ def test_an_object_that_was_overwritten_is_refused_at_once(proxy: FaultProxy, st
 
 def test_a_throttled_worker_slows_down_as_one_whatever_its_threads(proxy: FaultProxy, store: S3, pin: Pin) -> None:
     proxy.script = [Rule("slow_down", "get-range")]
-    store.patience = 3.0
+    store.service.patience = 3.0
     with ThreadPoolExecutor(16) as pool:
         calls = [pool.submit(read, store, pin, start, start + 10) for start in range(16)]
         assert all(isinstance(call.exception(), UnavailableError) for call in calls)
@@ -142,7 +143,7 @@ def test_a_throttled_worker_slows_down_as_one_whatever_its_threads(proxy: FaultP
 
 def test_a_throttle_that_passes_costs_few_requests(proxy: FaultProxy, store: S3, pin: Pin) -> None:
     proxy.script = [Rule("slow_down", "get-range", count=20)]
-    store.patience = 60
+    store.service.patience = 60
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda start: read(store, pin, start, start + 10), range(64)))
     assert found == [DATA[start : start + 10] for start in range(64)]
@@ -150,7 +151,7 @@ def test_a_throttle_that_passes_costs_few_requests(proxy: FaultProxy, store: S3,
 
 
 def test_after_it_gave_up_a_store_gives_up_sooner_until_it_is_served(proxy: FaultProxy, store: S3, pin: Pin) -> None:
-    store.patience, store.first_patience = 1.0, 0.0
+    store.service.patience, store.service.first_patience = 1.0, 0.0
 
     def times(rules: list[Rule]) -> int:
         proxy.script = rules
@@ -294,7 +295,8 @@ def test_a_service_whose_etags_are_no_md5_is_believed_once_it_has_shown_so(
     s3_bucket: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the service is right and the digest is ours: it is as if its ETags had been drawn."""
-    monkeypatch.setattr(s3, "_md5", lambda data: hashlib.md5(b"salt" + data, usedforsecurity=False))
+    for module in (_s3_answers, _s3_transfer):
+        monkeypatch.setattr(module, "md5", lambda data: hashlib.md5(b"salt" + data, usedforsecurity=False))
     writer, worker = opened(proxy), opened(proxy)
     for name in ("x", "y"):
         pin = writer.put(f"{s3_bucket.uri}/{name}", DATA)
@@ -399,8 +401,8 @@ def test_a_run_whose_storage_goes_down_ends_soon_and_continues(
     family: tuple[Family, bytes, str], proxy: FaultProxy, s3_credentials: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models, wanted, bucket = family
-    monkeypatch.setattr(S3, "patience", 1.5)
-    monkeypatch.setattr(S3, "first_patience", 0.5)
+    monkeypatch.setattr(Service, "patience", 1.5)
+    monkeypatch.setattr(Service, "first_patience", 0.5)
     monkeypatch.setattr("ties_ray.state.lease.STILL_SECONDS", 5.0)  # the lease could not be given back, and we live on
     at = partial(in_the_merge, proxy, [Rule("slow_down")])
     started = time.monotonic()

@@ -3,33 +3,38 @@
 import hashlib
 from typing import Any
 
-from ties_ray.stores import Part, Pin, s3
+from ties_ray.stores import Part, Pin, _s3_transfer, s3
+from ties_ray.stores._s3_answers import bare, object_of
+from ties_ray.stores._s3_transfer import Transfer
 from ties_ray.stores.s3 import S3
 
 
 def ifmatch() -> None:
     """Read whatever lies there now: no If-Match, and no ETag compared."""
-    read, demand = S3.read, s3._demand
+    read, demand = S3.read, s3.demand
 
     def read_any(self: S3, pin: Pin, start: int, into: memoryview) -> None:
         read(self, pin._replace(etag=""), start, into)
 
     def demand_less(response: Any, wanted: str, count: int, pin: Pin) -> None:
-        demand(response, wanted, count, pin._replace(etag=s3._bare(response.get("ETag"))))
+        demand(response, wanted, count, pin._replace(etag=bare(response.get("ETag"))))
 
-    S3.read, s3._demand = read_any, demand_less  # type: ignore[method-assign]
+    S3.read, s3.demand = read_any, demand_less  # type: ignore[method-assign]
 
 
 def partcheck() -> None:
     """Send bytes without a checksum, and believe whatever ETag comes back."""
 
-    def send(self: S3, uri: str, doing: str, operation: str, data: memoryview, **arguments: Any) -> tuple[Any, str]:
+    def send(
+        self: Transfer, uri: str, doing: str, operation: str, data: memoryview, **arguments: Any
+    ) -> tuple[Any, str]:
         def ask(client: Any, late: float) -> Any:
-            return getattr(client, operation)(Body=s3._Body(data, late), **s3._object(uri), **arguments)
+            body = _s3_transfer.Body(data, late)
+            return getattr(client, operation)(Body=body, **object_of(uri), **arguments)
 
-        return self._repeat(uri, doing, ask, len(data)), "unchecked"
+        return self._service.repeat(uri, doing, ask, len(data)), "unchecked"
 
-    S3._send = send  # type: ignore[method-assign]
+    Transfer.send = send  # type: ignore[method-assign]
 
 
 def recordorder() -> None:
