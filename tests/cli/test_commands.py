@@ -194,7 +194,7 @@ def test_a_recipe_and_its_results_lie_in_a_bucket(s3_bucket: Bucket) -> None:
     assert output == f"{s3_bucket.uri}/out-{json.loads(printed.stdout)['run_id']}"
 
     checked = json.loads(run("verify", output, "--json", *storage).stdout)
-    assert (checked["findings"], checked["notes"]) == ([], [])
+    assert (checked["problems"], checked["notes"]) == ([], [])
     assert checked["files"][0]["parts_proved"] == checked["files"][0]["parts"] == 1
     assert "finished" in run("status", output, *storage).stdout
     inspected = json.loads(run("inspect", f"{s3_bucket.uri}/model-*", "--json", *storage).stdout)

@@ -51,8 +51,8 @@ def planting(folder: Path, stage: str, *names: str) -> Callable[[Progress], None
     return watch
 
 
-def findings(output: Path) -> list[str]:
-    return [f"{one.where}: {one.what}" for one in verify(Stores({}), str(output)).findings]
+def problems_of(output: Path) -> list[str]:
+    return [f"{one.where}: {one.what}" for one in verify(Stores({}), str(output)).problems]
 
 
 def test_a_folder_with_another_model_is_refused_before_anything_starts_and_stays_as_it_is(
@@ -81,7 +81,7 @@ def test_fresh_removes_what_a_loader_would_take_and_names_it_and_nothing_else(fa
     assert left == {"model.safetensors.index.json"}
     told = next(note for note in result.notes if "--fresh has removed" in note)
     assert "adapter_config.json" in told
-    assert findings(output) == []
+    assert problems_of(output) == []
 
 
 def merge_fresh(family: Family, output: Path) -> MergeResult:
@@ -133,7 +133,7 @@ def test_a_second_fresh_merge_finds_its_own_folders(family: Family, tmp_path: Pa
     family = with_pooling(family, tmp_path)
     merge_fresh(family, tmp_path / "out")
     merge_fresh(family, tmp_path / "out")
-    assert findings(tmp_path / "out") == []
+    assert problems_of(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_model.bin", "1_Pooling/model.safetensors"])
@@ -154,19 +154,19 @@ def test_verify_finds_what_a_loader_would_find(family: Family, tmp_path: Path) -
     family = with_pooling(family, tmp_path)
     output = tmp_path / "out"
     merge(family, output, AVERAGE)
-    assert findings(output) == []
+    assert problems_of(output) == []
     (output / "notes.txt").write_text("mine")
     (output / "README.md").write_text("edited")
-    assert findings(output) == []
+    assert problems_of(output) == []
     plant(output, "adapter_config.json", "1_Pooling/model.safetensors", "additional_chat_templates/x.jinja")
-    told = findings(output)
+    told = problems_of(output)
     assert len(told) == 3
     assert all("was not written by this merge, and a loader may take it" in one for one in told)
     for name in ("adapter_config.json", "1_Pooling/model.safetensors", "additional_chat_templates/x.jinja"):
         (output / name).unlink()
     (output / "config.json").write_bytes((output / "config.json").read_bytes().replace(b"llama", b"lamma"))
     (output / "1_Pooling/config.json").unlink()
-    told = findings(output)
+    told = problems_of(output)
     assert [one.partition(":")[0] for one in told] == ["1_Pooling/config.json", "config.json"]
 
 

@@ -125,7 +125,7 @@ def test_what_has_another_name_under_our_folder_is_not_ours(family_of: MakeFamil
     (own / run_id / str(generation) / "records" / "0" / "stray").write_text("mine")
     assert find_runs(stores, str(output)) == [(run_id, generation)]
     assert len(status(stores, str(output)).runs) == 1
-    assert verify(stores, str(output), sample=0.1).findings == []
+    assert verify(stores, str(output), sample=0.1).problems == []
     clean(stores, str(output), remove=True)
     merging.merge(recipe_of(family_of(num_models=2), output, "average"), fresh=True)
     assert (own / "photos/2024/plan.json.gz").read_text() == "mine"
@@ -155,7 +155,7 @@ def test_verify_obeys_no_setting_of_the_plan_that_lies_in_the_folder(family_of: 
     path.write_bytes(gzip.compress(json.dumps(data).encode()))
     heard: list[str] = []
     found = verify(stores, str(output), sample=0.5, recount=0.5, announce=heard.extend)
-    assert found.findings == []
+    assert found.problems == []
     assert found.sample
     assert set(found.sample.inputs) == {
         str(Path(uri)) for uri in (plan.catalog.base.uri, *[m.uri for m in plan.catalog.models])
@@ -175,11 +175,11 @@ def test_verify_names_what_a_planted_plan_makes_it_read_and_uses_the_callers_sto
     data["recipe"]["storage"] = {"gs": {"endpoint_url": "http://127.0.0.1:9"}}
     data["catalog"]["models"][0]["objects"][0][0] = "memory://secrets/model.safetensors"
     path.write_bytes(gzip.compress(json.dumps(data).encode()))
-    assert verify(stores, str(output)).findings == []
+    assert verify(stores, str(output)).problems == []
     heard: list[str] = []
     found = verify(stores, str(output), sample=0.1, announce=heard.extend)
     assert "memory://secrets" in heard
-    assert found.findings
+    assert found.problems
 
 
 # The reader.

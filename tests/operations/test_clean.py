@@ -93,7 +93,7 @@ def test_a_killed_merge_is_cleaned_from_a_bucket_and_a_finished_one_stays(s3_buc
     ]
     assert client.list_objects_v2(Bucket=bucket, Prefix="half/")["KeyCount"] == 0
     verification = verify(stores, whole, sample=1.0)
-    assert (verification.findings, verification.notes) == ([], [])
+    assert (verification.problems, verification.notes) == ([], [])
     assert verification.files[0].parts_proved == verification.files[0].parts
 
 

@@ -35,8 +35,8 @@ def check(output: Path) -> Verification:
     return verify(Stores({}), str(output))
 
 
-def findings_of(verification: Verification) -> str:
-    return "\n".join(f"{each.where}: {each.what}" for each in verification.findings)
+def problems_of(verification: Verification) -> str:
+    return "\n".join(f"{each.where}: {each.what}" for each in verification.problems)
 
 
 def first(output: Path) -> Path:
@@ -59,7 +59,7 @@ def place_of(path: Path, dtype: str) -> tuple[str, int]:
 def test_an_untouched_output_is_whole_and_every_part_is_proved(output: Path) -> None:
     progress: list[Progress] = []
     verification = verify(Stores({}), str(output), progress.append)
-    assert (verification.findings, verification.notes) == ([], [])
+    assert (verification.problems, verification.notes) == ([], [])
     assert [file.name for file in verification.files] == sorted(path.name for path in output.glob("*.safetensors"))
     assert all(file.parts_proved == file.parts > 0 and file.nan == file.infinite == 0 for file in verification.files)
     result = find_result(Stores({}), str(output))
@@ -76,7 +76,7 @@ def test_one_changed_bit_is_found_with_its_part(output: Path) -> None:
     patch(path, path.stat().st_size - 1, bytes([path.read_bytes()[-1] ^ 1]))
     verification = check(output)
     assert (
-        findings_of(verification)
+        problems_of(verification)
         == f"{path.name}: the bytes [0, {path.stat().st_size:,}) are not those that were written"
     )
     assert verification.files[0].parts_proved == 0
@@ -97,7 +97,7 @@ def test_values_that_are_not_finite_are_counted(output: Path, dtype: str, nan: b
     patch(path, start, nan)
     patch(path, start + 2 * len(nan), infinite)
     verification = check(output)
-    assert f"{path.name}: {name}: holds 1 NaN and 1 infinite values" in findings_of(verification)
+    assert f"{path.name}: {name}: holds 1 NaN and 1 infinite values" in problems_of(verification)
     assert sum(file.nan for file in verification.files) == sum(file.infinite for file in verification.files) == 1
 
 
@@ -108,7 +108,7 @@ def test_infinity_in_a_tensor_copied_from_the_base_is_a_note(family_of: Callable
     data = path.read_bytes()
     patch(path, parse(data, len(data), "").tensors["model.norm.weight"].start, struct.pack("<H", 0x7F80))
     verification = check(tmp_path / "out")
-    assert "infinite" not in findings_of(verification)  # the changed byte itself is told, as ever
+    assert "infinite" not in problems_of(verification)  # the changed byte itself is told, as ever
     assert verification.notes == [
         "model.safetensors: model.norm.weight holds 0 NaN and 1 infinite values, as in the base"
     ]
@@ -117,7 +117,7 @@ def test_infinity_in_a_tensor_copied_from_the_base_is_a_note(family_of: Callable
 def test_a_truncated_file_is_told_by_its_size_and_header(output: Path) -> None:
     path = first(output)
     path.write_bytes(path.read_bytes()[:-100])
-    text = findings_of(check(output))
+    text = problems_of(check(output))
     assert "were written" in text
     assert "is truncated" in text
 
@@ -125,9 +125,9 @@ def test_a_truncated_file_is_told_by_its_size_and_header(output: Path) -> None:
 def test_a_missing_file_is_told_and_the_others_are_still_checked(output: Path) -> None:
     first(output).unlink()
     verification = check(output)
-    assert f"{first(output).name}" not in findings_of(verification)
-    assert "is not there" in findings_of(verification)
-    assert "disagrees with the files' headers" in findings_of(verification)
+    assert f"{first(output).name}" not in problems_of(verification)
+    assert "is not there" in problems_of(verification)
+    assert "disagrees with the files' headers" in problems_of(verification)
     assert all(file.parts_proved == file.parts for file in verification.files)
 
 
@@ -135,7 +135,7 @@ def test_a_header_that_is_not_the_planned_one_is_told(output: Path) -> None:
     path = first(output)
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"format":"pt"', b'"format":"tf"', 1))
-    assert f"{path.name}: its header is not the planned one" in findings_of(check(output))
+    assert f"{path.name}: its header is not the planned one" in problems_of(check(output))
 
 
 @pytest.mark.parametrize(
@@ -149,30 +149,30 @@ def test_a_header_that_is_not_the_planned_one_is_told(output: Path) -> None:
 def test_an_index_that_is_not_the_headers_is_told(output: Path, change: dict[str, object], message: str) -> None:
     index = json.loads((output / INDEX).read_bytes())
     (output / INDEX).write_text(json.dumps(index | change))
-    assert message in findings_of(check(output))
+    assert message in problems_of(check(output))
 
 
 def test_a_missing_index_is_told(output: Path) -> None:
     (output / INDEX).unlink()
-    assert "weight files and no index" in findings_of(check(output))
+    assert "weight files and no index" in problems_of(check(output))
 
 
 def test_a_weight_file_of_somebody_else_is_told(output: Path) -> None:
     (output / "other.safetensors").write_bytes(first(output).read_bytes())
-    assert findings_of(check(output)) == ("other.safetensors: was not written by this merge, and a loader may take it")
+    assert problems_of(check(output)) == ("other.safetensors: was not written by this merge, and a loader may take it")
 
 
 def test_without_the_records_it_says_what_could_not_be_checked(output: Path) -> None:
     (output / FOLDER).rename(output.parent / "elsewhere")
     verification = check(output)
-    assert verification.findings == []
+    assert verification.problems == []
     assert len(verification.notes) == 1
     assert "headers and parts can't be compared" in verification.notes[0]
     assert sum(file.parts_proved for file in verification.files) == 0
 
     path = first(output)
     patch(path, path.stat().st_size - 1, bytes([path.read_bytes()[-1] ^ 1]))
-    assert findings_of(check(output)).startswith(
+    assert problems_of(check(output)).startswith(
         f"{path.name}: its CRC32C is "
     )  # the result record knows the whole file's
 
@@ -233,7 +233,7 @@ def test_what_is_merged_again_has_the_bytes_of_the_output(
     merge(family_of(num_models=3, mixed=True), output, method, exclude=["model.norm.weight"])
     before = digests(tmp_path / "out")
     verification = verify(Stores({}), str(tmp_path / "out"), sample=share)
-    assert verification.findings == []
+    assert verification.problems == []
     assert verification.sample
     assert (verification.sample.elements == verification.sample.of) == (share == 1)
     assert share <= verification.sample.elements / verification.sample.of < share + 0.25
@@ -254,10 +254,10 @@ def test_one_element_that_the_inputs_do_not_give_is_found_though_all_checksums_a
     position = start + 2 * 123
     patch(path, position, bytes([path.read_bytes()[position] ^ 1]))
     repair(output)
-    assert check(output).findings == []
+    assert check(output).problems == []
     verification = verify(Stores({}), str(output), sample=1.0)
     assert (
-        findings_of(verification) == f"{path.name}: {name}: of the elements [123, 124) 1 are not what the inputs give"
+        problems_of(verification) == f"{path.name}: {name}: of the elements [123, 124) 1 are not what the inputs give"
     )
 
 
@@ -284,7 +284,7 @@ def test_inputs_that_are_not_as_they_were_are_told(change: str, output: Path, fa
     finally:
         victim.with_name("aside").replace(victim)  # the family is shared; its inode and its time are its mark
     assert victim.stat().st_mtime_ns == times.st_mtime_ns
-    assert "model-1/model.safetensors: can't be merged again: changed since the plan was made" in findings_of(
+    assert "model-1/model.safetensors: can't be merged again: changed since the plan was made" in problems_of(
         verification
     )
     assert verification.sample is None
@@ -301,15 +301,15 @@ def test_bytes_of_an_input_that_changed_behind_its_mark_are_told(
     patch(victim, start, b"\x11")
     os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
     verification = verify(Stores({}), str(tmp_path / "out"), sample=1.0)
-    assert "are not those that this merge read first, though its ETag is the same" in findings_of(verification)
+    assert "are not those that this merge read first, though its ETag is the same" in problems_of(verification)
 
 
 def test_without_thresholds_a_sample_is_refused_and_not_called_different(output: Path) -> None:
     _, manifest = run_of(output)
     shutil.rmtree(Path(manifest.folder, "folded"))
     verification = verify(Stores({}), str(output), sample=0.01)
-    assert "stored of group 0 has gone" in findings_of(verification)
-    assert "are not what the inputs give" not in findings_of(verification)
+    assert "stored of group 0 has gone" in problems_of(verification)
+    assert "are not what the inputs give" not in problems_of(verification)
 
 
 def test_without_a_plan_or_under_another_arithmetic_there_is_no_sample(
@@ -317,9 +317,9 @@ def test_without_a_plan_or_under_another_arithmetic_there_is_no_sample(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setitem(kernels.ARITHMETICS, "exact", "exact-2")
-        assert "computed by arithmetic exact-1" in findings_of(verify(Stores({}), str(output), sample=0.01))
+        assert "computed by arithmetic exact-1" in problems_of(verify(Stores({}), str(output), sample=0.01))
     (output / FOLDER).rename(output.parent / "elsewhere")
-    assert "there is no plan by which" in findings_of(verify(Stores({}), str(output), sample=0.01))
+    assert "there is no plan by which" in problems_of(verify(Stores({}), str(output), sample=0.01))
 
 
 def test_sha256sum_finds_every_file_and_sees_a_changed_one(output: Path) -> None:

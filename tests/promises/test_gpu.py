@@ -65,7 +65,7 @@ def test_a_merge_of_checkpoints_on_a_gpu_has_the_bytes_of_one_without(
     merge(family, tmp_path / "gpu", MERGES[name], weights=weights, run=ON_GPU)
     assert gpu == ["cpu", "cuda"]
     assert digests(tmp_path / "cpu") == digests(tmp_path / "gpu")
-    assert not verify(Stores({}), str(tmp_path / "gpu"), sample=1.0).findings
+    assert not verify(Stores({}), str(tmp_path / "gpu"), sample=1.0).problems
     assert gpu[2:] == ["cpu"], "a sample needs no GPU"
 
 

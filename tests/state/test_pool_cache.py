@@ -78,7 +78,7 @@ def test_a_merge_that_finds_everything_in_the_cache_reads_less_and_writes_the_sa
     assert not any("pool cache" in note for note in again.notes)
     assert all((path.read_bytes().split(b"\n")[0] == UNSIGNED) == (not key) for path in cache.iterdir())
     found = verify(Stores({}), str(tmp_path / "again"), recount=1.0)
-    assert (found.findings, found.recounted) == ([], ["0", "1", "2"])
+    assert (found.problems, found.recounted) == ([], ["0", "1", "2"])
 
 
 def test_a_poisoned_cache_is_found_when_thresholds_are_counted_anew(
@@ -90,11 +90,11 @@ def test_a_poisoned_cache_is_found_when_thresholds_are_counted_anew(
     assert len(poison(cache)) == 3
     merged(pool, tmp_path / "again", cache)
     assert weights(tmp_path / "again") != weights(tmp_path / "first")  # which is why nobody else may write there
-    assert verify(Stores({}), str(tmp_path / "again"), sample=1.0).findings == []
+    assert verify(Stores({}), str(tmp_path / "again"), sample=1.0).problems == []
     found = verify(Stores({}), str(tmp_path / "again"), recount=0.01)
     assert len(found.recounted) == 1
-    assert "the merge trimmed it at " in found.findings[0].what
-    assert "clear the pool cache" in found.findings[0].remedy
+    assert "the merge trimmed it at " in found.problems[0].what
+    assert "clear the pool cache" in found.problems[0].remedy
 
 
 @pytest.mark.parametrize("signature", [None, UNSIGNED, b"", b"0" * 64])

@@ -20,7 +20,7 @@ from ties_ray.errors import InputError, MergeError, Problem, RecipeError, Unavai
 if TYPE_CHECKING:
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.recipe import Recipe
-    from ties_ray.reports.records import MergeResult, Progress, Watch
+    from ties_ray.reports.records import MergeResult, Progress, ReportedProblem, Watch
     from ties_ray.stores import Stores
 
 EXIT_CODES = """\b
@@ -273,7 +273,7 @@ def _verify(
     with console.progress() as watch:
         record = verify(stores, folder, watch, sample=sample, recount=recount, seed=seed, sums=sums, announce=announce)
     console.show(record, *text.of_verification(record))
-    return _report(record.findings)
+    return _report(record.problems)
 
 
 @_command
@@ -584,8 +584,8 @@ def _place(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
     return Stores(recipe.storage), absolute(recipe.output.path).rstrip("/")
 
 
-def _report(findings: Sequence[Any]) -> int:
-    """Log findings as errors; return the exit code."""
-    for finding in findings:
-        complain(Problem(finding.where, finding.what, finding.remedy, getattr(finding, "code", "")))
-    return InputError.exit_code if findings else 0
+def _report(problems: "Sequence[ReportedProblem]") -> int:
+    """Log problems as errors; return the exit code."""
+    for reported in problems:
+        complain(reported.problem())
+    return InputError.exit_code if problems else 0

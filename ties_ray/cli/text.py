@@ -1,4 +1,4 @@
-"""Plans, results and findings as text for people."""
+"""Plans, results and problems as text for people."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,8 +265,8 @@ def of_verification(verification: Verification) -> Iterator[RenderableType]:
     if verification.sums:
         yield f"wrote {verification.sums}"
     yield from _notes(verification.notes)
-    count = len(verification.findings)
-    yield f"{verification.output}: {f'{count} findings' if count else 'whole'}"
+    count = len(verification.problems)
+    yield f"{verification.output}: {_count(count, 'problem') if count else 'whole'}"
 
 
 def of_cleaning(cleaning: Cleaning) -> Iterator[str]:
@@ -364,7 +364,11 @@ def of_method(method: MethodDoc) -> Iterator[RenderableType]:
 
 
 def _files(count: int, size: int) -> str:
-    return f"{count:,} file{'s' * (count != 1)}, {num_bytes(size)}"
+    return f"{_count(count, 'file')}, {num_bytes(size)}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _notes(notes: Sequence[str]) -> Iterator[str]:

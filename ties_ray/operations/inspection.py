@@ -8,8 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from pydantic import BaseModel, ConfigDict
-
 from ties_ray import bounded
 from ties_ray.errors import Problem
 from ties_ray.formats import Contents, Folder, Format, Rules
@@ -19,6 +17,7 @@ from ties_ray.inputs.fetch import README, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.tokenizers import SETTINGS, VOCABULARY
 from ties_ray.recipe.recipe import ModelEntry
+from ties_ray.reports.records import Report, ReportedProblem
 from ties_ray.stores import Pin, Stores
 from ties_ray.tensors import Source, TensorRef, elements_by_dtype
 
@@ -28,22 +27,8 @@ FOLDERS_AT_ONCE = 8
 """Folders that are inspected at the same time; each sends many requests."""
 
 
-class Finding(BaseModel):
-    """A reason to refuse a folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    where: str
-    what: str
-    remedy: str
-    code: str = ""
-    """Short name of the reason."""
-
-
-class Inspection(BaseModel):
+class Inspection(Report):
     """The content of an input folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     format: str = ""
@@ -71,14 +56,12 @@ class Inspection(BaseModel):
 
     Empty where there is neither.
     """
-    problems: list[Finding] = []
+    problems: list[ReportedProblem] = []
     notes: list[str] = []
 
 
-class Pool(BaseModel):
+class Pool(Report):
     """The counts of several adapters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapters: int
     usable: int
@@ -102,10 +85,8 @@ class Pool(BaseModel):
     """URIs of folders with the same weights, in groups."""
 
 
-class Inspections(BaseModel):
+class Inspections(Report):
     """The contents of several input folders."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folders: list[Inspection]
     pool: Pool | None = None
@@ -164,7 +145,7 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], 
     entry = Entry(place="input", uri=entry.uri, id="input")
     fetched, problems = fetch([entry], stores, threads)
     if entry.id not in fetched:
-        return Inspection(uri=entry.uri, problems=_findings(problems[entry.id]), notes=notes)
+        return Inspection(uri=entry.uri, problems=list(map(ReportedProblem.of, problems[entry.id])), notes=notes)
     listed, folder = fetched[entry.id]
     rules = Rules(saved_modules=True)
     contents = read_folders(fetched, None, None, rules, stores, threads)[0][entry.id]
@@ -190,7 +171,7 @@ def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], 
         facts=dict(contents.facts),
         norm=norm,
         content=content,
-        problems=_findings(wrong),
+        problems=list(map(ReportedProblem.of, wrong)),
         notes=[*notes, *contents.notes],
     )
 
@@ -241,10 +222,6 @@ def _architecture(folder: Folder) -> str:
         return ""  # the format reports it as a problem
     names = config.get("architectures") if isinstance(config, dict) else None
     return ", ".join(map(str, names)) if isinstance(names, list) else ""
-
-
-def _findings(problems: list[Problem]) -> list[Finding]:
-    return [Finding(where=each.where, what=each.what, remedy=each.remedy, code=each.code) for each in problems]
 
 
 def _name(pin: Pin) -> str:

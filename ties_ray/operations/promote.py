@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from ties_ray.errors import InputError, Problem, UnavailableError
 from ties_ray.operations.verify import Verification
-from ties_ray.reports.records import MergeResult, find_result
+from ties_ray.reports.records import MergeResult, Report, find_result
 from ties_ray.state import documents
 from ties_ray.stores import Pin, Stores
 
@@ -22,11 +22,7 @@ TRIES = 5
 """Swaps that may fail because others write the pointer, until we give up."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Release(_Record):
+class Release(Report):
     """A merge that was promoted."""
 
     output: str
@@ -35,7 +31,7 @@ class Release(_Record):
     """UTC, ISO 8601."""
 
 
-class Pointer(_Record):
+class Pointer(Report):
     """The content of a pointer: the release in use, and the one before it."""
 
     schema_version: Literal[1] = 1
@@ -46,7 +42,7 @@ class Pointer(_Record):
 _POINTER = TypeAdapter(Pointer)
 
 
-class Promotion(_Record):
+class Promotion(Report):
     """The outcome of a promotion or a rollback."""
 
     pointer: str
@@ -70,15 +66,15 @@ def promote(
     TIES_RAY_RESULT (a file with the result record).
     check: re-reads the output before that.
     An output that the pointer names already is neither checked nor evaluated.
-    Raises `InputError` where the output holds no finished merge, the check has findings, the command does not approve,
-    or the folder changes meanwhile.
+    Raises `InputError` where the output holds no finished merge, the check finds problems, the command does not
+    approve, or the folder changes meanwhile.
     """
     result, files = _finished(stores, output)
     content, _ = _read(stores, pointer)
     if content and (content.current.output, content.current.run_id) == (output, result.run_id):
         return _promotion(pointer, content, changed=False)
-    if check and (findings := check().findings):
-        raise InputError(Problem(finding.where, finding.what, finding.remedy) for finding in findings)
+    if check and (problems := check().problems):
+        raise InputError(reported.problem() for reported in problems)
     if evaluate:
         _evaluate(output, result, evaluate)
     if evaluate or check:

@@ -1,21 +1,15 @@
 """The status of an output folder: a finished merge, or unfinished ones and how far they are."""
 
-from pydantic import BaseModel, ConfigDict
-
 from ties_ray.errors import InputError
 from ties_ray.planning.plan import Plan, PlannedRound
-from ties_ray.reports.records import MergeResult, find_result
+from ties_ray.reports.records import MergeResult, Report, find_result
 from ties_ray.state import documents, lease
 from ties_ray.state.lease import Holder
 from ties_ray.state.manifest import FOLDER, Manifest, find_runs
 from ties_ray.stores import Stores, within
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RoundStatus(_Record):
+class RoundStatus(Report):
     """How far one round is."""
 
     name: str
@@ -24,7 +18,7 @@ class RoundStatus(_Record):
     """Shards in durable records; all of them once the round's barrier is passed."""
 
 
-class RunStatus(_Record):
+class RunStatus(Report):
     """One generation of one run."""
 
     run_id: str
@@ -37,7 +31,7 @@ class RunStatus(_Record):
     """Why the plan or the manifest of the run can't be read; empty if they can."""
 
 
-class Status(_Record):
+class Status(Report):
     """The content of an output folder."""
 
     output: str

@@ -11,14 +11,22 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from ties_ray.driver.publish import foreign_files
 from ties_ray.errors import InputError, Problem
 from ties_ray.libraries.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
 from ties_ray.outputs import DEFAULT_PART, OutputFile
 from ties_ray.planning.plan import Plan, believable
-from ties_ray.reports.records import MergeResult, Progress, Sample, Watch, find_result
+from ties_ray.reports.records import (
+    MergeResult,
+    Progress,
+    Report,
+    ReportedProblem,
+    Sample,
+    Watch,
+    find_result,
+)
 from ties_ray.safetensors import DTYPE_BITS, Header, header_bytes, parse
 from ties_ray.state import documents
 from ties_ray.state.manifest import Manifest, Written, find_runs
@@ -33,11 +41,7 @@ ELEMENTS = 2**20
 """Elements in which values that are not finite are counted at a time: a mask of them stays small."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileCheck(_Record):
+class FileCheck(Report):
     """The state of one weight file."""
 
     name: str
@@ -54,16 +58,8 @@ class FileCheck(_Record):
     """Infinite values of all tensors."""
 
 
-class Finding(_Record):
-    """One thing that is wrong."""
-
-    where: str
-    what: str
-    remedy: str
-
-
-class Verification(_Record):
-    """The state of a finished output; it is whole if there are no findings."""
+class Verification(Report):
+    """The state of a finished output; it is whole if there are no problems."""
 
     output: str
     run_id: str
@@ -73,8 +69,8 @@ class Verification(_Record):
     recounted: list[str] = []
     """Ids of the models whose thresholds were counted anew."""
     sums: str | None
-    """URI of the SHA-256 sums; None where they were not asked for, or where there are findings."""
-    findings: list[Finding]
+    """URI of the SHA-256 sums; None where they were not asked for, or where there are problems."""
+    problems: list[ReportedProblem]
     notes: list[str]
     """Remarks about what could not be checked, and about oddities that are not wrong."""
 
@@ -184,7 +180,7 @@ def verify(
         sample=compared,
         recounted=recounted,
         sums=written,
-        findings=[Finding(where=each.where, what=each.what, remedy=each.remedy) for each in review.problems],
+        problems=list(map(ReportedProblem.of, review.problems)),
         notes=review.notes,
     )
 

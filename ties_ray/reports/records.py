@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from ties_ray.account import Account
-from ties_ray.errors import ErrorKind, MergeError
+from ties_ray.errors import ErrorKind, MergeError, Problem
 from ties_ray.inputs.catalog import Model
 from ties_ray.libraries.loaders import RECIPE_NAME as RECIPE_NAME
 from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME
@@ -41,11 +41,35 @@ class Progress:
 Watch = Callable[[Progress], None]
 
 
-class _Record(BaseModel):
+class Report(BaseModel):
+    """A document for machines and people. It is frozen, and unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class InputProvenance(_Record):
+class ReportedProblem(Report):
+    """One thing that is wrong with a folder."""
+
+    where: str
+    """The file, tensor or setting."""
+    what: str
+    """The fact, and the expectation."""
+    remedy: str
+    """What the reader can do about it."""
+    code: str = ""
+    """Short name of the reason, by which reports group and machines search."""
+
+    @staticmethod
+    def of(problem: Problem) -> "ReportedProblem":
+        """Return a problem as a report."""
+        return ReportedProblem(**problem._asdict())
+
+    def problem(self) -> Problem:
+        """Return the problem that is reported."""
+        return Problem(self.where, self.what, self.remedy, self.code)
+
+
+class InputProvenance(Report):
     """An input that was merged."""
 
     id: str
@@ -59,7 +83,7 @@ class InputProvenance(_Record):
     """Counts of its stored elements by what became of them."""
 
 
-class Provenance(_Record):
+class Provenance(Report):
     """The inputs, the method and the versions that made a result."""
 
     ties_ray: str
@@ -73,7 +97,7 @@ class Provenance(_Record):
     models: list[InputProvenance]
 
 
-class TrimReport(_Record):
+class TrimReport(Report):
     """The outcome of trimming one model."""
 
     model: str
@@ -88,7 +112,7 @@ class TrimReport(_Record):
     """Elements of the task vector, or of the parameter."""
 
 
-class Failure(_Record):
+class Failure(Report):
     """Why a run ended without a result."""
 
     kind: ErrorKind
@@ -102,7 +126,7 @@ class Failure(_Record):
         return Failure(kind=error.kind, shard=error.shard, message=str(error), retryable=error.retryable)
 
 
-class Truncation(_Record):
+class Truncation(Report):
     """The error of writing merged matrices as factors of one rank."""
 
     rank: int
@@ -112,7 +136,7 @@ class Truncation(_Record):
     """Relative error of each matrix, by parameter; 0 where the change itself is zero."""
 
 
-class WrittenFile(_Record):
+class WrittenFile(Report):
     """One file of the output."""
 
     name: str
@@ -122,7 +146,7 @@ class WrittenFile(_Record):
     """CRC32C of the whole file, 8 hex digits. Workers compute it of the parts in their memory, before the upload."""
 
 
-class Cleaning(_Record):
+class Cleaning(Report):
     """The remnants of interrupted merges in an output."""
 
     output: str
@@ -133,7 +157,7 @@ class Cleaning(_Record):
     notes: list[str]
 
 
-class Sample(_Record):
+class Sample(Report):
     """The part of an output that was computed again from the inputs, and compared bit by bit."""
 
     share: float
@@ -148,7 +172,7 @@ class Sample(_Record):
     """Folders of the inputs that were read, as the stored plan names them."""
 
 
-class MergeResult(_Record):
+class MergeResult(Report):
     """The result record. A failed merge has one too, with `error`."""
 
     schema_version: int = RESULT_SCHEMA_VERSION
@@ -206,7 +230,7 @@ class MergeResult(_Record):
     error: Failure | None = None
 
 
-class PlannedInput(_Record):
+class PlannedInput(Report):
     """An input that will be merged."""
 
     id: str
@@ -225,7 +249,7 @@ class PlannedInput(_Record):
     """Counts of its stored elements by what will become of them."""
 
 
-class PlannedFile(_Record):
+class PlannedFile(Report):
     """A weight file that will be written."""
 
     name: str
@@ -233,7 +257,7 @@ class PlannedFile(_Record):
     tensors: int
 
 
-class PlannedRoundRecord(_Record):
+class PlannedRoundRecord(Report):
     """A round: one reading of the models."""
 
     name: str
@@ -246,7 +270,7 @@ class PlannedRoundRecord(_Record):
     """Bytes of `bytes_read` that an earlier round reads too; the workers' caches may spare them."""
 
 
-class PlanRecord(_Record):
+class PlanRecord(Report):
     """A summary of what a merge will do. (The stored plan has every byte of it.)"""
 
     schema_version: int = RESULT_SCHEMA_VERSION
