@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ties_ray.kernels import BINS, Dropout, Election, Encoded, Factors, Kernels, SignedSums, Stored, Term, load
-from ties_ray.layout.footprint import FACTORS_TOGETHER, TOGETHER
+from ties_ray.layout.sizes import SIZES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -106,7 +106,7 @@ def measure(kernels: Kernels, dtype: torch.dtype, num_models: int, length: int, 
     models: list[Stored] = [
         Encoded((base + torch.randn(length, generator=source) * 1e-4).to(dtype)) for _ in range(DISTINCT)
     ]
-    found = each_kernel(kernels, models, num_models, base, TOGETHER, repeats)
+    found = each_kernel(kernels, models, num_models, base, SIZES.models_per_pass, repeats)
     merged, out = torch.randn(length, generator=source), torch.empty(length, dtype=dtype)
     found["apply"] = seconds(lambda: kernels.apply(base, merged, out), repeats) / length / num_models * 1e9
     return found | {"rounds": sum(found[name] for name in ("count_high", "count_low", "merge", "apply"))}
@@ -126,7 +126,7 @@ def measure_factors(
         width = MIXED[index % len(MIXED)] if rank == "mixed" else int(rank)
         left, right = torch.randn(rows, width, generator=source), torch.randn(width, columns, generator=source)
         models.append(Factors(left, right, 1e-4, 0))
-    together = TOGETHER if rank == "dense" else FACTORS_TOGETHER
+    together = SIZES.models_per_pass if rank == "dense" else SIZES.factored_models_per_pass
     return each_kernel(kernels, models, num_models, base, together, repeats)
 
 

@@ -76,7 +76,7 @@ def main(
                 peak = max(worker.anonymous for worker in seen.workers) - idle.anonymous
                 cpu = sum(worker.cpu - idle.cpu for worker in seen.workers)
                 budget = threads * plan.recipe.run.memory / 1e6
-                per_element = cpu / plan.layout.num_elements / count * 1e9
+                per_element = cpu / plan.merges[0].layout.num_elements / count * 1e9
                 measure.row((name, count, threads * plan.memory / 1e6, peak / 1e6, budget, seen.seconds, cpu,
                              per_element))  # fmt: skip
                 shutil.rmtree(output)

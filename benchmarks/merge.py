@@ -49,7 +49,7 @@ def copy(given: str) -> None:
     stores = Stores(plan.recipe.storage)
     pins = [pin for model in (plan.catalog.base, *plan.catalog.models) for pin in model.objects]
     reads = [(pin, start) for pin in pins for start in range(0, pin.size, BLOCK)]
-    buffers = [bytearray(plan.layout.part_size) for _ in range(plan.ahead)]
+    buffers = [bytearray(plan.merges[0].layout.part_size) for _ in range(plan.ahead)]
 
     def read(thread: int) -> None:
         for pin, start in reads[thread :: plan.ahead]:
@@ -58,11 +58,11 @@ def copy(given: str) -> None:
     with ThreadPoolExecutor(plan.ahead) as threads:
         list(threads.map(read, range(plan.ahead)))
     store = stores.writer(plan.output)
-    for index, file in enumerate(plan.result.files):
+    for index, file in enumerate(plan.files):
         uri = f"{plan.output}/{file.name}"
         upload, parts = store.begin_upload(uri, file.size), []
-        for number in range(plan.layout.num_parts(index)):
-            start, stop = plan.layout.part(index, number)
+        for number in range(plan.merges[0].layout.num_parts(index)):
+            start, stop = plan.merges[0].layout.part(index, number)
             parts.append(store.write_part(uri, upload, number + 1, start, memoryview(buffers[0])[: stop - start]))
         store.complete_upload(uri, upload, parts)
 
@@ -152,11 +152,12 @@ def compare(
     """Print a table for one number of models."""
     run: dict[str, object] = {"executor": "local", "workers": 1}
     plan = ties_ray.plan(recipe_of(place, num_models, storage=storage, run=run))
+    layout = plan.merges[0].layout
     click.echo(
-        f"\n{num_models} models of {plan.layout.num_elements / 1e6:,.0f} M elements: read {plan.bytes_read / 1e9:.2f}"
+        f"\n{num_models} models of {layout.num_elements / 1e6:,.0f} M elements: read {plan.bytes_read / 1e9:.2f}"
         f" GB in all rounds, {plan.bytes_again / 1e9:.2f} of it again; write {plan.bytes_written / 1e9:.2f} GB"
     )
-    table = Table(1e9 / plan.layout.num_elements / num_models)
+    table = Table(1e9 / plan.merges[0].layout.num_elements / num_models)
     kinds = {one.partition("/")[0] for one in runs}
     idles = {name: measure.run(["-c", IDLE, name], ray=name == "ray").workers[0] for name in kinds}
     written = set()

@@ -142,14 +142,16 @@ def large_catalog(num_models: int, ways: int) -> "Catalog":
 
 def work_out(plan: "Plan") -> None:
     """Work out what each shard of all rounds covers."""
-    for one in plan.result.rounds:
-        for index in range(one.num_shards):
-            plan.layout.shard(one.kind, index, len(plan.result.models))
+    for merge in plan.merges:
+        for number, round_ in enumerate(merge.rounds):
+            for index in range(round_.num_shards):
+                merge.kind(number).shard(merge, round_, index)
 
 
 def plan_large(num_models: int) -> None:
     """Print what it takes to plan, to store the plan, to load it, and to work out all shards from it."""
-    from ties_ray.planning.plan import PLAN_FORM, make_plan
+    from ties_ray.planning.plan import PLAN_FORM
+    from ties_ray.planning.planner import make_plan
     from ties_ray.recipe.parse import validate
 
     def taken(step: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -166,7 +168,7 @@ def plan_large(num_models: int) -> None:
         stored, written, _ = taken(plan.to_json)
         loaded, read, more = taken(functools.partial(PLAN_FORM.validate_json, stored))
         _, worked_out, _ = taken(functools.partial(work_out, loaded))
-        shards = sum(one.num_shards for one in loaded.result.rounds)
+        shards = loaded.num_shards
         measure.row((f"{ways} ways", shards, made, grown, written, len(stored) / 1e6,
                      len(gzip.compress(stored, 1)) / 1e6, read, more, worked_out))  # fmt: skip
 

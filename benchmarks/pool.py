@@ -233,7 +233,7 @@ def main(
                 seen = measure.run(["-c", CHILD, file.name], ray=executor == "ray")
             told = json.loads(seen.output)
             result, elements, factors = told["result"], shape.elements(adapters[:count]), sum(sizes[:count])
-            planned = sum(round_.requests for round_ in plan.result.rounds)
+            planned = sum(round_.requests for round_ in plan.merges[0].rounds)
             peak = max(worker.anonymous for worker in seen.workers) - idle.anonymous
             cpu = sum(worker.cpu - idle.cpu for worker in seen.workers)
             measure.row((count, elements / 1e9, factors / 1e9, result["bytes_read"] / 1e9,

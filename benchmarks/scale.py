@@ -18,22 +18,28 @@ import tracemalloc
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
 from benchmarks import measure
 from benchmarks.planning import large_catalog
+from ties_ray.driver.crew import DEPTH, Crew
 from ties_ray.driver.dispatch import Stage
+from ties_ray.driver.meters import Meters
+from ties_ray.driver.run import MergeRun
 from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
-from ties_ray.operations.merging import DEPTH, MergeRun
-from ties_ray.planning.plan import Plan, make_plan
+from ties_ray.layout.sizes import SIZES
+from ties_ray.planning.plan import Plan
+from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.parse import validate
-from ties_ray.state.manifest import D, Manifest, Record, Written
+from ties_ray.rounds import Folded, Merge, Record
+from ties_ray.rounds.merge import Parts, Written
+from ties_ray.state.manifest import Manifest
 from ties_ray.stores import Part, Stores
-from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order
-from ties_ray.worker.worker import RECORD_SECONDS, RECORD_SHARDS
+from ties_ray.worker.batch import RECORD_SECONDS
+from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order, Traffic
 
 
 class World(NamedTuple):
@@ -82,7 +88,9 @@ class Simulated(Executor):
 
     name = "simulated"
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: World, seed: int, *, folds: tuple[Manifest, Plan] | None = None) -> None:
+        """folds: where folds store that every threshold is settled, for merges of whole rounds."""
+        self._folds = folds
         self.now = 0.0
         self.cpu = 0.0
         """Seconds that this simulation took itself."""
@@ -179,8 +187,11 @@ class Simulated(Executor):
         one.busy = True
         seconds, answer = 0.0, Answer()
         old = one.batch and self.now - one.since >= RECORD_SECONDS
-        if order.action == "flush" or old or len(one.batch) >= RECORD_SHARDS:
+        if order.action == "flush" or old or len(one.batch) >= SIZES.record_shards:
             seconds, answer = self._world.record, self._record(worker, one)
+        if order.action == "fold" and self._folds:
+            manifest, plan = self._folds
+            manifest.write_folded(plan.merges[0], order.round, order.index, Folded(()))
         if order.action == "shard":
             if one.done == one.hangs_at:
                 return
@@ -190,7 +201,7 @@ class Simulated(Executor):
             one.batch[order.index] = work
             one.done += 1
             seconds += work
-        told = replace(answer, bytes_read=2**28, bytes_written=2**26, requests=33, seconds={
+        told = replace(answer, traffic=Traffic(bytes_read=2**28, bytes_written=2**26, requests=33), seconds={
             "work": seconds, "wait_read": seconds / 7, "wait_write": seconds / 9})  # fmt: skip
         self._at(self.now + seconds, worker, Answered(worker, ticket, ANSWER.dump_json(told).decode()))
 
@@ -227,7 +238,7 @@ def simulate(world: World, seed: int = 0) -> Story:
     began = time.process_time()
     schedule = Schedule([1] * world.shards, world.workers, depth=DEPTH)
     stage = Stage(
-        schedule, executor, lambda shard: Order("shard", 2, shard), first_ticket=3 << 40,
+        schedule, executor, lambda shard: Order("shard", round=2, index=shard), first_ticket=3 << 40,
         records=True, slow="repeat" if world.repeats else "replace", patience=world.patience,
         clock=lambda: executor.now,
     )  # fmt: skip
@@ -268,26 +279,36 @@ WORLDS = {
 class Distant(Manifest):
     """A manifest in a store that takes a while to answer."""
 
-    def read_record(self, round_: int, plan: Plan, name: str) -> Record:
+    def read_record(self, merge: Merge, round_: int, name: str) -> Record[Any]:
         """Return one record, 10 ms later."""
         time.sleep(0.01)
-        return super().read_record(round_, plan, name)
-
-    def _fitting(self, found: D, plan: Plan, round_: int, uri: str) -> D:
-        return found  # these records are of no plan
+        return super().read_record(merge, round_, name)
 
 
-def records_read(plan: Plan, shards: int) -> tuple[int, float, float]:
-    """Return how many records of 256 shards with a part each there are, and CPU and all seconds of reading them."""
-    manifest = Distant(Stores({}), "memory://scale/records")
-    for first in range(0, shards, RECORD_SHARDS):
-        own = range(first, min(first + RECORD_SHARDS, shards))
-        parts = (Written(shard // 80, Part(shard % 80 + 1, 2**26, "9b" * 16, "1a2b3c4d"), "1a2b3c4d") for shard in own)
-        manifest.write_record(f"{first:08d}-{0:012x}-000000.json", Record(2, tuple(own), tuple(parts)))
-    names = manifest.record_names(2)
+def records_read(plan: Plan) -> tuple[int, float, float]:
+    """Return how many records of 256 shards with their parts there are, and CPU and all seconds of reading them."""
+    manifest, merge = Distant(Stores({}), "memory://scale/records"), plan.merges[0]
+    last = len(merge.rounds) - 1
+    shards = merge.rounds[last].num_shards
+    for first in range(0, shards, SIZES.record_shards):
+        own = range(first, min(first + SIZES.record_shards, shards))
+        parts = Parts(tuple(part for shard in own for part in _parts(merge, shard)), tuple(_uploads(merge)))
+        manifest.write_record(merge, f"{first:08d}-{0:012x}-000000.json", Record(last, tuple(own), parts))
+    names = manifest.record_names(last)
     began, cpu = time.monotonic(), time.process_time()
-    read = list(manifest.read_records(2, plan, names))
+    read = list(manifest.read_records(merge, last, names))
     return len(read), time.process_time() - cpu, time.monotonic() - began
+
+
+def _parts(merge: Merge, shard: int) -> Iterator[Written]:
+    covered = merge.layout.merge_shard(shard, 0)
+    for number in range(*covered.parts):
+        start, stop = merge.layout.part(covered.file, number)
+        yield Written(covered.file, Part(number + 1, stop - start, "9b" * 16, "1a2b3c4d"), "1a2b3c4d")
+
+
+def _uploads(merge: Merge) -> Iterator[tuple[int, str]]:
+    return ((file, "upload") for file in range(len(merge.result.files)))
 
 
 def whole_merge(num_models: int, workers: int) -> tuple[Plan, float]:
@@ -297,10 +318,13 @@ def whole_merge(num_models: int, workers: int) -> tuple[Plan, float]:
     plan = make_plan(validate(recipe), large_catalog(num_models, 1))
     stores = Stores({})
     manifest = Manifest(stores, Manifest.folder_of(plan.output, plan.run_id))
-    run = MergeRun(plan, stores, manifest, resumed=False, watch=lambda progress: None, trace=None)
-    executor = Simulated(World(workers=workers), 0)
+    meters = Meters(lambda progress: None, None)
+    run = MergeRun(plan, stores, manifest, meters, resumed=False)
+    executor = Simulated(World(workers=workers), 0, folds=(manifest, plan))
+    crew = Crew(executor, meters, plan.recipe.run.patience)
     began = time.process_time()
-    run.execute(executor)
+    crew.start(plan, run.setup(profiled=False))
+    run.execute(crew)
     return plan, time.process_time() - began - executor.cpu
 
 
@@ -313,10 +337,12 @@ def driver_cost(shards: int, workers: int, models: int) -> None:
         gc.collect()
         measure.row((f"a round: {kind}", shards, workers, story.cpu, story.cpu / shards * 1e3, _peak(world)))
     plan, seconds = whole_merge(models, workers)
-    done = sum(one.num_shards for one in plan.result.rounds)
+    done = plan.num_shards
     measure.row((f"all rounds: {models} models of 70B", done, workers, seconds, seconds / done * 1e3, "-"))
-    count, cpu, took = records_read(plan, shards)
-    measure.row((f"reading {count} records, 10 ms away: {took:.1f} s", shards, "-", cpu, cpu / shards * 1e3, "-"))
+    count, cpu, took = records_read(plan)
+    measure.row(
+        (f"reading {count} records, 10 ms away: {took:.1f} s", plan.merges[0].rounds[-1].num_shards, "-", cpu, "-", "-")
+    )
 
 
 def _peak(world: World) -> float:

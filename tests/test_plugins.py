@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.tools import oracle
 from tests.tools.families import Family, raw_bytes
-from tests.tools.merging import digests, merge, recipe_of, same_bits
+from tests.tools.merging import digests, merge, read_tensors, recipe_of, same_bits
 from tests.tools.oracle import Rules
 from ties_ray import plugins
 from ties_ray.errors import RecipeError
@@ -74,6 +75,25 @@ def test_a_method_is_one_file(family_of: MakeFamily, tmp_path: Path, drop: Calla
     command(drop("methods/plain_ties.py"), family, output, method)
     merge(family, tmp_path / "wanted", {"name": "ties", "density": 0.3})
     assert digests(tmp_path / "out") == digests(tmp_path / "wanted")
+
+
+def test_a_kind_of_round_is_one_file(family_of: MakeFamily, tmp_path: Path, drop: Callable[[str], Path]) -> None:
+    """A method that asks for it is another file; shards, records, barrier and result are the kind's own."""
+    folder, family = drop("rounds/peaks.py"), family_of(num_models=3, shards=2)
+    (folder / "methods").mkdir()
+    shutil.copy(OURS / "methods" / "even_peaks.py", folder / "methods")
+    record = command(folder, family, str(tmp_path / "out"), "even_peaks")
+    base = family.base_tensors
+    merged = {name for name, tensor in base.items() if tensor.is_floating_point() and tensor.numel()}
+    changes = [{name: each[name].float() - base[name].float() for name in merged} for each in family.model_tensors]
+    peaks = [max(float(change[name].abs().max()) for name in merged) for change in changes]
+    told = np.array(list(record["statistics"].values()), np.uint32).view(np.float32)
+    assert told.tolist() == peaks
+    written = read_tensors(tmp_path / "out")
+    for name in merged:
+        scaled = [change[name].double() * (peaks[0] / peak) / 3 for change, peak in zip(changes, peaks, strict=True)]
+        wanted = base[name].double() + sum(scaled)
+        assert torch.allclose(written[name].double(), wanted, rtol=2**-7, atol=1e-6), name
 
 
 def test_an_output_kind_is_one_file(family_of: MakeFamily, tmp_path: Path, drop: Callable[[str], Path]) -> None:

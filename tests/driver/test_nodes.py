@@ -174,7 +174,7 @@ def test_a_shard_that_always_fails_ends_the_run_and_the_mended_run_continues(
 def assert_continues(recipe: Recipe, wanted: dict[str, str]) -> None:
     """Merge again after a failure in the last round: nothing of the rounds before is done again."""
     result = merging.merge(recipe)
-    rounds = carried_out(result).result.rounds
+    rounds = carried_out(result).merges[0].rounds
     assert result.resumed
     assert result.shards_done_before >= sum(round_.num_shards for round_ in rounds[:-1])
     assert result.bytes_read <= rounds[-1].bytes_read
@@ -392,7 +392,7 @@ def test_the_workers_of_a_killed_driver_go_with_it_and_the_same_command_continue
     with command(recipe, trouble.parent) as process:
         assert process.wait(120) == 0, (trouble.parent / "log").read_text()
     result = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
-    rounds = carried_out(MergeResult.model_validate(result)).result.rounds
+    rounds = carried_out(MergeResult.model_validate(result)).merges[0].rounds
     assert result["resumed"]
     assert result["shards_done_before"] >= sum(round_.num_shards for round_ in rounds[:-1])
     assert (result["workers_lost"], result["shards_again"]) == (0, 0)

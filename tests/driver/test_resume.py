@@ -1,5 +1,6 @@
 """Promises 6, 7 and 8: kill anything, lose nothing; nothing half-made is visible; nothing is skipped silently."""
 
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from tests.tools.families import Family
 from tests.tools.merging import INDEX, LOCAL, digests, merge, merge_and_die, read_tensors, recipe_of
 from tests.tools.oracle import Rules
 from ties_ray import kernels
+from ties_ray.driver import result as result_record
 from ties_ray.errors import InputError, InterruptedMerge, RecipeError
 from ties_ray.operations import merging
 from ties_ray.recipe.recipe import Recipe
@@ -91,7 +93,7 @@ def test_the_same_command_continues_wherever_the_run_was_killed(
     assert digests(tmp_path / "out") == wanted
     assert result.status == "done"
     assert result.resumed == ("before the start" not in name)
-    rounds = merging.plan(recipe).result.rounds
+    rounds = merging.plan(recipe).merges[0].rounds
     assert result.shards_done_before == sum(round_.num_shards for round_ in rounds[:rounds_done])
     assert result.bytes_read == sum(round_.bytes_read for round_ in rounds[rounds_done:])
     assert not list((tmp_path / "out").glob(".*.ties-ray-part"))
@@ -124,7 +126,7 @@ def test_a_forgotten_upload_takes_only_its_own_parts_with_it(
     assert merge_and_die(recipe, plugged) == -9
     result = merging.merge(recipe)
     assert digests(tmp_path / "out") == wanted
-    *before, last = merging.plan(recipe).result.rounds
+    *before, last = merging.plan(recipe).merges[0].rounds
     assert 0 < result.shards_done_before - sum(round_.num_shards for round_ in before) < last.num_shards
     ((name, since),) = complete.items()
     assert (tmp_path / "out" / name).stat().st_mtime_ns == since
@@ -143,7 +145,7 @@ def test_uploads_forgotten_during_a_merge_are_begun_again_by_itself(
     result = merging.merge(recipe, watch=watch)
     assert len(forgotten) == 2
     assert digests(tmp_path / "out") == wanted
-    *before, last = merging.plan(recipe).result.rounds
+    *before, last = merging.plan(recipe).merges[0].rounds
     assert result.shards_done_before == sum(round_.num_shards for round_ in before)
     assert result.bytes_read == merging.plan(recipe).bytes_read + last.bytes_read
 
@@ -154,15 +156,16 @@ def test_workers_of_another_try_do_not_inherit_the_quarantine_of_the_first(
     """Nobody would ever say that they are ready, and with one worker nothing would ever be done."""
     run = {**LOCAL, "workers": 1}
     recipe = recipe_of(large, {"path": str(tmp_path / "out"), "file_size": "15MB"}, OFFICIAL, run=run)
-    publish = merging.MergeRun.publish
+    publish = result_record.publish
+    tries = itertools.count(1)
 
-    def lost_at_the_end(self: merging.MergeRun, *given: Any) -> MergeResult:
-        if self._tries == 1:
-            self._quarantined = frozenset({0})
+    def lost_at_the_end(run: Any, crew: Any, *given: Any, **named: Any) -> MergeResult:
+        if next(tries) == 1:
+            crew._quarantined = frozenset({0})
             forget_uploads(recipe)
-        return publish(self, *given)
+        return publish(run, crew, *given, **named)
 
-    monkeypatch.setattr(merging.MergeRun, "publish", lost_at_the_end)
+    monkeypatch.setattr(result_record, "publish", lost_at_the_end)
     merging.merge(recipe)
     assert digests(tmp_path / "out") == wanted
 

@@ -129,7 +129,7 @@ def test_rows_that_a_model_lacks_keep_the_bases_and_the_plan_still_tells_all_rea
         output = str(tmp_path / f"out-{name}")
         given = recipe(tmp_path, at["base"], at[name], at["other"], method=method, allow=allow, output=output)
         result = merging.merge(given)
-        assert result.requests == sum(one.requests for one in carried_out(result).result.rounds)
+        assert result.requests == sum(one.requests for one in carried_out(result).merges[0].rounds)
         assert result.bytes_read == carried_out(result).bytes_read
         found[name] = digests(output)
     assert found["whole"] == found["short"]

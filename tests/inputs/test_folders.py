@@ -12,7 +12,7 @@ from ties_ray.errors import InputError, RecipeError
 from ties_ray.inputs.catalog import Catalog, read_catalog
 from ties_ray.operations import merging
 from ties_ray.outputs import Output
-from ties_ray.planning.plan import make_plan
+from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.stores import Store, Stores
@@ -204,14 +204,14 @@ def test_a_model_is_written_under_the_names_that_its_library_opens(
         write(store, f"{root}/{name}", {file: data or weights(value) for file, data in files.items()})
     plan = make_plan(recipe := recipe_of(root, f"{root}/m"), read_catalog(recipe, stores))
     assert plan.library.name == library
-    assert [file.name for file in plan.result.files] == [f"{written}.safetensors"]
+    assert [file.name for file in plan.files] == [f"{written}.safetensors"]
     small = make_plan(recipe := recipe_of(root, f"{root}/m", output={"file_size": 40}), read_catalog(recipe, stores))
-    names = [file.name for file in small.result.files]
+    names = [file.name for file in small.files]
     one = [f"{written}.safetensors"]
     assert names == ([f"{written}-00001-of-00002.safetensors", f"{written}-00002-of-00002.safetensors"]
                      if small.library.shards else one)  # fmt: skip
     output: Output = small.recipe.output
-    index = output.index(small.result.files, small.catalog.parameters, {}, small.library)
+    index = output.index(small.files, small.catalog.parameters, {}, small.library)
     assert (index and index[0]) == (f"{written}.safetensors.index.json" if len(names) > 1 else None)
 
 

@@ -17,6 +17,7 @@ from tests.conftest import Bucket
 from tests.tools import oracle
 from tests.tools.families import Family, write_checkpoint
 from tests.tools.merging import INDEX, LOCAL, read_tensors, recipe_of, same_bits
+from ties_ray.driver import result as result_record
 from ties_ray.errors import InputError
 from ties_ray.operations import merging
 from ties_ray.stores import Stores, join
@@ -114,7 +115,7 @@ def test_a_bucket_is_merged_into_and_a_death_between_upload_and_index_is_mended(
         raise KeyboardInterrupt("the machine is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "publish_documents", die)
+        patch.setattr(result_record, "publish_documents", die)
         with pytest.raises(KeyboardInterrupt, match="the machine is gone"):
             merging.merge(recipe)
     names = {pin.uri.rpartition("/")[2] for pin in stores.of(s3_bucket.uri).list(f"{s3_bucket.uri}/out").files}

@@ -8,9 +8,9 @@ import pytest
 
 from tests.tools.families import Family
 from tests.tools.merging import LOCAL, digests, merge
+from ties_ray.driver import crew
 from ties_ray.driver.schedule import Schedule
 from ties_ray.errors import InputError, Problem, UnavailableError
-from ties_ray.operations import merging
 from ties_ray.worker import worker
 
 MakeFamily = Callable[..., Family]
@@ -51,7 +51,7 @@ def test_a_worker_in_quarantine_gets_no_work_in_later_stages(
             owners.extend(self.owners if len(losses) > 1 else ())
             return super().quarantined | {1}
 
-    monkeypatch.setattr(merging, "Schedule", Suspicious)
+    monkeypatch.setattr(crew, "Schedule", Suspicious)
     merge(family, tmp_path / "out", "ties", run=TWO)
     assert losses[0] == frozenset()
     assert len(losses) > 3

@@ -27,10 +27,10 @@ def test_a_dead_run_shows_how_far_it_came(stage: str, merged: bool, family_of: M
     assert (run.run_id, run.generation, run.problem) == (plan.run_id, 1, "")
     assert run.uploads == ["model.safetensors"]
     *counting, last = run.rounds
-    assert [round_.name for round_ in run.rounds] == [round_.name for round_ in plan.result.rounds]
+    assert [round_.name for round_ in run.rounds] == [round_.name for round_ in plan.merges[0].rounds]
     assert all(round_.done == round_.shards for round_ in counting)
-    assert counting[0].shards == plan.result.rounds[0].num_shards > 0
-    assert (last.done, last.shards) == (last.shards if merged else 0, plan.result.rounds[-1].num_shards)
+    assert counting[0].shards == plan.merges[0].rounds[0].num_shards > 0
+    assert (last.done, last.shards) == (last.shards if merged else 0, plan.merges[0].rounds[-1].num_shards)
     merging.merge(recipe)
     state = status(Stores({}), str(tmp_path / "out"))
     assert state.result

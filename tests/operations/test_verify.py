@@ -188,11 +188,11 @@ def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
 def repair(output: Path) -> None:
     """Make every recorded checksum that of the bytes as they are now, so that only the inputs can tell."""
     plan, manifest = run_of(output)
-    for path in Path(manifest.folder, "records", str(len(plan.result.rounds) - 1)).glob("*.json"):
+    for path in Path(manifest.folder, "records", str(len(plan.merges[0].rounds) - 1)).glob("*.json"):
         record = json.loads(path.read_bytes())
         for written in record["parts"]:
-            data = (output / plan.result.files[written[0]].name).read_bytes()
-            start, stop = plan.layout.part(written[0], written[1][0] - 1)
+            data = (output / plan.files[written[0]].name).read_bytes()
+            start, stop = plan.merges[0].layout.part(written[0], written[1][0] - 1)
             written[2] = crc32c(memoryview(data[start:stop]))
         path.write_text(json.dumps(record))
     result = json.loads((output / RESULT_NAME).read_bytes())
@@ -246,11 +246,11 @@ def test_one_element_that_the_inputs_do_not_give_is_found_though_all_checksums_a
     plan, _ = run_of(output)
     number, name, start = next(
         (number, placed.tensor.name, placed.start)
-        for number, file in enumerate(plan.result.files)
+        for number, file in enumerate(plan.files)
         for placed in file.tensors
         if placed.tensor.dtype == "BF16" and len(placed.tensor.shape) == 2 and placed.stop > placed.start + 2 * 150
     )
-    path = output / plan.result.files[number].name
+    path = output / plan.files[number].name
     position = start + 2 * 123
     patch(path, position, bytes([path.read_bytes()[position] ^ 1]))
     repair(output)

@@ -17,8 +17,9 @@ from ties_ray.cli.screen import show
 from ties_ray.cli.text import of_plan, of_result
 from ties_ray.inputs.catalog import Catalog
 from ties_ray.operations import merging
-from ties_ray.planning.forecast import Pace, Rates, Work, loads, observed, predict
-from ties_ray.planning.plan import Plan, make_plan
+from ties_ray.planning.forecast import Progressed, ProgressForecast, Rates, observed, predict, work_of
+from ties_ray.planning.plan import Plan
+from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import MergeResult, plan_record
 from ties_ray.stores import Stores
@@ -49,36 +50,36 @@ def in_a_bucket(catalog: Catalog) -> Catalog:
 
 
 def with_ns(rates: Rates, plan: Plan, ns: float) -> Rates:
-    return rates.model_copy(update={"dense": {one.name: ns for one in plan.result.rounds}})
+    return rates.model_copy(update={"dense": {one.name: ns for one in plan.merges[0].rounds}})
 
 
 def test_a_round_has_to_do_what_its_models_store() -> None:
     catalog = catalog_of(PARAMETERS, 4)
     whole = replace(catalog.models[2], density=1.0)
     plan = make_plan(recipe_for(4), replace(catalog, models=(*catalog.models[:2], whole, catalog.models[3])))
-    high, low, merge = loads(plan, workers=1)
+    high, low, merge = work_of(plan, workers=1)
     assert high.dense == low.dense == 3 * ELEMENTS  # what is not trimmed is not counted
     assert merge.dense == 4 * ELEMENTS
     assert merge.factors == 0
     assert (high.bytes_written, merge.bytes_written) == (0, plan.bytes_written)
-    assert [one.bytes_read for one in (high, low, merge)] == [one.bytes_read for one in plan.result.rounds]
+    assert [one.bytes_read for one in (high, low, merge)] == [one.bytes_read for one in plan.merges[0].rounds]
 
 
 def test_of_short_models_no_second_count_is_foreseen() -> None:
     short = [one._replace(dtype="BF16") for one in PARAMETERS]
-    high, low, merge = loads(make_plan(recipe_for(4), catalog_of(short, 4)), workers=1)
+    high, low, merge = work_of(make_plan(recipe_for(4), catalog_of(short, 4)), workers=1)
     assert (low.dense, low.bytes_read, low.requests) == (0, 0, 0)
     assert high.dense == merge.dense == 4 * ELEMENTS
 
 
 def test_what_workers_keep_of_a_bucket_is_not_read_again() -> None:
     local, remote = plan_of(local=True), in_a_bucket(catalog_of(PARAMETERS, 4))
-    once = local.result.rounds[0].bytes_read
+    once = local.merges[0].rounds[0].bytes_read
     half = make_plan(recipe_for(4, run={**LOCAL, "cache": 0, "disk_cache": once // 2}), remote)
-    assert [one.bytes_read for one in loads(local, 1)] == [once] * 3
-    assert [one.bytes_read for one in loads(half, 1)] == pytest.approx([once, once // 2, once // 2], rel=1e-6)
-    assert [one.bytes_read for one in loads(half, 2)] == pytest.approx([once, 0, 0], abs=16)
-    assert [one.requests for one in loads(half, 2)][1:] == [0, 0]
+    assert [one.bytes_read for one in work_of(local, 1)] == [once] * 3
+    assert [one.bytes_read for one in work_of(half, 1)] == pytest.approx([once, once // 2, once // 2], rel=1e-6)
+    assert [one.bytes_read for one in work_of(half, 2)] == pytest.approx([once, 0, 0], abs=16)
+    assert [one.requests for one in work_of(half, 2)][1:] == [0, 0]
 
 
 @pytest.mark.parametrize("bound", ["read", "merge", "write"])
@@ -92,7 +93,7 @@ def test_the_slowest_of_reading_merging_and_writing_sets_the_pace(bound: str) ->
     found = predict(plan, rates, 1)
     assert found
     assert found.rounds[-1].bound == bound
-    last = plan.result.rounds[-1].bytes_read / 1e9, 4 * ELEMENTS * 2e-9, plan.bytes_written / 1e8
+    last = plan.merges[0].rounds[-1].bytes_read / 1e9, 4 * ELEMENTS * 2e-9, plan.bytes_written / 1e8
     assert found.rounds[-1].seconds == pytest.approx(last[["read", "merge", "write"].index(bound)], rel=0.01)
     if bound == "write":  # nothing is written before the last round
         assert found.rounds[0].seconds < 0.01
@@ -101,7 +102,7 @@ def test_the_slowest_of_reading_merging_and_writing_sets_the_pace(bound: str) ->
 @pytest.mark.parametrize("local", [False, True])
 def test_stages_overlap_unless_a_worker_copies_by_itself_what_it_merges(local: bool) -> None:
     plan = plan_of(local=local)
-    read = sum(one.bytes_read for one in plan.result.rounds) / 1e9
+    read = sum(one.bytes_read for one in plan.merges[0].rounds) / 1e9
     both = with_ns(QUICK, plan, 1.0).model_copy(update={"read": 1e9})
     alone = predict(plan, with_ns(QUICK, plan, 1.0), 1)
     found = predict(plan, both, 1)
@@ -111,7 +112,7 @@ def test_stages_overlap_unless_a_worker_copies_by_itself_what_it_merges(local: b
         assert found.seconds == pytest.approx(read + alone.seconds, rel=1e-6)
     else:  # but for the first reads and the last part of each shard
         assert max(read, alone.seconds) < found.seconds < read + alone.seconds
-    shown = observed(plan, 0, Work(1, 10**9, 0, seconds=10.0, waited=4.0))
+    shown = observed(plan, 0, Progressed(1, 10**9, 0, seconds=10.0, waited=4.0))
     assert shown.read == 10**9 / (4 if local else 10)
 
 
@@ -121,7 +122,7 @@ def test_rounds_and_start_add_up_and_more_workers_take_as_much_less() -> None:
     one, four, enough, more = filter(None, (predict(plan, rates, workers) for workers in (1, 4, 10_000, 20_000)))
     assert one.seconds == pytest.approx(7 + sum(round_.seconds for round_ in one.rounds))
     assert (one.seconds - 7) / (four.seconds - 7) == pytest.approx(4, rel=0.1)
-    longest = max(round_.num_shards for round_ in plan.result.rounds)
+    longest = max(round_.num_shards for round_ in plan.merges[0].rounds)
     assert (one.seconds - 7) / (enough.seconds - 7) <= longest  # a shard is done by one worker
     assert more.seconds == enough.seconds
 
@@ -131,7 +132,7 @@ def test_small_requests_take_their_time_where_there_is_little_to_read() -> None:
     found = predict(plan, QUICK.model_copy(update={"request": 0.1}), 1)
     assert found
     assert [one.seconds for one in found.rounds] == pytest.approx(
-        [one.requests * 0.1 / plan.ahead for one in plan.result.rounds], rel=0.01
+        [one.requests * 0.1 / plan.ahead for one in plan.merges[0].rounds], rel=0.01
     )
 
 
@@ -139,7 +140,7 @@ def test_what_is_done_takes_no_more_time() -> None:
     plan = plan_of()
     rates = with_ns(QUICK, plan, 1.0)
     whole = predict(plan, rates, 1)
-    last = predict(plan, rates, 1, [0, 0, plan.result.rounds[-1].num_shards])
+    last = predict(plan, rates, 1, [0, 0, plan.merges[0].rounds[-1].num_shards])
     assert whole
     assert last
     assert [one.seconds for one in last.rounds] == [0, 0, whole.rounds[-1].seconds]
@@ -147,36 +148,36 @@ def test_what_is_done_takes_no_more_time() -> None:
 
 def test_of_condensing_nothing_is_predicted() -> None:
     plan = plan_of()
-    condense = plan.result.rounds[-1]._replace(kind="condense")
-    result = replace(plan.result, rounds=(*plan.result.rounds[:-1], condense))
+    condense = plan.merges[0].rounds[-1]._replace(kind="condense")
+    result = replace(plan.results[0], rounds=(*plan.merges[0].rounds[:-1], condense))
     assert predict(replace(plan, results=(result,)), QUICK, 1) is None
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_first_shards_tell_of_all_the_rest(workers: int) -> None:
     plan = plan_of()
-    high = plan.result.rounds[0]
-    pace = Pace(plan, 0, workers, high.num_shards)
-    shard = Work(1, high.bytes_read // high.num_shards, 0, seconds=10.0, waited=0.0)
+    high = plan.merges[0].rounds[0]
+    pace = ProgressForecast(plan, 0, workers, high.num_shards)
+    shard = Progressed(1, high.bytes_read // high.num_shards, 0, seconds=10.0, waited=0.0)
     told = [pace.add(shard) for _ in range(2 * workers)]
     assert told[:-1] == [None] * (2 * workers - 1)
     assert told[-1] is not None
     left = -(-(high.num_shards - 2 * workers) // workers) * 10.0
-    work = sum(one.bytes_read for one in plan.result.rounds[1:]) / high.bytes_read * high.num_shards * 10.0 / workers
+    work = sum(one.bytes_read for one in plan.merges[0].rounds[1:]) / high.bytes_read * high.num_shards * 10.0 / workers
     assert told[-1] == pytest.approx(left + work, rel=0.45)  # counting low bits takes 0.6 of it
 
 
 def test_records_that_a_counting_round_writes_say_nothing_of_writing_weights() -> None:
     plan = plan_of()
-    few = Work(2, 10**9, 1000, seconds=2.0, waited=0.0)
+    few = Progressed(2, 10**9, 1000, seconds=2.0, waited=0.0)
     assert observed(plan, 0, few).write == observed(plan, 0, few).read == 5e8
     assert observed(plan, 2, few._replace(bytes_written=10**7)).write == 5e6
 
 
 def test_time_spent_waiting_is_not_the_kernels() -> None:
     plan = plan_of()
-    high = plan.result.rounds[0]
-    share = Work(2, 2 * high.bytes_read // high.num_shards, 0, seconds=10.0, waited=10.0)
+    high = plan.merges[0].rounds[0]
+    share = Progressed(2, 2 * high.bytes_read // high.num_shards, 0, seconds=10.0, waited=10.0)
     rates = observed(plan, 0, share)
     assert set(rates.dense.values()) == {0.0}
     assert rates.read == pytest.approx(share.bytes_read / 10)
@@ -188,7 +189,7 @@ def test_time_spent_waiting_is_not_the_kernels() -> None:
 def test_rates_are_measured_on_the_models_themselves(family_of: Callable[..., Family], tmp_path: Path) -> None:
     plan = merging.plan(recipe_of(family_of(), tmp_path / "out", "ties"))
     rates = measure(plan, Stores({}))
-    assert rates.dense.keys() == {one.name for one in plan.result.rounds}
+    assert rates.dense.keys() == {one.name for one in plan.merges[0].rounds}
     assert all(ns > 0 for ns in rates.dense.values())
     assert rates.factors == {}
     assert min(rates.read, rates.write, rates.request) > 0
@@ -200,9 +201,9 @@ def test_rates_of_a_pool_are_those_of_its_factors(tmp_path: Path) -> None:
     given = {"base": pool.base, "models": list(pool.adapters), "method": "ties", "run": LOCAL}
     plan = merging.plan(validate({**given, "output": {"path": str(tmp_path / "out"), "kind": "checkpoint"}}))
     rates = measure(plan, Stores({}))
-    assert rates.factors.keys() == {one.name for one in plan.result.rounds}
+    assert rates.factors.keys() == {one.name for one in plan.merges[0].rounds}
     assert all(ns > 0 for ns in rates.factors.values())
-    assert loads(plan, workers=1)[-1].factors > 0
+    assert work_of(plan, workers=1)[-1].factors > 0
 
 
 def test_a_plan_tells_machines_and_people_how_long_it_takes(family_of: Callable[..., Family], tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_plan_tells_machines_and_people_how_long_it_takes(family_of: Callable[
         assert done.exit_code == 0, done.output
         return done.stdout
 
-    record, without = json.loads(told("--json")), json.loads(told("--json", "--no-rates"))
+    record, without = json.loads(told("--json")), json.work_of(told("--json", "--no-rates"))
     forecast = record.pop("forecast")
     assert without.pop("forecast") is None
     assert record == without

@@ -12,13 +12,13 @@ from tests.tools.families import Family
 from tests.tools.merging import recipe_of
 from ties_ray.errors import RecipeError
 from ties_ray.inputs.catalog import Catalog, Model, read_catalog
-from ties_ray.layout import shards
 from ties_ray.layout.reads import runs_of
-from ties_ray.layout.shards import MODEL_GROUP, Segment, elements_in
+from ties_ray.layout.shards import Segment, elements_in
+from ties_ray.layout.sizes import SIZES
 from ties_ray.operations import merging
 from ties_ray.outputs import PART_ALIGNMENT
-from ties_ray.planning import plan as planning
-from ties_ray.planning.plan import PLAN_FORM, make_plan
+from ties_ray.planning.plan import PLAN_FORM
+from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS
@@ -66,41 +66,45 @@ def test_shards_cover_every_byte_of_every_file_and_every_element_once(
 ) -> None:
     draw = random.Random(seed)
     part = PART_ALIGNMENT * draw.randint(1, 9)
-    monkeypatch.setattr(shards, "part_size", lambda recipe, files: part)
-    monkeypatch.setattr(shards, "MAX_SHARD", part * draw.randint(1, 4))
-    monkeypatch.setattr(shards, "MIN_RANGE", draw.choice([100, 4096, 2**20]))
-    monkeypatch.setattr(shards, "SHARDS_AT_LEAST", draw.choice([1, 7, 50]))
+    sizes = replace(
+        SIZES,
+        least_part=part,
+        most_part=part,
+        max_shard=part * draw.randint(1, 4),
+        min_range=draw.choice([100, 4096, 2**20]),
+        shards_at_least=draw.choice([1, 7, 50]),
+    )
     parameters = random_parameters(draw)
-    num_models = draw.choice([1, 2, MODEL_GROUP, MODEL_GROUP + 1])
+    num_models = draw.choice([1, 2, SIZES.model_group, SIZES.model_group + 1])
     output = {"path": "/out", "file_size": draw.choice(["1KB", "40KB", "5GB"])}
-    made = make_plan(recipe_for(num_models, output=output), catalog_of(parameters, num_models))
-    by_kind = {round_.kind: round_ for round_ in made.result.rounds}
-    layout = made.layout
+    made = make_plan(recipe_for(num_models, output=output), catalog_of(parameters, num_models), sizes)
+    (merge,) = made.merges
+    layout, final = merge.layout, len(merge.rounds) - 1
 
     elements = {parameter.name: [0] * parameter.numel for parameter in parameters}
-    written = {file: 0 for file in range(len(made.result.files))}
-    for index in range(by_kind["merge"].num_shards):
-        shard = layout.shard("merge", index, num_models)
+    written = {file: 0 for file in range(len(made.files))}
+    for index in range(merge.rounds[final].num_shards):
+        shard = merge.kind(final).shard(merge, merge.rounds[final], index)
         assert shard.models == (0, num_models)
         for number in range(*shard.parts):
             start, stop = layout.part(shard.file, number)
             assert start == written[shard.file], "parts follow one another"
-            assert stop - start == part or stop == made.result.files[shard.file].size
+            assert stop - start == part or stop == made.files[shard.file].size
             written[shard.file] = stop
-            held = max(0, min(stop, 8 + len(made.result.files[shard.file].header)) - start)
+            held = max(0, min(stop, 8 + len(made.files[shard.file].header)) - start)
             for placed, first, last in elements_in(layout, shard.file, number):
                 held += (last - first) * DTYPE_BITS[placed.tensor.dtype] // 8
                 for element in range(first, last):
                     elements[placed.tensor.parameter][element] += 1
             assert held == stop - start, "header and elements fill the part"
-    assert written == {number: file.size for number, file in enumerate(made.result.files)}
+    assert written == {number: file.size for number, file in enumerate(made.files)}
     assert all(count == 1 for counts in elements.values() for count in counts)
 
-    for kind in ("count_high", "count_low"):
+    for number, round_ in enumerate(merge.rounds[:final]):
         seen: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for index in range(by_kind[kind].num_shards):
-            shard = layout.shard(kind, index, num_models)
-            assert 0 < shard.models[1] - shard.models[0] <= MODEL_GROUP
+        for index in range(round_.num_shards):
+            shard = merge.kind(number).shard(merge, round_, index)
+            assert 0 < shard.models[1] - shard.models[0] <= SIZES.model_group
             for parameter, start, stop in shard.segments:
                 assert start < stop
                 for model in range(*shard.models):
@@ -142,10 +146,10 @@ def test_files_are_filled_up_to_their_size(seed: int) -> None:
     limit = draw.choice([3_000, 40_000, 200_000])
     recipe = recipe_for(output={"path": "/out", "file_size": limit})
     made = make_plan(recipe, catalog_of(parameters))
-    names = [placed.tensor.name for file in made.result.files for placed in file.tensors]
+    names = [placed.tensor.name for file in made.files for placed in file.tensors]
     assert sorted(names) == sorted(parameter.name for parameter in parameters)
-    for number, file in enumerate(made.result.files, start=1):
-        count = len(made.result.files)
+    for number, file in enumerate(made.files, start=1):
+        count = len(made.files)
         assert file.name == (f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors")
         assert (8 + len(file.header)) % PART_ALIGNMENT == 0
         sizes = [placed.stop - placed.start for placed in file.tensors]
@@ -164,7 +168,7 @@ def test_a_plan_survives_json(family_of: MakeFamily, tmp_path: Path) -> None:
     assert again == made
     assert again.to_json() == made.to_json()
     assert made.output == str(tmp_path / made.run_id)
-    assert [member.id for member in made.result.members] == ["0", "2"]
+    assert [member.id for member in made.merges[0].members] == ["0", "2"]
     assert any("weight 0, left out" in note for note in made.notes)
 
 
@@ -193,8 +197,8 @@ def test_a_thousand_models_are_planned_in_seconds_and_cost_a_kilobyte_each() -> 
     assert time.monotonic() - started < 10
     assert many.memory - few.memory <= 998 * 2**11, "only the plan itself has to be held"
     size = sum(parameter.numel * 2 for parameter in parameters)
-    groups = -(-1000 // MODEL_GROUP)
-    assert [round_.bytes_read for round_ in many.result.rounds] == [size * (1000 + groups)] * 2 + [size * 1001]
+    groups = -(-1000 // SIZES.model_group)
+    assert [round_.bytes_read for round_ in many.merges[0].rounds] == [size * (1000 + groups)] * 2 + [size * 1001]
     assert len(many.to_json()) < 40 * 2**20
 
 
@@ -211,7 +215,7 @@ def test_a_worker_never_needs_more_than_the_recipes_memory(
     made = make_plan(recipe, catalog_of(parameters, num_models))
     assert made.memory <= recipe.run.memory
     if num_models == 300 and made.recipe.method.name == "consensus" and memory == "128MiB":
-        assert made.result.rounds[-1].passes == 2, "300 slices do not fit, so they are read twice"
+        assert made.merges[0].rounds[-1].passes == 2, "300 slices do not fit, so they are read twice"
 
 
 @pytest.mark.parametrize(("memory", "ahead"), [("380MiB", [4]), ("420MiB", range(5, 16)), ("512MiB", [16])])
@@ -226,9 +230,9 @@ def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(
     plan = make_plan(recipe, far)
     assert plan.ahead in ahead
     assert plan.memory <= recipe.run.memory
-    assert {one.block for one in plan.result.rounds} == {4 * 2**20}
-    monkeypatch.setattr(planning, "MOST_AHEAD", 4)
-    assert plan.memory - make_plan(recipe, far).memory == (plan.ahead - 4) * 8 * 2**20
+    assert {one.block for one in plan.merges[0].rounds} == {4 * 2**20}
+    shallow = make_plan(recipe, far, replace(SIZES, most_ahead=4))
+    assert plan.memory - shallow.memory == (plan.ahead - 4) * 8 * 2**20
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("BF16", 2), ("F32", 4)])
@@ -238,11 +242,11 @@ def test_slices_of_local_files_that_are_needed_together_take_as_much_whatever_th
     parameters = [Parameter("p", (8192, 4096), dtype, True)]
     for number, together in ((2, 2), (4, 4), (8, 8), (16, 16), (300, 16)):
         ties, consensus = (
-            make_plan(recipe_for(number, method), catalog_of(parameters, number)).result.rounds
+            make_plan(recipe_for(number, method), catalog_of(parameters, number)).merges[0].rounds
             for method in ("ties", {"name": "consensus", "agree": 1})
         )
         assert [one.block for one in ties] == [2**20, 2**20, min(2**20, 2**23 // width // together)]
-        counting, merging = ties[0].run * min(number, MODEL_GROUP), ties[-1].run * number
+        counting, merging = ties[0].run * min(number, SIZES.model_group), ties[-1].run * number
         assert 2**21 < max(counting, merging) * width <= 2**23
         assert consensus[-1].block == max(2**17, min(2**20, 2**23 // width // number)), "it keeps all slices"
 
@@ -252,11 +256,11 @@ def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
     pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
     far = replace(local, base=replace(local.base, objects=pins))
     near, beside = (make_plan(recipe_for(8, "ties"), one) for one in (local, far))
-    assert [one.block for one in near.result.rounds] == [2**20, 2**20, 2**19]
-    assert {one.block for one in beside.result.rounds} == {4 * 2**20}, "one that is far is enough"
+    assert [one.block for one in near.merges[0].rounds] == [2**20, 2**20, 2**19]
+    assert {one.block for one in beside.merges[0].rounds} == {4 * 2**20}, "one that is far is enough"
     assert near.memory < beside.memory
     on_gpu = make_plan(recipe_for(8, "ties", run={"device": "cuda"}), local)
-    assert {one.block for one in on_gpu.result.rounds} == {4 * 2**20}, "a GPU would wait for Python more often"
+    assert {one.block for one in on_gpu.merges[0].rounds} == {4 * 2**20}, "a GPU would wait for Python more often"
 
 
 def test_too_little_memory_for_the_parts_is_refused() -> None:

@@ -24,6 +24,7 @@ from tests.tools.adapters import ATTENTION, MLP, Pool, make_pool, rounding_of
 from tests.tools.families import Family, Tensors, write_checkpoint
 from tests.tools.merging import LOCAL, draw_sizes, merge_and_die, read_tensors
 from tests.tools.oracle import Answer, Change, Rules
+from ties_ray.layout.sizes import Sizes
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
@@ -389,18 +390,18 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
     settings = {"rank": draw.choice([8, "auto"]), "energy": 0.8} if kind == "adapter" else {}
     whole = merged(pool, tmp_path / "whole", method, kind, settings=settings)
 
-    draw_sizes(draw, monkeypatch)
+    sizes = draw_sizes(draw)
     run = {**LOCAL, "workers": draw.choice([1, 2, 3]), "cache": draw.choice([0, 3000, "64MB"])}
     recipe = recipe_of(pool, tmp_path / "cut", method, kind, settings=settings, run=run)
 
     events = draw.randint(1, 60)
-    result = interrupted_after(events, recipe) or merging.merge(recipe)
+    result = interrupted_after(events, recipe, sizes) or merging.merge(recipe, sizes=sizes)
     assert digests_of(tmp_path / "cut") == digests_of(tmp_path / "whole")
     assert result.trims == whole.trims
     assert result.truncation == whole.truncation
 
 
-def interrupted_after(events: int, recipe: Recipe) -> MergeResult | None:
+def interrupted_after(events: int, recipe: Recipe, sizes: Sizes) -> MergeResult | None:
     """Merge until so many events have been seen; return the result if there were fewer."""
     seen = itertools.count(1)
 
@@ -409,7 +410,7 @@ def interrupted_after(events: int, recipe: Recipe) -> MergeResult | None:
             raise KeyboardInterrupt
 
     try:
-        return merging.merge(recipe, watch=watch)
+        return merging.merge(recipe, watch=watch, sizes=sizes)
     except KeyboardInterrupt:
         return None
 
@@ -707,14 +708,14 @@ def test_no_more_is_read_than_planned_and_of_the_base_only_what_is_needed(
     run = {**LOCAL, "workers": 2, "cache": cache, "memory": "256MiB"}
     recipe = recipe_of(pool, tmp_path / "out", method_of(RULES[rules]), kind, run=run)
     made = merging.plan(recipe)
-    assert min(one.block for one in made.result.rounds) > 2**20, "of factors nothing is gained by less"
+    assert min(one.block for one in made.merges[0].rounds) > 2**20, "of factors nothing is gained by less"
     with reads_counted() as counted:
         result = merging.merge(recipe)
     looks = [item for item in counted if item[1:] == (0, 8)]  # each worker sees whether it sees the inputs
     weights = [item for item in counted if item[0].endswith(".safetensors")]  # small files are read at publication
     of_inputs = [item for item in weights if item[0].startswith((pool.base, *pool.adapters)) and item not in looks]
     assert sum(size for _, _, size in of_inputs) == result.bytes_read <= made.bytes_read
-    assert len(of_inputs) == result.requests <= sum(one.requests for one in made.result.rounds)
+    assert len(of_inputs) == result.requests <= sum(one.requests for one in made.merges[0].rounds)
     assert result.bytes_read > 0
     of_base = sum(size for uri, _, size in of_inputs if uri.startswith(pool.base))
     if kind != "checkpoint" and pool_name != "dora":
@@ -736,7 +737,7 @@ def test_the_factors_of_neighbouring_matrices_are_read_at_once(
     made = merging.plan(recipe)
     matrices = sum(len(deltas) for deltas in pool.deltas)
     of_adapters = [item for item in counted if item[0].startswith(tuple(pool.adapters)) and item[1:] != (0, 8)]
-    assert len(of_adapters) == result.requests == sum(one.requests for one in made.result.rounds) <= matrices // 2
+    assert len(of_adapters) == result.requests == sum(one.requests for one in made.merges[0].rounds) <= matrices // 2
     assert len(set(of_adapters)) == len(of_adapters)
     assert result.bytes_read == made.bytes_read == sum(size for *_, size in of_adapters)
     alone = recipe_of(pool, tmp_path / "alone", "average", "delta", run={**LOCAL, "cache": 0})

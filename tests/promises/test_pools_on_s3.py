@@ -148,9 +148,9 @@ def test_200_adapters_merge_on_ray_from_a_bucket_to_all_three_outputs_within_the
     for kind, result in done.results.items():
         plan = done.plans[kind]
         assert (result.status, result.workers_lost, result.shards_again) == ("done", 0, 0)
-        assert len(plan.result.members) == len(result.trims) == NUM_ADAPTERS
+        assert len(plan.merges[0].members) == len(result.trims) == NUM_ADAPTERS
         assert 0 < result.bytes_read <= plan.bytes_read
-        assert result.requests <= sum(one.requests for one in plan.result.rounds)
+        assert result.requests <= sum(one.requests for one in plan.merges[0].rounds)
     planned = {kind: plan.memory for kind, plan in done.plans.items()}
     of_whom = [kind for kind, count in WORKERS.items() for _ in range(count)]
     for kind, peak in zip(of_whom, done.peaks, strict=True):

@@ -19,12 +19,13 @@ import torch
 
 from tests.conftest import Bucket
 from tests.tools.families import NAMES, Family, raw_bytes, write_checkpoint
-from tests.tools.merging import LOCAL, carried_out, digests, draw_sizes, merge, planning, recipe_of
+from tests.tools.merging import LOCAL, carried_out, digests, draw_sizes, merge, recipe_of
 from ties_ray.executors import MESSAGE_BYTES, Answered, Event, Executor
 from ties_ray.executors.local import LocalExecutor
 from ties_ray.executors.ray import RayExecutor
 from ties_ray.kernels.buffers import Buffers
-from ties_ray.layout import footprint, shards
+from ties_ray.layout import footprint
+from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.operations import merging
 from ties_ray.planning.plan import Plan
 from ties_ray.recipe.recipe import Recipe
@@ -68,7 +69,7 @@ def output_in(folder: Path, name: str, part_size: str = "5MiB") -> dict[str, obj
 
 def test_the_large_family_has_several_files_and_parts(large: Family, wanted: dict[str, dict[str, str]]) -> None:
     made = merging.plan(recipe_of(large, output_in(Path("/nowhere"), "out"), METHODS["official"]))
-    assert [made.layout.num_parts(file) for file in range(len(made.result.files))] == [3, 2]
+    assert [made.merges[0].layout.num_parts(file) for file in range(len(made.files))] == [3, 2]
     assert all(len(files) == 3 for files in wanted.values())
 
 
@@ -123,8 +124,7 @@ def test_reading_twice_gives_the_bits_of_keeping_all_slices(
     name: str, large: Family, tmp_path: Path, plugged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident = merge(large, tmp_path / "resident", name)
-    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", 2**40)
-    again = merge(large, tmp_path / "again", name)
+    again = merge(large, tmp_path / "again", name, sizes=replace(SIZES, min_resident_block=2**40))
     assert digests(tmp_path / "again") == digests(tmp_path / "resident")
     assert again.bytes_read == carried_out(again).bytes_read
     assert again.bytes_read - resident.bytes_read == sum(
@@ -142,21 +142,21 @@ def test_any_sizes_any_interruption_and_any_number_of_workers_give_the_same_byte
     method = draw.choice([*METHODS.values(), {"name": "plain_ties"}, {"name": "ties", "zero_sum": "majority"}])
     whole = merge(family, {"path": str(tmp_path / "whole"), "file_size": "9KB"}, method)
 
-    draw_sizes(draw, monkeypatch)
+    sizes = draw_sizes(draw)
     run = {**LOCAL, "workers": draw.choice([1, 2, 3])}
     recipe = recipe_of(family, {"path": str(tmp_path / "cut"), "file_size": "9KB"}, method, run=run)
-    assert merging.plan(recipe).layout.num_merge_shards > 1
+    assert merging.plan(recipe, sizes).merges[0].layout.num_merge_shards > 1
 
     events = draw.randint(1, 60)
     with reads_counted() as counted:
-        result = interrupted_after(events, recipe) or merging.merge(recipe)
+        result = interrupted_after(events, recipe, sizes) or merging.merge(recipe, sizes=sizes)
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     assert result.trims == whole.trims
     if not result.resumed:
         assert_as_planned(result, counted, family, workers=run["workers"])
 
 
-def interrupted_after(events: int, recipe: Any) -> MergeResult | None:
+def interrupted_after(events: int, recipe: Any, sizes: Sizes) -> MergeResult | None:
     """Merge until so many events have been seen; return the result if there were fewer."""
     seen = 0
 
@@ -167,7 +167,7 @@ def interrupted_after(events: int, recipe: Any) -> MergeResult | None:
             raise KeyboardInterrupt
 
     try:
-        return merging.merge(recipe, watch=watch)
+        return merging.merge(recipe, watch=watch, sizes=sizes)
     except KeyboardInterrupt:
         return None
 
@@ -254,7 +254,9 @@ def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
         planned.append(made.memory)
         assert 20 * 2**20 < peaks[-1] <= made.memory <= recipe.run.memory, f"{peaks[-1]:,} bytes for {count} models"
     assert planned[1] < planned[0] + 2**20
-    assert peaks[1] <= 1.1 * peaks[0] + made.layout.part_size, "and perhaps one part more on its way to the disk"
+    assert peaks[1] <= 1.1 * peaks[0] + made.merges[0].layout.part_size, (
+        "and perhaps one part more on its way to the disk"
+    )
 
 
 def test_a_round_of_smaller_blocks_does_not_work_in_the_buffers_of_larger_ones(
@@ -267,12 +269,10 @@ def test_a_round_of_smaller_blocks_does_not_work_in_the_buffers_of_larger_ones(
         taken.append((wanted, len(found := take(self, wanted))))
         return found
 
-    monkeypatch.setattr(planning, "MAX_LOCAL_BLOCK", 2**21)
-    monkeypatch.setattr(shards, "SHARDS_AT_LEAST", 1)
     monkeypatch.setattr(Buffers, "_take", noted)
-    merging.merge(
-        recipe_of(replace(many, models=many.models[:16]), tmp_path / "out", "ties", run={**LOCAL, "workers": 1})
-    )
+    sizes = replace(SIZES, max_local_block=2**21, shards_at_least=1)
+    family = replace(many, models=many.models[:16])
+    merge(family, tmp_path / "out", "ties", sizes=sizes, run={**LOCAL, "workers": 1})
     assert {2**22, 2**23} <= {wanted for wanted, _ in taken}, (
         "slices and the base where it is counted, in bf16 and fp32"
     )
@@ -285,7 +285,7 @@ def test_a_method_that_keeps_all_slices_keeps_to_its_memory_too(many: Family, tm
     run = {**LOCAL, "workers": 1, "memory": "192MiB"}
     recipe = recipe_of(replace(many, models=many.models[:16]), tmp_path / "out", "consensus", run=run)
     made = merging.plan(recipe)
-    assert made.result.rounds[-1].passes == 1, "the slices of 16 models fit"
+    assert made.merges[0].rounds[-1].passes == 1, "the slices of 16 models fit"
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
     assert peak_of(tmp_path / "recipe.json") <= made.memory <= recipe.run.memory
 
@@ -361,18 +361,20 @@ def test_models_that_are_not_trimmed_are_not_read_for_a_threshold(family_of: Mak
 @pytest.mark.parametrize(
     "how", [{"num_models": 2}, {"num_models": 6, "mixed": True}, {"num_models": 40, "shards": 3}], ids=str
 )
-@pytest.mark.parametrize("gap", [footprint.GAP, 0])
+@pytest.mark.parametrize("gap", [SIZES.gap, 0])
 def test_small_tensors_are_read_together_and_so_is_what_lies_between(
     how: dict[str, Any], gap: int, family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = family_of(layers=12, **how)
-    monkeypatch.setattr(footprint, "GAP", gap)
+    sizes = replace(SIZES, gap=gap)
     found = {}
     for name in ("joined", "alone"):
         if name == "alone":
             monkeypatch.setattr(footprint.Sources, "run_of", lambda *_: 0)
         with reads_counted() as counted:
-            found[name] = merge(family, tmp_path / name, "ties", exclude=["*.o_proj.*"])  # lie between others
+            found[name] = merge(
+                family, tmp_path / name, "ties", sizes=sizes, exclude=["*.o_proj.*"]
+            )  # lie between others
         assert_as_planned(found[name], counted, family)
     assert digests(tmp_path / "joined") == digests(tmp_path / "alone")
     assert found["joined"].requests * (4 if gap else 2) < found["alone"].requests
@@ -411,16 +413,16 @@ def test_slices_that_wait_for_each_other_take_no_more_than_those_of_a_block(
             return lent
 
     monkeypatch.setattr(read_ahead, "Buffers", Watched)
-    monkeypatch.setattr(planning, "MAX_BLOCK", 4096)
+    sizes = replace(SIZES, max_block=4096)
     family = family_of(num_models=num_models, layers=6, hidden=48)
     for method in ("average", "ties"):
-        made = merging.plan(recipe_of(family, tmp_path / method, method))
-        assert {one.run for one in made.result.rounds} - {0}
-        monkeypatch.setattr(shards, "part_size", lambda recipe, files: 16_384)
+        made = merging.plan(recipe_of(family, tmp_path / method, method), sizes)
+        assert {one.run for one in made.merges[0].rounds} - {0}
+        sizes = replace(sizes, least_part=16_384, most_part=16_384)
         peaks.clear()
-        merge(family, tmp_path / method, method, run={**LOCAL, "workers": 1})
+        merge(family, tmp_path / method, method, sizes=sizes, run={**LOCAL, "workers": 1})
         of_reads = next(iter(peaks.values()))
-        assert 0 < of_reads <= (made.ahead + footprint.TOGETHER + 1) * made.result.rounds[-1].block * 2
+        assert 0 < of_reads <= (made.ahead + sizes.models_per_pass + 1) * made.merges[0].rounds[-1].block * 2
 
 
 @pytest.mark.parametrize("at_hand", [False, True])
@@ -467,11 +469,11 @@ def reads_counted(*, planning: bool = False) -> Iterator[list[tuple[str, int, in
     counted: list[tuple[str, int, int]] = []
     quiet = False
 
-    def plan(recipe: Recipe, original: Any = merging.plan) -> Plan:
+    def plan(recipe: Recipe, sizes: Sizes = SIZES, original: Any = merging.plan) -> Plan:
         nonlocal quiet
         quiet = not planning
         try:
-            return original(recipe)
+            return original(recipe, sizes)
         finally:
             quiet = False
 
@@ -500,7 +502,7 @@ def assert_as_planned(
 ) -> None:
     """Bytes and requests are the same in plan, result and store; `workers` looked at each input's first 8 bytes."""
     made = made or carried_out(result)
-    rounds = made.result.rounds
+    rounds = made.merges[0].rounds
     assert result.bytes_read + result.bytes_kept == sum(round_.bytes_read for round_ in rounds) == made.bytes_read
     assert result.bytes_kept <= made.bytes_again
     spared = sum(round_.requests for round_ in rounds) - result.requests
@@ -508,7 +510,7 @@ def assert_as_planned(
     assert (spared > 0) == (result.bytes_kept > 0)
     inputs = (family.base, *family.models)
     of_inputs = [item for item in counted if item[0].startswith(inputs) and item[0].endswith(".safetensors")]
-    looks = workers * (1 + len(made.result.members))
+    looks = workers * (1 + len(made.merges[0].members))
     assert sum(item[2] for item in of_inputs) == result.bytes_read + 8 * looks
     assert len(of_inputs) == result.requests + looks
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ties_ray.kernels import BINS
 from ties_ray.methods import Threshold
-from ties_ray.rounds.kth_largest import WHOLE, Counts, Pick, add, kept_count, pack, pick_high, pick_low
+from ties_ray.rounds._kth_largest import WHOLE, Counts, Pick, add, kept_count, pack, pick_high, pick_low
 
 NORMAL = float(np.float32(1e-3))
 TINY = float(np.float32(1e-45))

@@ -1,11 +1,12 @@
 """What a run has stored is used again, once, and only where it is what was written."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.tools.adapters import make_pool
@@ -16,8 +17,11 @@ from ties_ray.operations import merging
 from ties_ray.planning.plan import Plan
 from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import Progress
-from ties_ray.rounds.kth_largest import Counts, Pick, add, pack
-from ties_ray.state.manifest import Folded, Manifest, Matrix, Record, Written, misfit
+from ties_ray.rounds import Folded, Record
+from ties_ray.rounds._kth_largest import Counts, Pick
+from ties_ray.rounds.condense import Matrix
+from ties_ray.rounds.merge import Parts, Written
+from ties_ray.state.manifest import Manifest, misfit, misfit_folded
 from ties_ray.stores import Part, Stores
 
 MakeFamily = Callable[..., Family]
@@ -39,16 +43,16 @@ def stop_at(stage: str) -> Callable[[Progress], None]:
 def test_scratch_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
     manifest = Manifest(Stores({}), f"{tmp_path}/0123456789abcdef/1")
     data = bytearray(range(256))
-    matrix = Matrix(3, manifest.write_scratch(3, memoryview(data)), 1.0, {4: 0.5})
-    assert manifest.read_scratch(matrix) == bytes(data)
+    crc = manifest.write_scratch(3, memoryview(data))
+    assert manifest.read_scratch(3, crc) == bytes(data)
     path = Path(manifest.folder, "scratch", "3")
     data[100] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match="scratch is not what was written; merge again with --fresh"):
-        manifest.read_scratch(matrix)
+        manifest.read_scratch(3, crc)
     path.unlink()
     with pytest.raises(InputError, match="scratch of this merge has gone"):
-        manifest.read_scratch(matrix)
+        manifest.read_scratch(3, crc)
 
 
 def test_an_adapter_is_not_assembled_from_spoiled_scratch(tmp_path: Path) -> None:
@@ -113,37 +117,52 @@ def plan(family_of: MakeFamily, tmp_path: Path) -> Plan:
 PART = Part(1, 100, "etag")
 
 
+MATRIX = Matrix(0, "00000000", 1.0, {4: 0.5})
+
+
 @pytest.mark.parametrize(
-    ("found", "what"),
+    ("record", "what"),
     [
-        (Record(1, ()), "the round"), (Record(0, (99,)), "a shard"), (Record(0, (-1,)), "a shard"),
-        (Record(0, (), counts=(Counts(2, -1, "", ""),)), "a model"),
-        (Record(0, (), counts=(Counts(0, -2, "", ""),)), "a parameter"),
-        (Record(0, (), parts=(Written(0, PART, "00000000"),)), "a part"),
-        (Record(0, (), parts=(Written(7, PART, "00000000"),), uploads=((7, "x"),)), "a weight file"),
-        (Record(0, (), zeroed=((0, "nothing", 1),)), "a zeroed parameter"),
-        (Record(0, (), matrices=(Matrix(0, "00000000", 1.0, {}),)), "a matrix"),
-        (Folded(picks=(Pick(0, -1, 70_000, 1, 1),)), "a bin"),
-        (Folded(picks=(Pick(0, -1, 0, 1, 1, 2**31),)), "a threshold"),
-        (Folded(picks=(Pick(0, -1, 0, -1, 1),)), "a threshold"),
+        (Record(1, (), ()), "the round"), (Record(0, (99,), ()), "a shard"), (Record(0, (-1,), ()), "a shard"),
+        (Record(0, (), (Counts(2, -1, "", ""),)), "a model"),
+        (Record(0, (), (Counts(0, -2, "", ""),)), "a parameter"),
+        (Record(0, (), (), ((0, "nothing", 1),)), "a zeroed parameter"),
+        (Record(0, (), (), ((2, "lm_head.weight", 1),)), "a model"),
+        (Record(2, (), Parts((Written(0, PART, "00000000"),))), "a part"),
+        (Record(2, (), Parts((Written(0, PART, "00000000"),), ((0, "x"),))), "a part"),
+        (Record(2, (), Parts((Written(7, PART, "00000000"),), ((7, "x"),))), "a weight file"),
     ],
 )  # fmt: skip
-def test_a_record_that_can_not_be_of_the_plan_is_refused(found: Record | Folded, what: str, plan: Plan) -> None:
-    assert what in misfit(found, plan, 0)
-    assert misfit(Record(0, (0,)), plan, 0) == misfit(Folded(), plan, 0) == ""
+def test_a_record_that_can_not_be_of_the_merge_is_refused(record: Record[Any], what: str, plan: Plan) -> None:
+    round_ = 2 if record.round == 2 else 0
+    assert what in misfit(record, plan.merges[0], round_)
+    assert misfit(Record(0, (0,), ()), plan.merges[0], 0) == []
 
 
-def test_tables_that_no_worker_writes_are_value_errors() -> None:
-    table = np.zeros(65_536, np.int64)
-    table[[3, 70]] = 5, 7
-    good = pack((0, -1), table)
-    assert good
-    assert add([good])[0, -1].sum() == 12
-    more = pack((0, -1), np.ones(65_536, np.int64))
-    assert more
-    less = pack((0, -1), -table)
-    assert less
-    for bad in (good._replace(bins="!"), good._replace(counts=more.counts), good._replace(bins=good.counts), less,
-                good._replace(bins="AAAA"), good._replace(counts="")):  # fmt: skip
-        with pytest.raises(ValueError, match=r"table of counts|base64|buffer size|Incorrect padding"):
-            add([bad])
+@pytest.mark.parametrize(
+    ("picks", "what"),
+    [
+        ((Pick(0, -1, 70_000, 1, 1),), "a bin"), ((Pick(0, -1, 0, 1, 1, 2**31),), "a threshold"),
+        ((Pick(0, -1, 0, -1, 1),), "a threshold"), ((Pick(2, -1, 0, 1, 1),), "a model"),
+    ],
+)  # fmt: skip
+def test_what_a_barrier_can_not_have_found_is_refused(picks: tuple[Pick, ...], what: str, plan: Plan) -> None:
+    assert what in misfit_folded(Folded(picks), plan.merges[0], 0)
+    assert misfit_folded(Folded(()), plan.merges[0], 0) == []
+
+
+@pytest.mark.parametrize(
+    ("matrix", "what"),
+    [
+        (MATRIX._replace(parameter=99), "a matrix"), (MATRIX._replace(norm2=math.nan), "a norm"),
+        (MATRIX._replace(norm2=-1.0), "a norm"), (MATRIX._replace(errors2={}), "an error by rank"),
+        (MATRIX._replace(errors2={4: math.inf}), "an error by rank"),
+    ],
+)  # fmt: skip
+def test_a_matrix_that_can_not_be_of_the_merge_is_refused(matrix: Matrix, what: str, tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), num_adapters=2)
+    output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 4}
+    data = {"base": pool.base, "models": list(pool.adapters), "method": "average", "output": output}
+    (merge,) = merging.plan(validate(data)).merges
+    assert what in misfit(Record(0, (), (matrix,)), merge, 0)
+    assert misfit(Record(0, (), (MATRIX,)), merge, 0) == []

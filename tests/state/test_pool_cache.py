@@ -14,9 +14,10 @@ from ties_ray.operations.verify import verify
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import MergeResult
-from ties_ray.rounds.kth_largest import Counts
+from ties_ray.rounds._kth_largest import Counts
+from ties_ray.rounds.threshold import COUNTS
 from ties_ray.state.documents import parse
-from ties_ray.state.pool_cache import BOUNDS, COUNTS, KEY, UNSIGNED
+from ties_ray.state.pool_cache import BOUNDS, KEY, UNSIGNED
 from ties_ray.stores import Stores
 
 SURVEYED = {"bounds": {"norm": [1e-9, 1e9]}}
@@ -71,7 +72,7 @@ def test_a_merge_that_finds_everything_in_the_cache_reads_less_and_writes_the_sa
     assert names.count("high.json") == names.count("survey.json") == 3
     again = merged(pool, tmp_path / "again", cache, **SURVEYED)
     assert first.bytes_read == without.bytes_read
-    merge_round = carried_out(again).result.rounds[-1]
+    merge_round = carried_out(again).merges[0].rounds[-1]
     assert again.bytes_read == merge_round.bytes_read < first.bytes_read
     assert weights(tmp_path / "again") == weights(tmp_path / "first") == weights(tmp_path / "without")
     assert again.trims == first.trims

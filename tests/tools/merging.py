@@ -8,17 +8,16 @@ import multiprocessing
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors import safe_open
 
 from tests.tools.families import Family
-from ties_ray.layout import footprint, reads, shards
+from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.operations import merging
-from ties_ray.planning import plan as planning
 from ties_ray.planning.plan import Plan
 from ties_ray.plugins import PLUGIN_FOLDER, search_path
 from ties_ray.recipe.parse import parse, validate
@@ -26,7 +25,6 @@ from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import MergeResult
 from ties_ray.state.manifest import Manifest, find_runs
 from ties_ray.stores import Stores
-from ties_ray.worker import worker
 
 LOCAL = {"executor": "local"}
 INDEX = "model.safetensors.index.json"
@@ -55,8 +53,8 @@ def recipe_of(
     return validate(data | more)
 
 
-def merge(family: Family, output: object, method: object, **more: Any) -> MergeResult:
-    return merging.merge(recipe_of(family, output, method, **more))
+def merge(family: Family, output: object, method: object, *, sizes: Sizes = SIZES, **more: Any) -> MergeResult:
+    return merging.merge(recipe_of(family, output, method, **more), sizes=sizes)
 
 
 def carried_out(result: MergeResult, storage: Mapping[str, Any] | None = None) -> Plan:
@@ -68,22 +66,24 @@ def carried_out(result: MergeResult, storage: Mapping[str, Any] | None = None) -
     return plan
 
 
-def draw_sizes(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set all sizes below which a cut is invisible to small random ones."""
+def draw_sizes(draw: random.Random) -> Sizes:
+    """Return small random sizes; with the usual ones a cut is invisible on a small family."""
     part = draw.choice([4096, 8192, 16_384])
-    monkeypatch.setattr(shards, "part_size", lambda recipe, files: part)
-    monkeypatch.setattr(shards, "MAX_SHARD", part * draw.randint(1, 3))
-    monkeypatch.setattr(shards, "MIN_RANGE", draw.choice([700, 3000, 2**20]))
-    monkeypatch.setattr(planning, "MAX_BLOCK", draw.choice([97, 256, 1001, 4096]))
-    monkeypatch.setattr(shards, "SHARDS_AT_LEAST", draw.choice([2, 5, 100]))
-    monkeypatch.setattr(planning, "MIN_RESIDENT_BLOCK", draw.choice([0, 2**30]))
-    group, ahead, together = draw.choice([1, 2, 3, 32]), draw.choice([1, 2, 4]), draw.choice([1, 3, 4, 16])
-    for module in (shards, reads, planning, worker, merging):
-        monkeypatch.setattr(module, "MODEL_GROUP", group)
-    monkeypatch.setattr(planning, "AHEAD", ahead)
-    monkeypatch.setattr(footprint, "TOGETHER", together)
-    monkeypatch.setattr(footprint, "FACTORS_TOGETHER", draw.choice([1, 3, 32]))
-    monkeypatch.setattr(worker, "RECORD_SHARDS", draw.choice([1, 2, 256]))
+    return replace(
+        SIZES,
+        least_part=part,
+        most_part=part,
+        max_shard=part * draw.randint(1, 3),
+        min_range=draw.choice([700, 3000, 2**20]),
+        max_block=draw.choice([97, 256, 1001, 4096]),
+        shards_at_least=draw.choice([2, 5, 100]),
+        min_resident_block=draw.choice([0, 2**30]),
+        model_group=draw.choice([1, 2, 3, 32]),
+        ahead=draw.choice([1, 2, 4]),
+        models_per_pass=draw.choice([1, 3, 4, 16]),
+        factored_models_per_pass=draw.choice([1, 3, 32]),
+        record_shards=draw.choice([1, 2, 256]),
+    )
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -13,22 +13,20 @@ import pytest
 import torch
 
 from tests.tools.families import Family
-from tests.tools.merging import LOCAL, carried_out, digests, merge, planning
+from tests.tools.merging import LOCAL, carried_out, digests, merge
 from ties_ray.driver.schedule import Schedule
-from ties_ray.layout import reads, shards
-from ties_ray.operations import merging
+from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import MergeResult
 from ties_ray.stores import Stores
-from ties_ray.worker import worker
-from ties_ray.worker.cache import Cache, Shelf
+from ties_ray.worker.cache import Cache, RangeCache
 
 URI = "s3://bucket/x"
 DATA = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
 
 
-def a_shelf(folder: Path, memory: int = 30_000, disk: int = 1_000_000) -> Shelf:
-    return Shelf(memory, disk, str(folder))
+def a_shelf(folder: Path, memory: int = 30_000, disk: int = 1_000_000) -> RangeCache:
+    return RangeCache(memory, disk, str(folder))
 
 
 @pytest.mark.parametrize(("memory", "disk"), [(10**6, 0), (0, 10**6), (33_333, 10**6), (33_333, 20_000), (0, 0)])
@@ -145,8 +143,8 @@ def in_a_bucket(family_of: Callable[..., Family]) -> Family:
     return replace(family, base=names[0], models=tuple(names[1:]))
 
 
-def merged_with(family: Family, folder: Path, **run: object) -> tuple[MergeResult, Plan]:
-    result = merge(family, folder, TIES, run={**LOCAL, "disk_folder": str(folder.parent), **run})
+def merged_with(family: Family, folder: Path, *, sizes: Sizes = SIZES, **run: object) -> tuple[MergeResult, Plan]:
+    result = merge(family, folder, TIES, sizes=sizes, run={**LOCAL, "disk_folder": str(folder.parent), **run})
     return result, carried_out(result)
 
 
@@ -163,7 +161,7 @@ def test_later_rounds_read_from_the_cache_and_not_from_the_bucket(
     where: dict[str, int], in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path
 ) -> None:
     result, plan = merged_with(in_a_bucket, tmp_path / "out", **where)
-    high, low, merge = plan.result.rounds
+    high, low, merge = plan.merges[0].rounds
     assert (high.bytes_again, low.bytes_again) == (0, low.bytes_read)
     assert low.bytes_read == high.bytes_read
     assert 0 < merge.bytes_again <= merge.bytes_read
@@ -186,12 +184,12 @@ def test_shards_go_to_the_worker_that_has_read_their_bytes(
     in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Schedule, "_steal", lambda schedule, thief: False)  # how fast a worker is must not matter here
-    monkeypatch.setattr(shards, "MIN_RANGE", 2**16)
-    result, plan = merged_with(in_a_bucket, tmp_path / "out", workers=3)
-    assert plan.result.rounds[0].num_shards > 6
+    sizes = replace(SIZES, min_range=2**16)
+    result, plan = merged_with(in_a_bucket, tmp_path / "out", sizes=sizes, workers=3)
+    assert plan.merges[0].rounds[0].num_shards > 6
     assert result.bytes_read + result.bytes_kept == plan.bytes_read
     # The whole second round, and of the merge at least what one worker has: its shards lie across several ranges.
-    _, low, merge = plan.result.rounds
+    _, low, merge = plan.merges[0].rounds
     assert result.bytes_kept - low.bytes_again > merge.bytes_again // 4
     assert digests(tmp_path / "out") == uncached
 
@@ -199,10 +197,8 @@ def test_shards_go_to_the_worker_that_has_read_their_bytes(
 def test_groups_of_models_share_the_base(
     in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (shards, reads, planning, worker, merging):
-        monkeypatch.setattr(module, "MODEL_GROUP", 2)
-    result, plan = merged_with(in_a_bucket, tmp_path / "out")
-    assert plan.result.rounds[0].bytes_again > 0
+    result, plan = merged_with(in_a_bucket, tmp_path / "out", sizes=replace(SIZES, model_group=2))
+    assert plan.merges[0].rounds[0].bytes_again > 0
     assert result.bytes_kept == plan.bytes_again
     assert digests(tmp_path / "out") == uncached
 
@@ -210,12 +206,12 @@ def test_groups_of_models_share_the_base(
 def test_what_a_cache_has_damaged_is_read_again(
     in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = Shelf.put
+    put = RangeCache.put
 
-    def damaging(shelf: Shelf, uri: str, start: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def damaging(shelf: RangeCache, uri: str, start: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         put(shelf, uri, start, data ^ np.uint8(1) if "model-1" in uri else data)
 
-    monkeypatch.setattr(Shelf, "put", damaging)
+    monkeypatch.setattr(RangeCache, "put", damaging)
     result, plan = merged_with(in_a_bucket, tmp_path / "out")
     assert result.retries > 0
     assert 0 < result.bytes_kept < plan.bytes_again

@@ -16,16 +16,15 @@ from tests.tools.families import Family
 from tests.tools.merging import LOCAL, carried_out, digests, merge, recipe_of
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.kernels import Election, Encoded, SignedSums, Term, WeightedSum, load
-from ties_ray.layout import reads, shards
+from ties_ray.layout.sizes import SIZES
 from ties_ray.methods import Context, Deltas, Result, Round
 from ties_ray.methods.average import Average
 from ties_ray.operations import merging
-from ties_ray.planning import plan as planning
 from ties_ray.reports.records import Progress
-from ties_ray.state.manifest import Manifest, Record
+from ties_ray.state.manifest import Manifest
 from ties_ray.stores import Stores
 from ties_ray.worker import worker
-from ties_ray.worker.slices import Slices
+from ties_ray.worker.slices import StoredSlices
 from ties_ray.worker.worker import ANSWER, ORDER, SETUP, Order, Setup, Worker, make_worker
 
 MakeFamily = Callable[..., Family]
@@ -33,7 +32,7 @@ MakeFamily = Callable[..., Family]
 
 def make_slices(
     models: list[torch.Tensor | None], base: torch.Tensor, *, passes: int = 1, resident: bool = False, together: int = 2
-) -> tuple[Slices, list[int]]:
+) -> tuple[StoredSlices, list[int]]:
     """Return the slices of some models, and a list of those that were taken from storage so far."""
     passes = 1 if resident else passes
     taken: list[int] = []
@@ -44,8 +43,9 @@ def make_slices(
                 taken.append(number)
                 yield None if model is None else Encoded(model)
 
-    slices = Slices(
-        load("cpu"), base, 0, len(models), coming(), passes=passes, resident=resident, together=together
+    slices = StoredSlices(
+        load("cpu"), base, 0, len(models), coming(), passes=passes, resident=resident, per_pass=together,
+        factor_room=SIZES.factor_room,
     )  # fmt: skip
     return slices, taken
 
@@ -127,21 +127,16 @@ def test_what_is_not_finite_is_counted_once_however_often_it_is_seen(resident: b
 # What goes wrong while a worker works.
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the merge of a tiny family into dozens of shards, in groups of two models, recorded two at a time."""
-    monkeypatch.setattr(shards, "part_size", lambda recipe, files: 4096)
-    monkeypatch.setattr(shards, "MIN_RANGE", 700)
-    monkeypatch.setattr(shards, "SHARDS_AT_LEAST", 100)
-    for module in (shards, reads, planning, worker, merging):
-        monkeypatch.setattr(module, "MODEL_GROUP", 2)
-    monkeypatch.setattr(worker, "RECORD_SHARDS", 2)
+SMALL = replace(
+    SIZES, least_part=4096, most_part=4096, min_range=700, shards_at_least=100, model_group=2, record_shards=2
+)
+"""Cuts the merge of a tiny family into dozens of shards, in groups of two models, recorded two at a time."""
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("seed", range(8))
 def test_failures_that_a_repetition_mends_cost_work_and_no_byte(
-    seed: int, family_of: MakeFamily, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+    seed: int, family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records that can't be written, reads that fail: at random, in any round, several in a run."""
     family = family_of(num_models=5, mixed=True, shards=2)
@@ -165,7 +160,7 @@ def test_failures_that_a_repetition_mends_cost_work_and_no_byte(
     result = None
     while result is None:  # chance may fail one shard three times, which ends a run: then the same command continues
         with suppress(UnavailableError):
-            result = merge(family, tmp_path / "out", method, run=run)
+            result = merge(family, tmp_path / "out", method, sizes=SMALL, run=run)
     assert set(failed) == {"write_record", "_shard"}
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert result.trims == whole.trims
@@ -174,20 +169,20 @@ def test_failures_that_a_repetition_mends_cost_work_and_no_byte(
 
 @pytest.mark.timeout(60)
 def test_a_storage_that_stays_away_ends_the_run_and_the_same_command_continues(
-    family_of: MakeFamily, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+    family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = family_of(num_models=5, mixed=True, shards=2)
     merge(family, tmp_path / "whole", "ties")
     with monkeypatch.context() as patch:
 
-        def refuse(self: Manifest, name: str, record: Record) -> None:
+        def refuse(*_: object) -> None:
             raise UnavailableError(Problem("the storage", "is away", "try later"))
 
         patch.setattr(Manifest, "write_record", refuse)
         with pytest.raises(MergeError, match="the storage: is away") as raised:
-            merge(family, tmp_path / "out", "ties")
+            merge(family, tmp_path / "out", "ties", sizes=SMALL)
         assert raised.value.retryable
-    assert merge(family, tmp_path / "out", "ties").resumed
+    assert merge(family, tmp_path / "out", "ties", sizes=SMALL).resumed
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -282,6 +277,6 @@ def test_a_json_log_has_a_line_for_each_shard_with_its_run(
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     shards = [line for line in lines if line["action"] == "shard"]
     rounds = Counter(line["round"] for line in shards)
-    assert rounds == {one.name: one.num_shards for one in carried_out(result).result.rounds if one.bytes_read}
+    assert rounds == {one.name: one.num_shards for one in carried_out(result).merges[0].rounds if one.bytes_read}
     assert {line["outcome"] for line in shards} == {"done"}
     assert {line["run_id"] for line in lines} == {result.run_id}

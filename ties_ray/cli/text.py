@@ -14,7 +14,9 @@ from ties_ray.operations.promote import Promotion
 from ties_ray.operations.status import RunStatus, Status
 from ties_ray.operations.verify import Verification
 from ties_ray.planning.forecast import Forecast
-from ties_ray.reports.records import Cleaning, MergeResult, PlannedInput, PlanRecord, TrimReport, Truncation
+from ties_ray.reports.records import Cleaning, MergeResult, PlannedInput, PlanRecord
+from ties_ray.rounds.condense import Truncation
+from ties_ray.rounds.threshold import TrimReport
 
 WORKERS = {"merge": "merging", "wait_read": "waiting to read", "wait_write": "waiting to write", "idle": "idle"}
 """Words for the keys of `MergeResult.worker_seconds` that add up to a worker's time."""
@@ -59,9 +61,7 @@ def of_plan(plan: PlanRecord) -> Iterator[RenderableType]:
 def _rounds(plan: PlanRecord) -> Table:
     table = new_table("round", "shards >", "reads >", "requests >", "")
     for round_ in plan.rounds:
-        remark = f"each model {round_.passes} times" if round_.passes > 1 else ""
-        if round_.kind == "count_low":
-            remark = "at most: only models whose threshold the first count leaves open"
+        remark = f"each model {round_.passes} times" if round_.passes > 1 else round_.remark
         table.add_row(round_.name, f"{round_.shards:,}", num_bytes(round_.bytes_read), f"{round_.requests:,}", remark)
     table.add_row("together", f"{plan.shards:,}", num_bytes(plan.bytes_read), f"{plan.requests:,}", "")
     return table

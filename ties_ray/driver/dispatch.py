@@ -5,10 +5,10 @@ import statistics
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Literal
 
 from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused
+from ties_ray.rounds import Slow
 from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order
 
 SLOW_FACTOR, SLOW_SECONDS = 3.0, 5.0
@@ -17,10 +17,6 @@ HUNG_FACTOR, HUNG_SECONDS = 10.0, 60.0
 """To `replace`, which is dearer."""
 RECENT = 1000
 """Orders of which the median is taken."""
-
-Slow = Literal["repeat", "replace", "wait"]
-"""What becomes of a shard that takes far longer than others did, once there are idle workers: one of them does it too;
-or its worker is given up (once a shard), where twice done is twice counted; or it is waited for, as shards differ."""
 
 
 class Stage:

@@ -20,7 +20,7 @@ from ties_ray.libraries.loaders import (
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.model_card import card, plain_yaml
 from ties_ray.reports.records import MergeResult, WrittenFile
-from ties_ray.state.manifest import Written
+from ties_ray.rounds.merge import Written
 from ties_ray.stores import Stores, crc32c, crc32c_joined, join, within
 
 FEW = 8
@@ -40,9 +40,9 @@ def complete_uploads(
     """
     store = stores.writer(plan.output)
     written = []
-    for index, file in enumerate(plan.result.files):
+    for index, file in enumerate(plan.files):
         own = {one.part.number: one for one in parts if one.file == index}
-        missing = plan.layout.num_parts(index) - len(own)
+        missing = plan.merges[0].layout.num_parts(index) - len(own)
         if missing:
             raise InterruptedMerge(Problem(file.name, f"{missing} parts are not recorded", "run again to continue"))
         ordered = [own[number] for number in sorted(own)]
@@ -68,10 +68,10 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
         data = output.rewrite(small.name, taken, plan.catalog.facts)
         if data is not None:
             found[small.name] = data
-    index = output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
+    index = output.index(plan.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
     if index:
         found[index[0]] = index[1]
-    door = output.door(plan.result.files, plan.library)
+    door = output.door(plan.files, plan.library)
     if door in found:
         found[door] = found.pop(door)
     return found
@@ -80,7 +80,7 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
 def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
     """Return what a loader will find in the output; documents: of small files, those in `TEXTS` at least."""
     small = (small.name for small in plan.catalog.small_files)
-    files = plan.result.files
+    files = plan.files
     return ModelFolder(
         uri=plan.output,
         names=frozenset((*small, *documents, *(file.name for file in files))),
@@ -92,8 +92,8 @@ def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
 
 def own_names(plan: Plan) -> set[str]:
     """Return the relative names that a run of the plan may publish, but for card, recipe and result."""
-    index = plan.recipe.output.index(plan.result.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
-    names = {small.name for small in plan.catalog.small_files} | {file.name for file in plan.result.files}
+    index = plan.recipe.output.index(plan.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
+    names = {small.name for small in plan.catalog.small_files} | {file.name for file in plan.files}
     return names | {index[0]} if index else names
 
 
@@ -116,7 +116,7 @@ def demand_space(plan: Plan, stores: Stores) -> None:
     space = store.space(plan.output)
     if space is None:
         return
-    own = {file.name for file in plan.result.files}
+    own = {file.name for file in plan.files}
     done = sum(pin.size for pin in store.list(plan.output).files if _last(pin.uri) in own)
     needed = plan.bytes_written + plan.bytes_of_scratch - space.held - done
     if needed > space.free:
@@ -126,7 +126,7 @@ def demand_space(plan: Plan, stores: Stores) -> None:
 
 def demand_no_foreign(plan: Plan, stores: Stores, documents: Collection[str]) -> None:
     """Raise `InputError` where the output holds what a loader may take for a part of this model."""
-    own = {*documents, *(file.name for file in plan.result.files)}
+    own = {*documents, *(file.name for file in plan.files)}
     foreign = foreign_files(stores, plan.output, own)
     if foreign:
         what = f"holds files of another model, which a loader would take for this one's: {listed(foreign)}"
@@ -141,7 +141,7 @@ def publish_documents(
     store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
     asked = plan.recipe.model_dump(mode="json", exclude_unset=True)
     store.put(join(plan.output, RECIPE_NAME), plain_yaml(asked).encode())
-    door = plan.recipe.output.door(plan.result.files, plan.library)
+    door = plan.recipe.output.door(plan.files, plan.library)
     written = []
     for name, data in documents.items():
         if name == door:

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from ties_ray.driver.publish import demand_no_foreign, foreign_files, listed, own_names
 from ties_ray.errors import InputError, Problem
+from ties_ray.layout.sizes import comparable
 from ties_ray.libraries.loaders import LOADED_FOLDERS, RESULT_NAME, SUMS_NAME, is_loaded
-from ties_ray.planning.plan import Plan, make_plan
+from ties_ray.planning.plan import Plan
+from ties_ray.planning.planner import make_plan
 from ties_ray.reports.records import MergeResult, find_result
 from ties_ray.state.manifest import FOLDER, Manifest, Start, find_runs
 from ties_ray.stores import Pin, Stores, join, within
@@ -44,7 +46,7 @@ def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manife
     if removed:
         note = f"--fresh has removed what a loader might have taken for this model: {listed(removed)}"
         wanted = replace(wanted, notes=(*wanted.notes, note))
-    manifest.write_start(Start(digest=wanted.digest(), part_size=wanted.recipe.output.part_size))
+    manifest.write_start(Start(digest=wanted.digest(), part_size=wanted.recipe.output.part_size, sizes=wanted.sizes))
     return wanted, manifest, False
 
 
@@ -108,7 +110,7 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[s
     own = own_names(wanted) | written
     _demand_no_folders(stores, output, own)
     lying = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
-    doors = {plan.recipe.output.door(plan.result.files, plan.library) for plan in (wanted, *claims)}
+    doors = {plan.recipe.output.door(plan.files, plan.library) for plan in (wanted, *claims)}
     taken = [name for name in sorted(lying) if name in own or is_loaded(name)]
     first = [RESULT_NAME, SUMS_NAME, *sorted(doors & own)]
     for name in (*(name for name in first if name in lying), *(name for name in taken if name not in first)):
@@ -204,9 +206,14 @@ def _continued(wanted: Plan, manifest: Manifest, start: Start) -> Plan:
         what = "the unfinished merge there read its inputs in another way, though their content is the same"
         remedy = "put the configs of the inputs back as they were, or merge again with --fresh"
         raise InputError(Problem(manifest.folder, what, remedy))
-    if wanted.recipe.output.part_size == start.part_size:
+    if (wanted.recipe.output.part_size, wanted.sizes) == (start.part_size, start.sizes):
         return wanted
+    if not comparable(start.sizes):
+        what = "the unfinished merge there is cut by sizes that no version of ties_ray has"
+        raise InputError(Problem(manifest.folder, what, "merge again with --fresh"))
     output = wanted.recipe.output.model_copy(update={"part_size": start.part_size})
-    made = make_plan(wanted.recipe.model_copy(update={"output": output}), wanted.catalog)
+    made = make_plan(wanted.recipe.model_copy(update={"output": output}), wanted.catalog, start.sizes)
+    if wanted.recipe.output.part_size == start.part_size:
+        return made
     note = "continued with the parts of the run that began: output.part_size of this call is ignored"
     return replace(made, notes=(*made.notes, note))

@@ -10,23 +10,14 @@ from typing import Literal, NamedTuple
 from ties_ray import plugins
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Catalog, Model
+from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.methods import Member
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 from ties_ray.tensors import Parameter, Read, Source, joined
 
-TOGETHER = 16
-"""Slices merged together: the sums go to memory and back once for so many models, and never where these are all..."""
-FACTORS_TOGETHER = 32
-FACTOR_ROOM = 64 * 2**20
-"""...and of factors, which are small, as many more as fit: half of so many bytes, decoded; what malloc keeps of them as
-they were read is no more than that again."""
-LEAST_BLOCK = 2**16
-"""Elements."""
-GAP = 64 * 2**10
-"""Bytes that nobody needs, read where they lie between two reads: 0.02 ms of CPU, where a second request costs 1.6."""
 GRAIN = 64
-"""Elements, and bytes of a buffer: slices that are read together begin at multiples of it."""
+"""Slices that are read together begin at multiples of so many elements, and of so many bytes of their buffer."""
 
 
 def formats_of(models: Sequence[Model]) -> dict[str, Format]:
@@ -35,26 +26,27 @@ def formats_of(models: Sequence[Model]) -> dict[str, Format]:
 
 
 def requests_of(
-    form: Format, slices: Iterable[tuple[Source, int, int]], room: int
+    form: Format, slices: Iterable[tuple[Source, int, int]], room: int, gap: int
 ) -> tuple[list[tuple[Read, ...]], list[list[Read]]]:
     """Return what each of some slices (source, start, stop) of a model needs, and the same in groups, a request each.
 
     room: bytes of memory for all of it, `GRAIN`s of a group; what the slices leave of it is for gaps.
+    gap: bytes between two reads that are read along with them, at most.
     """
     slices = list(slices)
     needed = [form.reads(*one) for one in slices]
     reads = list(itertools.chain.from_iterable(needed))
     width = max((DTYPE_BITS[ref.dtype] // 8 for source, _, _ in slices for ref in source.tensors), default=1)
     spare = room - sum(rounded_up(read.stop - read.start) for read in reads)
-    return needed, joined(reads, width=width, gap=GAP, spare=spare)
+    return needed, joined(reads, width=width, gap=gap, spare=spare)
 
 
 def kept_requests(form: Format, slices: Iterable[tuple[Source, int, int]]) -> list[list[Read]]:
     """Return what a model stores for some parameters, kept whole, in groups, a request each."""
-    return joined([hull(group) for one in slices for group in joined(form.reads(*one))])
+    return joined([bounding_range(group) for one in slices for group in joined(form.reads(*one))])
 
 
-def hull(group: Sequence[Read]) -> Read:
+def bounding_range(group: Sequence[Read]) -> Read:
     """Return the range of a group's request."""
     return group[0]._replace(stop=group[-1].stop)
 
@@ -91,8 +83,10 @@ NEEDS: tuple[Literal["nothing", "slice", "rows"], ...] = ("nothing", "slice", "r
 class Sources:
     """What the models that are merged store, by parameter; known for planner and worker alike."""
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, kept: Sequence[int]) -> None:
+    def __init__(self, recipe: Recipe, catalog: Catalog, kept: Sequence[int], sizes: Sizes = SIZES) -> None:
+        """kept: indices of the models that are merged, into the catalog's."""
         self.catalog = catalog
+        self.sizes = sizes
         self.models = [catalog.models[index] for index in kept]
         self.formats = formats_of((catalog.base, *self.models))
         self._cache = int(recipe.run.cache)
@@ -121,7 +115,7 @@ class Sources:
         )
 
     @cached_property
-    def alone(self) -> frozenset[str]:
+    def not_coalesced(self) -> frozenset[str]:
         """The parameters whose blocks are not read together with others: those of factors, and the divided ones."""
         return self.factored | self.divided
 
@@ -156,7 +150,7 @@ class Sources:
 
     @cached_property
     def _largest(self) -> int:
-        return max(LEAST_BLOCK, *(parameter.numel for parameter in self.catalog.parameters))
+        return max(self.sizes.least_block, *(parameter.numel for parameter in self.catalog.parameters))
 
     def run_of(self, block: int, num_models: int, slices: int) -> int:
         """Return how many elements a run may have: the slices of all models wait while its first blocks are merged.
@@ -208,9 +202,10 @@ class Sources:
         """Return what the base stores for a parameter."""
         return self._one(parameter, self.catalog.base)
 
-    def together(self, footprint: Footprint) -> int:
+    def models_per_pass(self, footprint: Footprint) -> int:
         """Return how many slices of the parameter are merged together, at most."""
-        return TOGETHER if footprint.dense[1] or not footprint.held[1] else FACTORS_TOGETHER
+        dense = footprint.dense[1] or not footprint.held[1]
+        return self.sizes.models_per_pass if dense else self.sizes.factored_models_per_pass
 
     def kept(self, footprint: Footprint) -> Literal["nothing", "shared", "all"]:
         """Return which factors of the parameter stay in a worker's cache while it works its blocks off."""

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from ties_ray.inputs.catalog import Model
 from ties_ray.layout.footprint import NEEDS, Footprint, Sources, kept_requests, requests_of, rounded_up
-from ties_ray.layout.shards import MODEL_GROUP, Layout, Segment, elements_in
+from ties_ray.layout.shards import Layout, Segment, elements_in
 from ties_ray.methods import Member
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS
@@ -79,7 +79,7 @@ class _Walk:
     def _joined(self, shard: Sequence[Segment], block: int, run: int) -> Iterator[tuple[Segment, ...]]:
         # Of whole blocks, which no other block is joined with, one a segment tells as much as all.
         ends = (one._replace(start=max(one.start, one.stop - (one.stop - one.start) % block - block)) for one in shard)
-        return runs_of(ends, block, run, lambda index: self._parameters[index].name not in self._sources.alone)
+        return runs_of(ends, block, run, lambda index: self._parameters[index].name not in self._sources.not_coalesced)
 
     def _with_factors(self, shard: Sequence[Segment]) -> tuple[Parameter, ...]:
         found = dict.fromkeys(self._parameters[segment.parameter] for segment in shard)
@@ -97,7 +97,7 @@ class _Walk:
                     if parameters is None or index in parameters
                     if (source := model.sources.get(self._parameters[index].name))
                 ]
-                for group in requests_of(form, slices, self._room)[1]:
+                for group in requests_of(form, slices, self._room, self._sources.sizes.gap)[1]:
                     requests -= len(group) - 1
                     gaps += group[-1].stop - group[0].start - sum(read.stop - read.start for read in group)
             self._known[key] = Reading(gaps, requests, gaps)
@@ -171,7 +171,7 @@ class Cost:
             by_members.setdefault(tuple(counted(index)), set()).add(index)
         total = _NOTHING
         for members, own in by_members.items():
-            for _, group in itertools.groupby(members, lambda member: member // MODEL_GROUP):
+            for _, group in itertools.groupby(members, lambda member: member // self._layout.sizes.model_group):
                 models = [self._sources.models[member] for member in group]
                 total = total.plus(self._read(walk, models, passes=1, base="nothing", only=own))
         return total

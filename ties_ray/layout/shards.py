@@ -6,26 +6,14 @@ Shards are computed from their number, not stored: a plan of 100,000 of them is 
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ties_ray.inputs.catalog import Catalog
-from ties_ray.outputs import DEFAULT_PART, PART_ALIGNMENT, OutputFile, OutputTensor, Placed
+from ties_ray.layout.sizes import SIZES, Sizes
+from ties_ray.outputs import PART_ALIGNMENT, OutputFile, OutputTensor, Placed
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
 from ties_ray.tensors import Parameter
-
-MODEL_GROUP = 32
-"""Models whose counts a worker holds at a time: 32 tables of 65,536 int64 are 16 MiB."""
-MAX_SHARD = 64 * 2**20
-"""Bytes: a shard of the merge holds as many whole parts as fit in this, at least one."""
-MAX_RANGE = 32 * 2**20
-MIN_RANGE = 2**20
-"""Elements of a shard in rounds that count or gather."""
-SHARDS_AT_LEAST = 16
-"""Small merges are cut finer than the sizes above, so that several workers have something to do."""
-
-RoundKind = Literal["survey", "count_high", "count_low", "gather", "condense", "merge"]
-COUNTS = ("count_high", "count_low")
 
 
 class Segment(NamedTuple):
@@ -52,8 +40,9 @@ class Shard(NamedTuple):
 class Layout:
     """Where each shard begins and ends; derived from recipe, catalog and files, never stored."""
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, files: Sequence[OutputFile]) -> None:
-        self.part_size = part_size(recipe, files)
+    def __init__(self, recipe: Recipe, catalog: Catalog, files: Sequence[OutputFile], sizes: Sizes = SIZES) -> None:
+        self.sizes = sizes
+        self.part_size = part_size(recipe, files, sizes)
         self.files = files
         self.parameters = catalog.parameters
         self.by_name = {parameter.name: index for index, parameter in enumerate(catalog.parameters)}
@@ -62,9 +51,9 @@ class Layout:
         """Of each merged parameter in the concatenation of all."""
         self.num_elements = self._ends[-1] if self._ends else 0
         """The d of every checkpoint's task vector."""
-        self._range = min(MAX_RANGE, max(MIN_RANGE, -(-self.num_elements // SHARDS_AT_LEAST)))
+        self._range = min(sizes.max_range, max(sizes.min_range, -(-self.num_elements // sizes.shards_at_least)))
         self._parts_a_shard = max(
-            1, min(MAX_SHARD, sum(file.size for file in files) // SHARDS_AT_LEAST) // self.part_size
+            1, min(sizes.max_shard, sum(file.size for file in files) // sizes.shards_at_least) // self.part_size
         )
         self.matrices = [index for index in self._merged if catalog.parameters[index].changed]
         """What is condensed, where the output does that: one shard each."""
@@ -141,22 +130,6 @@ class Layout:
             found.update(range((begins + start) // self._range, -(-(begins + stop) // self._range)))
         return found
 
-    def shard(self, kind: RoundKind, index: int, num_models: int) -> Shard:
-        """Return what shard `index` of a round of this kind covers."""
-        if kind == "merge":
-            return self.merge_shard(index, num_models)
-        if kind == "survey":
-            return Shard(models=(index, index + 1))
-        if kind == "gather":
-            return Shard(models=(0, num_models), segments=self.range_(index))
-        if kind == "condense":
-            parameter = self.matrices[index]
-            return Shard(models=(0, num_models), segments=(Segment(parameter, 0, self.parameters[parameter].numel),))
-        # Group after group, so that a worker's tables serve many shards before they are written out.
-        group, position = divmod(index, self.num_ranges)
-        models = (group * MODEL_GROUP, min((group + 1) * MODEL_GROUP, num_models))
-        return Shard(models=models, segments=self.range_(position))
-
 
 def elements_in(layout: Layout, file: int, number: int) -> Iterator[tuple[Placed, int, int]]:
     """Yield (tensor, first element, last element exclusive) of what a part holds; parts never split an element."""
@@ -168,12 +141,12 @@ def elements_in(layout: Layout, file: int, number: int) -> Iterator[tuple[Placed
         yield placed, first, last
 
 
-def part_size(recipe: Recipe, files: Sequence[OutputFile]) -> int:
-    """Return the size of a part: the recipe's, or 64 MiB, less where the whole output is small."""
+def part_size(recipe: Recipe, files: Sequence[OutputFile], sizes: Sizes = SIZES) -> int:
+    """Return the bytes of a part: the recipe's, or 64 MiB, or less where the whole output is small."""
     if recipe.output.part_size is not None:
         return int(recipe.output.part_size)
-    fitting = sum(file.size for file in files) // SHARDS_AT_LEAST
-    return min(DEFAULT_PART, max(8 * 2**20, fitting - fitting % PART_ALIGNMENT))
+    fitting = sum(file.size for file in files) // sizes.shards_at_least
+    return min(sizes.most_part, max(sizes.least_part, fitting - fitting % PART_ALIGNMENT))
 
 
 def plan_files(recipe: Recipe, catalog: Catalog) -> tuple[OutputFile, ...]:

@@ -107,6 +107,13 @@ class Round:
 
     name: str
     run: Callable[[Deltas, Context], Result]
+    kind: str = ""
+    """Name of the kind of round that runs it: a file in `ties_ray/rounds`. By default the last round merges, and others
+    gather statistics."""
+    holds: int = 0
+    """Bytes that `run` holds for each element of the slice at most.
+
+    The slice, its base, the state of one op, the merged delta and one fp32 tensor are counted without it."""
     passes: int = 1
     """How often `run` goes through the models; blocks become small enough to keep all slices, or the plan says that
     they are read again."""

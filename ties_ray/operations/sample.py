@@ -9,11 +9,10 @@ from torch import Tensor
 from ties_ray.errors import InputError, Problem
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import ARITHMETICS
-from ties_ray.layout.shards import MODEL_GROUP
 from ties_ray.outputs import CondensingOutput, Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import Progress, Sample, Watch
-from ties_ray.rounds.kth_largest import Pick
+from ties_ray.rounds._kth_largest import Pick
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.state.manifest import Manifest
 from ties_ray.stores import Pin, Stores
@@ -89,28 +88,29 @@ def recount(
     Raises `InputError` where there are no thresholds, the arithmetic is another, or inputs have changed.
     """
     _require_arithmetic(plan, "--recount")
-    low = [index for index, round_ in enumerate(plan.result.rounds) if round_.kind == "count_low"]
-    need = plan.recipe.method.needs(plan.result.members)
-    trimmed = [number for number in range(len(plan.result.members)) if need and need.densities[number] < 1]
+    merge = plan.merges[0]
+    low = [index for index, round_ in enumerate(merge.rounds) if round_.kind == "threshold"]
+    need = plan.recipe.method.needs(merge.members)
+    trimmed = [number for number in range(len(merge.members)) if need and need.densities[number] < 1]
     if not low or not trimmed:
         raise InputError(Problem("--recount", "this merge has no thresholds", "leave --recount out"))
     generator = random.Random(f"{plan.run_id} {seed}")
     chosen = sorted(generator.sample(trimmed, max(1, round(share * len(trimmed)))))
-    groups = sorted({member // MODEL_GROUP for member in chosen})
-    folded = manifest.read_folded(low[0], plan, groups)
-    announce(_folders([plan.catalog.base, *(plan.catalog.models[plan.result.models[member]] for member in chosen)]))
+    size = plan.sizes.model_group
+    folded = manifest.read_folded(merge, low[-1], sorted({member // size for member in chosen}))
+    announce(_folders([plan.catalog.base, *(merge.models[member] for member in chosen)]))
     worker = _worker(stores, plan, manifest)
     problems = []
     for number, member in enumerate(chosen):
         watch(Progress("recount", number, len(chosen), 0, 0))
-        used = [pick for pick in folded[member // MODEL_GROUP].picks if pick.member == member] if folded else []
+        used = [pick for pick in folded[member // size].finding if pick.member == member] if folded else []
         counted = worker.recounted(member)
         if list(map(_threshold, used)) != list(map(_threshold, counted)):
-            model = plan.result.members[member].id
+            model = merge.members[member].id
             message = f"the merge trimmed it at {_shown(used)}, and its values give {_shown(counted)}"
             problems.append(Problem(f"model {model}", message, "clear the pool cache, and merge again with --fresh"))
     watch(Progress("recount", len(chosen), len(chosen), 0, 0))
-    return [plan.result.members[member].id for member in chosen], problems
+    return [merge.members[member].id for member in chosen], problems
 
 
 def _threshold(pick: Pick) -> tuple[int, int, int, int]:
@@ -139,13 +139,13 @@ def _folders(models: Sequence[Model]) -> list[str]:
 
 
 def _inputs(plan: Plan) -> list[Model]:
-    return [plan.catalog.base, *(plan.catalog.models[index] for index in plan.result.models)]
+    return [plan.catalog.base, *plan.merges[0].models]
 
 
 def choose(plan: Plan, share: float, seed: int) -> Iterator[tuple[str, Placed, Slices]]:
     """Yield (file, tensor, slices) for every tensor that has elements; at least one slice, about `share` of all."""
     generator = random.Random(f"{plan.run_id} {seed}")
-    for file in plan.result.files:
+    for file in plan.files:
         for placed in file.tensors:
             numel = _numel(placed)
             starts = range(0, numel, SLICE)

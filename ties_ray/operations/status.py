@@ -1,8 +1,9 @@
 """The status of an output folder: a finished merge, or unfinished ones and how far they are."""
 
 from ties_ray.errors import InputError
-from ties_ray.planning.plan import Plan, PlannedRound
+from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import MergeResult, Report, find_result
+from ties_ray.rounds import PlannedRound
 from ties_ray.state import documents, lease
 from ties_ray.state.lease import Holder
 from ties_ray.state.manifest import FOLDER, Manifest, find_runs
@@ -63,7 +64,7 @@ def _run(stores: Stores, output: str, run_id: str, generation: int) -> RunStatus
     try:
         uploads = list(manifest.read_uploads())
         plan = manifest.read_last_plan()
-        planned = enumerate(plan.result.rounds) if plan else ()
+        planned = enumerate(plan.merges[0].rounds) if plan else ()
         rounds = [_round(manifest, plan, index, round_) for index, round_ in planned if plan]
     except InputError as error:
         problem = str(error)
@@ -71,6 +72,6 @@ def _run(stores: Stores, output: str, run_id: str, generation: int) -> RunStatus
 
 
 def _round(manifest: Manifest, plan: Plan, index: int, round_: PlannedRound) -> RoundStatus:
-    records = manifest.read_records(index, plan, manifest.record_names(index))
+    records = manifest.read_records(plan.merges[0], index, manifest.record_names(index))
     done = {shard for record in records for shard in record.shards}
     return RoundStatus(name=round_.name, shards=round_.num_shards, done=len(done))

@@ -17,7 +17,8 @@ from ties_ray.driver.publish import foreign_files
 from ties_ray.errors import InputError, Problem
 from ties_ray.libraries.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
 from ties_ray.outputs import DEFAULT_PART, OutputFile
-from ties_ray.planning.plan import Plan, believable
+from ties_ray.planning.plan import Plan
+from ties_ray.planning.planner import believable
 from ties_ray.reports.records import (
     MergeResult,
     Progress,
@@ -27,9 +28,10 @@ from ties_ray.reports.records import (
     Watch,
     find_result,
 )
+from ties_ray.rounds.merge import Written
 from ties_ray.safetensors import DTYPE_BITS, Header, header_bytes, parse
 from ties_ray.state import documents
-from ties_ray.state.manifest import Manifest, Written, find_runs
+from ties_ray.state.manifest import Manifest, find_runs
 from ties_ray.stores import Pin, Store, Stores, crc32c, crc32c_joined, join, within
 
 AGAIN = "merge again with --fresh"
@@ -277,7 +279,7 @@ def _strangers(review: _Review) -> list[Problem]:
 
 
 def _against_plan(plan: Plan, files: Sequence[_Weights]) -> list[Problem]:
-    planned = {file.name: _planned_head(file) for file in plan.result.files}
+    planned = {file.name: _planned_head(file) for file in plan.files}
     return [
         Problem(file.name, "its header is not the planned one", AGAIN)
         for file in files
@@ -321,7 +323,7 @@ def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> li
 
 def _pieces(review: _Review, files: Sequence[_Weights]) -> list[_Piece]:
     """Return the pieces in which the files are read; none splits an element of a file that we wrote."""
-    size = review.plan.layout.part_size if review.plan else DEFAULT_PART
+    size = review.plan.merges[0].layout.part_size if review.plan else DEFAULT_PART
     parts = _parts(review)
     return [
         _Piece(number, start, min(start + size, file.pin.size), parts.get((file.name, start // size + 1)))
@@ -336,11 +338,12 @@ def _parts(review: _Review) -> dict[tuple[str, int], Written]:
     parts: dict[tuple[str, int], Written] = {}
     if plan is None or manifest is None:
         return parts
-    last = len(plan.result.rounds) - 1
+    merge = plan.merges[0]
+    last = len(merge.rounds) - 1
     try:
-        for record in manifest.read_records(last, plan, manifest.record_names(last)):
-            for written in record.parts:
-                parts[plan.result.files[written.file].name, written.part.number] = written
+        for record in manifest.read_records(merge, last, manifest.record_names(last)):
+            for written in record.finding.written:
+                parts[plan.files[written.file].name, written.part.number] = written
     except InputError as error:
         review.problems += error.problems
     return parts
@@ -442,7 +445,7 @@ def _not_finite(
     review: _Review, files: Sequence[_Weights], pieces: Sequence[_Piece], contents: Sequence[_Content]
 ) -> list[Problem]:
     """Return a problem for each merged tensor that holds NaN or infinity; note copies of such tensors of the base."""
-    planned = review.plan.result.files if review.plan else ()
+    planned = review.plan.files if review.plan else ()
     copied = {placed.tensor.name for file in planned for placed in file.tensors if placed.tensor.origin == "base"}
     counts: dict[tuple[str, str], list[int]] = {}
     for piece, content in zip(pieces, contents, strict=True):
@@ -479,7 +482,7 @@ def _sample(
         message = "there is no plan by which a sample could be merged again"
         review.problems.append(Problem("--sample", message, "bring the folder's .ties-ray back, or leave --sample out"))
         return None
-    planned = {file.name: (file.size, _planned_head(file)) for file in plan.result.files}
+    planned = {file.name: (file.size, _planned_head(file)) for file in plan.files}
     pins = {file.name: file.pin for file in files if (file.pin.size, file.head) == planned.get(file.name)}
     try:
         sample, differing = compare(review.stores, plan, manifest, pins, share, seed, watch, announce)

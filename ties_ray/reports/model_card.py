@@ -13,7 +13,8 @@ from ruamel.yaml.representer import SafeRepresenter
 from ties_ray.errors import printable
 from ties_ray.inputs.catalog import Model
 from ties_ray.planning.plan import Plan
-from ties_ray.reports.records import MergeResult, Truncation
+from ties_ray.reports.records import MergeResult
+from ties_ray.rounds.condense import Truncation
 from ties_ray.stores import hub_name
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -59,7 +60,7 @@ def card(plan: Plan, result: MergeResult) -> str:
         plain_yaml(front).rstrip(),
         "---",
         "",
-        f"# Merge of {len(plan.result.members)} models by `{recipe.method.name}`{_cut(result.truncation)}",
+        f"# Merge of {len(plan.merges[0].members)} models by `{recipe.method.name}`{_cut(result.truncation)}",
         "",
         f"Merged by ties_ray, run `{plan.run_id}`, arithmetic `{plan.arithmetic}`. {recipe.method.paper}.",
         "",
@@ -72,7 +73,7 @@ def card(plan: Plan, result: MergeResult) -> str:
         sections,
         fence,
     ]
-    if result.trims and len(result.trims) <= 2 * len(plan.result.members):
+    if result.trims and len(result.trims) <= 2 * len(plan.merges[0].members):
         lines += ["", "## Trim", "| model | threshold | kept | of |", "|---|---|---|---|"]
         lines += [f"| {prose(t.model)} | {t.threshold:.6g} | {t.kept:,} | {t.size:,} |" for t in result.trims]
     if result.truncation:

@@ -14,6 +14,9 @@ from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME
 from ties_ray.libraries.loaders import SUMS_NAME as SUMS_NAME
 from ties_ray.planning.forecast import Forecast
 from ties_ray.planning.plan import Plan
+from ties_ray.rounds import kind_of
+from ties_ray.rounds.condense import Truncation
+from ties_ray.rounds.threshold import TrimReport
 from ties_ray.state import documents
 from ties_ray.stores import Stores, join
 from ties_ray.tensors import elements_by_dtype
@@ -97,21 +100,6 @@ class Provenance(Report):
     models: list[InputProvenance]
 
 
-class TrimReport(Report):
-    """The outcome of trimming one model."""
-
-    model: str
-    parameter: str | None
-    """The parameter that was trimmed; None for the whole task vector."""
-    threshold: float
-    kept: int
-    """Values at or above the threshold. Zeros do not count, even at a threshold of zero."""
-    tied: int
-    """Values equal to the threshold."""
-    size: int
-    """Elements of the task vector, or of the parameter."""
-
-
 class Failure(Report):
     """Why a run ended without a result."""
 
@@ -124,16 +112,6 @@ class Failure(Report):
     def of(error: MergeError) -> "Failure":
         """Return the record of an error, one line a problem."""
         return Failure(kind=error.kind, shard=error.shard, message=str(error), retryable=error.retryable)
-
-
-class Truncation(Report):
-    """The error of writing merged matrices as factors of one rank."""
-
-    rank: int
-    relative_error: float
-    """Frobenius norm of the error, divided by the norm of the whole merged change."""
-    matrices: dict[str, float]
-    """Relative error of each matrix, by parameter; 0 where the change itself is zero."""
 
 
 class WrittenFile(Report):
@@ -268,6 +246,8 @@ class PlannedRoundRecord(Report):
     requests: int
     bytes_again: int
     """Bytes of `bytes_read` that an earlier round reads too; the workers' caches may spare them."""
+    remark: str = ""
+    """What a reader of the plan should know of the round's reads."""
 
 
 class PlanRecord(Report):
@@ -304,7 +284,7 @@ class PlanRecord(Report):
 
 def plan_record(plan: Plan, forecast: Forecast | None = None) -> PlanRecord:
     """Return the summary of a plan."""
-    method = plan.recipe.method
+    method, merge = plan.recipe.method, plan.merges[0]
     rounds = [
         PlannedRoundRecord(
             name=round_.name,
@@ -314,10 +294,11 @@ def plan_record(plan: Plan, forecast: Forecast | None = None) -> PlanRecord:
             bytes_read=round_.bytes_read,
             bytes_again=round_.bytes_again,
             requests=round_.requests,
+            remark=kind_of(round_).remark(round_),
         )
-        for round_ in plan.result.rounds
+        for round_ in merge.rounds
     ]
-    files = [PlannedFile(name=file.name, size=file.size, tensors=len(file.tensors)) for file in plan.result.files]
+    files = [PlannedFile(name=file.name, size=file.size, tensors=len(file.tensors)) for file in plan.files]
     return PlanRecord(
         run_id=plan.run_id,
         arithmetic=plan.arithmetic,
@@ -326,8 +307,8 @@ def plan_record(plan: Plan, forecast: Forecast | None = None) -> PlanRecord:
         scales=method.scales,
         base=_planned_input(plan.catalog.base),
         models=[_planned_input(model) for model in plan.catalog.models],
-        merged=plan.layout.num_elements,
-        task_vectors=(min(plan.result.sizes), max(plan.result.sizes)),
+        merged=merge.layout.num_elements,
+        task_vectors=(min(merge.result.sizes), max(merge.result.sizes)),
         output=plan.output,
         files=files,
         rounds=rounds,

@@ -11,30 +11,29 @@
 Losing a record costs a redo, never a byte.
 """
 
+import functools
 import gzip
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from ties_ray import rounds
 from ties_ray.errors import InputError, Problem
-from ties_ray.kernels import BINS
-from ties_ray.outputs import CondensingOutput, PartSize
+from ties_ray.layout.sizes import SIZES, Sizes
+from ties_ray.outputs import PartSize
 from ties_ray.planning.plan import PLAN_FORM, Plan
-from ties_ray.rounds.kth_largest import WHOLE, Counts, Pick
+from ties_ray.rounds import Folded, Merge, Record, Zeroed
 from ties_ray.state import documents
 from ties_ray.state.documents import LARGE, PLAN, SMALL, Bounds
-from ties_ray.stores import Part, Stores, WritableStore, crc32c, join, within
+from ties_ray.stores import Stores, WritableStore, crc32c, join, within
 
 T = TypeVar("T")
-D = TypeVar("D", "Record", "Folded")
 
 FOLDER = ".ties-ray"
 """Name of the manifest's folder in an output."""
@@ -42,70 +41,6 @@ THREADS = 16
 """Requests in flight; what is waited for is the storage's latency."""
 SCRATCH_LIMIT = 2**36
 """Bytes: nor any scratch; it is as large as the two factors of the largest matrix."""
-
-
-class Written(NamedTuple):
-    """One part of a weight file, durable."""
-
-    file: int
-    """Index into the result's files."""
-    part: Part
-    crc32c: str
-    """Of the bytes as the worker had them, 8 hex digits: whatever the store's own mark is."""
-
-
-class Matrix(NamedTuple):
-    """One matrix that was condensed into scratch."""
-
-    parameter: int
-    """Index into the catalog's parameters."""
-    crc32c: str
-    """Of its scratch, 8 hex digits."""
-    norm2: float
-    """Squared Frobenius norm of the merged matrix..."""
-    errors2: dict[int, float]
-    """...and of the error, by rank."""
-
-
-class Survey(NamedTuple):
-    """What the factors of one model are, before anything is merged."""
-
-    member: int
-    norm2: float
-    """Squared Frobenius norm of its low-rank changes."""
-    not_finite: int
-    """Elements of its factors that are NaN or Inf."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One batch of a worker: shards of one round, finished."""
-
-    round: int
-    shards: tuple[int, ...]
-    parts: tuple[Written, ...] = ()
-    """What the shards wrote..."""
-    uploads: tuple[tuple[int, str], ...] = ()
-    """...and into which upload of each file: one that the store has forgotten takes its parts with it."""
-    counts: tuple[Counts, ...] = ()
-    statistics: dict[str, int] = field(default_factory=dict)
-    zeroed: tuple[tuple[int, str, int], ...] = ()
-    """(member, parameter, values) that were not finite and counted as zero, because the recipe allows it."""
-    matrices: tuple[Matrix, ...] = ()
-    surveys: tuple[Survey, ...] = ()
-
-
-@dataclass(frozen=True)
-class Folded:
-    """What a barrier knows: of one group of models (thresholds) or of all (a method's statistics, matrices)."""
-
-    picks: tuple[Pick, ...] = ()
-    statistics: dict[str, int] = field(default_factory=dict)
-    surveys: tuple[Survey, ...] = ()
-    matrices: tuple[Matrix, ...] = ()
-    """In the order of their parameters."""
-    zeroed: tuple[tuple[int, str, int], ...] = ()
-    """As in the records, of the round that condenses."""
 
 
 class Seen(NamedTuple):
@@ -123,18 +58,18 @@ class Start(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     digest: str = Field(pattern="^[0-9a-f]{64}$")
-    """Of what the records rest on (`Plan.digest`)."""
+    """Digest of what the records rest on (`Plan.digest`)."""
     part_size: PartSize = None
-    """The recipe's when the run began: parts and shards are cut by it, though they change no byte."""
+    """The recipe's `output.part_size` when the run began."""
+    sizes: Sizes = SIZES
+    """How the run was cut. Parts and shards follow from it, though no byte of the result does."""
 
 
 _START = TypeAdapter(Start)
 _UPLOADS = TypeAdapter(dict[str, Annotated[str, Field(max_length=2**12)]])
-_RECORD = TypeAdapter(Record)
 _SEEN = TypeAdapter(tuple[Seen, ...])
-_FOLDED = TypeAdapter(Folded)
 _PLAN_NAME = re.compile(r"plan-([1-9][0-9]{0,3})\.json\.gz")
 _RECORD_NAME = re.compile(r"([0-9]{8}-[0-9a-f]{12}-[0-9]{6}|known-[0-9]{1,9})\.json")
 FRESH = "merge again with --fresh"
@@ -204,44 +139,48 @@ class Manifest:
         """Return the upload ids by file name; empty where none were begun."""
         return self._get("uploads.json", _UPLOADS, SMALL, "the ids of uploads") or {}
 
-    def write_record(self, name: str, record: Record) -> None:
+    def write_record(self, merge: Merge, name: str, record: Record[Any]) -> None:
         """Store one batch; `name` is unique among all workers of all attempts."""
-        self._writer.put(join(self._records(record.round), name), _RECORD.dump_json(record))
+        data = _record_form(merge.rounds[record.round].kind).dump_json(record)
+        self._writer.put(join(self._records(record.round), name), data)
 
     def record_names(self, round_: int) -> list[str]:
         """Return the names of a round's records, sorted; what else lies there is not ours."""
         names = (pin.uri.rpartition("/")[2] for pin in self._store.list(self._records(round_)).files)
         return [name for name in names if _RECORD_NAME.fullmatch(name)]
 
-    def read_record(self, round_: int, plan: Plan, name: str) -> Record:
-        """Return one record; raise `InputError` where it is gone, or is not of this plan."""
-        uri = join(self._records(round_), name)
+    def read_record(self, merge: Merge, round_: int, name: str) -> Record[Any]:
+        """Return one record. Raises `InputError` where it is gone, or is not of this merge."""
+        uri, form = join(self._records(round_), name), _record_form(merge.rounds[round_].kind)
         try:
-            record = documents.read(self._store, uri, _RECORD, LARGE, "a record of this merge", FRESH)[1]
+            record = documents.read(self._store, uri, form, LARGE, "a record of this merge", FRESH)[1]
         except FileNotFoundError as error:
             raise InputError(Problem(uri, "the record has gone", "run the same command again")) from error
-        return self._fitting(record, plan, round_, uri)
+        _demand_fit(misfit(record, merge, round_), uri)
+        return record
 
-    def read_records(self, round_: int, plan: Plan, names: Iterable[str]) -> Iterator[Record]:
+    def read_records(self, merge: Merge, round_: int, names: Iterable[str]) -> Iterator[Record[Any]]:
         """Yield some records of a round, in that order; of thousands, many are asked for and few held at a time."""
         remaining = iter(names)
         with ThreadPoolExecutor(THREADS) as threads:
             while batch := list(itertools.islice(remaining, 2 * THREADS)):
-                yield from threads.map(partial(self.read_record, round_, plan), batch)
+                yield from threads.map(partial(self.read_record, merge, round_), batch)
 
-    def write_folded(self, round_: int, group: int, folded: Folded) -> None:
-        """Store what the barrier after a round knows of a group."""
-        self._writer.put(within(self.folder, f"folded/{round_}/{group}.json"), _FOLDED.dump_json(folded))
+    def write_folded(self, merge: Merge, round_: int, group: int, folded: Folded[Any]) -> None:
+        """Store what the barrier after a round finds of a group."""
+        data = _folded_form(merge.rounds[round_].kind).dump_json(folded)
+        self._writer.put(within(self.folder, f"folded/{round_}/{group}.json"), data)
 
-    def read_folded(self, round_: int, plan: Plan, groups: Sequence[int]) -> dict[int, Folded]:
-        """Return what is known after a round, by group; groups not folded yet are missing."""
-        known = {}
+    def read_folded(self, merge: Merge, round_: int, groups: Iterable[int]) -> dict[int, Folded[Any]]:
+        """Return what the barrier after a round has found, by group; groups not folded yet are missing."""
+        form, stored = _folded_form(merge.rounds[round_].kind), {}
         for group in groups:
             name = f"folded/{round_}/{group}.json"
-            found = self._get(name, _FOLDED, LARGE, "what a barrier has stored")
-            if found is not None:
-                known[group] = self._fitting(found, plan, round_, within(self.folder, name))
-        return known
+            folded = self._get(name, form, LARGE, "what a barrier has stored")
+            if folded is not None:
+                _demand_fit(misfit_folded(folded, merge, round_), within(self.folder, name))
+                stored[group] = folded
+        return stored
 
     def write_seen(self, shard: int, seen: Sequence[Seen]) -> None:
         """Store what a shard of the first round has read."""
@@ -256,14 +195,14 @@ class Manifest:
         self._writer.put(self._scratch(parameter), bytes(data))
         return crc32c(data)
 
-    def read_scratch(self, matrix: Matrix) -> bytes:
-        """Return a condensed matrix; raise `InputError` where it is not what was written."""
-        uri = self._scratch(matrix.parameter)
+    def read_scratch(self, parameter: int, crc: str) -> bytes:
+        """Return a condensed matrix. Raises `InputError` where it is not what was written."""
+        uri = self._scratch(parameter)
         try:
             data = self._store.get(uri, SCRATCH_LIMIT)[1]
         except FileNotFoundError as error:
             raise InputError(Problem(uri, "scratch of this merge has gone", "merge again with --fresh")) from error
-        if crc32c(memoryview(data)) != matrix.crc32c:
+        if crc32c(memoryview(data)) != crc:
             raise InputError(Problem(uri, "scratch is not what was written", "merge again with --fresh"))
         return data
 
@@ -283,74 +222,50 @@ class Manifest:
         except FileNotFoundError:
             return None
 
-    def _fitting(self, found: D, plan: Plan, round_: int, uri: str) -> D:
-        if why := misfit(found, plan, round_):
-            raise InputError(Problem(uri, f"is not of this merge: {why}", FRESH))
-        return found
-
 
 def _plan_name(revision: int) -> str:
     return f"plan-{revision}.json.gz" if revision else "plan.json.gz"
 
 
-def misfit(found: Record | Folded, plan: Plan, round_: int) -> str:
-    """Return what in a record, or in what a barrier stored, can't be of this plan; empty where nothing is wrong.
-
-    Numbers lead into lists and files, so all must be in range before anybody uses them.
-    """
-    members, parameters = range(len(plan.result.members)), range(len(plan.catalog.parameters))
-    found_of = found.counts if isinstance(found, Record) else found.picks
-    scopes = [(one.member, one.parameter) for one in found_of]
-    output = plan.recipe.output
-    ranks = set(output.ranks) if isinstance(output, CondensingOutput) else None
-    wrong = {
-        "a model": [one for one in (*scopes, *found.surveys, *found.zeroed) if one[0] not in members],
-        "a parameter": [one for one in scopes if one[1] != WHOLE and one[1] not in parameters],
-        "a matrix": [one for one in found.matrices if ranks is None or one.parameter not in parameters],
-        "a norm": [
-            norm2
-            for norm2 in (*(one.norm2 for one in found.matrices), *(one.norm2 for one in found.surveys))
-            if not _is_norm(norm2)
-        ],
-        "an error by rank": [
-            one
-            for one in found.matrices
-            if not (one.errors2.keys() >= (ranks or set()) and all(map(_is_norm, one.errors2.values())))
-        ],
-        "a zeroed parameter": [one for one in found.zeroed if one[1] not in plan.layout.by_name],
-    }
-    if isinstance(found, Folded):
-        wrong["a threshold"] = [one for one in found.picks if min(one[3:]) < 0 or one.bits >= 2**31]
-        wrong["a bin"] = [one for one in found.picks if not -1 <= one.bin < BINS]
-    else:
-        wrong["the round"] = [found.round] * (found.round != round_)
-        wrong["a shard"] = [one for one in found.shards if one not in _shards(plan, round_)]
-        into = {file for file, _ in found.uploads}
-        wrong["a weight file"] = [file for file in into if file not in range(len(plan.result.files))]
-        wrong["a part"] = [one for one in found.parts if not (one.file in into and _is_part(one, plan))]
-    return "; ".join(f"{name} is out of range" for name, some in wrong.items() if some)
+def misfit(record: Record[Any], merge: Merge, round_: int) -> list[str]:
+    """Return what in a record can't be of this merge: numbers lead into lists and files, so all must be in range."""
+    kind = merge.kind(round_)
+    wrong = [] if record.round == round_ else ["the round"]
+    if not set(record.shards) <= set(kind.shards(merge, round_)):
+        wrong.append("a shard")
+    return [*wrong, *_misfit_zeroed(record.zeroed, merge), *kind.misfit(merge, round_, record.finding)]
 
 
-def _shards(plan: Plan, round_: int) -> range:
-    """Return the shards of a round; of low bits those of the high ones, whatever is left to count."""
-    rounds = plan.result.rounds
-    return range(rounds[round_ - (rounds[round_].kind == "count_low")].num_shards)
+def misfit_folded(folded: Folded[Any], merge: Merge, round_: int) -> list[str]:
+    """Return what can't be of this merge in what a barrier has stored."""
+    of_kind = merge.kind(round_).misfit_folded(merge, round_, folded.finding)
+    return [*_misfit_zeroed(folded.zeroed, merge), *of_kind]
 
 
-def _is_part(one: Written, plan: Plan) -> bool:
-    if one.file not in range(len(plan.result.files)):
-        return False
-    if one.part.number not in range(1, plan.layout.num_parts(one.file) + 1):
-        return False
-    start, stop = plan.layout.part(one.file, one.part.number - 1)
-    return one.part.size == stop - start and _CRC32C.fullmatch(one.crc32c) is not None
+def _misfit_zeroed(zeroed: Iterable[Zeroed], merge: Merge) -> Iterator[str]:
+    for member, parameter, _ in zeroed:
+        if member not in range(len(merge.members)):
+            yield "a model"
+        if parameter not in merge.layout.by_name:
+            yield "a zeroed parameter"
 
 
-def _is_norm(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+def _demand_fit(wrong: list[str], uri: str) -> None:
+    if wrong:
+        what = "; ".join(f"{name} is out of range" for name in dict.fromkeys(wrong))
+        raise InputError(Problem(uri, f"is not of this merge: {what}", FRESH))
 
 
-_CRC32C = re.compile("[0-9a-f]{8}")
+@functools.cache
+def _record_form(kind: str) -> TypeAdapter[Record[Any]]:
+    return TypeAdapter(cast(Any, Record)[rounds.load(kind).finding])
+
+
+@functools.cache
+def _folded_form(kind: str) -> TypeAdapter[Folded[Any]]:
+    return TypeAdapter(cast(Any, Folded)[rounds.load(kind).folded])
+
+
 _RUN_ID, _GENERATION = re.compile("[0-9a-f]{16}"), re.compile("[1-9][0-9]{0,8}")
 
 

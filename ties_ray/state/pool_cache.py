@@ -14,9 +14,8 @@ import hmac
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TypeVar
 
 from pydantic import TypeAdapter
@@ -24,13 +23,8 @@ from pydantic import TypeAdapter
 from ties_ray.errors import InputError
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
-from ties_ray.layout.footprint import formats_of
-from ties_ray.layout.shards import RoundKind
-from ties_ray.planning.plan import Plan
-from ties_ray.rounds.kth_largest import WHOLE, Counts, Pick, add
 from ties_ray.state import documents
 from ties_ray.state.documents import Bounds
-from ties_ray.state.manifest import Survey
 from ties_ray.stores import Stores, join
 
 T = TypeVar("T")
@@ -45,8 +39,6 @@ FORM = 3
 """Of what is kept; part of its name. Raise it with any change to what a bin holds."""
 RECALLS = 16
 """Requests at a time."""
-COUNTS = TypeAdapter(Counts)
-SURVEY = TypeAdapter(Survey)
 
 
 def identity(model: Model, form: Format, arithmetic: str) -> str | None:
@@ -67,64 +59,33 @@ def identity(model: Model, form: Format, arithmetic: str) -> str | None:
 class PoolCache:
     """The findings in one folder."""
 
-    def __init__(self, stores: Stores, folder: str) -> None:
+    def __init__(self, stores: Stores, folder: str, formats: Mapping[str, Format], arithmetic: str) -> None:
+        """formats: of the models, by name. arithmetic: by which their values are counted."""
         self._store = stores.writer(folder)
+        self._formats = formats
+        self._arithmetic = arithmetic
         self._folder = folder
         self._key = os.environ.get(KEY, "").encode()
         self.refused: list[str] = []
         """URIs of findings that were ignored: not signed by the key, or broken."""
 
-    def recall(
-        self, plan: Plan, kind: RoundKind, picks: Mapping[int, Pick]
-    ) -> tuple[tuple[Survey, ...], tuple[Counts, ...]]:
-        """Return what is known already of what a round would find, of the plan's members; add to `refused`.
+    def identity(self, model: Model) -> str | None:
+        """Return what names a model's changes here, None where nothing does."""
+        return identity(model, self._formats[model.format], self._arithmetic)
 
-        picks: before low bits are counted, where each member's threshold lies.
-        """
-        result, formats = plan.result, formats_of(plan.catalog.models)
-        need = plan.recipe.method.needs(result.members)
-
-        def look(member: int) -> Survey | Counts | None:
-            model = plan.catalog.models[result.models[member]]
-            name = identity(model, formats[model.format], plan.arithmetic)
-            if name is None:
-                return None
-            if kind == "survey":
-                survey = self._read(name, "survey", SURVEY)
-                return survey._replace(member=member) if survey else None
-            if need is None or need.scope != "global" or need.densities[member] == 1:
-                return None
-            size = result.sizes[member]
-            if kind == "count_high":
-                return self._counts(name, "high", member, range(size, size + 1))
-            pick = picks.get(member)
-            if pick is None or pick.settled:
-                return None
-            return self._counts(name, f"low-{pick.high}", member, range(pick.rank, size + 1))
-
+    def read_each(self, names: Sequence[tuple[str, str]], form: TypeAdapter[T]) -> list[T | None]:
+        """Return the findings of some (identity, name), None where there is none; add to `refused`."""
         with ThreadPoolExecutor(RECALLS) as threads:
-            found = list(threads.map(look, range(len(result.models))))
-        return (
-            tuple(one for one in found if isinstance(one, Survey)),
-            tuple(one for one in found if isinstance(one, Counts)),
-        )
+            return list(threads.map(lambda name: self._read(name[0], name[1], form), names))
 
-    def write(self, name: str, what: str, found: Counts | Survey) -> None:
+    def write(self, identity: str, name: str, form: TypeAdapter[T], finding: T) -> None:
         """Keep a finding."""
-        adapter: TypeAdapter[Counts] | TypeAdapter[Survey] = COUNTS if isinstance(found, Counts) else SURVEY
-        body = adapter.dump_json(found)  # type: ignore[arg-type]
-        self._store.put(self._uri(name, what), self._signature(name, what, body) + b"\n" + body)
+        body = form.dump_json(finding)
+        self._store.put(self._uri(identity, name), self._signature(identity, name, body) + b"\n" + body)
 
-    def _counts(self, name: str, what: str, member: int, number: range) -> Counts | None:
-        """Return a table of so many counted values, as that of a member; None where there is none."""
-        found = self._read(name, what, COUNTS)
-        if found is None:
-            return None
-        with suppress(ValueError):
-            if int(add([found])[found.member, found.parameter].sum()) in number:
-                return found._replace(member=member, parameter=WHOLE)
-        self.refused.append(self._uri(name, what))
-        return None
+    def refuse(self, identity: str, name: str) -> None:
+        """Note that a finding can't be what its name says."""
+        self.refused.append(self._uri(identity, name))
 
     def _read(self, name: str, what: str, adapter: TypeAdapter[T]) -> T | None:
         uri = self._uri(name, what)

@@ -17,7 +17,7 @@ from ties_ray.kernels import (
 )
 from ties_ray.kernels.definition import Definition
 from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
-from ties_ray.rounds.kth_largest import kept_count
+from ties_ray.rounds._kth_largest import kept_count
 from ties_ray.tensors import Parameter
 from ties_ray.testing.kernels import same_bits
 

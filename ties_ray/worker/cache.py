@@ -118,7 +118,7 @@ class _Piece(NamedTuple):
     at: int
 
 
-class Shelf:
+class RangeCache:
     """Ranges of inputs, kept for later rounds; first in memory, then on disk, then no more.
 
     What came first stays: rounds go through the inputs in one order, again and again, and would find nothing in a cache

@@ -1,11 +1,35 @@
 """What driver and workers say to each other: small values in JSON. Takes no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
 from ties_ray.worker.timing import Span
+
+
+class Traffic(NamedTuple):
+    """What went to and from storage."""
+
+    bytes_read: int = 0
+    """Bytes of inputs, as the plan promises them."""
+    requests: int = 0
+    """Reads of inputs, as the plan promises them."""
+    bytes_kept: int = 0
+    """Bytes of inputs that were not read, since the worker had kept them."""
+    bytes_compared: int = 0
+    """Bytes that an earlier reading had shown already, and that were the same."""
+    bytes_written: int = 0
+    retries: int = 0
+    """Requests that were repeated."""
+
+    def plus(self, more: "Traffic") -> "Traffic":
+        """Return the sum of both."""
+        return Traffic(*(ours + theirs for ours, theirs in zip(self, more, strict=True)))
+
+    def since(self, before: "Traffic") -> "Traffic":
+        """Return what came since an earlier total."""
+        return Traffic(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -29,17 +53,19 @@ class Order:
     """One message to a worker."""
 
     action: Literal["hello", "shard", "flush", "fold"]
+    result: int = 0
+    """Index of the result that the round belongs to."""
     round: int = 0
     index: int = 0
-    """Of the shard, or of the group of models to fold."""
+    """Number of the shard, or of the group of models to fold."""
     records: tuple[str, ...] = ()
     """Names of the records to fold."""
     revision: int = 0
-    """Of the stored plan that is meant; a worker that has read another reads it..."""
+    """Revision of the stored plan that is meant; a worker that has read another reads it."""
     digest: str = ""
-    """...and demands that it is the one that was written."""
-    known: tuple[int, ...] = ()
-    """Members whose counts an earlier merge has left, so that they are not counted again."""
+    """SHA-256 of that revision, which the worker demands."""
+    recalled: tuple[int, ...] = ()
+    """Members whose findings an earlier merge has left, so that they are not looked for again."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +73,18 @@ class Answer:
     """What the worker did since its last answer."""
 
     record: str = ""
-    """Name of the record written, if one was..."""
+    """Name of the record that it wrote, if any."""
     round: int = 0
+    """The round of that record."""
     shards: tuple[int, ...] = ()
-    """...and the shards of that round which are durable by it."""
-    bytes_read: int = 0
-    """Of inputs; so are the requests. What the plan promises."""
-    bytes_written: int = 0
-    requests: int = 0
-    bytes_kept: int = 0
-    """Of inputs, not read, since the worker had kept them."""
-    bytes_compared: int = 0
-    """Of the bytes read: what an earlier reading had shown already, and was the same."""
-    retries: int = 0
+    """The shards that are durable by that record."""
+    traffic: Traffic = field(default_factory=Traffic)
     seconds: dict[str, float] = field(default_factory=dict)
-    """By activity (`trace.Activity`)."""
+    """Seconds by activity (`timing.Activity`)."""
     worker: str = ""
-    """Who this is, and..."""
+    """The worker's name, where a profile was asked for."""
     spans: tuple[Span, ...] = ()
-    """...what it did when; both only where a profile was asked for."""
+    """What it did when, where a profile was asked for."""
 
 
 METRICS = {

@@ -4,7 +4,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,15 +16,14 @@ from ties_ray import kernels
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored
-from ties_ray.layout.footprint import Sources
 from ties_ray.methods import Context
-from ties_ray.outputs import ElementwiseOutput
 from ties_ray.planning.forecast import Rates
-from ties_ray.planning.plan import Plan, PlannedRound, is_resident, method_round
+from ties_ray.planning.plan import Plan
+from ties_ray.rounds import Merge, Sample, kind_of
 from ties_ray.stores import Pin, Stores
 from ties_ray.tensors import Encoding, Parameter, Source
-from ties_ray.worker.read_ahead import Ledger
-from ties_ray.worker.slices import Slices
+from ties_ray.worker.checksums import Checksums
+from ties_ray.worker.slices import StoredSlices
 
 READ_SECONDS = 0.5
 READ_BYTES = 256 * 2**20
@@ -47,14 +46,13 @@ def measure(plan: Plan, stores: Stores) -> Rates:
     began = time.monotonic()
     compiled = kernels.load("cpu")
     start = time.monotonic() - began + (RAY_SECONDS if plan.recipe.run.executor == "ray" else 0.0)
-    sources = Sources(plan.recipe, plan.catalog, plan.result.models)
-    request, read = _reading(plan, sources, stores)
+    request, read = _reading(plan, stores)
     found: dict[str, dict[str, float]] = {"dense": {}, "factors": {}}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker
     try:
-        for kind, (parameter, stored, base) in _samples(plan, sources, stores):
-            found[kind] = _merging(plan, sources, compiled, parameter, stored, base)
+        for kind, (parameter, stored, base) in _samples(plan, stores):
+            found[kind] = _merging(plan, compiled, parameter, stored, base)
     finally:
         torch.set_num_threads(threads)
     return Rates(read=read, write=read, request=request, dense=found["dense"], factors=found["factors"], start=start)
@@ -63,19 +61,19 @@ def measure(plan: Plan, stores: Stores) -> Rates:
 # -- reading
 
 
-def _reading(plan: Plan, sources: Sources, stores: Stores) -> tuple[float, float]:
+def _reading(plan: Plan, stores: Stores) -> tuple[float, float]:
     """Return (seconds a small request, bytes a second) of as many threads as a worker has for it, with checksums."""
-    first = next(pin for model in sources.models for pin in model.objects)
+    first = next(pin for model in plan.merges[0].models for pin in model.objects)
     requests = []
     for _ in range(3):
         began = time.monotonic()
         stores.of(first.uri).read(first, 0, memoryview(bytearray(8)))
         requests.append(time.monotonic() - began)
-    wanted, num_threads = _ranges(plan, sources), 1 if plan.copies else plan.ahead
+    wanted, num_threads = _ranges(plan), 1 if plan.copies else plan.ahead
     lock, end = threading.Lock(), time.monotonic() + READ_SECONDS
 
     def read(_: int) -> int:
-        done, buffer, ledger = 0, np.empty(READ_AT_ONCE, np.uint8), Ledger(keeps=True)
+        done, buffer, checksums = 0, np.empty(READ_AT_ONCE, np.uint8), Checksums(keeps=True)
         while time.monotonic() < end and done < READ_BYTES // num_threads:
             with lock:
                 one = next(wanted, None)
@@ -83,7 +81,7 @@ def _reading(plan: Plan, sources: Sources, stores: Stores) -> tuple[float, float
                 break
             pin, start, stop = one
             stores.of(pin.uri).read(pin, start, buffer[: stop - start].data)
-            ledger.mismatch(pin.uri, start, buffer[: stop - start])
+            checksums.mismatch(pin.uri, start, buffer[: stop - start])
             done += stop - start
         return done
 
@@ -93,24 +91,26 @@ def _reading(plan: Plan, sources: Sources, stores: Stores) -> tuple[float, float
     return min(requests), max(1, done) / (time.monotonic() - began)
 
 
-def _ranges(plan: Plan, sources: Sources) -> Iterator[tuple[Pin, int, int]]:
+def _ranges(plan: Plan) -> Iterator[tuple[Pin, int, int]]:
     """Yield what a worker would read, block for block: of one parameter after the other, of all models."""
-    block = max(one.block for one in plan.result.rounds)
+    merge = plan.merges[0]
+    block = max(round_.block for round_ in merge.rounds)
     for parameter in (one for one in plan.catalog.parameters if one.merged):
         for start in range(0, parameter.numel, block):
-            for model in sources.models:
+            for model in merge.models:
                 source = model.sources.get(parameter.name)
                 stop = min(start + block, parameter.numel)
-                for read in sources.formats[model.format].reads(source, start, stop) if source else ():
+                for read in merge.sources.formats[model.format].reads(source, start, stop) if source else ():
                     yield model.objects[read.object], read.start, min(read.stop, read.start + READ_AT_ONCE)
 
 
 # -- merging
 
 
-def _samples(plan: Plan, sources: Sources, stores: Stores) -> Iterator[tuple[str, tuple[Parameter, Stored, Tensor]]]:
+def _samples(plan: Plan, stores: Stores) -> Iterator[tuple[str, tuple[Parameter, Stored, Tensor]]]:
     """Yield a slice and its base: of the largest parameter that is stored whole, of the largest stored as factors."""
     merged = {one.name: one for one in plan.catalog.parameters if one.merged}
+    sources = plan.merges[0].sources
     largest: dict[Encoding, tuple[int, Model, str]] = {}
     for model in sources.models[len(sources.models) // 2 :] + sources.models[: len(sources.models) // 2]:
         for name in model.sources.keys() & merged.keys():
@@ -140,61 +140,49 @@ def _slice(form: Format, model: Model, source: Source, length: int, stores: Stor
     return form.encoded(source, 0, length, views)
 
 
-def _merging(
-    plan: Plan, sources: Sources, compiled: Kernels, parameter: Parameter, stored: Stored, base: Tensor
-) -> dict[str, float]:
+def _merging(plan: Plan, compiled: Kernels, parameter: Parameter, stored: Stored, base: Tensor) -> dict[str, float]:
     """Return, by round, the ns that the kernels take for each element of a model."""
-    table, low = torch.zeros(2, BINS, dtype=torch.int64)
+    table = torch.zeros(BINS, dtype=torch.int64)
     compiled.count_high(stored, base, table)
     above = int((table.flip(0).cumsum(0) <= len(base) // 5).sum())  # a fifth: what a trim usually keeps
-    high = max(0, BINS - 1 - above) >> 1
-    runs: dict[str, Callable[[], object]] = {
-        "count_high": partial(compiled.count_high, stored, base, table),
-        "count_low": partial(compiled.count_low, stored, base, high, low),
-    }
-    num_models = min(MODELS, len(plan.result.members))
-    context = _context(plan, parameter, len(base), num_models, high << 16, compiled)
-    found = {}
-    for one in plan.result.rounds:
-        merges = one.kind in ("gather", "merge")
-        work = (
-            partial(_round, plan, sources, one, context, [stored] * num_models, base) if merges else runs.get(one.kind)
-        )
-        if work:
-            seconds = min(_seconds(work) for _ in range(2))
-            found[one.name] = seconds * 1e9 / len(base) / (num_models if merges else 1)
-    return found
+    bits = (max(0, BINS - 1 - above) >> 1) << 16
+    merge, times = plan.merges[0], {}
+    num_models = min(MODELS, len(merge.members))
+    context = _context(merge, parameter, len(base), num_models, bits, compiled)
+    deltas = partial(_slices, merge, parameter, compiled, stored, base, num_models)
+    sample = Sample(stored, base, bits, deltas, context)
+    for round_ in merge.rounds:
+        trial = kind_of(round_).rehearsal(merge, round_, sample)
+        if trial:
+            seconds = min(_seconds(trial.run) for _ in range(2))
+            times[round_.name] = seconds * 1e9 / len(base) / trial.num_models
+    return times
 
 
-def _context(plan: Plan, parameter: Parameter, length: int, num_models: int, bits: int, compiled: Kernels) -> Context:
+def _context(merge: Merge, parameter: Parameter, length: int, num_models: int, bits: int, kernels: Kernels) -> Context:
     return Context(
         parameter=parameter,
         start=0,
         stop=length,
-        members=plan.result.members[:num_models],
+        members=merge.members[:num_models],
         present=(True,) * num_models,
         thresholds=(bits,) * num_models,
         statistics=defaultdict(int),
-        kernels=compiled,
+        kernels=kernels,
     )
 
 
-def _round(
-    plan: Plan, sources: Sources, round_: PlannedRound, context: Context, stored: Sequence[Stored], base: Tensor
-) -> None:
-    """Do to a sample what a worker does to a block."""
-    together = sources.together(sources.footprint(context.parameter, sources.models))
-    coming = itertools.chain.from_iterable([stored] * round_.passes)
-    slices = Slices(
-        context.kernels, base, 0, len(stored), coming, passes=round_.passes,
-        resident=is_resident(plan.recipe, round_), together=together,
+def _slices(
+    merge: Merge, parameter: Parameter, kernels: Kernels, stored: Stored, base: Tensor, num_models: int,
+    passes: int, resident: bool,
+) -> StoredSlices:  # fmt: skip
+    """Return a sample as the slices of several models."""
+    sources = merge.sources
+    return StoredSlices(
+        kernels, base, 0, num_models, itertools.repeat(stored, num_models * passes), passes=passes, resident=resident,
+        per_pass=sources.models_per_pass(sources.footprint(parameter, sources.models)),
+        factor_room=merge.sizes.factor_room,
     )  # fmt: skip
-    merged = method_round(plan.recipe, round_).run(slices, context).merged
-    slices.close()
-    output = plan.recipe.output
-    if merged is not None and round_.kind == "merge" and isinstance(output, ElementwiseOutput):
-        out = torch.empty(len(base), dtype=torch.float32)
-        output.values(base, merged, out, context.kernels)
 
 
 def _seconds(work: Callable[[], object]) -> float:

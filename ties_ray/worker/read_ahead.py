@@ -1,40 +1,31 @@
-"""Bytes on their way: slices are read ahead of the merge, parts are written behind it, in memory that is used again."""
+"""Slices on their way to the merge: read ahead of it, into memory that is used again."""
 
-import base64
 import collections
-import contextlib
 import itertools
 import threading
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
-import google_crc32c
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ties_ray.errors import InputError, Problem
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.footprint import kept_requests, requests_of, rounded_up
-from ties_ray.state.manifest import Seen, Written
-from ties_ray.stores import Pin, Stores, crc32c, scheme_of, shown
+from ties_ray.stores import Pin, Stores, scheme_of
 from ties_ray.tensors import Read, Source
-from ties_ray.worker.cache import Cache, Shelf
+from ties_ray.worker.cache import Cache, RangeCache
+from ties_ray.worker.checksums import Checksums, differs
 from ties_ray.worker.timing import Times
 
 T = TypeVar("T")
-PIECE = 64 * 2**10
-"""Bytes: 64 bytes of checksums a MiB, and the edges of a block of 8 MiB are less than a hundredth of it."""
 
 
-class Wanted(NamedTuple):
+class SliceRequest(NamedTuple):
     """Elements [start, stop) of what a model stores for a parameter."""
 
     model: Model
@@ -47,7 +38,7 @@ class Wanted(NamedTuple):
     """Where all is kept: what is read with it, its own included; whole, as (source, 0, elements of the parameter)."""
 
 
-class Room(NamedTuple):
+class BufferBudget(NamedTuple):
     """Memory for what is read together, in bytes."""
 
     run: int
@@ -56,102 +47,8 @@ class Room(NamedTuple):
     """...and of the buffers that those of several models share."""
 
 
-ALONE = Room(0, 0)
+NOT_COALESCED = BufferBudget(0, 0)
 """Nothing is read together."""
-
-
-class _Ranges:
-    """The checksums of an object's ranges, which may overlap."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[int, int], Sequence[int]] = {}
-        self._sorted: list[tuple[int, int]] = []
-        self._longest = 0
-
-    def __contains__(self, range_: tuple[int, int]) -> bool:
-        return range_ in self._sums
-
-    def add(self, start: int, stop: int, sums: Sequence[int]) -> Sequence[int]:
-        """Return the checksums of a range: those that were there, or else these."""
-        if (start, stop) not in self._sums:
-            insort(self._sorted, (start, stop))
-            self._longest = max(self._longest, stop - start)
-        return self._sums.setdefault((start, stop), sums)
-
-    def over(self, start: int, stop: int) -> list[tuple[int, int, Sequence[int]]]:
-        """Return (start, stop, checksums) of those that have a byte of [start, stop)."""
-        low, high = (bisect_left(self._sorted, (place,)) for place in (start - self._longest, stop))
-        return [(*one, self._sums[one]) for one in self._sorted[low:high] if one[1] > start]
-
-
-class Ledger:
-    """The CRC32C of every piece that was read; a piece that is read again must have the same.
-
-    Pieces end at multiples of `PIECE` of their object, or where the read did that brought them first. A later read is
-    compared in all pieces that it holds whole, however it is cut; so of a range that is read twice but cut differently,
-    less than a piece at each end is not.
-    """
-
-    def __init__(self, known: Iterable[Seen] = (), *, keeps: bool = False) -> None:
-        """keeps: note what is read now, too."""
-        self.compared = 0
-        """Bytes that were read again and were the same."""
-        self.new: list[Seen] = []
-        """What was read here first."""
-        self._keeps = keeps
-        self._lock = threading.Lock()
-        self._known: collections.defaultdict[str, _Ranges] = collections.defaultdict(_Ranges)
-        for seen in known:
-            sums = _sums(seen)
-            if self._known[seen.uri].add(seen.start, seen.stop, sums) != sums:  # two groups have each read the base
-                raise differs(seen.uri, seen.start, seen.stop)
-
-    def mismatch(self, uri: str, start: int, data: NDArray[np.uint8]) -> tuple[int, int] | None:
-        """Return the first piece [start, stop) that is not as it was; None if there is none, and take note."""
-        stop = start + len(data)
-        with self._lock:
-            known = self._known[uri].over(start, stop)
-        compared = 0
-        for first, last, sums in known:
-            cuts = _cuts(first, last)
-            for piece in range(bisect_left(cuts, start), bisect_right(cuts, stop) - 1):
-                low, high = cuts[piece], cuts[piece + 1]
-                if google_crc32c.value(data[low - start : high - start]) != sums[piece]:
-                    return low, high
-                compared += high - low
-        with self._lock:
-            self.compared += compared
-            if self._keeps and (start, stop) not in self._known[uri]:
-                pieces = itertools.pairwise(_cuts(start, stop))
-                sums = [google_crc32c.value(data[low - start : high - start]) for low, high in pieces]
-                self._known[uri].add(start, stop, sums)
-                self.new.append(Seen(uri, start, stop, base64.b64encode(np.array(sums, "<u4").tobytes()).decode()))
-        return None
-
-
-def _sums(seen: Seen) -> memoryview:
-    """Return the checksums of a range as uint32; raise `InputError` where they are not those of its pieces."""
-    pieces = max(1, -(-seen.stop // PIECE) - seen.start // PIECE)
-    with contextlib.suppress(ValueError):
-        data = base64.b64decode(seen.sums, validate=True)
-        if 0 <= seen.start <= seen.stop and len(data) == 4 * pieces:
-            return np.frombuffer(data, "<u4").astype(np.uint32).data
-    what = f"the stored checksums of its bytes {seen.start:,} to {seen.stop:,} are not what a merge writes"
-    raise InputError(Problem(shown(seen.uri), what, "merge again with --fresh"))
-
-
-def _cuts(start: int, stop: int) -> list[int]:
-    """Return where the pieces of a range begin, and its end."""
-    return [start, *range(start - start % PIECE + PIECE, stop, PIECE), stop]
-
-
-def differs(uri: str, start: int, stop: int) -> InputError:
-    """Return the error of bytes that are not what they were, under the same ETag."""
-    what = f"bytes {start:,} to {stop:,} are not those that this merge read first, though its ETag is the same"
-    remedy = (
-        "keep inputs unchanged during a merge; run again with --fresh, since the first reading may be the wrong one"
-    )
-    return InputError(Problem(shown(uri), what, remedy))
 
 
 class ReadAhead:
@@ -164,19 +61,24 @@ class ReadAhead:
         times: Times,
         *,
         ahead: int,
+        gap: int,
         cache: Cache,
-        shelf: Shelf,
+        range_cache: RangeCache,
         pinned: bool = False,
     ) -> None:
-        """cache: where factors are kept whole; shelf: and all that is read again; pinned: slices go on to a GPU."""
+        """cache: where factors are kept whole. range_cache: where ranges are kept that a later round reads again.
+
+        gap: bytes between two reads that one request may bring along. pinned: slices go on to a GPU.
+        """
         self._stores = stores
         self._formats = formats
         self._ahead = ahead
+        self._gap = gap
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
         self._buffers = Buffers(pinned=pinned)
         self._pinned = pinned
         self._cache = cache
-        self._shelf = shelf
+        self._range_cache = range_cache
         self._lock = threading.Lock()
         self._reading: dict[str, threading.Lock] = {}
         """Of models whose factors are kept."""
@@ -188,7 +90,7 @@ class ReadAhead:
         """Not read, since they were kept from an earlier reading."""
         self.keeps = False
         """Whether a later round reads again what is read now."""
-        self.ledger = Ledger()
+        self.checksums = Checksums()
         """What was read before; of the shard that is worked on."""
 
     def forget(self) -> None:
@@ -201,8 +103,8 @@ class ReadAhead:
 
     def stream(
         self,
-        wanted: Iterable[Sequence[Wanted | None]],
-        room: Room = ALONE,
+        wanted: Iterable[Sequence[SliceRequest | None]],
+        room: BufferBudget = NOT_COALESCED,
         take: Callable[[Stored], Stored] = lambda stored: stored,
     ) -> Generator[list[Stored | None], None, None]:
         """Yield the slices in order, several of a model that are read together; None for None (it lacks the parameter).
@@ -227,7 +129,7 @@ class ReadAhead:
         with self._times.spent("wait_read"):
             return coming.result() if isinstance(coming, Future) else coming()
 
-    def _at_hand(self, run: Sequence[Wanted | None], known: dict[str, bool]) -> bool:
+    def _at_hand(self, run: Sequence[SliceRequest | None], known: dict[str, bool]) -> bool:
         """Return whether the caller may as well fetch a run itself: a thread would only copy, or there is nothing.
 
         Asked once for each object, of the last byte that is wanted: the system reads a little ahead by itself. For a
@@ -253,7 +155,7 @@ class ReadAhead:
         store, data = self._stores.of(pin.uri), into.numpy()
         keeps = (self.keeps or again) and scheme_of(pin.uri) != "local"  # files the system keeps by itself
         for repeated in (False, True):
-            missing = self._shelf.get(pin.uri, start, data) if not repeated else (start, start + len(data))
+            missing = self._range_cache.get(pin.uri, start, data) if not repeated else (start, start + len(data))
             first, last = missing or (start, start)
             if missing:
                 with self._times.spent("read", nbytes=last - first):
@@ -263,33 +165,35 @@ class ReadAhead:
                 self.bytes_kept += len(data) - (last - first)
                 self.requests += missing is not None
             mismatches = (
-                self.ledger.mismatch(pin.uri, begin, data[begin - start : end - start])
+                self.checksums.mismatch(pin.uri, begin, data[begin - start : end - start])
                 for begin, end in needed or ((start, start + len(data)),)
             )
             mismatch = next(filter(None, mismatches), None)
             if mismatch is None:
                 if keeps and missing:
-                    self._shelf.put(pin.uri, first, data[first - start : last - start])
+                    self._range_cache.put(pin.uri, first, data[first - start : last - start])
                 return
             if repeated:
                 raise differs(pin.uri, *mismatch)
-            self._shelf.forget(pin.uri)
+            self._range_cache.forget(pin.uri)
             store.meter.add(retries=1)  # read it once more: they may have changed on the way here only
 
-    def _fetch(self, run: Sequence[Wanted | None], room: Room, take: Callable[[Stored], Stored]) -> list[Stored | None]:
+    def _fetch(
+        self, run: Sequence[SliceRequest | None], room: BufferBudget, take: Callable[[Stored], Stored]
+    ) -> list[Stored | None]:
         some = [wanted for wanted in run if wanted]
         brought = iter(self._together(some, room) if some and len(run) > 1 else map(self._alone, some))
 
-        def encoded(wanted: Wanted) -> Stored:
+        def encoded(wanted: SliceRequest) -> Stored:
             form = self._formats[wanted.model.format]
             return take(form.encoded(wanted.source, wanted.start, wanted.stop, next(brought)))
 
         return [wanted and encoded(wanted) for wanted in run]
 
-    def _together(self, some: Sequence[Wanted], room: Room) -> list[list[Tensor]]:
+    def _together(self, some: Sequence[SliceRequest], room: BufferBudget) -> list[list[Tensor]]:
         """Return what each of some slices of a model needs, brought by as few requests as the plan says."""
         model, slices = some[0].model, [(wanted.source, wanted.start, wanted.stop) for wanted in some]
-        needed, requests = requests_of(self._formats[model.format], slices, room.run)
+        needed, requests = requests_of(self._formats[model.format], slices, room.run, self._gap)
         views: dict[Read, Tensor] = {}
         for group in requests:
             start, size = group[0].start, group[-1].stop - group[0].start
@@ -298,7 +202,7 @@ class ReadAhead:
             views |= {read: data[read.start - start : read.stop - start] for read in group}
         return [[views[read] for read in reads] for reads in needed]
 
-    def _alone(self, wanted: Wanted) -> list[Tensor]:
+    def _alone(self, wanted: SliceRequest) -> list[Tensor]:
         form = self._formats[wanted.model.format]
         reads = form.reads(wanted.source, wanted.start, wanted.stop)
         if wanted.kept == "all" and wanted.source.encoding == "factors":
@@ -322,12 +226,12 @@ class ReadAhead:
             start = stop
         return whole
 
-    def _buffered(self, wanted: Wanted, read: Read, *, again: bool) -> Tensor:
+    def _buffered(self, wanted: SliceRequest, read: Read, *, again: bool) -> Tensor:
         view = self._buffers.empty(read.stop - read.start, torch.uint8)
         self.read(wanted.model.objects[read.object], read.start, view, again=again)
         return view
 
-    def _cut_from_kept(self, wanted: Wanted, reads: Sequence[Read]) -> list[Tensor]:
+    def _cut_from_kept(self, wanted: SliceRequest, reads: Sequence[Read]) -> list[Tensor]:
         """Return what a slice needs from all that is stored for the parameter and its neighbours, which is kept."""
         model = wanted.model
         groups = kept_requests(self._formats[model.format], wanted.together)
@@ -364,7 +268,7 @@ class ReadAhead:
         return data
 
 
-def dealt(stream: Iterator[Sequence[T]], count: int) -> list[Iterator[T]]:
+def split_streams(stream: Iterator[Sequence[T]], count: int) -> list[Iterator[T]]:
     """Return `count` iterators: over the first of each run of slices that comes, over the second, ...
 
     They are worked off one after the other; what the first has taken waits for the others.
@@ -382,51 +286,3 @@ def dealt(stream: Iterator[Sequence[T]], count: int) -> list[Iterator[T]]:
             yield queue.popleft()
 
     return [each(queue) for queue in waiting]
-
-
-class WriteBehind:
-    """Writes parts: one is on its way while the next is filled."""
-
-    def __init__(self, stores: Stores, times: Times, *, pinned: bool = False) -> None:
-        """pinned: parts come from a GPU."""
-        self._stores = stores
-        self._times = times
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._buffers = Buffers(pinned=pinned)
-        self._going: collections.deque[Future[Written]] = collections.deque()
-        self._written: list[Written] = []
-
-    def buffer(self, size: int) -> Tensor:
-        """Return memory for `size` bytes, waiting for the older of two writes if need be."""
-        while len(self._going) > 1:
-            self._finish()
-        return self._buffers.empty(size, torch.uint8)
-
-    def write(self, part: Tensor, file: int, uri: str, upload: str, number: int, offset: int) -> None:
-        """Begin to write part `number` (from 1) of weight file `file`."""
-        store, data = self._stores.writer(uri), part.numpy().data
-
-        def send() -> Written:
-            with self._times.spent("write", nbytes=len(data)):
-                return Written(file, store.write_part(uri, upload, number, offset, data), crc32c(data))
-
-        self._going.append(self._thread.submit(send))
-
-    def drain(self) -> list[Written]:
-        """Wait until everything is durable; return what was written since the last call."""
-        while self._going:
-            self._finish()
-        written, self._written = self._written, []
-        return written
-
-    def abandon(self) -> None:
-        """Wait for writes under way, whatever becomes of them, and forget them."""
-        wait(self._going)
-        self._going.clear()
-        self._written.clear()
-
-    def _finish(self) -> None:
-        with self._times.spent("wait_write"):
-            written = self._going[0].result()
-        self._going.popleft()
-        self._written.append(written)

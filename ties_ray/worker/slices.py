@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ties_ray.kernels import Election, Factors, Kernels, Op, State, Stored
-from ties_ray.layout.footprint import FACTOR_ROOM
-from ties_ray.methods import Deltas, Slice
+from ties_ray.methods import Slice
+from ties_ray.rounds import Slices
 
 
-class Slices(Deltas):
+class StoredSlices(Slices):
     """The deltas of one block. What is not finite is counted once a model and taken as zero."""
 
     def __init__(
@@ -23,9 +23,13 @@ class Slices(Deltas):
         *,
         passes: int,
         resident: bool,
-        together: int,
+        per_pass: int,
+        factor_room: int,
     ) -> None:
-        """`coming` yields the models' slices, `passes` times over; resident: keep them for further passes."""
+        """`coming` yields the models' slices, `passes` times over; resident: keep them for further passes.
+
+        per_pass: slices that one kernel call takes. factor_room: bytes of decoded factors that it may hold.
+        """
         self.not_finite = [0] * num_models
         self._kernels = kernels
         self._base = base
@@ -36,7 +40,8 @@ class Slices(Deltas):
         self._pass = 0
         self._taken = 0
         self._resident = resident
-        self._together = together
+        self._per_pass = per_pass
+        self._factor_room = factor_room
         self._held: list[Stored | None] = []
 
     def __iter__(self) -> Iterator[Slice]:
@@ -87,7 +92,7 @@ class Slices(Deltas):
             if one:
                 group.append((model, one))
                 decoded += one.left.nbytes + one.right.nbytes if isinstance(one, Factors) else 0
-            if model < self._num_models - 1 and (len(group) == self._together or decoded > FACTOR_ROOM // 2):
+            if model < self._num_models - 1 and (len(group) == self._per_pass or decoded > self._factor_room // 2):
                 return group, False
         return group, True
 

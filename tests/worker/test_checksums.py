@@ -7,20 +7,20 @@ from numpy.typing import NDArray
 
 from ties_ray.errors import InputError
 from ties_ray.state.manifest import Seen
-from ties_ray.worker.read_ahead import PIECE, Ledger
+from ties_ray.worker.checksums import PIECE, Checksums
 
 URI = "s3://bucket/x"
 DATA = np.random.default_rng(0).integers(0, 256, 20 * PIECE + 777, np.uint8)
 
 
 def first_reading(cuts: list[int]) -> tuple[Seen, ...]:
-    """Return what a ledger keeps of DATA, read in ranges that meet at `cuts`."""
-    ledger = Ledger(keeps=True)
+    """Return what is kept of DATA, read in ranges that meet at `cuts`."""
+    checksums = Checksums(keeps=True)
     edges = [0, *cuts, len(DATA)]
     for start, stop in itertools.pairwise(edges):
-        assert ledger.mismatch(URI, start, DATA[start:stop]) is None
-    assert ledger.compared == 0
-    return tuple(ledger.new)
+        assert checksums.mismatch(URI, start, DATA[start:stop]) is None
+    assert checksums.compared == 0
+    return tuple(checksums.new)
 
 
 def flipped(at: int) -> NDArray[np.uint8]:
@@ -30,11 +30,11 @@ def flipped(at: int) -> NDArray[np.uint8]:
 
 
 def test_the_same_ranges_are_compared_whole() -> None:
-    ledger = Ledger(first_reading([7, 100_000, 900_001]))
+    checksums = Checksums(first_reading([7, 100_000, 900_001]))
     for start, stop in ((0, 7), (7, 100_000), (100_000, 900_001), (900_001, len(DATA))):
-        assert ledger.mismatch(URI, start, DATA[start:stop]) is None
-    assert ledger.compared == len(DATA)
-    assert ledger.new == []
+        assert checksums.mismatch(URI, start, DATA[start:stop]) is None
+    assert checksums.compared == len(DATA)
+    assert checksums.new == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -44,40 +44,40 @@ def test_however_a_range_is_cut_again_only_its_edges_are_not_compared(seed: int)
     start = chance.randrange(len(DATA) - 3 * PIECE)
     stop = chance.randrange(start + 2 * PIECE, len(DATA))
     at = chance.randrange(start + PIECE, stop - PIECE)
-    ledger = Ledger(known)
-    assert ledger.mismatch(URI, start, DATA[start:stop]) is None
-    assert stop - start - 2 * PIECE < ledger.compared <= stop - start
-    found = ledger.mismatch(URI, start, flipped(at)[start:stop])
+    checksums = Checksums(known)
+    assert checksums.mismatch(URI, start, DATA[start:stop]) is None
+    assert stop - start - 2 * PIECE < checksums.compared <= stop - start
+    found = checksums.mismatch(URI, start, flipped(at)[start:stop])
     assert found
     assert found[0] <= at < found[1] <= found[0] + PIECE
 
 
 def test_all_ranges_that_hold_a_piece_are_compared_however_they_overlap() -> None:
-    ledger = Ledger(keeps=True)
+    checksums = Checksums(keeps=True)
     for start, stop in ((9, 12), (0, 20), (10, 11), (3, 5), (10, 14), (11, 12)):
-        ledger.mismatch(URI, start * PIECE, DATA[start * PIECE : stop * PIECE])
-    before = ledger.compared
-    assert ledger.mismatch(URI, 10 * PIECE, DATA[10 * PIECE : 11 * PIECE]) is None
-    assert ledger.compared - before == 4 * PIECE
-    assert ledger.mismatch(URI, 10 * PIECE, flipped(10 * PIECE)[10 * PIECE : 11 * PIECE])
+        checksums.mismatch(URI, start * PIECE, DATA[start * PIECE : stop * PIECE])
+    before = checksums.compared
+    assert checksums.mismatch(URI, 10 * PIECE, DATA[10 * PIECE : 11 * PIECE]) is None
+    assert checksums.compared - before == 4 * PIECE
+    assert checksums.mismatch(URI, 10 * PIECE, flipped(10 * PIECE)[10 * PIECE : 11 * PIECE])
 
 
 def test_what_was_not_read_before_is_noted_only_where_asked() -> None:
-    silent, noting = Ledger(), Ledger(keeps=True)
-    for ledger in (silent, noting):
-        assert ledger.mismatch(URI, 0, DATA[:100]) is None
+    silent, noting = Checksums(), Checksums(keeps=True)
+    for checksums in (silent, noting):
+        assert checksums.mismatch(URI, 0, DATA[:100]) is None
     assert (silent.new, silent.mismatch(URI, 0, flipped(50)[:100])) == ([], None)
     assert noting.mismatch(URI, 0, flipped(50)[:100]) == (0, 100)
     assert noting.mismatch("s3://bucket/y", 0, flipped(50)[:100]) is None
 
 
 def test_first_readings_that_contradict_each_other_are_refused() -> None:
-    other = Ledger(keeps=True)
+    other = Checksums(keeps=True)
     other.mismatch(URI, 0, flipped(5))
     with pytest.raises(
         InputError, match=r"s3://bucket/x: bytes 0 to 1,311,497 are not those that this merge read first"
     ):
-        Ledger((*first_reading([]), *other.new))
+        Checksums((*first_reading([]), *other.new))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,6 @@ def test_first_readings_that_contradict_each_other_are_refused() -> None:
     ],
 )  # fmt: skip
 def test_stored_checksums_that_no_merge_writes_are_refused(seen: Seen) -> None:
-    Ledger([Seen("m", 0, 10, "AAAAAA==")])
+    Checksums([Seen("m", 0, 10, "AAAAAA==")])
     with pytest.raises(InputError, match=r"m: the stored checksums .* merge again with --fresh"):
-        Ledger([seen])
+        Checksums([seen])

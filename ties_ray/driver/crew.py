@@ -1,0 +1,138 @@
+"""The workers of a run: started by an executor, given orders, and counted."""
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+from ties_ray.driver.dispatch import Stage
+from ties_ray.driver.meters import Meters
+from ties_ray.driver.schedule import Failure, Schedule
+from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
+from ties_ray.executors import Executor, Needs
+from ties_ray.planning.plan import Plan
+from ties_ray.rounds import Slow
+from ties_ray.worker.messages import SETUP, Order, Setup
+
+PACKAGES = ("ties-ray", "torch", "numpy", "numba")
+"""What must be of one version on all workers: the arithmetic rests on these."""
+DEPTH = 2
+"""Shards that a worker has at a time: one to do, one to follow at once."""
+
+
+class Done(NamedTuple):
+    """A stage whose orders are all carried out."""
+
+    shards_by_record: dict[str, tuple[int, ...]]
+    owners: tuple[int | None, ...]
+    """The worker that carried each order out."""
+
+
+class Crew:
+    """Workers under one executor."""
+
+    def __init__(self, executor: Executor, meters: Meters, patience: float) -> None:
+        """patience: seconds until a worker that says nothing is given up."""
+        self.size = 0
+        self.shards_again = 0
+        """Shards that were done once more."""
+        self.losses = 0
+        """Workers that were lost."""
+        self._executor = executor
+        self._meters = meters
+        self._patience = patience
+        self._quarantined: frozenset[int] = frozenset()
+        self._stages = 0
+        self._began: tuple[float, float] | None = None
+        """When the workers had started, and their seconds of work until then."""
+
+    def start(self, plan: Plan, setup: Setup) -> None:
+        """Start the workers. Raises a `MergeError` where none can be had."""
+        run = plan.recipe.run
+        needs = Needs(
+            num_workers=run.workers,
+            memory=plan.memory,
+            gpus=run.gpus,
+            address=run.address,
+            deadline=run.deadline,
+            versions=tuple((package, importlib.metadata.version(package)) for package in PACKAGES),
+        )
+        factory = "ties_ray.worker.worker:make_worker"
+        self.size = self._executor.start(factory, SETUP.dump_json(setup).decode(), needs)
+        self._quarantined = frozenset()
+        self._began = time.monotonic(), self._meters.seconds["work"]
+        self.work("start", lambda _: Order("hello"), costs=[1] * self.size)
+
+    def stop(self) -> None:
+        """Stop all workers, and count the seconds in which they had nothing to do."""
+        if self._began:
+            began, work = self._began
+            whole = self.size * (time.monotonic() - began)
+            self._meters.seconds["idle"] += max(0.0, whole - (self._meters.seconds["work"] - work))
+            self._began = None
+        self._executor.stop()
+
+    def work(
+        self,
+        name: str,
+        order: Callable[[int], Order],
+        *,
+        costs: Sequence[int],
+        done: Collection[int] = (),
+        records: bool = False,
+        slow: Slow = "wait",
+        prefer: Sequence[int | None] | None = None,
+    ) -> Done:
+        """Have as many orders carried out as there are costs. Raises what a worker's failure means.
+
+        records: an order is finished when a record holds it, else as soon as it is answered.
+        prefer: the worker that each order should go to.
+        """
+        schedule = Schedule(
+            costs,
+            self.size,
+            done=done,
+            lost=self._quarantined,
+            prefer=prefer,
+            depth=DEPTH,
+        )
+        self._stages += 1
+        stage = Stage(
+            schedule,
+            self._executor,
+            order,
+            first_ticket=self._stages << 40,
+            records=records,
+            slow=slow,
+            patience=self._patience,
+        )
+        with self._meters.times.spent("work", name):
+            while not schedule.finished:
+                self._meters.tell(name, schedule)
+                for answer in stage.step():
+                    self._meters.add(answer)
+                if schedule.failure:
+                    raise _error(schedule.failure, name)
+        self._meters.end_stage()
+        self.shards_again += schedule.num_retries
+        self.losses += schedule.num_losses
+        self._quarantined = schedule.quarantined
+        self._meters.tell(name, schedule)
+        return Done(stage.shards_by_record, schedule.owners)
+
+
+def _error(failure: Failure, stage: str) -> MergeError:
+    """Return what the run fails with, naming the shard where it is not the user's own input."""
+    kinds: dict[str, type[MergeError]] = {"input": InputError, "unavailable": UnavailableError}
+    kind = kinds.get(failure.kind)
+    if kind:
+        return kind(failure.problems)
+    where = stage if failure.task is None else f"{stage}, shard {failure.task}"
+    is_ours = failure.kind == "defect"
+    remedy = "a defect of ties_ray or of a plugin: --debug shows where" if is_ours else "run again to continue"
+    problems = [Problem(where, str(problem), remedy) for problem in failure.problems]
+    error = MergeError(problems) if is_ours else InterruptedMerge(problems)
+    error.shard = failure.task
+    if failure.traceback:
+        error.add_note(failure.traceback)
+    return error

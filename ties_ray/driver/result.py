@@ -1,0 +1,144 @@
+"""The result of a merge: weights made visible, documents and record written, and what the record says."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ties_ray.driver.crew import Crew
+from ties_ray.driver.meters import Meters
+from ties_ray.driver.publish import (
+    as_loaded,
+    complete_uploads,
+    demand_no_foreign,
+    publish_documents,
+    publish_result,
+    read_documents,
+)
+from ties_ray.driver.run import MergeRun
+from ties_ray.inputs.catalog import Model
+from ties_ray.libraries.loaders import opened_by
+from ties_ray.outputs import CondensingOutput
+from ties_ray.planning.plan import Plan
+from ties_ray.reports.records import InputProvenance, MergeResult, Provenance
+from ties_ray.rounds import Record
+from ties_ray.rounds.merge import Written
+from ties_ray.state.manifest import Manifest
+from ties_ray.stores import Stores
+
+
+def publish(
+    run: MergeRun, crew: Crew, meters: Meters, stores: Stores, manifest: Manifest, check: Callable[[], None],
+    *, started: float,
+) -> MergeResult:  # fmt: skip
+    """Complete the uploads and write everything else; return the result record, which is written last.
+
+    check: raises if the output is no longer ours; asked before anything becomes visible. started: when the call began,
+    by the monotonic clock. A call that dies anywhere is mended by the same command.
+    """
+    plan = run.plan
+    meters.tell("publish", of=1)
+    records = run.records()
+    written: list[Written] = [part for record in records for part in record.finding.written]
+    documents = read_documents(plan, stores)
+    demand_no_foreign(plan, stores, documents)
+    files = complete_uploads(plan, stores, run.uploads.ids, written, check)
+    folder = as_loaded(plan, documents)
+    opener = opened_by(folder, plan.library.name) or plan.library.opened_by
+    result = MergeResult(
+        status="done",
+        run_id=plan.run_id,
+        resumed=run.resumed,
+        output=plan.output,
+        opened_by=opener.replace("{output}", json.dumps(plan.output, ensure_ascii=False)[1:-1]),
+        files=files,
+        **_work_done(run, crew, meters),
+        **_found(run, records),
+        waiting=list(plan.catalog.waiting),
+        refused={model.uri: [str(problem) for problem in model.problems] for model in plan.catalog.refused},
+        notes=[*plan.notes, *(note for store in stores.opened() for note in store.notes)],
+        provenance=provenance(plan),
+    )
+    check()
+    written_documents = publish_documents(plan, stores, documents, result)
+    predicted = None if meters.expected is None else round(meters.expected - started, 3)
+    seconds = round(time.monotonic() - started, 3)
+    result = result.model_copy(
+        update={"documents": written_documents, "seconds": seconds, "predicted_seconds": predicted}
+    )
+    check()
+    publish_result(plan, stores, result)
+    if isinstance(plan.recipe.output, CondensingOutput):
+        manifest.delete_scratch()
+    meters.tell("publish", done=1, of=1)
+    return result
+
+
+def _work_done(run: MergeRun, crew: Crew, meters: Meters) -> dict[str, Any]:
+    """Return the fields of the record that tell what the merge took."""
+    return {
+        "shards": run.plan.num_shards,
+        "shards_done_before": run.shards_done_before,
+        "shards_again": crew.shards_again,
+        "workers_lost": crew.losses,
+        "worker_seconds": meters.split_seconds(),
+        **meters.traffic._asdict(),
+    }
+
+
+def _found(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
+    """Return the fields of the record that tell what the rounds have found."""
+    merge, fields = run.merge, dict[str, Any]()
+    zeroed: dict[str, int] = {}
+    all_zeroed = [zero for record in records for zero in record.zeroed]
+    for index in range(len(merge.rounds)):
+        kind = merge.kind(index)
+        if kind.folded is None:
+            continue
+        folded = run.barrier(index)
+        if kind.final:
+            all_zeroed += [zero for group in folded.values() for zero in group.zeroed]
+        findings = {group: each.finding for group, each in folded.items()}
+        for name, value in kind.report(merge, index, findings).items():
+            known = fields.get(name)
+            fields[name] = known | value if isinstance(known, dict) else value
+    for member, parameter, count in all_zeroed:
+        key = f"{merge.members[member].id}: {parameter}"
+        zeroed[key] = zeroed.get(key, 0) + count
+    return {**fields, "zeroed": zeroed}
+
+
+def provenance(plan: Plan) -> Provenance:
+    """Return what a result is made of, and by what versions."""
+    return Provenance(
+        ties_ray=importlib.metadata.version("ties-ray"),
+        python=platform.python_version(),
+        torch=importlib.metadata.version("torch"),
+        numba=importlib.metadata.version("numba"),
+        ray=_installed("ray"),
+        arithmetic=plan.arithmetic,
+        method=plan.recipe.method.model_dump(mode="json"),
+        base=_input(plan.catalog.base),
+        models=[_input(model) for model in plan.catalog.models],
+    )
+
+
+def _input(model: Model) -> InputProvenance:
+    return InputProvenance(
+        id=model.id,
+        uri=model.uri,
+        weight=model.weight,
+        density=model.density,
+        licence=model.licence,
+        objects=[(pin.uri, pin.size, pin.etag, pin.version) for pin in model.objects],
+        account=model.account,
+    )
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "nothing"  # which is enough where it is not used: `local` needs no Ray

@@ -1,0 +1,79 @@
+"""The multipart uploads of a result's weight files: begun, found again, and told from those that the store forgot."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ties_ray.planning.plan import Plan
+from ties_ray.rounds import Merge, Record
+from ties_ray.rounds.merge import Parts
+from ties_ray.state.manifest import Manifest
+from ties_ray.stores import Stores, join
+
+
+class Uploads:
+    """The upload of each weight file, by its name."""
+
+    def __init__(self, stores: Stores, manifest: Manifest, output: str) -> None:
+        """output: URI of the output's folder."""
+        self.ids: dict[str, str] = {}
+        self._store = stores.writer(output)
+        self._manifest = manifest
+        self._output = output
+
+    def begin(self, merge: Merge, records: Iterable[Record[Parts]]) -> None:
+        """Begin the uploads that are not there, or no longer known to the store.
+
+        records: what an interrupted run has written. An upload whose parts are all recorded may be completed.
+        """
+        uploads = self._manifest.read_uploads()
+        recorded = _parts_by_upload(records)
+        for index, file in enumerate(merge.result.files):
+            uri, known = join(self._output, file.name), uploads.get(file.name, "")
+            if known and self._store.list_parts(uri, known) is not None:
+                continue
+            whole = len(recorded[index, known]) == merge.layout.num_parts(index)
+            if not (whole and self._is_completed(uri, file.size)):
+                uploads[file.name] = self._store.begin_upload(uri, file.size)
+        self._manifest.write_uploads(uploads)
+        for uri, upload in self._store.list_uploads(self._output):
+            if upload not in uploads.values():
+                self._store.abort_upload(uri, upload)  # begun, and its id never noted: a kill, or the answer was lost
+        self.ids = uploads
+
+    def are_known(self, plan: Plan) -> bool:
+        """Return whether the store knows all uploads, as far as they had begun; one that was completed counts too."""
+        begun = ((join(self._output, file.name), file) for file in plan.files if file.name in self.ids)
+        return all(
+            self._store.list_parts(uri, self.ids[file.name]) is not None or self._is_completed(uri, file.size)
+            for uri, file in begun
+        )
+
+    def as_uploaded(self, merge: Merge, record: Record[Parts]) -> Record[Parts]:
+        """Return a record without what it tells of uploads that the store has forgotten: others write that again."""
+        files, finding = merge.result.files, record.finding
+        gone = {file for file, upload in finding.uploads if self.ids[files[file].name] != upload}
+        lost = {placed.tensor.parameter for file in gone for placed in files[file].tensors}
+        return replace(
+            record,
+            shards=tuple(shard for shard in record.shards if merge.layout.merge_shard(shard, 0).file not in gone),
+            finding=finding._replace(written=tuple(part for part in finding.written if part.file not in gone)),
+            zeroed=tuple(zeroed for zeroed in record.zeroed if zeroed[1] not in lost),
+        )
+
+    def _is_completed(self, uri: str, size: int) -> bool:
+        """Return whether an upload whose parts were all recorded was completed: the object is there."""
+        try:
+            return self._store.head(uri, 0)[0].size == size
+        except FileNotFoundError:
+            return False
+
+
+def _parts_by_upload(records: Iterable[Record[Parts]]) -> defaultdict[tuple[int, str], set[int]]:
+    """Return the numbers of the recorded parts, by (file, upload)."""
+    parts: defaultdict[tuple[int, str], set[int]] = defaultdict(set)
+    for record in records:
+        uploads = dict(record.finding.uploads)
+        for written in record.finding.written:
+            parts[written.file, uploads[written.file]].add(written.part.number)
+    return parts

@@ -1,0 +1,203 @@
+"""Work out a plan from recipe and catalog, and change it by what barriers conclude. Pure, and reads no weights."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import ByteSize
+
+from ties_ray import rounds
+from ties_ray.errors import InputError, MergeError, Problem, RecipeError
+from ties_ray.inputs.agreement import RefusedModel
+from ties_ray.inputs.catalog import Catalog, Model
+from ties_ray.kernels import ARITHMETICS
+from ties_ray.layout.footprint import formats_of
+from ties_ray.layout.reads import Cost
+from ties_ray.layout.shards import Layout, plan_files
+from ties_ray.layout.sizes import SIZES, Sizes
+from ties_ray.methods import Member
+from ties_ray.outputs import Output
+from ties_ray.planning.plan import SCHEMA_VERSION, Plan
+from ties_ray.recipe.recipe import Recipe, Run
+from ties_ray.rounds import Conclusion, Merge, PlannedResult, PlannedRound
+
+MOST_BELIEVED = ByteSize(8 * 2**30)
+"""Bytes of memory that a stored plan may claim for a worker."""
+
+
+def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
+    """Return the plan. Raises `RecipeError` where models and method don't go together, or memory does not do."""
+    merge = _planned_merge(recipe, catalog, sizes)
+    memory = merge.budget.overhead + max(rounds.kind_of(round_).memory(merge, round_) for round_ in merge.rounds)
+    memory += _cache(recipe, merge)
+    _demand_memory(recipe, memory)
+    deeper = merge.budget.deeper(max(round_.block for round_ in merge.rounds), memory)
+    run_id = _run_id(recipe, catalog)
+    left_out = [model for model in catalog.models if model.weight == 0]
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        arithmetic=ARITHMETICS[recipe.run.arithmetic],
+        run_id=run_id,
+        recipe=recipe,
+        catalog=catalog,
+        results=(merge.result,),
+        sizes=sizes,
+        output=recipe.output.path.replace("{run_id}", run_id).rstrip("/"),
+        memory=memory + deeper.memory,
+        notes=(*catalog.notes, *(f"model {model.id} ({model.uri}): weight 0, left out" for model in left_out)),
+        ahead=sizes.ahead + deeper.slices,
+    )
+
+
+def believable(claim: Plan) -> Plan:
+    """Return a plan like one that somebody has stored, with nothing in it that recipe and catalog don't lead to.
+
+    Files, rounds and memory are made anew, and no setting of its `run` is left but `arithmetic`, and the device that
+    belongs to it. What remains a claim: which inputs, and the recipe's rules. Raises `InputError` where it contradicts
+    itself.
+    """
+    arithmetic = claim.recipe.run.arithmetic
+    device: Literal["cpu", "cuda"] = "cpu" if arithmetic == "exact" else "cuda"  # a CPU finds the exact bytes of a GPU
+    memory = min(claim.recipe.run.memory, MOST_BELIEVED)
+    run = Run(arithmetic=arithmetic, device=device, memory=memory, executor="local")
+    try:
+        made = make_plan(claim.recipe.model_copy(update={"run": run, "storage": {}}), claim.catalog)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        why = str(error) if isinstance(error, MergeError) else type(error).__name__
+        raise InputError(
+            Problem("the stored plan", f"contradicts itself ({why})", "merge again with --fresh")
+        ) from error
+    return replace(made, run_id=claim.run_id, output=claim.output, arithmetic=claim.arithmetic, notes=claim.notes)
+
+
+def concluded(plan: Plan, result: int, conclusion: Conclusion) -> Plan:
+    """Return the plan as a barrier leaves it; the same plan where nothing changes. result: index of the result."""
+    if conclusion.refused:
+        plan = _without_models(plan, result, conclusion.refused)
+    if conclusion.output is not None and conclusion.output != plan.recipe.output:
+        plan = _with_output(plan, result, conclusion.output)
+    if conclusion.rounds:
+        merge = plan.results[result]
+        later = tuple(conclusion.rounds.get(index, round_) for index, round_ in enumerate(merge.rounds))
+        plan = _revised(plan, result, replace(merge, rounds=later))
+    return plan
+
+
+def _with_output(plan: Plan, result: int, output: Output) -> Plan:
+    """Return the plan with the output's rank settled: files and merge shards follow from it."""
+    recipe = plan.recipe.model_copy(update={"output": output})
+    files = plan_files(recipe, plan.catalog)
+    *before, last = plan.results[result].rounds
+    last = last._replace(num_shards=Layout(recipe, plan.catalog, files, plan.sizes).num_merge_shards)
+    settled = replace(plan.results[result], files=files, rounds=(*before, last))
+    return _revised(replace(plan, recipe=recipe), result, settled)
+
+
+def _without_models(plan: Plan, result: int, refused: Mapping[int, Problem]) -> Plan:
+    """Return the plan without the members that a survey refuses; the rounds stay as many."""
+    catalog = plan.catalog
+    gone = {plan.results[result].models[member]: problem for member, problem in refused.items()}
+    left = tuple(model for index, model in enumerate(catalog.models) if index not in gone)
+    changed = {name for model in left for name in model.sources}
+    more = [RefusedModel(catalog.models[index].id, catalog.models[index].uri, (why,)) for index, why in gone.items()]
+    catalog = replace(
+        catalog,
+        models=left,
+        parameters=tuple(parameter._replace(changed=parameter.name in changed) for parameter in catalog.parameters),
+        refused=(*catalog.refused, *more),
+    )
+    notes = (*plan.notes, *(f"left out, as allowed: {problem}" for problem in gone.values()))
+    made = make_plan(plan.recipe, catalog, plan.sizes)
+    return replace(made, run_id=plan.run_id, output=plan.output, notes=notes, revision=plan.revision + 1)
+
+
+def _revised(plan: Plan, result: int, changed: PlannedResult) -> Plan:
+    results = tuple(changed if index == result else each for index, each in enumerate(plan.results))
+    return replace(plan, results=results, revision=plan.revision + 1)
+
+
+def _planned_merge(recipe: Recipe, catalog: Catalog, sizes: Sizes) -> Merge:
+    """Return the one result that a recipe asks for, with its rounds."""
+    kept = [index for index, model in enumerate(catalog.models) if model.weight != 0]
+    models = [catalog.models[index] for index in kept]
+    members = tuple(Member(model.id, model.weight, model.density) for model in models)
+    _check(recipe, catalog, members)
+    files = plan_files(recipe, catalog)
+    layout = Layout(recipe, catalog, files, sizes)
+    result = PlannedResult(members, tuple(kept), _task_vectors(recipe, members, models, layout), files, ())
+    merge = Merge(recipe, catalog, result, sizes, ARITHMETICS[recipe.run.arithmetic])
+    return replace(merge, result=replace(result, rounds=tuple(_rounds(merge))))
+
+
+def _rounds(merge: Merge) -> Iterator[PlannedRound]:
+    """Yield all rounds: what must be known first, then the method's own."""
+    cost = Cost(merge.recipe, merge.members, merge.layout, merge.sources)
+    for kind in ("survey", "threshold"):
+        yield from rounds.load(kind).planned(merge, cost, 0)
+    own = merge.recipe.method.rounds()
+    for position, round_ in enumerate(own):
+        default = "merge" if position == len(own) - 1 else "gather"
+        yield from rounds.load(round_.kind or default).planned(merge, cost, position)
+
+
+def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> None:
+    problems = list(recipe.method.problems(members))
+    if not members:
+        problems.append(Problem("models", "all weights are zero", "give at least one model a weight"))
+    if not any(parameter.merged for parameter in catalog.parameters):
+        remedy = "narrow `exclude`" if recipe.exclude else "give the folders that hold the floating-point weights"
+        problems.append(Problem("base", "no parameter is left to merge", remedy))
+    problems += recipe.output.problems(catalog.parameters)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _cache(recipe: Recipe, merge: Merge) -> int:
+    """Return the bytes of `run.cache` that a worker uses."""
+    parameters = merge.layout.parameters
+    factors = any(merge.sources.footprint(parameter, merge.models).factors[0] for parameter in parameters)
+    return int(recipe.run.cache) if factors or any(round_.bytes_again for round_ in merge.rounds) else 0
+
+
+def _demand_memory(recipe: Recipe, memory: int) -> None:
+    if memory > recipe.run.memory + recipe.run.cache:
+        what = f"{recipe.run.memory.human_readable()} is too little: the largest matrix alone takes a worker"
+        remedy = f"raise it by {memory - recipe.run.memory - recipe.run.cache:,} bytes"
+        raise RecipeError(Problem("run.memory", f"{what} {memory:,} bytes", remedy))
+
+
+def _task_vectors(
+    recipe: Recipe, members: Sequence[Member], models: Sequence[Model], layout: Layout
+) -> tuple[int, ...]:
+    """Return d of each member: of a whole model all merged elements, of an adapter those it changes, or any does."""
+    need = recipe.method.needs(members)
+    formats = formats_of(models)
+    numels = {parameter.name: parameter.numel for parameter in layout.parameters if parameter.merged}
+    union = {name for model in models if not formats[model.format].whole for name in model.sources}
+    known: dict[int, int] = {}
+
+    def size(model: Model) -> int:
+        if formats[model.format].whole:
+            return layout.num_elements
+        names = union if need and need.denominator == "union" else model.sources
+        if id(names) not in known:
+            known[id(names)] = sum(numels.get(name, 0) for name in names)
+        return known[id(names)]
+
+    return tuple(map(size, models))
+
+
+def _run_id(recipe: Recipe, catalog: Catalog) -> str:
+    """Return the digest of what decides the bytes: the recipe's rules, the pinned inputs, the arithmetic."""
+    rules = recipe.model_dump(mode="json", include={"method", "exclude", "allow", "bounds", "output"})
+    for key in ("path", "part_size"):
+        del rules["output"][key]
+    inputs = [
+        (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects])
+        for model in (catalog.base, *catalog.models)
+    ]
+    beside = [(small.name, tuple(small.pin)) for small in catalog.small_files]
+    text = json.dumps([SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs, beside], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

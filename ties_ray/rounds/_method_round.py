@@ -1,0 +1,101 @@
+"""What the rounds that run a method's own code share: how they are planned, and what a method is told of a block."""
+
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ties_ray.layout.shards import Segment
+from ties_ray.methods import Context, Result
+from ties_ray.rounds import Bench, Block, Merge, PlannedRound, Sample
+from ties_ray.rounds.threshold import thresholds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """How a method's round goes through its models."""
+
+    block: int
+    """Elements of a block."""
+    run: int
+    """Elements of consecutive blocks that are read together."""
+    passes: int
+    """How often each model is read."""
+
+
+def cut(merge: Merge, position: int, *, beside: int) -> Cut:
+    """Return the cut of a method's round. beside: bytes of parts or of a matrix that a worker needs."""
+    own, budget = merge.recipe.method.rounds()[position], merge.budget
+    resident, together, passes = own.passes > 1, min(len(merge.models), merge.sizes.models_per_pass), 1
+    slices = len(merge.models) if resident else together
+    block = budget.block(beside=beside, slices=slices, resident=resident, holds=own.holds)
+    if resident and block < merge.sizes.min_resident_block:
+        block, passes = budget.block(beside=beside, slices=together, holds=own.holds), own.passes
+    return Cut(block, 0 if own.passes > 1 else budget.run(block, len(merge.models)), passes)
+
+
+def is_resident(merge: Merge, round_: PlannedRound) -> bool:
+    """Return whether a worker keeps all models' slices of a block, because the method goes through them again."""
+    return round_.passes < merge.own_round(round_).passes
+
+
+def memory_of_blocks(merge: Merge, round_: PlannedRound) -> int:
+    """Return the bytes that blocks of a method's round take."""
+    holds = merge.own_round(round_).holds
+    return merge.budget.blocks(round_.block, resident=is_resident(merge, round_), holds=holds)
+
+
+def blocks_of(
+    bench: Bench,
+    index: int,
+    segments: Iterable[Segment],
+    members: Sequence[int],
+    zeroed: Counter[tuple[int, str]],
+    *,
+    with_base: bool = False,
+) -> Generator[Block, None, None]:
+    """Return the blocks of a method's round; see `Bench.blocks`."""
+    round_ = bench.merge.rounds[index]
+    resident = is_resident(bench.merge, round_)
+    return bench.blocks(round_, segments, members, zeroed, resident=resident, with_base=with_base)
+
+
+def context_of(bench: Bench, index: int, block: Block) -> Context:
+    """Return what the method may know about a block."""
+    merge = bench.merge
+    parameter = merge.catalog.parameters[block.parameter]
+    return Context(
+        parameter=parameter,
+        start=block.start,
+        stop=block.stop,
+        members=merge.members,
+        present=tuple(parameter.name in model.sources for model in merge.models),
+        thresholds=thresholds(bench, block.parameter),
+        statistics=statistics(bench, index),
+        kernels=bench.kernels,
+    )
+
+
+def statistics(bench: Bench, index: int) -> dict[str, int]:
+    """Return what the rounds before round `index` have gathered for the method over the whole model."""
+    kinds = [bench.merge.kind(number) for number in range(index)]
+    return {name: value for number, kind in enumerate(kinds) for name, value in kind.statistics(bench, number).items()}
+
+
+def merged(bench: Bench, index: int, block: Block) -> "Tensor":
+    """Return the merged delta of a block (1-D fp32), from the method's last round."""
+    import torch
+
+    run = bench.merge.own_round(bench.merge.rounds[index]).run
+    delta = run(block.slices, context_of(bench, index, block)).merged
+    if delta is None or delta.dtype != torch.float32 or delta.shape != block.base.shape:
+        name = bench.merge.recipe.method.name
+        raise TypeError(f"method {name}: the last round owes the merged delta, fp32, 1-D")
+    return delta
+
+
+def rehearse(merge: Merge, round_: PlannedRound, sample: Sample) -> Result:
+    """Run the method's round on a sample."""
+    slices = sample.deltas(round_.passes, is_resident(merge, round_))
+    return merge.own_round(round_).run(slices, sample.context)

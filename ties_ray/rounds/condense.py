@@ -1,0 +1,207 @@
+"""Condense: merge each matrix whole, and keep the best factors of it in scratch for outputs of low rank."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from ties_ray.errors import FRESH_THEN, InputError, Problem
+from ties_ray.excluding import COPIES, either, exclusion
+from ties_ray.kernels import Factors
+from ties_ray.layout.reads import Cost
+from ties_ray.layout.shards import Segment, Shard
+from ties_ray.outputs import CondensingOutput
+from ties_ray.rounds import Bench, Conclusion, Listed, Merge, PlannedRound, RoundKind
+from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged
+from ties_ray.tensors import Parameter
+
+
+class Matrix(NamedTuple):
+    """One matrix whose factors are in scratch."""
+
+    parameter: int
+    """Index into the catalog's parameters."""
+    crc32c: str
+    """CRC32C of its scratch, 8 hex digits."""
+    norm2: float
+    """Squared Frobenius norm of the merged matrix."""
+    errors2: dict[int, float]
+    """Squared Frobenius norm of the error, by rank."""
+
+
+Matrices = tuple[Matrix, ...]
+
+
+class Truncation(BaseModel):
+    """The error of writing merged matrices as factors of one rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    relative_error: float
+    """Frobenius norm of the error, divided by the norm of the whole merged change."""
+    matrices: dict[str, float]
+    """Relative error of each matrix, by parameter; 0 where the change itself is zero."""
+
+
+class CondenseRound(RoundKind[Matrices, Matrices]):
+    """Runs the method's last round where the output condenses; a shard is one matrix."""
+
+    finding = Matrices
+    folded = Matrices
+    final = True
+
+    def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
+        """Yield the round."""
+        own = merge.recipe.method.rounds()[position]
+        block, run, passes = cut(merge, position, beside=_largest_matrix(merge))
+        reading = cost.condensing(block, passes)
+        again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
+        shards = len(merge.layout.matrices)
+        yield PlannedRound(own.name, "condense", position, shards, passes, block, *reading[:2], again, run)
+
+    def memory(self, merge: Merge, round_: PlannedRound) -> int:
+        """Return the bytes of blocks and of the costliest matrix."""
+        return memory_of_blocks(merge, round_) + _largest_matrix(merge)
+
+    def shard(self, merge: Merge, round_: PlannedRound, index: int) -> Shard:
+        """Return one whole parameter of all models."""
+        parameter = merge.layout.matrices[index]
+        segment = Segment(parameter, 0, merge.layout.parameters[parameter].numel)
+        return Shard(models=(0, len(merge.models)), segments=(segment,))
+
+    def tally(self, bench: Bench) -> Listed:
+        """Return an empty list."""
+        return Listed()
+
+    def work(self, bench: Bench, index: int, shard: Shard, tally: Listed, zeroed: Counter[tuple[int, str]]) -> None:
+        """Merge one matrix and put its best factors into scratch."""
+        (segment,) = shard.segments
+        merge = bench.merge
+        parameter, output = merge.catalog.parameters[segment.parameter], condensing(merge)
+        factors = self._factors(bench, parameter)
+        if factors:
+            condensed = output.combine(parameter, factors)
+        else:
+            matrix = self._merged(bench, index, shard, parameter, zeroed)
+            condensed = output.condense(parameter, matrix.view(parameter.shape))
+        crc = bench.write_scratch(segment.parameter, condensed.data)
+        errors2 = dict(zip(output.ranks, condensed.errors2, strict=True))
+        tally.values.append(Matrix(segment.parameter, crc, condensed.norm2, errors2))
+
+    def _merged(
+        self, bench: Bench, index: int, shard: Shard, parameter: Parameter, zeroed: Counter[tuple[int, str]]
+    ) -> Any:
+        """Return the merged change of a whole matrix (1-D fp32)."""
+        import torch
+
+        matrix = torch.empty(parameter.numel)
+        with closing(blocks_of(bench, index, shard.segments, range(*shard.models), zeroed)) as blocks:
+            for block in blocks:
+                matrix[block.start : block.stop] = merged(bench, index, block)
+        if not matrix.isfinite().all():
+            what = f"{int((~matrix.isfinite()).sum())} merged values are not finite"
+            advice = (smaller_lambda(bench.merge), copied_instead(bench.merge, parameter.name))
+            raise InputError(Problem(parameter.name, what, f"{either(advice)}; {FRESH_THEN}"))
+        return matrix
+
+    def _factors(self, bench: Bench, parameter: Parameter) -> list[tuple[float, Factors]]:
+        """Return (coefficient, factors of the whole change) of each model where a merge needs no more, else none."""
+        merge = bench.merge
+        if not merge.sources.rank_sum(merge.recipe, merge.members, parameter):
+            return []
+        present = [parameter.name in model.sources for model in merge.models]
+        coefficients = merge.recipe.method.coefficients(merge.members, present) or ()
+        stored = bench.factors((member, parameter) for member in range(len(merge.models)))
+        pairs = [pair for pair in zip(coefficients, stored, strict=True) if pair[1] is not None]
+        factors = [(coefficient, each) for coefficient, each in pairs if each is not None]
+        finite = all(bool(each.left.isfinite().all() and each.right.isfinite().all()) for _, each in factors)
+        return factors if finite else []  # else the blocks are merged, and say what is wrong, and where
+
+    def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Matrices]) -> Matrices:
+        """Return all matrices in the order of their parameters."""
+        matrices = (matrix for finding in findings for matrix in finding)
+        return tuple(sorted(matrices, key=lambda matrix: matrix.parameter))
+
+    def misfit(self, merge: Merge, index: int, finding: Matrices) -> Iterator[str]:
+        """Yield what is out of range."""
+        ranks = set(condensing(merge).ranks)
+        if any(matrix.parameter not in range(len(merge.catalog.parameters)) for matrix in finding):
+            yield "a matrix"
+        if not all(_is_norm(matrix.norm2) for matrix in finding):
+            yield "a norm"
+        if not all(
+            matrix.errors2.keys() >= ranks and all(map(_is_norm, matrix.errors2.values())) for matrix in finding
+        ):
+            yield "an error by rank"
+
+    misfit_folded = misfit
+
+    def conclude(self, merge: Merge, index: int, folded: Mapping[int, Matrices]) -> Conclusion:
+        """Settle the output's rank by what the matrices came to."""
+        matrices, output = folded[0], condensing(merge)
+        if [matrix.parameter for matrix in matrices] != merge.layout.matrices:
+            raise InputError(Problem("scratch", "a condensed matrix is not recorded", "merge again with --fresh"))
+        errors2 = [[matrix.errors2[rank] for rank in output.ranks] for matrix in matrices]
+        return Conclusion(output=output.choose([matrix.norm2 for matrix in matrices], errors2))
+
+    def report(self, merge: Merge, index: int, folded: Mapping[int, Matrices]) -> dict[str, Truncation]:
+        """Return what the rank cost."""
+        matrices, rank = folded[0], condensing(merge).ranks[-1]
+        norm2 = math.fsum(matrix.norm2 for matrix in matrices)
+        error2 = math.fsum(matrix.errors2[rank] for matrix in matrices)
+        names = [parameter.name for parameter in merge.catalog.parameters]
+        errors = {names[matrix.parameter]: _share(matrix.errors2[rank], matrix.norm2) for matrix in matrices}
+        return {"truncation": Truncation(rank=rank, relative_error=_share(error2, norm2), matrices=errors)}
+
+
+def condensing(merge: Merge) -> CondensingOutput:
+    """Return the output, which condenses."""
+    output = merge.recipe.output
+    assert isinstance(output, CondensingOutput), "only a condensing output has this round"
+    return output
+
+
+def scratch_of(bench: Bench, index: int, parameter: int) -> bytearray:
+    """Return the scratch of a matrix that round `index` has condensed."""
+    crc = bench.derived(index, 0, _crc_by_parameter)[parameter]
+    return bench.read_scratch(parameter, crc)
+
+
+def smaller_lambda(merge: Merge) -> str:
+    """Return the remedy of a smaller lambda, where the method has one."""
+    return "choose a smaller method.lambda" if hasattr(merge.recipe.method, "lambda_") else ""
+
+
+def copied_instead(merge: Merge, name: str) -> str:
+    """Return the remedy of copying a parameter from the base."""
+    return exclusion([name], (parameter.name for parameter in merge.catalog.parameters), COPIES)
+
+
+def _crc_by_parameter(matrices: Sequence[Matrix]) -> dict[int, str]:
+    return {matrix.parameter: matrix.crc32c for matrix in matrices}
+
+
+def _largest_matrix(merge: Merge) -> int:
+    """Return the bytes of the costliest matrix while it is condensed, beside the blocks it is merged in."""
+    needed, output = 0, condensing(merge)
+    for index in merge.layout.matrices:
+        parameter = merge.layout.parameters[index]
+        ranks = merge.sources.rank_sum(merge.recipe, merge.members, parameter)
+        if ranks:
+            decoded = merge.sources.footprint(parameter, merge.models).held[0]
+            needed = max(needed, decoded + output.combine_bytes(parameter, ranks))
+        else:
+            needed = max(needed, 4 * parameter.numel + output.condense_bytes(parameter))
+    return needed
+
+
+def _is_norm(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _share(error2: float, norm2: float) -> float:
+    return math.sqrt(error2 / norm2) if norm2 else 0.0

@@ -1,0 +1,46 @@
+"""What a worker has finished and not yet recorded."""
+
+import time
+from collections import Counter
+from typing import Any
+
+from ties_ray.rounds import Record, Tally
+
+RECORD_SECONDS = 10.0
+"""A record is written after so many seconds at the latest: what a lost worker costs."""
+
+
+class Batch:
+    """Finished shards of one round and group. A shard's work joins it whole, or not at all if it fails."""
+
+    def __init__(self, round_: int, group: int, tally: Tally[Any], *, result: int = 0) -> None:
+        """group: of models, that all shards of a record belong to."""
+        self.place = result, round_, group
+        """What all shards of a record share."""
+        self.shards: list[int] = []
+        self.tally = tally
+        self.zeroed: Counter[tuple[int, str]] = Counter()
+        """Values that counted as zero, by (member, parameter)."""
+        self._since = time.monotonic()
+
+    @property
+    def round(self) -> int:
+        """Return the index of the round."""
+        return self.place[1]
+
+    def absorb(self, shard: int, tally: Tally[Any], zeroed: Counter[tuple[int, str]]) -> None:
+        """Add the work of a finished shard."""
+        if not self.shards:
+            self._since = time.monotonic()
+        self.shards.append(shard)
+        self.tally.absorb(tally)
+        self.zeroed.update(zeroed)
+
+    def is_full(self, most: int) -> bool:
+        """Return whether a record is due. most: shards in a record."""
+        return len(self.shards) >= most or time.monotonic() - self._since >= RECORD_SECONDS
+
+    def record(self) -> Record[Any]:
+        """Return the batch as it is stored."""
+        zeroed = tuple((member, name, count) for (member, name), count in self.zeroed.items())
+        return Record(self.round, tuple(self.shards), self.tally.finding(), zeroed)

@@ -1,0 +1,205 @@
+"""The blocks of a shard: what is read for each, decoded, and judged for values that are not finite."""
+
+import itertools
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ties_ray.errors import FRESH_THEN, InputError, Problem
+from ties_ray.inputs.catalog import Model
+from ties_ray.kernels import Encoded, Factors, Kernels, Stored
+from ties_ray.kernels.buffers import Buffers
+from ties_ray.layout.footprint import NEEDS, Footprint
+from ties_ray.layout.reads import runs_of
+from ties_ray.layout.shards import Segment
+from ties_ray.rounds import Block, Merge, PlannedRound
+from ties_ray.rounds.condense import copied_instead
+from ties_ray.tensors import Parameter
+from ties_ray.worker.read_ahead import BufferBudget, ReadAhead, SliceRequest, split_streams
+from ties_ray.worker.slices import StoredSlices
+
+
+class Blocks:
+    """Reads the blocks of one merge."""
+
+    def __init__(self, merge: Merge, kernels: Kernels, reads: ReadAhead, bases: Buffers) -> None:
+        """bases: memory for decoded slices of the base."""
+        self._merge = merge
+        self._kernels = kernels
+        self._reads = reads
+        self._bases = bases
+        self._on_gpu = kernels.device.type == "cuda"
+        self._footprints: dict[tuple[int, tuple[int, ...]], Footprint] = {}
+
+    def stream(
+        self,
+        round_: PlannedRound,
+        segments: Iterable[Segment],
+        members: Sequence[int],
+        zeroed: Counter[tuple[int, str]],
+        *,
+        resident: bool,
+        with_base: bool,
+    ) -> Generator[Block, None, None]:
+        """Yield the blocks of some segments with the slices of some members; see `rounds.Bench.blocks`."""
+        merge, sources = self._merge, self._merge.sources
+        parameters, segments = merge.catalog.parameters, list(segments)
+        widest = max(sources.widths)
+        runs = list(
+            runs_of(segments, round_.block, round_.run, lambda one: parameters[one].name not in sources.not_coalesced)
+        )
+        together = self._kept_together(segments if round_.run else (), members)
+        requests = itertools.chain.from_iterable(
+            self._requests(round_, run, members, together, with_base) for run in runs
+        )
+        room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
+        with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
+            blocks = (block for run in runs for block in zip(run, split_streams(stream, len(run)), strict=True))
+            for segment, coming in blocks:
+                index, start, stop = segment
+                begin, end = self._base_range(segment, members, with_base)
+                rows = self._decoded(next(coming), parameters[index], stop - start)
+                base = rows[start - begin : stop - begin] if begin < end else rows
+                slices = StoredSlices(
+                    self._kernels, base, start, len(members), map(partial(self._completed, rows, base), coming),
+                    passes=round_.passes, resident=resident, factor_room=merge.sizes.factor_room,
+                    per_pass=sources.models_per_pass(self._footprint(index, members)),
+                )  # fmt: skip
+                yield Block(index, start, stop, base, slices)
+                slices.close()
+                self._judge(slices.not_finite, members, parameters[index], zeroed)
+
+    def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
+        """Yield what members store for whole parameters; see `rounds.Bench.factors`."""
+        with closing(self._reads.stream([self._whole(*request)] for request in requests)) as coming:
+            for (stored,) in coming:
+                yield stored if isinstance(stored, Factors) else None
+
+    def _whole(self, member: int, parameter: Parameter) -> SliceRequest | None:
+        model = self._merge.models[member]
+        source = model.sources.get(parameter.name)
+        if source is None or source.encoding == "dense":
+            return None
+        return SliceRequest(model, source, 0, parameter.numel)
+
+    # -- what is read
+
+    def _requests(
+        self,
+        round_: PlannedRound,
+        run: Sequence[Segment],
+        members: Sequence[int],
+        together: Mapping[str, Sequence[Parameter]],
+        with_base: bool,
+    ) -> Iterator[list[SliceRequest | None]]:
+        """Yield what is read for a run of blocks: of the base, then of each model."""
+        yield [self._of_base(segment, members, with_base) for segment in run]
+        for _ in range(round_.passes):
+            for model in (self._merge.models[member] for member in members):
+                yield [self._of_model(model, segment, members, together) for segment in run]
+
+    def _of_base(self, segment: Segment, members: Sequence[int], with_base: bool) -> SliceRequest | None:
+        name, base = self._merge.catalog.parameters[segment.parameter].name, self._merge.catalog.base
+        begin, end = self._base_range(segment, members, with_base)
+        return SliceRequest(base, base.sources[name], begin, end) if begin < end else None
+
+    def _of_model(
+        self, model: Model, segment: Segment, members: Sequence[int], together: Mapping[str, Sequence[Parameter]]
+    ) -> SliceRequest | None:
+        parameter, sources = self._merge.catalog.parameters[segment.parameter], self._merge.sources
+        source = model.sources.get(parameter.name)
+        if source is None:
+            return None
+        kept = sources.kept(self._footprint(segment.parameter, members))
+        factors = sources.factors(model, together.get(parameter.name, [parameter]))
+        return SliceRequest(model, source, segment.start, segment.stop, kept, factors)
+
+    def _kept_together(self, segments: Iterable[Segment], members: Sequence[int]) -> dict[str, list[Parameter]]:
+        """Return, for each parameter with factors, those whose factors are read with its own where they are kept."""
+        sources, parameters = self._merge.sources, self._merge.catalog.parameters
+        models = [self._merge.models[member] for member in members]
+        touched = dict.fromkeys(parameters[segment.parameter] for segment in segments)
+        factored = (parameter for parameter in touched if parameter.name in sources.factored)
+        groups = sources.kept_together(factored, models)
+        return {parameter.name: group for group in groups for parameter in group}
+
+    def _base_range(self, segment: Segment, members: Sequence[int], with_base: bool) -> tuple[int, int]:
+        """Return which of the base's elements a block needs: none, its own, or the rows that it touches whole."""
+        index, start, stop = segment
+        parameter = self._merge.catalog.parameters[index]
+        need = max("slice" if with_base else "nothing", self._footprint(index, members).base, key=NEEDS.index)
+        if need == "rows":
+            width = parameter.numel // parameter.shape[0]
+            return start - start % width, stop + -stop % width
+        return (start, stop) if need == "slice" else (start, start)
+
+    def _footprint(self, index: int, members: Sequence[int]) -> Footprint:
+        """Return what some members store for a parameter; asked for every block of it."""
+        key = index, tuple(members)
+        if key not in self._footprints:
+            models = [self._merge.models[member] for member in members]
+            self._footprints[key] = self._merge.sources.footprint(self._merge.catalog.parameters[index], models)
+        return self._footprints[key]
+
+    # -- what it means
+
+    def _completed(self, rows: Tensor, base: Tensor, stored: Stored | None) -> Stored | None:
+        """Return a slice with all that its change needs.
+
+        A DoRA slice gets the scales of its rows, a shorter tensor the base's values of the rows that it lacks.
+        """
+        if isinstance(stored, Encoded) and len(stored.data) < len(base):
+            dtype = torch.promote_types(stored.data.dtype, base.dtype)
+            return Encoded(torch.cat((stored.data.to(dtype), base[len(stored.data) :].to(dtype))))
+        if isinstance(stored, Factors) and stored.magnitude is not None:
+            return stored._replace(scales=self._kernels.row_scales(stored, rows))
+        return stored
+
+    def _decoded(self, encoded: Stored | None, parameter: Parameter, length: int) -> Tensor:
+        """Return a slice of the base as fp32, or fp64 where it is stored in F64; refuse what is not finite."""
+        if encoded is None:
+            return torch.zeros(1, device=self._kernels.device).expand(length)  # a base that nobody reads
+        assert isinstance(encoded, Encoded), "a base is stored whole"
+        dtype = torch.float64 if encoded.data.dtype == torch.float64 else torch.float32
+        size, device = len(encoded.data), self._kernels.device
+        decoded = torch.empty(size, dtype=dtype, device=device) if self._on_gpu else self._bases.empty(size, dtype)
+        count = self._kernels.decode(encoded.data, decoded)
+        if count:
+            where = f"{self._merge.catalog.base.uri}: {parameter.name}"
+            remedy = f"repair the base, or {copied_instead(self._merge, parameter.name)}; {FRESH_THEN}"
+            raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
+        return decoded
+
+    def _judge(
+        self, counts: Sequence[int], members: Sequence[int], parameter: Parameter, zeroed: Counter[tuple[int, str]]
+    ) -> None:
+        """Refuse values that are not finite, with the count over the whole parameter, or note what was zeroed."""
+        for member, count in zip(members, counts, strict=True):
+            if count and self._merge.recipe.allow.nan != "zero":
+                model = self._merge.models[member]
+                total = self._count_not_finite(member, parameter)
+                remedy = (
+                    "repair or drop the model, or `allow: {nan: zero}` (their change is zero), or"
+                    f" {copied_instead(self._merge, parameter.name)}; {FRESH_THEN}"
+                )
+                where = f"model {model.id} ({model.uri}): {parameter.name}"
+                raise InputError(Problem(where, f"{total} values are NaN or Inf", remedy))
+            if count:
+                zeroed[member, parameter.name] += count
+
+    def _count_not_finite(self, member: int, parameter: Parameter) -> int:
+        """Return how many values of a member's whole parameter are not finite."""
+        segment = Segment(self._merge.layout.by_name[parameter.name], 0, parameter.numel)
+        round_, total = self._merge.rounds[-1], 0
+        blocks = self.stream(round_, [segment], [member], Counter(), resident=False, with_base=False)
+        with closing(blocks):
+            for block in blocks:
+                for _, stored in block.slices.models():
+                    if stored:
+                        out = torch.empty(len(block.base), device=self._kernels.device)
+                        total += self._kernels.delta(stored, block.base, out)
+        return total

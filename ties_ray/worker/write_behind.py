@@ -1,0 +1,60 @@
+"""Parts on their way to storage: one is written while the next is filled."""
+
+import collections
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+from torch import Tensor
+
+from ties_ray.kernels.buffers import Buffers
+from ties_ray.rounds.merge import Written
+from ties_ray.stores import Stores, crc32c
+from ties_ray.worker.timing import Times
+
+
+class WriteBehind:
+    """Writes parts: one is on its way while the next is filled."""
+
+    def __init__(self, stores: Stores, times: Times, *, pinned: bool = False) -> None:
+        """pinned: parts come from a GPU."""
+        self._stores = stores
+        self._times = times
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._buffers = Buffers(pinned=pinned)
+        self._going: collections.deque[Future[Written]] = collections.deque()
+        self._written: list[Written] = []
+
+    def buffer(self, size: int) -> Tensor:
+        """Return memory for `size` bytes, waiting for the older of two writes if need be."""
+        while len(self._going) > 1:
+            self._finish()
+        return self._buffers.empty(size, torch.uint8)
+
+    def write(self, part: Tensor, file: int, uri: str, upload: str, number: int, offset: int) -> None:
+        """Begin to write part `number` (from 1) of weight file `file`."""
+        store, data = self._stores.writer(uri), part.numpy().data
+
+        def send() -> Written:
+            with self._times.spent("write", nbytes=len(data)):
+                return Written(file, store.write_part(uri, upload, number, offset, data), crc32c(data))
+
+        self._going.append(self._thread.submit(send))
+
+    def drain(self) -> list[Written]:
+        """Wait until everything is durable; return what was written since the last call."""
+        while self._going:
+            self._finish()
+        written, self._written = self._written, []
+        return written
+
+    def abandon(self) -> None:
+        """Wait for writes under way, whatever becomes of them, and forget them."""
+        wait(self._going)
+        self._going.clear()
+        self._written.clear()
+
+    def _finish(self) -> None:
+        with self._times.spent("wait_write"):
+            written = self._going[0].result()
+        self._going.popleft()
+        self._written.append(written)
