@@ -190,7 +190,7 @@ def repair(output: Path) -> None:
     plan, manifest = run_of(output)
     for path in Path(manifest.folder, "records", str(len(plan.merges[0].rounds) - 1)).glob("*.json"):
         record = json.loads(path.read_bytes())
-        for written in record["parts"]:
+        for written in record["finding"][0]:
             data = (output / plan.files[written[0]].name).read_bytes()
             start, stop = plan.merges[0].layout.part(written[0], written[1][0] - 1)
             written[2] = crc32c(memoryview(data[start:stop]))

@@ -14,7 +14,7 @@ import torch
 
 from tests.tools.families import Family
 from tests.tools.merging import LOCAL, carried_out, digests, merge
-from ties_ray.driver.schedule import Schedule
+from ties_ray.driver.segments import Segments
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import MergeResult
@@ -183,7 +183,7 @@ def test_a_cache_that_is_too_small_spares_what_it_holds(
 def test_shards_go_to_the_worker_that_has_read_their_bytes(
     in_a_bucket: Family, uncached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Schedule, "_steal", lambda schedule, thief: False)  # how fast a worker is must not matter here
+    monkeypatch.setattr(Segments, "_steal", lambda segments, thief: None)  # how fast a worker is must not matter here
     sizes = replace(SIZES, min_range=2**16)
     result, plan = merged_with(in_a_bucket, tmp_path / "out", sizes=sizes, workers=3)
     assert plan.merges[0].rounds[0].num_shards > 6

@@ -215,13 +215,13 @@ def order(**fields: Any) -> str:
 
 def test_a_worker_tells_what_it_has_done_and_writes_it_when_asked(setup: Setup) -> None:
     worker = make_worker(SETUP.dump_json(setup).decode())
-    assert ANSWER.validate_json(worker.run(order(action="hello"))).bytes_read == 0
+    assert ANSWER.validate_json(worker.run(order(action="hello"))).traffic.bytes_read == 0
     done = ANSWER.validate_json(worker.run(order(action="shard", round=0, index=0)))
     assert (done.record, done.shards) == ("", ())
-    assert done.bytes_read > 0
-    assert done.requests > 0
+    assert done.traffic.bytes_read > 0
+    assert done.traffic.requests > 0
     told = ANSWER.validate_json(worker.run(order(action="flush")))
-    assert (told.round, told.shards, told.bytes_read) == (0, (0,), 0)
+    assert (told.round, told.shards, told.traffic.bytes_read) == (0, (0,), 0)
     manifest = Manifest(Stores({}), setup.folder)
     made = manifest.read_plan()
     assert made
