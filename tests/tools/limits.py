@@ -13,9 +13,6 @@ import ties_ray
 PACKAGE = Path(ties_ray.__file__).parent
 CLASS_LINES = 300
 FUNCTION_LINES = 50
-EXCEPTIONS = {
-}
-"""Classes and functions that are still too long, by file; each goes when it is mended, and none comes."""
 
 
 def too_long(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
@@ -29,21 +26,12 @@ def too_long(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
 
 
 def complaints() -> Iterator[str]:
-    """Yield a line for each class or function that is too long, and for each exception that is needed no more."""
+    """Yield a line for each class or function that is too long."""
     for path in sorted(PACKAGE.rglob("*.py")):
         file = path.relative_to(PACKAGE).as_posix()
-        if file.startswith("kernels/"):
-            continue
-        lengths = {name: (lines, limit) for name, lines, limit in too_long(ast.parse(path.read_text()))}
-        exceptions = EXCEPTIONS.get(file, set())
-        for name in sorted(lengths.keys() - exceptions):
-            lines, limit = lengths[name]
-            yield f"{file}: {name} has {lines} lines, more than {limit}"
-        for name in sorted(exceptions - lengths.keys()):
-            yield f"{file}: {name} is short enough; remove it from EXCEPTIONS in tests/tools/limits.py"
-    for file in EXCEPTIONS:
-        if not (PACKAGE / file).exists():
-            yield f"{file} does not exist; remove it from EXCEPTIONS in tests/tools/limits.py"
+        if not file.startswith("kernels/"):
+            for name, lines, limit in too_long(ast.parse(path.read_text())):
+                yield f"{file}: {name} has {lines} lines, more than {limit}"
 
 
 if __name__ == "__main__":

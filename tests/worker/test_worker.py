@@ -225,9 +225,9 @@ def test_a_worker_tells_what_it_has_done_and_writes_it_when_asked(setup: Setup) 
     manifest = Manifest(Stores({}), setup.folder)
     made = manifest.read_plan()
     assert made
-    record = manifest.read_record(0, made, told.record)
+    record = manifest.read_record(made.merges[0], 0, told.record)
     assert record.shards == (0,)
-    assert {count.member for count in record.counts} == {0, 1, 2}
+    assert {count.member for count in record.finding} == {0, 1, 2}
     assert ANSWER.validate_json(worker.run(order(action="flush"))).record == ""
 
 
