@@ -1,11 +1,11 @@
-"""What becomes of every value that an input stores: the ledger of one model, the same in plan, result and card."""
+"""The account of one model: the fate of every value that it stores, the same in plan, result and card."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Fate = Literal["merged", "equal", "tied"]
-"""What becomes of stored values; any other text is the reason why they are left aside."""
+"""The fates of stored values; any other text is the reason why they are left aside."""
 
 
 class Aside(NamedTuple):
@@ -18,24 +18,24 @@ class Aside(NamedTuple):
 
 @dataclass(frozen=True)
 class Account:
-    """The elements of all tensors that an input stores, by what becomes of them."""
+    """The elements of all tensors that an input stores, by their fate."""
 
     stored: int = 0
     merged: int = 0
     equal: int = 0
-    """Copied from the base, whose bytes they are. In the base's own account: copied as they are."""
+    """Elements with the base's bytes, which are copied from it; in the base's own account all copied elements."""
     tied: int = 0
-    """A second name of values that count under their first: the same bytes."""
+    """Elements of a second name for the same bytes, which count under the first name."""
     aside: tuple[Aside, ...] = ()
 
     @property
     def adds_up(self) -> bool:
         """Return whether every stored element has one fate."""
-        return self.stored == self.merged + self.equal + self.tied + sum(one.elements for one in self.aside)
+        return self.stored == self.merged + self.equal + self.tied + sum(aside.elements for aside in self.aside)
 
     @property
     def all_merged(self) -> bool:
-        """Return whether there is nothing more to tell than the number of elements."""
+        """Return whether every stored element is merged."""
         return self.stored == self.merged
 
     def __str__(self) -> str:
@@ -50,12 +50,13 @@ class Account:
             yield f"{self.equal:,} equal to the base's"
         if self.tied:
             yield f"{self.tied:,} tied"
-        for one in self.aside:
-            yield f"{one.elements:,} left aside in {one.tensors} tensor{'s' * (one.tensors != 1)} ({one.reason})"
+        for aside in self.aside:
+            tensors = f"{aside.tensors} tensor{'s' * (aside.tensors != 1)}"
+            yield f"{aside.elements:,} left aside in {tensors} ({aside.reason})"
 
 
 def account(stored: int, fates: Iterable[tuple[Fate | str, int]]) -> Account:
-    """Return the account of an input that stores so many elements; fates: (fate, elements), one or more a tensor."""
+    """Return the account of an input with so many stored elements; fates: (fate, elements), one or more a tensor."""
     totals = {"merged": 0, "equal": 0, "tied": 0}
     aside: dict[str, tuple[int, int]] = {}
     for fate, elements in fates:

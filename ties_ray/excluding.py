@@ -18,8 +18,8 @@ def exclusion(names: Collection[str], others: Iterable[str], effect: str) -> str
 
     names: what is to be left out. others: all other parameters of the base, which no pattern may match.
     """
-    found = patterns(names, set(others) - set(names))
-    return f"`exclude: {json.dumps(found)}` {effect}" if found else LEAVE_OUT
+    listed = patterns(names, set(others) - set(names))
+    return f"`exclude: {json.dumps(listed)}` {effect}" if listed else LEAVE_OUT
 
 
 def either(remedies: Iterable[str]) -> str:
@@ -32,7 +32,7 @@ def patterns(names: Collection[str], others: Collection[str]) -> list[str]:
     layered: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         layered.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", escape(name)), []).append(name)
-    either = [some for some in (_listed(layered, others), _whole_modules(names, others)) if some]
+    either = [listed for listed in (_listed(layered, others), _whole_modules(names, others)) if listed]
     shorter = min(either, key=len, default=[])
     return shorter if len(shorter) <= MOST else []
 
@@ -51,9 +51,9 @@ def _listed(layered: dict[str, list[str]], others: Collection[str]) -> list[str]
 def _whole_modules(names: Collection[str], others: Collection[str]) -> list[str]:
     """Return `module.*` of the largest modules that hold none of `others`, and names elsewhere."""
     holding = {other[: dot.end()] for other in others for dot in re.finditer(r"\.", other)}
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for name in names:
         starts = (name[: dot.end()] for dot in re.finditer(r"\.", name))
         start = next((start for start in starts if start not in holding), "")
-        found[f"{escape(start)}*" if start else escape(name)] = None
-    return list(found)
+        modules[f"{escape(start)}*" if start else escape(name)] = None
+    return list(modules)

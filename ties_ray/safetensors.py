@@ -77,11 +77,11 @@ def header_bytes(head: bytes, file_size: int, where: str) -> int:
         raise InputError(Problem(where, f"has {file_size} bytes, too few for a safetensors file", "upload it again"))
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
-        what = f"claims a header of {length} bytes, above the format's limit of {MAX_HEADER_BYTES}"
-        raise InputError(Problem(where, what, "it is not a safetensors file"))
+        message = f"claims a header of {length} bytes, above the format's limit of {MAX_HEADER_BYTES}"
+        raise InputError(Problem(where, message, "it is not a safetensors file"))
     if 8 + length > file_size:
-        what = f"is truncated: its header alone has {length} bytes, the file {file_size}"
-        raise InputError(Problem(where, what, "upload it again"))
+        message = f"is truncated: its header alone has {length} bytes, the file {file_size}"
+        raise InputError(Problem(where, message, "upload it again"))
     return 8 + length
 
 
@@ -101,20 +101,20 @@ def parse(head: bytes, file_size: int, where: str) -> Header:
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         wrong.add(f"{_METADATA} does not map strings to strings")
         metadata = {}
-    found: list[tuple[str, TensorInfo]] = []
+    tensors: list[tuple[str, TensorInfo]] = []
     for name, entry in entries.items():
         info = _tensor(name, entry, size)
         if isinstance(info, str):
             wrong.add(f"{_shown(name)} {info}")
         else:
-            found.append((name, info))
-    found.sort(key=lambda item: (item[1].start, item[1].stop))
+            tensors.append((name, info))
+    tensors.sort(key=lambda item: (item[1].start, item[1].stop))
     if not wrong.count:
-        wrong = _layout_problems(found, size, file_size)
+        wrong = _layout_problems(tensors, size, file_size)
     if wrong.count:
         more = [f"and {wrong.count - _SHOWN} more problems"] if wrong.count > _SHOWN else []
-        raise InputError([Problem(where, what) for what in wrong.shown + more])
-    return Header(dict(found), metadata, size)
+        raise InputError([Problem(where, message) for message in wrong.shown + more])
+    return Header(dict(tensors), metadata, size)
 
 
 def build(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
@@ -157,11 +157,11 @@ def _json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {_shown(twice)} stands there twice")
-    return found
+    return content
 
 
 def _no_constant(name: str) -> None:
@@ -198,16 +198,16 @@ class _Wrong:
         self.shown: list[str] = []
         self.count = 0
 
-    def add(self, what: str) -> None:
+    def add(self, message: str) -> None:
         self.count += 1
         if self.count <= _SHOWN:
-            self.shown.append(what)
+            self.shown.append(message)
 
 
-def _layout_problems(found: Sequence[tuple[str, TensorInfo]], start: int, file_size: int) -> _Wrong:
+def _layout_problems(tensors: Sequence[tuple[str, TensorInfo]], start: int, file_size: int) -> _Wrong:
     """Say where tensors, sorted by offset, do not follow each other exactly from `start` to the file's end."""
     end, before, wrong = start, "the header", _Wrong()
-    for name, info in found:
+    for name, info in tensors:
         if info.start != end:
             kind = "overlaps" if info.start < end else f"leaves a hole of {info.start - end} bytes after"
             wrong.add(f"{_shown(name)} {kind} {before}")

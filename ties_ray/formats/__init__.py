@@ -1,6 +1,6 @@
 """The contract of an input format: which base parameters a model changes, and by what bytes.
 
-A format is pure: it names files and ranges, and never reads. One file here a format.
+A format is pure: it names files and ranges, and never reads. There is one file a format in this folder.
 """
 
 from abc import ABC, abstractmethod
@@ -27,20 +27,20 @@ __path__ = plugins.search_path("formats", list(__path__))
 
 
 class Rules(NamedTuple):
-    """What the recipe lets a model leave out or bring along; all of it becomes a note."""
+    """The liberties that the recipe gives a model; each use of them becomes a note."""
 
     exclude: tuple[str, ...] = ()
-    """Patterns of parameters that are the base's business alone; a model may lack them or have its own."""
+    """Patterns of parameters that stay as in the base; a model may lack them or have its own."""
     missing: bool = False
-    """A floating-point parameter that the model lacks has delta zero; so have embedding rows that it lacks."""
+    """True: floating-point parameters and embedding rows that the model lacks have delta zero."""
     extra_rows: bool = False
-    """Rows beyond the base's are left aside."""
+    """True: rows beyond the base's are left aside."""
     saved_modules: bool = False
-    """Whole tensors that an adapter saved beside its factors are merged as dense changes."""
+    """True: whole tensors that an adapter saved beside its factors are merged as dense changes."""
     kinds: tuple[str, ...] = ()
-    """What the base's config calls it (`conversions.kinds_of`), by which its names are known."""
+    """The names that the base's config gives its architecture (`conversions.kinds_of`)."""
     tied: tuple[Tie, ...] = ()
-    """Parameters that the base does not store, as they share the tensors of others."""
+    """Parameters that the base does not store, because they share the tensors of others."""
 
     def excludes(self, name: str) -> bool:
         """Return whether the recipe takes the parameter from the base unchanged."""
@@ -48,72 +48,73 @@ class Rules(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Whether two stored tensors have the same bytes: a format asks, and the catalog, which may read, answers."""
+    """Whether two stored tensors have the same bytes: a format asks it, and the catalog, which may read, answers it."""
 
     mine: str
-    """Of the folder; as its weight files name it, like `other`."""
+    """A tensor of the folder, by the name that its weight files give it."""
     other: str
+    """The other tensor, by the name that its weight files give it."""
     of: Literal["model", "base"]
-    """Whether `other` is of the same folder, or of the base."""
+    """The place of `other`: the same folder, or the base's."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What the catalog fetched of one input: headers and small files, no weights."""
+    """The fetched part of one input: headers and small files, no weights."""
 
     uri: str
     files: tuple[Pin, ...]
     headers: Mapping[str, Header]
-    """By file name; the pin of the same file in `files` is then a full one."""
+    """Headers by file name. The pin of such a file in `files` is a full one."""
     texts: Mapping[str, bytes]
     """Small files by name."""
     nested: tuple[str, ...] = ()
-    """Of an adapter: folders in it that hold further adapters."""
+    """The folders inside an adapter's folder that hold further adapters."""
     answers: Mapping[Question, bool] = field(default_factory=dict)
-    """To what the format has asked; True: the bytes are the same."""
+    """Answers to the format's questions; True: the bytes are the same."""
     chosen: str = ""
-    """The candidate that the recipe chooses (`candidates.Candidate.name`); what belongs to others is not in `files`."""
+    """The candidate that the recipe chooses (`Candidate.name`); `files` lacks the files of the others."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a format made of a folder."""
+    """The model that a format finds in a folder, or its problems."""
 
     objects: tuple[Pin, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=dict)
-    """By base parameter. For the base itself: every tensor it stores."""
+    """The model's sources by base parameter; the base's own hold every tensor that it stores."""
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
-    """What was let through or left aside and belongs in plan and result."""
+    """Liberties taken and tensors left aside; plan and result show them."""
     extra_rows: tuple[str, ...] = ()
-    """Base parameters of which the model stores more rows, or fewer; their common rows must mean the same tokens."""
+    """Base parameters of which the model stores more rows, or fewer. Their common rows must mean the same tokens."""
     untied: Mapping[str, str] = field(default_factory=dict)
-    """What the model has of its own where the base ties it to a parameter: that parameter, by the name that it gets."""
+    """Parameters that the model has of its own and the base ties: the base's parameter, by the new name."""
     excluded: tuple[str, ...] = ()
     """Tensors that the base lacks and the recipe excludes."""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
-    """By base parameter, where the format knows it and it is not `linear`."""
+    """The orientation of base parameters that the format knows not to be `linear`."""
     called: Mapping[str, str] = field(default_factory=dict)
-    """By base parameter, what the model calls it where that differs: checkpoints may lack a prefix."""
+    """The model's name of a base parameter, where it differs: checkpoints may lack a prefix."""
     library: Library = TRANSFORMERS
-    """What opens a model that is stored so."""
+    """The library that opens such a model."""
     account: Account = field(default_factory=Account)
-    """What becomes of every element that the folder's weight files store."""
+    """The fate of every element that the folder's weight files store."""
     leftovers: tuple[str, ...] = ()
-    """Keys of config.json that are no longer true of the weights; an output that takes the config over drops them."""
+    """Keys of config.json that are not true of the weights; an output that takes the config over drops them."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """What a report or an output may want to know of the model: `base_name` (the base it says it was trained on),
-    `task_type`, `rank`, `scale`, ..."""
+    """Facts for reports and outputs: `base_name` (the name that it gives its base), `task_type`, `rank`, `scale`, ..."""
 
 
 class Format(ABC):
     """Pure knowledge of one way to store a model."""
 
     name: ClassVar[str]
-    """The name of its file; stands in plans."""
+    """The name of its file, which plans hold."""
     whole: ClassVar[bool] = True
-    """Whether a model stands for all of the base's parameters, or (an adapter) for those alone that it changes: what
-    the density of a trim counts over."""
+    """Whether a model stands for all of the base's parameters; an adapter stands for those that it changes.
+
+    The density of a trim counts over these parameters."""
 
     @abstractmethod
     def recognises(self, names: Sequence[str]) -> bool:
@@ -128,19 +129,19 @@ class Format(ABC):
         return tuple(folder.headers)
 
     def questions(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> tuple[Question, ...]:
-        """Return what only the bytes can tell; `read` finds the answers in the folder.
+        """Return questions that only the bytes answer; `read` finds the answers in the folder.
 
-        Arguments as of `read`, and like it, it never raises. Each question may cost a reading of both tensors, so ask
-        only what decides something.
+        It takes the arguments of `read` and never raises. A question may cost a reading of both tensors, so ask only
+        where the answer decides something.
         """
         return ()
 
     @abstractmethod
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
-        """Return what the model stores, checked against the base's parameters.
+        """Return the model, checked against the base's parameters.
 
-        None: this is the base itself, or, for a format of changes, the recipe names no base: shapes are then the
-        model's own. Never raises for what an input may hold: all its problems are returned.
+        base: None for the base itself, and for a format of changes where the recipe names no base; shapes are then the
+        model's own. It never raises for what an input may hold: all problems are returned.
         """
 
     @abstractmethod
@@ -149,22 +150,22 @@ class Format(ABC):
 
     @abstractmethod
     def encoded(self, source: Source, start: int, stop: int, buffers: Sequence["Tensor"]) -> "Stored":
-        """Return the slice from what the reads brought: one 1-D uint8 tensor a read, not to be written to.
+        """Return the slice. buffers: one 1-D uint8 tensor a read, not to be written to.
 
         It returns `Factors` exactly where `source.encoding` is "factors", and `Encoded` elsewhere.
         Several reads of a dense source may come end to end in one tensor.
         """
 
     def needs(self, source: Source) -> Literal["nothing", "slice", "rows"]:
-        """Return what of the base must be known to tell the change: nothing, the same slice, or its rows whole."""
+        """Return the part of the base that the change depends on: nothing, the same slice, or its rows whole."""
         return "slice"
 
     def shape(self, source: Source) -> tuple[int, ...]:
-        """Return the shape of the parameter; asked where no base tells it."""
+        """Return the shape of the parameter; it is asked where there is no base."""
         return source.tensors[0].shape
 
     def rank(self, source: Source) -> int:
-        """Return the rank of a change that `encoded` gives as plain factors over the whole parameter; 0: it is none."""
+        """Return the rank of a change that `encoded` gives as plain factors; 0 for any other change."""
         return 0
 
     def decoded_bytes(self, source: Source) -> int:

@@ -25,16 +25,16 @@ def weight_files(folder: Folder, problems: list[Problem], notes: list[str]) -> l
     model = next((each for each in models if each.name == folder.chosen), None) or usual(models)
     weights = [name for name in names if is_weights(name)]
     if model is None:
-        what = f"holds {len(models)} models: {listed(models)}"
-        problems.append(Problem(folder.uri, what, CHOOSE.format(name=models[0].name), "candidates"))
+        message = f"holds {len(models)} models: {listed(models)}"
+        problems.append(Problem(folder.uri, message, CHOOSE.format(name=models[0].name), "candidates"))
         return []
     if model.index:
         used = _indexed_files(folder, model.index, weights, problems)
         single = f"{model.stem}.safetensors"
         if single in weights and single not in used and not folder.chosen and not problems:
-            what = f"has both {single} and {model.index}, which does not name it"
+            message = f"has both {single} and {model.index}, which does not name it"
             remedy = f"remove the one that is not the model, or choose: {CHOOSE.format(name=model.index)}"
-            problems.append(Problem(folder.uri, what, remedy, "candidates"))
+            problems.append(Problem(folder.uri, message, remedy, "candidates"))
     else:
         used = list(model.files)
         _check_shards(folder, model, names, problems)
@@ -57,8 +57,8 @@ def stored_tensors(folder: Folder, files: Sequence[str], problems: list[Problem]
                 twice.append(name)
             stored[name] = TensorRef(number, info.start, info.dtype, info.shape)
     if twice:
-        what = f"holds {len(twice)} tensors in more than one file: {enumerated(twice)}"
-        problems.append(Problem(folder.uri, what, "save the model again"))
+        message = f"holds {len(twice)} tensors in more than one file: {enumerated(twice)}"
+        problems.append(Problem(folder.uri, message, "save the model again"))
     return stored
 
 
@@ -77,12 +77,12 @@ def json_object(folder: Folder, name: str, problems: list[Problem]) -> Mapping[s
 def _check_shards(folder: Folder, model: Candidate, names: Collection[str], problems: list[Problem]) -> None:
     """Add a problem where shards have lost their index, or the index its shards."""
     if model.missing:
-        what = f"lacks {len(model.missing)} of {model.count} shards: {enumerated(model.missing)}"
-        problems.append(Problem(folder.uri, what, _completing(model.missing, names)))
+        message = f"lacks {len(model.missing)} of {model.count} shards: {enumerated(model.missing)}"
+        problems.append(Problem(folder.uri, message, _completing(model.missing, names)))
     elif model.count > 1 and not folder.chosen:
-        what = f"has {model.count} shards and no index that says they belong together: {enumerated(model.files)}"
+        message = f"has {model.count} shards and no index that says they belong together: {enumerated(model.files)}"
         remedy = f"download the index too, or read these shards as they are: {CHOOSE.format(name=model.files[0])}"
-        problems.append(Problem(folder.uri, what, remedy))
+        problems.append(Problem(folder.uri, message, remedy))
 
 
 def _completing(missing: Sequence[str], names: Collection[str]) -> str:
@@ -109,15 +109,15 @@ def _indexed_files(folder: Folder, index: str, weights: Collection[str], problem
         )
     missing = [file for file in files if file not in weights and file not in outside]
     if missing:
-        what = f"names {len(missing)} files that are not there: {enumerated(missing)}"
-        problems.append(Problem(where, what, _completing(missing, [last_part(pin.uri) for pin in folder.files])))
+        message = f"names {len(missing)} files that are not there: {enumerated(missing)}"
+        problems.append(Problem(where, message, _completing(missing, [last_part(pin.uri) for pin in folder.files])))
     used = [file for file in files if file in weights]
     absent = [name for name, file in weight_map.items() if file in used and name not in folder.headers[file].tensors]
     if absent:
-        what = f"names {len(absent)} tensors that their files lack: {enumerated(absent)}"
-        problems.append(Problem(where, what, "save the model again"))
+        message = f"names {len(absent)} tensors that their files lack: {enumerated(absent)}"
+        problems.append(Problem(where, message, "save the model again"))
     unnamed = [name for file in used for name in folder.headers[file].tensors if name not in weight_map]
     if unnamed:
-        what = f"does not name {len(unnamed)} tensors of its files: {enumerated(unnamed)}"
-        problems.append(Problem(where, what, "save the model again"))
+        message = f"does not name {len(unnamed)} tensors of its files: {enumerated(unnamed)}"
+        problems.append(Problem(where, message, "save the model again"))
     return used

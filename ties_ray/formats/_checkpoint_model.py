@@ -32,11 +32,11 @@ class Checked(NamedTuple):
     """What holds for a whole checkpoint."""
 
     tensors: dict[str, tuple[TensorRef, ...]]
-    """By base parameter: the tensors whose elements, one after the other, are the parameter's."""
+    """The tensors whose elements, one after the other, are a base parameter's, by its name."""
     problems: list[Wrong]
     notes: list[str]
     fates: Iterable[tuple[str, int]]
-    """What becomes of the stored elements, as `account` takes it."""
+    """The fates of the stored elements, as `account` takes them."""
     extra_rows: tuple[str, ...] = ()
     untied: Mapping[str, str] = {}
     excluded: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class _ModelCheck:
         self._problems: list[Wrong] = []
         self._tables = names.tables(base, rules, same)
         self._fates: dict[str, str] = {}
-        """By stored name: the fate of tensors that have no place in the base."""
+        """The fates of tensors that have no place in the base, by stored name."""
         self._untied = self._untie(base, {alias for alias, kept in names.pairs() if (alias, kept) in same})
         base = {**base, **{name: base[kept]._replace(name=name) for name, kept in self._untied.items()}}
         self._merged = {name: parameter for name, parameter in base.items() if parameter.merged}
@@ -96,8 +96,8 @@ class _ModelCheck:
         return Checked(self._kept, self._problems, self._notes, fates, resized, self._untied, tuple(excluded))
 
     def _check_layout(self) -> None:
-        for what in self._names.problems:
-            self._problems.append((what, "save it in the layout of the base"))
+        for message in self._names.problems:
+            self._problems.append((message, "save it in the layout of the base"))
 
     def _untie(self, base: Mapping[str, Parameter], equal: Collection[str]) -> dict[str, str]:
         """Return tensors that the model has of its own where the base ties them: the parameter, by the new name.
@@ -136,8 +136,8 @@ class _ModelCheck:
     def _check_tables(self) -> None:
         odd = [name for name, fate in self._tables.items() if not fate]
         if odd:
-            what = f"has {len(odd)} tensors of integers or booleans that differ from the base's: {enumerated(odd)}"
-            self._problems.append((what, f"they can't be merged; {exclusion(odd, self._others, COPIES)}"))
+            message = f"has {len(odd)} tensors of integers or booleans that differ from the base's: {enumerated(odd)}"
+            self._problems.append((message, f"they can't be merged; {exclusion(odd, self._others, COPIES)}"))
         counters = [name for name, fate in self._tables.items() if fate not in ("", "equal")]
         if counters:
             note = "counts the steps of its training, and the base's are kept"
@@ -160,27 +160,27 @@ class _ModelCheck:
         if integers:
             dtypes = [(name, self._refs[name].dtype, self._merged[name].dtype) for name in integers]
             shown = enumerated([f"{name} ({dtype} where the base has {other})" for name, dtype, other in dtypes])
-            what = f"holds integers where the base holds floating-point numbers: {shown}"
-            self._problems.append((what, quantised.REMEDY))
+            message = f"holds integers where the base holds floating-point numbers: {shown}"
+            self._problems.append((message, quantised.REMEDY))
         mixed = [name for name, refs in self._kept.items() if len({ref.dtype for ref in refs}) > 1]
         if mixed:
-            what = f"stores the parts of one parameter in several dtypes: {enumerated(mixed)}"
-            self._problems.append((what, "save it in one"))
+            message = f"stores the parts of one parameter in several dtypes: {enumerated(mixed)}"
+            self._problems.append((message, "save it in one"))
 
     def _check_shapes(self) -> tuple[list[str], list[str]]:
         """Return the parameters with (more, fewer) vocabulary rows than the base's."""
         single = {name: refs[0] for name, refs in self._kept.items() if len(refs) == 1}
         longer, shorter, wrong = _compare_shapes(single, self._merged, self._config)
         if longer and not self._rules.extra_rows:
-            what = f"has more embedding rows than the base: {self._shapes(longer)}"
+            message = f"has more embedding rows than the base: {self._shapes(longer)}"
             remedy = "`allow: {extra_rows: drop}` leaves them aside where the tokenizers agree on the common ids"
-            self._problems.append((what, remedy))
+            self._problems.append((message, remedy))
         elif longer:
             self._notes.append(f"rows beyond the base's are left aside: {self._shapes(longer)}")
         if shorter and not self._rules.missing:
-            what = f"has fewer embedding rows than the base: {self._shapes(shorter)}"
+            message = f"has fewer embedding rows than the base: {self._shapes(shorter)}"
             remedy = "`allow: {missing: zero}` takes the change of the other rows as zero where the tokenizers agree"
-            self._problems.append((what, remedy))
+            self._problems.append((message, remedy))
         elif shorter:
             self._notes.append(f"rows that it lacks are the base's, their change is zero: {self._shapes(shorter)}")
         if wrong:
@@ -216,10 +216,10 @@ def _fates(
     """
     places = sorted((ref.object, ref.start, name) for name, ref in stored.items() if 0 not in ref.shape)
     rest = {name: math.prod(ref.shape) for name, ref in stored.items()}
-    seen: set[tuple[int, int]] = set()
+    counted: set[tuple[int, int]] = set()
     for ref, elements, fate in placed:
-        if elements and (ref.object, ref.start) not in seen:
-            seen.add((ref.object, ref.start))
+        if elements and (ref.object, ref.start) not in counted:
+            counted.add((ref.object, ref.start))
             rest[places[bisect_right(places, ref[:2], key=lambda place: place[:2]) - 1][2]] -= elements
             yield fate, elements
     for name, elements in rest.items():
@@ -238,18 +238,18 @@ def _one_sided(
     """Yield (what, remedy) of floating-point tensors that only the model, or only the base, has."""
     only = enumerated(list(extra))
     if merged and not kept:
-        what = f"has none of the base's {len(merged)} merged parameters, under these names or others that are known"
-        yield f"{what}; it holds {only}", "is it a fine-tune of this base? `ties-ray inspect` shows what each holds"
+        message = f"has none of the base's {len(merged)} merged parameters, under these names or others that are known"
+        yield f"{message}; it holds {only}", "is it a fine-tune of this base? `ties-ray inspect` shows what each holds"
         return
     if extra:
-        what = f"holds {len(extra)} floating-point tensors that the base lacks{_what_they_are(extra)}: {only}"
+        message = f"holds {len(extra)} floating-point tensors that the base lacks{_what_they_are(extra)}: {only}"
         out = exclusion(extra, others, "leaves them out of the merge, with what was trained in them")
-        yield what, f"is it a fine-tune of this base? {out}"
+        yield message, f"is it a fine-tune of this base? {out}"
     if missing and not rules.missing:
-        what = f"lacks {len(missing)} of the base's {len(merged)} merged parameters{_what_they_are(missing)}"
+        message = f"lacks {len(missing)} of the base's {len(merged)} merged parameters{_what_they_are(missing)}"
         keep = exclusion(missing, others, COPIES)
         yield (
-            f"{what}: {enumerated(missing)}",
+            f"{message}: {enumerated(missing)}",
             f"is it a fine-tune of this base? `allow: {{missing: zero}}` takes their change as zero; {keep}",
         )
 
@@ -260,7 +260,7 @@ _KNOWN = {
     "a head for one task": r"(?:^|\.)(?:classifier|score|qa_outputs|cls|pooler|lm_head|(?:v|reward|value)_head)\b",
     "factors of an adapter": r"\.lora_|\.(?:hada|lokr|oft)_",
 }
-"""What tensors are that often only one of two checkpoints stores, by a pattern of their names."""
+"""Tensors that often only one of two checkpoints stores, by a pattern of their names."""
 
 
 def _what_they_are(names: Collection[str]) -> str:

@@ -31,13 +31,13 @@ class ModelNames:
         self.tensors = {
             name: tuple(_cut(stored[piece.name], piece) for piece in pieces) for name, pieces in match.pieces.items()
         }
-        """By name in the base: the tensors whose elements, one after the other, are the parameter's."""
+        """The tensors whose elements, one after the other, are a base parameter's, by its name."""
         self.first = {name: pieces[0].name for name, pieces in match.pieces.items()}
-        """By name in the base: the stored name of the first of these tensors."""
+        """The stored name of the first of these tensors, by the parameter's name."""
         self.left = {called: (name, stored[name]) for name, called in match.left.items()}
         """Tensors that the base lacks, by the name that it would give them: (stored name, tensor)."""
         self.tied: dict[str, str] = {}
-        """By a name in `left`: the base's parameter with which the tensor may share its value."""
+        """The base's parameters with which tensors of `left` may share their values, by name in `left`."""
         if self.left or len(self.tensors) < len(base):
             self._tie(base, ties_of([*base, *self.left], kinds), ties(config, unsaid=True))
 
@@ -111,13 +111,13 @@ def _stored_otherwise(match: Match, stored: Mapping[str, TensorRef]) -> Iterator
             cut.append(f"{name} is a part of {first.name}")
         elif first.name != name:
             renamed.append(f"{name} is {first.name}")
-    for names, what in (
+    for names, message in (
         (renamed, "are stored under other names"),
         (cut, "are stored fused with others"),
         (joined, "are stored in several tensors"),
     ):
         if names:
-            yield f"{len(names)} parameters {what}: {enumerated(names)}"
+            yield f"{len(names)} parameters {message}: {enumerated(names)}"
 
 
 def _cut(ref: TensorRef, piece: Piece) -> TensorRef:

@@ -109,16 +109,16 @@ def settings_of(config: Mapping[str, Any], modules: Collection[str], refused: Re
     """Return a config's settings; a value that can't be used is refused, and the default replaces it."""
 
     def value(key: str, default: Any, usable: Callable[[Any], bool]) -> Any:
-        given = config.get(key, default)
-        if usable(given):
-            return given
-        refused.add("config_value", f"{key}: {_shown(given)}")
+        setting = config.get(key, default)
+        if usable(setting):
+            return setting
+        refused.add("config_value", f"{key}: {_shown(setting)}")
         return default
 
     def pattern(key: str, usable: Callable[[Any], bool]) -> Any:
-        given = value(key, None, lambda it: it is None or (isinstance(it, dict) and all(map(usable, it.values()))))
+        setting = value(key, None, lambda it: it is None or (isinstance(it, dict) and all(map(usable, it.values()))))
         try:
-            return resolve(given or {}, modules)
+            return resolve(setting or {}, modules)
         except UnfitKey as error:
             refused.add("pattern", _shown(str(error)))
             return {}

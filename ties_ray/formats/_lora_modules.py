@@ -59,7 +59,7 @@ class Adapter:
         self._names: dict[str, str] = {}
         """The base's name of a parameter, by the adapter's."""
         self._parts: dict[str, list[tuple[str, Piece]]] = {}
-        """By the adapter's name of a parameter: the base's parameters that are parts of it."""
+        """The base's parameters that are parts of one of the adapter's, by the adapter's name."""
         self._fused: set[str] = set()
         """The adapter's names of parameters that the base stores as a part of a larger one."""
         if base is not None:
@@ -242,8 +242,8 @@ class Adapter:
         elif parameter and not parameter.merged:
             self._refused.add("not_floating", f"{name} ({parameter.dtype})")
         elif parameter and parameter.shape != shape:
-            what = f"{name} {list(shape)} where the base has {list(parameter.shape)}"
-            self._refused.add("shape_mismatch", what)
+            message = f"{name} {list(shape)} where the base has {list(parameter.shape)}"
+            self._refused.add("shape_mismatch", message)
         elif name in self.sources:
             self._refused.add("duplicate", name)
         else:
@@ -271,8 +271,8 @@ class Adapter:
         if by_shape or a.shape[1] != b.shape[0]:
             return by_shape or config
         namesakes = self._layouts.get(path.rpartition(".")[2], set())
-        seen = namesakes or set().union(*self._layouts.values()) | {config}
-        return next(iter(seen)) if len(seen) == 1 else None
+        layouts = namesakes or set().union(*self._layouts.values()) | {config}
+        return next(iter(layouts)) if len(layouts) == 1 else None
 
     def _layouts_by_shape(self, modules: Mapping[str, Parts]) -> dict[str, set[Kind]]:
         """Return the layouts of modules that are not square, by the last word of their path."""

@@ -108,10 +108,10 @@ class Refusals:
         return tuple(
             Problem(
                 where,
-                what + (f": {enumerated(self._items[code])}" if any(self._items[code]) else ""),
+                message + (f": {enumerated(self._items[code])}" if any(self._items[code]) else ""),
                 remedy.replace("{exclusion}", exclusion(self._names[code], others, _LEFT_OUT)),
                 code,
             )
-            for code, (what, remedy) in REASONS.items()
+            for code, (message, remedy) in REASONS.items()
             if code in self._items
         )

@@ -83,7 +83,7 @@ class Checkpoint(Format):
         objects = tuple(pins[name] for name in names)
         stored = files_of.stored_tensors(folder, names, problems)
         leftovers, wrong = _quantised(stored, config, list(pins), rules)
-        problems += [Problem(folder.uri, what, remedy, "quantised") for what, remedy in wrong]
+        problems += [Problem(folder.uri, message, remedy, "quantised") for message, remedy in wrong]
         if problems:
             return Contents(problems=tuple(problems))
         same = {(question.mine, question.other) for question, same in folder.answers.items() if same}
@@ -91,7 +91,7 @@ class Checkpoint(Format):
             checked = _check_base(stored, config, rules, same)
         else:
             checked = check_model(stored, config, base, rules, same)
-        problems += [Problem(folder.uri, what, remedy) for what, remedy in checked.problems]
+        problems += [Problem(folder.uri, message, remedy) for message, remedy in checked.problems]
         if problems:
             return Contents(problems=tuple(problems))
         if leftovers:
@@ -178,12 +178,12 @@ def _quantised(
     reason = f" ({announced})" if announced else ""
     wrong = [
         (
-            f"{what}{reason}: {enumerated(names)}",
+            f"{message}{reason}: {enumerated(names)}",
             quantised.REMEDY
             if is_known_method
             else f"{quantised.REMEDY}; where these are no weights, {exclusion(names, stored, COPIES)}",
         )
-        for what, names, is_known_method in quantised.refusals(tensors, excluded)
+        for message, names, is_known_method in quantised.refusals(tensors, excluded)
     ]
     return () if quantised.packed(tensors) else quantised.keys(config), wrong
 

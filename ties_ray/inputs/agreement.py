@@ -1,4 +1,4 @@
-"""What the models of one recipe must agree on: base, shapes, the kind of each matrix; and which are left out."""
+"""Agreement of one recipe's models: base, shapes, the kind of each matrix; and the models that are left out."""
 
 import json
 import re
@@ -17,12 +17,12 @@ from ties_ray.recipe.recipe import Recipe
 from ties_ray.tensors import Parameter
 
 NAMES_PRINTED = 8
-"""Names of a base that a remedy lists; where there are more it takes any name."""
+"""The most names of a base that a remedy lists; beyond, it takes any name."""
 _ON_THE_HUB = re.compile(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)")
 
 
 class ReadModel(NamedTuple):
-    """A model as its format read it."""
+    """A model as its format reads it."""
 
     entry: Entry
     format: Format
@@ -30,7 +30,7 @@ class ReadModel(NamedTuple):
 
 
 class RefusedModel(NamedTuple):
-    """A model that is left out, because it would be refused and the recipe allows to drop such models."""
+    """A model that is left out because of its problems, as the recipe allows."""
 
     id: str
     uri: str
@@ -38,29 +38,31 @@ class RefusedModel(NamedTuple):
 
 
 def named(recipe: Recipe, reads: Mapping[str, ReadModel]) -> dict[str, ReadModel]:
-    """Return the models with one name for what is one base: by the recipe's table, and by slash and case."""
+    """Return the models with one name for one base: by the recipe's table, and by slash and case."""
     table = recipe.allow.base_names if isinstance(recipe.allow.base_names, Mapping) else {}
-    said = {
+    names = {
         id_: read.contents.facts["base_name"] for id_, read in reads.items() if read.contents.facts.get("base_name")
     }
-    told = {
-        name: next((one for one, patterns in table.items() if name == one or _matches(name, patterns)), name)
-        for name in said.values()
+    canonical = {
+        name: next(
+            (preferred for preferred, patterns in table.items() if name == preferred or _matches(name, patterns)), name
+        )
+        for name in names.values()
     }
-    counts = Counter(told[name] for name in said.values())
+    counts = Counter(canonical[name] for name in names.values())
     usual: dict[str, str] = {}
     for name in sorted(counts, key=lambda name: (-counts[name], name.endswith("/"), name)):
         usual.setdefault(_plain(name), name)
 
     def renamed(read: ReadModel, name: str) -> ReadModel:
-        facts = {**read.contents.facts, "base_name": usual[_plain(told[name])]}
+        facts = {**read.contents.facts, "base_name": usual[_plain(canonical[name])]}
         return read._replace(contents=replace(read.contents, facts=facts))
 
-    return {id_: renamed(read, said[id_]) if id_ in said else read for id_, read in reads.items()}
+    return {id_: renamed(read, names[id_]) if id_ in names else read for id_, read in reads.items()}
 
 
 def _plain(name: str) -> str:
-    """Return what two spellings of one name have in common; the hub does not tell upper from lower case."""
+    """Return the common form of two spellings of one name; the hub does not tell upper from lower case."""
     name = name.strip().rstrip("/")
     match = _ON_THE_HUB.fullmatch(name)
     return match[1].lower() if match else name
@@ -78,13 +80,13 @@ def disagreements(recipe: Recipe, models: Sequence[ReadModel]) -> Iterator[tuple
 
 
 def untie(base: Mapping[str, Parameter], models: dict[str, ReadModel]) -> dict[str, Parameter]:
-    """Return the base's parameters with those that a model has of its own and the base ties to another of its own.
+    """Return the base's parameters, and those that the base ties to them and some model has of its own.
 
-    models: by id, with the base; brought up to date. In the base, and in whole models that tie it too, such a parameter
-    has the other's value. The base's fact `untied` names all of them.
+    models: all inputs by id, which are brought up to date. In the base, and in whole models that tie it too, such a
+    parameter has the other's value. The base's fact `untied` names all of them.
     """
     untied = {name: kept for model in models.values() for name, kept in model.contents.untied.items() if kept in base}
-    known = {**{name: base[kept]._replace(name=name) for name, kept in untied.items()}, **base}
+    parameters = {**{name: base[kept]._replace(name=name) for name, kept in untied.items()}, **base}
     for id_, model in models.items() if untied else ():
         sources, facts = dict(model.contents.sources), dict(model.contents.facts)
         if model.format.whole:
@@ -92,7 +94,7 @@ def untie(base: Mapping[str, Parameter], models: dict[str, ReadModel]) -> dict[s
         if id_ == BASE:
             facts["untied"] = ", ".join(untied)
         models[id_] = model._replace(contents=replace(model.contents, sources=sources, facts=facts))
-    return {name: known[name] for name in (*base, *untied)}
+    return {name: parameters[name] for name in (*base, *untied)}
 
 
 def unmerged(base: Mapping[str, Parameter], models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
@@ -100,15 +102,18 @@ def unmerged(base: Mapping[str, Parameter], models: Sequence[ReadModel]) -> Iter
     for model in models:
         sources = model.contents.sources
         if not model.contents.problems and not any(base[name].merged if base else True for name in sources):
-            what = f"nothing of it would be merged ({model.contents.account})"
-            yield model.entry.id, Problem(model.entry.uri, what, "drop the model, or mend `exclude`", "nothing")
+            message = f"nothing of it would be merged ({model.contents.account})"
+            yield model.entry.id, Problem(model.entry.uri, message, "drop the model, or mend `exclude`", "nothing")
 
 
 def drop(
     recipe: Recipe, entries: Sequence[Entry], problems: Mapping[str, Sequence[Problem]]
 ) -> tuple[list[Entry], tuple[RefusedModel, ...]]:
-    """Return what is left without the models that have problems, and those; raise `InputError` with all problems where
-    the recipe does not allow that, the base has some too, or nothing would be left."""
+    """Return (the inputs without problems, the models with problems).
+
+    Raises `InputError` with all problems where the recipe does not allow to drop models, the base has problems too, or
+    no model would be left.
+    """
     wrong = [entry for entry in entries if problems.get(entry.id)]
     left = [entry for entry in entries if not problems.get(entry.id)]
     allowed = recipe.allow.refused_model == "drop" and not problems.get(BASE)
@@ -118,10 +123,10 @@ def drop(
 
 
 def parameters(base: Mapping[str, Parameter], models: Sequence[ReadModel]) -> tuple[Parameter, ...]:
-    """Return the base's parameters, or, where there is no base, all that the models change, by name."""
+    """Return the base's parameters; without a base all parameters that the models change, by name."""
     changed = {name for model in models for name in model.contents.sources}
     kinds = {name: kind for model in models for name, kind in model.contents.kinds.items()}
-    known = base or {
+    by_name = base or {
         name: Parameter(name, model.format.shape(source), "F32", True)
         for model in models
         for name, source in sorted(model.contents.sources.items())
@@ -134,23 +139,23 @@ def parameters(base: Mapping[str, Parameter], models: Sequence[ReadModel]) -> tu
     names = list(base) or sorted(changed)
 
     def called(name: str) -> str:
-        told = spelling(name)
-        return "" if told == name else told
+        spelt = spelling(name)
+        return "" if spelt == name else spelt
 
     return tuple(
-        known[name]._replace(changed=name in changed, kind=kinds.get(name, "linear"), called=called(name))
+        by_name[name]._replace(changed=name in changed, kind=kinds.get(name, "linear"), called=called(name))
         for name in names
     )
 
 
 def _base_names(allowed: Sequence[str], models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
-    said = {model.entry.id: name for model in models if (name := model.contents.facts.get("base_name"))}
-    counts = Counter(said.values())
+    base_names = {model.entry.id: name for model in models if (name := model.contents.facts.get("base_name"))}
+    counts = Counter(base_names.values())
     usual = min(counts, key=lambda name: (-counts[name], name), default="")
     names = [usual, *sorted(counts.keys() - {usual})]
     listed = ", ".join(json.dumps(escape(name)) for name in names) if len(names) <= NAMES_PRINTED else '"*"'
     for model in models:
-        name = said.get(model.entry.id, usual)
+        name = base_names.get(model.entry.id, usual)
         if _matches(name, allowed) or (not allowed and name == usual):
             continue
         others = f"is not among allow.base_names ({', '.join(allowed)})"
@@ -172,16 +177,19 @@ def _spellings(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     others = other_spellings([model.contents.sources.keys() for model in models])
     for number, (name, usual) in sorted(others.items()):
         model = models[number]
-        what = f"calls {printable(name)} what more of the others call {printable(usual)}"
-        yield model.entry.id, Problem(model.entry.uri, what, "name the `base`, which tells what is meant", "spelling")
+        message = f"calls {printable(name)} what more of the others call {printable(usual)}"
+        yield (
+            model.entry.id,
+            Problem(model.entry.uri, message, "name the `base`, which tells what is meant", "spelling"),
+        )
 
 
 def _needy(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     for model in models:
         names = [name for name, source in model.contents.sources.items() if model.format.needs(source) != "nothing"]
         if names:
-            what = f"has {len(names)} tensors whose change the base alone can tell: {printable(names[0])}"
-            yield model.entry.id, Problem(model.entry.uri, what, "name the `base`", "needs_base")
+            message = f"has {len(names)} tensors whose change the base alone can tell: {printable(names[0])}"
+            yield model.entry.id, Problem(model.entry.uri, message, "name the `base`", "needs_base")
 
 
 def _shapes(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
@@ -189,10 +197,10 @@ def _shapes(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
     for model in models:
         for name, source in model.contents.sources.items():
             shape = model.format.shape(source)
-            known, whose = first.setdefault(name, (shape, model.entry.uri))
-            if shape != known:
-                what = f"changes {printable(name)} as {list(shape)}, {whose} as {list(known)}"
-                yield model.entry.id, Problem(model.entry.uri, what, "are they of one base?", "shape")
+            first_shape, whose = first.setdefault(name, (shape, model.entry.uri))
+            if shape != first_shape:
+                message = f"changes {printable(name)} as {list(shape)}, {whose} as {list(first_shape)}"
+                yield model.entry.id, Problem(model.entry.uri, message, "are they of one base?", "shape")
                 break
 
 
@@ -202,8 +210,8 @@ def _kinds(models: Sequence[ReadModel]) -> Iterator[tuple[str, Problem]]:
         factored = [name for name, source in model.contents.sources.items() if source.encoding == "factors"]
         for name in factored:
             kind = model.contents.kinds.get(name, "linear")
-            known, whose = first.setdefault(name, (kind, model.entry.uri))
-            if kind != known:
-                what = f"takes {printable(name)} for {kind}, {whose} for {known}"
-                yield model.entry.id, Problem(model.entry.uri, what, "are they of one base?", "kind")
+            first_kind, whose = first.setdefault(name, (kind, model.entry.uri))
+            if kind != first_kind:
+                message = f"takes {printable(name)} for {kind}, {whose} for {first_kind}"
+                yield model.entry.id, Problem(model.entry.uri, message, "are they of one base?", "kind")
                 break

@@ -1,4 +1,4 @@
-"""Whether stored tensors have the same bytes, where a format asks: what no header tells."""
+"""Answers to formats' questions whether stored tensors have the same bytes, which no header tells."""
 
 import hashlib
 from collections import defaultdict
@@ -12,39 +12,39 @@ from ties_ray.formats import Folder, Format, Question
 from ties_ray.stores import Pin, Stores
 
 FIRST_BYTES = 64 * 2**10
-"""Read first of both tensors: training changes nearly all of a tensor, so these show most differences."""
+"""The first bytes to compare. Training changes nearly all of a tensor, so they show most differences."""
 PIECE_BYTES = 4 * 2**20
-"""Read at a time of the rest, of each of the two."""
+"""The rest of two tensors is compared in pieces of so many bytes."""
 
 
 class Stored(NamedTuple):
-    """Where the bytes of one tensor lie."""
+    """The place of one tensor's bytes."""
 
     pin: Pin
     start: int
     size: int
-    """Bytes."""
+    """The number of bytes."""
 
 
 class Inquiry(NamedTuple):
-    """One question of one input, and where the bytes of both tensors lie."""
+    """One question of one input, with the places of both tensors."""
 
     owner: str
-    """Id of the input whose format asks."""
+    """The id of the input whose format asks."""
     question: Question
     mine: Stored
     other: Stored
 
 
 class Answers(NamedTuple):
-    """What the bytes told."""
+    """The answers of the bytes."""
 
     same: Mapping[str, Mapping[Question, bool]]
-    """By owner. A question whose bytes could not be read has no answer."""
+    """Answers by owner. A question whose bytes could not be read has none."""
     problems: Mapping[str, Sequence[Problem]]
-    """By owner."""
+    """Problems of reading, by owner."""
     num_bytes: int
-    """That were read."""
+    """The bytes that were read."""
 
 
 class _Piece(NamedTuple):
@@ -62,7 +62,7 @@ _Range = tuple[Stored, int, int]
 
 
 def stored(folder: Folder, form: Format) -> dict[str, Stored]:
-    """Return where each tensor of a folder's weight files lies."""
+    """Return the place of each tensor in a folder's weight files."""
     pins = {pin.uri.rpartition("/")[2]: pin for pin in folder.files}
     return {
         name: Stored(pins[file], info.start, info.stop - info.start)

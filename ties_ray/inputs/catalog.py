@@ -45,34 +45,36 @@ class Model:
     format: str
     objects: tuple[Pin, ...]
     sources: dict[str, Source]
-    """By base parameter; a parameter that is missing here has delta zero (the recipe allowed it). Models that store
-    theirs alike in one format, as fine-tunes of one base do, share one dictionary, in memory and in JSON."""
+    """The sources by base parameter. A missing parameter has delta zero, as the recipe allows.
+
+    Models with the same format and layout, as fine-tunes of one base have, share one dictionary, in memory and in
+    JSON."""
     weight: float = 1.0
     density: float | None = None
     licence: str = ""
-    """From the front matter of its README; empty where it says none."""
+    """The licence in the front matter of its README; empty where there is none."""
     facts: dict[str, str] = field(default_factory=dict)
-    """What its format tells of it: `base_name`, `task_type`, `rank`, ..."""
+    """Facts from its format: `base_name`, `task_type`, `rank`, ..."""
     account: Account = field(default_factory=Account)
-    """What becomes of every element that it stores."""
+    """The fate of every element that it stores."""
 
 
 def _write_models(models: Sequence[Model], write: SerializerFunctionWrapHandler) -> list[dict[str, object]]:
-    """Return the JSON form of models; instead of sources written before it has the number of that model."""
+    """Return the JSON form of models; a model with the sources of an earlier one holds that model's number."""
     first: dict[int, int] = {}
     same = [first.setdefault(id(model.sources), number) for number, model in enumerate(models)]
     plain = write(tuple(model if same[n] == n else replace(model, sources={}) for n, model in enumerate(models)))
-    return [one if same[n] == n else {**one, "sources": same[n]} for n, one in enumerate(plain)]
+    return [form if same[n] == n else {**form, "sources": same[n]} for n, form in enumerate(plain)]
 
 
 def _read_models(plain: Any, read: ValidatorFunctionWrapHandler) -> tuple[Model, ...]:
-    """Return the models of a JSON form that `_write_models` has made; raise `ValueError` where it has not."""
-    if not (isinstance(plain, Sequence) and all(isinstance(one, Mapping) for one in plain)):
+    """Return the models of a JSON form by `_write_models`; raise `ValueError` for any other form."""
+    if not (isinstance(plain, Sequence) and all(isinstance(form, Mapping) for form in plain)):
         return tuple(read(plain))
-    same = [one["sources"] if type(one.get("sources")) is int else n for n, one in enumerate(plain)]
+    same = [form["sources"] if type(form.get("sources")) is int else n for n, form in enumerate(plain)]
     if any(first not in range(n + 1) or same[first] != first for n, first in enumerate(same)):
         raise ValueError("the sources of a model are said to be those of another that has none")
-    models = read([one if same[n] == n else {**one, "sources": {}} for n, one in enumerate(plain)])
+    models = read([form if same[n] == n else {**form, "sources": {}} for n, form in enumerate(plain)])
     return tuple(replace(model, sources=models[same[n]].sources) for n, model in enumerate(models))
 
 
@@ -81,26 +83,26 @@ class Catalog:
     """All inputs of a merge, checked against each other."""
 
     base: Model
-    """Without files or tensors where the recipe names none."""
+    """The base; it has no files and no tensors where the recipe names none."""
     models: Annotated[tuple[Model, ...], WrapSerializer(_write_models), WrapValidator(_read_models)]
     parameters: tuple[Parameter, ...]
-    """Of the base, in the order of its files and offsets; a tied alias of another parameter is not among them."""
+    """The base's parameters in the order of its files and offsets, without tied aliases."""
     small_files: tuple[SmallFile, ...]
-    """From the input that `output.files_from` names."""
+    """The files that the output takes over from the input that `output.files_from` names."""
     notes: tuple[str, ...]
-    """What a reader of plan and result should know: differing tokenizers, ties, tensors left aside, weak pins."""
+    """Notes for readers of plan and result: differing tokenizers, ties, tensors left aside, weak pins."""
     refused: tuple[RefusedModel, ...] = ()
     """Models that are left out although the recipe names them."""
     waiting: tuple[str, ...] = ()
-    """Folders that are left for a later merge, and why."""
+    """Folders that wait for a later merge, each with the reason."""
     library: Library = TRANSFORMERS
-    """What opens the input that `output.files_from` names; a whole model is written under the names it looks for."""
+    """The library of the input that `output.files_from` names; it decides the names of a whole model's files."""
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return what all models agree on; `base`, the base's URI if there is one, and `untied`, if its format says."""
+        """Return the facts that all models share, with `base`, the base's URI, and `untied`, its untied parameters."""
         first, *others = (model.facts for model in self.models)
-        shared = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
+        shared = {key: value for key, value in first.items() if all(facts.get(key) == value for facts in others)}
         untied = {key: value for key, value in self.base.facts.items() if key == "untied"}
         return {**shared, "base": hub_name(self.base.uri), **untied} if self.base.uri else shared
 
@@ -126,7 +128,7 @@ class _Checked(NamedTuple):
     entries: list[Entry]
     """The base, if there is one, and the models that are not left out."""
     inputs: dict[str, ReadModel]
-    """By id."""
+    """All inputs by id."""
     models: list[ReadModel]
     parameters: tuple[Parameter, ...]
     refused: tuple[RefusedModel, ...]
@@ -211,8 +213,8 @@ def _check(
 
 def _not_whole(listed: ListedInput) -> Iterator[Problem]:
     if not listed.format.whole:
-        what = f"is no whole model: its format is {listed.format.name}"
-        yield Problem(f"base: {listed.entry.uri}", what, "name the model that the adapters were made for")
+        message = f"is no whole model: its format is {listed.format.name}"
+        yield Problem(f"base: {listed.entry.uri}", message, "name the model that the adapters were made for")
 
 
 def _verify(checked: _Checked, fetched: Mapping[str, FetchedInput], stores: Stores, threads: Executor) -> list[str]:
@@ -273,16 +275,16 @@ def _model(fetched: FetchedInput, contents: Contents, shared: dict[Hashable, dic
 
 def _files_from(recipe: Recipe, checked: _Checked) -> str:
     """Return the id of the input that `output.files_from` names by id or path."""
-    wanted = recipe.output.files_from
+    asked = recipe.output.files_from
     for entry in checked.entries:
-        if wanted == entry.id or wanted.rstrip("/") == entry.uri:
+        if asked == entry.id or asked.rstrip("/") == entry.uri:
             return entry.id
     for model in checked.refused:
-        if wanted == model.id or wanted.rstrip("/") == model.uri:
-            what = f"{wanted!r} is left out of the merge: {model.problems[0].what}"
-            raise RecipeError(Problem("output.files_from", what, "write `base`, or a model that is merged"))
-    what = f"{wanted!r} is neither the id nor the path of an input"
-    raise RecipeError(Problem("output.files_from", what, "write `base`, or a model's id, position or path"))
+        if asked == model.id or asked.rstrip("/") == model.uri:
+            message = f"{asked!r} is left out of the merge: {model.problems[0].what}"
+            raise RecipeError(Problem("output.files_from", message, "write `base`, or a model that is merged"))
+    message = f"{asked!r} is neither the id nor the path of an input"
+    raise RecipeError(Problem("output.files_from", message, "write `base`, or a model's id, position or path"))
 
 
 def _small_files(
@@ -293,12 +295,12 @@ def _small_files(
     _check_rows(files_from, base_config, config, {each.shape[0] for each in checked.parameters if len(each.shape) == 2})
     listed = fetched[files_from].listed
     listing = Listing(tuple(listed.files.values()), listed.listing.folders)
-    taken = small_files.take(listed.entry.uri, listing, stores, threads)
+    carried = small_files.take(listed.entry.uri, listing, stores, threads)
     whole = [model.entry for model in checked.models if model.entry.id != files_from and model.format.whole]
-    differing = small_files.differing_modules(taken.files, {entry.id: entry.uri for entry in whole}, stores, threads)
+    differing = small_files.differing_modules(carried.files, {entry.id: entry.uri for entry in whole}, stores, threads)
     leftovers = checked.inputs[files_from].contents.leftovers
-    files = (replace(file, without=leftovers) if file.name == configs.CONFIG else file for file in taken.files)
-    return tuple(files), (*taken.notes, *differing)
+    files = (replace(file, without=leftovers) if file.name == configs.CONFIG else file for file in carried.files)
+    return tuple(files), (*carried.notes, *differing)
 
 
 def _check_rows(files_from: str, base: bytes, chosen: bytes, rows: Collection[int]) -> None:
@@ -308,9 +310,11 @@ def _check_rows(files_from: str, base: bytes, chosen: bytes, rows: Collection[in
     """
     ours, theirs = configs.rows(base), configs.rows(chosen)
     if None not in (ours, theirs) and ours != theirs and theirs not in rows:
-        what = f"the config.json of {files_from!r} says vocab_size {theirs}, and the output has the base's {ours} rows"
+        message = (
+            f"the config.json of {files_from!r} says vocab_size {theirs}, and the output has the base's {ours} rows"
+        )
         remedy = "write `files_from: base`: tokens beyond the base's rows have no embedding in the output"
-        raise RecipeError(Problem("output.files_from", what, remedy))
+        raise RecipeError(Problem("output.files_from", message, remedy))
 
 
 # -- notes
@@ -367,5 +371,5 @@ def _unopened(listed: ListedInput, library: Library) -> list[str]:
     """Return a note where the output will lack what a library needs beside the weights."""
     if library.config in listed.files:
         return []
-    what = f"{listed.entry.uri} has no {library.config}, so the output has none and no library can open it"
-    return [f"{what}; output.files_from may name a model that has it"]
+    message = f"{listed.entry.uri} has no {library.config}, so the output has none and no library can open it"
+    return [f"{message}; output.files_from may name a model that has it"]

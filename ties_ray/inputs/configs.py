@@ -1,4 +1,4 @@
-"""In what do the models' configs differ from the base's, as far as it changes the function? Each becomes a note."""
+"""Notes on differences between the models' configs and the base's, as far as they change the function."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _BOOKKEEPING = (
     "tf_*", "pruned_heads", "cross_attention_hidden_size", "is_encoder_decoder", "model_max_length", "fp16", "bf16",
     "fp32", "ctc_*",
 )  # fmt: skip
-"""Keys that say how a model was trained, is stored, or is asked to generate, and not what it computes."""
+"""Keys of training, storage and generation, which do not change the computed function."""
 _SAME = {
     "hidden_activation": "hidden_act", "activation_function": "hidden_act", "n_positions": "max_position_embeddings",
     "n_ctx": "max_position_embeddings", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
@@ -43,31 +43,32 @@ _ABSENT: Mapping[str, object] = {
     "sliding_window": None, "attention_bias": False, "mlp_bias": False, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "logit_scale": 1.0,
 }  # fmt: skip
-"""What a config means that leaves a key out; a key that is not here, and that only one of two configs has, is a
-spelling of its version."""
+"""The meaning of a missing key. A key that is not here, and that only one of two configs has, is a spelling of its
+version."""
 _UNSET: tuple[object, ...] = (None, False, 0, "", [], {})
 """Values that mean the same as leaving the key out."""
 _SHOWN = 60
-"""Characters of a value that a note shows."""
+"""The most characters of a value that a note shows."""
 _FEW = 8
-"""Differences and models that a note names."""
+"""The most differences, and models, that a note names."""
 
 
 def notes(base: bytes, models: Sequence[tuple[str, bytes]], kept: str) -> list[str]:
-    """Say in what the models' configs (id, text) differ from the base's; models that differ alike share a note.
+    """Return notes on models whose configs (id, text) differ from the base's; equal differences share a note.
 
-    kept: whose config the output has. Values that only a spelling or a version tells apart are no difference.
+    kept: the owner of the output's config, as the note names it. Spellings and versions are no difference.
     """
     ours = _function(_parsed(base))
-    known: dict[bytes, str] = {}
+    differences: dict[bytes, str] = {}
     who: dict[str, list[str]] = {}
     for id_, text in models:
-        if text not in known:
-            known[text] = _difference(ours, _function(_parsed(text))) if text != base else ""
-        if known[text]:
-            who.setdefault(known[text], []).append(id_)
+        if text not in differences:
+            differences[text] = _difference(ours, _function(_parsed(text))) if text != base else ""
+        if differences[text]:
+            who.setdefault(differences[text], []).append(id_)
     return [
-        f"{named(ids)}: {CONFIG} disagrees with the base's ({what}); the output has {kept}" for what, ids in who.items()
+        f"{named(ids)}: {CONFIG} disagrees with the base's ({message}); the output has {kept}"
+        for message, ids in who.items()
     ]
 
 
@@ -78,11 +79,11 @@ def named(ids: Sequence[str]) -> str:
 
 
 def rows(config: bytes) -> int | None:
-    """Return the number of embedding rows that a config implies; None where it does not say."""
-    told = _parsed(config)
-    text = told.get("text_config")
+    """Return the number of embedding rows that a config implies; None where it implies none."""
+    settings = _parsed(config)
+    text = settings.get("text_config")
     size = text.get("vocab_size") if isinstance(text, dict) else None
-    size = told.get("vocab_size") if size is None else size
+    size = settings.get("vocab_size") if size is None else size
     return size if isinstance(size, int) else None
 
 
@@ -95,12 +96,12 @@ def _parsed(text: bytes) -> Config:
 
 
 def _difference(base: Config, model: Config) -> str:
-    found = [
+    differences = [
         f"{key} {_shown(theirs)} where the base has {_shown(ours)}"
         for key, ours, theirs in _pairs(base, model)
         if not _equal(ours, theirs)
     ]
-    return ", ".join(found[:_FEW]) + (f" and {len(found) - _FEW} more" if len(found) > _FEW else "")
+    return ", ".join(differences[:_FEW]) + (f" and {len(differences) - _FEW} more" if len(differences) > _FEW else "")
 
 
 def _pairs(base: Config, model: Config) -> Iterator[tuple[str, object, object]]:
@@ -119,49 +120,51 @@ def _function(config: Config) -> dict[str, Any]:
     text = config.get("text_config")
     if isinstance(text, dict):  # of a multimodal model it may stand for the whole: the other config can be its own
         config = {**{key: value for key, value in config.items() if key != "text_config"}, **text}
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in config.items():
         if key in _ROPE or any(fnmatchcase(key, pattern) for pattern in _BOOKKEEPING):
             continue
         if key.endswith("_config") and isinstance(value, dict):
-            found |= {f"{key}.{inner}": told for inner, told in _function(value).items()}
+            settings |= {f"{key}.{inner}": setting for inner, setting in _function(value).items()}
         elif value is not None:
-            found[_SAME.get(key, key)] = value
-    return _derived(found) | _rope(config)
+            settings[_SAME.get(key, key)] = value
+    return _derived(settings) | _rope(config)
 
 
-def _derived(found: dict[str, Any]) -> dict[str, Any]:
+def _derived(settings: dict[str, Any]) -> dict[str, Any]:
     """Add what follows from other keys where it is left out."""
-    heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
+    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
     if isinstance(heads, int) and heads > 0:
-        found.setdefault("num_key_value_heads", heads)
+        settings.setdefault("num_key_value_heads", heads)
         if isinstance(hidden, int):
-            found.setdefault("head_dim", hidden // heads)
-    return found
+            settings.setdefault("head_dim", hidden // heads)
+    return settings
 
 
 def _rope(config: Config) -> dict[str, Any]:
     """Return the rotary embedding as one spelling: `rope_theta`, `rope_type`, `rope_factor`; of each kind of layer."""
-    given = config.get("rope_parameters")
-    if isinstance(given, dict) and given and all(isinstance(one, dict) for one in given.values()):
-        layers = {str(kind): dict(one) for kind, one in given.items()}
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and parameters and all(isinstance(layer, dict) for layer in parameters.values()):
+        layers = {str(kind): dict(layer) for kind, layer in parameters.items()}
     else:
-        scaling = given if isinstance(given, dict) else config.get("rope_scaling")
+        scaling = parameters if isinstance(parameters, dict) else config.get("rope_scaling")
         flat = dict(scaling) if isinstance(scaling, dict) else {}
         _default(flat, "rope_theta", config, _THETAS)
         local = next((config[key] for key in _LOCAL_THETAS if config.get(key) is not None), None)
         layers = {"": flat}
         if local is not None:
             layers = {"full_attention": flat, "sliding_attention": {"rope_theta": local}}
-    found: dict[str, Any] = {}
-    for kind, one in layers.items():
-        _default(one, "partial_rotary_factor", config, _PARTS)
-        type_ = one.pop("rope_type", None) or one.pop("type", None) or "default"
-        one.pop("type", None)
-        one["rope_type"] = _ROPE_TYPES.get(type_, type_) if isinstance(type_, str) else type_
+    settings: dict[str, Any] = {}
+    for kind, layer in layers.items():
+        _default(layer, "partial_rotary_factor", config, _PARTS)
+        type_ = layer.pop("rope_type", None) or layer.pop("type", None) or "default"
+        layer.pop("type", None)
+        layer["rope_type"] = _ROPE_TYPES.get(type_, type_) if isinstance(type_, str) else type_
         where = f"{kind}." if kind else ""
-        found |= {f"{where}rope_{key.removeprefix('rope_')}": value for key, value in one.items() if value is not None}
-    return found
+        settings |= {
+            f"{where}rope_{key.removeprefix('rope_')}": value for key, value in layer.items() if value is not None
+        }
+    return settings
 
 
 def _default(rope: dict[str, Any], key: str, config: Config, spellings: Sequence[str]) -> None:
@@ -171,10 +174,10 @@ def _default(rope: dict[str, Any], key: str, config: Config, spellings: Sequence
             rope[key] = config[spelling]
 
 
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-6)  # fp32 numbers are written with all their digits by some
-    return one == other or (one in _UNSET and other in _UNSET)
+def _equal(value: object, other: object) -> bool:
+    if isinstance(value, int | float) and isinstance(other, int | float):
+        return math.isclose(value, other, rel_tol=1e-6)  # fp32 numbers are written with all their digits by some
+    return value == other or (value in _UNSET and other in _UNSET)
 
 
 def _shown(value: object) -> str:

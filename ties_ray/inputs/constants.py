@@ -10,13 +10,13 @@ from ties_ray.stores import Stores
 from ties_ray.tensors import Parameter
 
 LARGEST = 2**20
-"""Bytes of a tensor that is read while planning."""
+"""The most bytes of a tensor that is read while planning."""
 SMALL = 16
-"""Elements of one that is read whatever its name."""
+"""A tensor of at most so many elements is read whatever its name."""
 TRAINED = ("weight", "bias")
-"""What tensors that are trained are called, nearly all of them: those are not read."""
+"""The last words of nearly all trained tensors' names: those are not read."""
 OVERFLOWS = {"F16": 65_520.0, "BF16": 2.0**128 - 2.0**119, "F32": 2.0**128 - 2.0**103}
-"""Smallest magnitude that rounds to infinity, by dtype as safetensors names it."""
+"""The smallest magnitude that rounds to infinity, by the name that safetensors gives a dtype."""
 _RANGES = ("F16", "BF16", "F32", "F64")
 """The dtypes from the smallest range to the largest."""
 
@@ -26,26 +26,27 @@ def keep_dtypes(
 ) -> tuple[tuple[Parameter, ...], list[str]]:
     """Return the parameters, those marked whose base values overflow the asked dtype, and notes on them.
 
-    Reads of the base every small tensor that is not called a weight or a bias, where the asked dtype has a smaller
-    range than its own.
+    It reads every small tensor of the base that is not called a weight or a bias, if the asked dtype has a smaller
+    range than the tensor's.
     """
-    read = [one for one in parameters if _may_overflow(one, asked)]
+    suspects = [parameter for parameter in parameters if _may_overflow(parameter, asked)]
 
     def overflows(parameter: Parameter) -> bool:
-        (one,) = form.reads(base.sources[parameter.name], 0, parameter.numel)
-        data = bytearray(one.stop - one.start)
-        pin = base.objects[one.object]
-        stores.of(pin.uri).read(pin, one.start, memoryview(data))
+        (read,) = form.reads(base.sources[parameter.name], 0, parameter.numel)
+        data = bytearray(read.stop - read.start)
+        pin = base.objects[read.object]
+        stores.of(pin.uri).read(pin, read.start, memoryview(data))
         values = np.abs(_decoded(data, parameter.dtype))
         return bool((np.isfinite(values) & (values >= OVERFLOWS[asked])).any())
 
-    marked = {one.name for one, too_large in zip(read, threads.map(overflows, read), strict=True) if too_large}
+    answers = zip(suspects, threads.map(overflows, suspects), strict=True)
+    marked = {parameter.name for parameter, too_large in answers if too_large}
     if not marked:
         return tuple(parameters), []
-    dtypes = ", ".join(sorted({one.dtype for one in read if one.name in marked}))
+    dtypes = ", ".join(sorted({parameter.dtype for parameter in suspects if parameter.name in marked}))
     shown = ", ".join(sorted(marked)[:4]) + (f" and {len(marked) - 4} more" if len(marked) > 4 else "")
     note = f"written as {dtypes}, as the base stores them, since their values overflow {asked}: {shown}"
-    return tuple(one._replace(keeps_dtype=one.name in marked) for one in parameters), [note]
+    return tuple(parameter._replace(keeps_dtype=parameter.name in marked) for parameter in parameters), [note]
 
 
 def _may_overflow(parameter: Parameter, asked: str) -> bool:

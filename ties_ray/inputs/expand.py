@@ -82,16 +82,16 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
     for number, asked in enumerate(recipe.models):
         place = f"models.{number}"
         try:
-            found = _settled(list(entries_of(asked, place, stores, threads, notes)), stores, threads, waiting)
+            models = _settled(list(entries_of(asked, place, stores, threads, notes)), stores, threads, waiting)
         except RecipeError as error:
             wrong += error.problems
         except InputError as error:
             missing += error.problems
         else:
-            entries += found
-            if len(found) < (asked.at_least or 0):
-                what = f"{asked.path or asked.table} yields {len(found)} models, at_least is {asked.at_least}"
-                missing.append(Problem(place, what, "look for models that were not written"))
+            entries += models
+            if len(models) < (asked.at_least or 0):
+                message = f"{asked.path or asked.table} yields {len(models)} models, at_least is {asked.at_least}"
+                missing.append(Problem(place, message, "look for models that were not written"))
     base = []
     if recipe.base:
         uri = recipe.base.path.rstrip("/") or "/"
@@ -111,9 +111,9 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
     return Expanded(tuple(named), tuple(notes), tuple(waiting))
 
 
-def overlaps(one: str, other: str) -> bool:
+def overlaps(folder: str, other: str) -> bool:
     """Return whether two folders are the same or one lies in the other (links of a local path followed)."""
-    first, second = _real(one) + "/", _real(other) + "/"
+    first, second = _real(folder) + "/", _real(other) + "/"
     return first.startswith(second) or second.startswith(first)
 
 
@@ -143,18 +143,18 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
         )
     links = [uri for uri in matched if _is_link(uri)]
     gone = _left_out(matched, asked.not_) | (set() if asked.links else set(links))
-    found = [uri for uri in matched if uri not in gone]
-    if not found:
-        what = f"no folder matches {path}"
+    folders = [uri for uri in matched if uri not in gone]
+    if not folders:
+        message = f"no folder matches {path}"
         if matched:
-            what = f"`not` and `links` leave out all {len(matched)} matches of {path}"
+            message = f"`not` and `links` leave out all {len(matched)} matches of {path}"
         hint = f"name them: {path.rstrip('/')}/checkpoint-*" if checkpoints else "check the path and its permissions"
         if "[" in path and not matched:
             hint += "; `[` begins a set of characters: `glob: false` or `[[]` takes it as it is"
-        raise InputError(Problem(place, what, hint))
-    if followed := [f"{_last(uri)} to {_real(uri)}" for uri in found if uri in links]:
+        raise InputError(Problem(place, message, hint))
+    if followed := [f"{_last(uri)} to {_real(uri)}" for uri in folders if uri in links]:
         notes.append(f"{path}: {len(followed)} folders are links ({_few(followed)}); `links: false` leaves them out")
-    for uri in found:
+    for uri in folders:
         yield replace(model, uri=uri, settle=asked.settle)
 
 
@@ -212,7 +212,7 @@ def _match(path: str, place: str, stores: Stores, threads: Executor) -> tuple[li
     level = [scheme + separator + "/".join(segments[:first]) or ("/" if path.startswith("/") else ".")]
     passed_over: list[str] = []
     for segment in segments[first:]:
-        below = [uri for some in threads.map(lambda uri: stores.of(uri).folders(uri), level) for uri in some]
+        below = [uri for folders in threads.map(lambda uri: stores.of(uri).folders(uri), level) for uri in folders]
         matched = [uri for uri in below if fnmatchcase(_last(uri), segment)]
         matched = [uri for uri in matched if segment.startswith(".") or not _last(uri).startswith(".")]
         # A trainer leaves its intermediate states beside the model, in folders that look like models.
@@ -266,15 +266,15 @@ def _rows(table: str, place: str, stores: Stores) -> list[dict[str | None, str]]
         _, data = stores.of(table).get(table, TABLE_BYTES)
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True)
         columns = reader.fieldnames or []
-        known = "path" in columns and set(columns) <= set(COLUMNS)
-        rows = list(islice(reader, TABLE_ROWS + 1)) if known else []
+        fitting = "path" in columns and set(columns) <= set(COLUMNS)
+        rows = list(islice(reader, TABLE_ROWS + 1)) if fitting else []
     except FileNotFoundError:
         raise InputError(Problem(place, f"there is no table {table}", "check the path")) from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(Problem(table, f"is not a CSV file in UTF-8 ({error})", "save it again")) from None
     if not rows:
-        what = f"needs a header row and at least one model; columns: {', '.join(COLUMNS)}, the last two optional"
-        raise InputError(Problem(table, f"{what}; it has {', '.join(columns)[:LINE_SHOWN] or 'none'}"))
+        message = f"needs a header row and at least one model; columns: {', '.join(COLUMNS)}, the last two optional"
+        raise InputError(Problem(table, f"{message}; it has {', '.join(columns)[:LINE_SHOWN] or 'none'}"))
     if len(rows) > TABLE_ROWS:
         raise InputError(Problem(table, f"has more than {TABLE_ROWS:,} rows", "split it into several tables"))
     return rows
@@ -284,19 +284,19 @@ def _entry_of_row(asked: ModelEntry, place: str, row: Mapping[str | None, str], 
     """Return the model of one row; raise `InputError` where the row is wrong."""
     if None in row:
         raise InputError(Problem(place, "has more fields than the header row", "quote a path with commas"))
-    given = {key: value.strip() for key, value in row.items() if value and value.strip()}
-    if problems := [problem._replace(where=place) for problem in unfit(given)]:
+    fields = {key: value.strip() for key, value in row.items() if value and value.strip()}
+    if problems := [problem._replace(where=place) for problem in unfit(fields)]:
         raise InputError(problems)
     shared = {"weight": asked.weight, "density": asked.density, "file": asked.file, "variant": asked.variant}
     try:
-        model = ModelEntry.model_validate({**shared, **given})
+        model = ModelEntry.model_validate({**shared, **fields})
     except ValidationError as error:
         raise InputError(Problem(place, _message(item)) for item in error.errors(include_url=False)) from None
     path = (model.path or "").rstrip("/") or "/"
     if not leads_from(asked.table or "", path):
         scheme = scheme_of(asked.table or "")
-        what = f"names {shown(path)}, and a table of {scheme}:// may only name what lies there too"
-        raise InputError(Problem(place, what, "write that model into the recipe"))
+        message = f"names {shown(path)}, and a table of {scheme}:// may only name what lies there too"
+        raise InputError(Problem(place, message, "write that model into the recipe"))
     folder = _plain(path, stores) if model.is_glob else path
     if folder is None:
         raise InputError(Problem(place, "has a glob as its path", "write one folder a row; `[[]` stands for `[`"))
@@ -318,8 +318,8 @@ def _repeated(entries: Sequence[Entry]) -> Iterator[Problem]:
 def _overlapping(output: str, entries: Sequence[Entry]) -> Iterator[Problem]:
     for entry in entries:
         if overlaps(output, entry.uri):
-            what = f"{output} and the input {entry.uri} ({entry.place}) lie in each other"
-            yield Problem("output.path", what, "write to a folder of its own")
+            message = f"{output} and the input {entry.uri} ({entry.place}) lie in each other"
+            yield Problem("output.path", message, "write to a folder of its own")
 
 
 def _message(item: "ErrorDetails") -> str:

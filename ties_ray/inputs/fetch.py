@@ -84,8 +84,10 @@ def fetch(entries: Sequence[Entry], stores: Stores, threads: Executor) -> tuple[
         weights, texts = each.format.wanted(list(each.files))
         for name in weights:
             if half := unfinished(name, each.files):
-                what = f"is not downloaded to its end: {half} lies beside it"
-                problems[each.entry.id].append(Problem(each.files[name].uri, what, "complete the download", "download"))
+                message = f"is not downloaded to its end: {half} lies beside it"
+                problems[each.entry.id].append(
+                    Problem(each.files[name].uri, message, "complete the download", "download")
+                )
         front = [README] if README in each.files else []
         for function, names in ((_header, weights), (_text, texts), (_front, front)):
             jobs += [(each.entry.id, (each.files[name], function)) for name in names]
@@ -207,8 +209,8 @@ def _header(store: Store, listed: Pin) -> tuple[Pin, Header]:
 def _text(store: Store, listed: Pin) -> tuple[Pin, bytes]:
     pin, data = store.head_listed(listed, TEXT_BYTES)
     if pin.size > TEXT_BYTES:
-        what = f"has {pin.size:,} bytes, and at most {TEXT_BYTES:,} were expected"
-        raise InputError(Problem(shown(pin.uri), what, "check that this is the right file"))
+        message = f"has {pin.size:,} bytes, and at most {TEXT_BYTES:,} were expected"
+        raise InputError(Problem(shown(pin.uri), message, "check that this is the right file"))
     if other := mistaken(data[:SNIFFED], pin.size, text=True):
         raise InputError(Problem(shown(pin.uri), *other, "download"))
     return pin, data

@@ -115,16 +115,16 @@ def problem(folder: Folder) -> Problem | None:
             return Problem(folder.uri, f"{tool.what} ({printable(own[0])})", tool.remedy, tool.code)
     models = [each for each in candidates(names) if each.stem in STEMS]
     if WEIGHTS in names and models:
-        what = f"holds an adapter ({WEIGHTS}) and a whole model ({models[0].name})"
+        message = f"holds an adapter ({WEIGHTS}) and a whole model ({models[0].name})"
         remedy = f"choose: `file: {WEIGHTS}` or `file: {models[0].name}` beside its `path`"
-        return Problem(folder.uri, what, remedy, "candidates")
+        return Problem(folder.uri, message, remedy, "candidates")
     factors_alone = bool(keys) and all(".lora_" in key for _, key in keys)
     if factors_alone and CONFIG in names and WEIGHTS not in names:
-        what = f"holds an adapter's factors in {keys[0][0]}"
-        return Problem(folder.uri, what, f"rename it to {WEIGHTS}", "file_name")
+        message = f"holds an adapter's factors in {keys[0][0]}"
+        return Problem(folder.uri, message, f"rename it to {WEIGHTS}", "file_name")
     if factors_alone and not names & {CONFIG, WEIGHTS}:
-        what = f"holds nothing but factors of an adapter ({printable(keys[0][1])}), and no {CONFIG}"
-        return Problem(folder.uri, what, f"save it with PEFT: {CONFIG} beside {WEIGHTS}", "config_missing")
+        message = f"holds nothing but factors of an adapter ({printable(keys[0][1])}), and no {CONFIG}"
+        return Problem(folder.uri, message, f"save it with PEFT: {CONFIG} beside {WEIGHTS}", "config_missing")
     return None
 
 

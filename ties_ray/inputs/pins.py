@@ -28,14 +28,14 @@ def verify_pins(
         pins = {last_part(pin.uri): pin for pin in weight_files[entry.id]}
         unknown = sorted({*entry.sha256, *entry.version_id} - pins.keys())
         if unknown:
-            what = f"pins {', '.join(unknown)}, its weight files are {', '.join(pins)}"
-            problems[entry.id].append(Problem(entry.place, what))
+            message = f"pins {', '.join(unknown)}, its weight files are {', '.join(pins)}"
+            problems[entry.id].append(Problem(entry.place, message))
         for name, version in entry.version_id.items():
             if name in pins and pins[name].version != version:
-                what = f"is at version {pins[name].version or 'none'}, the recipe pins {version}"
+                message = f"is at version {pins[name].version or 'none'}, the recipe pins {version}"
                 remedy = "restore that version, or pin the current one"
-                problems[entry.id].append(Problem(shown(pins[name].uri), what, remedy))
-        jobs += [(entry.id, (pins[name], wanted)) for name, wanted in entry.sha256.items() if name in pins]
+                problems[entry.id].append(Problem(shown(pins[name].uri), message, remedy))
+        jobs += [(entry.id, (pins[name], expected)) for name, expected in entry.sha256.items() if name in pins]
     if jobs:
         size = sum(pin.size for _, (pin, _) in jobs)
         notes.append(f"{len(jobs)} files pinned by sha256 were read whole while planning: {size:,} bytes")
@@ -52,13 +52,13 @@ def weak_pins(pins: Iterable[Pin]) -> list[str]:
     ]
 
 
-def _verify_hash(store: Store, pin: Pin, wanted: str) -> None:
+def _verify_hash(store: Store, pin: Pin, expected: str) -> None:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(HASH_BYTES, pin.size)))
     for start in range(0, pin.size, HASH_BYTES):
         piece = buffer[: min(HASH_BYTES, pin.size - start)]
         store.read(pin, start, piece)
         digest.update(piece)
-    if digest.hexdigest() != wanted.lower():
-        what = f"has the SHA-256 {digest.hexdigest()}, the recipe pins {wanted}"
-        raise InputError(Problem(shown(pin.uri), what, "use the file that was pinned, or pin this one"))
+    if digest.hexdigest() != expected.lower():
+        message = f"has the SHA-256 {digest.hexdigest()}, the recipe pins {expected}"
+        raise InputError(Problem(shown(pin.uri), message, "use the file that was pinned, or pin this one"))

@@ -62,54 +62,56 @@ def take(uri: str, listing: Listing, stores: Stores, threads: Executor) -> Taken
     modules = _modules(uri, listing, stores)
     tree = _tree(uri, listing, stores, threads)
     foreign = {_folder(name) for name in tree.files if role(name) == "weights"} - {""}
-    foreign = {one for one in foreign if not any(_is_in(one, module) for module in modules)}
-    wanted: dict[str, Pin] = {}
+    foreign = {folder for folder in foreign if not any(_is_in(folder, module) for module in modules)}
+    kept: dict[str, Pin] = {}
     left = list(tree.left)
     for name, pin in sorted(tree.files.items()):
         of_module = any(_is_in(_folder(name), module) for module in modules)
         kind = "small" if of_module and role(name) == "weights" else role(name)
-        elsewhere = [one for one in foreign if _is_in(_folder(name), one)]
+        elsewhere = [folder for folder in foreign if _is_in(_folder(name), folder)]
         if elsewhere:
             left.append(f"{min(elsewhere)}/")
         elif kind == "small" and pin.size <= LIMIT and _is_plain(name):
-            wanted[name] = pin
+            kept[name] = pin
         elif kind not in ("hidden", "own") and not _is_expected(name):
             left.append(name)
-    size = sum(pin.size for pin in wanted.values())
-    if len(wanted) > MOST_FILES or size > MOST_BYTES:
-        what = f"holds {len(wanted):,} files of {size:,} bytes beside its weights, and at most {MOST_FILES:,} of"
-        what += f" {MOST_BYTES:,} are taken over"
-        raise InputError(Problem(uri, what, "move those aside that are not the model's"))
-    heads = list(threads.map(lambda pin: stores.of(pin.uri).head_listed(pin, SNIFFED), wanted.values()))
+    size = sum(pin.size for pin in kept.values())
+    if len(kept) > MOST_FILES or size > MOST_BYTES:
+        message = f"holds {len(kept):,} files of {size:,} bytes beside its weights, and at most {MOST_FILES:,} of"
+        message += f" {MOST_BYTES:,} are taken over"
+        raise InputError(Problem(uri, message, "move those aside that are not the model's"))
+    heads = list(threads.map(lambda pin: stores.of(pin.uri).head_listed(pin, SNIFFED), kept.values()))
     problems = [
         Problem(within(uri, name), *other, "download")
-        for name, (pin, head) in zip(wanted, heads, strict=True)
+        for name, (pin, head) in zip(kept, heads, strict=True)
         if (other := _mistaken(name, head, pin.size))
     ]
     if problems:
         raise InputError(problems)
-    files = tuple(SmallFile(name, pin) for name, (pin, _) in zip(wanted, heads, strict=True))
-    return Taken(files, tuple(_notes(uri, [one.name for one in files], list(dict.fromkeys(left)))))
+    files = tuple(SmallFile(name, pin) for name, (pin, _) in zip(kept, heads, strict=True))
+    return Taken(files, tuple(_notes(uri, [folder.name for folder in files], list(dict.fromkeys(left)))))
 
 
 def differing_modules(
-    taken: Sequence[SmallFile], others: Mapping[str, str], stores: Stores, threads: Executor
+    files: Sequence[SmallFile], others: Mapping[str, str], stores: Stores, threads: Executor
 ) -> list[str]:
     """Return a note for each file of a sentence-transformers module that some models have otherwise.
 
     others: the URI of each model by its id. The files of a module are not merged, so that a trained one stays as it is
     in the input that gives the small files.
     """
-    text = next((stores.of(one.pin.uri).get_pinned(one.pin) for one in taken if one.name == MODULES), b"[]")
-    ours = {one.name: one.pin for one in taken if any(_is_in(_folder(one.name), each) for each in module_folders(text))}
+    text = next((stores.of(file.pin.uri).get_pinned(file.pin) for file in files if file.name == MODULES), b"[]")
+    ours = {
+        file.name: file.pin for file in files if any(_is_in(_folder(file.name), each) for each in module_folders(text))
+    }
     folders = sorted({_folder(name) for name in ours})
 
     def of(uri: str) -> list[str]:
-        found = {}
+        theirs = {}
         for folder in folders:
             for pin in stores.of(uri).list_below(uri, folder).files:
-                found[f"{folder}/{_last(pin.uri)}"] = pin
-        return [name for name, pin in ours.items() if name in found and not _same(pin, found[name], stores)]
+                theirs[f"{folder}/{_last(pin.uri)}"] = pin
+        return [name for name, pin in ours.items() if name in theirs and not _same(pin, theirs[name], stores)]
 
     who: dict[str, list[str]] = {}
     for id_, names in zip(others, threads.map(of, others.values()), strict=True):
@@ -133,8 +135,8 @@ def _modules(uri: str, listing: Listing, stores: Stores) -> tuple[str, ...]:
     """Return the folders that `modules.json` names."""
     for pin in listing.files:
         if _last(pin.uri) == MODULES:
-            found, data = stores.of(uri).head_listed(pin, TEXT_BYTES)
-            if found.size <= TEXT_BYTES:
+            full, data = stores.of(uri).head_listed(pin, TEXT_BYTES)
+            if full.size <= TEXT_BYTES:
                 return module_folders(data)
     return ()
 
@@ -173,15 +175,15 @@ def _notes(uri: str, names: Sequence[str], left: Sequence[str]) -> Iterator[str]
         )
 
 
-def _same(one: Pin, other: Pin, stores: Stores) -> bool:
+def _same(pin: Pin, other: Pin, stores: Stores) -> bool:
     """Return whether two files hold the same bytes, as far as it is cheap to tell."""
-    if one.size != other.size:
+    if pin.size != other.size:
         return False
-    if one.etag and one.etag == other.etag:
+    if pin.etag and pin.etag == other.etag:
         return True
-    if one.size > COMPARED_BYTES:
+    if pin.size > COMPARED_BYTES:
         return False
-    return stores.of(one.uri).get_pinned(one) == stores.of(other.uri).head_listed(other, other.size)[1]
+    return stores.of(pin.uri).get_pinned(pin) == stores.of(other.uri).head_listed(other, other.size)[1]
 
 
 def _is_plain(name: str) -> bool:

@@ -19,7 +19,7 @@ class Spelling:
 
     def __init__(self, models: Iterable[Mapping[str, str]]) -> None:
         """models: of each adapter, what it calls each parameter of the base."""
-        adapters = [({name: _leading(name, told) for name, told in each.items()}, each) for each in models]
+        adapters = [({name: _leading(name, called) for name, called in each.items()}, each) for each in models]
         changes = {inner: outer for ways, _ in adapters for inner, outer in ways.values() if inner != outer}
         votes: defaultdict[Words, Counter[Words]] = defaultdict(Counter)
         for ways, _ in adapters:
@@ -30,10 +30,10 @@ class Spelling:
                     votes[inner][own.get(inner, inner)] += 1
         self._outer = {inner: _winner(inner, count) for inner, count in votes.items()}
         self._told = {
-            name: told
+            name: called
             for ways, each in adapters
             if all(self._outer.get(inner, outer) == outer for inner, outer in ways.values())
-            for name, told in each.items()
+            for name, called in each.items()
         }
 
     def __call__(self, name: str) -> str:
@@ -48,8 +48,8 @@ class Spelling:
 
     def _agrees(self, name: str) -> bool:
         """Return whether what was told is no spelling that lost: a name as it is may be one."""
-        told = self._told[name]
-        if told != name:
+        called = self._told[name]
+        if called != name:
             return True
         words = _words(name)
         return not any(words[: len(inner)] == inner != outer for inner, outer in self._outer.items() if inner)
@@ -78,7 +78,7 @@ def other_spellings(models: Sequence[Collection[str]]) -> dict[int, tuple[str, s
             if shorter in users and shorter != name:
                 groups[container[count:], rest] |= {name, shorter}
     changed = [frozenset(names) for names in models]
-    found: dict[int, tuple[str, str]] = {}
+    others: dict[int, tuple[str, str]] = {}
     for alike in (names for names in groups.values() if len(names) > 1):
         theirs = [alike & names for names in changed]
         if any(len(names) > 1 for names in theirs):
@@ -86,8 +86,8 @@ def other_spellings(models: Sequence[Collection[str]]) -> dict[int, tuple[str, s
         usual = min(alike, key=lambda name: (-users[name], -len(name), name))
         for number, names in enumerate(theirs):
             for name in names - {usual}:
-                found.setdefault(number, (name, usual))
-    return found
+                others.setdefault(number, (name, usual))
+    return others
 
 
 def _words(name: str) -> Words:
@@ -101,9 +101,9 @@ def _split(name: str) -> tuple[Words, Words]:
     return words[: max(first, 0)], words[max(first, 0) :]
 
 
-def _leading(name: str, told: str) -> tuple[Words, Words]:
+def _leading(name: str, called: str) -> tuple[Words, Words]:
     """Return the leading words in which two names differ, of the base's and of the adapter's."""
-    inner, outer = _words(name), _words(told)
+    inner, outer = _words(name), _words(called)
     while inner and outer and inner[-1] == outer[-1]:
         inner, outer = inner[:-1], outer[:-1]
     return inner, outer

@@ -42,9 +42,11 @@ def notes(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads:
     compare = partial(_differences, base.files, read_base, fetch=partial(_fetch, stores))
     who: dict[str, list[str]] = {}
     for model, differences in zip(models, threads.map(compare, [model.files for model in models]), strict=True):
-        for what in differences:
-            who.setdefault(what, []).append(model.id)
-    return [f"{'models' if len(ids) > 1 else 'model'} {', '.join(ids)}: {what}" for what, ids in sorted(who.items())]
+        for message in differences:
+            who.setdefault(message, []).append(model.id)
+    return [
+        f"{'models' if len(ids) > 1 else 'model'} {', '.join(ids)}: {message}" for message, ids in sorted(who.items())
+    ]
 
 
 def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Stores) -> list[Problem]:
@@ -53,50 +55,52 @@ def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Store
     ours, theirs = _tokens(base.files, fetch), _tokens(model.files, fetch)
     if ours is None or theirs is None:
         lacking = base.uri if ours is None else model.uri
-        what = "has another number of embedding rows than the base, and without a vocabulary (tokenizer.json,"
-        what += f" vocab.json or vocab.txt) in {lacking} it can't be shown that the common rows mean the same tokens"
-        return [Problem(model.uri, what, "add the tokenizer's files, or drop the model")]
+        message = "has another number of embedding rows than the base, and without a vocabulary (tokenizer.json,"
+        message += f" vocab.json or vocab.txt) in {lacking} it can't be shown that the common rows mean the same tokens"
+        return [Problem(model.uri, message, "add the tokenizer's files, or drop the model")]
     differ = sorted(
         number for number in ours.keys() & theirs.keys() if number < rows and ours[number] != theirs[number]
     )
     if not differ:
         return []
     first = differ[0]
-    what = f"has another number of embedding rows than the base, and {len(differ)} of the common ids mean other tokens"
-    what += f" (id {first}: {theirs[first]!r} where the base has {ours[first]!r})"
-    return [Problem(model.uri, what, "its embedding does not line up with the base's: drop the model")]
+    message = (
+        f"has another number of embedding rows than the base, and {len(differ)} of the common ids mean other tokens"
+    )
+    message += f" (id {first}: {theirs[first]!r} where the base has {ours[first]!r})"
+    return [Problem(model.uri, message, "its embedding does not line up with the base's: drop the model")]
 
 
 def _differences(base: Files, read_base: Fetch, model: Files, *, fetch: Fetch) -> list[str]:
     """Return what differs between two inputs; files that a fine-tune left out are no difference."""
-    found = []
+    differences = []
     for name in VOCABULARY:
         if name in base and name in model and not _same(base[name], model[name]):
             pins = base[name], model[name]
             near = all(scheme_of(pin.uri) == "local" for pin in pins)
             small = pins[0].size == pins[1].size <= (MOST_BYTES if near else REMOTE_BYTES)
             if not small or read_base(pins[0]) != fetch(pins[1]):
-                found.append(f"{name} differs from the base's")
+                differences.append(f"{name} differs from the base's")
     mine = [name for name in SETTINGS if name in model]
     if mine and not all(name in base and _same(base[name], model[name]) for name in mine):
         ours, theirs = _settings(base, read_base), _settings(model, fetch)
         if ours.get("chat_template") != theirs.get("chat_template"):
-            found.append("the chat template differs from the base's")
+            differences.append("the chat template differs from the base's")
         tokens = [key for key in SPECIAL if ours.get(key) != theirs.get(key)]
         if tokens:
-            found.append(f"{', '.join(tokens)} differ{'' if len(tokens) > 1 else 's'} from the base's")
-    return found
+            differences.append(f"{', '.join(tokens)} differ{'' if len(tokens) > 1 else 's'} from the base's")
+    return differences
 
 
 def _settings(files: Files, fetch: Fetch) -> dict[str, object]:
     """Return special tokens and chat template as they take effect: a template's own file wins over the config."""
-    found: dict[str, object] = {}
+    settings: dict[str, object] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json", "chat_template.json"):
         if name in files and isinstance(value := _json(fetch(files[name])), dict):
-            found |= {key: value[key] for key in (*SPECIAL, "chat_template") if value.get(key) is not None}
+            settings |= {key: value[key] for key in (*SPECIAL, "chat_template") if value.get(key) is not None}
     if "chat_template.jinja" in files:
-        found["chat_template"] = fetch(files["chat_template.jinja"]).decode(errors="replace")
-    return {key: value.get("content") if isinstance(value, dict) else value for key, value in found.items()}
+        settings["chat_template"] = fetch(files["chat_template.jinja"]).decode(errors="replace")
+    return {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
 
 
 def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
@@ -126,16 +130,16 @@ def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
         return None
 
 
-def _same(one: Pin, other: Pin) -> bool:
+def _same(pin: Pin, other: Pin) -> bool:
     """Return whether the pins alone show equal content; of local files only links of one file do."""
-    return bool(one.etag) and (one.size, one.etag) == (other.size, other.etag)
+    return bool(pin.etag) and (pin.size, pin.etag) == (other.size, other.etag)
 
 
 def _fetch(stores: Stores, listed: Pin) -> bytes:
     pin, data = stores.of(listed.uri).head_listed(listed, MOST_BYTES)
     if pin.size > MOST_BYTES:
-        what = f"has {pin.size:,} bytes, and at most {MOST_BYTES:,} were expected"
-        raise InputError(Problem(shown(pin.uri), what, "check that this is the right file"))
+        message = f"has {pin.size:,} bytes, and at most {MOST_BYTES:,} were expected"
+        raise InputError(Problem(shown(pin.uri), message, "check that this is the right file"))
     return data
 
 

@@ -50,8 +50,8 @@ def unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
     adapters = list(adapters_in(listing, store))
     if adapters and not any(map(is_weights, names)):
         shown = _first_names([last_part(uri) for uri in adapters])
-        what = f"holds no adapter itself, but {len(adapters)} in its folders ({shown})"
-        return Problem(where, what, f"write {adapters[0]} for one of them, or {entry.uri}/* for all", "nested")
+        message = f"holds no adapter itself, but {len(adapters)} in its folders ({shown})"
+        return Problem(where, message, f"write {adapters[0]} for one of them, or {entry.uri}/* for all", "nested")
     if names:
         return _without_weights(where, names, folders)
     if folders:
@@ -89,12 +89,12 @@ def is_file(uri: str, store: Store) -> bool:
 
 
 def _other_format(where: str, names: Sequence[str], folders: Sequence[str]) -> Problem | None:
-    for pattern, (what, remedy) in OTHER_FORMATS.items():
+    for pattern, (message, remedy) in OTHER_FORMATS.items():
         if own := [name for name in matching(names, pattern) if role(name) != "training"]:
-            return Problem(where, f"{what} ({_first_names(own)})", remedy)
-    for pattern, (what, remedy) in TRAINING_STATES.items():
+            return Problem(where, f"{message} ({_first_names(own)})", remedy)
+    for pattern, (message, remedy) in TRAINING_STATES.items():
         if own := matching([*names, *folders], pattern):
-            return Problem(where, f"{what} ({_first_names(own)})", remedy)
+            return Problem(where, f"{message} ({_first_names(own)})", remedy)
     return None
 
 
@@ -106,11 +106,11 @@ def _pipeline(where: str, uri: str, listing: Listing, store: Store) -> Problem:
         if any(is_weights(last_part(pin.uri)) for pin in store.list(folder).files)
     ]
     single = candidates([last_part(pin.uri) for pin in listing.files])
-    what = f"is a pipeline of diffusers; its models are {', '.join(parts) or 'not stored as safetensors'}"
+    message = f"is a pipeline of diffusers; its models are {', '.join(parts) or 'not stored as safetensors'}"
     remedy = f"merge one of them, as in {uri}/{parts[0]}, for base and models" if parts else "save it as safetensors"
     if single:
         remedy += f"; or a single file beside them: {listed(single)}"
-    return Problem(where, what, remedy, "pipeline")
+    return Problem(where, message, remedy, "pipeline")
 
 
 def _without_weights(where: str, names: Sequence[str], folders: Sequence[str]) -> Problem:

@@ -54,13 +54,13 @@ def library_of(names: Collection[str], weights: Sequence[str], config: Mapping[s
         line = 'open_clip: open_clip.create_model_and_transforms("local-dir:{output}")'
         return Library("open_clip", "open_clip_model", "open_clip_config.json", line, shards=False)
     if stem == "consolidated":
-        one = len(weights) == 1  # which Mistral's own library wants
+        single = len(weights) == 1  # which Mistral's own library wants
         line = (
             'mistral_inference: Transformer.from_folder("{output}")'
-            if one
+            if single
             else 'vllm serve "{output}" --load-format mistral'
         )
-        return Library("mistral-common", "consolidated", "params.json", line, shards=not one)
+        return Library("mistral-common", "consolidated", "params.json", line, shards=not single)
     if CONFIG not in names:
         return TENSORS
     if "pretrained_cfg" in config or ("architecture" in config and "num_classes" in config):

@@ -69,9 +69,9 @@ LOADED_FOLDERS = ("additional_chat_templates",)
 def role(name: str) -> Role:
     """Return what a file, or a folder, is to a model."""
     parts = name.split("/")
-    for one, patterns in _ROLES.items():
+    for kind, patterns in _ROLES.items():
         if any(fnmatchcase(part, pattern) for part in parts for pattern in patterns):
-            return one
+            return kind
     return "small"
 
 
@@ -148,8 +148,8 @@ def opened_by(folder: ModelFolder, library: str) -> str:
         if auto.isidentifier():
             return f'transformers: {auto}.from_pretrained("{{output}}", trust_remote_code=True)  # runs its code'
     if name:
-        known = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
-        return f'transformers: {known}.from_pretrained("{{output}}")'
+        cls = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
+        return f'transformers: {cls}.from_pretrained("{{output}}")'
     return ""
 
 
@@ -165,15 +165,17 @@ def strangers(names: Iterable[str], own: Collection[str]) -> list[str]:
 def _without_modules(folder: ModelFolder) -> Iterator[Problem]:
     """Yield the modules of sentence-transformers whose folders are not there."""
     listed = parsed(folder.texts.get(MODULES, b"[]"))
-    for one in listed if isinstance(listed, list) else ():
-        path, kind = (one.get("path"), one.get("type")) if isinstance(one, dict) else (None, None)
+    for module in listed if isinstance(listed, list) else ():
+        path, kind = (module.get("path"), module.get("type")) if isinstance(module, dict) else (None, None)
         if not (isinstance(path, str) and path.strip("/") and isinstance(kind, str)):
             continue
         inside = f"{path.strip('/')}/"
         needs = kind.rpartition(".")[2] in _MODULES_WITH_FILES
         if ".." in path.split("/") or (needs and not any(name.startswith(inside) for name in folder.names)):
-            what = f"{MODULES} names {path!r}, and no file of it is there"
-            yield Problem(folder.uri, what, f"complete the folder, or remove {MODULES} to have the transformer alone")
+            message = f"{MODULES} names {path!r}, and no file of it is there"
+            yield Problem(
+                folder.uri, message, f"complete the folder, or remove {MODULES} to have the transformer alone"
+            )
 
 
 def _other_rows(folder: ModelFolder) -> Iterator[Problem]:
@@ -193,9 +195,9 @@ def _other_rows(folder: ModelFolder) -> Iterator[Problem]:
             continue
         more = shape[0] > vocabulary and (not folder.borrowed or config.get("model_type") in _MORE_ROWS)
         if shape[0] not in stated and not more:
-            what = f"{name} has {shape[0]:,} rows, and config.json states a vocab_size of {vocabulary:,}"
+            message = f"{name} has {shape[0]:,} rows, and config.json states a vocab_size of {vocabulary:,}"
             remedy = f"write {shape[0]} there, or take the small files of another input (`output.files_from`)"
-            yield Problem(folder.uri, what, remedy)
+            yield Problem(folder.uri, message, remedy)
             return
 
 
@@ -203,9 +205,9 @@ def _code(text: bytes) -> Iterator[str]:
     """Yield the Python files that a config names as its own."""
     named = _object(text).get("auto_map")
     for place in named.values() if isinstance(named, dict) else ():
-        for one in place if isinstance(place, list) else [place]:
-            if isinstance(one, str) and "--" not in one and "." in one:
-                yield f"{one.partition('.')[0]}.py"
+        for reference in place if isinstance(place, list) else [place]:
+            if isinstance(reference, str) and "--" not in reference and "." in reference:
+                yield f"{reference.partition('.')[0]}.py"
 
 
 def _numbers(value: object, depth: int = 8) -> Iterator[tuple[str, int]]:
@@ -224,7 +226,7 @@ def _object(text: bytes) -> dict[str, object]:
 def module_folders(modules: bytes) -> tuple[str, ...]:
     """Return the folders, relative, that a `modules.json` names; none where it is not one."""
     listed = parsed(modules)
-    paths = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    paths = [module.get("path") for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
     return tuple(path.strip("/") for path in paths if isinstance(path, str) and path.strip("/"))
 
 

@@ -61,8 +61,8 @@ def _matched(mine: _Shapes, base: _Shapes, kinds: tuple[str, ...]) -> Match:
         if not (theirs.twice or ours.twice):
             return _Matching(ours, theirs).match()
     pairs = [f"{name} and {other}" for name, other in ours.twice + theirs.twice]
-    what = f"two names seem to mean one parameter: {', '.join(pairs[:4])}"
-    return Match({}, {name: name for name, _ in mine}, (what,))
+    message = f"two names seem to mean one parameter: {', '.join(pairs[:4])}"
+    return Match({}, {name: name for name, _ in mine}, (message,))
 
 
 class _Part(NamedTuple):
@@ -160,9 +160,9 @@ class _Matching:
         return name
 
     def _unmatched(self) -> tuple[list[str], list[str]]:
-        taken = set(self._pairs.values())
+        matched = set(self._pairs.values())
         return (
-            [key for key in self._mine.groups if key not in taken],
+            [key for key in self._mine.groups if key not in matched],
             [key for key in self._base.groups if key not in self._pairs],
         )
 
@@ -238,8 +238,8 @@ class _Matching:
             self._problems.append(f"{fused}, and {conversion.reason}")
             return {}
         if whole.shape != _fused_shape(parts, conversion):
-            given = f"{list(whole.shape)} where {list(_fused_shape(parts, conversion))} would be their shape"
-            self._problems.append(f"{fused}, but it has the shape {given}")
+            shapes = f"{list(whole.shape)} where {list(_fused_shape(parts, conversion))} would be their shape"
+            self._problems.append(f"{fused}, but it has the shape {shapes}")
             return {}
         if base.whole:
             return {whole.name: tuple(Piece(part.name, 0, part.shape) for part in parts)}

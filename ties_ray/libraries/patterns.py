@@ -55,7 +55,7 @@ def resolve(pattern: Mapping[str, T], paths: Collection[str]) -> dict[str, T]:
         else:
             others.append((number, key, _compiled(key)))
     late = time.monotonic() + MAX_SECONDS
-    found: dict[str, T] = {}
+    values: dict[str, T] = {}
     for path in paths:
         if "\n" in path:
             raise UnfitKey(keys[0])  # `.` and `$` treat a line break in a way of their own
@@ -69,8 +69,8 @@ def resolve(pattern: Mapping[str, T], paths: Collection[str]) -> dict[str, T]:
             if compiled.fullmatch(path):
                 first = number
         if first < len(keys) or path in pattern:
-            found[path] = pattern[keys[first] if first < len(keys) else path]
-    return found
+            values[path] = pattern[keys[first] if first < len(keys) else path]
+    return values
 
 
 def _plain_matches(plain: Plain, path: str) -> Iterator[int]:

@@ -78,15 +78,15 @@ def packed(stored: Stored) -> dict[str, list[str]]:
     for name in stored:
         module, role = _split(name)
         modules[module].setdefault(role, name)
-    found: defaultdict[str, list[str]] = defaultdict(list)
+    tensors: defaultdict[str, list[str]] = defaultdict(list)
     for roles in modules.values():
         dtypes = {role: stored[name][0] for role, name in roles.items()}
-        method = next((one.name for one in _METHODS if _is_of(one, dtypes)), None)
+        method = next((each.name for each in _METHODS if _is_of(each, dtypes)), None)
         if method:
-            found[method] += roles.values()
+            tensors[method] += roles.values()
         elif unknown := list(_unknown(roles, stored)):
-            found[""] += unknown
-    return dict(found)
+            tensors[""] += unknown
+    return dict(tensors)
 
 
 def refusals(stored: Stored, excluded: Collection[str]) -> Iterator[tuple[str, list[str], bool]]:
@@ -108,9 +108,9 @@ def keys(config: Mapping[str, Any]) -> tuple[str, ...]:
 def announced(config: Mapping[str, Any], files: Collection[str]) -> str:
     """Return what announces quantised weights: the method as config.json names it, or a file; empty: nothing does."""
     for key in CONFIG_KEYS:
-        told = config.get(key)
-        if told:
-            method = told.get("quant_method") if isinstance(told, dict) else None
+        section = config.get(key)
+        if section:
+            method = section.get("quant_method") if isinstance(section, dict) else None
             return f"config.json has a {key}" + (f" ({method})" if isinstance(method, str) else "")
     return "".join(f"{name} lies beside the weights" for name in sorted(FILES & set(files))[:1])
 

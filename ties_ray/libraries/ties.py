@@ -43,8 +43,8 @@ def unstored(names: Collection[str], config: Mapping[str, Any]) -> list[Tie]:
     """
     kinds = kinds_of(config)
     classes = config.get("architectures")
-    known = isinstance(classes, list) and classes[:1] == list(kinds[:1])
-    pairs = tables()["ties"].get(kinds[0], ()) if known else [("lm_head.weight", "")]
+    is_known_class = isinstance(classes, list) and classes[:1] == list(kinds[:1])
+    pairs = tables()["ties"].get(kinds[0], ()) if is_known_class else [("lm_head.weight", "")]
     missing = [alias for alias, _ in pairs if alias not in names and re.fullmatch(r"[\w.]+\.weight", alias)]
     return [tie for alias in missing for tie in ties_of([*names, alias], kinds) if tie.alias == alias]
 

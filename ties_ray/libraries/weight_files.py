@@ -42,8 +42,8 @@ class Candidate:
         """Return the shards that the names of the others promise and that are not there."""
         if not self.count:
             return ()
-        there = [found for file in self.files if (found := _WEIGHTS.fullmatch(file))]
-        numbers = {int(found["number"]) for found in there}
+        there = [match for file in self.files if (match := _WEIGHTS.fullmatch(file))]
+        numbers = {int(match["number"]) for match in there}
         start, stop = there[0].span("number")
         file = self.files[0]
         absent = (number for number in range(1, self.count + 1) if number not in numbers)
@@ -62,38 +62,38 @@ def is_index(name: str) -> bool:
 
 def candidates(names: Collection[str]) -> tuple[Candidate, ...]:
     """Return the models of a folder, those first that libraries look for."""
-    weights = [found for name in sorted(names) if is_weights(name) and (found := _WEIGHTS.fullmatch(name))]
-    indices = [found for name in sorted(names) if is_index(name) and (found := _INDEX.fullmatch(name))]
-    plain = {*STEMS, ADAPTER, *(found["stem"] for found in (*weights, *indices))}
+    weights = [match for name in sorted(names) if is_weights(name) and (match := _WEIGHTS.fullmatch(name))]
+    indices = [match for name in sorted(names) if is_index(name) and (match := _INDEX.fullmatch(name))]
+    plain = {*STEMS, ADAPTER, *(match["stem"] for match in (*weights, *indices))}
     groups: dict[tuple[str, str, int], list[str]] = {}
-    for found in weights:
-        stem, variant = _split(found, plain)
-        groups.setdefault((stem, variant, int(found["count"] or 0)), []).append(found[0])
+    for match in weights:
+        stem, variant = _split(match, plain)
+        groups.setdefault((stem, variant, int(match["count"] or 0)), []).append(match[0])
     made = []
-    for found in indices:
-        stem, variant = _split(found, plain)
+    for match in indices:
+        stem, variant = _split(match, plain)
         shards = {key: groups[key] for key in groups if key[:2] == (stem, variant) and key[2]}
         for key in shards:
             del groups[key]
-        files = tuple(sorted(file for some in shards.values() for file in some))
-        made.append(Candidate(stem, variant, found[0], files, max((key[2] for key in shards), default=0)))
+        files = tuple(sorted(file for numbered in shards.values() for file in numbered))
+        made.append(Candidate(stem, variant, match[0], files, max((key[2] for key in shards), default=0)))
     made += [
         Candidate(stem, variant, "", tuple(sorted(files)), count) for (stem, variant, count), files in groups.items()
     ]
-    return tuple(sorted(made, key=lambda one: (_rank(one), one.name)))
+    return tuple(sorted(made, key=lambda candidate: (_rank(candidate), candidate.name)))
 
 
 def usual(every: Sequence[Candidate]) -> Candidate | None:
     """Return the candidate that a library would open, or the only one; None where that can't be told."""
-    whole = [one for one in every if one.stem != ADAPTER]
+    whole = [candidate for candidate in every if candidate.stem != ADAPTER]
     if len(whole) == 1:
         return whole[0]
-    known = [one for one in whole if one.stem in STEMS]
-    first = [one for one in known if one.stem == known[0].stem]
-    plain = [one for one in first if not one.variant]
+    usual_stems = [candidate for candidate in whole if candidate.stem in STEMS]
+    first = [candidate for candidate in usual_stems if candidate.stem == usual_stems[0].stem]
+    plain = [candidate for candidate in first if not candidate.variant]
     if plain:
-        return min(plain, key=lambda one: (not one.index, bool(one.count)))
-    return first[0] if len({one.variant for one in first}) == 1 else None
+        return min(plain, key=lambda candidate: (not candidate.index, bool(candidate.count)))
+    return first[0] if len({candidate.variant for candidate in first}) == 1 else None
 
 
 def choose(every: Sequence[Candidate], file: str | None, variant: str | None) -> Candidate | None:
@@ -101,7 +101,11 @@ def choose(every: Sequence[Candidate], file: str | None, variant: str | None) ->
 
     file: an index, a single file, or any of the shards that belong together. variant: `fp16`.
     """
-    fitting = [one for one in every if file in (None, one.index, *one.files) and variant in (None, one.variant)]
+    fitting = [
+        candidate
+        for candidate in every
+        if file in (None, candidate.index, *candidate.files) and variant in (None, candidate.variant)
+    ]
     return usual(fitting) if file is None else (fitting[0] if len(fitting) == 1 else None)
 
 
@@ -110,25 +114,29 @@ def others(every: Sequence[Candidate], kept: Candidate) -> frozenset[str]:
 
     An index may name files of any name, so that only what certainly belongs to others is left out beside it.
     """
-    rest = [one for one in every if one is not kept]
+    rest = [candidate for candidate in every if candidate is not kept]
     if kept.index:
-        rest = [one for one in rest if one.index or (one.stem in (*STEMS, ADAPTER) and one.stem != kept.stem)]
-    return frozenset(name for one in rest for name in (one.index, *one.files) if name)
+        rest = [
+            candidate
+            for candidate in rest
+            if candidate.index or (candidate.stem in (*STEMS, ADAPTER) and candidate.stem != kept.stem)
+        ]
+    return frozenset(name for candidate in rest for name in (candidate.index, *candidate.files) if name)
 
 
 def listed(every: Sequence[Candidate]) -> str:
     """Return how a recipe calls the candidates, a few of them."""
-    shown = ", ".join(f"`file: {one.name}`" for one in every[:4])
+    shown = ", ".join(f"`file: {candidate.name}`" for candidate in every[:4])
     return shown + (f" and {len(every) - 4} more" if len(every) > 4 else "")
 
 
-def _split(found: re.Match[str], plain: Collection[str]) -> tuple[str, str]:
+def _split(match: re.Match[str], plain: Collection[str]) -> tuple[str, str]:
     """Return (stem, variant) of a name: `fp16` of `model.fp16` where `model` is known, or the stem of another file."""
-    stem, _, variant = found["stem"].rpartition(".")
-    if stem in plain and found["late"] is None:
+    stem, _, variant = match["stem"].rpartition(".")
+    if stem in plain and match["late"] is None:
         return stem, variant
-    return found["stem"], found["late"] or ""
+    return match["stem"], match["late"] or ""
 
 
-def _rank(one: Candidate) -> int:
-    return STEMS.index(one.stem) if one.stem in STEMS else len(STEMS)
+def _rank(candidate: Candidate) -> int:
+    return STEMS.index(candidate.stem) if candidate.stem in STEMS else len(STEMS)

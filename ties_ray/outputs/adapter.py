@@ -60,28 +60,28 @@ class Adapter(CondensingOutput):
         """Return which changed parameters have no place in an adapter, and that layouts are mixed."""
         changed = _changed(parameters)
         no_matrix = [each.name for each in changed if len(each.shape) != 2 or not each.name.endswith(".weight")]
-        found = []
+        problems = []
         if no_matrix:
-            what = f"an adapter holds matrices called `*.weight`; the models also change {_listed(no_matrix)}"
+            message = f"an adapter holds matrices called `*.weight`; the models also change {_listed(no_matrix)}"
             remedy = f"write `kind: checkpoint` or `kind: delta`, or {_excluding(no_matrix, parameters)}"
-            found.append(Problem("output.kind", what, remedy, "not_a_matrix"))
+            problems.append(Problem("output.kind", message, remedy, "not_a_matrix"))
         if {"linear", "transposed"} <= {each.kind for each in changed}:
             turned = [each.name for each in changed if each.kind == "transposed"]
-            what = f"one adapter has one layout, and {_listed(turned)} are stored as (in, out), others as (out, in)"
+            message = f"one adapter has one layout, and {_listed(turned)} are stored as (in, out), others as (out, in)"
             remedy = f"write `kind: checkpoint`, or {_excluding(turned, parameters)}"
-            found.append(Problem("output.kind", what, remedy, "mixed_layouts"))
-        return found
+            problems.append(Problem("output.kind", message, remedy, "mixed_layouts"))
+        return problems
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return A and B of every parameter that is merged and changed."""
         rank, dtype = self.ranks[-1], DTYPES[self.dtype]
-        found = []
+        tensors = []
         for each in _changed(parameters):
             width, height = each.shape if _is_turned(each) else each.shape[::-1]
             for key, shape in zip(KEYS[each.kind], ((rank, width), (height, rank)), strict=True):
                 name = PREFIX + _path(each) + key
-                found.append(OutputTensor(name, dtype, shape, each.name, "scratch"))
-        return tuple(found)
+                tensors.append(OutputTensor(name, dtype, shape, each.name, "scratch"))
+        return tuple(tensors)
 
     def library(self, inputs: Library) -> Library:
         """Return PEFT: it and serving engines look for one file."""
@@ -169,8 +169,8 @@ class Adapter(CondensingOutput):
         halves = lowrank.halves(data, *parameter.shape)
         a, b = halves if _is_turned(parameter) else halves[::-1]
         rank = self.ranks[-1]
-        found = a[:rank] if tensor.name.endswith(KEYS[parameter.kind][0]) else b[:rank].T
-        return found.to(getattr(torch, self.dtype)).reshape(-1)
+        factor = a[:rank] if tensor.name.endswith(KEYS[parameter.kind][0]) else b[:rank].T
+        return factor.to(getattr(torch, self.dtype)).reshape(-1)
 
 
 def _changed(parameters: Sequence[Parameter]) -> list[Parameter]:
@@ -186,22 +186,22 @@ def _is_turned(parameter: Parameter) -> bool:
     return parameter.kind != "linear"
 
 
-def targets(changed: Collection[str], known: Iterable[str]) -> list[str]:
+def targets(changed: Collection[str], modules: Iterable[str]) -> list[str]:
     """Return the shortest ends of paths that name the changed modules and no other, as PEFT matches them.
 
     changed: paths of modules. known: those of all modules; what holds them is known by that. An end begins with a
     number only where no other does.
     """
-    wanted = {tuple(path.split(".")) for path in changed}
-    paths = [tuple(path.split(".")) for path in known]
+    own = {tuple(path.split(".")) for path in changed}
+    paths = [tuple(path.split(".")) for path in modules]
     others = {words[:count] for words in paths for count in range(1, len(words) + 1)}
-    ends = Counter(words[start:] for words in others - wanted for start in range(len(words)))
-    found = set()
-    for words in wanted:
+    ends = Counter(words[start:] for words in others - own for start in range(len(words)))
+    ends_of_own = set()
+    for words in own:
         starts = [start for start in range(len(words) - 1, -1, -1) if not ends[words[start:]]]
         named = [start for start in starts if not words[start].isdigit()]
-        found.add(words[(named or starts or [0])[0] :])
-    return sorted(".".join(words) for words in found)
+        ends_of_own.add(words[(named or starts or [0])[0] :])
+    return sorted(".".join(words) for words in ends_of_own)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -187,8 +187,8 @@ class Store(ABC):
         """
         pin, data = self.head(uri, limit)
         if pin.size > limit:
-            found = f"has {pin.size:,} bytes, and at most {limit:,} were expected"
-            raise InputError(Problem(shown(uri), found, "check that this is the right file"))
+            message = f"has {pin.size:,} bytes, and at most {limit:,} were expected"
+            raise InputError(Problem(shown(uri), message, "check that this is the right file"))
         return pin, data
 
 
@@ -266,9 +266,9 @@ class Stores:
     def of(self, uri: str) -> Store:
         """Return the store that serves `uri`; raise `InputError` for a URI that would carry a secret into messages."""
         if holds_secret(uri):
-            what = "is a URL with a password or a signature in it"
+            message = "is a URL with a password or a signature in it"
             remedy = "give the plain URL; credentials come from the environment, a profile or a role"
-            raise InputError(Problem(shown(uri), what, remedy))
+            raise InputError(Problem(shown(uri), message, remedy))
         scheme = scheme_of(uri)
         wrong = unserved(uri) if scheme not in self._open or "::" in uri else ""
         if wrong:
@@ -296,14 +296,16 @@ def store_class(scheme: str) -> type[Store]:
     return plugins.load("stores", "fsspec" if is_generic(scheme) else scheme, Store)
 
 
-def options_of(scheme: str, given: Mapping[str, object]) -> BaseModel:
+def options_of(scheme: str, options: Mapping[str, object]) -> BaseModel:
     """Return the checked options of a scheme; raise `RecipeError` with all that is wrong, and no value in it."""
     try:
-        return store_class(scheme).options.model_validate(dict(given))
+        return store_class(scheme).options.model_validate(dict(options))
     except ValidationError as error:
         raise RecipeError(
-            Problem(".".join(map(str, ("storage", scheme, *one["loc"]))), one["msg"].removeprefix("Value error, "))
-            for one in error.errors(include_input=False, include_url=False)
+            Problem(
+                ".".join(map(str, ("storage", scheme, *detail["loc"]))), detail["msg"].removeprefix("Value error, ")
+            )
+            for detail in error.errors(include_input=False, include_url=False)
         ) from None
 
 
@@ -313,11 +315,11 @@ class NoUpload(InterruptedMerge):
 
 def no_upload(uri: str, doing: str) -> NoUpload:
     """Return the error of a part or a completion whose upload was forgotten, as a lifecycle rule does."""
-    what = f"{doing}: the store does not know the upload (any more)"
-    return NoUpload(Problem(shown(uri), what, "run the same command again: it begins another upload"))
+    message = f"{doing}: the store does not know the upload (any more)"
+    return NoUpload(Problem(shown(uri), message, "run the same command again: it begins another upload"))
 
 
-def changed(pin: Pin, found: str) -> InputError:
+def changed(pin: Pin, difference: str) -> InputError:
     """Return the error of a read that met another content than the pinned one."""
-    what = f"changed since the plan was made: {found}"
-    return InputError(Problem(shown(pin.uri), what, f"keep inputs unchanged during a merge; {FRESH_THEN}"))
+    message = f"changed since the plan was made: {difference}"
+    return InputError(Problem(shown(pin.uri), message, f"keep inputs unchanged during a merge; {FRESH_THEN}"))

@@ -129,10 +129,10 @@ def persist(
         )
     except Transient as error:
         count, passed = retrying.statistics["attempt_number"], time.monotonic() - started
-        what = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
+        message = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
         if error.remedy is not None:
-            raise InputError(Problem(shown(uri), what, error.remedy)) from None
-        raise UnavailableError(Problem(shown(uri), what, "run the same command again later")) from None
+            raise InputError(Problem(shown(uri), message, error.remedy)) from None
+        raise UnavailableError(Problem(shown(uri), message, "run the same command again later")) from None
     return result
 
 
@@ -161,12 +161,12 @@ def _is_spent(state: tenacity.RetryCallState, seconds: float) -> bool:
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and those that led to it; botocore keeps them as `kwargs["error"]`, urllib3 as `reason`."""
-    seen: set[int] = set()
+    yielded: set[int] = set()
     left = [error]
     while left:
         cause = left.pop()
-        if isinstance(cause, BaseException) and id(cause) not in seen:
-            seen.add(id(cause))
+        if isinstance(cause, BaseException) and id(cause) not in yielded:
+            yielded.add(id(cause))
             yield cause
             kept = getattr(cause, "kwargs", None)
             inner = kept.get("error") if isinstance(kept, Mapping) else None

@@ -49,16 +49,16 @@ def proof_of(data: memoryview, *, crc: bool) -> tuple[str, dict[str, str]]:
 def rows(page: Mapping[str, Any], kind: str, *names: str) -> Sequence[Mapping[str, Any]]:
     """Return what a page lists of a kind; raise `InputError` where one lacks what it must have."""
     rows: Sequence[Mapping[str, Any]] = page.get(kind, ())
-    missing = [name for name in names if any(name not in one for one in rows)]
+    missing = [name for name in names if any(name not in row for row in rows)]
     if missing:
-        what = f"a service lists {kind} without their {', '.join(missing)}"
-        raise InputError(Problem("storage.s3", what, "check endpoint_url: S3 answers otherwise"))
+        message = f"a service lists {kind} without their {', '.join(missing)}"
+        raise InputError(Problem("storage.s3", message, "check endpoint_url: S3 answers otherwise"))
     return rows
 
 
-def endless(uri: str, what: str) -> InputError:
-    found = f"{what} has no end: the service says that more follows, and sends nothing new"
-    return InputError(Problem(uri, found, "check storage.s3.endpoint_url: S3 answers otherwise"))
+def endless(uri: str, message: str) -> InputError:
+    message = f"{message} has no end: the service says that more follows, and sends nothing new"
+    return InputError(Problem(uri, message, "check storage.s3.endpoint_url: S3 answers otherwise"))
 
 
 def pin_of(uri: str, size: int, response: Mapping[str, Any]) -> Pin:
@@ -81,36 +81,35 @@ def demand_plain(response: Mapping[str, Any], uri: str) -> None:
     """Raise unless the bytes of an object are those of the file: some uploads compress it, and say so beside it."""
     headers = response["ResponseMetadata"].get("HTTPHeaders", {})  # Google shows there what it has unpacked
     encodings = f"{response.get('ContentEncoding') or ''},{headers.get('x-goog-stored-content-encoding') or ''}".lower()
-    found = {one.strip() for one in encodings.split(",")} - {"", "identity", "none", "aws-chunked"}
-    if found:
-        what = (
-            f"is stored with Content-Encoding {', '.join(sorted(found))}: its bytes are compressed, and not the file's"
-        )
-        raise InputError(Problem(uri, what, "unpack it (gzip -d), and upload it again without that header"))
+    encoded = {encoding.strip() for encoding in encodings.split(",")} - {"", "identity", "none", "aws-chunked"}
+    if encoded:
+        names = ", ".join(sorted(encoded))
+        message = f"is stored with Content-Encoding {names}: its bytes are compressed, and not the file's"
+        raise InputError(Problem(uri, message, "unpack it (gzip -d), and upload it again without that header"))
 
 
-def whole_size(response: Mapping[str, Any], wanted: int) -> int:
+def whole_size(response: Mapping[str, Any], asked: int) -> int:
     """Return the size of the object whose first `wanted` bytes were asked for, if the answer is a sound one."""
-    status, found, length = _status(response), response.get("ContentRange"), response.get("ContentLength")
-    if status == 200 and found is None and length is not None and length <= wanted:
+    status, content_range, length = _status(response), response.get("ContentRange"), response.get("ContentLength")
+    if status == 200 and content_range is None and length is not None and length <= asked:
         return int(length)
-    ranged = re.fullmatch(r"bytes 0-(\d+)/(\d+)", found or "")
-    if status == 206 and ranged and int(ranged[1]) + 1 == min(wanted, int(ranged[2])) and length == int(ranged[1]) + 1:
+    ranged = re.fullmatch(r"bytes 0-(\d+)/(\d+)", content_range or "")
+    if status == 206 and ranged and int(ranged[1]) + 1 == min(asked, int(ranged[2])) and length == int(ranged[1]) + 1:
         return int(ranged[2])
-    raise Transient(f"asked for bytes 0-{wanted - 1}, {_told(response)}", attempts=4)
+    raise Transient(f"asked for bytes 0-{asked - 1}, {_told(response)}", attempts=4)
 
 
-def demand(response: Mapping[str, Any], wanted: str, count: int, pin: Pin) -> None:
+def demand(response: Mapping[str, Any], asked: str, count: int, pin: Pin) -> None:
     """Raise unless the answer announces just the range that was asked for, of the pinned object."""
-    etag, found = bare(response.get("ETag")), response.get("ContentRange")
+    etag, content_range = bare(response.get("ETag")), response.get("ContentRange")
     if etag != pin.etag:
         raise changed(pin, f"ETag {pin.etag or 'none'}, now {etag or 'none'}")
-    whole = _status(response) == 200 and found is None and count == pin.size
-    ranged = _status(response) == 206 and found == wanted
+    whole = _status(response) == 200 and content_range is None and count == pin.size
+    ranged = _status(response) == 206 and content_range == asked
     if not (whole or ranged) or response.get("ContentLength") != count:
-        raise Transient(f"asked for {wanted}, {_told(response)}", attempts=4)
+        raise Transient(f"asked for {asked}, {_told(response)}", attempts=4)
 
 
 def _told(response: Mapping[str, Any]) -> str:
-    found = response.get("ContentRange", "no Content-Range")
-    return f"got status {_status(response)} with {found} and {response.get('ContentLength')} bytes"
+    content_range = response.get("ContentRange", "no Content-Range")
+    return f"got status {_status(response)} with {content_range} and {response.get('ContentLength')} bytes"

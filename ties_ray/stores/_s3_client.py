@@ -55,8 +55,8 @@ class S3Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_secrets(cls, given: object) -> object:
-        return refuse_secrets(given)
+    def _no_secrets(cls, options: object) -> object:
+        return refuse_secrets(options)
 
     @model_validator(mode="after")
     def _agree(self) -> "S3Options":
@@ -99,16 +99,16 @@ def _customer_key(place: str) -> bytes:
     try:
         text = os.environb[name.encode()] if kind == "env" else Path(name).expanduser().read_bytes()
     except (KeyError, OSError):
-        what = f"there is no {'environment variable' if kind == 'env' else 'readable file'} {name}"
-        raise InputError(Problem("storage.s3.customer_key", what, "every worker needs it")) from None
+        message = f"there is no {'environment variable' if kind == 'env' else 'readable file'} {name}"
+        raise InputError(Problem("storage.s3.customer_key", message, "every worker needs it")) from None
     try:
         key = text if len(text) == 32 else b64decode(text.strip(), validate=True)
     except NotBase64:
         key = b""
     if len(key) != 32:
-        what = f"{place} holds no key of 32 bytes, plain or in base64"
+        message = f"{place} holds no key of 32 bytes, plain or in base64"
         remedy = "make one: head -c 32 /dev/urandom | base64"
-        raise InputError(Problem("storage.s3.customer_key", what, remedy))
+        raise InputError(Problem("storage.s3.customer_key", message, remedy))
     return key
 
 
@@ -149,11 +149,11 @@ def connect(options: S3Options, silence: float, *, unsigned: bool) -> Connection
     asked = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION")
     asked = options.checksums or (asked or session.get_scoped_config().get("request_checksum_calculation", "")).lower()
     host = urlsplit(client.meta.endpoint_url).hostname or ""
-    found = None if unsigned else session.get_credentials()
-    frozen = found.get_frozen_credentials() if found else None
+    credentials = None if unsigned else session.get_credentials()
+    frozen = credentials.get_frozen_credentials() if credentials else None
     identity = f"{frozen.access_key} {frozen.token}" if frozen else ""
     is_aws = any(host.endswith(f".{suffix}") for suffix in _suffixes(session))
-    return Connection(client, is_aws, asked, (found.method if found else "", identity))
+    return Connection(client, is_aws, asked, (credentials.method if credentials else "", identity))
 
 
 def _suffixes(session: Any) -> Iterator[str]:
@@ -192,13 +192,13 @@ def _document(response: Any, operation: str, endpoint: str) -> bytes:
     for chunk in response.raw.stream(1 << 16):
         data += chunk
         if len(data) > DOCUMENT_BYTES:
-            what = f"it answers {operation} with more than {DOCUMENT_BYTES:,} bytes"
+            message = f"it answers {operation} with more than {DOCUMENT_BYTES:,} bytes"
             remedy = "check storage.s3.endpoint_url: a service that speaks S3 sends less"
-            raise InputError(Problem(endpoint, what, remedy))
+            raise InputError(Problem(endpoint, message, remedy))
         if time.monotonic() > late:
             raise TimeoutError(f"its answer took more than {DOCUMENT_SECONDS:g} s")
     start = bytes(data[:64]).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if response.status_code < 300 and start and (start[:1] != b"<" or start.startswith((b"<html", b"<!doctype"))):
-        what = f"it answers {operation} with something else than XML: it does not speak S3"
-        raise InputError(Problem(endpoint, what, "check storage.s3.endpoint_url and its port"))
+        message = f"it answers {operation} with something else than XML: it does not speak S3"
+        raise InputError(Problem(endpoint, message, "check storage.s3.endpoint_url and its port"))
     return bytes(data)

@@ -50,9 +50,9 @@ def answer(error: Exception) -> tuple[int, str, str]:
     response = getattr(error, "response", None)
     if not isinstance(response, Mapping):
         return 0, "", ""
-    told = response.get("Error", {})
+    details = response.get("Error", {})
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status, str(told.get("Code", status)), str(told.get("Message", ""))
+    return status, str(details.get("Code", status)), str(details.get("Message", ""))
 
 
 def refuses(error: Exception, header: str) -> bool:
@@ -72,13 +72,13 @@ def explained(error: Exception, uri: str, doing: str, *, reached: bool, unsigned
     status, code, message = answer(error)
     if not status:
         return _of_client(error, uri, doing, reached=reached)
-    told = f"{code}: {shown(message[:2000])}" if message else code
+    reason = f"{code}: {shown(message[:2000])}" if message else code
     if code in _THROTTLED or status in (429, 503):
-        return Transient(f"{status} {told}", throttled=True)
+        return Transient(f"{status} {reason}", throttled=True)
     if code in _DAMAGED:
-        return Transient(f"{status} {told}", attempts=4)
+        return Transient(f"{status} {reason}", attempts=4)
     if code in EXPIRED:
-        return Transient(f"{status} {told}, and so again after the credentials were looked up anew", attempts=4)
+        return Transient(f"{status} {reason}, and so again after the credentials were looked up anew", attempts=4)
     if code == "NoSuchBucket":
         remedy = "check the name, and storage.s3.endpoint_url: it may be of another service"
         return InputError(Problem(uri, "there is no such bucket", remedy))
@@ -89,13 +89,15 @@ def explained(error: Exception, uri: str, doing: str, *, reached: bool, unsigned
     if status == 412:
         return Unmet(Problem(uri, f"{doing}: another writer was there first", "run again"))
     if status == 507 or code == "XMinioStorageFull":
-        return InputError(Problem(uri, f"{doing} failed ({status} {told})", "free some room there, or write elsewhere"))
+        return InputError(
+            Problem(uri, f"{doing} failed ({status} {reason})", "free some room there, or write elsewhere")
+        )
     if (status >= 500 and status != 501) or status in (307, 408) or code in _PASSING:
-        return Transient(f"{status} {told}")
-    return InputError(Problem(uri, *_refused(error, uri, doing, told, unsigned=unsigned)))
+        return Transient(f"{status} {reason}")
+    return InputError(Problem(uri, *_refused(error, uri, doing, reason, unsigned=unsigned)))
 
 
-def _refused(error: Exception, uri: str, doing: str, told: str, *, unsigned: bool) -> tuple[str, str]:
+def _refused(error: Exception, uri: str, doing: str, reason: str, *, unsigned: bool) -> tuple[str, str]:
     """Return what is wrong and what to do, where the service refuses for good."""
     status, code, message = answer(error)
     response: Mapping[str, Mapping[str, object]] = getattr(error, "response", {})
@@ -103,7 +105,7 @@ def _refused(error: Exception, uri: str, doing: str, told: str, *, unsigned: boo
     region = response.get("Error", {}).get("Region") or (
         headers.get("x-amz-bucket-region") if isinstance(headers, Mapping) else None
     )
-    what = f"{doing} was refused ({told})" if status in (401, 403) else f"{doing} failed ({status} {told})"
+    message = f"{doing} was refused ({reason})" if status in (401, 403) else f"{doing} failed ({status} {reason})"
     if code == "InvalidObjectState":
         kept = response.get("Error", {}).get("StorageClass", "an archive")
         bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -111,22 +113,22 @@ def _refused(error: Exception, uri: str, doing: str, told: str, *, unsigned: boo
         remedy = f"restore it and wait for that: aws s3api restore-object {place} --restore-request Days=7"
         return f"is archived ({kept}) and can't be read", remedy
     if code in _REGION or (region and status in (301, 400)):
-        return what, f"set storage.s3.region: {region}" if region else "check storage.s3.region and endpoint_url"
+        return message, f"set storage.s3.region: {region}" if region else "check storage.s3.region and endpoint_url"
     if code in _REMEDIES:
-        return what, _REMEDIES[code]
+        return message, _REMEDIES[code]
     if re.search("virtual.hosted|second.level.domain", message, re.IGNORECASE):
-        return what, "set storage.s3.addressing: virtual"
+        return message, "set storage.s3.addressing: virtual"
     if re.search("checksum|crc32", message, re.IGNORECASE):
-        return what, "take storage.s3.checksums out, or set it to when_required"
+        return message, "take storage.s3.checksums out, or set it to when_required"
     if re.search("customer.provided|form of server.side encryption|encryption parameters", message, re.IGNORECASE):
-        return what, "the object has a key of its own (SSE-C): say in storage.s3.customer_key where that key lies"
+        return message, "the object has a key of its own (SSE-C): say in storage.s3.customer_key where that key lies"
     if status in (401, 403):
-        return what, _permission(doing, unsigned=unsigned)
+        return message, _permission(doing, unsigned=unsigned)
     if status == 404:
-        return what, "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
+        return message, "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
     if status in (301, 302, 308):
-        return what, "check storage.s3.endpoint_url: it leads elsewhere"
-    return what, "the service refuses this for good: see what it says, and storage.s3"
+        return message, "check storage.s3.endpoint_url: it leads elsewhere"
+    return message, "the service refuses this for good: see what it says, and storage.s3"
 
 
 def _permission(doing: str, *, unsigned: bool) -> str:
@@ -150,10 +152,10 @@ def _of_client(error: Exception, uri: str, doing: str, *, reached: bool) -> Exce
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
 
-    what = f"{doing} failed: {shown(error)}"
+    message = f"{doing} failed: {shown(error)}"
     advice: str | None = _lasting(error, boto, reached=reached)
     if advice:
-        return InputError(Problem(uri, what, advice))
+        return InputError(Problem(uri, message, advice))
     unknown = any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in causes_of(error))
     if unknown and not reached:  # once it was known, the name will be so again
         advice = (
@@ -175,7 +177,7 @@ def _of_client(error: Exception, uri: str, doing: str, *, reached: bool) -> Exce
     if isinstance(error, passing):
         return Transient(error)
     if isinstance(error, boto.BotoCoreError | ValueError):
-        return InputError(Problem(uri, what, "check the URI, storage.s3 and the AWS configuration"))
+        return InputError(Problem(uri, message, "check the URI, storage.s3 and the AWS configuration"))
     return error
 
 

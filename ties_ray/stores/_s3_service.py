@@ -70,10 +70,10 @@ class Service:
                 kind: connection for kind, connection in self._connections.items() if connection is not expired
             }
 
-    def note(self, what: str) -> None:
+    def note(self, message: str) -> None:
         """Note for the result, once, what the service lacks and what is done instead."""
-        if what not in self._notes:
-            self._notes.append(what)
+        if message not in self._notes:
+            self._notes.append(message)
 
     def ask_upload(self, uri: str, doing: str, operation: str, upload: str, **arguments: Any) -> Any:
         """Return the answer of a request about an upload; None if the service does not know it."""
@@ -139,7 +139,7 @@ class Service:
     def _expired(self, error: Exception, uri: str, connection: Connection) -> Transient:
         """Return the error for credentials that have run out; the next try looks them up anew."""
         status, code, message = answer(error)
-        what = f"{status} {code}: {message}, and so again after the credentials were looked up anew"
+        message = f"{status} {code}: {message}, and so again after the credentials were looked up anew"
         static = connection.credentials[0] in _STATIC
         remedy = "get new credentials, and run the same command: what is done is kept"
-        return Transient(what, attempts=4, remedy=remedy if static else None)
+        return Transient(message, attempts=4, remedy=remedy if static else None)

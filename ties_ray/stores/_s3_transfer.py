@@ -122,8 +122,8 @@ class Transfer:
             if not asked.keys().isdisjoint(("IfMatch", "IfNoneMatch")) and refuses(
                 error, "if-none-match|if-match|condition"
             ):
-                what = "the service does not know conditional writes"
-                raise Unconditional(Problem("", what, "use a service that does")) from error
+                message = "the service does not know conditional writes"
+                raise Unconditional(Problem("", message, "use a service that does")) from error
             raise
 
     def _holds(self, client: Any, uri: str, data: memoryview, late: float) -> bool:

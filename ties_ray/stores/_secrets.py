@@ -11,22 +11,22 @@ _SECRET = re.compile(
 )
 
 
-def refuse_secrets(given: object) -> object:
+def refuse_secrets(options: object) -> object:
     """Return `given`, the options of a store, unless a key or a URL in it looks like a credential: then ValueError.
 
     What stands in a recipe ends up in plans, logs and Ray's arguments.
     """
-    if isinstance(given, Mapping):
-        for key, value in given.items():
+    if isinstance(options, Mapping):
+        for key, value in options.items():
             if value is not None and not isinstance(value, bool) and _SECRET.search(str(key).lower()):
                 raise ValueError(
                     f"{key!r} looks like a secret, and a recipe never holds one: credentials come from the environment,"
                     " a profile or a role"
                 )
             refuse_secrets(value)
-    elif isinstance(given, list | tuple):
-        for value in given:
+    elif isinstance(options, list | tuple):
+        for value in options:
             refuse_secrets(value)
-    elif isinstance(given, str) and USER_IN_URL.match(given):
+    elif isinstance(options, str) and USER_IN_URL.match(options):
         raise ValueError("a URL with a user or password in it is a secret, and a recipe never holds one")
-    return given
+    return options

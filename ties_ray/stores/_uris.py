@@ -83,8 +83,8 @@ def hub_uri(uri: str) -> str:
 
 def hub_name(uri: str) -> str:
     """Return `org/name` of a URI of the hub, which is what its libraries take; any other URI as it is."""
-    found = re.match(r"hf://([^/@]+/[^/@]+)", uri)
-    return found[1] if found else uri
+    match = re.match(r"hf://([^/@]+/[^/@]+)", uri)
+    return match[1] if match else uri
 
 
 def join(folder: str, name: str) -> str:
@@ -94,9 +94,9 @@ def join(folder: str, name: str) -> str:
     for a name that is empty, `.` or `..`, or holds a slash, a backslash or a NUL.
     """
     if name in ("", ".", "..") or _NO_NAME.search(name):
-        what = f"{name!r} is not the name of a file in this folder"
+        message = f"{name!r} is not the name of a file in this folder"
         remedy = "rename the file, or remove the document that names it; for an output, merge again with --fresh"
-        raise InputError(Problem(shown(folder), what, remedy))
+        raise InputError(Problem(shown(folder), message, remedy))
     return entry_uri(folder, name)
 
 

@@ -45,10 +45,10 @@ class FsspecOptions(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_secrets(cls, given: object) -> object:
-        if isinstance(given, Mapping) and "protocol" in given:
+    def _no_secrets(cls, options: object) -> object:
+        if isinstance(options, Mapping) and "protocol" in options:
             raise ValueError("`protocol` would lead from this scheme to another one: leave it out")
-        return refuse_secrets(given)
+        return refuse_secrets(options)
 
 
 class Fsspec(Store):
@@ -120,21 +120,21 @@ class Fsspec(Store):
         data: bytes = files.cat_file(path, start=start, end=stop)
         self.meter.add(bytes_read=len(data))
         if len(data) != stop - start:
-            what = f"asked for {stop - start:,} bytes, {len(data):,} came"
-            raise Transient(what, attempts=4, remedy=_NO_RANGES if len(data) == pin.size else None)
+            message = f"asked for {stop - start:,} bytes, {len(data):,} came"
+            raise Transient(message, attempts=4, remedy=_NO_RANGES if len(data) == pin.size else None)
         return data
 
     def _look(self, uri: str) -> Pin:
         files, path = self._at(uri)
         files.invalidate_cache(path)
-        found = files.info(path)
-        if found["type"] != "file":
+        entry = files.info(path)
+        if entry["type"] != "file":
             raise FileNotFoundError(shown(uri))
-        if not isinstance(found.get("size"), int):
+        if not isinstance(entry.get("size"), int):
             raise InputError(Problem(shown(uri), "the server does not tell its size", "copy it to another store"))
-        if found.get("partial") is False and found["size"] > _WHOLE_BYTES:
+        if entry.get("partial") is False and entry["size"] > _WHOLE_BYTES:
             raise InputError(Problem(shown(uri), "the server says that it sends no ranges", _NO_RANGES))
-        return _pin(uri, found)
+        return _pin(uri, entry)
 
     def _at(self, uri: str) -> tuple[Any, str]:
         """Return the file system that serves `uri`, which fsspec keeps for the next call, and the path in it."""
@@ -148,8 +148,8 @@ class Fsspec(Store):
         except ValueError as error:
             if scheme in fsspec.available_protocols():
                 raise
-            what, remedy = f"no package is installed that serves {scheme}://", "install one for fsspec on every node"
-            raise InputError(Problem(shown(uri), what, remedy)) from error
+            message, remedy = f"no package is installed that serves {scheme}://", "install one for fsspec on every node"
+            raise InputError(Problem(shown(uri), message, remedy)) from error
         except TypeError as error:
             raise RecipeError(Problem(f"storage.{scheme}", shown(error), "see fsspec's documentation")) from error
         return files, path
@@ -171,8 +171,8 @@ class Fsspec(Store):
                     remedy = f"check the credentials that {scheme_of(uri)}:// finds, and their permissions"
                     raise InputError(Problem(shown(uri), f"{doing} was refused ({shown(error)})", remedy)) from error
                 if 400 <= status < 500 and status not in (408, 429):
-                    what = f"{doing} failed ({shown(error)})"
-                    raise InputError(Problem(shown(uri), what, "check the URI and its storage options")) from error
+                    message = f"{doing} failed ({shown(error)})"
+                    raise InputError(Problem(shown(uri), message, "check the URI and its storage options")) from error
                 advice, attempts = _lasting(error, scheme_of(uri))
                 raise Transient(f"{type(error).__name__}: {error}", attempts=attempts, remedy=advice) from error
 
@@ -186,11 +186,11 @@ def _name_in(path: str, name: str) -> str:
     return "" if last in (".", "..") else last
 
 
-def _pin(uri: str, found: Mapping[str, Any]) -> Pin:
-    lfs = found.get("lfs")  # Hugging Face: of a large file, the SHA-256
-    marks = {**found, **({"sha256": lfs["sha256"]} if isinstance(lfs, Mapping) and "sha256" in lfs else {})}
+def _pin(uri: str, entry: Mapping[str, Any]) -> Pin:
+    lfs = entry.get("lfs")  # Hugging Face: of a large file, the SHA-256
+    marks = {**entry, **({"sha256": lfs["sha256"]} if isinstance(lfs, Mapping) and "sha256" in lfs else {})}
     mark = next((name for name in _MARKS if marks.get(name)), "")
-    return Pin(uri, found["size"] or 0, f"{mark} {marks[mark]}" if mark else "")
+    return Pin(uri, entry["size"] or 0, f"{mark} {marks[mark]}" if mark else "")
 
 
 def _behind(error: BaseException) -> BaseException:

@@ -74,8 +74,8 @@ class Hf(Store):
         try:
             from huggingface_hub import HfApi
         except ImportError:
-            what = "reading a model from the Hugging Face hub needs the package huggingface_hub"
-            raise InputError(Problem("hf://", what, "run `pip install huggingface_hub` on every node")) from None
+            message = "reading a model from the Hugging Face hub needs the package huggingface_hub"
+            raise InputError(Problem("hf://", message, "run `pip install huggingface_hub` on every node")) from None
         self._api = HfApi()
         self._cache = options.cache
         self._commits: dict[tuple[str, str], str] = {}
@@ -129,8 +129,8 @@ class Hf(Store):
 
             def ask() -> str:
                 if not _is_offline():
-                    found = self._api.model_info(at.repo, revision=at.revision, timeout=_TIMEOUT).sha
-                    return found or at.revision
+                    commit = self._api.model_info(at.repo, revision=at.revision, timeout=_TIMEOUT).sha
+                    return commit or at.revision
                 with open(_ref(at)) as file:
                     return file.read().strip()
 
@@ -189,9 +189,9 @@ class Hf(Store):
                 while position < len(into):
                     count = os.preadv(file.fileno(), [into[position:]], start + position)
                     if not count:
-                        what = f"its copy in the cache is too short ({path})"
+                        message = f"its copy in the cache is too short ({path})"
                         raise InputError(
-                            Problem(shown(uri), what, f"remove that file, or run `hf cache verify {at.repo}`")
+                            Problem(shown(uri), message, f"remove that file, or run `hf cache verify {at.repo}`")
                         )
                     position += count
             self.meter.add(requests=1, bytes_read=len(into))
@@ -227,8 +227,8 @@ class Hf(Store):
             hf_raise_for_status(response)
             where = response.headers.get("Content-Range", "")
             if response.status_code != 206 or not where.startswith(f"bytes {start}-{stop - 1}/"):
-                what = f"got status {response.status_code} and the range {where!r}"
-                raise Transient(f"asked for bytes {start} to {stop - 1}, {what}", attempts=_ATTEMPTS)
+                message = f"got status {response.status_code} and the range {where!r}"
+                raise Transient(f"asked for bytes {start} to {stop - 1}, {message}", attempts=_ATTEMPTS)
             position = 0
             for piece in response.iter_raw():
                 into[position : position + len(piece)] = piece[: len(into) - position]
@@ -252,11 +252,11 @@ class Hf(Store):
 
 
 def _at(uri: str) -> _At:
-    found = _URI.fullmatch(uri)
-    parts = {found["revision"], *found["path"].split("/")} if found else set()
-    if not found or found["repo"].partition("/")[0] in _OTHERS or parts & {".", ".."}:
+    match = _URI.fullmatch(uri)
+    parts = {match["revision"], *match["path"].split("/")} if match else set()
+    if not match or match["repo"].partition("/")[0] in _OTHERS or parts & {".", ".."}:
         raise InputError(Problem(shown(uri), "is no model of the hub", "write hf://org/name@revision"))
-    return _At(found["repo"], found["revision"] or "main", found["path"].strip("/"))
+    return _At(match["repo"], match["revision"] or "main", match["path"].strip("/"))
 
 
 def _join(at: _At) -> str:
@@ -284,8 +284,8 @@ def _ref(at: _At) -> str:
 def _cached(at: _At) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(at.repo, at.path, revision=at.revision)
-    return found if isinstance(found, str) else None
+    path = try_to_load_from_cache(at.repo, at.path, revision=at.revision)
+    return path if isinstance(path, str) else None
 
 
 def _not_cached(at: _At) -> InputError:
@@ -298,41 +298,41 @@ def _ours(error: Exception, at: _At, doing: str) -> Exception:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{at.repo}"
-    uri, known = (
+    uri, reason = (
         _join(at),
         f"({shown(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)})",
     )
     token = "set HF_TOKEN to a token that may read it, on every node"
     if isinstance(error, errors.GatedRepoError):
-        what = "is gated: its owner asks readers to accept conditions first"
-        return InputError(Problem(uri, what, f"accept them at {page}, and {token}", "gated"))
+        message = "is gated: its owner asks readers to accept conditions first"
+        return InputError(Problem(uri, message, f"accept them at {page}, and {token}", "gated"))
     if isinstance(error, errors.RepositoryNotFoundError):
-        what = "there is no such model on the hub, or it is private"
+        message = "there is no such model on the hub, or it is private"
         return InputError(
             Problem(
                 uri,
-                what,
+                message,
                 f"check the name; if it is private, {token}; a local folder is written ./{at.repo}",
                 "not_found",
             )
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        what = f"the model has no branch, tag or commit {at.revision!r}"
-        return InputError(Problem(uri, what, f"see {page}/branches/all", "revision"))
+        message = f"the model has no branch, tag or commit {at.revision!r}"
+        return InputError(Problem(uri, message, f"see {page}/branches/all", "revision"))
     if isinstance(error, errors.OfflineModeIsEnabled):
         return _not_cached(at)
     if isinstance(error, errors.EntryNotFoundError | FileNotFoundError):
         return FileNotFoundError(shown(uri))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "free space, point HF_HOME to a larger disk, or set `storage: {hf: {cache: false}}` to keep nothing"
-        return UnavailableError(Problem(uri, f"the hub's cache has no room {known}", remedy))
+        return UnavailableError(Problem(uri, f"the hub's cache has no room {reason}", remedy))
     if isinstance(error, PermissionError):
         remedy = "make HF_HOME a folder that the workers may write, or set `storage: {hf: {cache: false}}`"
-        return InputError(Problem(uri, f"the hub's cache can't be written {known}", remedy))
+        return InputError(Problem(uri, f"the hub's cache can't be written {reason}", remedy))
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
         remedy = f"check the name; where it is private or gated, {token}"
-        return InputError(Problem(uri, f"{doing} was refused {known}", remedy))
+        return InputError(Problem(uri, f"{doing} was refused {reason}", remedy))
     return Transient(
-        f"{type(error).__name__}: {known}", attempts=None if status else _ATTEMPTS, throttled=status == 429
+        f"{type(error).__name__}: {reason}", attempts=None if status else _ATTEMPTS, throttled=status == 429
     )

@@ -113,8 +113,8 @@ class Local(WritableStore):
             entries = list(os.scandir(_path(uri)))
             for entry in entries:
                 _demand_utf8(uri, entry.name)
-            found = [entry.name for entry in entries if entry.is_dir() or not os.path.exists(entry)]
-            return tuple(sorted((entry_uri(uri, name) for name in found), key=os.fsencode))
+            names = [entry.name for entry in entries if entry.is_dir() or not os.path.exists(entry)]
+            return tuple(sorted((entry_uri(uri, name) for name in names), key=os.fsencode))
         return ()
 
     def _linked(self, uri: str, folder: int, limit: Path) -> Pin:
@@ -228,7 +228,7 @@ class Local(WritableStore):
                 for entry in list(os.scandir(path)):
                     if entry.name.startswith(".") and entry.name.endswith(_HIDDEN):
                         held += 512 * entry.stat(follow_symlinks=False).st_blocks
-            disk = os.statvfs(next(one for one in (path, *path.parents) if one.exists()))
+            disk = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
             return Space(disk.f_bavail * disk.f_frsize, held)
 
     def begin_upload(self, uri: str, size: int) -> str:
@@ -292,13 +292,13 @@ class Local(WritableStore):
                 entries = list(os.scandir(_path(folder)))
             except FileNotFoundError:
                 return ()
-            found = []
+            uploads = []
             for entry in entries:
                 if entry.name.startswith(".") and entry.name.endswith(_HIDDEN):
                     name, _, token = entry.name[1 : -len(_HIDDEN)].rpartition(".")
                     if name and _TOKEN.fullmatch(token):
-                        found.append((entry_uri(folder, name), f"{token}-{entry.inode()}"))
-        return tuple(sorted(found))
+                        uploads.append((entry_uri(folder, name), f"{token}-{entry.inode()}"))
+        return tuple(sorted(uploads))
 
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Flush, rename, flush the folder."""
@@ -308,8 +308,8 @@ class Local(WritableStore):
                 with _opened(_unfinished(uri, upload), _OWN) as file:
                     _demand_own(file)
                     if os.fstat(file).st_size != size:
-                        what = f"the upload has {os.fstat(file).st_size:,} bytes, its parts {size:,}"
-                        raise InputError(Problem(uri, what, "run the merge with --fresh"))
+                        message = f"the upload has {os.fstat(file).st_size:,} bytes, its parts {size:,}"
+                        raise InputError(Problem(uri, message, "run the merge with --fresh"))
                     os.fsync(file)
                 os.replace(_unfinished(uri, upload), path)
             except FileNotFoundError:
@@ -345,8 +345,8 @@ def _place(uri: str) -> Path:
         last = len(path.parts) - path.parts[::-1].index(_OURS)
         for link in (path, *path.parents)[: len(path.parts) - last + 1]:
             if link.is_symlink():
-                what = "is a link, and no merge makes one in its own folder"
-                raise InputError(Problem(str(link), what, "remove the link; or write to another output folder"))
+                message = "is a link, and no merge makes one in its own folder"
+                raise InputError(Problem(str(link), message, "remove the link; or write to another output folder"))
     return path
 
 
@@ -365,8 +365,8 @@ def _unfinished(uri: str, upload: str) -> Path:
 def _is_from(path: Path, upload: str, size: int) -> bool:
     """Return whether the file at `path` is the one which the upload made."""
     with suppress(FileNotFoundError):
-        found = os.stat(path)
-        return (str(found.st_ino), found.st_size) == (upload.partition("-")[2], size)
+        status = os.stat(path)
+        return (str(status.st_ino), status.st_size) == (upload.partition("-")[2], size)
     return False
 
 
@@ -381,20 +381,20 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def _demand_own(file: int) -> None:
     """Raise `FileNotFoundError` for what `begin_upload` has not made: another's file can have two names."""
-    found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         raise FileNotFoundError(errno.ENOENT, "not the hidden file of an upload")
 
 
 def _regular(file: int, uri: str) -> os.stat_result:
-    found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
         raise FileNotFoundError(errno.ENOENT, "not a file", uri)
-    return found
+    return status
 
 
-def _pin(uri: str, found: os.stat_result) -> Pin:
-    return Pin(uri, found.st_size, f"{found.st_mtime_ns}-{found.st_ino}")
+def _pin(uri: str, status: os.stat_result) -> Pin:
+    return Pin(uri, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -404,8 +404,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _not_ours(uri: str) -> InputError:
-    what = "the unfinished file of this upload is gone, and the file is another"
-    return InputError(Problem(uri, what, "leave the hidden files beside an output alone; run the merge with --fresh"))
+    message = "the unfinished file of this upload is gone, and the file is another"
+    return InputError(
+        Problem(uri, message, "leave the hidden files beside an output alone; run the merge with --fresh")
+    )
 
 
 def _real(file: int, path: Path) -> Path:
@@ -420,9 +422,9 @@ def _demand_inside(uri: str, target: Path, folder: Path) -> None:
     """Raise `InputError` where a link leads out of a folder, but to the blobs of the same Hugging Face repository."""
     blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"][:1]
     if not any(target.is_relative_to(place) for place in (folder, *blobs)):
-        what = f"is a link that leads out of its folder, to {target}"
+        message = f"is a link that leads out of its folder, to {target}"
         remedy = "put the file itself there, or set `storage: {local: {follow_links: true}}` if you trust the folder"
-        raise InputError(Problem(uri, what, remedy))
+        raise InputError(Problem(uri, message, remedy))
 
 
 def _demand_utf8(folder: str, name: str) -> None:
@@ -444,21 +446,23 @@ def _explained(uri: str, doing: str) -> Iterator[None]:
     except (FileNotFoundError, MergeError):
         raise
     except OSError as error:
-        what = f"can't {doing} it: {error.strerror}"
+        message = f"can't {doing} it: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UnavailableError(Problem(uri, what, "free space, and run the same command again")) from error
+            raise UnavailableError(Problem(uri, message, "free space, and run the same command again")) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(Problem(uri, what, "give the user of the workers this permission")) from error
+            raise InputError(Problem(uri, message, "give the user of the workers this permission")) from error
         if error.errno == errno.EFBIG:
             raise InputError(
-                Problem(uri, what, "this file system or its limits want a smaller `output.file_size`")
+                Problem(uri, message, "this file system or its limits want a smaller `output.file_size`")
             ) from error
         if error.errno is None:  # what Python itself refuses: to remove all behind a link
             raise InputError(Problem(uri, f"can't {doing} it: {error}", "check the path")) from error
         if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise InputError(
-                Problem(uri, what, "this file system can't do that: use a folder on another one")
+                Problem(uri, message, "this file system can't do that: use a folder on another one")
             ) from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP):
-            raise InputError(Problem(uri, what, "check the path")) from error
-        raise UnavailableError(Problem(uri, what, "check the disk or the mount, and run the command again")) from error
+            raise InputError(Problem(uri, message, "check the path")) from error
+        raise UnavailableError(
+            Problem(uri, message, "check the disk or the mount, and run the command again")
+        ) from error

@@ -48,21 +48,21 @@ class Memory(WritableStore):
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return the object's pin and its first bytes."""
         with _LOCK:
-            found = _OBJECTS.get(uri)
-        if found is None:
+            stored = _OBJECTS.get(uri)
+        if stored is None:
             raise FileNotFoundError(uri)
-        self.meter.add(requests=1, bytes_read=min(nbytes, len(found.data)))
-        return _pin(uri, found), found.data[:nbytes]
+        self.meter.add(requests=1, bytes_read=min(nbytes, len(stored.data)))
+        return _pin(uri, stored), stored.data[:nbytes]
 
     def read(self, pin: Pin, start: int, into: memoryview) -> None:
         """Copy the range."""
         with _LOCK:
-            found = _OBJECTS.get(pin.uri)
-        if found is None:
+            stored = _OBJECTS.get(pin.uri)
+        if stored is None:
             raise changed(pin, "the object is gone")
-        if _pin(pin.uri, found) != pin:
-            raise changed(pin, f"generation {pin.etag}, now {found.generation}")
-        into.cast("B")[:] = memoryview(found.data)[start : start + into.nbytes]
+        if _pin(pin.uri, stored) != pin:
+            raise changed(pin, f"generation {pin.etag}, now {stored.generation}")
+        into.cast("B")[:] = memoryview(stored.data)[start : start + into.nbytes]
         self.meter.add(requests=1, bytes_read=into.nbytes)
 
     def put(self, uri: str, data: bytes) -> Pin:
@@ -99,10 +99,10 @@ class Memory(WritableStore):
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
         """Return the parts by number."""
         with _LOCK:
-            found = _UPLOADS.get(upload)
-            if found is None:
+            begun = _UPLOADS.get(upload)
+            if begun is None:
                 return None
-            return tuple(_part(number, data) for number, (_, data) in sorted(found.parts.items()))
+            return tuple(_part(number, data) for number, (_, data) in sorted(begun.parts.items()))
 
     def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
         """Return the uploads that were begun and neither completed nor aborted."""
@@ -113,19 +113,19 @@ class Memory(WritableStore):
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
         """Join the parts."""
         with _LOCK:
-            found = _UPLOADS.get(upload)
+            begun = _UPLOADS.get(upload)
             there = _OBJECTS.get(uri)
-        if found is None:
+        if begun is None:
             if there is None:
                 raise no_upload(uri, "completing an upload")
             if there.upload != upload:
-                what = "this upload does not exist, and the object is another"
-                raise InputError(Problem(uri, what, "run the merge with --fresh"))
+                message = "this upload does not exist, and the object is another"
+                raise InputError(Problem(uri, message, "run the merge with --fresh"))
             return _pin(uri, there)
-        kept = [_part(number, data) for number, (_, data) in sorted(found.parts.items())]
-        if kept != sorted(parts) or sum(part.size for part in parts) != found.size:
+        kept = [_part(number, data) for number, (_, data) in sorted(begun.parts.items())]
+        if kept != sorted(parts) or sum(part.size for part in parts) != begun.size:
             raise InputError(Problem(uri, "the parts are not those that were written", "run the merge with --fresh"))
-        joined = b"".join(data for _, data in sorted(found.parts.values()))
+        joined = b"".join(data for _, data in sorted(begun.parts.values()))
         done = _set(uri, joined, upload)
         with _LOCK:
             _UPLOADS.pop(upload, None)
@@ -143,8 +143,8 @@ def _set(uri: str, data: bytes, upload: str = "") -> _Object:
     return made
 
 
-def _pin(uri: str, found: _Object) -> Pin:
-    return Pin(uri, len(found.data), str(found.generation))
+def _pin(uri: str, stored: _Object) -> Pin:
+    return Pin(uri, len(stored.data), str(stored.generation))
 
 
 def _part(number: int, data: bytes) -> Part:

@@ -81,8 +81,8 @@ class S3(WritableStore):
             idle = 0 if count > before else idle + 1
             if idle > _MOST_IDLE_PAGES or count > MOST_NAMES:
                 why = f"{idle} pages in a row brought nothing new" if idle else f"more than {MOST_NAMES:,} names"
-                what = f"its listing has no end: {why}, and the service says that more follows"
-                raise InputError(Problem(uri, what, "check storage.s3.endpoint_url, or name a smaller folder"))
+                message = f"its listing has no end: {why}, and the service says that more follows"
+                raise InputError(Problem(uri, message, "check storage.s3.endpoint_url, or name a smaller folder"))
         return Listing(
             tuple(sorted(files.values(), key=lambda pin: pin.uri.encode())),
             tuple(sorted((f"s3://{bucket}/{prefix}{name}" for name in folders), key=str.encode)),
@@ -125,32 +125,32 @@ class S3(WritableStore):
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second."""
-        wanted = max(nbytes, 1)
+        asked = max(nbytes, 1)
 
         def get(client: Any, late: float) -> tuple[Pin, bytes]:
             try:
-                response = self._transfer.get(client, uri, Range=f"bytes=0-{wanted - 1}")
+                response = self._transfer.get(client, uri, Range=f"bytes=0-{asked - 1}")
             except Exception as error:
                 if answer(error)[0] != 416:
                     raise
                 response = self._transfer.get(client, uri)
             with response["Body"] as body:
                 demand_plain(response, uri)
-                size = whole_size(response, wanted)
-                data = bytearray(min(wanted, size))
+                size = whole_size(response, asked)
+                data = bytearray(min(asked, size))
                 self._transfer.fill(body, memoryview(data), late)
             if size == len(data):
                 self._transfer.learn(uri, response, data)
             return pin_of(uri, size, response), bytes(data[:nbytes])
 
-        return self.service.repeat(uri, f"reading its first {wanted:,} bytes", get, wanted)
+        return self.service.repeat(uri, f"reading its first {asked:,} bytes", get, asked)
 
     def read(self, pin: Pin, start: int, into: memoryview) -> None:
         """Read a range of the pinned object: If-Match is always sent, and the answer's ETag compared as well."""
         into = into.cast("B")
         if not into:
             return
-        wanted = f"bytes {start}-{start + len(into) - 1}/{pin.size}"
+        asked = f"bytes {start}-{start + len(into) - 1}/{pin.size}"
         arguments = {"Range": f"bytes={start}-{start + len(into) - 1}"}
         if pin.etag and not pin.etag.startswith("W/"):  # a weak ETag never satisfies If-Match
             arguments["IfMatch"] = f'"{pin.etag}"'
@@ -168,7 +168,7 @@ class S3(WritableStore):
                     raise Transient("no permission to read a version by its id") from error
                 raise
             with response["Body"] as body:
-                demand(response, wanted, len(into), pin)
+                demand(response, asked, len(into), pin)
                 self._transfer.fill(body, into, late)
 
         self.service.repeat(pin.uri, f"reading bytes {start:,} to {start + len(into):,}", get, len(into))
@@ -178,9 +178,9 @@ class S3(WritableStore):
         try:
             done = self.put_if(uri, data, {})
         except FileNotFoundError:
-            what = "writing it failed (404)"
+            message = "writing it failed (404)"
             remedy = "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
-            raise InputError(Problem(uri, what, remedy)) from None
+            raise InputError(Problem(uri, message, remedy)) from None
         return pin_of(uri, len(data), done)
 
     def put_if(self, uri: str, data: bytes, condition: Mapping[str, str]) -> Any:
@@ -285,10 +285,10 @@ class S3(WritableStore):
         if likely and pin.size == sum(part.size for part in parts):
             return pin
         if done is None:
-            what = "the store does not know the upload, and the object is another"
-            raise InputError(Problem(uri, what, "run the merge with --fresh"))
-        what = f"the completed object has {pin.size:,} bytes and ETag {pin.etag}, but its parts give {etag}"
-        raise UnavailableError(Problem(uri, what, "delete it, and run the merge with --fresh"))
+            message = "the store does not know the upload, and the object is another"
+            raise InputError(Problem(uri, message, "run the merge with --fresh"))
+        message = f"the completed object has {pin.size:,} bytes and ETag {pin.etag}, but its parts give {etag}"
+        raise UnavailableError(Problem(uri, message, "delete it, and run the merge with --fresh"))
 
     def abort_upload(self, uri: str, upload: str) -> None:
         """Forget the upload."""
