@@ -103,7 +103,7 @@ class Contents:
     leftovers: tuple[str, ...] = ()
     """Keys of config.json that are not true of the weights; an output that takes the config over drops them."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """Facts for reports and outputs: `base_name` (the name that it gives its base), `task_type`, `rank`, `scale`, ..."""
+    """Facts for reports and outputs: `base_name` (the name that it gives its base), `task_type`, `rank`, ..."""
 
 
 class Format(ABC):
