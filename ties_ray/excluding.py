@@ -7,16 +7,16 @@ from fnmatch import fnmatchcase
 from glob import escape
 
 MOST = 32
-"""Patterns that a remedy lists; a model that needs more is better left out."""
+"""The most patterns that a remedy lists; a model that needs more is better left out."""
 COPIES = "copies the base's, without what the models trained in them"
-"""What `exclude` does to parameters of the base."""
+"""The effect of `exclude` on parameters of the base."""
 LEAVE_OUT = "leave it out (`allow: {refused_model: drop}` does)"
 
 
 def exclusion(names: Collection[str], others: Iterable[str], effect: str) -> str:
-    """Return a remedy: `exclude: [...]` with its effect, or, where no short list will do, to leave the model out.
+    """Return a remedy: `exclude: [...]` with its effect, or to leave the model out where the list would be long.
 
-    names: what is to be left out. others: all other parameters of the base, which no pattern may match.
+    names: the parameters to exclude. others: all other parameters of the base, which no pattern may match.
     """
     listed = patterns(names, set(others) - set(names))
     return f"`exclude: {json.dumps(listed)}` {effect}" if listed else LEAVE_OUT

@@ -1,4 +1,4 @@
-"""Which folders a recipe means: globs, tables and plain paths become a list of models, in recipe order."""
+"""The folders that a recipe means: globs, tables and plain paths become a list of models, in recipe order."""
 
 import csv
 import io
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 TABLE_BYTES = 4 * 2**20
-"""Largest table of models that is read..."""
+"""The largest table of models that is read, in bytes."""
 TABLE_ROWS = 40_000
-"""...and the most rows of one: a table of empty rows would take a hundred times its size in memory."""
+"""The most rows of a table: empty rows would take a hundred times their size in memory."""
 LINE_SHOWN = 200
-"""Characters of a header row that a message repeats."""
+"""The most characters of a header row that a message repeats."""
 LINES_SHOWN = 20
-"""Problems shown of one table; the rest is counted."""
+"""The most problems of one table that are shown; the rest is counted."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-"""Endings of files that hold weights, also of such as are refused afterwards."""
+"""Endings of files that hold weights, also in formats that are refused later."""
 COLUMNS = ("path", "weight", "density", "file", "variant")
 BASE = "base"
 """The base's id."""
@@ -44,33 +44,33 @@ class Entry:
     """One model of the expanded list, or the base."""
 
     place: str
-    """Where it stands in the recipe, for messages: `models.3`."""
+    """Its place in the recipe, for messages: `models.3`."""
     uri: str
     id: str = ""
-    """Until the list is complete: empty where the recipe gives none."""
+    """The recipe's id; the complete list has one for every entry."""
     weight: float = 1.0
     density: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     version_id: Mapping[str, str] = field(default_factory=dict)
     settle: float = 0.0
-    """Seconds that its newest file must be old."""
+    """The least age of its newest file, in seconds."""
     file: str | None = None
     variant: str | None = None
-    """Which of several models in the folder is meant."""
+    """The variant of several models in the folder, as the recipe names it."""
 
 
 class Expanded(NamedTuple):
-    """What a recipe's list of models means."""
+    """The inputs that a recipe means."""
 
     entries: tuple[Entry, ...]
     """The base, if there is one, then the models, each with an id."""
     notes: tuple[str, ...]
     waiting: tuple[str, ...]
-    """Folders that are left for a later merge, and why."""
+    """Folders that wait for a later merge, each with the reason."""
 
 
 def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
-    """Return what a recipe's list of models means; a glob costs a listing a folder, `settle` two more a model.
+    """Return the inputs of a recipe; a glob costs a listing a folder, `settle` two more a model.
 
     Raises `RecipeError` for what the recipe contradicts, `InputError` for what is not there, with every problem.
     """
@@ -124,7 +124,7 @@ def _real(uri: str) -> str:
 
 
 def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor, notes: list[str]) -> Iterator[Entry]:
-    """Yield the models that one line of `models` means; what a reader should know is added to `notes`."""
+    """Yield the models that one line of `models` means; remarks for the reader are added to `notes`."""
     if asked.table is not None:
         rows = _table(asked, place, stores)
         gone = _left_out([entry.uri for entry in rows], asked.not_)
@@ -163,7 +163,7 @@ def _few(texts: Sequence[str]) -> str:
 
 
 def _exists(path: str, stores: Stores) -> bool:
-    """Return whether there is a folder of that very path, whatever its characters mean in a pattern."""
+    """Return whether there is a folder of exactly that path, whatever its characters mean in a pattern."""
     try:
         listing = stores.of(path).list(path.rstrip("/") or "/")
     except InputError:  # of a local path: a file, or a folder whose links lead out, which is told when it is read
@@ -176,7 +176,7 @@ def _is_link(uri: str) -> bool:
 
 
 def _settled(entries: Sequence[Entry], stores: Stores, threads: Executor, waiting: list[str]) -> list[Entry]:
-    """Return the entries whose folders hold weights and have come to rest; note in `waiting` what others lack."""
+    """Return the entries whose folders hold weights and are old enough; add the others to `waiting`."""
 
     def look(entry: Entry) -> str:
         if not entry.settle:
@@ -201,7 +201,7 @@ def _is_glob(path: str) -> bool:
 
 
 def _match(path: str, place: str, stores: Stores, threads: Executor) -> tuple[list[str], list[str]]:
-    """Return the folders that match, sorted by the bytes of their URIs, and `checkpoint-*` folders passed over."""
+    """Return (the folders that match, sorted by the bytes of their URIs, the `checkpoint-*` folders among them)."""
     scheme, separator, rest = path.partition("://") if "://" in path else ("", "", path)
     segments = rest.rstrip("/").split("/")
     first = next(index for index, segment in enumerate(segments) if _is_glob(segment))
@@ -223,9 +223,9 @@ def _match(path: str, place: str, stores: Stores, threads: Executor) -> tuple[li
 
 
 def _left_out(uris: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    """Return the paths which a pattern matches, or whose last segments do, as many as the pattern has.
+    """Return the paths that a pattern matches, as a whole or by their last segments.
 
-    A pattern that is the very path of some, or their last segments, means these alone.
+    A pattern that equals a path, or its last segments, means that path alone.
     """
     gone: set[str] = set()
     for pattern in (pattern.rstrip("/") for pattern in patterns):
@@ -236,7 +236,7 @@ def _left_out(uris: Sequence[str], patterns: Sequence[str]) -> set[str]:
 
 
 def _plain(path: str, stores: Stores) -> str | None:
-    """Return the one folder that a path with `*`, `?` or `[` means: itself, or what it quotes; None for a pattern."""
+    """Return the folder that a path with `*`, `?` or `[` means, literally or by quotes; None for a pattern."""
     quoted = re.sub(r"\[([][*?])\]", r"\1", path)
     rest = re.sub(r"\[[][*?]\]", "", path)
     return path if _exists(path, stores) else None if any(char in rest for char in "*?[") else quoted

@@ -1,4 +1,4 @@
-"""Adapters of other tools, told by how they spell their keys, and refused with a clear word before any format reads."""
+"""Adapters of other tools, recognised by the spelling of their keys and refused before any format reads them."""
 
 import re
 from collections.abc import Collection
@@ -21,9 +21,9 @@ class _Tool(NamedTuple):
     what: str
     remedy: str
     keys: re.Pattern[str]
-    """What is found in its keys, and in those of no other and of no PEFT adapter."""
+    """A part of its keys that no other tool and no PEFT adapter writes."""
     files: Collection[str] = ()
-    """Names of files that only it writes."""
+    """Names of files that only this tool writes."""
 
 
 _TOOLS = (
@@ -100,11 +100,10 @@ _TOOLS = (
 
 
 def problem(folder: Folder) -> Problem | None:
-    """Return why a folder can't be read as it is, with a code, else None.
+    """Return why a folder can't be read as it is, with a code, or None.
 
-    It is another tool's adapter (mlx, kohya, diffusers, ...), or its names mislead (candidates, file_name).
-    From names alone, never from shapes: a square factor of MLX has the same shape as one of PEFT. `config_missing`:
-    factors as PEFT names them, in a folder that is not an adapter's.
+    It is another tool's adapter (mlx, kohya, diffusers, ...), or its names mislead (candidates, file_name,
+    config_missing). Names decide, and never shapes: a square factor of MLX has the same shape as one of PEFT.
     """
     keys = [(file, key) for file, header in folder.headers.items() for key in header.tensors]
     names = {pin.uri.rpartition("/")[2] for pin in folder.files}

@@ -1,4 +1,4 @@
-"""The files beside the weights that an output takes over: which ones, pinned, and what is left and why."""
+"""The small files that an output takes over from an input, pinned, and the files that it leaves, with reasons."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -11,19 +11,19 @@ from ties_ray.libraries.loaders import MODULES, is_loaded, module_folders, role
 from ties_ray.stores import Listing, Pin, Stores, within
 
 LIMIT = 256 * 2**20
-"""Bytes of the largest file that is taken over; tokenizers of large vocabularies come near 40 MB."""
+"""The largest file that is taken over, in bytes; tokenizers of large vocabularies come near 40 MB."""
 MOST_FILES = 2000
-"""Files of one folder, with all folders in it, that are taken over."""
+"""The most files that are taken over from one folder, with all folders in it."""
 MOST_BYTES = 2**30
-"""Bytes of all files that are taken over: they are in memory together when they are published."""
+"""The most bytes of all files that are taken over: they are in memory together when they are published."""
 MOST_FOLDERS, DEEPEST = 200, 4
-"""Folders that are looked into, and how far down."""
+"""The most folders that are listed, and the levels below the input's folder."""
 MOST_NAMED = 100
-"""Names in one note; of more, the first ones and a count."""
+"""The most names in one note; more are counted."""
 TEXT_BYTES = 2**20
-"""Largest `modules.json` that is read."""
+"""The largest `modules.json` that is read."""
 COMPARED_BYTES = 64 * 2**20
-"""Largest file that is compared byte by byte."""
+"""The largest file that is compared byte by byte."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class SmallFile:
     """A file that the output takes over (config, tokenizer, chat template, licence, a small module's weights)."""
 
     name: str
-    """Relative to the model's folder: `1_Pooling/config.json`."""
+    """The name relative to the model's folder: `1_Pooling/config.json`."""
     pin: Pin
     without: tuple[str, ...] = ()
-    """Of a JSON object: keys that the output's file lacks; of its parts as `part.key`."""
+    """Keys of a JSON object that the output's file lacks; keys of its parts are written `part.key`."""
 
 
 class Taken(NamedTuple):
-    """What an output takes over from an input."""
+    """The files that an output takes over from an input."""
 
     files: tuple[SmallFile, ...]
     """Sorted by name."""
@@ -46,18 +46,18 @@ class Taken(NamedTuple):
 
 
 class _Tree(NamedTuple):
-    """The files of a folder and of the folders in it, by relative name, and what was not looked into."""
+    """The files of a folder and of the folders in it, by relative name, and the folders that were not listed."""
 
     files: dict[str, Pin]
     left: list[str]
 
 
 def take(uri: str, listing: Listing, stores: Stores, threads: Executor) -> Taken:
-    """Return the small files of an input folder, pinned, and notes on what is left of it.
+    """Return the small files of an input folder, pinned, and notes on the files that are left.
 
-    All come along but weights, what belongs to a training, and hidden files. A folder that holds weights is another
-    model's and stays, unless `modules.json` names it. Costs a listing a folder and a request a file. Raises
-    `InputError` where a file is not what its listing shows.
+    Weights, a training's files and hidden files are left. A folder that holds weights is another model's and is left,
+    unless `modules.json` names it. It costs a listing a folder and a request a file. Raises `InputError` where a file
+    is not the one that its listing shows.
     """
     modules = _modules(uri, listing, stores)
     tree = _tree(uri, listing, stores, threads)
@@ -89,16 +89,16 @@ def take(uri: str, listing: Listing, stores: Stores, threads: Executor) -> Taken
     if problems:
         raise InputError(problems)
     files = tuple(SmallFile(name, pin) for name, (pin, _) in zip(kept, heads, strict=True))
-    return Taken(files, tuple(_notes(uri, [folder.name for folder in files], list(dict.fromkeys(left)))))
+    return Taken(files, tuple(_notes(uri, [file.name for file in files], list(dict.fromkeys(left)))))
 
 
 def differing_modules(
     files: Sequence[SmallFile], others: Mapping[str, str], stores: Stores, threads: Executor
 ) -> list[str]:
-    """Return a note for each file of a sentence-transformers module that some models have otherwise.
+    """Return a note for each file of a sentence-transformers module that differs between models.
 
-    others: the URI of each model by its id. The files of a module are not merged, so that a trained one stays as it is
-    in the input that gives the small files.
+    others: the URI of each model by its id. The files of a module are not merged: the output has those of the input
+    that gives the small files.
     """
     text = next((stores.of(file.pin.uri).get_pinned(file.pin) for file in files if file.name == MODULES), b"[]")
     ours = {
@@ -125,7 +125,7 @@ def differing_modules(
 
 
 def _mistaken(name: str, head: bytes, size: int) -> tuple[str, str] | None:
-    """Return what a file is, and what to do, where it is a pointer, or a page instead of a JSON text that is loaded."""
+    """Return (problem, remedy) of a file that is a pointer, or a page in place of a JSON text that is loaded."""
     if pointer(head):
         return mistaken(head, size)
     return mistaken(head, size, text=True) if name.endswith(".json") and is_loaded(name) else None
@@ -142,7 +142,7 @@ def _modules(uri: str, listing: Listing, stores: Stores) -> tuple[str, ...]:
 
 
 def _tree(uri: str, listing: Listing, stores: Stores, threads: Executor) -> _Tree:
-    """Return all files below a folder, level by level; of folders that no output takes, the names alone."""
+    """Return all files below a folder, level by level, and the names of folders that no output takes."""
     files = {_last(pin.uri): pin for pin in listing.files}
     left: list[str] = []
     level = [_last(folder) for folder in listing.folders]
@@ -192,7 +192,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _is_expected(name: str) -> bool:
-    """Return whether everybody knows that a file stays: it is the weights that are merged."""
+    """Return whether a file needs no note because it is left: it holds the weights that are merged."""
     return "/" not in name and (name.endswith(".safetensors") or name.endswith(".safetensors.index.json"))
 
 

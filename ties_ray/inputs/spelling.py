@@ -1,6 +1,6 @@
-"""How the adapters of one pool spell the modules of their base: with or without leading words, as in `model.layers`.
+"""Spellings of the base's modules by the adapters of one pool: with or without leading words, as in `model.layers`.
 
-An adapter trained through a model with a head has words that one trained without it lacks. Both mean the same modules.
+An adapter that was trained through a model with a head has leading words that others lack. Both mean the same modules.
 """
 
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ class Spelling:
     """The one way in which a merged adapter spells all modules."""
 
     def __init__(self, models: Iterable[Mapping[str, str]]) -> None:
-        """models: of each adapter, what it calls each parameter of the base."""
+        """models: each adapter's names, by the base's name of a parameter."""
         adapters = [({name: _leading(name, called) for name, called in each.items()}, each) for each in models]
         changes = {inner: outer for ways, _ in adapters for inner, outer in ways.values() if inner != outer}
         votes: defaultdict[Words, Counter[Words]] = defaultdict(Counter)
@@ -29,7 +29,7 @@ class Spelling:
                 if inner in own or as_it_is:
                     votes[inner][own.get(inner, inner)] += 1
         self._outer = {inner: _winner(inner, count) for inner, count in votes.items()}
-        self._told = {
+        self._names = {
             name: called
             for ways, each in adapters
             if all(self._outer.get(inner, outer) == outer for inner, outer in ways.values())
@@ -37,9 +37,9 @@ class Spelling:
         }
 
     def __call__(self, name: str) -> str:
-        """Return what the merged adapter calls a parameter of the base, changed or not."""
-        if name in self._told and self._agrees(name):
-            return self._told[name]
+        """Return the merged adapter's name of a parameter of the base, changed or not."""
+        if name in self._names and self._agrees(name):
+            return self._names[name]
         words = _words(name)
         for count in range(len(words), -1, -1):
             if words[:count] in self._outer:
@@ -47,8 +47,8 @@ class Spelling:
         return name
 
     def _agrees(self, name: str) -> bool:
-        """Return whether what was told is no spelling that lost: a name as it is may be one."""
-        called = self._told[name]
+        """Return whether an adapter's name agrees with the winning spellings: an unchanged name may not."""
+        called = self._names[name]
         if called != name:
             return True
         words = _words(name)
@@ -64,9 +64,9 @@ def _winner(inner: Words, count: Counter[Words]) -> Words:
 
 
 def other_spellings(models: Sequence[Collection[str]]) -> dict[int, tuple[str, str]]:
-    """Return the models that spell a module otherwise than more of the others do: by number, both names.
+    """Return, by number, the models that spell a module otherwise than most do, with both names.
 
-    models: the parameters that each changes, as it calls them. Two names of one model are two modules.
+    models: each model's names of the parameters that it changes. Two names of one model are two modules.
     """
     users: Counter[str] = Counter(name for names in models for name in names)
     groups: defaultdict[tuple[Words, Words], set[str]] = defaultdict(set)
@@ -95,14 +95,14 @@ def _words(name: str) -> Words:
 
 
 def _split(name: str) -> tuple[Words, Words]:
-    """Return the words before the first number, which tell the container of the layers, and the rest."""
+    """Return the words before the first number, which name the container of the layers, and the rest."""
     words = _words(name)
     first = next((index for index, word in enumerate(words) if word.isdigit()), len(words) - 2)
     return words[: max(first, 0)], words[max(first, 0) :]
 
 
 def _leading(name: str, called: str) -> tuple[Words, Words]:
-    """Return the leading words in which two names differ, of the base's and of the adapter's."""
+    """Return the leading words in which the base's name and the adapter's differ."""
     inner, outer = _words(name), _words(called)
     while inner and outer and inner[-1] == outer[-1]:
         inner, outer = inner[:-1], outer[:-1]

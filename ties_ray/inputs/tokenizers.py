@@ -1,4 +1,4 @@
-"""Do the inputs speak the same tokens? Compared as far as it is cheap; what differs becomes a note of the catalog."""
+"""Comparison of the inputs' tokenizers, as far as it is cheap; differences become notes of the catalog."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -17,14 +17,14 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 MOST_BYTES = 64 * 2**20
-"""Largest file that is read; a large vocabulary has 20 MB."""
+"""The largest file that is read; a large vocabulary has 20 MB."""
 MOST_TOKENS = 4_000_000
-"""Lines of a vocabulary that is a text; each takes a hundred bytes."""
+"""The most lines of a text vocabulary; each takes a hundred bytes."""
 REMOTE_BYTES = 2**20
-"""Largest file that is fetched to be compared; beyond it two files differ where their ETags do."""
+"""The largest file that is fetched for a comparison; larger files differ where their ETags do."""
 
 Files = Mapping[str, Pin]
-"""What lies beside the weights of one input, by name, as listed."""
+"""The listed files beside the weights of one input, by name."""
 Fetch = Callable[[Pin], bytes]
 
 
@@ -37,7 +37,7 @@ class Tokenizer(NamedTuple):
 
 
 def notes(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads: Executor) -> list[str]:
-    """Say in what the models' vocabularies, special tokens and chat templates differ from the base's."""
+    """Return notes on vocabularies, special tokens and chat templates that differ from the base's."""
     read_base = lru_cache(maxsize=None)(partial(_fetch, stores))
     compare = partial(_differences, base.files, read_base, fetch=partial(_fetch, stores))
     who: dict[str, list[str]] = {}
@@ -50,7 +50,7 @@ def notes(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads:
 
 
 def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Stores) -> list[Problem]:
-    """Return what forbids to line up the first `rows` embedding rows of the two: ids that mean different tokens."""
+    """Return why the first `rows` embedding rows of two inputs do not line up: ids that mean different tokens."""
     fetch = partial(_fetch, stores)
     ours, theirs = _tokens(base.files, fetch), _tokens(model.files, fetch)
     if ours is None or theirs is None:
@@ -72,7 +72,7 @@ def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Store
 
 
 def _differences(base: Files, read_base: Fetch, model: Files, *, fetch: Fetch) -> list[str]:
-    """Return what differs between two inputs; files that a fine-tune left out are no difference."""
+    """Return the differences between two inputs; files that a fine-tune left out are none."""
     differences = []
     for name in VOCABULARY:
         if name in base and name in model and not _same(base[name], model[name]):
@@ -104,7 +104,7 @@ def _settings(files: Files, fetch: Fetch) -> dict[str, object]:
 
 
 def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
-    """Return the token of every id; None where the files do not tell."""
+    """Return the token of every id; None where the files hold none."""
     try:
         if "tokenizer.json" in files:
             whole = bounded.loads(fetch(files["tokenizer.json"]), bounded.DENSE)

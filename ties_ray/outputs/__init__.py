@@ -30,7 +30,7 @@ DEFAULT_PART = 64 * 2**20
 MIN_PART = 5 * 2**20
 """Smallest part that S3 accepts (but the last)."""
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""What a recipe may ask for, and how safetensors names it."""
+"""The dtypes that a recipe may ask for, with their names in safetensors."""
 
 
 def _part_size(value: ByteSize | None) -> ByteSize | None:
@@ -49,12 +49,12 @@ class OutputTensor(NamedTuple):
 
     name: str
     dtype: str
-    """As safetensors names it."""
+    """The name that safetensors gives it."""
     shape: tuple[int, ...]
     parameter: str
-    """The base parameter it comes from; but from scratch, it has as many elements, in the same order."""
+    """The base parameter it comes from. Unless it comes from scratch, it has the same elements in the same order."""
     origin: Literal["merged", "base", "scratch"] = "merged"
-    """Computed in the last round; the base's bytes as they are; or what an earlier round left in scratch."""
+    """merged: the last round computes it. base: the base's bytes are copied. scratch: an earlier round left it."""
 
 
 class Placed(NamedTuple):
@@ -68,7 +68,7 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One weight file, known to the byte but for the weights themselves."""
+    """One weight file, complete but for the weights themselves."""
 
     name: str
     header: str
@@ -86,12 +86,12 @@ def weight_map(files: Sequence[OutputFile]) -> bytes:
 
 
 class Condensed(NamedTuple):
-    """One merged matrix as factors of few columns, and what was lost."""
+    """One merged matrix as factors of few columns, and the error of each rank."""
 
     data: "Tensor"
     """fp32, 1-D: the data from which `CondensingOutput.assemble` makes tensors."""
     norm2: float
-    """Squared Frobenius norm of the matrix; not finite where an element is not: then the rest means nothing."""
+    """Squared Frobenius norm of the matrix; not finite where an element is not, and then the rest means nothing."""
     errors2: tuple[float, ...]
     """Squared Frobenius norm of the error at each of `CondensingOutput.ranks`."""
 
@@ -110,13 +110,13 @@ class Output(BaseModel, ABC):
     """Folder to write; may hold `{run_id}`."""
     kind: str
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
-    """Of the merged tensors; None: the base's, tensor by tensor."""
+    """The dtype of the merged tensors. None: each tensor has the base's."""
     file_size: ByteSize = Field(default=ByteSize(5_000_000_000), gt=0)
     """Largest weight file (a larger tensor gets a file of its own)."""
     part_size: PartSize = None
-    """Of an upload part; changes no byte of the result. None: 64MiB, less where the whole output is small."""
+    """The size of an upload part, which changes no byte of the result. None: 64MiB, less for a small output."""
     files_from: str = "base"
-    """Which input gives config, tokenizer and chat template: `base`, or a model's id or path."""
+    """The input that gives config, tokenizer and chat template: `base`, or a model's id or path."""
 
     reads_base: ClassVar[bool] = True
     """Whether the output holds values of the base. If not, and no model needs it, a recipe may leave the base out."""
@@ -127,29 +127,30 @@ class Output(BaseModel, ABC):
 
     @abstractmethod
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
-        """Return what is written, in the order in which files are filled."""
+        """Return the tensors to write, in the order in which files are filled."""
 
     @abstractmethod
     def library(self, inputs: Library) -> Library:
-        """Return what opens the output, and how it calls and divides the weight files; `inputs`: what opens the input
-        that `files_from` names.
+        """Return the library that opens the output; it decides names and number of the weight files.
+
+        inputs: the library of the input that `files_from` names.
         """
 
     @abstractmethod
     def index(
         self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes] | None:
-        """Return name and content of what leads a loader to the weights (an index, a config), if it needs one.
+        """Return name and content of the file that leads a loader to the weights (an index, a config), if any.
 
-        parameters: those that `tensors` was given.
-        facts: what all models of the recipe agree on (`base_name`, `task_type`), and `base`, the base's name or URI.
+        parameters: the arguments of `tensors`. facts: the facts that all models share (`base_name`, `task_type`), and
+        `base`, the base's name or URI.
         """
 
     @abstractmethod
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
-        """Return what a small file of `files_from` becomes in the output; None leaves it out.
+        """Return the content of a small file of `files_from` in the output; None leaves it out.
 
-        facts: as of `index`, and `untied`: names of what the base's config ties and the output has as a parameter.
+        facts: those of `index`, and `untied`: parameters of the output that the base's config ties.
         """
 
     @abstractmethod

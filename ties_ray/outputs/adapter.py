@@ -1,10 +1,10 @@
-"""One LoRA adapter in PEFT's layout: the merged change of every matrix as factors of one rank, and what that loses.
+"""One LoRA adapter in PEFT's layout: the merged change of every matrix as factors of one rank, and the error.
 
-Written as serving engines need it (vLLM drops rank and alpha patterns, and knows one file): one rank for all modules,
-zeros where a matrix has less, alpha = r, the scale in the factors, a plain list of targets.
+Serving engines need one rank for all modules and one file: vLLM ignores rank and alpha patterns. So a matrix of a lower
+rank gets zeros, alpha = r, the scale is in the factors, and the targets are a plain list.
 
-With delta = L @ R as the parameter is stored, a linear layer (out, in) has lora_A = R and lora_B = L; GPT-2's (in, out)
-and an embedding (rows, width) stand for the transposed product: A = L.T, B = R.T.
+A stored parameter has delta = L @ R. A linear layer (out, in) has lora_A = R and lora_B = L. GPT-2's layers (in, out)
+and embeddings (rows, width) have the transposed product: A = L.T, B = R.T.
 """
 
 import json
@@ -34,13 +34,13 @@ KEYS: dict[Kind, tuple[str, str]] = {
     "embedding": (".lora_embedding_A", ".lora_embedding_B"),
 }
 WITHOUT_HEAD = frozenset({"CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"})
-"""Task types for which PEFT demands no saved head of an adapter; with others it won't load one that has none."""
+"""Task types for which PEFT loads an adapter without a saved head."""
 LIBRARY = 16 * 2**20
-"""Bytes for what linear algebra holds beside matrices."""
+"""Bytes that linear algebra holds beside matrices."""
 SMALLEST = 8
 """The first rank that `auto` tries; the others double it, as serving engines like them."""
 SHOWN = 4
-"""Parameters named in a problem; of more, the first ones and a count."""
+"""The most parameters that a problem names; more are counted."""
 
 
 class Adapter(CondensingOutput):
@@ -48,13 +48,13 @@ class Adapter(CondensingOutput):
 
     kind: Literal["adapter"] = "adapter"
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
-    """Of the factors."""
+    """The dtype of the factors."""
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
-    """Of every module; auto: the smallest of 8, 16, 32, ... that keeps `energy`."""
+    """The rank of every module. auto: the smallest of 8, 16, 32, ... that keeps `energy`."""
     energy: float = Field(default=0.99, gt=0, le=1)
-    """For auto: the share of the squared norm, over all modules, that is kept."""
+    """The share of the squared norm, over all modules, that `auto` keeps."""
     max_rank: int = Field(default=256, ge=SMALLEST)
-    """For auto: the largest rank, taken where none keeps enough."""
+    """The largest rank that `auto` chooses; it is taken where no rank keeps enough."""
 
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return which changed parameters have no place in an adapter, and that layouts are mixed."""
@@ -90,7 +90,7 @@ class Adapter(CondensingOutput):
     def index(
         self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes]:
-        """Return the config: what PEFT writes for a plain LoRA, less what says nothing."""
+        """Return the config that PEFT writes for a plain LoRA, without keys that say nothing."""
         changed = _changed(parameters)
         rank = self.ranks[-1]
         config: dict[str, object] = {
@@ -113,7 +113,7 @@ class Adapter(CondensingOutput):
         return CONFIG, (json.dumps(config, indent=2) + "\n").encode()
 
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
-        """Leave out what belongs to a whole model."""
+        """Leave out all small files: they belong to a whole model."""
         return None
 
     def door(self, files: Sequence[OutputFile], library: Library) -> str:
@@ -122,7 +122,7 @@ class Adapter(CondensingOutput):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Return the rank, or those that `auto` chooses from."""
+        """Return the rank, or the ranks that `auto` chooses from."""
         if self.rank != "auto":
             return (self.rank,)
         return tuple(SMALLEST << step for step in range((self.max_rank // SMALLEST).bit_length()))
@@ -134,20 +134,20 @@ class Adapter(CondensingOutput):
         return Condensed(*lowrank.of_matrix(matrix, self.ranks))
 
     def combine(self, parameter: Parameter, factors: "Sequence[tuple[float, Factors]]") -> Condensed:
-        """Return the same from the factors of the changes, exactly."""
+        """Return the best factors of the sum, computed exactly from the factors of the changes."""
         from ties_ray.kernels import lowrank
 
         return Condensed(*lowrank.of_sum(factors, self.ranks))
 
     def condense_bytes(self, parameter: Parameter) -> int:
-        """Return a bound on what `lowrank.of_matrix` holds, found by measuring."""
+        """Return a measured bound of the bytes that `lowrank.of_matrix` holds."""
         short, long = sorted(parameter.shape)
         rank = self.ranks[-1]
         square = min(short, max(512, 3 * rank + 64))
         return 4 * (rank + 16) * (5 * long + 3 * short) + 56 * square**2 + LIBRARY
 
     def combine_bytes(self, parameter: Parameter, rank_sum: int) -> int:
-        """Return a bound on what `lowrank.of_sum` holds, found by measuring."""
+        """Return a measured bound of the bytes that `lowrank.of_sum` holds."""
         short, long = sorted(parameter.shape)
         return 4 * rank_sum * (6 * short + long) + 56 * rank_sum**2 + 16 * self.ranks[-1] * (long + short) + LIBRARY
 
@@ -189,8 +189,8 @@ def _is_turned(parameter: Parameter) -> bool:
 def targets(changed: Collection[str], modules: Iterable[str]) -> list[str]:
     """Return the shortest ends of paths that name the changed modules and no other, as PEFT matches them.
 
-    changed: paths of modules. known: those of all modules; what holds them is known by that. An end begins with a
-    number only where no other does.
+    changed: paths of the changed modules. modules: paths of all modules. An end begins with a number only where no
+    other end is possible.
     """
     own = {tuple(path.split(".")) for path in changed}
     paths = [tuple(path.split(".")) for path in modules]

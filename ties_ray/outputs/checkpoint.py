@@ -49,7 +49,7 @@ class Checkpoint(ElementwiseOutput):
         return None if len(files) == 1 else (library.index, weight_map(files))
 
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
-        """Return the file as it is, but for the dtype and the tie of the embeddings that config.json names."""
+        """Return the file unchanged, but for the dtype and the tie of embeddings in config.json."""
         unties = bool(facts.get("untied"))
         if name != "config.json" or (self.dtype is None and not unties):
             return data

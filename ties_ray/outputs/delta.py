@@ -1,4 +1,4 @@
-"""The merged change itself, before the base is added: what a reader adds to a base, scales, or looks at."""
+"""The merged change itself, before the base is added."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 LIBRARY = Library("safetensors", "delta", opened_by='safetensors.torch: load_file("{output}/delta.safetensors")')
 TILE = 65_536
-"""Elements written at a time, so that the zeros they are added to stay in the cache."""
+"""Elements that are written at a time, so that the zeros stay in the CPU's cache."""
 
 
 class Delta(ElementwiseOutput):
@@ -21,12 +21,12 @@ class Delta(ElementwiseOutput):
 
     kind: Literal["delta"] = "delta"
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
-    """Of the tensors."""
+    """The dtype of the tensors."""
 
     reads_base = False
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
-        """Return what is merged and changed."""
+        """Return every parameter that is merged and changed."""
         return tuple(
             OutputTensor(parameter.name, DTYPES[self.dtype], parameter.shape, parameter.name)
             for parameter in parameters
@@ -50,11 +50,11 @@ class Delta(ElementwiseOutput):
     def index(
         self, files: Sequence[OutputFile], parameters: Sequence[Parameter], facts: Mapping[str, str], library: Library
     ) -> tuple[str, bytes]:
-        """Return the map from tensor to file, also where there is one file: it is the door."""
+        """Return the map from tensor to file, also for a single file: loaders enter by it."""
         return library.index, weight_map(files)
 
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
-        """Leave out what belongs to a whole model."""
+        """Leave out all small files: they belong to a whole model."""
         return None
 
     def door(self, files: Sequence[OutputFile], library: Library) -> str:
