@@ -222,6 +222,8 @@ def contract(place: str) -> str:
         if not key.startswith("_") and inspect.isfunction(plain):
             must = "must" if getattr(value, "__isabstractmethod__", False) else "may"
             rows.append((f"`{key}`", must, (inspect.getdoc(plain) or "").split("\n\n")[0].replace("\n", " ")))
+    if getattr(asked, "_is_protocol", False):  # it is handed over, and nobody implements it but its owner
+        return table((name, "what it returns or does"), [(key, text) for key, _, text in rows])
     return table((name, "", "what it returns or does"), sorted(rows, key=lambda row: row[1] != "must"))
 
 
