@@ -1,17 +1,17 @@
-"""JSON of strangers: refused before it is parsed where its values would take far more memory than its text."""
+"""JSON from untrusted files, refused before it is parsed if its values would take far more memory than its text."""
 
 import json
 import re
 from typing import Any
 
 FREE = 2**20
-"""Bytes that the values of any text may take..."""
+"""Bytes that the values of any text may take."""
 TIMES = 16
-"""...and so many more for each byte of it: configs, indexes and headers stay below 14, 20 MB of `{}` are at 43."""
+"""Bytes that they may take beyond for each byte of text: configs, indexes and headers take below 14, `{}` takes 43."""
 DENSE = 32
-"""Of a tokenizer, which is made of short texts."""
+"""The same for a tokenizer, which is made of short texts."""
 MOST = 2**29
-"""Bytes that the values of one text may take in any case; the largest tokenizers come near half of it."""
+"""The most bytes that the values of one text may take; the largest tokenizers come near half of it."""
 SHORT = 16
 """Bytes of strings that hold no JSON of their own."""
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)

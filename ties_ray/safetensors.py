@@ -1,7 +1,7 @@
 """Headers of safetensors files, read strictly and written deterministically; bytes in, bytes out, no I/O.
 
-Format: a little-endian u64 N, N bytes of JSON, then the tensors' bytes. We trust nothing in it: sizes, order, holes,
-overlaps, names and lengths are checked before a byte of weights is asked for.
+A file is a little-endian u64 N, N bytes of JSON, and the tensors' bytes. Nothing in it is trusted: sizes, order, holes,
+overlaps, names and lengths are checked before a byte of weights is read.
 """
 
 import json
@@ -22,7 +22,7 @@ DTYPE_BITS = {
 """Bits an element, in the rank order of the format's own writer (which writes high ranks first)."""
 
 MERGEABLE = frozenset({"F64", "F32", "F16", "BF16"})
-"""Floating-point types whose deltas we form."""
+"""Floating-point types that have deltas."""
 COPYABLE = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 """Types copied from the base byte for byte."""
 
@@ -33,34 +33,34 @@ class TensorInfo(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """First byte, from the start of the file."""
+    """The first byte, counted from the start of the file."""
     stop: int
 
 
 class Header(NamedTuple):
-    """What a file says about itself."""
+    """The description that a file gives of itself."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     size: int
-    """Bytes before the first tensor byte."""
+    """The number of bytes before the first tensor byte."""
 
 
 TensorSpec = tuple[str, str, tuple[int, ...]]
 """(name, dtype, shape) of a tensor to be written."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""What the format's own reader accepts."""
+"""The longest header that the format's own reader accepts."""
 MAX_NAME = 4096
-"""Characters of a tensor's name."""
+"""The most characters of a tensor's name."""
 MAX_DIMENSIONS = 64
-"""What torch can hold; a longer shape is an attack on whoever multiplies it out."""
+"""The most dimensions that torch can hold; a longer shape is an attack on code that multiplies it out."""
 ALIGNMENT = 4096
-"""Where we let the data begin: a page, so that parts are cut on element borders and direct I/O is possible."""
+"""Written data begins at a page, so that parts are cut on element borders and direct I/O is possible."""
 _METADATA = "__metadata__"
 _RANK = {dtype: index for index, dtype in enumerate(DTYPE_BITS)}
 _SHOWN = 8
-"""Problems shown of one header; the rest is counted."""
+"""The most problems of one header that are shown; the rest is counted."""
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -86,11 +86,11 @@ def header_bytes(head: bytes, file_size: int, where: str) -> int:
 
 
 def parse(head: bytes, file_size: int, where: str) -> Header:
-    """Return what a file says about itself, checked; tensors in the order of their offsets.
+    """Return a file's header, checked; its tensors are in the order of their offsets.
 
     head: the file's first bytes, at least `header_bytes` of them. where: the file, for messages.
-    Raises `InputError` with what is wrong: not JSON, duplicate keys, an unknown dtype, a shape or offsets that are not
-    whole numbers, sizes that disagree, holes, overlaps, trailing or missing bytes.
+    Raises `InputError` with all that is wrong: no JSON, duplicate keys, an unknown dtype, broken shapes or offsets,
+    sizes that disagree, holes, overlaps, trailing or missing bytes.
     """
     size = header_bytes(head, file_size, where)
     if len(head) < size:
@@ -120,7 +120,7 @@ def parse(head: bytes, file_size: int, where: str) -> Header:
 def build(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Return the ASCII header of a file that holds `tensors` in this order, padded so that data begins at `ALIGNMENT`.
 
-    Depends on its arguments alone. Alignment of elements is the caller's, who writes in `canonical_order`.
+    The result depends on the arguments alone. Callers align elements by writing in `canonical_order`.
     """
     entries: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
@@ -169,7 +169,7 @@ def _no_constant(name: str) -> None:
 
 
 def _tensor(name: str, entry: Any, data: int) -> TensorInfo | str:
-    """Return one entry, its offsets counted from the start of the file, or what is wrong with it."""
+    """Return one entry, its offsets counted from the start of the file, or its problem."""
     if len(name) > MAX_NAME:
         return f"has a name of {len(name):,} characters, above {MAX_NAME:,}"
     if any("\ud800" <= char <= "\udfff" for char in name):
@@ -192,7 +192,7 @@ def _tensor(name: str, entry: Any, data: int) -> TensorInfo | str:
 
 
 class _Wrong:
-    """What is wrong with a header: the first few things, and how many there are."""
+    """The problems of a header: the first few, and their number."""
 
     def __init__(self) -> None:
         self.shown: list[str] = []
@@ -205,7 +205,7 @@ class _Wrong:
 
 
 def _layout_problems(tensors: Sequence[tuple[str, TensorInfo]], start: int, file_size: int) -> _Wrong:
-    """Say where tensors, sorted by offset, do not follow each other exactly from `start` to the file's end."""
+    """Return where tensors, sorted by offset, do not follow each other exactly from `start` to the file's end."""
     end, before, wrong = start, "the header", _Wrong()
     for name, info in tensors:
         if info.start != end:

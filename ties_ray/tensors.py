@@ -75,8 +75,8 @@ def joined(reads: Sequence[Read], *, width: int = 8, gap: int = 0, spare: int = 
     """Return the reads in groups, one group a request; each group lies in one object, in order of bytes.
 
     gap: bytes that two neighbours of a group may lie apart. spare: bytes that all groups together may skip.
-    width: the reads of a group begin at multiples of it from the first, so that each can be viewed as a dtype of so
-    many bytes.
+    width: bytes. The reads of a group begin at multiples of it from the first, so that each can be viewed as a dtype of
+    that width.
     """
     groups: list[list[Read]] = []
     for read in sorted(reads):

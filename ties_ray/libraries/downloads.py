@@ -1,15 +1,15 @@
-"""What a file really is that should hold weights or JSON: a pointer, an error page, an archive, half a download."""
+"""Recognises files that are not the weights or JSON they should be: pointers, error pages, archives, half downloads."""
 
 import json
 import re
 from collections.abc import Collection
 
 SNIFFED = 512
-"""Bytes of a file's beginning that `mistaken` needs."""
+"""The first bytes of a file that `mistaken` needs."""
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".st", ".tmp")
-"""What download clients append to the name of a file while it is not whole."""
+"""Endings that download clients append to the name of an unfinished file."""
 _CONTROL = (".aria2", ".st")
-"""Of these, what stands beside a file that already has its full size, with holes in it."""
+"""The endings of control files beside a file that has its full size, with holes in it."""
 
 _AGAIN = "download or upload the file again"
 _POINTERS = (
@@ -40,7 +40,7 @@ _SAYS_ERROR = frozenset({"error", "errors", "message", "detail", "Error", "Messa
 
 
 def pointer(head: bytes) -> bool:
-    """Return whether a file stands for another one that was not downloaded; head: as `mistaken` has it."""
+    """Return whether a file is a pointer to another one; head: its first `SNIFFED` bytes."""
     return any(head.startswith(start) for start, _, _ in _POINTERS)
 
 
@@ -84,7 +84,7 @@ def unfinished(name: str, names: Collection[str]) -> str:
 
 
 def _error(start: bytes) -> str:
-    """Return what a small JSON object says where it is nothing but an error; else nothing."""
+    """Return the message of a small JSON object that is an error; empty for any other object."""
     try:
         value = json.loads(start)
     except (ValueError, RecursionError):
@@ -95,7 +95,7 @@ def _error(start: bytes) -> str:
 
 
 def _plain(start: bytes, size: int) -> tuple[str, str] | None:
-    """Name a short line of text, as some servers answer with."""
+    """Return (problem, remedy) of a short line of text, as some servers answer with."""
     line = start.strip()
     try:
         words = line.decode()

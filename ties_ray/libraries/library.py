@@ -5,25 +5,25 @@ from dataclasses import dataclass
 
 CONFIG = "config.json"
 MODEL_INDEX = "model_index.json"
-"""At the root of a diffusers pipeline."""
+"""The file at the root of a diffusers pipeline."""
 CONFIGS = (CONFIG, "open_clip_config.json", "params.json")
-"""Files that say how a model is built; a library opens no weights without its own."""
+"""Files that describe a model's architecture; a library opens no weights without its own."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """How a library stores a model."""
+    """A library's way to store a model."""
 
     name: str = "transformers"
-    """As the hub's `library_name` calls it."""
+    """The hub's `library_name` of it."""
     stem: str = "model"
     """Its weights are in `<stem>.safetensors`, or in shards `<stem>-00001-of-00002.safetensors` under an index."""
     config: str = CONFIG
-    """Without this file it opens nothing."""
+    """The config without which it opens nothing."""
     opened_by: str = 'transformers: AutoModel.from_pretrained("{output}")'
     """A line of Python that opens a folder; `{output}` stands for it."""
     shards: bool = True
-    """Whether it opens shards; if not, there is one file, of any size."""
+    """Whether it opens shards; if not, there is one file of any size."""
 
     def file_name(self, number: int, count: int) -> str:
         """Return the name of weight file `number` (from 1) of `count`."""
@@ -37,13 +37,13 @@ class Library:
 
 TRANSFORMERS = Library()
 TENSORS = Library("safetensors", opened_by='safetensors.torch: load_file("{output}/model.safetensors")')
-"""Weights alone, of which nothing says how they are put together."""
+"""Weights without a config that would describe their architecture."""
 
 
 def library_of(names: Collection[str], weights: Sequence[str], config: Mapping[str, object]) -> Library:
-    """Return what opens a folder.
+    """Return the library that opens a folder.
 
-    names: its files. weights: those that are the model's. config: the content of config.json.
+    names: its files. weights: the files of the model's weights. config: the content of config.json.
     """
     stem = weights[0].partition(".")[0].partition("-0")[0] if weights else "model"
     kind = config.get("_class_name")

@@ -1,7 +1,7 @@
-"""What libraries open in a model's folder: weights, the files that lead to them, and whether what they say is there.
+"""The files that libraries open in a model's folder: weights, the files that lead to them, and the code they name.
 
-One module for all stages: the catalog takes small files by it, a merge keeps foreign models out of its output by it,
-and `verify` looks for them by it. Names are relative to the model's folder (`1_Pooling/config.json`). Pure.
+The catalog takes small files by these rules. A merge keeps other models' files out of its output, and `verify` looks
+for them. Names are relative to the model's folder (`1_Pooling/config.json`). Pure.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -19,12 +19,12 @@ SUMS_NAME = "SHA256SUMS"
 """Written by `verify --sha256`."""
 CARD_NAME = "README.md"
 MODULES = "modules.json"
-"""Where sentence-transformers lists a model's modules, each with its folder."""
+"""The file in which sentence-transformers lists a model's modules, each with its folder."""
 OURS = (RESULT_NAME, RECIPE_NAME, SUMS_NAME, CARD_NAME)
-"""What this tool writes into each output, whatever the model."""
+"""The files that this tool writes into every output."""
 
 Role = Literal["own", "weights", "quantized", "adapter", "training", "hidden", "small"]
-"""own: what each output gets of its own (card, result); quantized: how other weights were quantized."""
+"""own: files that each output has of its own (card, result). quantized: files that describe a quantization."""
 
 _ROLES: dict[Role, tuple[str, ...]] = {
     "hidden": (".*", "__pycache__", "*~", "Thumbs.db"),
@@ -46,7 +46,7 @@ _ROLES: dict[Role, tuple[str, ...]] = {
         "*.pdparams", "*.nemo", "*.distcp",
     ),
 }  # fmt: skip
-"""By role, the names that have it, whatever folder they lie in; the first that fits counts."""
+"""The names of each role, in any folder; the first role that fits counts."""
 
 _LOADED = (
     "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model*.bin.index*.json",
@@ -61,13 +61,13 @@ _LOADED = (
     "source.spm", "target.spm", "*.tiktoken", "tekken.json", "chat_template*.jinja", "chat_template*.json",
     "normalizer.json",
 )  # fmt: skip
-"""What a loader that is given the folder opens, or follows, if it lies there."""
+"""Names that a loader of the folder opens or follows."""
 LOADED_FOLDERS = ("additional_chat_templates",)
-"""The same of folders which no other file has to name."""
+"""Folders that a loader opens although no file names them."""
 
 
 def role(name: str) -> Role:
-    """Return what a file, or a folder, is to a model."""
+    """Return the role of a file or folder of a model."""
     parts = name.split("/")
     for kind, patterns in _ROLES.items():
         if any(fnmatchcase(part, pattern) for part in parts for pattern in patterns):
@@ -86,11 +86,11 @@ class ModelFolder:
 
     uri: str
     names: frozenset[str]
-    """Of all files, relative."""
+    """The relative names of all files."""
     texts: Mapping[str, bytes]
     """The files of `TEXTS` that are there, by name."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the stored tensors, by name."""
+    """The shapes of the stored tensors, by name."""
     borrowed: bool = False
     """Whether the configs are another model's than the shapes."""
 
@@ -99,7 +99,7 @@ TEXTS = (
     "config.json", MODULES, "config_sentence_transformers.json", "tokenizer_config.json", "processor_config.json",
     "preprocessor_config.json",
 )  # fmt: skip
-"""The files that say what else has to be there."""
+"""The files that name other files which must be there."""
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in", "shared")
 """Modules that hold a row for each token."""
 _MORE_ROWS = frozenset({
@@ -120,7 +120,7 @@ def unloadable(folder: ModelFolder) -> list[Problem]:
 
 
 def remarks(folder: ModelFolder) -> list[str]:
-    """Return what somebody who opens the folder may have to add."""
+    """Return notes on files that a reader of the folder may have to add."""
     lacking = sorted({name for text in folder.texts.values() for name in _code(text)} - folder.names)
     if not lacking:
         return []
@@ -130,7 +130,7 @@ def remarks(folder: ModelFolder) -> list[str]:
 def opened_by(folder: ModelFolder, library: str) -> str:
     """Return a line of Python that opens a checkpoint with the class that it names, `{output}` standing for the folder.
 
-    library: as the hub calls it. Empty where it is none that the folder's own files tell the class of.
+    library: the hub's name of it. The line is empty where the folder's files name no class of it.
     """
     if library not in ("transformers", "sentence-transformers"):
         return ""
@@ -156,8 +156,7 @@ def opened_by(folder: ModelFolder, library: str) -> str:
 def strangers(names: Iterable[str], own: Collection[str]) -> list[str]:
     """Return the files that a loader may take for the model's and that are not its own.
 
-    names: of files directly in the folder, and of all in those folders that the model's own files lie in, or that a
-    loader looks into by itself.
+    names: the files directly in the folder, and all files in folders of the model's own files or in `LOADED_FOLDERS`.
     """
     return [name for name in names if name not in own and ("/" in name or is_loaded(name))]
 

@@ -31,9 +31,9 @@ class Match(NamedTuple):
     """Which tensors of a model are which parameters of the base."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
-    """By name in the base: the pieces whose elements, one after the other, are the parameter's."""
+    """The pieces whose elements, one after the other, are a base parameter's, by its name."""
     left: Mapping[str, str]
-    """By stored name of a tensor that the base lacks: the name that the base would give it."""
+    """The names that the base would give to tensors that it lacks, by their stored names."""
     problems: tuple[str, ...] = ()
     """Reasons why tensors that seem to belong together are not matched."""
 

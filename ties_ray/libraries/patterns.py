@@ -1,7 +1,7 @@
-"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions of strangers, matched in linear time by RE2.
+"""PEFT's `rank_pattern` and `alpha_pattern`: untrusted regular expressions, matched in linear time by RE2.
 
-A key means what Python's `re` makes of `(.*\\.)?(KEY)$`, matched from the start of a module's path. Keys that RE2 reads
-in another way than Python are refused: look-around, references, flags, possessive and half-open repetitions.
+A key matches as `(.*\\.)?(KEY)$` does in Python's `re`, from the start of a module's path. Keys that RE2 and Python
+read differently are refused: look-around, references, flags, possessive and half-open repetitions.
 """
 
 import re
@@ -13,22 +13,22 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MAX_KEY = 4096
-"""Characters of a key, and of a path that is matched with one that is no plain name."""
+"""The most characters of a key, and of a path that is matched with a key that is no plain name."""
 MAX_SECONDS = 20.0
-"""Time for all keys that are no plain names; a match takes some microseconds."""
+"""The most time for all keys that are no plain names; a match takes some microseconds."""
 PROGRAM_BYTES = 2**20
-"""Memory of one compiled key; a repetition of repetitions takes more and is refused."""
+"""The most memory of one compiled key; a repetition of repetitions takes more and is refused."""
 _PLAIN = re.compile(r"(?:[\w-]|\\?\.)+")
 """A key of words and dots; a dot without a backslash stands for any character."""
 _ANY = "\n"
-"""Stands for any character in a plain key. No path that is looked up holds it."""
+"""The mark for any character in a plain key. No path that is looked up holds it."""
 _UNLIKE = re.compile(r"\(\?(?!:)|[+*?}]\+|\{,|\[:|\\[bBZ]")
-"""What RE2 lacks, or reads in another way."""
+"""Syntax that RE2 lacks, or reads differently."""
 _CLASS = re.compile(r"\\[dDwWsS]")
 """A class of characters: RE2 knows ASCII alone in it."""
 
 Plain = dict[tuple[int, tuple[int, ...]], dict[str, int]]
-"""By length and places of any characters: the numbers of plain keys, by their text."""
+"""The numbers of plain keys by their text, grouped by length and places of any characters."""
 
 
 class UnfitKey(ValueError):
@@ -58,7 +58,7 @@ def resolve(pattern: Mapping[str, T], paths: Collection[str]) -> dict[str, T]:
     values: dict[str, T] = {}
     for path in paths:
         if "\n" in path:
-            raise UnfitKey(keys[0])  # `.` and `$` treat a line break in a way of their own
+            raise UnfitKey(keys[0])  # `.` and `$` treat line breaks specially
         first = min(_plain_matches(plain, path), default=len(keys))
         for number, key, compiled in others:
             if number > first:
@@ -85,14 +85,14 @@ def _plain_matches(plain: Plain, path: str) -> Iterator[int]:
 
 
 def _compiled(key: str) -> Any:
-    """Return the compiled key; raise `UnfitKey` where Python and RE2 do not both read it, and alike."""
+    """Return the compiled key; raise `UnfitKey` unless Python and RE2 both read it, in the same way."""
     import re2  # here, since most adapters have no such key
 
     options = re2.Options()
     options.max_mem, options.log_errors = PROGRAM_BYTES, False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what may mean something else in a future Python
+            warnings.simplefilter("ignore")  # about syntax that a future Python may read differently
             re.compile(key)
             re.compile(rf"(.*\.)?({key})$")
         if not _UNLIKE.search(key):

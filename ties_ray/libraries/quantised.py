@@ -1,4 +1,4 @@
-"""Quantised weights, known by the tensors themselves: what a config says may be missing, or left over."""
+"""Quantised weights, recognised by the tensors themselves: a config may be missing, or left over."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]
-"""(dtype as safetensors names it, shape) of each tensor."""
+"""(dtype, shape) of each tensor, with safetensors' names of dtypes."""
 
 CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")
 """Keys of config.json that announce quantised weights to a loader."""
@@ -16,7 +16,7 @@ FILES = frozenset({
 })  # fmt: skip
 """Files beside the weights that announce them."""
 REMEDY = "give the unquantised model, or dequantise this one and save it again"
-"""What to do about quantised weights."""
+"""The remedy for quantised weights."""
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32", "I64", "U64")
@@ -25,9 +25,9 @@ _INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32", "I64", "U64")
 class _Method(NamedTuple):
     name: str
     roles: frozenset[str]
-    """What a module of this method stores, at least."""
+    """The tensors that a module of this method stores, at least."""
     weight: tuple[str, ...] = ()
-    """Dtypes of its `weight`, where `roles` hold one."""
+    """The dtypes of its `weight`, where `roles` hold one."""
 
 
 _METHODS = (
@@ -65,14 +65,14 @@ _COMPANION = re.compile(
     r"(?:scales?(?:_inv|_\d)?|zero_?points?|q?zeros?|absmax|codebooks?|centroids|quant_map|quant_state|scale_and_zero)",
     re.IGNORECASE,
 )
-"""What stands beside packed weights, whatever the method calls them."""
+"""The last words of names beside packed weights, in any method."""
 
 
 def packed(stored: Stored) -> dict[str, list[str]]:
     """Return, by method, the names of all tensors of modules whose weights are quantised.
 
-    Known methods go by what they store of a module. Others are told by integers that are called a weight, and by
-    integers or 8-bit floats beside scales; their name is empty.
+    Known methods are recognised by the tensors of a module. Other modules count if they hold integers called a weight,
+    or integers or 8-bit floats beside scales; their method's name is empty.
     """
     modules: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for name in stored:
@@ -90,7 +90,7 @@ def packed(stored: Stored) -> dict[str, list[str]]:
 
 
 def refusals(stored: Stored, excluded: Collection[str]) -> Iterator[tuple[str, list[str], bool]]:
-    """Yield (what is wrong, names, whether a method is known) of the tensors that the recipe does not exclude."""
+    """Yield (problem, names, whether the method is known) of the tensors that the recipe does not exclude."""
     for method, names in packed(stored).items():
         left = [name for name in names if name not in excluded]
         if left:
@@ -99,14 +99,14 @@ def refusals(stored: Stored, excluded: Collection[str]) -> Iterator[tuple[str, l
 
 
 def keys(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys of config.json that announce quantised weights; of its text part as `text_config.<key>`."""
+    """Return the keys of config.json that announce quantised weights; `text_config.<key>` for its text part."""
     text = config.get("text_config")
     inner = [f"text_config.{key}" for key in CONFIG_KEYS if text.get(key)] if isinstance(text, dict) else []
     return (*(key for key in CONFIG_KEYS if config.get(key)), *inner)
 
 
 def announced(config: Mapping[str, Any], files: Collection[str]) -> str:
-    """Return what announces quantised weights: the method as config.json names it, or a file; empty: nothing does."""
+    """Return the announcement of quantised weights, in config.json or by a file; empty where there is none."""
     for key in CONFIG_KEYS:
         section = config.get(key)
         if section:
@@ -116,7 +116,7 @@ def announced(config: Mapping[str, Any], files: Collection[str]) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return a tensor's module, and what it is of it: `q.weight.absmax` and `q.qweight` are both of `q`."""
+    """Return (module, role) of a tensor: `q.weight.absmax` and `q.qweight` both belong to `q`."""
     module, inside, role = name.rpartition(".weight.")
     if inside:
         return module, role.partition(".")[0]

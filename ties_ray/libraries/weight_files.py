@@ -1,6 +1,6 @@
-"""Which weight files of a folder make one model: a single file, shards under an index, a variant such as `fp16`.
+"""The weight files that make one model: a single file, shards under an index, a variant such as `fp16`.
 
-From names alone. A folder may hold several models; each is a candidate, and `file` or `variant` of a recipe choose.
+Names alone decide. A folder may hold several models; each is a candidate, and `file` or `variant` of a recipe choose.
 """
 
 import re
@@ -11,7 +11,7 @@ ADAPTER = "adapter_model"
 STEMS = (
     "model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "consolidated", "pytorch_model",
 )  # fmt: skip
-"""How libraries call the weights of a whole model; where a folder has several, the first is what is read."""
+"""Libraries' names of a whole model's weights; where a folder has several, the first is read."""
 
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(?:-(?P<number>\d+)-of-(?P<count>\d+)(?:\.(?P<late>[^.]+))?)?\.safetensors")
 _INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?:\.(?P<late>[^.]+))?\.json")
@@ -22,24 +22,24 @@ class Candidate:
     """One model of a folder, by the names of its files."""
 
     stem: str
-    """`model` of `model.fp16-00001-of-00002.safetensors`."""
+    """The stem: `model` in `model.fp16-00001-of-00002.safetensors`."""
     variant: str
-    """`fp16` of it; empty where the name has none."""
+    """The variant: `fp16` in that name; empty where the name has none."""
     index: str
-    """Name of its index; empty without."""
+    """The name of its index; empty without an index."""
     files: tuple[str, ...]
     """Weight files whose names belong together, sorted; with an index, the files that it names count instead."""
     count: int
-    """So many shards their names promise; 0: a single file, or unknown."""
+    """The number of shards that the names promise; 0: a single file, or unknown."""
 
     @property
     def name(self) -> str:
-        """Return what `file` of a recipe calls it: the index, the single file, or the first shard."""
+        """Return its name for `file` of a recipe: the index, the single file, or the first shard."""
         return self.index or self.files[0]
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Return the shards that the names of the others promise and that are not there."""
+        """Return the missing shards, as the names of the others promise them."""
         if not self.count:
             return ()
         there = [match for file in self.files if (match := _WEIGHTS.fullmatch(file))]
@@ -56,12 +56,12 @@ def is_weights(name: str) -> bool:
 
 
 def is_index(name: str) -> bool:
-    """Return whether a file says in which weight files the tensors are, by its name."""
+    """Return whether a file is an index of weight files, by its name."""
     return _INDEX.fullmatch(name) is not None and not name.startswith(".")
 
 
 def candidates(names: Collection[str]) -> tuple[Candidate, ...]:
-    """Return the models of a folder, those first that libraries look for."""
+    """Return the models of a folder; those that libraries look for come first."""
     weights = [match for name in sorted(names) if is_weights(name) and (match := _WEIGHTS.fullmatch(name))]
     indices = [match for name in sorted(names) if is_index(name) and (match := _INDEX.fullmatch(name))]
     plain = {*STEMS, ADAPTER, *(match["stem"] for match in (*weights, *indices))}
@@ -84,7 +84,7 @@ def candidates(names: Collection[str]) -> tuple[Candidate, ...]:
 
 
 def usual(every: Sequence[Candidate]) -> Candidate | None:
-    """Return the candidate that a library would open, or the only one; None where that can't be told."""
+    """Return the candidate that a library would open, or the only one; None where several are possible."""
     whole = [candidate for candidate in every if candidate.stem != ADAPTER]
     if len(whole) == 1:
         return whole[0]
@@ -110,9 +110,9 @@ def choose(every: Sequence[Candidate], file: str | None, variant: str | None) ->
 
 
 def others(every: Sequence[Candidate], kept: Candidate) -> frozenset[str]:
-    """Return the files of the candidates that were not chosen.
+    """Return the files of the candidates that are not chosen.
 
-    An index may name files of any name, so that only what certainly belongs to others is left out beside it.
+    An index may name any file, so only files that certainly belong to other candidates are returned beside it.
     """
     rest = [candidate for candidate in every if candidate is not kept]
     if kept.index:
@@ -125,13 +125,13 @@ def others(every: Sequence[Candidate], kept: Candidate) -> frozenset[str]:
 
 
 def listed(every: Sequence[Candidate]) -> str:
-    """Return how a recipe calls the candidates, a few of them."""
+    """Return the first few candidates as a recipe writes them."""
     shown = ", ".join(f"`file: {candidate.name}`" for candidate in every[:4])
     return shown + (f" and {len(every) - 4} more" if len(every) > 4 else "")
 
 
 def _split(match: re.Match[str], plain: Collection[str]) -> tuple[str, str]:
-    """Return (stem, variant) of a name: `fp16` of `model.fp16` where `model` is known, or the stem of another file."""
+    """Return (stem, variant) of a name; `model.fp16` has a variant if `model` is a stem of another file or library."""
     stem, _, variant = match["stem"].rpartition(".")
     if stem in plain and match["late"] is None:
         return stem, variant
