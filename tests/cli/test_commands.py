@@ -483,9 +483,9 @@ def test_a_defect_is_one_line_and_debug_shows_where(slow: tuple[Path, dict[str, 
     assert "in problems" in debug.communicate(timeout=100)[1]
 
 
-def _read_until(lines: Iterable[str], beginning: str) -> Sequence[str]:
+def _read_until(stream: Iterable[str], beginning: str) -> Sequence[str]:
     lines: list[str] = []
-    for line in lines:
+    for line in stream:
         lines.append(line)
         if line.startswith(beginning):
             return lines
