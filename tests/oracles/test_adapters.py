@@ -131,6 +131,20 @@ def test_compress_merge_of_targets_of_one_length_does_not_hear_the_loudest() -> 
         assert np.allclose(one @ one.T, other @ other.T, atol=1e-3) == same
 
 
+def test_compress_merge_at_a_beta_learns_from_rescaled_adapters() -> None:
+    adapters = families.adapters(13, (3, 2, 4), missing=False, layers=1)
+    name = next(iter(adapters[0]))
+    sizes = np.array([np.linalg.norm(delta[name]) for delta in dense(adapters)])
+    shares = 0.3 + 0.7 * sizes.mean() / sizes
+    rescaled = [
+        {name: (share * adapter[name][0], adapter[name][1])} for share, adapter in zip(shares, adapters, strict=True)
+    ]
+    own = [{name: adapter[name]} for adapter in adapters]
+    one, other = compress_merge(own, rank=2, beta=0.3).products, compress_merge(rescaled, rank=2).products
+    for side in ("left", "right"):
+        np.testing.assert_allclose(np.abs(one[side][name]), np.abs(other[side][name]), atol=1e-9)
+
+
 def test_compress_merge_of_one_adapter_is_its_best_approximation() -> None:
     adapters = families.adapters(12, (4,))
     for name, tau in dense(adapters)[0].items():

@@ -29,6 +29,12 @@ def test_the_first_model_wins_where_no_model_cares() -> None:
     np.testing.assert_allclose(found, [2.5, 2.5])
 
 
+def test_a_model_to_which_nothing_matters_is_not_normalised() -> None:
+    importances = [one(0.0, 0.0), one(3.0, 4.0)]
+    found = fisher(None, [one(1.0, 1.0), one(3.0, 3.0)], importances=importances, floor=0.2).delta["w"]
+    np.testing.assert_allclose(found, [(0.2 + 3 * 0.6) / 0.8, (0.2 + 3 * 0.8) / 1.0])
+
+
 def test_norms_come_before_the_floor() -> None:
     importances = [one(1e-8, 1e-8), one(1.0, 1.0)]
     found = fisher(None, [one(1.0, 1.0), one(3.0, 3.0)], importances=importances, floored="all").delta["w"]

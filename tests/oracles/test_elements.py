@@ -201,6 +201,13 @@ def test_layer_swapping_by_hand() -> None:
     assert [float(value[0]) for value in found.delta.values()] == [1, 1, 1, 0.5, 0, 0, 0, 0, 0, 0.5, 1, 1]
 
 
+def test_layer_swapping_of_32_layers_as_the_paper_has_it() -> None:
+    names = [f"model.layers.{layer}.w" for layer in range(32)]
+    task, language = ({name: np.array([value]) for name in names} for value in (0.0, 1.0))
+    found = [float(value[0]) for value in layer_swapping(None, [task, language]).delta.values()]
+    assert found == [1.0] * 5 + [0.5] + [0.0] * 23 + [0.5] + [1.0] * 2
+
+
 def test_layer_swapping_of_few_layers_and_of_one_model() -> None:
     names = [f"model.layers.{layer}.w" for layer in range(3)]
     task, language = ({name: np.array([value]) for name in names} for value in (0.0, 1.0))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.tools.oracles import families
 from tests.tools.oracles.iso import iso_c, iso_cts
@@ -229,6 +230,21 @@ def test_wudi_takes_one_step_of_adam_of_the_rate() -> None:
     total = sum(delta[UP] for delta in family.deltas)
     gradient = 2 * (total @ found.products["Q"][UP] - found.products["P"][UP])
     np.testing.assert_allclose(found.delta[UP] - total, -1e-5 * gradient / (np.abs(gradient) + 1e-8), atol=1e-15)
+
+
+@pytest.mark.parametrize("steps", [2, 40])
+def test_wudi_takes_the_steps_of_torch_on_the_loss_as_it_is_defined(steps: int) -> None:
+    family = families.smooth(19, 3)
+    taus = torch.stack([torch.from_numpy(delta[UP]) for delta in family.deltas])
+    tau = torch.nn.Parameter(taus.sum(0))
+    adam = torch.optim.Adam([tau], lr=1e-5)
+    for _ in range(steps):
+        adam.zero_grad()
+        products = (tau - taus) @ taus.transpose(1, 2)
+        (products.square().sum((1, 2)) / taus.square().sum((1, 2))).sum().backward()
+        adam.step()
+    found = wudi(family.base, family.models, steps=steps).delta[UP]
+    np.testing.assert_allclose(found, tau.detach().numpy(), rtol=0, atol=1e-15)
 
 
 # --- OPCM

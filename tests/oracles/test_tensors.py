@@ -114,6 +114,14 @@ def test_della_rescaled_by_norm_keeps_the_norm() -> None:
             np.testing.assert_allclose(np.abs(found.delta[name]).sum(), np.abs(tau).sum())
 
 
+def test_della_that_drops_nothing_elects_or_adds() -> None:
+    models = [one([1.0, -2.0]), one([3.0, 1.0])]
+    draws = [one([0.99, 0.99])] * 2
+    for combine, wanted in (("ties", [2, -2]), ("linear", [4, -1])):
+        found = della(None, models, draws=draws, density=1.0, epsilon=0.1, combine=combine).delta["w"]
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.9, 0.2)])
 def test_della_refuses_chances_outside_zero_and_one(density: float, epsilon: float) -> None:
     with pytest.raises(ValueError, match="density - epsilon"):
@@ -149,6 +157,10 @@ def test_sce_at_the_size_of_real_updates_has_weights_where_mergekit_has_none() -
     models = [one(np.full(100, 1e-4)), one(np.full(100, 3e-4))]
     np.testing.assert_allclose(sce(None, models).products["weights"]["w"], [0.1, 0.9])
     np.testing.assert_allclose(sce(None, models, least=1e-6).products["weights"]["w"], [0.5, 0.5])
+
+
+def test_sce_of_nothing_selected_is_the_base() -> None:
+    assert not sce(None, [one([1.0, 2.0]), one([2.0, 1.0])], select_topk=0.0).delta["w"].any()
 
 
 def test_sce_keeps_equals_of_the_last_variance_or_cuts_them_by_index() -> None:
