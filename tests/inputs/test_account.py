@@ -108,9 +108,9 @@ def test_a_table_that_differs_is_refused_and_the_remedy_keeps_the_bases(tmp_path
 @pytest.mark.parametrize("method", ["average", {"name": "ties", "density": 0.5}])
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_a_model_lacks_keep_the_bases_and_the_plan_still_tells_all_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: object, seed: int
+    tmp_path: Path, method: object, seed: int
 ) -> None:
-    draw_sizes(random.Random(seed), monkeypatch)
+    sizes = draw_sizes(random.Random(seed))
     generator = torch.Generator().manual_seed(seed)
     base = {**BASE, "embed_tokens.weight": torch.randn(900, 7, generator=generator)}
     step = torch.randn(900, 7, generator=generator)
@@ -128,7 +128,7 @@ def test_rows_that_a_model_lacks_keep_the_bases_and_the_plan_still_tells_all_rea
         allow = {"missing": "zero"}
         output = str(tmp_path / f"out-{name}")
         given = recipe(tmp_path, at["base"], at[name], at["other"], method=method, allow=allow, output=output)
-        result = merging.merge(given)
+        result = merging.merge(given, sizes=sizes)
         assert result.requests == sum(one.requests for one in carried_out(result).merges[0].rounds)
         assert result.bytes_read == carried_out(result).bytes_read
         found[name] = digests(output)

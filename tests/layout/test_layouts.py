@@ -12,6 +12,7 @@ import torch
 from tests.promises.test_same_bytes import assert_as_planned, reads_counted
 from tests.tools.families import Family, write_checkpoint
 from tests.tools.merging import digests, draw_sizes, merge, read_tensors, same_bits
+from ties_ray.layout.sizes import SIZES
 from ties_ray.stores import Stores
 
 Tensors = dict[str, torch.Tensor]
@@ -32,26 +33,26 @@ def apart(seed: int, scale: float = 1.0) -> Tensors:
     shapes = {
         **dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (32, WIDTH)),
         f"{layer}.gate.weight": (EXPERTS, WIDTH),
-        **{f"{layer}.experts.{one}.w1.weight": (INNER, WIDTH) for one in range(EXPERTS)},
-        **{f"{layer}.experts.{one}.w2.weight": (WIDTH, INNER) for one in range(EXPERTS)},
-        **{f"{layer}.experts.{one}.w3.weight": (INNER, WIDTH) for one in range(EXPERTS)},
+        **{f"{layer}.experts.{expert}.w1.weight": (INNER, WIDTH) for expert in range(EXPERTS)},
+        **{f"{layer}.experts.{expert}.w2.weight": (WIDTH, INNER) for expert in range(EXPERTS)},
+        **{f"{layer}.experts.{expert}.w3.weight": (INNER, WIDTH) for expert in range(EXPERTS)},
     }  # fmt: skip
     return {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def fused(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Return the same as transformers holds it in memory."""
+    """Return the same tensors as transformers holds them in memory."""
     layer = "model.layers.0.block_sparse_moe"
 
-    def expert(one: int, part: str) -> torch.Tensor:
-        return tensors[f"{layer}.experts.{one}.{part}.weight"]
+    def weight(expert: int, part: str) -> torch.Tensor:
+        return tensors[f"{layer}.experts.{expert}.{part}.weight"]
 
-    both = [torch.cat([expert(one, "w1"), expert(one, "w3")]) for one in range(EXPERTS)]
+    both = [torch.cat([weight(expert, "w1"), weight(expert, "w3")]) for expert in range(EXPERTS)]
     return {
         **{name: tensor for name, tensor in tensors.items() if ".block_sparse_moe." not in name},
         "model.layers.0.mlp.gate.weight": tensors[f"{layer}.gate.weight"],
         "model.layers.0.mlp.experts.gate_up_proj": torch.stack(both),
-        "model.layers.0.mlp.experts.down_proj": torch.stack([expert(one, "w2") for one in range(EXPERTS)]),
+        "model.layers.0.mlp.experts.down_proj": torch.stack([weight(expert, "w2") for expert in range(EXPERTS)]),
     }
 
 
@@ -67,14 +68,13 @@ def family_of(folder: Path, base: Tensors, *models: Tensors, config: Mapping[str
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method["name"]))
 @pytest.mark.parametrize("cuts", ["whole", "small"])
 def test_experts_apart_and_fused_give_the_same_bytes_as_planned(
-    method: dict[str, Any], cuts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: dict[str, Any], cuts: str, tmp_path: Path
 ) -> None:
-    if cuts == "small":
-        draw_sizes(random.Random(3), monkeypatch)
+    sizes = draw_sizes(random.Random(3)) if cuts == "small" else SIZES
     base = apart(0)
     models = [{name: base[name] + 0.1 * other for name, other in apart(seed).items()} for seed in (1, 2, 3)]
-    alike = merge(family_of(tmp_path / "alike", base, *models), tmp_path / "out", method)
-    wanted = read_tensors(tmp_path / "out")
+    alike = merge(family_of(tmp_path / "alike", base, *models), tmp_path / "out", method, sizes=sizes)
+    all_apart = read_tensors(tmp_path / "out")
     assert alike.status == "done"
     for name, kept, others in (
         ("apart", base, [models[0], fused(models[1]), models[2]]),
@@ -82,12 +82,12 @@ def test_experts_apart_and_fused_give_the_same_bytes_as_planned(
     ):
         family = family_of(tmp_path / name, kept, *others)
         with reads_counted() as counted:
-            result = merge(family, tmp_path / f"out-{name}", method)
+            result = merge(family, tmp_path / f"out-{name}", method, sizes=sizes)
         assert_as_planned(result, counted, family)
         got = read_tensors(tmp_path / f"out-{name}")
-        expected = wanted if name == "apart" else fused(wanted)
+        expected = all_apart if name == "apart" else fused(all_apart)
         assert got.keys() == expected.keys()
-        assert all(same_bits(got[one], expected[one]) for one in expected)
+        assert all(same_bits(got[key], expected[key]) for key in expected)
     assert digests(tmp_path / "out-apart") == digests(tmp_path / "out")
 
 
@@ -98,8 +98,8 @@ def test_a_head_of_its_own_is_merged_into_a_tied_base_and_the_config_says_so(tmp
     family = family_of(tmp_path, base, *models, config=TIED)
     with reads_counted(planning=True) as counted:
         result = merge(family, tmp_path / "out", "average")
-    looked = [one for one in counted if "model-1" in one[0] and one[2] == 8 * 4 * 4]
-    assert len(looked) == 2, "head and embedding are compared once, while planning; the merge reads them together"
+    compared = [read for read in counted if "model-1" in read[0] and read[2] == 8 * 4 * 4]
+    assert len(compared) == 2, "head and embedding are compared once, while planning; the merge reads them together"
     got = read_tensors(tmp_path / "out")
     torch.testing.assert_close(got["lm_head.weight"], base["model.embed_tokens.weight"] + 0.2)
     torch.testing.assert_close(got["model.embed_tokens.weight"], base["model.embed_tokens.weight"] + 0.1)

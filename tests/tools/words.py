@@ -16,7 +16,7 @@ import ties_ray
 
 PACKAGE = Path(ties_ray.__file__).parent
 HELD = (
-    "__init__.py", "__main__.py", "cli", "driver/schedule.py", "driver/segments.py", "errors.py", "executors",
+    "__init__.py", "__main__.py", "cli", "driver/schedule.py", "driver/segments.py", "errors.py", "executors", "layout",
     "operations/inspection.py", "operations/kubernetes.py", "operations/promote.py", "operations/sample.py",
     "operations/status.py", "operations/verify.py", "plugins.py", "recipe", "reports", "testing",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much of a worker's memory goes where, and so how large its blocks may be. Pure."""
+"""How a worker's memory is spent, and so how large its blocks may be. Pure."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,13 +11,14 @@ from ties_ray.recipe.recipe import Recipe
 from ties_ray.stores import scheme_of
 
 STATE_BYTES = 20 + 4 + 4
-"""Bytes an element of a block: the largest state of a kernel, the merged delta, one fp32 scratch."""
+"""Bytes for each element of a block: the largest state of a kernel, the merged delta, one fp32 scratch."""
 
 
 class ReadAhead(NamedTuple):
-    """What is read ahead beyond `Sizes.ahead`."""
+    """Slices that are read ahead beyond `Sizes.ahead`."""
 
     slices: int
+    """The number of slices."""
     memory: int
     """Bytes that these slices take."""
 
@@ -33,22 +34,25 @@ class Budget:
         layouts = {id(model.sources): len(model.sources) for model in models}
         entries = sum(layouts.values()) + sum(len(model.objects) for model in models)
         self.overhead = self._sizes.overhead + self._sizes.entry * entries
-        """Bytes that every round needs: clients, records and the plan."""
+        """Bytes that every round needs for clients, records and the plan."""
 
     def block(self, *, beside: int, slices: int, resident: bool = False, holds: int = 0) -> int:
-        """Return how many elements of all slices a worker can hold. Raises `RecipeError` where these are too few.
+        """Return the elements of a block, so that a worker can hold all its slices.
 
-        beside: bytes of its tables, parts or matrix. slices: how many are needed together; resident: for several
-        passes. holds: bytes an element that the method holds beside the slice and the op's state.
+        beside: bytes of its tables, parts or matrix. slices: how many slices are needed at a time. resident: whether
+        they stay for several passes. holds: bytes for each element that the method holds beside slice and state.
+        Raises `RecipeError` where memory is too small for the least block.
         """
         beside += self._decoded(resident)
         room = int(self._recipe.run.memory) - self.overhead - beside
         elements = room // (self._element(self._slices(resident)) + holds)
         if not resident and elements < self._sizes.least_block:
             human = self._recipe.run.memory.human_readable()
-            what = f"{human} is too little beside {beside // 2**20} MiB of parts, tables, factors or the largest matrix"
+            problem = (
+                f"{human} is too little beside {beside // 2**20} MiB of parts, tables, factors or the largest matrix"
+            )
             remedy = f"give it {(beside + self.overhead) // 2**20 + 256} MiB, or lower output.part_size"
-            raise RecipeError(Problem("run.memory", what, remedy))
+            raise RecipeError(Problem("run.memory", problem, remedy))
         most = self._sizes.max_block
         if self.copies:
             fitting = self._sizes.local_room // (slices * self._sources.widths[1])
@@ -57,7 +61,7 @@ class Budget:
         return max(1, min(most, elements - elements % 4096))
 
     def run(self, block: int, num_models: int) -> int:
-        """Return how many elements a run of small blocks may have; the blocks of a run are read together."""
+        """Return how many elements a run of small blocks may have. The blocks of a run are read together."""
         most = self._sizes.models_per_pass
         fitting = most
         if self.copies:
@@ -65,51 +69,51 @@ class Budget:
         return self._sources.run_of(block, num_models, max(1, min(fitting, most)))
 
     def blocks(self, block: int, *, resident: bool = False, holds: int = 0) -> int:
-        """Return the bytes that blocks of so many elements take, with their slices and decoded factors."""
+        """Return the bytes that a block of so many elements takes, with its slices and decoded factors."""
         element = self._element(self._slices(resident)) + holds
         return self._sources.filled(block) * element + self._decoded(resident)
 
-    def deeper(self, block: int, memory: int) -> ReadAhead:
-        """Return how many more slices are read ahead in what is left of the memory; of local files none.
+    def further_ahead(self, block: int, memory: int) -> ReadAhead:
+        """Return how many more slices fit what is left of the memory. Local files are not read further ahead.
 
-        block: elements of the largest block. memory: bytes that are used already.
+        block: elements of the largest block. memory: bytes that are in use.
         """
         if are_local((self._sources.catalog.base, *self._sources.models)):
             return ReadAhead(0, 0)
         slice_ = self._sources.filled(block) * max(self._sources.widths)
-        largest = max(slice_, self._sources.largest_held)
+        largest = max(slice_, self._sources.largest_decoded)
         fitting = (int(self._recipe.run.memory) - memory) // largest if largest else 0
         slices = max(0, min(self._sizes.most_ahead - self._sizes.ahead, fitting))
         return ReadAhead(slices, slices * largest)
 
     @property
     def copies(self) -> bool:
-        """Return whether workers copy dense slices by themselves, from files that the system caches."""
+        """Return whether workers copy dense slices themselves, from files that the system caches."""
         local = are_local((self._sources.catalog.base, *self._sources.models))
         return local and self._recipe.run.device == "cpu" and self._sources.widths[1] > 0
 
     def _element(self, slices: int) -> int:
-        """Return the bytes that an element of a block costs while so many slices are held."""
+        """Return the bytes that an element of a block takes while so many slices are held."""
         of_base, widest = self._sources.widths[0] or 4, self._sources.widths[1]
         return STATE_BYTES + max(4, of_base, widest) + of_base + widest * slices
 
     def _slices(self, resident: bool) -> int:
-        """Return how many slices are in memory at a time: read ahead, merged together, or all of them."""
-        together = len(self._sources.models) if resident else self._sizes.models_per_pass
-        return self._sizes.ahead + together
+        """Return how many slices are in memory at a time: those read ahead, and those of one pass or of all."""
+        merged = len(self._sources.models) if resident else self._sizes.models_per_pass
+        return self._sizes.ahead + merged
 
     def _decoded(self, resident: bool) -> int:
-        """Return the bytes that decoded factors take beside a block, at most."""
+        """Return the most bytes that decoded factors take beside a block."""
         needed = 0
         for parameter in self._sources.catalog.parameters:
             footprint = self._sources.footprint(parameter, self._sources.models)
-            total, largest = footprint.held
+            total, largest = footprint.decoded_bytes
             per_pass = self._sources.models_per_pass(footprint) * largest
-            together = total if resident else min(total, per_pass, self._sizes.factor_room + largest)
-            needed = max(needed, self._sizes.ahead * largest + together)
+            merged = total if resident else min(total, per_pass, self._sizes.factor_room + largest)
+            needed = max(needed, self._sizes.ahead * largest + merged)
         return needed and needed + self._sizes.fragments
 
 
 def are_local(models: Iterable[Model]) -> bool:
-    """Return whether everything is read from files that the system caches."""
+    """Return whether all models lie in local files, which the system caches."""
     return all(scheme_of(pin.uri) == "local" for model in models for pin in model.objects[:1])

@@ -1,4 +1,4 @@
-"""What the models that are merged store for each parameter: the same numbers for planner and worker."""
+"""What the merged models store for each parameter. Planner and worker take the same numbers from here."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 from ties_ray.tensors import Parameter, Read, Source, joined
 
 GRAIN = 64
-"""Slices that are read together begin at multiples of so many elements, and of so many bytes of their buffer."""
+"""Slices that are read together begin at multiples of this: in elements, and in bytes of their buffer."""
 
 
 def formats_of(models: Sequence[Model]) -> dict[str, Format]:
@@ -28,22 +28,22 @@ def formats_of(models: Sequence[Model]) -> dict[str, Format]:
 def requests_of(
     form: Format, slices: Iterable[tuple[Source, int, int]], room: int, gap: int
 ) -> tuple[list[tuple[Read, ...]], list[list[Read]]]:
-    """Return what each of some slices (source, start, stop) of a model needs, and the same in groups, a request each.
+    """Return the reads of each slice (source, start, stop) of a model, and all reads in groups, a request each.
 
-    room: bytes of memory for all of it, `GRAIN`s of a group; what the slices leave of it is for gaps.
-    gap: bytes between two reads that are read along with them, at most.
+    room: bytes of memory for all groups, in whole `GRAIN`s; gaps take what the slices leave of it.
+    gap: the most bytes between two reads that one request brings along.
     """
     slices = list(slices)
-    needed = [form.reads(*one) for one in slices]
+    needed = [form.reads(*slice_) for slice_ in slices]
     reads = list(itertools.chain.from_iterable(needed))
     width = max((DTYPE_BITS[ref.dtype] // 8 for source, _, _ in slices for ref in source.tensors), default=1)
     spare = room - sum(rounded_up(read.stop - read.start) for read in reads)
     return needed, joined(reads, width=width, gap=gap, spare=spare)
 
 
-def kept_requests(form: Format, slices: Iterable[tuple[Source, int, int]]) -> list[list[Read]]:
-    """Return what a model stores for some parameters, kept whole, in groups, a request each."""
-    return joined([bounding_range(group) for one in slices for group in joined(form.reads(*one))])
+def cached_requests(form: Format, slices: Iterable[tuple[Source, int, int]]) -> list[list[Read]]:
+    """Return the reads that bring whole sources into a worker's cache, in groups, a request each."""
+    return joined([bounding_range(group) for slice_ in slices for group in joined(form.reads(*slice_))])
 
 
 def bounding_range(group: Sequence[Read]) -> Read:
@@ -57,46 +57,47 @@ def rounded_up(size: int) -> int:
 
 
 class Footprint(NamedTuple):
-    """What some models store for one parameter, in bytes and requests; summed over them."""
+    """What some models store for one parameter, in bytes and requests, summed over them."""
 
     dense: tuple[int, int]
-    """(bytes, requests) of a slice that is the whole, of dense tensors: bytes are proportional to a slice."""
+    """(bytes, requests) of whole dense tensors. A slice takes bytes in proportion."""
     factors: tuple[int, int]
-    """Likewise of factors..."""
+    """(bytes, requests) of whole factors."""
     shared: tuple[int, int]
-    """...of which so many (bytes, requests) belong to every slice, however small..."""
+    """(bytes, requests) of those factors that every slice needs, however small."""
     edge: int
-    """...and so many more to a slice that begins inside a row."""
+    """Bytes of factors that a slice takes beyond its share where it begins inside a row."""
     requests: int
-    """Of factors, for a slice that is not the whole..."""
+    """Requests for the factors of a slice that is not the whole."""
     joined: int
-    """...and for all that is stored, read at once."""
-    held: tuple[int, int]
+    """Requests for all factors, read at once."""
+    decoded_bytes: tuple[int, int]
     """(sum, largest) of the bytes that decoded factors take."""
     base: Literal["nothing", "slice", "rows"]
-    """What of the base must be known."""
+    """The part of the base that decoding needs."""
 
 
 NEEDS: tuple[Literal["nothing", "slice", "rows"], ...] = ("nothing", "slice", "rows")
+"""The values of `Footprint.base`, the least first."""
 
 
 class Sources:
-    """What the models that are merged store, by parameter; known for planner and worker alike."""
+    """What the merged models store, by parameter."""
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, kept: Sequence[int], sizes: Sizes = SIZES) -> None:
-        """kept: indices of the models that are merged, into the catalog's."""
+    def __init__(self, recipe: Recipe, catalog: Catalog, merged: Sequence[int], sizes: Sizes = SIZES) -> None:
+        """merged: indices of the merged models among the catalog's. Bytes of the cache come from `run.cache`."""
         self.catalog = catalog
         self.sizes = sizes
-        self.models = [catalog.models[index] for index in kept]
+        self.models = [catalog.models[index] for index in merged]
         self.formats = formats_of((catalog.base, *self.models))
         self._cache = int(recipe.run.cache)
-        self._known: dict[tuple[int, str], Footprint] = {}
+        self._footprints: dict[tuple[int, str], Footprint] = {}
         self._sums: dict[tuple[str, tuple[tuple[int, int], ...]], Footprint] = {}
         self._grouped: tuple[Sequence[Model], tuple[tuple[int, int], ...], tuple[Model, ...]] = ((), (), ())
 
     @cached_property
     def dense_dtypes(self) -> frozenset[str]:
-        """The dtypes of what models store as whole tensors."""
+        """The dtypes of the models' whole tensors."""
         return frozenset(ref.dtype for _, source, factors in self._stored() if not factors for ref in source.tensors)
 
     @cached_property
@@ -106,7 +107,7 @@ class Sources:
 
     @cached_property
     def divided(self) -> frozenset[str]:
-        """The parameters that any model stores as several tensors, end to end, or not whole."""
+        """The parameters that any model stores as several tensors end to end, or only in part."""
         numels = {parameter.name: parameter.numel for parameter in self.catalog.parameters}
         return frozenset(
             name
@@ -116,27 +117,27 @@ class Sources:
 
     @cached_property
     def not_coalesced(self) -> frozenset[str]:
-        """The parameters whose blocks are not read together with others: those of factors, and the divided ones."""
+        """The parameters whose blocks are read by themselves: those with factors, and the divided ones."""
         return self.factored | self.divided
 
     def dense_requests(self, parameter: Parameter, models: Sequence[Model], start: int, stop: int) -> int:
-        """Return how many requests bring elements [start, stop) of what some models store as whole tensors."""
+        """Return how many requests bring elements [start, stop) of the models' whole tensors."""
         counts, kinds = self.alike(models)
-        found = 0
+        requests = 0
         for (_, count), model in zip(counts, kinds, strict=True):
             form, source = self.formats[model.format], model.sources.get(parameter.name)
             if source and source.encoding == "dense":
-                found += count * len(form.reads(source, start, stop))
-        return found
+                requests += count * len(form.reads(source, start, stop))
+        return requests
 
     def _stored(self) -> Iterator[tuple[str, Source, bool]]:
-        """Yield (parameter, source, whether it is factors) of each kind of model."""
+        """Yield (parameter, source, whether it holds factors) for each kind of model."""
         for model in self.alike(self.models)[1]:
             yield from ((name, source, source.encoding == "factors") for name, source in model.sources.items())
 
     @cached_property
     def widths(self) -> tuple[int, int]:
-        """Bytes of the widest element that can be merged, in the base and in the models' whole tensors; 0: none."""
+        """Bytes of the widest mergeable element in the base and in the models' whole tensors; 0 where there is none."""
         of_base = {ref.dtype for source in self.catalog.base.sources.values() for ref in source.tensors}
         base, models = (
             max((DTYPE_BITS[dtype] // 8 for dtype in dtypes & MERGEABLE), default=0)
@@ -145,7 +146,7 @@ class Sources:
         return base, models
 
     def filled(self, block: int) -> int:
-        """Return how many elements of a block are ever used at most."""
+        """Return how many elements of a block the largest parameter fills."""
         return min(block, self._largest)
 
     @cached_property
@@ -153,27 +154,27 @@ class Sources:
         return max(self.sizes.least_block, *(parameter.numel for parameter in self.catalog.parameters))
 
     def run_of(self, block: int, num_models: int, slices: int) -> int:
-        """Return how many elements a run may have: the slices of all models wait while its first blocks are merged.
+        """Return how many elements a run may have.
 
-        They take no more memory than so many slices of a block, in so many buffers: those read ahead may be of a block
-        again.
+        The slices of all models wait while the first blocks of a run are merged. They fit the buffers of `slices`
+        slices of a block each.
         """
-        of_one = self.filled(block) // -(-num_models // slices)
-        return of_one - of_one % GRAIN
+        elements = self.filled(block) // -(-num_models // slices)
+        return elements - elements % GRAIN
 
     def footprint(self, parameter: Parameter, models: Sequence[Model]) -> Footprint:
-        """Return what these models store for a parameter; quick where many of them store theirs alike."""
+        """Return what these models store for a parameter. Models that store theirs alike are counted once."""
         counts, kinds = self.alike(models)
         key = parameter.name, counts
         if key not in self._sums:
-            parts = [(count, self._one(parameter, model)) for (_, count), model in zip(counts, kinds, strict=True)]
+            parts = [(count, self._of_model(parameter, model)) for (_, count), model in zip(counts, kinds, strict=True)]
             self._sums[key] = self._sum(parts)
         return self._sums[key]
 
     def alike(self, models: Sequence[Model]) -> tuple[tuple[tuple[int, int], ...], tuple[Model, ...]]:
-        """Return (identity of the sources, models that share them) for each kind among them, and one model of each.
+        """Return (identity of the sources, models that share them) for each kind of model, and one model of each.
 
-        Planning asks for one parameter after the other of the same models, so the last answer is kept.
+        The last answer is kept, since planning asks for the same models parameter by parameter.
         """
         if self._grouped[0] is not models:
             counts = tuple(sorted(Counter(id(model.sources) for model in models).items()))
@@ -187,65 +188,69 @@ class Sources:
         def total(values: Iterable[int]) -> int:
             return sum(count * value for (count, _), value in zip(parts, values, strict=True))
 
+        kinds = [footprint for _, footprint in parts]
         return Footprint(
-            dense=(total(one.dense[0] for _, one in parts), total(one.dense[1] for _, one in parts)),
-            factors=(total(one.factors[0] for _, one in parts), total(one.factors[1] for _, one in parts)),
-            shared=(total(one.shared[0] for _, one in parts), total(one.shared[1] for _, one in parts)),
-            edge=total(one.edge for _, one in parts),
-            requests=total(one.requests for _, one in parts),
-            joined=total(one.joined for _, one in parts),
-            held=(total(one.held[0] for _, one in parts), max((one.held[1] for _, one in parts), default=0)),
-            base=max((one.base for _, one in parts), key=NEEDS.index, default="nothing"),
+            dense=(total(kind.dense[0] for kind in kinds), total(kind.dense[1] for kind in kinds)),
+            factors=(total(kind.factors[0] for kind in kinds), total(kind.factors[1] for kind in kinds)),
+            shared=(total(kind.shared[0] for kind in kinds), total(kind.shared[1] for kind in kinds)),
+            edge=total(kind.edge for kind in kinds),
+            requests=total(kind.requests for kind in kinds),
+            joined=total(kind.joined for kind in kinds),
+            decoded_bytes=(
+                total(kind.decoded_bytes[0] for kind in kinds),
+                max((kind.decoded_bytes[1] for kind in kinds), default=0),
+            ),
+            base=max((kind.base for kind in kinds), key=NEEDS.index, default="nothing"),
         )
 
     def of_base(self, parameter: Parameter) -> Footprint:
         """Return what the base stores for a parameter."""
-        return self._one(parameter, self.catalog.base)
+        return self._of_model(parameter, self.catalog.base)
 
     def models_per_pass(self, footprint: Footprint) -> int:
-        """Return how many slices of the parameter are merged together, at most."""
-        dense = footprint.dense[1] or not footprint.held[1]
+        """Return the most slices of a parameter that one kernel call merges."""
+        dense = footprint.dense[1] or not footprint.decoded_bytes[1]
         return self.sizes.models_per_pass if dense else self.sizes.factored_models_per_pass
 
-    def kept(self, footprint: Footprint) -> Literal["nothing", "shared", "all"]:
-        """Return which factors of the parameter stay in a worker's cache while it works its blocks off."""
+    def cached(self, footprint: Footprint) -> Literal["nothing", "shared", "all"]:
+        """Return which factors of a parameter stay in a worker's cache until its blocks are merged."""
         if footprint.factors[0] <= self._cache:
             return "all"
         return "shared" if footprint.shared[0] <= self._cache else "nothing"
 
-    def kept_together(self, parameters: Iterable[Parameter], models: Sequence[Model]) -> Iterator[list[Parameter]]:
-        """Yield consecutive parameters whose factors are read at once, and kept until all of them are done.
+    def cache_groups(self, parameters: Iterable[Parameter], models: Sequence[Model]) -> Iterator[list[Parameter]]:
+        """Yield groups of consecutive parameters whose factors are read at once, and cached until all are merged.
 
-        Of one model they hold no more than twice the largest parameter's: while they are cut apart there are their
-        bytes, and one's again, where the plan counts those of one as read, aligned and decoded
-        (`Format.decoded_bytes`).
+        The decoded factors of a model take at most twice the bytes of its largest parameter. So they fit the memory
+        that the plan counts for that parameter: its bytes as read, aligned and decoded (`Format.decoded_bytes`).
         """
-        found: list[Parameter] = []
+        group: list[Parameter] = []
         room = largest = 0
         for parameter in parameters:
-            one = self.footprint(parameter, models)
-            if found and (one.factors[0] > room or one.held[1] > largest):
-                yield found
-                found = []
-            if not found:
-                room, largest = self._cache, 2 * self.largest_held
-            found.append(parameter)
-            room, largest = room - one.factors[0], largest - one.held[1]
-        if found:
-            yield found
+            footprint = self.footprint(parameter, models)
+            if group and (footprint.factors[0] > room or footprint.decoded_bytes[1] > largest):
+                yield group
+                group = []
+            if not group:
+                room, largest = self._cache, 2 * self.largest_decoded
+            group.append(parameter)
+            room, largest = room - footprint.factors[0], largest - footprint.decoded_bytes[1]
+        if group:
+            yield group
 
     def factors(self, model: Model, parameters: Iterable[Parameter]) -> list[tuple[Source, int, int]]:
         """Return what a model stores as factors for some parameters, each whole: (source, start, stop)."""
         return [
-            (source, 0, one.numel)
-            for one in parameters
-            if (source := model.sources.get(one.name)) is not None and source.encoding == "factors"
+            (source, 0, parameter.numel)
+            for parameter in parameters
+            if (source := model.sources.get(parameter.name)) is not None and source.encoding == "factors"
         ]
 
     @cached_property
-    def largest_held(self) -> int:
-        """The most bytes that a model's factors take, decoded, for one parameter."""
-        return max((self.footprint(one, self.models).held[1] for one in self.catalog.parameters), default=0)
+    def largest_decoded(self) -> int:
+        """The most bytes that a model's decoded factors take for one parameter."""
+        footprints = (self.footprint(parameter, self.models) for parameter in self.catalog.parameters)
+        return max((footprint.decoded_bytes[1] for footprint in footprints), default=0)
 
     def room_for_slices(self) -> int:
         """Return the bytes of a worker's cache that are left beside all factors."""
@@ -257,27 +262,29 @@ class Sources:
         return max(0, self._cache - factors)
 
     def rank_sum(self, recipe: Recipe, members: Sequence[Member], parameter: Parameter) -> int:
-        """Return the summed rank if the method is a weighted sum of plain factors here, below the matrix's width.
+        """Return the sum of ranks where the method is a weighted sum of plain factors, and that sum is below the width.
 
-        0 where the merged change must be formed itself.
+        It is 0 where the merged change of the matrix must be formed itself.
         """
-        held = [model.sources.get(parameter.name) for model in self.models]
+        sources = [model.sources.get(parameter.name) for model in self.models]
         if (
-            recipe.method.coefficients(members, [source is not None for source in held]) is None
+            recipe.method.coefficients(members, [source is not None for source in sources]) is None
             or recipe.allow.nan == "zero"
         ):
             return 0
         ranks = [
-            self.formats[model.format].rank(source) for model, source in zip(self.models, held, strict=True) if source
+            self.formats[model.format].rank(source)
+            for model, source in zip(self.models, sources, strict=True)
+            if source
         ]
         return sum(ranks) if all(ranks) and sum(ranks) < min(parameter.shape) else 0
 
-    def _one(self, parameter: Parameter, model: Model) -> Footprint:
+    def _of_model(self, parameter: Parameter, model: Model) -> Footprint:
         key = id(model.sources), parameter.name
-        if key not in self._known:
-            source = model.sources.get(parameter.name)
-            self._known[key] = _footprint(self.formats[model.format], source, parameter.numel) if source else _NOTHING
-        return self._known[key]
+        if key not in self._footprints:
+            source, form = model.sources.get(parameter.name), self.formats[model.format]
+            self._footprints[key] = _footprint(form, source, parameter.numel) if source else _NOTHING
+        return self._footprints[key]
 
 
 _NOTHING = Footprint((0, 0), (0, 0), (0, 0), 0, 0, 0, (0, 0), "nothing")
@@ -288,21 +295,21 @@ def _footprint(form: Format, source: Source, numel: int) -> Footprint:
         return sum(read.stop - read.start for read in reads)
 
     whole = form.reads(source, 0, numel)
-    held = form.decoded_bytes(source)
+    decoded = form.decoded_bytes(source)
     cost = size(whole), len(whole)
     if source.encoding == "dense":
         return Footprint(cost, (0, 0), (0, 0), 0, 0, 0, (0, 0), form.needs(source))
-    some = form.reads(source, 0, max(1, numel // 2))
+    half = form.reads(source, 0, max(1, numel // 2))
     least = form.reads(source, 0, min(1, numel))
-    shared = [read for read in some if read.shared]
+    shared = [read for read in half if read.shared]
     edge = size(read for read in least if not read.shared)
     return Footprint(
         dense=(0, 0),
         factors=cost,
         shared=(size(shared), len(shared)),
         edge=edge,
-        requests=len(some),
+        requests=len(half),
         joined=len(joined(whole)),
-        held=(held, held),
+        decoded_bytes=(decoded, decoded),
         base=form.needs(source),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from ties_ray.inputs.catalog import Model
-from ties_ray.layout.footprint import NEEDS, Footprint, Sources, kept_requests, requests_of, rounded_up
+from ties_ray.layout.footprint import NEEDS, Footprint, Sources, cached_requests, requests_of, rounded_up
 from ties_ray.layout.shards import Layout, Segment, elements_in
 from ties_ray.methods import Member
 from ties_ray.recipe.recipe import Recipe
@@ -17,36 +17,36 @@ from ties_ray.tensors import Parameter
 def runs_of(
     segments: Iterable[Segment], block: int, run: int, joins: Callable[[int], bool]
 ) -> Iterator[tuple[Segment, ...]]:
-    """Yield the blocks of a shard in order, those together that have at most `run` elements in all.
+    """Yield the runs of a shard's blocks in order: blocks that are read together, of at most `run` elements in all.
 
-    joins: tells of a parameter whether its blocks may be joined with others.
+    joins: whether the blocks of a parameter, by its index, may be joined with others.
     """
-    together: list[Segment] = []
+    joined: list[Segment] = []
     room = run
     for parameter, begin, end in segments:
         for start in range(begin, end, block):
-            one = Segment(parameter, start, min(start + block, end))
-            size = rounded_up(one.stop - one.start) if joins(parameter) else run + 1
-            if together and size > room:
-                yield tuple(together)
-                together, room = [], run
-            together.append(one)
+            segment = Segment(parameter, start, min(start + block, end))
+            size = rounded_up(segment.stop - segment.start) if joins(parameter) else run + 1
+            if joined and size > room:
+                yield tuple(joined)
+                joined, room = [], run
+            joined.append(segment)
             room -= size
-    if together:
-        yield tuple(together)
+    if joined:
+        yield tuple(joined)
 
 
 class Reading(NamedTuple):
-    """What is read, added up."""
+    """How much is read."""
 
     num_bytes: int
     requests: int
     gaps: int
-    """Of the bytes, those that nobody needs."""
+    """The bytes among `num_bytes` that nobody needs."""
 
     def plus(self, other: "Reading") -> "Reading":
-        """Return both, added."""
-        return Reading(*(one + more for one, more in zip(self, other, strict=True)))
+        """Return the sum of both."""
+        return Reading(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
 
 _NOTHING = Reading(0, 0, 0)
@@ -72,23 +72,29 @@ class _Walk:
         self._runs: list[tuple[Segment, ...]] = []
         self._factored: list[tuple[Parameter, ...]] = []
         for shard in shards if run else ():
-            self._runs += (one for one in self._joined(shard, block, run) if len(one) > 1)
-            self._factored += (some for some in [self._with_factors(shard)] if len(some) > 1)
-        self._known: dict[tuple[int, frozenset[int] | None], Reading] = {}
+            self._runs += (joined for joined in self._joined(shard, block, run) if len(joined) > 1)
+            self._factored += (factored for factored in [self._with_factors(shard)] if len(factored) > 1)
+        self._changes: dict[tuple[int, frozenset[int] | None], Reading] = {}
 
     def _joined(self, shard: Sequence[Segment], block: int, run: int) -> Iterator[tuple[Segment, ...]]:
-        # Of whole blocks, which no other block is joined with, one a segment tells as much as all.
-        ends = (one._replace(start=max(one.start, one.stop - (one.stop - one.start) % block - block)) for one in shard)
+        # No whole block is joined with another, so the last whole block of a segment stands for all.
+        ends = (
+            segment._replace(start=max(segment.start, segment.stop - (segment.stop - segment.start) % block - block))
+            for segment in shard
+        )
         return runs_of(ends, block, run, lambda index: self._parameters[index].name not in self._sources.not_coalesced)
 
     def _with_factors(self, shard: Sequence[Segment]) -> tuple[Parameter, ...]:
-        found = dict.fromkeys(self._parameters[segment.parameter] for segment in shard)
-        return tuple(one for one in found if one.name in self._sources.factored)
+        parameters = dict.fromkeys(self._parameters[segment.parameter] for segment in shard)
+        return tuple(parameter for parameter in parameters if parameter.name in self._sources.factored)
 
     def joined(self, model: Model, parameters: frozenset[int] | None = None) -> Reading:
-        """Return what the runs change for a model, of some parameters or of all: bytes more, requests fewer."""
+        """Return how runs change the reading of a model: more bytes, fewer requests.
+
+        parameters: indices of those that count; all where it is None.
+        """
         key = id(model.sources), parameters
-        if key not in self._known:
+        if key not in self._changes:
             form, requests, gaps = self._sources.formats[model.format], 0, 0
             for run in self._runs:
                 slices = [
@@ -100,32 +106,32 @@ class _Walk:
                 for group in requests_of(form, slices, self._room, self._sources.sizes.gap)[1]:
                     requests -= len(group) - 1
                     gaps += group[-1].stop - group[0].start - sum(read.stop - read.start for read in group)
-            self._known[key] = Reading(gaps, requests, gaps)
-        return self._known[key]
+            self._changes[key] = Reading(gaps, requests, gaps)
+        return self._changes[key]
 
     def dense_requests(self, index: int, models: Sequence[Model], of_each: int) -> int:
-        """Return how many requests bring a parameter's blocks; of_each: of a block, where none are divided."""
+        """Return how many requests bring a parameter's blocks; of_each: requests of a block that is not divided."""
         parameter = self._parameters[index]
         if parameter.name not in self._sources.divided:
             return of_each * self.cuts[index][1]
-        blocks = [one for one in self._divided if one.parameter == index]
-        return sum(self._sources.dense_requests(parameter, models, one.start, one.stop) for one in blocks)
+        blocks = [block for block in self._divided if block.parameter == index]
+        return sum(self._sources.dense_requests(parameter, models, block.start, block.stop) for block in blocks)
 
-    def kept_together(self, models: Sequence[Model]) -> int:
-        """Return how many requests fewer the factors of neighbours take where they are kept."""
+    def requests_saved(self, models: Sequence[Model]) -> int:
+        """Return how many requests are saved because cached factors of neighbours are read at once."""
         counts, kinds = self._sources.alike(models)
         fewer = 0
         for names in self._factored:
-            for together in self._sources.kept_together(names, models):
+            for group in self._sources.cache_groups(names, models):
                 for (_, count), model in zip(counts, kinds, strict=True):
-                    slices = self._sources.factors(model, together)
-                    groups = kept_requests(self._sources.formats[model.format], slices)
-                    fewer += count * sum(len(group) - 1 for group in groups)
+                    slices = self._sources.factors(model, group)
+                    requests = cached_requests(self._sources.formats[model.format], slices)
+                    fewer += count * sum(len(reads) - 1 for reads in requests)
         return fewer
 
 
 class Cost:
-    """Bytes and requests of a round, summed over parameters, not over shards times models."""
+    """Adds up bytes and requests of rounds. It goes through parameters, not through shards times models."""
 
     def __init__(self, recipe: Recipe, members: Sequence[Member], layout: Layout, sources: Sources) -> None:
         self._recipe = recipe
@@ -136,34 +142,35 @@ class Cost:
         """The members that an earlier round has read."""
 
     def again(self, members: Iterable[int], passes: int, times_base: int, gaps: int) -> int:
-        """Return the bytes of a round's slices, from buckets, that were read before; to be asked round by round.
+        """Return the bytes of a round's slices in buckets that an earlier round has read; ask it round by round.
 
-        gaps: the round's, of which any may have been read before.
+        passes: how often the models are read. times_base: how often the base is read. gaps: bytes of the round's gaps,
+        which an earlier round may have read as well.
         """
         members, models = set(members), self._sources.models
 
-        def size(some: Iterable[int]) -> int:
-            remote = [models[one] for one in some if scheme_of(models[one].uri) != "local"]
+        def size(members: Iterable[int]) -> int:
+            remote = [models[member] for member in members if scheme_of(models[member].uri) != "local"]
             merged = (parameter for parameter in self._layout.parameters if parameter.merged)
             return sum(self._sources.footprint(parameter, remote).dense[0] for parameter in merged) if remote else 0
 
-        found = passes * size(members & self._before) + (passes - 1) * size(members - self._before)
+        again = passes * size(members & self._before) + (passes - 1) * size(members - self._before)
         base = self._sources.catalog.base
         if scheme_of(base.uri) != "local":
-            needing = [models[one] for one in members]
+            needing = [models[member] for member in members]
             of_base = sum(
                 self._sources.of_base(parameter).dense[0]
                 for parameter in self._layout.parameters
                 if parameter.merged and self._sources.footprint(parameter, needing).base == "slice"
             )
-            found += (times_base - (not self._before)) * of_base
+            again += (times_base - (not self._before)) * of_base
         self._before |= members
-        return found and found + gaps
+        return again and again + gaps
 
     def counting(self, counted: Callable[[int], Sequence[int]], block: int, run: int) -> Reading:
-        """Return what a counting round reads: members counted, and the base once a group that needs it.
+        """Return what a counting round reads: the counted members, and the base once for each group that needs it.
 
-        counted: what tells of a parameter which members are counted there; of all the same, where there are runs.
+        counted: the members that are counted for a parameter, by its index. With runs, they are the same for all.
         """
         walk = self._ranges(block, run)
         by_members: dict[tuple[int, ...], set[int]] = {}
@@ -177,11 +184,11 @@ class Cost:
         return total
 
     def gathering(self, block: int, run: int, passes: int) -> Reading:
-        """Return what a round reads that gathers a method's statistics."""
+        """Return what a round that gathers a method's statistics reads."""
         return self._read(self._ranges(block, run), self._sources.models, passes, "nothing")
 
     def condensing(self, block: int, passes: int) -> Reading:
-        """Return what a round reads that condenses matrices: as blocks of the merge, or all factors once."""
+        """Return what a round that condenses matrices reads: blocks as in the merge, or all factors once."""
         total = _NOTHING
         for index in self._layout.matrices:
             parameter = self._layout.parameters[index]
@@ -194,7 +201,7 @@ class Cost:
         return total
 
     def merging(self, block: int, run: int, passes: int) -> Reading:
-        """Return what the merge reads: merged segments, and the base's bytes of what is copied."""
+        """Return what the merge reads: merged segments, and the base's tensors that are copied."""
         shards, copied, copies = [], 0, 0
         for index in range(self._layout.num_merge_shards):
             shard = self._layout.merge_shard(index, 0)
@@ -219,7 +226,10 @@ class Cost:
         base: Literal["nothing", "slice"],
         only: Collection[int] | None = None,
     ) -> Reading:
-        """Return what some models and, where needed, the base take on a walk through all parameters or some only."""
+        """Return what a walk reads of the models, and of the base where they need it.
+
+        only: indices of the parameters that count; all where it is None.
+        """
         num_bytes = requests = 0
         of_base = set()
         for index in walk.cuts if only is None else only:
@@ -237,25 +247,25 @@ class Cost:
                 size, reads = self._sources.of_base(parameter).dense
                 num_bytes += size
                 requests += reads * blocks
-                if need == "rows":  # those that a block begins and ends in
+                if need == "rows":  # the rows in which a block begins and ends are read whole
                     num_bytes += 2 * blocks * size // max(1, parameter.shape[0])
-        total = Reading(num_bytes, requests - walk.kept_together(models), 0)
+        total = Reading(num_bytes, requests - walk.requests_saved(models), 0)
         counts, kinds = self._sources.alike(models)
         for (_, count), model in zip(counts, kinds, strict=True):
             total = total.plus(Reading(*(count * each for each in walk.joined(model))))
         return total.plus(walk.joined(self._sources.catalog.base, frozenset(of_base))) if of_base else total
 
     def _factors(self, footprint: Footprint, segments: int, blocks: int, passes: int) -> tuple[int, int]:
-        """Return (bytes, requests) of a parameter's factors; what is kept is read once a segment, at most."""
+        """Return (bytes, requests) of a parameter's factors; cached ones are read at most once a segment."""
         whole, shared = footprint.factors, footprint.shared
-        kept = self._sources.kept(footprint)
-        if kept == "all":
+        cached = self._sources.cached(footprint)
+        if cached == "all":
             return segments * whole[0], segments * footprint.joined
         if blocks == 1:
             return passes * whole[0], passes * whole[1]
         own = passes * (whole[0] - shared[0] + blocks * footprint.edge)
         reads = passes * blocks * (footprint.requests - shared[1])
-        times = segments if kept == "shared" else passes * blocks
+        times = segments if cached == "shared" else passes * blocks
         return own + times * shared[0], reads + times * shared[1]
 
 
@@ -263,6 +273,6 @@ def _cuts(segments: Iterable[Segment], block: int) -> dict[int, tuple[int, int]]
     """Return, by parameter, into how many segments and blocks it is cut."""
     cuts: dict[int, tuple[int, int]] = {}
     for parameter, start, stop in segments:
-        before = cuts.get(parameter, (0, 0))
-        cuts[parameter] = before[0] + 1, before[1] + -(-(stop - start) // block)
+        num_segments, num_blocks = cuts.get(parameter, (0, 0))
+        cuts[parameter] = num_segments + 1, num_blocks + -(-(stop - start) // block)
     return cuts

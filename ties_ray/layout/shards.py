@@ -31,10 +31,11 @@ class Shard(NamedTuple):
     models: tuple[int, int]
     """The models [start, stop) it reads, as indices into the result's members."""
     segments: tuple[Segment, ...] = ()
-    """In all rounds but the merge; where matrices are condensed, one whole parameter."""
+    """The elements it covers; empty in the merge. A round that condenses matrices covers one whole parameter."""
     file: int = 0
+    """Index of the weight file that the merge writes."""
     parts: tuple[int, int] = (0, 0)
-    """In the merge: parts [start, stop) of the file, from 0."""
+    """Parts [start, stop) of the file that the merge writes, counted from 0."""
 
 
 class Layout:
@@ -48,21 +49,21 @@ class Layout:
         self.by_name = {parameter.name: index for index, parameter in enumerate(catalog.parameters)}
         self._merged = [index for index, parameter in enumerate(catalog.parameters) if parameter.merged]
         self._ends = list(itertools.accumulate(catalog.parameters[index].numel for index in self._merged))
-        """Of each merged parameter in the concatenation of all."""
+        """The end of each merged parameter in the concatenation of all, in elements."""
         self.num_elements = self._ends[-1] if self._ends else 0
-        """The d of every checkpoint's task vector."""
+        """Elements of a checkpoint's task vector, the d of a density."""
         self._range = min(sizes.max_range, max(sizes.min_range, -(-self.num_elements // sizes.shards_at_least)))
         self._parts_a_shard = max(
             1, min(sizes.max_shard, sum(file.size for file in files) // sizes.shards_at_least) // self.part_size
         )
         self.matrices = [index for index in self._merged if catalog.parameters[index].changed]
-        """What is condensed, where the output does that: one shard each."""
+        """Indices of the parameters that a condensing output condenses, one shard each."""
         shards = [-(-self.num_parts(index) // self._parts_a_shard) for index in range(len(files))]
         self._shard_ends = list(itertools.accumulate(shards))
         self._starts = [[placed.start for placed in file.tensors] for file in files]
 
     def num_parts(self, file: int) -> int:
-        """Return how many parts a file has (at least one)."""
+        """Return how many parts a file has, at least one."""
         return -(-self.files[file].size // self.part_size)
 
     @property
@@ -124,15 +125,15 @@ class Layout:
 
     def ranges_over(self, segments: Iterable[Segment]) -> set[int]:
         """Return the indices of the ranges that hold any of these elements."""
-        found: set[int] = set()
+        ranges: set[int] = set()
         for parameter, start, stop in segments:
             begins = self._ends[bisect.bisect_left(self._merged, parameter)] - self.parameters[parameter].numel
-            found.update(range((begins + start) // self._range, -(-(begins + stop) // self._range)))
-        return found
+            ranges.update(range((begins + start) // self._range, -(-(begins + stop) // self._range)))
+        return ranges
 
 
 def elements_in(layout: Layout, file: int, number: int) -> Iterator[tuple[Placed, int, int]]:
-    """Yield (tensor, first element, last element exclusive) of what a part holds; parts never split an element."""
+    """Yield (tensor, start, stop) of the elements that a part holds; parts never split an element."""
     start, stop = layout.part(file, number)
     for placed in layout.tensors_in(file, start, stop):
         size = DTYPE_BITS[placed.tensor.dtype] // 8
@@ -150,7 +151,7 @@ def part_size(recipe: Recipe, files: Sequence[OutputFile], sizes: Sizes = SIZES)
 
 
 def plan_files(recipe: Recipe, catalog: Catalog) -> tuple[OutputFile, ...]:
-    """Return the weight files: tensors dealt out in catalog order up to `file_size`, each file in canonical order."""
+    """Return the weight files. Tensors fill them in catalog order, up to `file_size`; a file has canonical order."""
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
     library = recipe.output.library(catalog.library)

@@ -8,6 +8,7 @@ from pydantic import Field
 from ties_ray.kernels import BINS
 
 Size = Annotated[int, Field(ge=0, le=2**40)]
+"""The form of a size in a stored plan."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sizes:
     local_room: Size = 8 * 2**20
     """Bytes of local slices that are needed together: they stay in the CPU's caches."""
     min_resident_block: Size = 128 * 2**10
-    """Elements: with smaller blocks, a method that needs two passes reads its models twice."""
+    """Elements of a block at least that is kept for a second pass; with less memory, the models are read twice."""
     models_per_pass: Size = 16
     """Slices that one kernel call merges: sums go to memory and back once for so many models."""
     factored_models_per_pass: Size = 32
@@ -50,7 +51,7 @@ class Sizes:
     factor_room: Size = 64 * 2**20
     """Bytes of decoded factors that one kernel call may hold; malloc keeps about as much again."""
     gap: Size = 64 * 2**10
-    """Bytes that nobody needs, read where they lie between two reads: a second request costs more CPU."""
+    """Unneeded bytes between two reads that one request may bring along: a second request costs more CPU."""
     ahead: Size = 4
     """Slices read ahead of the one that is merged."""
     most_ahead: Size = 16
@@ -62,21 +63,21 @@ class Sizes:
     entry: Size = 2**10
     """Bytes of a worker's plan for each pinned object, and for each tensor of models not stored alike (measured)."""
     record_shards: Size = 256
-    """Shards in a record at most: what a lost worker costs."""
+    """Shards in a record at most. A lost worker costs as many."""
 
     @property
     def tables(self) -> int:
-        """Return the bytes of the counts of a shard, and of those that they are added to."""
+        """Return the bytes of a shard's tables of counts, and of the tables that they are added to."""
         return 2 * self.model_group * BINS * 8
 
 
 SIZES = Sizes()
 """The sizes that a new run is cut by."""
 EXTENT = 16
-"""A stored run may have been cut so many times finer or coarser than a new one."""
+"""The most times that a stored run may be cut finer or coarser than a new one."""
 
 
 def comparable(sizes: Sizes) -> bool:
-    """Return whether no size is far from those of a new run; others come from no version of ties_ray."""
+    """Return whether all sizes are near those of a new run. No version of ties_ray writes others."""
     pairs = zip(vars(sizes).values(), vars(SIZES).values(), strict=True)
     return all(ours <= EXTENT * theirs and theirs <= EXTENT * ours for theirs, ours in pairs)

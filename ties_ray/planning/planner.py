@@ -33,7 +33,7 @@ def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
     memory = merge.budget.overhead + max(rounds.kind_of(round_).memory(merge, round_) for round_ in merge.rounds)
     memory += _cache(recipe, merge)
     _demand_memory(recipe, memory)
-    deeper = merge.budget.deeper(max(round_.block for round_ in merge.rounds), memory)
+    further = merge.budget.further_ahead(max(round_.block for round_ in merge.rounds), memory)
     run_id = _run_id(recipe, catalog)
     left_out = [model for model in catalog.models if model.weight == 0]
     return Plan(
@@ -45,9 +45,9 @@ def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
         results=(merge.result,),
         sizes=sizes,
         output=recipe.output.path.replace("{run_id}", run_id).rstrip("/"),
-        memory=memory + deeper.memory,
+        memory=memory + further.memory,
         notes=(*catalog.notes, *(f"model {model.id} ({model.uri}): weight 0, left out" for model in left_out)),
-        ahead=sizes.ahead + deeper.slices,
+        ahead=sizes.ahead + further.slices,
     )
 
 

@@ -192,7 +192,7 @@ def _largest_matrix(merge: Merge) -> int:
         parameter = merge.layout.parameters[index]
         ranks = merge.sources.rank_sum(merge.recipe, merge.members, parameter)
         if ranks:
-            decoded = merge.sources.footprint(parameter, merge.models).held[0]
+            decoded = merge.sources.footprint(parameter, merge.models).decoded_bytes[0]
             needed = max(needed, decoded + output.combine_bytes(parameter, ranks))
         else:
             needed = max(needed, 4 * parameter.numel + output.condense_bytes(parameter))

@@ -52,9 +52,9 @@ class Blocks:
         runs = list(
             runs_of(segments, round_.block, round_.run, lambda one: parameters[one].name not in sources.not_coalesced)
         )
-        together = self._kept_together(segments if round_.run else (), members)
+        neighbours = self._cached_with(segments if round_.run else (), members)
         requests = itertools.chain.from_iterable(
-            self._requests(round_, run, members, together, with_base) for run in runs
+            self._requests(round_, run, members, neighbours, with_base) for run in runs
         )
         room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
         with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
@@ -93,14 +93,14 @@ class Blocks:
         round_: PlannedRound,
         run: Sequence[Segment],
         members: Sequence[int],
-        together: Mapping[str, Sequence[Parameter]],
+        neighbours: Mapping[str, Sequence[Parameter]],
         with_base: bool,
     ) -> Iterator[list[SliceRequest | None]]:
         """Yield what is read for a run of blocks: of the base, then of each model."""
         yield [self._of_base(segment, members, with_base) for segment in run]
         for _ in range(round_.passes):
             for model in (self._merge.models[member] for member in members):
-                yield [self._of_model(model, segment, members, together) for segment in run]
+                yield [self._of_model(model, segment, members, neighbours) for segment in run]
 
     def _of_base(self, segment: Segment, members: Sequence[int], with_base: bool) -> SliceRequest | None:
         name, base = self._merge.catalog.parameters[segment.parameter].name, self._merge.catalog.base
@@ -108,23 +108,23 @@ class Blocks:
         return SliceRequest(base, base.sources[name], begin, end) if begin < end else None
 
     def _of_model(
-        self, model: Model, segment: Segment, members: Sequence[int], together: Mapping[str, Sequence[Parameter]]
+        self, model: Model, segment: Segment, members: Sequence[int], neighbours: Mapping[str, Sequence[Parameter]]
     ) -> SliceRequest | None:
         parameter, sources = self._merge.catalog.parameters[segment.parameter], self._merge.sources
         source = model.sources.get(parameter.name)
         if source is None:
             return None
-        kept = sources.kept(self._footprint(segment.parameter, members))
-        factors = sources.factors(model, together.get(parameter.name, [parameter]))
-        return SliceRequest(model, source, segment.start, segment.stop, kept, factors)
+        cached = sources.cached(self._footprint(segment.parameter, members))
+        factors = sources.factors(model, neighbours.get(parameter.name, [parameter]))
+        return SliceRequest(model, source, segment.start, segment.stop, cached, factors)
 
-    def _kept_together(self, segments: Iterable[Segment], members: Sequence[int]) -> dict[str, list[Parameter]]:
-        """Return, for each parameter with factors, those whose factors are read with its own where they are kept."""
+    def _cached_with(self, segments: Iterable[Segment], members: Sequence[int]) -> dict[str, list[Parameter]]:
+        """Return, by parameter with factors, the parameters whose factors come into the cache with its own."""
         sources, parameters = self._merge.sources, self._merge.catalog.parameters
         models = [self._merge.models[member] for member in members]
         touched = dict.fromkeys(parameters[segment.parameter] for segment in segments)
         factored = (parameter for parameter in touched if parameter.name in sources.factored)
-        groups = sources.kept_together(factored, models)
+        groups = sources.cache_groups(factored, models)
         return {parameter.name: group for group in groups for parameter in group}
 
     def _base_range(self, segment: Segment, members: Sequence[int], with_base: bool) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import Stored
 from ties_ray.kernels.buffers import Buffers
-from ties_ray.layout.footprint import kept_requests, requests_of, rounded_up
+from ties_ray.layout.footprint import cached_requests, requests_of, rounded_up
 from ties_ray.stores import Pin, Stores, scheme_of
 from ties_ray.tensors import Read, Source
 from ties_ray.worker.cache import Cache, RangeCache
@@ -234,7 +234,7 @@ class ReadAhead:
     def _cut_from_kept(self, wanted: SliceRequest, reads: Sequence[Read]) -> list[Tensor]:
         """Return what a slice needs from all that is stored for the parameter and its neighbours, which is kept."""
         model = wanted.model
-        groups = kept_requests(self._formats[model.format], wanted.together)
+        groups = cached_requests(self._formats[model.format], wanted.together)
         with self._reading.setdefault(model.uri, threading.Lock()):  # of few models the next block is under way too
             kept = {read: data for group in groups for read, data in self._kept_group(model.objects, group)}
         return [
