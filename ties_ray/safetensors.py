@@ -89,8 +89,8 @@ def parse(head: bytes, file_size: int, where: str) -> Header:
     """Return a file's header, checked; its tensors are in the order of their offsets.
 
     head: the file's first bytes, at least `header_bytes` of them. where: the file, for messages.
-    Raises `InputError` with all that is wrong: no JSON, duplicate keys, an unknown dtype, broken shapes or offsets,
-    sizes that disagree, holes, overlaps, trailing or missing bytes.
+    Raises `InputError` with all problems: no JSON, duplicate keys, unknown dtypes, broken shapes or offsets, sizes that
+    disagree, holes, overlaps, trailing or missing bytes.
     """
     size = header_bytes(head, file_size, where)
     if len(head) < size:

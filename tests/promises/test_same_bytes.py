@@ -437,7 +437,7 @@ def test_what_the_system_holds_is_copied_by_the_worker_itself(
         read(self, pin, start, into)
 
     monkeypatch.setattr(Local, "read", noted)
-    monkeypatch.setattr(Local, "at_hand", lambda self, pin, position: at_hand)
+    monkeypatch.setattr(Local, "is_in_page_cache", lambda self, pin, position: at_hand)
     merge(family_of(num_models=3), tmp_path, "ties", run={**LOCAL, "workers": 1})
     planning = {name for name in readers if name.startswith("ThreadPoolExecutor")}  # compares what is no weight
     assert readers - planning - {"MainThread"} == {"ties-ray-0"} | ({"read"} if not at_hand else set())

@@ -66,14 +66,14 @@ def test_it_knows_what_the_page_cache_holds(store: Local, tmp_path: Path) -> Non
     pin, _ = store.head(str(path), 0)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        assert store.at_hand(pin, 2**20 - 1)
-        assert not store.at_hand(pin, 2**20), "there is no such byte"
+        assert store.is_in_page_cache(pin, 2**20 - 1)
+        assert not store.is_in_page_cache(pin, 2**20), "there is no such byte"
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
             resident = is_resident(mapped, 2**20 - mmap.PAGESIZE)  # asked first: a read makes the system fetch more
-            assert store.at_hand(pin, 2**20 - 1) == resident
+            assert store.is_in_page_cache(pin, 2**20 - 1) == resident
     path.unlink()
-    assert not store.at_hand(pin, 0), "the read will say what is wrong"
+    assert not store.is_in_page_cache(pin, 0), "the read will say what is wrong"
 
 
 def is_resident(mapped: mmap.mmap, offset: int) -> bool:

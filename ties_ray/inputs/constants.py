@@ -26,8 +26,7 @@ def keep_dtypes(
 ) -> tuple[tuple[Parameter, ...], list[str]]:
     """Return the parameters, those marked whose base values overflow the asked dtype, and notes on them.
 
-    It reads every small tensor of the base that is not called a weight or a bias, if the asked dtype has a smaller
-    range than the tensor's.
+    Small tensors of the base are read if their dtype has a larger range than the asked one, but for weights and biases.
     """
     suspects = [parameter for parameter in parameters if _may_overflow(parameter, asked)]
 

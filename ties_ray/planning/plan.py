@@ -87,7 +87,10 @@ class Plan:
 
     @property
     def copies(self) -> bool:
-        """Return whether workers copy by themselves what the system holds of their inputs; see `Store.at_hand`."""
+        """Return whether workers copy by themselves what the system holds of their inputs.
+
+        See `Store.is_in_page_cache`.
+        """
         models = (model for merge in self.merges for model in merge.models)
         return self.recipe.run.device == "cpu" and are_local((self.catalog.base, *models))
 

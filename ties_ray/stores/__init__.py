@@ -40,20 +40,21 @@ __path__ = plugins.search_path("stores", list(__path__))
 
 
 class Pin(NamedTuple):
-    """One object as it was when it was first seen; later reads demand that it still is."""
+    """One object at the time of planning; later reads demand that it is unchanged."""
 
     uri: str
     size: int
-    """In bytes."""
+    """The number of bytes."""
     etag: str = ""
-    """What identifies the content: an S3 ETag without its quotes; for a local file `mtime_ns-inode`; empty where the
-    scheme has none, so that only the size is pinned: whoever plans must say so."""
+    """The mark of the content: an S3 ETag without its quotes, `mtime_ns-inode` of a local file.
+
+    It is empty where the scheme has none. Only the size is then pinned, and the plan must say so."""
     version: str = ""
     """The version id, where the store keeps versions."""
 
 
 class Listing(NamedTuple):
-    """What lies directly in a folder."""
+    """The content of a folder."""
 
     files: tuple[Pin, ...]
     """Objects, sorted by the UTF-8 bytes of their URI. Their pins may lack what only a request an object would show."""
@@ -65,12 +66,12 @@ class Part(NamedTuple):
     """One written part of an upload."""
 
     number: int
-    """From 1."""
+    """The part's number, counted from 1."""
     size: int
     etag: str
-    """As the store named it, empty where it has none (local)."""
+    """The store's ETag of the part; empty where it has none (local)."""
     checksum: str = ""
-    """What was sent along to prove the bytes, in the store's own form; to be handed back at completion."""
+    """The checksum that was sent with the bytes, in the store's own form; completion takes it back."""
 
 
 class Space(NamedTuple):
@@ -79,7 +80,7 @@ class Space(NamedTuple):
     free: int
     """Bytes that this process may still fill."""
     held: int
-    """Bytes that unfinished uploads of objects directly in the folder have taken already."""
+    """Bytes that unfinished uploads of objects directly in the folder have taken."""
 
 
 KEEP = "keep inputs unchanged while they are planned and merged, and run it again"
@@ -97,49 +98,49 @@ class NoOptions(BaseModel):
 class Store(ABC):
     """Lists folders and reads ranges.
 
-    Errors are those of `ties_ray.errors`: `InputError` for what is missing, forbidden or changed (message: the URI,
-    what was asked, what came), `UnavailableError` when the one retry budget is spent. Methods may be called from
-    several threads at once.
+    Errors are those of `ties_ray.errors`. `InputError` means that an object is missing, forbidden or changed; its
+    message shows the URI, the request and the answer. `UnavailableError` means that the one retry budget is spent.
+    Methods may be called from several threads at once.
     """
 
     options: ClassVar[type[BaseModel]] = NoOptions
     """The pydantic model of `storage.<scheme>` in a recipe; never holds a secret."""
     pinned_by: ClassVar[str] = "ETag"
-    """How well a read is tied to the planned content, for the plan's text."""
+    """The mark that ties a read to the planned content, for the plan's text."""
     exact_listing: ClassVar[bool] = False
-    """Whether a listing's pins are those that `head` gives, so that a file which changed in between shows."""
+    """Whether a listing gives the same pins as `head`, so that a file which changes in between shows."""
 
     def __init__(self, options: BaseModel) -> None:
         self.meter = Meter()
         self.notes: list[str] = []
-        """What the reader of a result should know: where the service lacks something, and what was done instead."""
+        """Notes for the reader of a result: features that the service lacks, and their substitutes."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a store holds connections and credentials: build it in the process that uses it")
 
     def resolve(self, uri: str) -> str:
-        """Return the URI by which any process finds the same folder: absolute, and of a commit where there are some."""
+        """Return the URI by which any process finds the same folder: absolute, and at a commit if there are any."""
         return absolute(uri)
 
     @abstractmethod
     def list(self, uri: str) -> Listing:
-        """Return what lies directly in the folder `uri` (empty where there is nothing)."""
+        """Return the content of the folder `uri`; it is empty where there is nothing."""
 
     def folders(self, uri: str) -> tuple[str, ...]:
-        """Return the folders in a folder, as `list` does, whatever its files are."""
+        """Return the folders in a folder, as `list` does, without a look at its files."""
         return self.list(uri).folders
 
     def list_below(self, root: str, name: str) -> Listing:
-        """Return what lies directly in the folder `name` (relative, `a/b`) of the folder `root`.
+        """Return the content of the folder `name` (relative, `a/b`) inside the folder `root`.
 
         A store that knows links raises `InputError` where one leads out of `root`.
         """
         return self.list(within(root, name))
 
     def newest(self, uri: str) -> float | None:
-        """Return when the newest file directly in the folder was written (seconds since 1970, by the store's clock).
+        """Return the time of the newest file directly in the folder (seconds since 1970, by the store's clock).
 
-        None where there is none, or the store does not tell.
+        It is None where there is no file, or the store does not tell.
         """
         return None
 
@@ -151,9 +152,9 @@ class Store(ABC):
         """
 
     def head_listed(self, listed: Pin, nbytes: int) -> tuple[Pin, bytes]:
-        """Return what `head` returns of a file that a listing has shown.
+        """Return the pin and first bytes of a listed file, as `head` does.
 
-        Raises `InputError` where it is gone, or where the listing's pin shows that it is another file by now.
+        Raises `InputError` where the file is gone, or its pin is not the listing's.
         """
         try:
             pin, data = self.head(listed.uri, nbytes)
@@ -164,7 +165,7 @@ class Store(ABC):
         return pin, data
 
     def get_pinned(self, pin: Pin) -> bytes:
-        """Return a small object whole, as pinned; raise `InputError` where it is another by now."""
+        """Return a small object whole; raise `InputError` where it is not the pinned one."""
         data = bytearray(pin.size)
         self.read(pin, 0, memoryview(data))
         return bytes(data)
@@ -176,12 +177,12 @@ class Store(ABC):
         Raises `InputError` if the object is gone or no longer the pinned one; nothing is returned from another content.
         """
 
-    def at_hand(self, pin: Pin, position: int) -> bool:
-        """Return whether the byte at `position` is in this machine's memory, so that a read would copy and not wait."""
+    def is_in_page_cache(self, pin: Pin, position: int) -> bool:
+        """Return whether the byte at `position` is in this machine's memory, so that a read does not wait."""
         return False
 
     def get(self, uri: str, limit: int) -> tuple[Pin, bytes]:
-        """Return a small object whole, in one request; raise `InputError` if it has more than `limit` bytes.
+        """Return a small object whole, by one request; raise `InputError` if it has more than `limit` bytes.
 
         Raises `FileNotFoundError` where there is no such object.
         """
@@ -232,7 +233,7 @@ class WritableStore(Store):
 
     @abstractmethod
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
-        """Return the parts that are there, by number; None where the upload is not known (any more).
+        """Return the written parts, by number; None where the store does not know the upload.
 
         A store that can't list single parts (a local file) returns () for a known upload.
         """
@@ -243,14 +244,14 @@ class WritableStore(Store):
 
     @abstractmethod
     def complete_upload(self, uri: str, upload: str, parts: Sequence[Part]) -> Pin:
-        """Make the object visible, whole; does nothing more if just this upload was completed before."""
+        """Make the object visible, whole; nothing happens if this upload is complete already."""
 
     @abstractmethod
     def abort_upload(self, uri: str, upload: str) -> None:
         """Forget an upload and its parts; nothing happens where there is none."""
 
     def space(self, folder: str) -> "Space | None":
-        """Return how much room there is for files in a folder; None where the store has no limit that it tells."""
+        """Return the room for files in a folder; None where the store tells no limit."""
         return None
 
 
@@ -310,7 +311,7 @@ def options_of(scheme: str, options: Mapping[str, object]) -> BaseModel:
 
 
 class NoUpload(InterruptedMerge):
-    """The store does not know an upload (any more): the same command begins another, and does its shards again."""
+    """The store does not know an upload: the same command begins another, and does its shards again."""
 
 
 def no_upload(uri: str, doing: str) -> NoUpload:

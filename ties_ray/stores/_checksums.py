@@ -16,8 +16,8 @@ def crc32c(data: memoryview) -> str:
 def crc32c_joined(runs: Iterable[tuple[str, int]]) -> str:
     """Return the CRC32C of runs of bytes joined, each given as (its CRC32C, its size).
 
-    Bytes are a polynomial over GF(2), and a CRC is the rest after a division: to append bytes multiplies what was there
-    by x^8 for each, and adds them.
+    Bytes are a polynomial over GF(2), and a CRC is the rest after a division. Each appended byte multiplies the
+    polynomial by x^8 and adds the byte.
     """
     total = 0
     for crc, size in runs:

@@ -1,4 +1,4 @@
-"""The one retry layer of all stores: what is tried again, for how long, and how slowly."""
+"""The one retry layer of all stores: attempts, patience, and a throttle."""
 
 import random
 import threading
@@ -160,7 +160,7 @@ def _is_spent(state: tenacity.RetryCallState, seconds: float) -> bool:
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it; botocore keeps them as `kwargs["error"]`, urllib3 as `reason`."""
+    """Yield an error and its causes; botocore keeps them as `kwargs["error"]`, urllib3 as `reason`."""
     yielded: set[int] = set()
     left = [error]
     while left:

@@ -1,4 +1,4 @@
-"""Answers of S3, checked: nothing is taken from an answer that is not just what was asked for."""
+"""Answers of S3, checked against their requests before anything is taken from them."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def prefix_of(uri: str) -> tuple[str, str]:
-    """Return bucket and prefix of what lies in a folder."""
+    """Return bucket and prefix of a folder's objects."""
     bucket, key = split(uri)
     return bucket, f"{key.rstrip('/')}/" if key.strip("/") else ""
 
@@ -47,7 +47,7 @@ def proof_of(data: memoryview, *, crc: bool) -> tuple[str, dict[str, str]]:
 
 
 def rows(page: Mapping[str, Any], kind: str, *names: str) -> Sequence[Mapping[str, Any]]:
-    """Return what a page lists of a kind; raise `InputError` where one lacks what it must have."""
+    """Return the rows of a kind that a page lists; raise `InputError` where a row lacks one of `names`."""
     rows: Sequence[Mapping[str, Any]] = page.get(kind, ())
     missing = [name for name in names if any(name not in row for row in rows)]
     if missing:
@@ -78,7 +78,7 @@ def _status(response: Mapping[str, Any]) -> int:
 
 
 def demand_plain(response: Mapping[str, Any], uri: str) -> None:
-    """Raise unless the bytes of an object are those of the file: some uploads compress it, and say so beside it."""
+    """Raise for an object that was compressed on upload, as its headers tell."""
     headers = response["ResponseMetadata"].get("HTTPHeaders", {})  # Google shows there what it has unpacked
     encodings = f"{response.get('ContentEncoding') or ''},{headers.get('x-goog-stored-content-encoding') or ''}".lower()
     encoded = {encoding.strip() for encoding in encodings.split(",")} - {"", "identity", "none", "aws-chunked"}
@@ -89,7 +89,7 @@ def demand_plain(response: Mapping[str, Any], uri: str) -> None:
 
 
 def whole_size(response: Mapping[str, Any], asked: int) -> int:
-    """Return the size of the object whose first `wanted` bytes were asked for, if the answer is a sound one."""
+    """Return the size of an object whose first `asked` bytes were asked for; raise for an unsound answer."""
     status, content_range, length = _status(response), response.get("ContentRange"), response.get("ContentLength")
     if status == 200 and content_range is None and length is not None and length <= asked:
         return int(length)
@@ -100,7 +100,7 @@ def whole_size(response: Mapping[str, Any], asked: int) -> int:
 
 
 def demand(response: Mapping[str, Any], asked: str, count: int, pin: Pin) -> None:
-    """Raise unless the answer announces just the range that was asked for, of the pinned object."""
+    """Raise unless the answer announces exactly the asked range of the pinned object."""
     etag, content_range = bare(response.get("ETag")), response.get("ContentRange")
     if etag != pin.etag:
         raise changed(pin, f"ETag {pin.etag or 'none'}, now {etag or 'none'}")

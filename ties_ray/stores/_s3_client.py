@@ -1,4 +1,4 @@
-"""The client of S3: what the recipe, the environment and the AWS configuration say together."""
+"""The client of S3, configured by the recipe, the environment and the AWS configuration."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from ties_ray.stores import refuse_secrets
 DOCUMENT_BYTES = 16 << 20
 """The largest answer that is no object: a page of a listing has up to 1000 keys, each up to 1024 bytes."""
 DOCUMENT_SECONDS = 60.0
-"""In which such an answer has to arrive."""
+"""Seconds in which such an answer has to arrive."""
 
 
 class S3Options(BaseModel):
@@ -27,31 +27,32 @@ class S3Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     endpoint_url: str | None = None
-    """Where the service listens, if it is not AWS; None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's."""
+    """The service's address, if it is not AWS. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's."""
     region: str | None = None
-    """None: AWS_REGION, AWS_DEFAULT_REGION or the profile's."""
+    """The region. None: AWS_REGION, AWS_DEFAULT_REGION or the profile's."""
     profile: str | None = None
     """A profile in the AWS configuration, which every worker must have."""
     anonymous: bool | tuple[str, ...] = False
-    """Whether requests are sent without a signature, as public buckets take them: all, or those to the buckets named
-    here."""
+    """Whether requests are sent without a signature, as public buckets take them: all, or those to these buckets."""
     ca: str | None = None
     """Path of a file with the certificates to trust, on every worker."""
     proxy: str | None = None
     """URL of an HTTP proxy."""
     requester_pays: bool = False
     encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
-    """How the service encrypts what is written; None: as the bucket says, or aws:kms where `kms_key_id` is given."""
+    """The encryption of written objects. None: the bucket's own, or aws:kms where `kms_key_id` is given."""
     kms_key_id: str | None = None
-    """Encrypt what is written with this KMS key."""
+    """The KMS key that encrypts written objects."""
     customer_key: str | None = None
-    """Where every worker finds the key that the service is to encrypt and decrypt with (SSE-C), never the key itself:
-    `env:NAME` (base64) or `file:/path` (32 bytes, or base64)."""
+    """The place of the key by which the service encrypts and decrypts (SSE-C), on every worker.
+
+    It is `env:NAME` (base64) or `file:/path` (32 bytes, or base64), and never the key itself."""
     addressing: Literal["auto", "path", "virtual"] = "auto"
     """Whether the bucket stands in the path or in the host name."""
     checksums: Literal["when_required", "when_supported"] | None = None
-    """What proves the bytes that are written: Content-MD5, or CRC32C, which some services other than AWS refuse. None:
-    what AWS_REQUEST_CHECKSUM_CALCULATION or the profile says, else CRC32C at AWS and MD5 elsewhere."""
+    """The proof of written bytes: Content-MD5 (when_required) or CRC32C, which some services other than AWS refuse.
+
+    None: AWS_REQUEST_CHECKSUM_CALCULATION or the profile decides, else CRC32C at AWS and MD5 elsewhere."""
 
     @model_validator(mode="before")
     @classmethod

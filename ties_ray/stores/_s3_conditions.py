@@ -1,4 +1,4 @@
-"""Conditional writes to S3, and what stands in for them at services that have none."""
+"""Conditional writes to S3, and a substitute for services that have none."""
 
 import time
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ class ConditionalWrites:
         self._service = service
         self._objects = objects
         self._kept: dict[tuple[str, str], bool] = {}
-        """By bucket and condition: whether the service keeps it; missing: not known yet."""
+        """Whether the service keeps a condition, by bucket and condition; missing: not known yet."""
 
     def swap(self, uri: str, data: bytes, etag: str, settle: float) -> Pin | None:
         """Write with If-Match or If-None-Match; where the service lacks those, write, wait, and look who has won.

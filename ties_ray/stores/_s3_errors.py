@@ -1,4 +1,4 @@
-"""What to raise for an error of an S3 service or of its client: exit 5 only where trying again can help."""
+"""The meaning of an error of an S3 service or of its client: exit 5 only where trying again can help."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ _REMEDIES = {
     "EntityTooLarge": "write smaller files: output.file_size",
     "MethodNotAllowed": "check storage.s3.endpoint_url and what this service allows",
 }
-"""By the code of the service."""
+"""Remedies by the service's code."""
 
 
 class Unmet(InputError):
@@ -56,7 +56,7 @@ def answer(error: Exception) -> tuple[int, str, str]:
 
 
 def refuses(error: Exception, header: str) -> bool:
-    """Return whether an error says that the service does not know a header, or an operation: a pattern of its name."""
+    """Return whether an error says that the service does not know a header or an operation, given as a pattern."""
     status, code, message = answer(error)
     if status == 501:
         return True
@@ -65,7 +65,7 @@ def refuses(error: Exception, header: str) -> bool:
 
 
 def explained(error: Exception, uri: str, doing: str, *, reached: bool, unsigned: bool) -> Exception:
-    """Return what to raise for an error of the service or of the client; the error itself if it is a defect of ours.
+    """Return the error to raise for one of the service or of the client; a defect of ours is returned unchanged.
 
     reached: whether the service has ever answered as S3 does. unsigned: whether the request had no signature.
     """
@@ -98,14 +98,14 @@ def explained(error: Exception, uri: str, doing: str, *, reached: bool, unsigned
 
 
 def _refused(error: Exception, uri: str, doing: str, reason: str, *, unsigned: bool) -> tuple[str, str]:
-    """Return what is wrong and what to do, where the service refuses for good."""
+    """Return (problem, remedy) where the service refuses for good."""
     status, code, message = answer(error)
     response: Mapping[str, Mapping[str, object]] = getattr(error, "response", {})
     headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
     region = response.get("Error", {}).get("Region") or (
         headers.get("x-amz-bucket-region") if isinstance(headers, Mapping) else None
     )
-    message = f"{doing} was refused ({reason})" if status in (401, 403) else f"{doing} failed ({status} {reason})"
+    failure = f"{doing} was refused ({reason})" if status in (401, 403) else f"{doing} failed ({status} {reason})"
     if code == "InvalidObjectState":
         kept = response.get("Error", {}).get("StorageClass", "an archive")
         bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -113,22 +113,22 @@ def _refused(error: Exception, uri: str, doing: str, reason: str, *, unsigned: b
         remedy = f"restore it and wait for that: aws s3api restore-object {place} --restore-request Days=7"
         return f"is archived ({kept}) and can't be read", remedy
     if code in _REGION or (region and status in (301, 400)):
-        return message, f"set storage.s3.region: {region}" if region else "check storage.s3.region and endpoint_url"
+        return failure, f"set storage.s3.region: {region}" if region else "check storage.s3.region and endpoint_url"
     if code in _REMEDIES:
-        return message, _REMEDIES[code]
+        return failure, _REMEDIES[code]
     if re.search("virtual.hosted|second.level.domain", message, re.IGNORECASE):
-        return message, "set storage.s3.addressing: virtual"
+        return failure, "set storage.s3.addressing: virtual"
     if re.search("checksum|crc32", message, re.IGNORECASE):
-        return message, "take storage.s3.checksums out, or set it to when_required"
+        return failure, "take storage.s3.checksums out, or set it to when_required"
     if re.search("customer.provided|form of server.side encryption|encryption parameters", message, re.IGNORECASE):
-        return message, "the object has a key of its own (SSE-C): say in storage.s3.customer_key where that key lies"
+        return failure, "the object has a key of its own (SSE-C): say in storage.s3.customer_key where that key lies"
     if status in (401, 403):
-        return message, _permission(doing, unsigned=unsigned)
+        return failure, _permission(doing, unsigned=unsigned)
     if status == 404:
-        return message, "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
+        return failure, "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
     if status in (301, 302, 308):
-        return message, "check storage.s3.endpoint_url: it leads elsewhere"
-    return message, "the service refuses this for good: see what it says, and storage.s3"
+        return failure, "check storage.s3.endpoint_url: it leads elsewhere"
+    return failure, "the service refuses this for good: see what it says, and storage.s3"
 
 
 def _permission(doing: str, *, unsigned: bool) -> str:

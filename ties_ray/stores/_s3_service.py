@@ -139,7 +139,7 @@ class Service:
     def _expired(self, error: Exception, uri: str, connection: Connection) -> Transient:
         """Return the error for credentials that have run out; the next try looks them up anew."""
         status, code, message = answer(error)
-        message = f"{status} {code}: {message}, and so again after the credentials were looked up anew"
+        failure = f"{status} {code}: {message}, and so again after the credentials were looked up anew"
         static = connection.credentials[0] in _STATIC
         remedy = "get new credentials, and run the same command: what is done is kept"
-        return Transient(message, attempts=4, remedy=remedy if static else None)
+        return Transient(failure, attempts=4, remedy=remedy if static else None)

@@ -23,9 +23,9 @@ class Transfer:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._etags_are_md5: dict[tuple[str, bool], bool] = {}
-        """By bucket, and whether a key encrypts; missing: not known yet."""
+        """Whether ETags are MD5, by bucket and whether a key encrypts; missing: not known yet."""
         self._under_key: dict[str, bool] = {}
-        """By bucket: whether its objects are under the customer's key; missing: presumed."""
+        """Whether a bucket's objects are under the customer's key; missing: presumed."""
 
     def learn(self, uri: str, response: Mapping[str, Any], data: bytes | bytearray) -> None:
         """Note that ETags are MD5, if that of this whole object is; data: its bytes."""
@@ -51,8 +51,8 @@ class Transfer:
     def fill(self, body: Any, into: memoryview, late: float) -> None:
         """Receive a body, which was announced to be as long as `into`, straight into the caller's memory.
 
-        `body` is urllib3's response. Its own `readinto` reads, copies, and waits for all that was asked for, however
-        slowly it comes; so the socket's file below it is read here, and http.client's count of what is left is kept.
+        `body` is urllib3's response. Its own `readinto` copies, and waits for all bytes however slowly they come. So
+        the socket's file below it is read here, and http.client's count of bytes left is kept up to date.
         """
         response, filled = body._fp, 0
         try:
@@ -70,10 +70,9 @@ class Transfer:
     def send(self, uri: str, doing: str, operation: str, data: memoryview, **arguments: Any) -> tuple[Any, str]:
         """Send bytes with the checksum that proves them; return the answer, and the checksum as a `Part` keeps it.
 
-        Not every service compares; so its ETag is compared here. One that is not the MD5 may be damage, or the way of
-        this service (KMS). Where neither has shown yet, an object is read back, and a part, which can't be, is sent
-        three times before its ETag is believed. A worker knows: it reads the plan, which was written to the same
-        place, before it writes.
+        Not every service compares, so its ETag is compared here. An ETag that is not the MD5 means damage, or is the
+        service's way (KMS). If that is not known yet, an object is read back. A part, which can't be read, is sent
+        `_BELIEVED` times. Workers know it, because they read the plan at the same place before they write.
         """
         service = self._service
         proofs: dict[bool, tuple[str, dict[str, str]]] = {}
@@ -138,7 +137,7 @@ class Transfer:
 
 
 class Body:
-    """What botocore takes for a file: the caller's memory, sent without a copy."""
+    """A file for botocore that is the caller's memory, sent without a copy."""
 
     def __init__(self, data: memoryview, late: float) -> None:
         self._data = data
@@ -172,6 +171,6 @@ def demand_time(late: float) -> None:
 
 
 def _kind(uri: str, response: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return what decides whether an ETag is an MD5: the bucket, and whether KMS or a customer's key encrypted it."""
+    """Return (bucket, whether KMS or a customer's key encrypts the object): they decide whether an ETag is an MD5."""
     by_key = "SSECustomerAlgorithm" in response or str(response.get("ServerSideEncryption", "")).startswith("aws:kms")
     return split(uri)[0], by_key

@@ -16,8 +16,8 @@ REMOTE = frozenset({
 })  # fmt: skip
 """Schemes that `fsspec.py` serves: each names files of one remote store, and nothing else.
 
-fsspec knows others, which lead from a URI to other URIs, to local files or to code: `reference`, `filecache`, `zip`,
-`local`, `memory`, `git`, `jupyter`, ... No URI gets there; a store of one's own is a plugin.
+fsspec knows others that lead from a URI to other URIs, to local files or to code: `reference`, `filecache`, `zip`,
+`local`, `memory`, `git`, `jupyter`, ... They are not served; a store of one's own is a plugin.
 """
 _NO_NAME = re.compile(r"[/\\\0]")
 _FAMILIES = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
@@ -54,7 +54,7 @@ Uri = Annotated[str, AfterValidator(_served)]
 
 
 def leads_from(table: str, uri: str) -> bool:
-    """Return whether a table may name a URI: a local one any, another one only what its own service holds."""
+    """Return whether a table may name a URI: a local table any URI, another table only URIs of its own service."""
     ours, theirs = scheme_of(table), scheme_of(uri)
     return ours in ("local", theirs) or any({ours, theirs} <= set(family) for family in _FAMILIES)
 

@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 _NO_RANGES = "copy the files to a store that sends parts of a file (HTTP ranges)"
 _WHOLE_BYTES = 16 << 20
-"""What a server without ranges may send whole where a part was asked for."""
+"""The most bytes that a server without ranges may send whole for a part."""
 _MARKS = (
     *("ETag", "etag", "sha256", "sha", "blob_id", "generation", "version", "version_id", "versionId"),
     *("md5Hash", "content_md5", "Content-MD5", "crc32c", "checksum"),
     *("mtime", "Last-Modified", "last_modified", "LastModified", "updated", "modified", "created"),
 )
-"""What file systems show of a file that changes with its content, the best first."""
+"""Marks of a file that change with its content, the best first."""
 
 
 class FsspecOptions(BaseModel):
@@ -52,8 +52,10 @@ class FsspecOptions(BaseModel):
 
 
 class Fsspec(Store):
-    """Reads ranges by `cat_file`, and looks at the file again after each, since few file systems can be asked for a
-    certain content: one small request more a read. A pin whose `etag` is empty holds the size alone.
+    """Reads ranges by `cat_file`, and looks at the file again after each read.
+
+    Few file systems can be asked for a certain content, so a read costs one small request more. A pin whose `etag` is
+    empty holds the size alone.
     """
 
     options = FsspecOptions
@@ -194,7 +196,7 @@ def _pin(uri: str, entry: Mapping[str, Any]) -> Pin:
 
 
 def _behind(error: BaseException) -> BaseException:
-    """Return what led to an error that calls a file missing: fsspec's HTTP calls every failure so."""
+    """Return the cause of an error that calls a file missing: fsspec's HTTP calls every failure so."""
     if isinstance(error, FileNotFoundError):
         for cause in causes_of(error):
             status = _status(cause)
@@ -206,7 +208,7 @@ def _behind(error: BaseException) -> BaseException:
 
 
 def _lasting(error: BaseException, scheme: str) -> tuple[str | None, int | None]:
-    """Return what to do about an error that another try can't mend, and after how many tries; (None, None) if it may.
+    """Return (remedy, attempts) of an error that another try can't mend; (None, None) for any other error.
 
     Client libraries share no base class, so that an unknown error counts as one that passes.
     """

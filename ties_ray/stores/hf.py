@@ -1,10 +1,10 @@
 """Models of the Hugging Face hub: `hf://org/name@revision`, read through `huggingface_hub` and its cache; read only.
 
-A branch or tag is resolved to its commit once, while planning, and stands for it from then on: the URIs of a plan name
-commits, whose files never change. A file is taken from the hub's cache where it is there. Else it is downloaded into
-it, whole, at its first read: a merge reads every byte of it anyway, often several times, and the next merge finds it.
-With `cache: false` only the ranges that a worker needs are read, and nothing is kept: for clusters of many nodes, or
-disks that are too small. Headers of weight files are ranges in any case.
+Planning resolves a branch or tag to its commit once. The URIs of a plan name commits, whose files never change.
+
+A file comes from the hub's cache. A file that is not there is downloaded whole at its first read. A merge reads every
+byte of it, often several times, and the next merge finds it. With `cache: false` workers read only the ranges that they
+need, and keep nothing, which suits clusters of many nodes and small disks. Headers of weight files are always ranges.
 
 Tokens come from where `huggingface_hub` finds them (HF_TOKEN, or its login), on every node.
 """
@@ -31,9 +31,9 @@ _OTHERS = ("datasets", "spaces", "buckets")
 _TIMEOUT = 60.0
 """Seconds without a byte after which a request is sent again."""
 _ATTEMPTS = 6
-"""After so many a hub that can't be reached is given up: some ten seconds."""
+"""The most tries to reach the hub, which take some ten seconds."""
 _SMALL = 2**20
-"""Bytes: a file of at most so many is taken into the cache when its beginning is asked for."""
+"""A file of at most so many bytes is downloaded into the cache when its beginning is asked for."""
 
 
 class HfOptions(BaseModel):
@@ -46,12 +46,12 @@ class HfOptions(BaseModel):
 
 
 class _At(NamedTuple):
-    """What a URI names."""
+    """A file or folder of the hub, as a URI names it."""
 
     repo: str
     revision: str
     path: str
-    """In the repository; empty for its root."""
+    """The path in the repository; empty for its root."""
 
 
 class _File(NamedTuple):
@@ -88,7 +88,7 @@ class Hf(Store):
         return _join(at._replace(revision=self._commit(at)))
 
     def list(self, uri: str) -> Listing:
-        """Return what lies directly in the folder; offline, what of it the cache holds."""
+        """Return the content of the folder; offline, the part of it that the cache holds."""
         at = _at(uri)
         files, folders = self._tree(at._replace(revision=self._commit(at)))
         pins = [self._pin(entry_uri(uri, name), file, self._commit(at)) for name, file in files.items()]
@@ -294,7 +294,7 @@ def _not_cached(at: _At) -> InputError:
 
 
 def _ours(error: Exception, at: _At, doing: str) -> Exception:
-    """Return what an error of the hub's library means to a user."""
+    """Return the error to raise for one of the hub's library."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{at.repo}"

@@ -22,23 +22,23 @@ _HIDDEN = ".ties-ray-part"
 _OURS = ".ties-ray"
 """The folder in an output where merges keep their own files."""
 _READ = os.O_RDONLY | os.O_NONBLOCK
-"""Not to wait for the other end of what turns out to be a pipe."""
+"""Flags of a read. A file that turns out to be a pipe is not waited for."""
 _LOOK = getattr(os, "O_PATH", _READ)
-"""To tell what a file is and where it lies, with no permission to read it."""
+"""Flags of a look at a file's kind and place, which needs no permission to read it."""
 _OWN = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-"""For our unfinished files: somebody may have put a link or a pipe under such a name."""
+"""Flags of a write to an unfinished file: a link or a pipe may lie under its name."""
 _TOKEN = re.compile("[0-9a-f]{16}")
-"""Of the name of an unfinished file."""
+"""The token in the name of an unfinished file."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-"""To read what is in memory, and else nothing."""
+"""The flag of a read that takes bytes from memory alone."""
 _STRAIGHT = getattr(os, "O_DIRECT", 0)
-"""Past the page cache, where the system knows that."""
+"""The flag of a write past the page cache, where the system has one."""
 _SECTOR = 4096
-"""Bytes; what goes past the page cache begins and ends at multiples of this, or of less, of all common disks."""
+"""Bytes. Writes past the page cache begin and end at multiples of it, which suits all common disks."""
 
 
 class LocalOptions(BaseModel):
-    """What a recipe may say about local files."""
+    """`storage.local` of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
@@ -52,9 +52,9 @@ class Local(WritableStore):
     A file is opened anew for each read: 10 us on a disk, one round trip on NFS, and never the wrong descriptor.
 
     A model is somebody else's work, and a link in it could name any file that the workers may read. So a link to a
-    file has to stay in its folder, or to lead from `snapshots/<revision>` of a Hugging Face cache to that repository's
-    own `blobs`; else the listing is refused, unless `storage.local.follow_links` is set. What the user names (a
-    folder, a recipe, a table) may be a link to anywhere.
+    file has to stay in its folder. It may also lead from `snapshots/<revision>` of a Hugging Face cache to the `blobs`
+    of that repository. Any other link is refused, unless `storage.local.follow_links` is set. A folder, recipe or table
+    that the user names may be a link to anywhere.
     """
 
     options = LocalOptions
@@ -68,18 +68,18 @@ class Local(WritableStore):
         self._follow_links = options.follow_links
 
     def list(self, uri: str) -> Listing:
-        """Return what lies directly in the folder; links count as what they lead to.
+        """Return the content of the folder; a link counts as its target.
 
         Raises `InputError` for a link that leads nowhere or out of the folder, and for a name that is not UTF-8.
         """
         return self._list(uri)
 
     def list_below(self, root: str, name: str) -> Listing:
-        """Return the same of a folder inside `root`, whose links must not lead out of `root`."""
+        """Return the content of a folder inside `root`; its links must not lead out of `root`."""
         return self._list(within(root, name), root)
 
     def _list(self, uri: str, root: str = "") -> Listing:
-        """Return a listing. One descriptor of the folder serves all looks at it, so that no link can be swapped."""
+        """Return a listing. All looks use one descriptor of the folder, so that no link can be swapped."""
         files, folders = [], []
         with _explained(uri, "list"):
             try:
@@ -118,7 +118,7 @@ class Local(WritableStore):
         return ()
 
     def _linked(self, uri: str, folder: int, limit: Path) -> Pin:
-        """Return the pin of what a link in an open folder leads to: of the very file whose place was checked."""
+        """Return the pin of the target of a link in an open folder: of the same file whose place is checked."""
         path = _path(uri)
         try:
             file = os.open(path.name, _LOOK | os.O_CLOEXEC, dir_fd=folder)
@@ -147,7 +147,7 @@ class Local(WritableStore):
             return pin, bytes(data)
 
     def read(self, pin: Pin, start: int, into: memoryview) -> None:
-        """Fill `into`, then look whether the file is still the pinned one: what was changed meanwhile shows as well."""
+        """Fill `into`, then look whether the file is still the pinned one: a change during the read shows too."""
         try:
             with _explained(pin.uri, "read"), _opened(_path(pin.uri), _READ) as file:
                 self._fill(file, start, into)
@@ -155,7 +155,7 @@ class Local(WritableStore):
         except FileNotFoundError:
             raise changed(pin, "the file is gone") from None
 
-    def at_hand(self, pin: Pin, position: int) -> bool:
+    def is_in_page_cache(self, pin: Pin, position: int) -> bool:
         """Ask the page cache, where the system and the file system know how."""
         if _NOWAIT:
             with suppress(OSError), _opened(_path(pin.uri), _READ) as file:
@@ -220,7 +220,7 @@ class Local(WritableStore):
             shutil.rmtree(_place(uri))
 
     def space(self, folder: str) -> Space:
-        """Return what the disk of the folder, or of what there is of its path, has left."""
+        """Return the free room of the disk of the folder, or of its nearest existing parent."""
         path = _path(folder)
         with _explained(folder, "look at"):
             held = 0
@@ -228,14 +228,14 @@ class Local(WritableStore):
                 for entry in list(os.scandir(path)):
                     if entry.name.startswith(".") and entry.name.endswith(_HIDDEN):
                         held += 512 * entry.stat(follow_symlinks=False).st_blocks
-            disk = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
+            disk = os.statvfs(next(place for place in (path, *path.parents) if place.exists()))
             return Space(disk.f_bavail * disk.f_frsize, held)
 
     def begin_upload(self, uri: str, size: int) -> str:
         """Make a hidden file of the final size beside the target.
 
-        The id ends in the file's inode, which the rename keeps: by it `complete_upload` knows its own work again, since
-        no other file has it before this one is deleted.
+        The id ends in the file's inode, which the rename keeps and no other file has. By it `complete_upload`
+        recognises its own work.
         """
         path, token = _path(uri), secrets.token_hex(8)
         with _explained(uri, "write"):
@@ -265,8 +265,8 @@ class Local(WritableStore):
     def _write_straight(self, path: Path, offset: int, data: memoryview) -> int:
         """Write from the caller's memory to the disk, without a copy in the page cache; return how many bytes.
 
-        0 where the file system can't, or not from such memory. A part waits for the disk anyway. A copy took 0.2 ns a
-        byte, 1 to 2 where the cache had to get fresh memory from a virtual machine's host, and would drive out inputs.
+        It returns 0 where the file system can't do that, or not from such memory. A part waits for the disk anyway. A
+        copy takes 0.2 ns a byte, or 1 to 2 on a virtual machine with little free memory, and drives out inputs.
         """
         try:
             with _opened(path, _OWN | _STRAIGHT) as file:
@@ -286,7 +286,7 @@ class Local(WritableStore):
         return None
 
     def list_uploads(self, folder: str) -> tuple[tuple[str, str], ...]:
-        """Return our hidden files; of a `put` that was killed, too."""
+        """Return our hidden files, with those of a killed `put`."""
         with _explained(folder, "list"):
             try:
                 entries = list(os.scandir(_path(folder)))
@@ -336,9 +336,9 @@ def _path(uri: str) -> Path:
 
 
 def _place(uri: str) -> Path:
-    """Return the path of what is read or written whole; below a folder `.ties-ray` no component may be a link.
+    """Return the path of a file that is read or written whole; below a folder `.ties-ray` no component may be a link.
 
-    Whoever may write to an output could have put one there beforehand, and it would lead our writes elsewhere.
+    Anybody who may write to an output could put a link there, which would lead our writes elsewhere.
     """
     path = _path(uri)
     if _OURS in path.parts:
@@ -380,7 +380,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _demand_own(file: int) -> None:
-    """Raise `FileNotFoundError` for what `begin_upload` has not made: another's file can have two names."""
+    """Raise `FileNotFoundError` for a file that `begin_upload` has not made: such a file may have two names."""
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         raise FileNotFoundError(errno.ENOENT, "not the hidden file of an upload")
@@ -411,7 +411,7 @@ def _not_ours(uri: str) -> InputError:
 
 
 def _real(file: int, path: Path) -> Path:
-    """Return where an open file lies; where the system can't tell, where its path leads now."""
+    """Return the place of an open file; where the system can't tell it, the present target of its path."""
     try:
         return Path(os.readlink(f"/proc/self/fd/{file}"))
     except OSError:
@@ -440,7 +440,7 @@ def _dangling(uri: str) -> InputError:
 
 @contextmanager
 def _explained(uri: str, doing: str) -> Iterator[None]:
-    """Turn what the operating system says into what a user can act on; FileNotFoundError stays itself."""
+    """Turn errors of the operating system into ours, with remedies; FileNotFoundError stays itself."""
     try:
         yield
     except (FileNotFoundError, MergeError):
@@ -455,7 +455,7 @@ def _explained(uri: str, doing: str) -> Iterator[None]:
             raise InputError(
                 Problem(uri, message, "this file system or its limits want a smaller `output.file_size`")
             ) from error
-        if error.errno is None:  # what Python itself refuses: to remove all behind a link
+        if error.errno is None:  # Python itself refuses it: to remove all behind a link
             raise InputError(Problem(uri, f"can't {doing} it: {error}", "check the path")) from error
         if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise InputError(

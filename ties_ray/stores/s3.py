@@ -1,8 +1,8 @@
 """Objects of S3 and of what speaks its protocol, through botocore, but with a strict reader of our own.
 
-botocore brings sessions, credentials, signatures and a pool of connections; its retries are off, and its responses are
-not trusted: asked for 1 MiB, clients returned half of it, or the whole object, without a word. Here a response is
-checked for status, Content-Range, length and ETag, and its body is received straight into the caller's memory.
+botocore brings sessions, credentials, signatures and a pool of connections. Its retries are off. Its responses are
+not trusted: clients that asked for 1 MiB have got half of it, or the whole object, without an error. So a response is
+checked for status, Content-Range, length and ETag. Its body is received straight into the caller's memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ class S3(WritableStore):
         self._lists_v2 = True
 
     def list(self, uri: str) -> Listing:
-        """Return what lies directly in the folder, page by page of up to 1000 keys.
+        """Return the content of the folder, page by page of up to 1000 keys.
 
         Markers are left out: keys that end with a slash, and Hadoop's `name_$folder$`.
         """
@@ -124,7 +124,7 @@ class S3(WritableStore):
         return max((row["LastModified"].timestamp() for row in rows(page, "Contents", "LastModified")), default=None)
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
-        """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second."""
+        """Return pin and first bytes by one GET of a range; an empty object, which has no range, costs a second GET."""
         asked = max(nbytes, 1)
 
         def get(client: Any, late: float) -> tuple[Pin, bytes]:
@@ -189,7 +189,7 @@ class S3(WritableStore):
         return self._transfer.send(uri, "writing it", "put_object", memoryview(data), **condition, **sealed)[0]
 
     def swap(self, uri: str, data: bytes, etag: str) -> Pin | None:
-        """Write under a condition, or by what stands in for it at a service that lacks conditions."""
+        """Write under a condition, or by the substitute at a service that lacks conditions."""
         return self._conditions.swap(uri, data, etag, self.settle)
 
     def delete(self, uri: str) -> None:
@@ -218,7 +218,7 @@ class S3(WritableStore):
         return Part(number, len(data), bare(done.get("ETag")), checksum)
 
     def list_parts(self, uri: str, upload: str) -> tuple[Part, ...] | None:
-        """Return the parts which the service has, page by page of up to 1000; () where it can't list them."""
+        """Return the parts that the service has, page by page of up to 1000; () where it can't list them."""
         parts: list[Part] = []
         marker = 0
         while True:

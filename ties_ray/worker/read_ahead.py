@@ -142,7 +142,7 @@ class ReadAhead:
             return True
         pin = last.model.objects[reads[-1].object]
         if pin.uri not in known:
-            known[pin.uri] = self._stores.of(pin.uri).at_hand(pin, reads[-1].stop - 1)
+            known[pin.uri] = self._stores.of(pin.uri).is_in_page_cache(pin, reads[-1].stop - 1)
         return known[pin.uri]
 
     def read(
