@@ -52,6 +52,25 @@ def test_every_link_between_documents_leads_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_every_test_that_a_page_names_is_there() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for page in PAGES:
+        text = page.read_text()
+        for path in re.findall(r"\btests/[\w/]+(?:\.py)?", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert f"def {name}(" in sources, f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/extending").glob("*.md")), ids=lambda page: page.name)
+def test_a_file_of_an_extending_page_has_the_name_that_recipes_use(page: Path) -> None:
+    """`tests/test_plugins.py` drops these files into folders and merges with them."""
+    for folder, name in re.findall(r"<!-- generated: file tests/plugins/(\w+)/(\w+)\.py -->", page.read_text()):
+        source = (ROOT / f"tests/plugins/{folder}/{name}.py").read_text()
+        assert f"`my_plugins/{folder}/{name}.py`" in page.read_text()
+        assert folder == "rounds" or re.search(rf'(name|kind)\b.*= "{name}"', source)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_sentence_is_long(page: Path) -> None:
     assert not [sentence for sentence in sentences(page) if num_words(sentence) > LONGEST]
