@@ -243,7 +243,7 @@ def record_in(log: str) -> Json | None:
     """Return the result record that a command printed last, or None."""
     for start in reversed([match.start() for match in re.finditer(r"^\{$", log, re.MULTILINE)]):
         with contextlib.suppress(ValueError, RecursionError):  # no JSON, or far too deep
-            record, _ = json.JSONDecoder().raw_decode(log, start)
+            record: Json = json.JSONDecoder().raw_decode(log, start)[0]
             error = record.get("error") or {}
             if {"schema_version", "status"} <= record.keys() and isinstance(error, dict):
                 return record
