@@ -45,6 +45,14 @@ def test_the_version_is_the_one_that_is_installed() -> None:
     assert set(ties_ray.__all__) == set(dir(ties_ray))
 
 
+def test_code_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert getattr(ties_ray, "__version__", "none") == "none"
+
+
 def test_python_takes_a_recipe_a_mapping_or_a_path(recipe: Path, tmp_path: Path) -> None:
     loaded = ties_ray.load_recipe(recipe)
     plans = [ties_ray.plan(loaded), ties_ray.plan(json.loads(recipe.read_text())), ties_ray.plan(str(recipe))]

@@ -10,6 +10,7 @@
 The command line `ties-ray` does the same. Importing this package imports neither torch nor ray.
 """
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -124,9 +125,12 @@ def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name == "__version__":
-        from importlib.metadata import version  # here, since reading it takes 10 ms
+        from importlib import metadata  # here, since the import takes 10 ms
 
-        return version("ties-ray")
+        with contextlib.suppress(
+            metadata.PackageNotFoundError
+        ):  # Ray ships the code to nodes where nothing is installed
+            return metadata.version("ties-ray")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
