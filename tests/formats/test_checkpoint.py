@@ -10,8 +10,7 @@ import safetensors.torch
 import torch
 
 from tests.tools.families import CONFIG, file_bytes
-from ties_ray.account import Aside
-from ties_ray.formats import Contents, Format, Rules
+from ties_ray.formats import Aside, Contents, Format, Rules
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.safetensors import MERGEABLE
 from ties_ray.tensors import Parameter, Source, TensorRef

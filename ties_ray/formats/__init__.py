@@ -10,8 +10,10 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ties_ray import plugins
-from ties_ray.account import Account
 from ties_ray.errors import Problem
+from ties_ray.formats._account import Account as Account
+from ties_ray.formats._account import Aside as Aside
+from ties_ray.formats._account import account as account
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.libraries.ties import Tie
 from ties_ray.safetensors import Header

@@ -4,10 +4,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ties_ray.account import account
 from ties_ray.errors import Problem, enumerated
 from ties_ray.excluding import COPIES, exclusion
-from ties_ray.formats import Contents, Folder, Format, Question, Rules
+from ties_ray.formats import Contents, Folder, Format, Question, Rules, account
 from ties_ray.formats import _checkpoint_files as files_of
 from ties_ray.formats._checkpoint_model import Checked, check_model, refused_dtypes
 from ties_ray.formats._checkpoint_names import ModelNames, ties

@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ties_ray.account import Account, account
-from ties_ray.formats import Contents, Folder, Format, Rules
+from ties_ray.formats import Account, Contents, Folder, Format, Rules, account
 from ties_ray.formats._lora_config import config_of, settings_of
 from ties_ray.formats._lora_modules import TRAINING_ONLY, Adapter, shape_of, stored_modules
 from ties_ray.formats._lora_refusals import CONFIG as CONFIG

@@ -9,9 +9,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
-from ties_ray.account import Account
 from ties_ray.errors import InputError, Problem, RecipeError
-from ties_ray.formats import Contents, Folder, Rules
+from ties_ray.formats import Account, Contents, Folder, Rules
 from ties_ray.formats._checkpoint_names import tied
 from ties_ray.inputs import agreement, configs, small_files, tokenizers
 from ties_ray.inputs.agreement import ReadModel, RefusedModel

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from ties_ray.account import Account
 from ties_ray.errors import ErrorKind, MergeError, Problem
+from ties_ray.formats import Account
 from ties_ray.inputs.catalog import Model
 from ties_ray.libraries.loaders import RECIPE_NAME as RECIPE_NAME
 from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME

@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ties_ray.account import account
 from ties_ray.errors import Problem
-from ties_ray.formats import Contents, Folder, Format, Rules
+from ties_ray.formats import Contents, Folder, Format, Rules, account
 from ties_ray.kernels import Encoded
 from ties_ray.stores import join
 from ties_ray.tensors import Parameter, Read, Source, TensorRef

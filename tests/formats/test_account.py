@@ -10,9 +10,9 @@ from rich.console import Console
 
 from tests.tools.families import CONFIG, write_checkpoint
 from tests.tools.merging import carried_out, digests, draw_sizes, read_tensors
-from ties_ray.account import Account, Aside, account
 from ties_ray.cli.text import of_plan
 from ties_ray.errors import InputError, RecipeError
+from ties_ray.formats import Account, Aside, account
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
