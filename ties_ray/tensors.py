@@ -32,6 +32,11 @@ class Parameter(NamedTuple):
         """Return the number of elements (1 for a scalar)."""
         return math.prod(self.shape)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Return whether it has two axes, both longer than 1."""
+        return len(self.shape) == 2 and min(self.shape) > 1
+
 
 class TensorRef(NamedTuple):
     """The place of one stored tensor."""

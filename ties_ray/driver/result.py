@@ -20,7 +20,6 @@ from ties_ray.driver.publish import (
 from ties_ray.driver.run import MergeRun
 from ties_ray.inputs.catalog import Model
 from ties_ray.libraries.loaders import opened_by
-from ties_ray.outputs import CondensingOutput
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import InputProvenance, MergeResult, Provenance
 from ties_ray.rounds import Record
@@ -70,7 +69,7 @@ def publish(
     )
     check()
     publish_result(plan, stores, result)
-    if isinstance(plan.recipe.output, CondensingOutput):
+    if plan.bytes_of_scratch:
         manifest.delete_scratch()
     meters.tell("publish", done=1, of=1)
     return result

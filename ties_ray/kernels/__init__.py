@@ -31,6 +31,10 @@ The first goes by the high 15 of the 31 magnitude bits m: bin 2b holds what is j
 between that and the next, so (m >> 16) + ((m + 0xFFFF) >> 16). The deltas of 16-bit models have so few significant bits
 that nearly all lie in even bins, where no second level is needed. That goes by the low 16 bits.
 """
+SUM_BITS = 350
+"""Places behind the point of an exact sum: the smallest product of two fp32 numbers is 2**-298, and has 52 more."""
+ONE = 1 << SUM_BITS
+"""The integer that stands for 1 in an exact sum."""
 
 
 class Dropout(NamedTuple):

@@ -73,6 +73,10 @@ class Budget:
         element = self._element(self._slices(resident)) + holds
         return self._sources.filled(block) * element + self._decoded(resident)
 
+    def fits(self, block: int, *, resident: bool, holds: int) -> bool:
+        """Return whether blocks of so many elements fit in the memory."""
+        return self.overhead + self.blocks(block, resident=resident, holds=holds) <= int(self._recipe.run.memory)
+
     def further_ahead(self, block: int, memory: int) -> ReadAhead:
         """Return how many more slices fit what is left of the memory. Local files are not read further ahead.
 

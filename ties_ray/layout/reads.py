@@ -183,9 +183,16 @@ class Cost:
                 total = total.plus(self._read(walk, models, passes=1, base="nothing", only=own))
         return total
 
-    def gathering(self, block: int, run: int, passes: int) -> Reading:
-        """Return what a round that gathers a method's statistics reads."""
-        return self._read(self._ranges(block, run), self._sources.models, passes, "nothing")
+    def gathering(self, block: int, run: int, passes: int, *, needs_base: bool = False) -> Reading:
+        """Return what a round reads that gathers a method's statistics."""
+        base: Literal["nothing", "slice"] = "slice" if needs_base else "nothing"
+        return self._read(self._ranges(block, run), self._sources.models, passes, base)
+
+    def units(self, segments: Sequence[Segment], block: int, passes: int, *, needs_base: bool = False) -> Reading:
+        """Return what a round reads whose shards are single segments, each one block."""
+        base: Literal["nothing", "slice"] = "slice" if needs_base else "nothing"
+        walk = _Walk(self._layout, self._sources, [[segment] for segment in segments], block)
+        return self._read(walk, self._sources.models, passes, base)
 
     def condensing(self, block: int, passes: int) -> Reading:
         """Return what a round that condenses matrices reads: blocks as in the merge, or all factors once."""
@@ -200,8 +207,11 @@ class Cost:
             total = total.plus(more)
         return total
 
-    def merging(self, block: int, run: int, passes: int) -> Reading:
-        """Return what the merge reads: merged segments, and the base's tensors that are copied."""
+    def merging(self, block: int, run: int, passes: int, *, needs_base: bool = False, models: bool = True) -> Reading:
+        """Return what the merge reads: merged segments, and the base's bytes of what is copied.
+
+        models: whether the models are read, or their merged change lies in scratch.
+        """
         shards, copied, copies = [], 0, 0
         for index in range(self._layout.num_merge_shards):
             shard = self._layout.merge_shard(index, 0)
@@ -211,9 +221,10 @@ class Cost:
                     if placed.tensor.origin == "base":
                         copied += (stop - start) * DTYPE_BITS[placed.tensor.dtype] // 8
                         copies += stop > start
-        base: Literal["nothing", "slice"] = "slice" if self._recipe.output.reads_base else "nothing"
+        base: Literal["nothing", "slice"] = "slice" if self._recipe.output.reads_base or needs_base else "nothing"
         walk = _Walk(self._layout, self._sources, shards, block, run)
-        return self._read(walk, self._sources.models, passes, base).plus(Reading(copied, copies, 0))
+        read = self._read(walk, self._sources.models if models else [], passes, base)
+        return read.plus(Reading(copied, copies, 0))
 
     def _ranges(self, block: int, run: int) -> _Walk:
         return _Walk(self._layout, self._sources, map(self._layout.range_, range(self._layout.num_ranges)), block, run)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
-from ties_ray.kernels import Election, Kernels, Op, State
+from ties_ray.kernels import ONE, Election, Kernels, Op, State
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -73,6 +73,20 @@ class Deltas(ABC):
         """Return the delta that TIES makes of the op's state, as `Kernels.elect` would, fused where a kernel can."""
 
 
+Unit = Literal["element", "row", "matrix"]
+"""The least that must be whole in a slice. A row runs along the last axis; `matrix` is the whole parameter."""
+
+
+class Key(NamedTuple):
+    """What a sum is of."""
+
+    name: str
+    members: tuple[int, ...] = ()
+    """No member for all, one member, or two for a pair."""
+    whole: bool = False
+    """Whether it is added up over the whole task vector. Otherwise each parameter has its own."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a round may know about the slice of one parameter."""
@@ -87,8 +101,21 @@ class Context:
     thresholds: tuple[int, ...]
     """Magnitude bits, one a model, from the method's `Threshold` need; 0 where nothing is trimmed."""
     statistics: Mapping[str, int]
-    """What earlier rounds of this method gathered, folded over the whole model."""
+    """Integers that earlier rounds of this method gathered, folded over the whole model."""
     kernels: Kernels
+    sums: Mapping[Key, int] = field(default_factory=dict)
+    """Sums that earlier rounds gathered: of the whole task vectors, and of this parameter."""
+    base: "Tensor | None" = None
+    """The base's values, 1-D fp32 or fp64, where the round asks for them."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Return the weight of each member for this parameter."""
+        return tuple(member.weight for member in self.members)
+
+    def sum(self, name: str, *members: int, whole: bool = False) -> float:
+        """Return a sum that an earlier round gathered, rounded once to fp64; 0 where nothing was added."""
+        return self.sums.get(Key(name, members, whole), 0) / ONE
 
 
 @dataclass(frozen=True)
@@ -98,7 +125,19 @@ class Result:
     merged: "Tensor | None" = None
     """In the last round: the merged delta, 1-D fp32, lambda applied."""
     statistics: Mapping[str, int] = field(default_factory=dict)
-    """Integers, added over all slices (exactly, hence in any order)."""
+    """Integers, added over all slices; they stand in the result record."""
+    sums: Mapping[Key, int] = field(default_factory=dict)
+    """Exact sums, added over all slices: what `kernels.exact_sums` gives, in units of 1 / `ONE`."""
+
+
+def every_element(parameter: Parameter) -> Unit:
+    """Return that slices may be cut anywhere."""
+    return "element"
+
+
+def nothing_more(num_models: int) -> int:
+    """Return 0: the round holds no more than what is counted for every method."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -108,12 +147,19 @@ class Round:
     name: str
     run: Callable[[Deltas, Context], Result]
     kind: str = ""
-    """Name of the kind of round that runs it: a file in `ties_ray/rounds`. By default the last round merges, and others
-    gather statistics."""
-    holds: int = 0
-    """Bytes that `run` holds for each element of the slice at most.
+    """Name of the kind of round that runs it: a file in `ties_ray/rounds`.
 
-    The slice, its base, the state of one op, the merged delta and one fp32 tensor are counted without it."""
+    By default the last round merges and the others gather. A last round of rows or matrices is of the kind `units`.
+    """
+    unit: Callable[[Parameter], Unit] = every_element
+    """The least of a parameter that must be whole in a slice."""
+    needs_base: bool = False
+    """Whether `run` uses `Context.base`."""
+    holds: Callable[[int], int] = nothing_more
+    """Bytes that `run` holds for each element of the slice at most, by the number of models.
+
+    The slice, its base, the state of one op, the merged delta and one fp32 tensor are counted without it.
+    """
     passes: int = 1
     """How often `run` goes through the models; blocks become small enough to keep all slices, or the plan says that
     they are read again."""

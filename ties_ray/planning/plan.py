@@ -11,9 +11,9 @@ from ties_ray.inputs.catalog import Catalog
 from ties_ray.layout.budget import are_local
 from ties_ray.layout.sizes import Sizes
 from ties_ray.libraries.library import Library
-from ties_ray.outputs import CondensingOutput, OutputFile
+from ties_ray.outputs import OutputFile
 from ties_ray.recipe.recipe import Recipe
-from ties_ray.rounds import Merge, PlannedResult
+from ties_ray.rounds import Merge, PlannedResult, kind_of
 
 SCHEMA_VERSION = 9
 """The form of stored plans and records, part of a run's identity."""
@@ -77,13 +77,8 @@ class Plan:
 
     @property
     def bytes_of_scratch(self) -> int:
-        """Return about what condensed matrices take until they are assembled: two fp32 factors of the largest rank."""
-        output = self.recipe.output
-        if not isinstance(output, CondensingOutput):
-            return 0
-        rank = output.ranks[-1]
-        shapes = (merge.layout.parameters[index].shape for merge in self.merges for index in merge.layout.matrices)
-        return sum(4 * rank * sum(shape) for shape in shapes)
+        """Return about what rounds keep in scratch until the merge is done."""
+        return sum(kind_of(round_).scratch(merge, round_) for merge in self.merges for round_ in merge.rounds)
 
     @property
     def copies(self) -> bool:

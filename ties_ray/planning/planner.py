@@ -16,9 +16,9 @@ from ties_ray.kernels import ARITHMETICS
 from ties_ray.layout.footprint import formats_of
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Layout, plan_files
-from ties_ray.layout.sizes import SIZES, Sizes
-from ties_ray.methods import Member
-from ties_ray.outputs import Output
+from ties_ray.layout.sizes import SIZES, Sizes, comparable
+from ties_ray.methods import Member, Round, every_element
+from ties_ray.outputs import CondensingOutput, Output
 from ties_ray.planning.plan import SCHEMA_VERSION, Plan
 from ties_ray.recipe.recipe import Recipe, Run
 from ties_ray.rounds import Conclusion, Merge, PlannedResult, PlannedRound
@@ -61,9 +61,10 @@ def believable(claim: Plan) -> Plan:
     arithmetic = claim.recipe.run.arithmetic
     device: Literal["cpu", "cuda"] = "cpu" if arithmetic == "exact" else "cuda"  # a CPU finds the exact bytes of a GPU
     memory = min(claim.recipe.run.memory, MOST_BELIEVED)
+    sizes = claim.sizes if comparable(claim.sizes) else SIZES
     run = Run(arithmetic=arithmetic, device=device, memory=memory, executor="local")
     try:
-        made = make_plan(claim.recipe.model_copy(update={"run": run, "storage": {}}), claim.catalog)
+        made = make_plan(claim.recipe.model_copy(update={"run": run, "storage": {}}), claim.catalog, sizes)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         why = str(error) if isinstance(error, MergeError) else type(error).__name__
         raise InputError(
@@ -138,8 +139,15 @@ def _rounds(merge: Merge) -> Iterator[PlannedRound]:
         yield from rounds.load(kind).planned(merge, cost, 0)
     own = merge.recipe.method.rounds()
     for position, round_ in enumerate(own):
-        default = "merge" if position == len(own) - 1 else "gather"
-        yield from rounds.load(round_.kind or default).planned(merge, cost, position)
+        kind = round_.kind or _kind(merge, round_, last=position == len(own) - 1)
+        yield from rounds.load(kind).planned(merge, cost, position)
+
+
+def _kind(merge: Merge, round_: Round, *, last: bool) -> str:
+    """Return the kind of a method's round that names none."""
+    condenses = isinstance(merge.recipe.output, CondensingOutput)
+    whole = round_.unit is not every_element and not condenses
+    return ("units" if whole else "merge") if last else "gather"
 
 
 def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> None:

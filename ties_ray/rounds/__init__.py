@@ -21,7 +21,7 @@ from ties_ray.layout.footprint import Sources
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Layout, Segment, Shard
 from ties_ray.layout.sizes import Sizes
-from ties_ray.methods import Context, Deltas, Member, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Round
 from ties_ray.outputs import Output, OutputFile
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.tensors import Parameter
@@ -80,7 +80,7 @@ class PlannedResult:
     rounds: tuple[PlannedRound, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Merge:
     """One result in the making, as its rounds see it: what is asked for, what exists, how the work is cut."""
 
@@ -340,6 +340,10 @@ class RoundKind(ABC, Generic[F, B]):
         """Return the bytes that a worker needs at most, beside `Budget.overhead`."""
         return merge.budget.blocks(round_.block)
 
+    def scratch(self, merge: Merge, round_: PlannedRound) -> int:
+        """Return about how many bytes the round keeps in scratch until the merge is done."""
+        return 0
+
     def num_groups(self, merge: Merge) -> int:
         """Return into how many groups the barrier sorts records."""
         return 1
@@ -395,6 +399,10 @@ class RoundKind(ABC, Generic[F, B]):
 
     def statistics(self, bench: Bench, index: int) -> Mapping[str, int]:
         """Return what round `index` has found for the method: `Context.statistics` of later rounds."""
+        return {}
+
+    def sums(self, bench: Bench, index: int, parameter: int) -> Mapping[Key, int]:
+        """Return the exact sums that round `index` has found, of the whole and of one parameter: `Context.sums`."""
         return {}
 
     # -- stored findings

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ties_ray.layout.shards import Segment
-from ties_ray.methods import Context, Result
+from ties_ray.methods import Context, Key, Result
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, Sample
 from ties_ray.rounds.threshold import thresholds
 
@@ -29,9 +29,9 @@ def cut(merge: Merge, position: int, *, beside: int) -> Cut:
     own, budget = merge.recipe.method.rounds()[position], merge.budget
     resident, together, passes = own.passes > 1, min(len(merge.models), merge.sizes.models_per_pass), 1
     slices = len(merge.models) if resident else together
-    block = budget.block(beside=beside, slices=slices, resident=resident, holds=own.holds)
+    block = budget.block(beside=beside, slices=slices, resident=resident, holds=own.holds(len(merge.models)))
     if resident and block < merge.sizes.min_resident_block:
-        block, passes = budget.block(beside=beside, slices=together, holds=own.holds), own.passes
+        block, passes = budget.block(beside=beside, slices=together, holds=own.holds(len(merge.models))), own.passes
     return Cut(block, 0 if own.passes > 1 else budget.run(block, len(merge.models)), passes)
 
 
@@ -42,7 +42,7 @@ def is_resident(merge: Merge, round_: PlannedRound) -> bool:
 
 def memory_of_blocks(merge: Merge, round_: PlannedRound) -> int:
     """Return the bytes that blocks of a method's round take."""
-    holds = merge.own_round(round_).holds
+    holds = merge.own_round(round_).holds(len(merge.models))
     return merge.budget.blocks(round_.block, resident=is_resident(merge, round_), holds=holds)
 
 
@@ -58,6 +58,7 @@ def blocks_of(
     """Return the blocks of a method's round; see `Bench.blocks`."""
     round_ = bench.merge.rounds[index]
     resident = is_resident(bench.merge, round_)
+    with_base = with_base or bench.merge.own_round(round_).needs_base
     return bench.blocks(round_, segments, members, zeroed, resident=resident, with_base=with_base)
 
 
@@ -74,6 +75,8 @@ def context_of(bench: Bench, index: int, block: Block) -> Context:
         thresholds=thresholds(bench, block.parameter),
         statistics=statistics(bench, index),
         kernels=bench.kernels,
+        sums=sums(bench, index, block.parameter),
+        base=block.base if merge.own_round(merge.rounds[index]).needs_base else None,
     )
 
 
@@ -81,6 +84,14 @@ def statistics(bench: Bench, index: int) -> dict[str, int]:
     """Return what the rounds before round `index` have gathered for the method over the whole model."""
     kinds = [bench.merge.kind(number) for number in range(index)]
     return {name: value for number, kind in enumerate(kinds) for name, value in kind.statistics(bench, number).items()}
+
+
+def sums(bench: Bench, index: int, parameter: int) -> dict[Key, int]:
+    """Return the exact sums that the rounds before round `index` have gathered, of the whole and of one parameter."""
+    kinds = [bench.merge.kind(number) for number in range(index)]
+    return {
+        key: value for number, kind in enumerate(kinds) for key, value in kind.sums(bench, number, parameter).items()
+    }
 
 
 def merged(bench: Bench, index: int, block: Block) -> "Tensor":

@@ -13,6 +13,7 @@ from ties_ray.excluding import COPIES, either, exclusion
 from ties_ray.kernels import Factors
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard
+from ties_ray.methods import every_element
 from ties_ray.outputs import CondensingOutput
 from ties_ray.rounds import Bench, Conclusion, Listed, Merge, PlannedRound, RoundKind
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged
@@ -58,6 +59,9 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
         """Yield the round."""
         own = merge.recipe.method.rounds()[position]
         block, run, passes = cut(merge, position, beside=_largest_matrix(merge))
+        if own.unit is not every_element:  # the method needs its matrix whole
+            block = max(merge.layout.parameters[index].numel for index in merge.layout.matrices)
+            run, passes = 0, own.passes
         reading = cost.condensing(block, passes)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         shards = len(merge.layout.matrices)
@@ -66,6 +70,11 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of blocks and of the costliest matrix."""
         return memory_of_blocks(merge, round_) + _largest_matrix(merge)
+
+    def scratch(self, merge: Merge, round_: PlannedRound) -> int:
+        """Return the bytes of two fp32 factors of each matrix, of the largest rank."""
+        rank = condensing(merge).ranks[-1]
+        return sum(4 * rank * sum(merge.layout.parameters[index].shape) for index in merge.layout.matrices)
 
     def shard(self, merge: Merge, round_: PlannedRound, index: int) -> Shard:
         """Return one whole parameter of all models."""

@@ -1,45 +1,65 @@
-"""Gather: a method's own statistics over the whole model, added up exactly as integers."""
+"""Gather: what a method must know of whole models or parameters, added up exactly as integers."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
+from typing import NamedTuple
 
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Shard
+from ties_ray.methods import Key, Result
 from ties_ray.rounds import Bench, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
 from ties_ray.rounds._method_round import blocks_of, context_of, cut, memory_of_blocks, rehearse
 
-Statistics = dict[str, int]
+WHOLE = -1
+"""Stands for the parameter in a sum over whole task vectors."""
 
 
-class Sums(Tally[Statistics]):
-    """Integers by name."""
+class Gathered(NamedTuple):
+    """What a method has gathered."""
+
+    statistics: dict[str, int]
+    """Integers over the whole model, by name."""
+    sums: tuple[tuple[str, tuple[int, ...], int, int], ...] = ()
+    """Exact sums: (name, members, parameter or WHOLE, units of 1 / `ONE`)."""
+
+
+class Sums(Tally[Gathered]):
+    """Integers by name, and exact sums by key and parameter."""
 
     def __init__(self) -> None:
-        self.values: Counter[str] = Counter()
+        self.statistics: Counter[str] = Counter()
+        self.sums: Counter[tuple[str, tuple[int, ...], int]] = Counter()
+
+    def add(self, parameter: int, result: Result) -> None:
+        """Add what a round has found in a slice of a parameter."""
+        self.statistics.update(result.statistics)
+        for key, value in result.sums.items():
+            self.sums[key.name, key.members, WHOLE if key.whole else parameter] += value
 
     def absorb(self, shard: "Sums") -> None:
         """Add the sums of one finished shard."""
-        self.values.update(shard.values)
+        self.statistics.update(shard.statistics)
+        self.sums.update(shard.sums)
 
-    def finding(self) -> Statistics:
-        """Return the sums."""
-        return dict(self.values)
+    def finding(self) -> Gathered:
+        """Return all sums."""
+        return Gathered(dict(self.statistics), tuple((*key, value) for key, value in sorted(self.sums.items())))
 
 
-class GatherRound(RoundKind[Statistics, Statistics]):
+class GatherRound(RoundKind[Gathered, Gathered]):
     """Runs one of the method's rounds for its statistics; a shard is a range of elements of all models."""
 
-    finding = Statistics
-    folded = Statistics
+    finding = Gathered
+    folded = Gathered
     slow = "replace"
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
         """Yield the round."""
         own = merge.recipe.method.rounds()[position]
         block, run, passes = cut(merge, position, beside=2 * merge.layout.part_size)
-        reading = cost.gathering(block, run, passes)
+        reading = cost.gathering(block, run, passes, needs_base=own.needs_base)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         shards = merge.layout.num_ranges
         yield PlannedRound(own.name, "gather", position, shards, passes, block, *reading[:2], again, run)
@@ -73,20 +93,44 @@ class GatherRound(RoundKind[Statistics, Statistics]):
         run = bench.merge.own_round(bench.merge.rounds[index]).run
         with closing(blocks_of(bench, index, shard.segments, range(*shard.models), zeroed)) as blocks:
             for block in blocks:
-                tally.values.update(run(block.slices, context_of(bench, index, block)).statistics)
+                tally.add(block.parameter, run(block.slices, context_of(bench, index, block)))
 
-    def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Statistics]) -> Statistics:
+    def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Gathered]) -> Gathered:
         """Return the sums over all records."""
-        total: Counter[str] = Counter()
+        total = Sums()
         for finding in findings:
-            total.update(finding)
-        return dict(total)
+            total.statistics.update(finding.statistics)
+            for name, members, parameter, value in finding.sums:
+                total.sums[name, members, parameter] += value
+        return total.finding()
 
-    def statistics(self, bench: Bench, index: int) -> Statistics:
-        """Return the sums over the whole model."""
-        sums: Statistics = bench.barrier(index)
-        return sums
+    def misfit(self, merge: Merge, index: int, finding: Gathered) -> Iterator[str]:
+        """Yield what is out of range."""
+        members, parameters = range(len(merge.members)), range(WHOLE, len(merge.catalog.parameters))
+        if any(member not in members for _, of_members, _, _ in finding.sums for member in of_members):
+            yield "a model"
+        if any(parameter not in parameters for _, _, parameter, _ in finding.sums):
+            yield "a parameter"
 
-    def report(self, merge: Merge, index: int, folded: Mapping[int, Statistics]) -> dict[str, Statistics]:
-        """Return the statistics."""
-        return {"statistics": folded[0]}
+    misfit_folded = misfit
+
+    def statistics(self, bench: Bench, index: int) -> dict[str, int]:
+        """Return the integers over the whole model."""
+        gathered: Gathered = bench.barrier(index)
+        return gathered.statistics
+
+    def sums(self, bench: Bench, index: int, parameter: int) -> dict[Key, int]:
+        """Return the exact sums, of the whole and of one parameter."""
+        by_parameter: dict[int, dict[Key, int]] = bench.derived(index, 0, _by_parameter)
+        return by_parameter.get(WHOLE, {}) | by_parameter.get(parameter, {})
+
+    def report(self, merge: Merge, index: int, folded: Mapping[int, Gathered]) -> dict[str, dict[str, int]]:
+        """Return the integers; sums are too many for a record."""
+        return {"statistics": folded[0].statistics}
+
+
+def _by_parameter(gathered: Gathered) -> dict[int, dict[Key, int]]:
+    by_parameter: dict[int, dict[Key, int]] = {}
+    for name, members, parameter, value in gathered.sums:
+        by_parameter.setdefault(parameter, {})[Key(name, members, parameter == WHOLE)] = value
+    return by_parameter

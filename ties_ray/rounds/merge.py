@@ -3,8 +3,9 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ties_ray.errors import FRESH_THEN, InputError, Problem
@@ -16,6 +17,7 @@ from ties_ray.outputs import CondensingOutput, ElementwiseOutput, Placed
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged, rehearse
 from ties_ray.rounds.condense import CondenseRound, condensing, copied_instead, scratch_of, smaller_lambda
+from ties_ray.rounds.units import Assembly
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Part
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Delta = Callable[[Block], "Tensor"]
 _CRC32C = re.compile("[0-9a-f]{8}")
 
 
@@ -81,14 +84,19 @@ class MergeRound(RoundKind[Parts, None]):
             yield PlannedRound("assemble", "merge", position, shards, 1, condensing[-1].block, 0, 0)
             return
         block, run, passes = cut(merge, position, beside=2 * merge.layout.part_size)
-        reading = cost.merging(block, run, passes)
+        reading = cost.merging(block, run, passes, needs_base=own.needs_base)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         yield PlannedRound(own.name, "merge", position, shards, passes, block, *reading[:2], again, run)
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of two parts, and of blocks where any are merged."""
         parts = 2 * min(merge.layout.part_size, max(file.size for file in merge.result.files))
-        return parts + (0 if isinstance(merge.recipe.output, CondensingOutput) else memory_of_blocks(merge, round_))
+        if isinstance(merge.recipe.output, CondensingOutput):
+            return parts
+        index = merge.rounds.index(round_)
+        if _is_assembly(merge, index):
+            return parts + merge.budget.blocks(round_.block) + 8 * merge.rounds[index - 1].block
+        return parts + memory_of_blocks(merge, round_)
 
     def shard(self, merge: Merge, round_: PlannedRound, index: int) -> Shard:
         """Return a run of parts."""
@@ -126,6 +134,7 @@ class MergeRound(RoundKind[Parts, None]):
         header = len(file.header).to_bytes(8, "little") + file.header.encode("ascii")
         parts = {number: list(elements_in(layout, shard.file, number)) for number in range(*shard.parts)}
         segments, members = layout.segments(shard), range(*shard.models)
+        delta = self._delta(bench, index)
         with closing(self._blocks(bench, index, segments, members, zeroed)) as blocks:
             for number, pieces in parts.items():
                 start, stop = layout.part(shard.file, number)
@@ -135,7 +144,7 @@ class MergeRound(RoundKind[Parts, None]):
                 for placed, first, last in pieces:
                     begin, size = placed.start - start, DTYPE_BITS[placed.tensor.dtype] // 8
                     out = part[begin + first * size : begin + last * size]
-                    self._fill(bench, index, blocks, placed, first, last, out)
+                    self._fill(bench, index, blocks, placed, first, last, out, delta)
                 bench.write_part(part, shard.file, number)
             next(blocks, None)  # a block is judged when the next is asked for
         written = bench.written()
@@ -154,10 +163,11 @@ class MergeRound(RoundKind[Parts, None]):
         of_models = placed.tensor.origin == "merged"
         segments = [Segment(parameter, first, last) for first, last in runs] if of_models else []
         everyone = range(len(merge.models))
+        delta = self._delta(bench, index, anew=True)
         with closing(self._blocks(bench, index, segments, everyone, Counter())) as blocks:
             for first, last in runs:
                 out = torch.empty((last - first) * DTYPE_BITS[placed.tensor.dtype] // 8, dtype=torch.uint8)
-                self._fill(bench, index, blocks, placed, first, last, out)
+                self._fill(bench, index, blocks, placed, first, last, out, delta)
                 yield out
             next(blocks, None)  # a block is judged when the next is asked for
 
@@ -170,10 +180,26 @@ class MergeRound(RoundKind[Parts, None]):
         zeroed: Counter[tuple[int, str]],
     ) -> Generator[Block, None, None]:
         with_base = bench.merge.recipe.output.reads_base
+        if _is_assembly(bench.merge, index):
+            return bench.blocks(bench.merge.rounds[index], segments, (), zeroed, with_base=with_base)
         return blocks_of(bench, index, segments, members, zeroed, with_base=with_base)
 
+    def _delta(self, bench: Bench, index: int, *, anew: bool = False) -> Delta:
+        """Return what gives the merged change of a block (1-D fp32). anew: compute what a merge takes from scratch."""
+        if _is_assembly(bench.merge, index):
+            return Assembly(bench, index - 1, anew=anew).delta
+        return partial(merged, bench, index)
+
     def _fill(
-        self, bench: Bench, index: int, blocks: Iterator[Block], placed: Placed, first: int, last: int, out: "Tensor"
+        self,
+        bench: Bench,
+        index: int,
+        blocks: Iterator[Block],
+        placed: Placed,
+        first: int,
+        last: int,
+        out: "Tensor",
+        delta: Delta,
     ) -> None:
         """Write elements [first, last) of a tensor into its bytes of a part."""
         import torch
@@ -188,15 +214,15 @@ class MergeRound(RoundKind[Parts, None]):
         while first < last:
             block = next(blocks)
             length = block.stop - block.start
-            self._merge_block(bench, index, block, placed, values[:length])
+            self._merge_block(bench, block, placed, values[:length], delta)
             values = values[length:]
             first += length
 
-    def _merge_block(self, bench: Bench, index: int, block: Block, placed: Placed, out: "Tensor") -> None:
+    def _merge_block(self, bench: Bench, block: Block, placed: Placed, out: "Tensor", delta: Delta) -> None:
         merge, dtype = bench.merge, placed.tensor.dtype
         output = merge.recipe.output
         assert isinstance(output, ElementwiseOutput)
-        overflow = output.values(block.base, merged(bench, index, block), out, bench.kernels)
+        overflow = output.values(block.base, delta(block), out, bench.kernels)
         if overflow:
             what = f"{overflow} merged values are finite but overflow {dtype}"
             of_base = int((block.base.abs() >= OVERFLOWS.get(dtype, math.inf)).sum())
@@ -225,6 +251,11 @@ class MergeRound(RoundKind[Parts, None]):
             yield "a weight file"
         elif not all(part.file in files and _is_part(part, merge) for part in finding.written):
             yield "a part"
+
+
+def _is_assembly(merge: Merge, index: int) -> bool:
+    """Return whether a round writes what a round of units has merged."""
+    return index > 0 and merge.rounds[index - 1].kind == "units"
 
 
 def _is_part(written: Written, merge: Merge) -> bool:

@@ -1,5 +1,6 @@
 """The contract of merge methods, and a merge of task vectors in memory."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,7 +17,7 @@ from ties_ray.kernels import (
     load,
 )
 from ties_ray.kernels.definition import Definition
-from ties_ray.methods import Context, Deltas, Member, Method, Slice, Threshold
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, Slice, Threshold
 from ties_ray.rounds._kth_largest import kept_count
 from ties_ray.tensors import Parameter
 from ties_ray.testing.kernels import same_bits
@@ -28,8 +29,8 @@ class MethodContract:
     A subclass provides the fixture `method`, which can merge members of weight 1.
     """
 
-    LENGTHS = (1, 0, 2_000, 777)
-    """Elements of the parameters that are merged."""
+    SHAPES: tuple[tuple[int, ...], ...] = ((1,), (0,), (2_000,), (777,), (40, 24), (6, 50))
+    """Shapes of the parameters that are merged."""
 
     @pytest.fixture
     def method(self) -> Method:
@@ -41,11 +42,14 @@ class MethodContract:
         """Return task vectors of five models by parameter, with ties, zeros and exact cancellation."""
         generator = torch.Generator().manual_seed(7)
         made = {}
-        for number, length in enumerate(self.LENGTHS):
+        for number, shape in enumerate(self.SHAPES):
+            length = math.prod(shape)
             steps = torch.randint(-3, 4, (5, length), generator=generator).float() * 2.0**-10
             steps[0] *= torch.rand(length, generator=generator) + 0.5
             steps[2, ::3] = -steps[1, ::3]
-            made[f"parameter.{number}"] = list(steps)
+            if len(shape) > 1:  # something that all models share
+                steps += torch.randn(length, generator=generator) * 2.0**-8
+            made[f"layers.{number}.weight"] = [each.view(shape) for each in steps]
         return made
 
     def test_the_method_survives_json_and_can_not_be_changed(self, method: Method) -> None:
@@ -139,40 +143,81 @@ def held_members(count: int) -> tuple[Member, ...]:
 def merge_held(
     method: Method, deltas: Mapping[str, Sequence[torch.Tensor]], *, step: int = 10**9, kernels: Kernels | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the merge of task vectors in memory (fp32, by parameter), `step` elements at a time."""
-    kernels = kernels or load("cpu")
-    members = held_members(len(next(iter(deltas.values()))))
-    need = method.needs(members)
-    statistics: Counter[str] = Counter()
+    """Return the merge of task vectors in memory (fp32, by parameter, of the deltas' shapes).
+
+    step: elements of a slice at most, unless the method needs more in one piece.
+    """
+    held = _Held(method, deltas, kernels or load("cpu"))
+    *before, last = method.rounds()
+    for round_ in before:
+        held.gather([result for name in deltas for result in held.results(round_, name, step)])
     merged = {}
-    rounds = method.rounds()
-    for position, round_ in enumerate(rounds):
-        gathered: Counter[str] = Counter()
-        for name, of_models in deltas.items():
-            length = len(of_models[0])
-            pieces = []
-            for start in range(0, length, step):
-                stop = min(start + step, length)
-                context = Context(
-                    parameter=Parameter(name, (length,), "F32", True),
-                    start=start,
-                    stop=stop,
-                    members=members,
-                    present=(True,) * len(members),
-                    thresholds=_sorted_thresholds(need, deltas, name),
-                    statistics=dict(statistics),
-                    kernels=kernels,
-                )
-                cut = [delta[start:stop] for delta in of_models]
-                result = round_.run(Held(cut, kernels, start, round_.passes), context)
-                gathered.update(result.statistics)
-                if position == len(rounds) - 1:
-                    assert result.merged is not None, "the last round owes the merged delta"
-                    assert (result.merged.dtype, result.merged.shape) == (torch.float32, (stop - start,))
-                    pieces.append(result.merged)
-            merged[name] = torch.cat(pieces) if pieces else torch.empty(0)
-        statistics.update(gathered)
+    for name, of_models in deltas.items():
+        slices = []
+        for start, stop, result in held.results(last, name, step):
+            assert result.merged is not None, "the last round owes the merged delta"
+            assert (result.merged.dtype, result.merged.shape) == (torch.float32, (stop - start,))
+            slices.append(result.merged)
+        merged[name] = torch.cat([torch.empty(0), *slices]).view(of_models[0].shape)
     return merged
+
+
+class _Held:
+    """A merge of task vectors in memory, as far as it is."""
+
+    def __init__(self, method: Method, deltas: Mapping[str, Sequence[torch.Tensor]], kernels: Kernels) -> None:
+        self._deltas = deltas
+        self._kernels = kernels
+        self._members = held_members(len(next(iter(deltas.values()))))
+        self._need = method.needs(self._members)
+        self._statistics: Counter[str] = Counter()
+        self._sums: Counter[tuple[str, Key]] = Counter()
+        """Exact sums by (parameter or nothing, key)."""
+        self._pending: Counter[tuple[str, Key]] = Counter()
+        self._name = ""
+
+    def results(self, round_: Round, name: str, step: int) -> Iterator[tuple[int, int, Result]]:
+        """Yield (start, stop, result) of the slices of a parameter."""
+        self._name = name
+        tensors = self._deltas[name]
+        parameter = Parameter(name, tuple(tensors[0].shape), "F32", True)
+        width = {"element": 1, "row": (parameter.shape or (1,))[-1], "matrix": parameter.numel}[round_.unit(parameter)]
+        step = max(step - step % max(1, width), width, 1)
+        for start in range(0, parameter.numel, step):
+            stop = min(start + step, parameter.numel)
+            slices = [delta.reshape(-1)[start:stop] for delta in tensors]
+            context = self._context(parameter, start, stop, needs_base=round_.needs_base)
+            yield start, stop, self._run(round_, slices, context)
+
+    def _run(self, round_: Round, slices: list[torch.Tensor], context: Context) -> Result:
+        result = round_.run(Held(slices, self._kernels, context.start, round_.passes), context)
+        for key, value in result.sums.items():
+            self._pending[self._name * (not key.whole), key] += value
+        return result
+
+    def gather(self, results: Sequence[tuple[int, int, Result]]) -> None:
+        """Let later rounds know what a round has found."""
+        for _, _, result in results:
+            self._statistics.update(result.statistics)
+        self._sums.update(self._pending)
+        self._pending = Counter()
+
+    def _context(self, parameter: Parameter, start: int, stop: int, *, needs_base: bool) -> Context:
+        name = parameter.name
+        generator = torch.Generator().manual_seed(len(name) + parameter.numel)
+        base = torch.randn(parameter.numel, generator=generator)[start:stop] if needs_base else None
+        return Context(
+            parameter=parameter,
+            start=start,
+            stop=stop,
+            members=self._members,
+            present=(True,) * len(self._members),
+            thresholds=_sorted_thresholds(self._need, self._deltas, name),
+            statistics=dict(self._statistics),
+            kernels=self._kernels,
+            sums={key: value for (of, key), value in self._sums.items() if of in ("", name)},
+            base=base,
+        )
 
 
 def _sorted_thresholds(
@@ -183,7 +228,7 @@ def _sorted_thresholds(
     for model in range(len(deltas[name])):
         by_tensor = need is not None and need.scope == "tensor"
         parts = [deltas[name][model]] if by_tensor else [of_models[model] for of_models in deltas.values()]
-        ordered = torch.cat(parts).abs().sort(descending=True).values
+        ordered = torch.cat([part.reshape(-1) for part in parts]).abs().sort(descending=True).values
         if need is None or need.densities[model] == 1 or not len(ordered):
             bits.append(0)
         else:

@@ -1,0 +1,50 @@
+"""Merges of the oracles' families by our methods, in memory, beside what the oracles say."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from tests.tools.oracles import families
+from tests.tools.oracles.families import Family
+from tests.tools.oracles.protocol import Array, Merged
+from ties_ray.methods import Method
+from ties_ray.testing import merge_held
+
+
+def in_fp32(family: Family) -> Family:
+    """Return a family whose task vectors are fp32 numbers, on a base of zeros."""
+    zero = {name: np.zeros_like(value, dtype=np.float64) for name, value in (family.base or family.models[0]).items()}
+    models = [
+        {name: (value - (0.0 if family.base is None else family.base[name])).astype(np.float32).astype(np.float64)
+         for name, value in model.items()}
+        for model in family.models
+    ]  # fmt: skip
+    return Family(zero, tuple(models))
+
+
+def merged(method: Method, family: Family, **more: int) -> dict[str, Array]:
+    """Return the merged deltas of a family on a base of zeros, in float64."""
+    deltas = {
+        name: [torch.from_numpy(np.asarray(model[name], np.float32)) for model in family.models]
+        for name in family.models[0]
+    }
+    return {name: value.double().numpy() for name, value in merge_held(method, deltas, **more).items()}
+
+
+def differences(ours: Mapping[str, Array], oracle: Merged) -> dict[str, float]:
+    """Return the largest difference of each parameter, relative to the oracle's largest value anywhere."""
+    size = max((float(np.abs(value).max(initial=0.0)) for value in oracle.delta.values()), default=0.0) or 1.0
+    return {name: float(np.abs(ours[name] - oracle.delta[name]).max(initial=0.0)) / size for name in ours}
+
+
+def check(
+    method: Method, oracle: Callable[[Family], Merged], *, counts: tuple[int, ...] = (1, 2, 5, 40), within: float = 2e-6
+) -> None:
+    """Compare a method with its oracle on families with all hazards."""
+    for count in counts:
+        for name, family in families.hazards(count, seed=count).items():
+            exact = in_fp32(family)
+            found = differences(merged(method, exact), oracle(exact))
+            wrong = {key: value for key, value in found.items() if value > within}
+            assert not wrong, (count, name, wrong)

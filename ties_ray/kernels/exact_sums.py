@@ -1,0 +1,58 @@
+"""Exact sums of products of fp32 numbers, as integers: no cut and no order of the additions changes them.
+
+The product of two fp32 numbers is exact in fp64. Its 53 bits are added into limbs of 32 bits, by their place, so that
+a sum rounds once: when somebody divides it by `ONE`.
+"""
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ties_ray.kernels import SUM_BITS
+
+_LIMBS = 22
+_CHUNK = 2**16
+"""Elements whose fp64 products lie in memory at a time."""
+
+
+def dot(left: Tensor, right: Tensor) -> int:
+    """Return the sum of products of two finite fp32 vectors of one length, in units of 1 / `ONE`."""
+    one, other = left.detach().cpu().numpy(), right.detach().cpu().numpy()
+    limbs = np.zeros(_LIMBS, np.int64)
+    for start in range(0, len(one), _CHUNK):
+        products = one[start : start + _CHUNK].astype(np.float64) * other[start : start + _CHUNK]
+        _add(products.view(np.int64), limbs)
+    return sum(int(limb) << (32 * place) for place, limb in enumerate(limbs))
+
+
+def total(values: Tensor) -> int:
+    """Return the sum of a finite fp32 vector, in units of 1 / `ONE`."""
+    array = values.detach().cpu().numpy()
+    limbs = np.zeros(_LIMBS, np.int64)
+    for start in range(0, len(array), _CHUNK):
+        _add(array[start : start + _CHUNK].astype(np.float64).view(np.int64), limbs)
+    return sum(int(limb) << (32 * place) for place, limb in enumerate(limbs))
+
+
+@numba.njit(numba.void(numba.int64[::1], numba.int64[::1]), nogil=True, cache=True)
+def _add(products: NDArray[np.int64], limbs: NDArray[np.int64]) -> None:
+    """Add fp64 numbers, given as their bits, to the limbs."""
+    low = np.int64(0xFFFF_FFFF)
+    for bits in products:
+        exponent = (bits >> 52) & 0x7FF
+        if exponent == 0:
+            continue  # zero: a product of fp32 numbers is never a denormal fp64 number
+        mantissa = (bits & np.int64(0xF_FFFF_FFFF_FFFF)) | np.int64(1 << 52)
+        shift = exponent - 1075 + SUM_BITS
+        place, rest = shift >> 5, shift & 31
+        first = (mantissa & low) << rest
+        second = ((mantissa >> 32) << rest) + ((first >> 32) & low)
+        if bits < 0:
+            limbs[place] -= first & low
+            limbs[place + 1] -= second & low
+            limbs[place + 2] -= second >> 32
+        else:
+            limbs[place] += first & low
+            limbs[place + 1] += second & low
+            limbs[place + 2] += second >> 32
