@@ -135,6 +135,21 @@ def every_element(parameter: Parameter) -> Unit:
     return "element"
 
 
+def whole_matrices(parameter: Parameter) -> Unit:
+    """Return that a matrix must be whole, and that other parameters may be cut anywhere."""
+    return "matrix" if parameter.is_matrix else "element"
+
+
+def whole_rows(parameter: Parameter) -> Unit:
+    """Return that rows must be whole."""
+    return "row" if len(parameter.shape) > 1 else "matrix"
+
+
+def whole_parameters(parameter: Parameter) -> Unit:
+    """Return that every parameter must be whole."""
+    return "matrix"
+
+
 def nothing_more(num_models: int) -> int:
     """Return 0: the round holds no more than what is counted for every method."""
     return 0

@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Method, Result, Round
-from ties_ray.methods._linalg import svd, unit_of
+from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
 
 
 class IsoC(Method):
@@ -24,11 +23,13 @@ class IsoC(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""
-        return (Round("merge", self._merge, unit=unit_of, holds=lambda num_models: 60),)
+        return (Round("merge", self._merge, unit=whole_matrices, holds=lambda num_models: 60),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         terms = tuple(Term(weight) for weight in context.weights)
         total = deltas.fold(WeightedSum(terms))["sum"]
+        from ties_ray.kernels.linalg import svd
+
         if not context.parameter.is_matrix:
             return Result(merged=total.mul_(self.lambda_ / len(context.members)))
         left, spectrum, right = svd(total.view(context.parameter.shape))

@@ -1,12 +1,9 @@
 """Linear algebra that matrix methods share: fp64 LAPACK, cut at the numerical rank."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from ties_ray.methods import Unit
-from ties_ray.tensors import Parameter
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 RELATIVE = 2.0**-24
 """Singular values up to s_0 max(m, n) RELATIVE are rounding errors of fp32 task vectors."""
@@ -15,26 +12,19 @@ RELATIVE = 2.0**-24
 class Svd(NamedTuple):
     """A thin singular value decomposition: left @ diag(values) @ right."""
 
-    left: "Tensor"
+    left: Tensor
     """fp64, (m, k), orthonormal columns."""
-    values: "Tensor"
+    values: Tensor
     """fp64, (k,), descending, above the numerical rank's bound."""
-    right: "Tensor"
+    right: Tensor
     """fp64, (k, n), orthonormal rows."""
 
 
-def unit_of(parameter: Parameter) -> Unit:
-    """Return that a matrix must be whole, and other parameters may be cut anywhere."""
-    return "matrix" if parameter.is_matrix else "element"
-
-
-def svd(matrix: "Tensor", rank: int | None = None, *, scale: float | None = None) -> Svd:
+def svd(matrix: Tensor, rank: int | None = None, *, scale: float | None = None) -> Svd:
     """Return the singular triplets of a matrix above rounding errors, `rank` of them at most.
 
     scale: the singular value that rounding errors are relative to; by default the matrix's largest.
     """
-    import torch
-
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     if not len(values):
         return Svd(left, values, right)
@@ -44,7 +34,7 @@ def svd(matrix: "Tensor", rank: int | None = None, *, scale: float | None = None
     return Svd(left[:, :count], values[:count], right[:count])
 
 
-def polar(matrix: "Tensor") -> "Tensor":
+def polar(matrix: Tensor) -> Tensor:
     """Return the orthogonal factor U V^T of a matrix (fp64), over its numerical rank."""
     parts = svd(matrix)
     return parts.left @ parts.right
