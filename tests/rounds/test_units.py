@@ -1,6 +1,8 @@
 """Methods of whole matrices and of exact sums, through storage, shards, workers and kills."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -119,3 +121,9 @@ def test_sums_are_exact_in_any_order() -> None:
     pairs = zip(left.tolist(), right.tolist(), strict=True)
     assert Fraction(dot(left, right), ONE) == sum(Fraction(one) * Fraction(other) for one, other in pairs)
     assert total(torch.tensor([3.0e38, 1.0e-45, -3.0e38])) / ONE == float(torch.tensor(1.0e-45))
+
+
+@pytest.mark.parametrize("kind", ["survey", "threshold", "gather", "condense", "merge", "units"])
+def test_a_kind_of_round_is_imported_without_torch(kind: str) -> None:
+    code = f"import sys, ties_ray.rounds.{kind}; sys.exit(bool({{'torch', 'ray', 'numba'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

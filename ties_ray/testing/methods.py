@@ -1,12 +1,16 @@
 """The contract of merge methods, and a merge of task vectors in memory."""
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ties_ray.kernels import (
     Election,
@@ -17,6 +21,7 @@ from ties_ray.kernels import (
     load,
 )
 from ties_ray.kernels.definition import Definition
+from ties_ray.layout.budget import STATE_BYTES
 from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, Slice, Threshold
 from ties_ray.rounds._kth_largest import kept_count
 from ties_ray.tensors import Parameter
@@ -93,6 +98,17 @@ class MethodContract:
         for name, many in deltas.items():
             assert all(same_bits(old, new) for old, new in zip(before[name], many, strict=True))
 
+    def test_no_round_holds_more_than_it_says(self, method: Method) -> None:
+        generator = torch.Generator().manual_seed(3)
+        shared, own = torch.randn(1, 240, 250, generator=generator), torch.randn(5, 240, 250, generator=generator)
+        tensors = list((shared + own / 4) * 2.0**-8)
+        held = _Held(method, {"layers.0.weight": tensors}, load("cpu"))
+        for round_ in method.rounds():
+            held.watched = memory = _Memory()
+            held.gather(list(held.results(round_, "layers.0.weight", 10**9)))
+            limit = COUNTED_BYTES + round_.holds(len(tensors))
+            assert memory.peak <= limit * tensors[0].numel() + SMALL_BYTES, f"round {round_.name}"
+
     def test_the_coefficients_are_those_of_the_weighted_sum(
         self, method: Method, deltas: dict[str, list[torch.Tensor]]
     ) -> None:
@@ -102,6 +118,44 @@ class MethodContract:
         for name, merged in merge_held(method, deltas).items():
             expected = sum(factor * delta.double() for factor, delta in zip(factors, deltas[name], strict=True))
             torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+COUNTED_BYTES = 4 + 8 + STATE_BYTES
+"""Bytes that the plan counts for each element: the slice at hand, the base, and what every method may hold."""
+SMALL_BYTES = 2**16
+"""Bytes that a round may hold whatever the size of its slice."""
+
+
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the memory of tensors that are made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        """The most bytes that were alive at a time."""
+        self._alive = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        outcome = func(*args, **(kwargs or {}))
+        for tensor in outcome if isinstance(outcome, tuple | list) else (outcome,):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return outcome
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        address = storage.data_ptr()
+        if address and address not in self._known:
+            self._known.add(address)
+            self._alive += storage.nbytes()
+            self.peak = max(self.peak, self._alive)
+            weakref.finalize(storage, self._forget, address, storage.nbytes())
+
+    def _forget(self, address: int, nbytes: int) -> None:
+        self._known.discard(address)
+        self._alive -= nbytes
 
 
 class Held(Deltas):
@@ -173,6 +227,8 @@ class _Held:
         self._statistics: Counter[str] = Counter()
         self._sums: Counter[tuple[str, Key]] = Counter()
         """Exact sums by (parameter or nothing, key)."""
+        self.watched: AbstractContextManager[Any] = nullcontext()
+        """Entered while a round of the method runs."""
         self._pending: Counter[tuple[str, Key]] = Counter()
         self._name = ""
 
@@ -190,7 +246,9 @@ class _Held:
             yield start, stop, self._run(round_, slices, context)
 
     def _run(self, round_: Round, slices: list[torch.Tensor], context: Context) -> Result:
-        result = round_.run(Held(slices, self._kernels, context.start, round_.passes), context)
+        deltas = Held(slices, self._kernels, context.start, round_.passes)
+        with self.watched:
+            result = round_.run(deltas, context)
         for key, value in result.sums.items():
             self._pending[self._name * (not key.whole), key] += value
         return result
