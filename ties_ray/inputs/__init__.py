@@ -1,1 +1,1 @@
-"""What exists: the folders of base and models, looked at without reading weights, and what they agree on."""
+"""The inputs of a merge: the folders of base and models, their contents by headers alone, and their agreement."""

@@ -166,7 +166,7 @@ def _exists(path: str, stores: Stores) -> bool:
     """Return whether there is a folder of exactly that path, whatever its characters mean in a pattern."""
     try:
         listing = stores.of(path).list(path.rstrip("/") or "/")
-    except InputError:  # of a local path: a file, or a folder whose links lead out, which is told when it is read
+    except InputError:  # a local file, or a folder whose links lead out: reading it says so
         return scheme_of(path) == "local"
     return bool(listing.files or listing.folders)
 

@@ -61,14 +61,14 @@ def take(uri: str, listing: Listing, stores: Stores, threads: Executor) -> Taken
     """
     modules = _modules(uri, listing, stores)
     tree = _tree(uri, listing, stores, threads)
-    foreign = {_folder(name) for name in tree.files if role(name) == "weights"} - {""}
-    foreign = {folder for folder in foreign if not any(_is_in(folder, module) for module in modules)}
+    other_models = {_folder(name) for name in tree.files if role(name) == "weights"} - {""}
+    other_models = {folder for folder in other_models if not any(_is_in(folder, module) for module in modules)}
     kept: dict[str, Pin] = {}
     left = list(tree.left)
     for name, pin in sorted(tree.files.items()):
         of_module = any(_is_in(_folder(name), module) for module in modules)
         kind = "small" if of_module and role(name) == "weights" else role(name)
-        elsewhere = [folder for folder in foreign if _is_in(_folder(name), folder)]
+        elsewhere = [folder for folder in other_models if _is_in(_folder(name), folder)]
         if elsewhere:
             left.append(f"{min(elsewhere)}/")
         elif kind == "small" and pin.size <= LIMIT and _is_plain(name):
@@ -146,11 +146,11 @@ def _tree(uri: str, listing: Listing, stores: Stores, threads: Executor) -> _Tre
     files = {_last(pin.uri): pin for pin in listing.files}
     left: list[str] = []
     level = [_last(folder) for folder in listing.folders]
-    looked = 0
+    num_listed = 0
     for _ in range(DEEPEST):
-        entered = [name for name in level if role(name) == "small" and _is_plain(name)][: MOST_FOLDERS - looked]
+        entered = [name for name in level if role(name) == "small" and _is_plain(name)][: MOST_FOLDERS - num_listed]
         left += [f"{name}/" for name in level if name not in entered and role(name) != "hidden"]
-        looked += len(entered)
+        num_listed += len(entered)
         level = []
         for name, inside in zip(entered, threads.map(lambda each: _below(uri, each, stores), entered), strict=True):
             files |= {f"{name}/{_last(pin.uri)}": pin for pin in inside.files}

@@ -63,8 +63,8 @@ def resolve(pattern: Mapping[str, T], paths: Collection[str]) -> dict[str, T]:
         for number, key, compiled in others:
             if number > first:
                 break
-            foreign = not path.isascii() and _CLASS.search(key)
-            if len(path) > MAX_KEY or foreign or time.monotonic() > late:
+            is_ambiguous = not path.isascii() and _CLASS.search(key)
+            if len(path) > MAX_KEY or is_ambiguous or time.monotonic() > late:
                 raise UnfitKey(key)
             if compiled.fullmatch(path):
                 first = number

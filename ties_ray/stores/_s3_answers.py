@@ -96,7 +96,7 @@ def whole_size(response: Mapping[str, Any], asked: int) -> int:
     ranged = re.fullmatch(r"bytes 0-(\d+)/(\d+)", content_range or "")
     if status == 206 and ranged and int(ranged[1]) + 1 == min(asked, int(ranged[2])) and length == int(ranged[1]) + 1:
         return int(ranged[2])
-    raise Transient(f"asked for bytes 0-{asked - 1}, {_told(response)}", attempts=4)
+    raise Transient(f"asked for bytes 0-{asked - 1}, {_described(response)}", attempts=4)
 
 
 def demand(response: Mapping[str, Any], asked: str, count: int, pin: Pin) -> None:
@@ -107,9 +107,9 @@ def demand(response: Mapping[str, Any], asked: str, count: int, pin: Pin) -> Non
     whole = _status(response) == 200 and content_range is None and count == pin.size
     ranged = _status(response) == 206 and content_range == asked
     if not (whole or ranged) or response.get("ContentLength") != count:
-        raise Transient(f"asked for {asked}, {_told(response)}", attempts=4)
+        raise Transient(f"asked for {asked}, {_described(response)}", attempts=4)
 
 
-def _told(response: Mapping[str, Any]) -> str:
+def _described(response: Mapping[str, Any]) -> str:
     content_range = response.get("ContentRange", "no Content-Range")
     return f"got status {_status(response)} with {content_range} and {response.get('ContentLength')} bytes"
