@@ -33,44 +33,48 @@ class Member(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """A need: the exact magnitude of which `densities[i]` of model i's task vector is at or above.
+    """A need: the exact magnitude that a share of each task vector reaches or exceeds.
 
-    Kept count k = min(d, max(1, int(density * d) + extra)); the threshold is the k-th largest |delta| (fp32).
+    The share of model i is `densities[i]`. Of d elements, k = min(d, max(1, int(density * d) + extra)) are kept. The
+    threshold is the k-th largest |delta| (fp32).
     """
 
     densities: tuple[float, ...]
-    """One a model; 1 means no trim."""
+    """Density of each model; 1 means no trim."""
     scope: Literal["global", "tensor"] = "global"
-    """Over the whole task vector (the paper), or each parameter for itself."""
+    """`global`: one threshold over the whole task vector (the paper). `tensor`: one for each parameter."""
     extra: int = 0
+    """Elements kept beyond the share."""
     denominator: Literal["adapter", "union"] = "adapter"
-    """What d counts of an adapter: the elements it changes, or those that any adapter of the recipe changes. Of a whole
-    model d counts all."""
+    """The elements of an adapter that d counts: those that it changes, or those that any adapter changes.
+
+    For a whole model d counts all elements.
+    """
 
 
 class Slice(NamedTuple):
-    """One model's delta in the slice at hand."""
+    """The delta of one model in a slice."""
 
     model: int
-    """Index in recipe order."""
+    """Index of the member, in recipe order."""
     delta: "Tensor"
     """1-D fp32; a buffer that the next slice overwrites."""
 
 
 class Deltas(ABC):
-    """The models' deltas of one slice, in recipe order; may be gone through again if the round says so."""
+    """The models' deltas of one slice, in recipe order. A round may read them as often as its `passes` says."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Slice]:
-        """Yield each model's delta: the definition, readable, works for any method."""
+        """Yield each model's delta, which any method can use."""
 
     @abstractmethod
     def fold(self, op: Op) -> State:
-        """Return the op's state over all models, fused where a kernel can; equal bit for bit to iterating."""
+        """Return the op's state over all models, by a fused kernel where there is one; the bits are those of a loop."""
 
     @abstractmethod
     def elect(self, op: Op, election: Election) -> "Tensor":
-        """Return the delta that TIES makes of the op's state, as `Kernels.elect` would, fused where a kernel can."""
+        """Return the merged delta of the election as `Kernels.elect` gives it, by a fused kernel if there is one."""
 
 
 Unit = Literal["element", "row", "matrix"]
@@ -89,7 +93,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """What a round may know about the slice of one parameter."""
+    """The facts about a slice of one parameter that a round may use."""
 
     parameter: Parameter
     start: int
@@ -97,7 +101,7 @@ class Context:
     """Elements [start, stop) of the parameter, row-major."""
     members: tuple[Member, ...]
     present: tuple[bool, ...]
-    """Of each member: whether it has a change for this parameter at all."""
+    """Whether each member has a change for this parameter."""
     thresholds: tuple[int, ...]
     """Magnitude bits, one a model, from the method's `Threshold` need; 0 where nothing is trimmed."""
     statistics: Mapping[str, int]
@@ -120,10 +124,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Result:
-    """What a round makes of one slice."""
+    """The result of a round on one slice."""
 
     merged: "Tensor | None" = None
-    """In the last round: the merged delta, 1-D fp32, lambda applied."""
+    """The merged delta with lambda applied, 1-D fp32. The last round must give it."""
     statistics: Mapping[str, int] = field(default_factory=dict)
     """Integers, added over all slices; they stand in the result record."""
     sums: Mapping[Key, int] = field(default_factory=dict)
@@ -176,8 +180,7 @@ class Round:
     The slice, its base, the state of one op, the merged delta and one fp32 tensor are counted without it.
     """
     passes: int = 1
-    """How often `run` goes through the models; blocks become small enough to keep all slices, or the plan says that
-    they are read again."""
+    """How often `run` reads the deltas. Blocks become small enough to hold all slices, or the plan reads them again."""
 
 
 class Method(BaseModel, ABC):

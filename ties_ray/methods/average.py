@@ -13,19 +13,18 @@ class Average(Method):
 
     name: Literal["average"] = "average"
     missing_module: Literal["zero", "skip"] = "zero"
-    """Of adapters: a module that one has no change for counts as a change of zero, or is left out of that module's
-    mean."""
+    """Rule for an adapter without a change of a module: `zero` counts a change of zero, `skip` leaves it out."""
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Wortsman et al. 2022, Model Soups (arXiv:2203.05482)"
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights that sum to zero: there is no mean of them."""
+        """Refuse weights that sum to zero, since the mean divides by their sum."""
         if total_weight(members) == 0:
             return [Problem("models", "the weights sum to zero, and `average` divides by their sum", "change a weight")]
         if self.missing_module == "skip" and any(member.weight < 0 for member in members):
-            what = "with negative weights those of one module may sum to zero"
-            return [Problem("method.missing_module", what, "use missing_module: zero, or positive weights")]
+            message = "with negative weights those of one module may sum to zero"
+            return [Problem("method.missing_module", message, "use missing_module: zero, or positive weights")]
         return []
 
     def rounds(self) -> tuple[Round, ...]:

@@ -15,14 +15,14 @@ PROFILES: dict[str, dict[str, str]] = {
     "paper": {},
     "official": {"trim": "global", "at_threshold": "keep", "zero_sum": "majority"},
 }
-"""What a profile sets; `paper` is the plain defaults, `official` what the authors' published code does."""
+"""The fields that a profile sets: `paper` the defaults, `official` those of the authors' published code."""
 
 
 class Ties(Method):
-    """Keeps the largest values of each task vector, elects a sign per parameter, averages the values that agree.
+    """Keeps the largest values of each task vector, elects a sign for each element, averages the values that agree.
 
-    Lambda scales a mean. The density counts over the whole task vector, zeros included: where half of a task vector
-    is exactly zero, density 0.2 keeps 40 % of what moved.
+    Lambda scales a mean. The density counts the whole task vector, zeros included. If half of a task vector is exactly
+    zero, density 0.2 keeps 40 % of the other half.
     """
 
     name: Literal["ties"] = "ties"
@@ -31,16 +31,18 @@ class Ties(Method):
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
     """Factor on the merged task vector."""
     trim: Literal["global", "tensor"] = "global"
-    """One threshold for the whole task vector (the paper), or one for each parameter."""
+    """`global`: one threshold for the whole task vector (the paper). `tensor`: one for each parameter."""
     at_threshold: Literal["keep", "drop", "exact"] = "keep"
-    """Values equal to the threshold: keep all, drop all, or exactly as many as the density says (not built yet)."""
+    """Rule for values equal to the threshold: keep all, or drop all. (`exact` is not built yet.)"""
     zero_sum: Literal["none", "majority", "positive"] = "none"
     """Sign of an element whose values sum to zero: none (delta 0), the sign of most elements, or positive."""
     merge: Literal["mean", "sum", "max"] = "mean"
-    """What becomes of the values that agree with the elected sign."""
+    """How values that agree with the elected sign are combined."""
     denominator: Literal["adapter", "union"] = "adapter"
-    """For adapters: the density counts over what each adapter changes, or over what any changes. No effect on
-    checkpoints, whose task vectors have all parameters of the base."""
+    """The elements of an adapter that the density counts: those that it changes, or those that any adapter changes.
+
+    It has no effect on checkpoints, whose task vectors have all parameters of the base.
+    """
     profile: Literal["paper", "official"] = "paper"
     """`official`: k = int(density d) + 1 and zero sums by majority, as in the authors' code; no weights."""
 
@@ -68,11 +70,11 @@ class Ties(Method):
         return self
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse what would make the election or the mean meaningless."""
-        found = []
+        """Refuse weights and densities with which the election or the mean has no meaning."""
+        problems = []
         for member in members:
             if member.weight < 0 and self.merge == "mean":
-                found.append(
+                problems.append(
                     Problem(
                         f"model {member.id}",
                         f"weight {member.weight} is negative, and `mean` divides by weights",
@@ -80,14 +82,14 @@ class Ties(Method):
                     )
                 )
             if member.weight not in (0, 1) and self.profile == "official":
-                found.append(
+                problems.append(
                     Problem(
                         f"model {member.id}",
                         f"weight {member.weight}: profile official knows no weights",
                         "leave the weight out, or use profile paper",
                     )
                 )
-        return found
+        return problems
 
     def needs(self, members: Sequence[Member]) -> Threshold | None:
         """Return the densities, the models' own where they have one."""
