@@ -12,11 +12,11 @@ from ties_ray.rounds import Slow
 from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order
 
 SLOW_FACTOR, SLOW_SECONDS = 3.0, 5.0
-"""To `repeat`: a shard that takes so many times as long as the median, and so much longer."""
+"""A shard is repeated elsewhere if it takes this many times the median, and this many seconds more."""
 HUNG_FACTOR, HUNG_SECONDS = 10.0, 60.0
-"""To `replace`, which is dearer."""
+"""The worker of a shard is replaced if the shard takes this many times the median, and this many seconds more."""
 RECENT = 1000
-"""Orders of which the median is taken."""
+"""Number of the last orders whose median counts."""
 
 
 class Stage:
@@ -106,7 +106,7 @@ class Stage:
 
     def _lost(self, worker: int, reason: str) -> None:
         self._flushing.pop(worker, None)
-        for ticket in [known for known, (other, _) in self._since.items() if other == worker]:
+        for ticket in [ticket for ticket, (other, _) in self._since.items() if other == worker]:
             del self._since[ticket]
         self._schedule.lost(worker, reason)
         self._executor.revive(worker)

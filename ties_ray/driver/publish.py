@@ -41,14 +41,14 @@ def complete_uploads(
     store = stores.writer(plan.output)
     written = []
     for index, file in enumerate(plan.files):
-        own = {one.part.number: one for one in parts if one.file == index}
+        own = {each.part.number: each for each in parts if each.file == index}
         missing = plan.merges[0].layout.num_parts(index) - len(own)
         if missing:
             raise InterruptedMerge(Problem(file.name, f"{missing} parts are not recorded", "run again to continue"))
         ordered = [own[number] for number in sorted(own)]
         check()
-        pin = store.complete_upload(join(plan.output, file.name), uploads[file.name], [one.part for one in ordered])
-        crc = crc32c_joined((one.crc32c, one.part.size) for one in ordered)
+        pin = store.complete_upload(join(plan.output, file.name), uploads[file.name], [each.part for each in ordered])
+        crc = crc32c_joined((each.crc32c, each.part.size) for each in ordered)
         written.append(WrittenFile(name=file.name, size=pin.size, etag=pin.etag, crc32c=crc))
     return written
 
@@ -60,21 +60,21 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
     Reads small files as they were planned; raises `InputError` where one is another by now.
     """
     output = plan.recipe.output
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for small in plan.catalog.small_files:
         if texts and not (small.name in TEXTS and small.pin.size <= TEXT_BYTES):
             continue
-        taken = _without(small.without, stores.of(small.pin.uri).get_pinned(small.pin))
-        data = output.rewrite(small.name, taken, plan.catalog.facts)
+        content = _without(small.without, stores.of(small.pin.uri).get_pinned(small.pin))
+        data = output.rewrite(small.name, content, plan.catalog.facts)
         if data is not None:
-            found[small.name] = data
+            contents[small.name] = data
     index = output.index(plan.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
     if index:
-        found[index[0]] = index[1]
+        contents[index[0]] = index[1]
     door = output.door(plan.files, plan.library)
-    if door in found:
-        found[door] = found.pop(door)
-    return found
+    if door in contents:
+        contents[door] = contents.pop(door)
+    return contents
 
 
 def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
@@ -120,8 +120,8 @@ def demand_space(plan: Plan, stores: Stores) -> None:
     done = sum(pin.size for pin in store.list(plan.output).files if _last(pin.uri) in own)
     needed = plan.bytes_written + plan.bytes_of_scratch - space.held - done
     if needed > space.free:
-        what = f"the merge needs {needed:,} bytes there, and {space.free:,} are free"
-        raise UnavailableError(Problem(plan.output, what, "free space, and run the same command again"))
+        message = f"the merge needs {needed:,} bytes there, and {space.free:,} are free"
+        raise UnavailableError(Problem(plan.output, message, "free space, and run the same command again"))
 
 
 def demand_no_foreign(plan: Plan, stores: Stores, documents: Collection[str]) -> None:
@@ -129,8 +129,8 @@ def demand_no_foreign(plan: Plan, stores: Stores, documents: Collection[str]) ->
     own = {*documents, *(file.name for file in plan.files)}
     foreign = foreign_files(stores, plan.output, own)
     if foreign:
-        what = f"holds files of another model, which a loader would take for this one's: {listed(foreign)}"
-        raise InputError(Problem(plan.output, what, "remove them, and run the same command again"))
+        message = f"holds files of another model, which a loader would take for this one's: {listed(foreign)}"
+        raise InputError(Problem(plan.output, message, "remove them, and run the same command again"))
 
 
 def publish_documents(

@@ -101,8 +101,8 @@ def _found(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
             all_zeroed += [zero for group in folded.values() for zero in group.zeroed]
         findings = {group: each.finding for group, each in folded.items()}
         for name, value in kind.report(merge, index, findings).items():
-            known = fields.get(name)
-            fields[name] = known | value if isinstance(known, dict) else value
+            before = fields.get(name)
+            fields[name] = before | value if isinstance(before, dict) else value
     for member, parameter, count in all_zeroed:
         key = f"{merge.members[member].id}: {parameter}"
         zeroed[key] = zeroed.get(key, 0) + count

@@ -15,39 +15,39 @@ from ties_ray.state.manifest import FOLDER, Manifest, Start, find_runs
 from ties_ray.stores import Pin, Stores, join, within
 
 
-def finished(wanted: Plan, stores: Stores) -> MergeResult | None:
+def finished(planned: Plan, stores: Stores) -> MergeResult | None:
     """Return the result record if the output holds just this merge, whole; None if it does not hold it."""
-    result = find_result(stores, wanted.output)
-    if result is None or result.run_id != wanted.run_id:
+    result = find_result(stores, planned.output)
+    if result is None or result.run_id != planned.run_id:
         return None
-    _demand_files(stores, wanted.output, result)
+    _demand_files(stores, planned.output, result)
     return result.model_copy(update={"reused": True})
 
 
-def open_run(wanted: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manifest, bool]:
+def open_run(planned: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manifest, bool]:
     """Return (plan, manifest, whether it is continued) of a run; refuse a folder that holds something else.
 
     fresh: remove what earlier runs left, and begin a generation that nothing of theirs can reach.
     """
-    output = wanted.output
+    output = planned.output
     runs = find_runs(stores, output)
-    mine = [generation for run_id, generation in runs if run_id == wanted.run_id]
+    mine = [generation for run_id, generation in runs if run_id == planned.run_id]
     removed: list[str] = []
     if fresh:
-        removed = _forget(wanted, stores, runs)
+        removed = _forget(planned, stores, runs)
     else:
-        _refuse_others(wanted, stores, runs)
+        _refuse_others(planned, stores, runs)
         if mine:
-            manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, mine[-1]))
+            manifest = Manifest(stores, Manifest.folder_of(output, planned.run_id, mine[-1]))
             start = manifest.read_start()
             if start:
-                return _continued(wanted, manifest, start), manifest, True
-    manifest = Manifest(stores, Manifest.folder_of(output, wanted.run_id, max(mine, default=0) + 1))
+                return _continued(planned, manifest, start), manifest, True
+    manifest = Manifest(stores, Manifest.folder_of(output, planned.run_id, max(mine, default=0) + 1))
     if removed:
         note = f"--fresh has removed what a loader might have taken for this model: {listed(removed)}"
-        wanted = replace(wanted, notes=(*wanted.notes, note))
-    manifest.write_start(Start(digest=wanted.digest(), part_size=wanted.recipe.output.part_size, sizes=wanted.sizes))
-    return wanted, manifest, False
+        planned = replace(planned, notes=(*planned.notes, note))
+    manifest.write_start(Start(digest=planned.digest(), part_size=planned.recipe.output.part_size, sizes=planned.sizes))
+    return planned, manifest, False
 
 
 def clean(stores: Stores, output: str, *, remove: bool) -> list[str]:
@@ -59,43 +59,43 @@ def clean(stores: Stores, output: str, *, remove: bool) -> list[str]:
     result, runs, store = find_result(stores, output), find_runs(stores, output), stores.writer(output)
     if result is None and not runs:
         return []
-    found = []
+    remnants = []
     for uri, upload in store.list_uploads(output):  # first: without a run, they would not be looked for again
-        found.append(f"unfinished upload of {uri.rsplit('/', 1)[-1]} ({upload[:16]})")
+        remnants.append(f"unfinished upload of {uri.rsplit('/', 1)[-1]} ({upload[:16]})")
         if remove:
             store.abort_upload(uri, upload)
     kept = max((run for run in runs if result and run[0] == result.run_id), default=None)
     for run in runs:
         if run != kept:
-            found.append(f"unfinished run {run[0]}, generation {run[1]}")
+            remnants.append(f"unfinished run {run[0]}, generation {run[1]}")
             if remove:
                 store.delete_folder(Manifest.folder_of(output, *run))
-    return found
+    return remnants
 
 
-def _refuse_others(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
-    output = wanted.output
+def _refuse_others(planned: Plan, stores: Stores, runs: list[tuple[str, int]]) -> None:
+    output = planned.output
     result = find_result(stores, output)
-    others = [run for run in runs if run[0] != wanted.run_id]
+    others = [run for run in runs if run[0] != planned.run_id]
     remedy = "choose another folder (a path with {run_id} gives each merge its own), or replace it with --fresh"
-    what = ""
+    message = ""
     if result is not None:
-        what = f"holds the result of another merge, run {result.run_id}"
+        message = f"holds the result of another merge, run {result.run_id}"
     elif others:
-        changed = _what_changed(wanted, _claim(stores, output, others[-1]))
-        what = f"holds an unfinished merge, run {others[-1][0]}, which differs from this one: {changed}"
+        changed = _what_changed(planned, _claim(stores, output, others[-1]))
+        message = f"holds an unfinished merge, run {others[-1][0]}, which differs from this one: {changed}"
     elif not runs:
         listing = stores.of(output).list(output)
         names = [uri.rsplit("/", 1)[-1] for uri in (*(pin.uri for pin in listing.files), *listing.folders)]
         foreign = [name for name in names if name != FOLDER]
-        what = f"holds something else: {', '.join(foreign[:5])}" if foreign else ""
-    if what:
-        _demand_no_folders(stores, output, own_names(wanted) | _written(_claims(stores, output, runs)))
-        raise InputError(Problem(output, what, remedy))
-    demand_no_foreign(wanted, stores, own_names(wanted))
+        message = f"holds something else: {', '.join(foreign[:5])}" if foreign else ""
+    if message:
+        _demand_no_folders(stores, output, own_names(planned) | _written(_claims(stores, output, runs)))
+        raise InputError(Problem(output, message, remedy))
+    demand_no_foreign(planned, stores, own_names(planned))
 
 
-def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[str]:
+def _forget(planned: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[str]:
     """Remove earlier runs, and files that a loader would take; return the names of those that no run has written.
 
     First goes what makes an earlier result look whole, then weights, uploads and manifests. Weights go too, lest an old
@@ -104,16 +104,16 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[s
     shows are removed, and in folders only those that an earlier run of this output has written. The plan of another run
     may be anybody's: of the names in it only those count that a loader would open.
     """
-    output, store = wanted.output, stores.writer(wanted.output)
+    output, store = planned.output, stores.writer(planned.output)
     claims = _claims(stores, output, runs)
     written = _written(claims)
-    own = own_names(wanted) | written
+    own = own_names(planned) | written
     _demand_no_folders(stores, output, own)
-    lying = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
-    doors = {plan.recipe.output.door(plan.files, plan.library) for plan in (wanted, *claims)}
-    taken = [name for name in sorted(lying) if name in own or is_loaded(name)]
+    present = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
+    doors = {plan.recipe.output.door(plan.files, plan.library) for plan in (planned, *claims)}
+    loadable = [name for name in sorted(present) if name in own or is_loaded(name)]
     first = [RESULT_NAME, SUMS_NAME, *sorted(doors & own)]
-    for name in (*(name for name in first if name in lying), *(name for name in taken if name not in first)):
+    for name in (*(name for name in first if name in present), *(name for name in loadable if name not in first)):
         store.delete(join(output, name))
     folders = {name.partition("/")[0] for name in own if "/" in name}
     for folder in folders & {uri.rpartition("/")[2] for uri in store.list(output).folders}:
@@ -124,16 +124,18 @@ def _forget(wanted: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[s
         store.abort_upload(uri, upload)
     for run in runs:
         store.delete_folder(Manifest.folder_of(output, *run))
-    return [name for name in taken if name not in written and name not in (RESULT_NAME, SUMS_NAME)]
+    return [name for name in loadable if name not in written and name not in (RESULT_NAME, SUMS_NAME)]
 
 
 def _demand_no_folders(stores: Stores, output: str, own: Collection[str]) -> None:
     """Raise `InputError` where folders in the output hold files that --fresh leaves and a loader would take."""
     inside = [name for name in foreign_files(stores, output, own) if "/" in name]
     if inside:
-        what = f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
+        message = (
+            f"holds folders with files of another model, which a loader would take for this one's: {listed(inside)}"
+        )
         raise InputError(
-            Problem(output, what, "remove these folders yourself and run it with --fresh, or choose another output")
+            Problem(output, message, "remove these folders yourself and run it with --fresh, or choose another output")
         )
 
 
@@ -152,19 +154,19 @@ def _demand_files(stores: Stores, output: str, result: MergeResult) -> None:
     gone = [file.name for file in result.files if sizes.get(file.name) != file.size]
     gone += [file.name for file in result.documents if "/" not in file.name and file.name not in sizes]
     if gone:
-        what = f"the result record is there, but not as it says: {', '.join(gone[:5])}"
-        raise InputError(Problem(output, what, "put the files back, or merge again with --fresh"))
+        message = f"the result record is there, but not as it says: {', '.join(gone[:5])}"
+        raise InputError(Problem(output, message, "put the files back, or merge again with --fresh"))
 
 
-def _what_changed(wanted: Plan, stored: Plan | None) -> str:
+def _what_changed(planned: Plan, stored: Plan | None) -> str:
     if stored is None:
         return "its plan is not there, or can't be read"
     changes = []
-    if stored.arithmetic != wanted.arithmetic:
-        changes.append(f"arithmetic {stored.arithmetic} there, {wanted.arithmetic} here")
+    if stored.arithmetic != planned.arithmetic:
+        changes.append(f"arithmetic {stored.arithmetic} there, {planned.arithmetic} here")
     fields = ("method", "exclude", "allow", "output")
-    changes += [f"`{field}`" for field in fields if getattr(stored.recipe, field) != getattr(wanted.recipe, field)]
-    before, now = ({pin.uri: pin for pin in _pins(plan)} for plan in (stored, wanted))
+    changes += [f"`{field}`" for field in fields if getattr(stored.recipe, field) != getattr(planned.recipe, field)]
+    before, now = ({pin.uri: pin for pin in _pins(plan)} for plan in (stored, planned))
     changes += [f"input {uri}" for uri in sorted(before.keys() | now.keys()) if before.get(uri) != now.get(uri)][:3]
     return "; ".join(changes) or "models, weights or ids"
 
@@ -197,23 +199,23 @@ def _claim(stores: Stores, output: str, run: tuple[str, int]) -> Plan | None:
     return None
 
 
-def _continued(wanted: Plan, manifest: Manifest, start: Start) -> Plan:
+def _continued(planned: Plan, manifest: Manifest, start: Start) -> Plan:
     """Return the plan by which a run goes on: this call's own, cut into the parts that the run began with.
 
     The stored plan is not asked. Raises `InputError` where the records rest on something else than this plan does.
     """
-    if wanted.digest() != start.digest:
-        what = "the unfinished merge there read its inputs in another way, though their content is the same"
+    if planned.digest() != start.digest:
+        message = "the unfinished merge there read its inputs in another way, though their content is the same"
         remedy = "put the configs of the inputs back as they were, or merge again with --fresh"
-        raise InputError(Problem(manifest.folder, what, remedy))
-    if (wanted.recipe.output.part_size, wanted.sizes) == (start.part_size, start.sizes):
-        return wanted
+        raise InputError(Problem(manifest.folder, message, remedy))
+    if (planned.recipe.output.part_size, planned.sizes) == (start.part_size, start.sizes):
+        return planned
     if not comparable(start.sizes):
-        what = "the unfinished merge there is cut by sizes that no version of ties_ray has"
-        raise InputError(Problem(manifest.folder, what, "merge again with --fresh"))
-    output = wanted.recipe.output.model_copy(update={"part_size": start.part_size})
-    made = make_plan(wanted.recipe.model_copy(update={"output": output}), wanted.catalog, start.sizes)
-    if wanted.recipe.output.part_size == start.part_size:
+        message = "the unfinished merge there is cut by sizes that no version of ties_ray has"
+        raise InputError(Problem(manifest.folder, message, "merge again with --fresh"))
+    output = planned.recipe.output.model_copy(update={"part_size": start.part_size})
+    made = make_plan(planned.recipe.model_copy(update={"output": output}), planned.catalog, start.sizes)
+    if planned.recipe.output.part_size == start.part_size:
         return made
     note = "continued with the parts of the run that began: output.part_size of this call is ignored"
     return replace(made, notes=(*made.notes, note))

@@ -78,8 +78,8 @@ class MergeRun:
         """Return what a barrier has found, by group. Raises `InputError` where it has gone."""
         findings = {group: folded.finding for group, folded in self.barrier(index).items()}
         if len(findings) < self.merge.kind(index).num_groups(self.merge):
-            what = f"what the barrier after round {index} stored is gone"
-            raise InputError(Problem(self._manifest.folder, what, FRESH))
+            message = f"what the barrier after round {index} stored is gone"
+            raise InputError(Problem(self._manifest.folder, message, FRESH))
         return findings
 
     def barrier(self, index: int) -> dict[int, Folded[Any]]:
@@ -205,13 +205,14 @@ class MergeRun:
             return {}
         merge = self.merge
         pool = PoolCache(self._stores, folder, merge.sources.formats, merge.arithmetic)
-        found = kind.recall(merge, index, before, pool)
+        recalls = kind.recall(merge, index, before, pool)
         if pool.refused:
-            what = f"{len(pool.refused)} findings in the pool cache are broken or not signed by this key"
-            note = f"{what}, and were ignored: {', '.join(sorted(pool.refused)[:3])}"
+            message = f"{len(pool.refused)} findings in the pool cache are broken or not signed by this key"
+            note = f"{message}, and were ignored: {', '.join(sorted(pool.refused)[:3])}"
             self.plan = replace(self.plan, notes=(*self.plan.notes, note))
         records = {
-            f"known-{recalled.group}.json": Record[Any](index, recalled.shards, recalled.finding) for recalled in found
+            f"known-{recalled.group}.json": Record[Any](index, recalled.shards, recalled.finding)
+            for recalled in recalls
         }
         for name, record in records.items():
             self._manifest.write_record(merge, name, record)

@@ -29,10 +29,10 @@ class Uploads:
         uploads = self._manifest.read_uploads()
         recorded = _parts_by_upload(records)
         for index, file in enumerate(merge.result.files):
-            uri, known = join(self._output, file.name), uploads.get(file.name, "")
-            if known and self._store.list_parts(uri, known) is not None:
+            uri, upload_id = join(self._output, file.name), uploads.get(file.name, "")
+            if upload_id and self._store.list_parts(uri, upload_id) is not None:
                 continue
-            whole = len(recorded[index, known]) == merge.layout.num_parts(index)
+            whole = len(recorded[index, upload_id]) == merge.layout.num_parts(index)
             if not (whole and self._is_completed(uri, file.size)):
                 uploads[file.name] = self._store.begin_upload(uri, file.size)
         self._manifest.write_uploads(uploads)

@@ -78,24 +78,24 @@ def merge(
     return carry_out(plan(recipe, sizes), started=started, fresh=fresh, watch=watch, profile=profile)
 
 
-def carry_out(wanted: Plan, *, started: float, fresh: bool, watch: Watch, profile: Path | None = None) -> MergeResult:
+def carry_out(planned: Plan, *, started: float, fresh: bool, watch: Watch, profile: Path | None = None) -> MergeResult:
     """Do what a plan of this process says, as `merge` does; started: when the call began, by the monotonic clock."""
     with Trace(profile) if profile else nullcontext() as trace:
-        return _carry_out(wanted, started, watch, trace, fresh=fresh)
+        return _carry_out(planned, started, watch, trace, fresh=fresh)
 
 
-def _carry_out(wanted: Plan, started: float, watch: Watch, trace: Trace | None, *, fresh: bool) -> MergeResult:
-    stores = Stores(wanted.recipe.storage)
-    watch(Progress("start", 0, 0, 0, wanted.bytes_read))
-    finished = None if fresh else _finished(wanted, stores)
+def _carry_out(planned: Plan, started: float, watch: Watch, trace: Trace | None, *, fresh: bool) -> MergeResult:
+    stores = Stores(planned.recipe.storage)
+    watch(Progress("start", 0, 0, 0, planned.bytes_read))
+    finished = None if fresh else _finished(planned, stores)
     if finished:
         return finished
     taken_over: list[str] = []
-    with lease.acquire(stores, wanted.output, taken_over.append) as held:
-        finished = None if fresh else _finished(wanted, stores)  # by the run that held the lease until now
+    with lease.acquire(stores, planned.output, taken_over.append) as held:
+        finished = None if fresh else _finished(planned, stores)  # by the run that held the lease until now
         if finished:
             return finished
-        opened, manifest, resumed = resume.open_run(wanted, stores, fresh=fresh)
+        opened, manifest, resumed = resume.open_run(planned, stores, fresh=fresh)
         demand_space(opened, stores)
         opened = replace(opened, notes=(*opened.notes, *taken_over))
         return _run(opened, manifest, stores, started, held.check, Meters(watch, trace), resumed=resumed)
@@ -130,7 +130,7 @@ def _run(
     raise AssertionError("the last try returns or raises")
 
 
-def _finished(wanted: Plan, stores: Stores) -> MergeResult | None:
+def _finished(planned: Plan, stores: Stores) -> MergeResult | None:
     """Return the record of this very merge, where the output holds it whole."""
-    finished = resume.finished(wanted, stores)
-    return finished.model_copy(update={"waiting": list(wanted.catalog.waiting)}) if finished else None
+    finished = resume.finished(planned, stores)
+    return finished.model_copy(update={"waiting": list(planned.catalog.waiting)}) if finished else None
