@@ -36,6 +36,8 @@ class MethodContract:
 
     SHAPES: tuple[tuple[int, ...], ...] = ((1,), (0,), (2_000,), (777,), (40, 24), (6, 50))
     """Shapes of the parameters that are merged."""
+    MODELS: int = 5
+    """How many models are merged, from 1 to 5."""
 
     @pytest.fixture
     def method(self) -> Method:
@@ -44,7 +46,7 @@ class MethodContract:
 
     @pytest.fixture
     def deltas(self) -> dict[str, list[torch.Tensor]]:
-        """Return task vectors of five models by parameter, with ties, zeros and exact cancellation."""
+        """Return task vectors of the models by parameter, with ties, zeros and exact cancellation."""
         generator = torch.Generator().manual_seed(7)
         made = {}
         for number, shape in enumerate(self.SHAPES):
@@ -54,7 +56,7 @@ class MethodContract:
             steps[2, ::3] = -steps[1, ::3]
             if len(shape) > 1:  # something that all models share
                 steps += torch.randn(length, generator=generator) * 2.0**-8
-            made[f"layers.{number}.weight"] = [each.view(shape) for each in steps]
+            made[f"layers.{number}.weight"] = [each.view(shape) for each in steps[: self.MODELS]]
         return made
 
     def test_the_method_survives_json_and_can_not_be_changed(self, method: Method) -> None:
@@ -112,7 +114,7 @@ class MethodContract:
     def test_the_coefficients_are_those_of_the_weighted_sum(
         self, method: Method, deltas: dict[str, list[torch.Tensor]]
     ) -> None:
-        factors = method.coefficients(held_members(5), [True] * 5)
+        factors = method.coefficients(held_members(self.MODELS), [True] * self.MODELS)
         if factors is None:
             return
         for name, merged in merge_held(method, deltas).items():

@@ -1,14 +1,19 @@
-"""Merges of the oracles' families by our methods, in memory, beside what the oracles say."""
+"""Merges of the oracles' families by our methods, in memory and from files, beside what the oracles say."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from tests.tools import families as stored
+from tests.tools import merging
 from tests.tools.oracles import families
 from tests.tools.oracles.families import Family
 from tests.tools.oracles.protocol import Array, Merged
 from ties_ray.methods import Method
+from ties_ray.stores import Stores
 from ties_ray.testing import merge_held
 
 
@@ -48,3 +53,29 @@ def check(
             found = differences(merged(method, exact), oracle(exact))
             wrong = {key: value for key, value in found.items() if value > within}
             assert not wrong, (count, name, wrong)
+
+
+def check_stored(
+    method: Mapping[str, Any] | str,
+    oracle: Callable[[Family], Merged],
+    folder: Path,
+    *,
+    count: int = 5,
+    weights: Sequence[float] | None = None,
+    within: float = 2e-6,
+) -> None:
+    """Compare a merge of F64 checkpoints, from a recipe to files, with the oracle on a few families."""
+    store = Stores({}).of("/")
+    for name in ("grid", "smooth", "frozen_model", "one_layer"):
+        family = families.hazards(count, seed=count)[name]
+        place = folder / name
+        uris = [str(place / part) for part in ("base", *map(str, range(count)))]
+        for uri, tensors in zip(uris, (family.base, *family.models), strict=True):
+            arrays = {key: torch.from_numpy(np.array(value, np.float64)) for key, value in tensors.items()}
+            stored.write_checkpoint(store, uri, arrays, config={"model_type": "llama"})
+        merging.merge(stored.Family(uris[0], tuple(uris[1:]), {}, ()), place / "out", method, weights=weights)
+        written = merging.read_tensors(place / "out")
+        ours = {key: value.numpy() - family.base[key] for key, value in written.items()}
+        found = differences(ours, oracle(family))
+        wrong = {key: value for key, value in found.items() if value > within}
+        assert not wrong, (count, name, wrong)
