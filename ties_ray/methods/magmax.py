@@ -1,0 +1,46 @@
+"""MagMax (Marczak et al., ECCV 2024): keep the change of the largest magnitude, element by element."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field, FiniteFloat
+
+from ties_ray.errors import Problem
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+
+
+class MagMax(Method):
+    """Keeps, of each element, the change of the largest magnitude, times lambda; one pass.
+
+    Where two changes are equally large, the later model of the recipe wins. With many models nearly every element
+    takes an extreme, so the merged change grows with their number: lower lambda.
+    """
+
+    name: Literal["magmax"] = "magmax"
+    lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
+    """Factor on the merged task vector."""
+
+    scales: ClassVar[Literal["sum", "mean"]] = "mean"
+    paper: ClassVar[str] = (
+        "Marczak et al. 2024, MagMax: Leveraging Model Merging for Seamless Continual Learning (arXiv:2407.06322)"
+    )
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse weights, which the method does not use."""
+        return [
+            Problem(f"model {member.id}", f"weight {member.weight}: magmax uses no weights", "leave the weight out")
+            for member in members
+            if member.weight != 1
+        ]
+
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the one round."""
+        return (Round("merge", self._merge, holds=lambda num_models: 12),)
+
+    def _merge(self, deltas: Deltas, context: Context) -> Result:
+        import torch
+
+        largest = torch.zeros(context.stop - context.start, device=context.kernels.device)
+        for _, delta in deltas:
+            largest = torch.where(delta.abs() >= largest.abs(), delta, largest)
+        return Result(merged=largest.mul_(self.lambda_))
