@@ -42,15 +42,17 @@ def plan_of(num_models: int = 4, *, local: bool = False, **more: object) -> Plan
 def in_a_bucket(catalog: Catalog) -> Catalog:
     models = [
         replace(
-            one, uri=f"s3://bucket/{one.id}", objects=tuple(pin._replace(uri=f"s3:/{pin.uri}") for pin in one.objects)
+            model,
+            uri=f"s3://bucket/{model.id}",
+            objects=tuple(pin._replace(uri=f"s3:/{pin.uri}") for pin in model.objects),
         )
-        for one in (catalog.base, *catalog.models)
+        for model in (catalog.base, *catalog.models)
     ]
     return replace(catalog, base=models[0], models=tuple(models[1:]))
 
 
 def with_ns(rates: Rates, plan: Plan, ns: float) -> Rates:
-    return rates.model_copy(update={"dense": {one.name: ns for one in plan.merges[0].rounds}})
+    return rates.model_copy(update={"dense": {round_.name: ns for round_ in plan.merges[0].rounds}})
 
 
 def test_a_round_has_to_do_what_its_models_store() -> None:
@@ -62,11 +64,11 @@ def test_a_round_has_to_do_what_its_models_store() -> None:
     assert merge.dense == 4 * ELEMENTS
     assert merge.factors == 0
     assert (high.bytes_written, merge.bytes_written) == (0, plan.bytes_written)
-    assert [one.bytes_read for one in (high, low, merge)] == [one.bytes_read for one in plan.merges[0].rounds]
+    assert [work.bytes_read for work in (high, low, merge)] == [round_.bytes_read for round_ in plan.merges[0].rounds]
 
 
 def test_of_short_models_no_second_count_is_foreseen() -> None:
-    short = [one._replace(dtype="BF16") for one in PARAMETERS]
+    short = [parameter._replace(dtype="BF16") for parameter in PARAMETERS]
     high, low, merge = work_of(make_plan(recipe_for(4), catalog_of(short, 4)), workers=1)
     assert (low.dense, low.bytes_read, low.requests) == (0, 0, 0)
     assert high.dense == merge.dense == 4 * ELEMENTS
@@ -76,10 +78,10 @@ def test_what_workers_keep_of_a_bucket_is_not_read_again() -> None:
     local, remote = plan_of(local=True), in_a_bucket(catalog_of(PARAMETERS, 4))
     once = local.merges[0].rounds[0].bytes_read
     half = make_plan(recipe_for(4, run={**LOCAL, "cache": 0, "disk_cache": once // 2}), remote)
-    assert [one.bytes_read for one in work_of(local, 1)] == [once] * 3
-    assert [one.bytes_read for one in work_of(half, 1)] == pytest.approx([once, once // 2, once // 2], rel=1e-6)
-    assert [one.bytes_read for one in work_of(half, 2)] == pytest.approx([once, 0, 0], abs=16)
-    assert [one.requests for one in work_of(half, 2)][1:] == [0, 0]
+    assert [work.bytes_read for work in work_of(local, 1)] == [once] * 3
+    assert [work.bytes_read for work in work_of(half, 1)] == pytest.approx([once, once // 2, once // 2], rel=1e-6)
+    assert [work.bytes_read for work in work_of(half, 2)] == pytest.approx([once, 0, 0], abs=16)
+    assert [work.requests for work in work_of(half, 2)][1:] == [0, 0]
 
 
 @pytest.mark.parametrize("bound", ["read", "merge", "write"])
@@ -90,28 +92,28 @@ def test_the_slowest_of_reading_merging_and_writing_sets_the_pace(bound: str) ->
         "merge": with_ns(QUICK, plan, 2.0),
         "write": QUICK.model_copy(update={"write": 1e8}),
     }[bound]
-    found = predict(plan, rates, 1)
-    assert found
-    assert found.rounds[-1].bound == bound
+    prediction = predict(plan, rates, 1)
+    assert prediction
+    assert prediction.rounds[-1].bound == bound
     last = plan.merges[0].rounds[-1].bytes_read / 1e9, 4 * ELEMENTS * 2e-9, plan.bytes_written / 1e8
-    assert found.rounds[-1].seconds == pytest.approx(last[["read", "merge", "write"].index(bound)], rel=0.01)
+    assert prediction.rounds[-1].seconds == pytest.approx(last[["read", "merge", "write"].index(bound)], rel=0.01)
     if bound == "write":  # nothing is written before the last round
-        assert found.rounds[0].seconds < 0.01
+        assert prediction.rounds[0].seconds < 0.01
 
 
 @pytest.mark.parametrize("local", [False, True])
 def test_stages_overlap_unless_a_worker_copies_by_itself_what_it_merges(local: bool) -> None:
     plan = plan_of(local=local)
-    read = sum(one.bytes_read for one in plan.merges[0].rounds) / 1e9
+    read = sum(round_.bytes_read for round_ in plan.merges[0].rounds) / 1e9
     both = with_ns(QUICK, plan, 1.0).model_copy(update={"read": 1e9})
     alone = predict(plan, with_ns(QUICK, plan, 1.0), 1)
-    found = predict(plan, both, 1)
-    assert found
+    prediction = predict(plan, both, 1)
+    assert prediction
     assert alone
     if local:
-        assert found.seconds == pytest.approx(read + alone.seconds, rel=1e-6)
+        assert prediction.seconds == pytest.approx(read + alone.seconds, rel=1e-6)
     else:  # but for the first reads and the last part of each shard
-        assert max(read, alone.seconds) < found.seconds < read + alone.seconds
+        assert max(read, alone.seconds) < prediction.seconds < read + alone.seconds
     shown = observed(plan, 0, Progressed(1, 10**9, 0, seconds=10.0, waited=4.0))
     assert shown.read == 10**9 / (4 if local else 10)
 
@@ -119,20 +121,20 @@ def test_stages_overlap_unless_a_worker_copies_by_itself_what_it_merges(local: b
 def test_rounds_and_start_add_up_and_more_workers_take_as_much_less() -> None:
     plan = plan_of()
     rates = with_ns(QUICK, plan, 1.5).model_copy(update={"read": 5e8, "start": 7.0})
-    one, four, enough, more = filter(None, (predict(plan, rates, workers) for workers in (1, 4, 10_000, 20_000)))
-    assert one.seconds == pytest.approx(7 + sum(round_.seconds for round_ in one.rounds))
-    assert (one.seconds - 7) / (four.seconds - 7) == pytest.approx(4, rel=0.1)
+    single, four, enough, more = filter(None, (predict(plan, rates, workers) for workers in (1, 4, 10_000, 20_000)))
+    assert single.seconds == pytest.approx(7 + sum(round_.seconds for round_ in single.rounds))
+    assert (single.seconds - 7) / (four.seconds - 7) == pytest.approx(4, rel=0.1)
     longest = max(round_.num_shards for round_ in plan.merges[0].rounds)
-    assert (one.seconds - 7) / (enough.seconds - 7) <= longest  # a shard is done by one worker
+    assert (single.seconds - 7) / (enough.seconds - 7) <= longest  # a shard is done by one worker
     assert more.seconds == enough.seconds
 
 
 def test_small_requests_take_their_time_where_there_is_little_to_read() -> None:
     plan = plan_of()
-    found = predict(plan, QUICK.model_copy(update={"request": 0.1}), 1)
-    assert found
-    assert [one.seconds for one in found.rounds] == pytest.approx(
-        [one.requests * 0.1 / plan.ahead for one in plan.merges[0].rounds], rel=0.01
+    prediction = predict(plan, QUICK.model_copy(update={"request": 0.1}), 1)
+    assert prediction
+    assert [round_.seconds for round_ in prediction.rounds] == pytest.approx(
+        [round_.requests * 0.1 / plan.ahead for round_ in plan.merges[0].rounds], rel=0.01
     )
 
 
@@ -143,7 +145,7 @@ def test_what_is_done_takes_no_more_time() -> None:
     last = predict(plan, rates, 1, [0, 0, plan.merges[0].rounds[-1].num_shards])
     assert whole
     assert last
-    assert [one.seconds for one in last.rounds] == [0, 0, whole.rounds[-1].seconds]
+    assert [round_.seconds for round_ in last.rounds] == [0, 0, whole.rounds[-1].seconds]
 
 
 def test_of_condensing_nothing_is_predicted() -> None:
@@ -157,14 +159,20 @@ def test_of_condensing_nothing_is_predicted() -> None:
 def test_the_first_shards_tell_of_all_the_rest(workers: int) -> None:
     plan = plan_of()
     high = plan.merges[0].rounds[0]
-    pace = ProgressForecast(plan, 0, workers, high.num_shards)
+    progress = ProgressForecast(plan, 0, workers, high.num_shards)
     shard = Progressed(1, high.bytes_read // high.num_shards, 0, seconds=10.0, waited=0.0)
-    told = [pace.add(shard) for _ in range(2 * workers)]
-    assert told[:-1] == [None] * (2 * workers - 1)
-    assert told[-1] is not None
+    forecasts = [progress.add(shard) for _ in range(2 * workers)]
+    assert forecasts[:-1] == [None] * (2 * workers - 1)
+    assert forecasts[-1] is not None
     left = -(-(high.num_shards - 2 * workers) // workers) * 10.0
-    work = sum(one.bytes_read for one in plan.merges[0].rounds[1:]) / high.bytes_read * high.num_shards * 10.0 / workers
-    assert told[-1] == pytest.approx(left + work, rel=0.45)  # counting low bits takes 0.6 of it
+    work = (
+        sum(round_.bytes_read for round_ in plan.merges[0].rounds[1:])
+        / high.bytes_read
+        * high.num_shards
+        * 10.0
+        / workers
+    )
+    assert forecasts[-1] == pytest.approx(left + work, rel=0.45)  # counting low bits takes 0.6 of it
 
 
 def test_records_that_a_counting_round_writes_say_nothing_of_writing_weights() -> None:
@@ -181,15 +189,15 @@ def test_time_spent_waiting_is_not_the_kernels() -> None:
     rates = observed(plan, 0, share)
     assert set(rates.dense.values()) == {0.0}
     assert rates.read == pytest.approx(share.bytes_read / 10)
-    found = predict(plan, rates, 1)
-    assert found
-    assert {one.bound for one in found.rounds} == {"read"}
+    prediction = predict(plan, rates, 1)
+    assert prediction
+    assert {round_.bound for round_ in prediction.rounds} == {"read"}
 
 
 def test_rates_are_measured_on_the_models_themselves(family_of: Callable[..., Family], tmp_path: Path) -> None:
     plan = merging.plan(recipe_of(family_of(), tmp_path / "out", "ties"))
     rates = measure(plan, Stores({}))
-    assert rates.dense.keys() == {one.name for one in plan.merges[0].rounds}
+    assert rates.dense.keys() == {round_.name for round_ in plan.merges[0].rounds}
     assert all(ns > 0 for ns in rates.dense.values())
     assert rates.factors == {}
     assert min(rates.read, rates.write, rates.request) > 0
@@ -198,10 +206,10 @@ def test_rates_are_measured_on_the_models_themselves(family_of: Callable[..., Fa
 
 def test_rates_of_a_pool_are_those_of_its_factors(tmp_path: Path) -> None:
     pool = make_pool(Stores({}).of("/"), str(tmp_path), variants=("plain", "dora"))
-    given = {"base": pool.base, "models": list(pool.adapters), "method": "ties", "run": LOCAL}
-    plan = merging.plan(validate({**given, "output": {"path": str(tmp_path / "out"), "kind": "checkpoint"}}))
+    settings = {"base": pool.base, "models": list(pool.adapters), "method": "ties", "run": LOCAL}
+    plan = merging.plan(validate({**settings, "output": {"path": str(tmp_path / "out"), "kind": "checkpoint"}}))
     rates = measure(plan, Stores({}))
-    assert rates.factors.keys() == {one.name for one in plan.merges[0].rounds}
+    assert rates.factors.keys() == {round_.name for round_ in plan.merges[0].rounds}
     assert all(ns > 0 for ns in rates.factors.values())
     assert work_of(plan, workers=1)[-1].factors > 0
 
@@ -213,21 +221,21 @@ def test_a_plan_tells_machines_and_people_how_long_it_takes(family_of: Callable[
     written = {"base": family.base, "models": list(family.models), "method": "ties", "output": str(tmp_path / "out")}
     recipe.write_text(json.dumps({**written, "run": run}))
 
-    def told(*options: str) -> str:
+    def printed(*options: str) -> str:
         done = CliRunner().invoke(commands, ["plan", str(recipe), *options])
         assert done.exit_code == 0, done.output
         return done.stdout
 
-    record, without = json.loads(told("--json")), json.loads(told("--json", "--no-rates"))
+    record, without = json.loads(printed("--json")), json.loads(printed("--json", "--no-rates"))
     forecast = record.pop("forecast")
     assert without.pop("forecast") is None
     assert record == without
-    assert [one["workers"] for one in forecast["predictions"]] == [1, 3]
-    for one in forecast["predictions"]:
-        rounds = sum(round_["seconds"] for round_ in one["rounds"])
-        assert one["seconds"] == pytest.approx(forecast["rates"]["start"] + rounds)
-    assert "limited by" in told()
-    assert "limited by" not in told("--no-rates")
+    assert [prediction["workers"] for prediction in forecast["predictions"]] == [1, 3]
+    for prediction in forecast["predictions"]:
+        rounds = sum(round_["seconds"] for round_ in prediction["rounds"])
+        assert prediction["seconds"] == pytest.approx(forecast["rates"]["start"] + rounds)
+    assert "limited by" in printed()
+    assert "limited by" not in printed("--no-rates")
 
 
 def test_a_merge_holds_what_was_predicted_beside_what_it_took(
@@ -249,10 +257,13 @@ def test_models_without_elements_take_no_time_and_can_be_measured(tmp_path: Path
     store = Stores({}).of("/")
     for name in ("base", "tune"):
         write_checkpoint(store, str(tmp_path / name), {"model.norm.weight": torch.zeros(0)})
-    given = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "tune")], "method": "ties", "run": LOCAL}
-    found = merging.forecast(merging.plan(validate({**given, "output": str(tmp_path / "out")})))
-    assert found
-    assert [one.seconds for one in found.predictions[0].rounds[:2]] == [0, 0]
+    settings = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "tune")], "method": "ties", "run": LOCAL}
+    prediction = merging.forecast(merging.plan(validate({**settings, "output": str(tmp_path / "out")})))
+    assert prediction
+    assert [round_.seconds for round_ in prediction.predictions[0].rounds[:2]] == [0, 0]
     shown = io.StringIO()
-    show(*of_plan(plan_record(merging.plan(validate({**given, "output": str(tmp_path / "out")})), found)), file=shown)
+    show(
+        *of_plan(plan_record(merging.plan(validate({**settings, "output": str(tmp_path / "out")})), prediction)),
+        file=shown,
+    )
     assert "limited by" in shown.getvalue()

@@ -52,12 +52,12 @@ def recipe_for(num_models: int = 2, method: object = "ties", **more: Any) -> Rec
 def random_parameters(draw: random.Random) -> list[Parameter]:
     dtypes = ["BF16", "F16", "F32", "F64", "I64", "BOOL"]
     shapes: list[tuple[int, ...]] = [(), (1,), (0, 7), (3, 5), (1000,), (37, 411), (2048, 33)]
-    found = []
+    parameters = []
     for number in range(draw.randint(1, 12)):
         dtype = draw.choice(dtypes)
         mergeable = dtype not in ("I64", "BOOL") and draw.random() < 0.9
-        found.append(Parameter(f"p{number}", draw.choice(shapes), dtype, mergeable))
-    return [*found, Parameter("last", (5, 700), draw.choice(dtypes[:4]), True)]
+        parameters.append(Parameter(f"p{number}", draw.choice(shapes), dtype, mergeable))
+    return [*parameters, Parameter("last", (5, 700), draw.choice(dtypes[:4]), True)]
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -101,19 +101,19 @@ def test_shards_cover_every_byte_of_every_file_and_every_element_once(
     assert all(count == 1 for counts in elements.values() for count in counts)
 
     for number, round_ in enumerate(merge.rounds[:final]):
-        seen: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        pieces_of: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index in range(round_.num_shards):
             shard = merge.kind(number).shard(merge, round_, index)
             assert 0 < shard.models[1] - shard.models[0] <= SIZES.model_group
             for parameter, start, stop in shard.segments:
                 assert start < stop
                 for model in range(*shard.models):
-                    seen.setdefault((model, parameter), []).append((start, stop))
+                    pieces_of.setdefault((model, parameter), []).append((start, stop))
         merged = [
             (n, parameter.numel) for n, parameter in enumerate(parameters) if parameter.merged and parameter.numel
         ]
-        assert seen.keys() == {(model, n) for model in range(num_models) for n, _ in merged}
-        for (_, parameter), pieces in seen.items():
+        assert pieces_of.keys() == {(model, n) for model in range(num_models) for n, _ in merged}
+        for (_, parameter), pieces in pieces_of.items():
             edges = [0, *itertools.chain.from_iterable(sorted(pieces)), parameters[parameter].numel]
             assert edges[::2] == edges[1::2], "the pieces of each model meet, and miss nothing"
 
@@ -126,17 +126,19 @@ def test_runs_are_all_blocks_in_order_and_as_long_as_they_may_be(seed: int) -> N
     alone = set(draw.sample(range(30), 5))
     runs = list(runs_of(segments, block, run, lambda parameter: parameter not in alone))
     blocks = list(itertools.chain.from_iterable(runs))
-    assert all(0 < one.stop - one.start <= block for one in blocks)
-    covered = [(one.parameter, element) for one in blocks for element in range(one.start, one.stop)]
-    assert covered == [(one.parameter, element) for one in segments for element in range(one.start, one.stop)]
+    assert all(0 < segment.stop - segment.start <= block for segment in blocks)
+    covered = [(segment.parameter, element) for segment in blocks for element in range(segment.start, segment.stop)]
+    assert covered == [
+        (segment.parameter, element) for segment in segments for element in range(segment.start, segment.stop)
+    ]
 
-    def taken(some: Sequence[Segment]) -> int:
-        return sum(-(-(one.stop - one.start) // 64) * 64 for one in some)
+    def filled(joined: Sequence[Segment]) -> int:
+        return sum(-(-(segment.stop - segment.start) // 64) * 64 for segment in joined)
 
-    for one in runs:
-        assert len(one) == 1 or (taken(one) <= run and not alone & {each.parameter for each in one})
-    for one, following in itertools.pairwise(runs):
-        assert taken((*one, following[0])) > run or alone & {one[-1].parameter, following[0].parameter}
+    for joined in runs:
+        assert len(joined) == 1 or (filled(joined) <= run and not alone & {segment.parameter for segment in joined})
+    for joined, following in itertools.pairwise(runs):
+        assert filled((*joined, following[0])) > run or alone & {joined[-1].parameter, following[0].parameter}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -230,7 +232,7 @@ def test_from_a_bucket_as_much_is_read_ahead_as_the_memory_allows(
     plan = make_plan(recipe, far)
     assert plan.ahead in ahead
     assert plan.memory <= recipe.run.memory
-    assert {one.block for one in plan.merges[0].rounds} == {4 * 2**20}
+    assert {round_.block for round_ in plan.merges[0].rounds} == {4 * 2**20}
     shallow = make_plan(recipe, far, replace(SIZES, most_ahead=4))
     assert plan.memory - shallow.memory == (plan.ahead - 4) * 8 * 2**20
 
@@ -245,7 +247,7 @@ def test_slices_of_local_files_that_are_needed_together_take_as_much_whatever_th
             make_plan(recipe_for(number, method), catalog_of(parameters, number)).merges[0].rounds
             for method in ("ties", {"name": "consensus", "agree": 1})
         )
-        assert [one.block for one in ties] == [2**20, 2**20, min(2**20, 2**23 // width // together)]
+        assert [round_.block for round_ in ties] == [2**20, 2**20, min(2**20, 2**23 // width // together)]
         counting, merging = ties[0].run * min(number, SIZES.model_group), ties[-1].run * number
         assert 2**21 < max(counting, merging) * width <= 2**23
         assert consensus[-1].block == max(2**17, min(2**20, 2**23 // width // number)), "it keeps all slices"
@@ -255,12 +257,12 @@ def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
     local = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
     pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
     far = replace(local, base=replace(local.base, objects=pins))
-    near, beside = (make_plan(recipe_for(8, "ties"), one) for one in (local, far))
-    assert [one.block for one in near.merges[0].rounds] == [2**20, 2**20, 2**19]
-    assert {one.block for one in beside.merges[0].rounds} == {4 * 2**20}, "one that is far is enough"
+    near, beside = (make_plan(recipe_for(8, "ties"), catalog) for catalog in (local, far))
+    assert [round_.block for round_ in near.merges[0].rounds] == [2**20, 2**20, 2**19]
+    assert {round_.block for round_ in beside.merges[0].rounds} == {4 * 2**20}, "one that is far is enough"
     assert near.memory < beside.memory
     on_gpu = make_plan(recipe_for(8, "ties", run={"device": "cuda"}), local)
-    assert {one.block for one in on_gpu.merges[0].rounds} == {4 * 2**20}, "a GPU would wait for Python more often"
+    assert {round_.block for round_ in on_gpu.merges[0].rounds} == {4 * 2**20}, "a GPU would wait for Python more often"
 
 
 def test_too_little_memory_for_the_parts_is_refused() -> None:
@@ -293,7 +295,7 @@ def test_what_decides_the_bytes_decides_the_run_id() -> None:
     swapped = replace(catalog, models=catalog.models[::-1])
     touched = replace(catalog.models[1], objects=(catalog.models[1].objects[0]._replace(etag="f"),))
     changed = replace(catalog, models=(catalog.models[0], touched))
-    ids += [make_plan(recipe_for(), one).run_id for one in (heavier, swapped, changed)]
+    ids += [make_plan(recipe_for(), catalog).run_id for catalog in (heavier, swapped, changed)]
     assert len({plain, *ids}) == 1 + len(ids)
 
 

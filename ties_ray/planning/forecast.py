@@ -1,9 +1,11 @@
-"""How long a merge takes: worked out from the plan and from what one worker achieves. Pure.
+"""How long a merge takes, by its plan and by the rates of one worker. Pure.
 
-A worker reads, merges and writes at the same time, so that the slowest of the three sets the pace of a shard; the first
-slices of each shard are waited for, and so is its last part. Of local files it reads and merges in turn, as if the
-system held them (`Plan.copies`). What it does not know: workers that share a network card,
-a disk or a core are as fast as one alone; nothing is lost, nothing is slow, and what a cache holds takes no time.
+A worker reads, merges and writes at the same time, so the slowest of the three sets the time of a shard. It waits for
+the first slices of each shard, and for its last part. A worker that copies local files reads and merges in turn
+(`Plan.copies`).
+
+The forecast assumes that workers don't slow each other down, though they may share a network card, a disk or a core.
+It assumes that no worker is lost or slow, and that a cache answers at once.
 """
 
 import math
@@ -16,6 +18,7 @@ from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Merge, PlannedRound, kind_of
 
 Bound = Literal["read", "merge", "write"]
+"""What takes a worker's time."""
 
 
 class _Value(BaseModel):
@@ -23,54 +26,54 @@ class _Value(BaseModel):
 
 
 class Rates(_Value):
-    """What one worker achieves."""
+    """How fast one worker is."""
 
     read: float
-    """Bytes a second, by as many threads as a worker has."""
+    """Bytes that all threads of a worker read in a second."""
     write: float
-    """Bytes a second."""
+    """Bytes that a worker writes in a second."""
     request: float
     """Seconds until a small read is answered."""
     dense: dict[str, float]
-    """By round, ns for each element of a model that is stored whole..."""
+    """Nanoseconds for each element of a model that is stored whole, by round."""
     factors: dict[str, float] = {}
-    """...and for each element of a change that is stored as factors."""
+    """Nanoseconds for each element of a change that is stored as factors, by round."""
     start: float = 0.0
-    """Seconds until all workers are there."""
+    """Seconds until all workers have started."""
 
 
 class RoundPrediction(_Value):
-    """One round."""
+    """How long one round takes."""
 
     name: str
     seconds: float
     bound: Bound
-    """What sets the pace."""
+    """What takes most of the time."""
 
 
 class Prediction(_Value):
-    """A whole merge."""
+    """How long a merge takes."""
 
     workers: int
     seconds: float
-    """In all, the start included."""
+    """Seconds of the whole merge, the start included."""
     rounds: list[RoundPrediction]
 
     @property
     def bound(self) -> Bound:
-        """What sets the pace of the longest round."""
-        return max(self.rounds, key=lambda one: one.seconds).bound
+        """What takes most of the time of the longest round."""
+        return max(self.rounds, key=lambda round_: round_.seconds).bound
 
 
 class Forecast(_Value):
-    """What was measured, and what follows from it for some numbers of workers."""
+    """The measured rates, and the predictions for some numbers of workers."""
 
     rates: Rates
     predictions: list[Prediction]
 
 
 class Work(NamedTuple):
-    """What all shards of a round together have to do."""
+    """The work of all shards of a round."""
 
     bytes_read: int
     requests: int
@@ -80,7 +83,7 @@ class Work(NamedTuple):
     """Pairs of an element and a model that stores the parameter as factors."""
     bytes_written: int
     slices: int
-    """Reads ahead of the merge in one shard: blocks times models."""
+    """Slices that one shard reads: blocks times models."""
     parts: int
     """Parts that a shard writes."""
 
@@ -88,8 +91,8 @@ class Work(NamedTuple):
 def work_of(plan: Plan, workers: int) -> list[Work]:
     """Return the work of each round."""
     merge = plan.merges[0]
-    kept = workers * (merge.sources.room_for_slices() + int(plan.recipe.run.disk_cache))
-    spared = min(1.0, kept / max(1, plan.bytes_read - plan.bytes_again))  # each holds what it has read first
+    caches = workers * (merge.sources.room_for_slices() + int(plan.recipe.run.disk_cache))
+    spared = min(1.0, caches / max(1, plan.bytes_read - plan.bytes_again))  # a cache keeps what its worker read first
     return [_work(plan, merge, round_, spared) for round_ in merge.rounds]
 
 
@@ -115,54 +118,55 @@ def _work(plan: Plan, merge: Merge, round_: PlannedRound, spared: float) -> Work
 
 
 def _elements(merge: Merge, members: Iterable[int]) -> tuple[int, int]:
-    """Return the merged elements of some members, stored whole and stored as factors."""
+    """Return how many merged elements some members store, whole and as factors."""
     numels = {parameter.name: parameter.numel for parameter in merge.catalog.parameters if parameter.merged}
-    known: dict[int, tuple[int, int]] = {}
+    counts: dict[int, tuple[int, int]] = {}
     dense = factors = 0
     for model in (merge.models[member] for member in members):
-        if id(model.sources) not in known:
+        if id(model.sources) not in counts:
             totals = [0, 0]
             for name, source in model.sources.items():
                 totals[source.encoding == "factors"] += numels.get(name, 0)
-            known[id(model.sources)] = totals[0], totals[1]
-        dense += known[id(model.sources)][0]
-        factors += known[id(model.sources)][1]
+            counts[id(model.sources)] = totals[0], totals[1]
+        dense += counts[id(model.sources)][0]
+        factors += counts[id(model.sources)][1]
     return dense, factors
 
 
 def predictable(plan: Plan) -> bool:
-    """Return whether anything is known of all rounds: of condensing matrices nothing is before one is done."""
+    """Return whether the costs of all rounds are known. Those of condensing are unknown until a matrix is done."""
     return all(kind_of(round_).relative_cost(round_) is not None for round_ in plan.merges[0].rounds)
 
 
 def predict(plan: Plan, rates: Rates, workers: int, left: Sequence[int] | None = None) -> Prediction | None:
-    """Return how long a merge takes, or what is left of it: so many shards of each round.
+    """Return how long a merge takes, None where it is not `predictable`.
 
-    None where it is not `predictable`.
+    left: the shards of each round that are left to do; all by default.
     """
     if not predictable(plan):
         return None
-    left = [one.num_shards for one in plan.merges[0].rounds] if left is None else left
+    left = [round_.num_shards for round_ in plan.merges[0].rounds] if left is None else left
     rounds = []
-    for one, load, shards in zip(plan.merges[0].rounds, work_of(plan, workers), left, strict=True):
+    for round_, load, shards in zip(plan.merges[0].rounds, work_of(plan, workers), left, strict=True):
         read = max(load.bytes_read / rates.read, load.requests * rates.request / plan.ahead)
-        ns = load.dense * rates.dense.get(one.name, 0.0) + load.factors * rates.factors.get(one.name, 0.0)
-        stages: dict[Bound, tuple[float, float]] = {  # seconds of all shards, and of the first or last piece of each
+        ns = load.dense * rates.dense.get(round_.name, 0.0) + load.factors * rates.factors.get(round_.name, 0.0)
+        stages: dict[Bound, tuple[float, float]] = {  # seconds of whole shards, and of their first or last pieces
             "read": (read, read * min(1.0, plan.ahead / load.slices)),
             "merge": (ns / 1e9, ns / 1e9 / load.slices),
             "write": (load.bytes_written / rates.write, load.bytes_written / rates.write / load.parts),
         }
         in_turn: list[list[Bound]] = [["read", "merge"], ["write"]] if plan.copies else [["read"], ["merge"], ["write"]]
-        slowest = max(in_turn, key=lambda some: sum(stages[stage][0] for stage in some))
+        slowest = max(in_turn, key=lambda group: sum(stages[stage][0] for stage in group))
         bound = max(slowest, key=lambda stage: stages[stage][0])
         seconds = sum(whole if stage in slowest else piece for stage, (whole, piece) in stages.items())
         waves = math.ceil(shards / workers)
-        rounds.append(RoundPrediction(name=one.name, seconds=seconds / max(1, one.num_shards) * waves, bound=bound))
-    return Prediction(workers=workers, seconds=rates.start + sum(one.seconds for one in rounds), rounds=rounds)
+        seconds *= waves / max(1, round_.num_shards)
+        rounds.append(RoundPrediction(name=round_.name, seconds=seconds, bound=bound))
+    return Prediction(workers=workers, seconds=rates.start + sum(each.seconds for each in rounds), rounds=rounds)
 
 
 class Progressed(NamedTuple):
-    """What some shards of a round took, added up."""
+    """What some shards of a round have taken."""
 
     shards: int = 0
     bytes_read: int = 0
@@ -170,7 +174,7 @@ class Progressed(NamedTuple):
     seconds: float = 0.0
     """Seconds of their workers."""
     waited: float = 0.0
-    """Seconds of these in which they waited for storage."""
+    """Seconds among these in which they waited for storage."""
 
     def plus(self, more: "Progressed") -> "Progressed":
         """Return the sum of both."""
@@ -184,29 +188,31 @@ class Progressed(NamedTuple):
 
 
 class ProgressForecast:
-    """What the first shards of a round tell of the rest: measured where the work is done, and without a read more."""
+    """Forecasts the rest of a merge by the first shards of a round. It needs no extra read."""
 
     def __init__(self, plan: Plan, index: int, workers: int, num_left: int) -> None:
-        """index: of the round, whose last `num_left` shards are to be done."""
+        """index: the index of the round. num_left: how many of its shards are left to do."""
         self._plan, self._index, self._workers, self._left = plan, index, workers, num_left
         self._done = Progressed()
 
     def add(self, done: Progressed) -> float | None:
-        """Take in what was done; return how many seconds are left, once there are two shards of each worker."""
+        """Add finished shards; return how many seconds are left, None until each worker has done two shards."""
         self._done = self._done.plus(done)
         if self._done.shards < min(2 * self._workers, self._left):
             return None
-        later = [one.num_shards for one in self._plan.merges[0].rounds[self._index + 1 :]]
+        later = [round_.num_shards for round_ in self._plan.merges[0].rounds[self._index + 1 :]]
         left = [*[0] * self._index, max(0, self._left - self._done.shards), *later]
-        found = predict(self._plan, observed(self._plan, self._index, self._done), self._workers, left)
-        return None if found is None else found.seconds
+        rates = observed(self._plan, self._index, self._done)
+        prediction = predict(self._plan, rates, self._workers, left)
+        return None if prediction is None else prediction.seconds
 
 
 def observed(plan: Plan, index: int, done: Progressed) -> Rates:
-    """Return the rates that some shards of a round show; those of the other rounds' kernels follow by their kinds.
+    """Return the rates that finished shards of a round show.
 
-    A worker that reads ahead has read at least as fast as it worked. One that copies by itself read while it waited.
-    Writing counts likewise. Where nothing was written yet, it is taken to be as fast as reading.
+    The relative costs of the kinds of rounds give the rates of the other rounds' kernels. A worker that reads ahead has
+    read at least as fast as it worked; a worker that copies local files has read while it waited. Writing counts
+    likewise. It is taken to be as fast as reading until something is written.
     """
     rounds = plan.merges[0].rounds
     work = work_of(plan, workers=1)[index]
@@ -217,5 +223,5 @@ def observed(plan: Plan, index: int, done: Progressed) -> Rates:
     relative = {round_.name: kind_of(round_).relative_cost(round_) for round_ in rounds}
     ns = {name: unit * each for name, each in relative.items() if each is not None}
     read = max(1, done.bytes_read) / (max(1e-9, done.waited) if plan.copies else seconds)
-    written = done.bytes_written / seconds if work.bytes_written else 0.0  # of the weights, not of a few records
+    written = done.bytes_written / seconds if work.bytes_written else 0.0  # small records say nothing of weights
     return Rates(read=read, write=written or read, request=0.0, dense=ns, factors=ns)

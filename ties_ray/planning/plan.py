@@ -1,4 +1,4 @@
-"""What will be done: files, headers, rounds, shards, reads and memory, as frozen values that print as JSON."""
+"""What will be done: files, headers, rounds, shards, reads and memory, as frozen values with a JSON form."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from ties_ray.recipe.recipe import Recipe
 from ties_ray.rounds import Merge, PlannedResult, kind_of
 
 SCHEMA_VERSION = 9
-"""The form of stored plans and records, part of a run's identity."""
+"""The version of the form of stored plans and records. It is part of the run_id."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a worker needs to know."""
+    """All that a worker needs to know."""
 
     schema_version: int
     arithmetic: str
@@ -31,9 +31,9 @@ class Plan:
     results: Annotated[tuple[PlannedResult, ...], Field(min_length=1)]
     sizes: Sizes
     output: str
-    """The output folder, `{run_id}` filled in."""
+    """The output folder, with `{run_id}` filled in."""
     memory: int
-    """Peak of a worker beyond its imports, in bytes."""
+    """The most bytes of memory that a worker takes beyond its imports."""
     notes: tuple[str, ...]
     ahead: int
     """Slices that a worker reads ahead."""
@@ -42,7 +42,7 @@ class Plan:
 
     @cached_property
     def merges(self) -> tuple[Merge, ...]:
-        """Return each result in the making."""
+        """Return each result as its rounds see it."""
         return tuple(Merge(self.recipe, self.catalog, result, self.sizes, self.arithmetic) for result in self.results)
 
     @property
@@ -52,22 +52,22 @@ class Plan:
 
     @property
     def library(self) -> Library:
-        """Return what opens the output."""
+        """Return the library that opens the output."""
         return self.recipe.output.library(self.catalog.library)
 
     @property
     def num_shards(self) -> int:
-        """Return the shards of all rounds."""
+        """Return how many shards all rounds have."""
         return sum(round_.num_shards for merge in self.merges for round_ in merge.rounds)
 
     @property
     def bytes_read(self) -> int:
-        """Return what all rounds read."""
+        """Return how many bytes all rounds read."""
         return sum(round_.bytes_read for merge in self.merges for round_ in merge.rounds)
 
     @property
     def bytes_again(self) -> int:
-        """Return how much of it may come from caches."""
+        """Return how many of these bytes may come from caches."""
         return sum(round_.bytes_again for merge in self.merges for round_ in merge.rounds)
 
     @property
@@ -77,15 +77,12 @@ class Plan:
 
     @property
     def bytes_of_scratch(self) -> int:
-        """Return about what rounds keep in scratch until the merge is done."""
+        """Return about how many bytes rounds keep in scratch until the merge is done."""
         return sum(kind_of(round_).scratch(merge, round_) for merge in self.merges for round_ in merge.rounds)
 
     @property
     def copies(self) -> bool:
-        """Return whether workers copy by themselves what the system holds of their inputs.
-
-        See `Store.is_in_page_cache`.
-        """
+        """Return whether workers copy local inputs from the page cache themselves; see `Store.is_in_page_cache`."""
         models = (model for merge in self.merges for model in merge.models)
         return self.recipe.run.device == "cpu" and are_local((self.catalog.base, *models))
 
@@ -94,9 +91,9 @@ class Plan:
         return PLAN_FORM.dump_json(self, by_alias=True)
 
     def digest(self) -> str:
-        """Return the SHA-256 of what a run's records rest on: pinned inputs, where each tensor lies in them, files.
+        """Return the SHA-256 of what a run's records rest on: pinned inputs, the place of each tensor, weight files.
 
-        Neither the settings of `run` nor storage options, notes or licences are part of it, nor `output.part_size`.
+        The settings of `run`, storage options, notes, licences and `output.part_size` are not part of it.
         """
         models = tuple(replace(model, licence="") for model in self.catalog.models)
         base = replace(self.catalog.base, licence="")
@@ -107,5 +104,5 @@ class Plan:
 
 
 PLAN_FORM = TypeAdapter(Plan)
-"""The stored form; what somebody has stored is read by `documents.parse`, which bounds it."""
+"""The stored form of a plan. `documents.parse` reads it, within bounds."""
 _DECISIVE = TypeAdapter(tuple[str, Catalog, tuple[PlannedResult, ...]])

@@ -1,4 +1,4 @@
-"""Work out a plan from recipe and catalog, and change it by what barriers conclude. Pure, and reads no weights."""
+"""Makes a plan from recipe and catalog, and changes it by what barriers conclude. Pure; it reads no weights."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ from ties_ray.planning.plan import SCHEMA_VERSION, Plan
 from ties_ray.recipe.recipe import Recipe, Run
 from ties_ray.rounds import Conclusion, Merge, PlannedResult, PlannedRound
 
-MOST_BELIEVED = ByteSize(8 * 2**30)
-"""Bytes of memory that a stored plan may claim for a worker."""
+MAX_CLAIMED_MEMORY = ByteSize(8 * 2**30)
+"""The most bytes of memory that a stored plan may claim for a worker."""
 
 
 def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
-    """Return the plan. Raises `RecipeError` where models and method don't go together, or memory does not do."""
+    """Return the plan. Raises `RecipeError` where models and method don't fit each other, or memory is too small."""
     merge = _planned_merge(recipe, catalog, sizes)
     memory = merge.budget.overhead + max(rounds.kind_of(round_).memory(merge, round_) for round_ in merge.rounds)
     memory += _cache(recipe, merge)
@@ -52,29 +52,30 @@ def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
 
 
 def believable(claim: Plan) -> Plan:
-    """Return a plan like one that somebody has stored, with nothing in it that recipe and catalog don't lead to.
+    """Return the plan that follows from the recipe and the catalog of a stored plan.
 
-    Files, rounds and memory are made anew, and no setting of its `run` is left but `arithmetic`, and the device that
-    belongs to it. What remains a claim: which inputs, and the recipe's rules. Raises `InputError` where it contradicts
-    itself.
+    Files, rounds and memory are made anew. Its sizes stay where they are `comparable`. Of its `run`, only `arithmetic`
+    and memory up to `MAX_CLAIMED_MEMORY` stay.
+    The inputs and the recipe's rules remain claims. Raises `InputError` where the stored plan contradicts itself.
     """
     arithmetic = claim.recipe.run.arithmetic
-    device: Literal["cpu", "cuda"] = "cpu" if arithmetic == "exact" else "cuda"  # a CPU finds the exact bytes of a GPU
-    memory = min(claim.recipe.run.memory, MOST_BELIEVED)
+    # A CPU makes the exact bytes of a GPU as well.
+    device: Literal["cpu", "cuda"] = "cpu" if arithmetic == "exact" else "cuda"
+    memory = min(claim.recipe.run.memory, MAX_CLAIMED_MEMORY)
     sizes = claim.sizes if comparable(claim.sizes) else SIZES
     run = Run(arithmetic=arithmetic, device=device, memory=memory, executor="local")
     try:
         made = make_plan(claim.recipe.model_copy(update={"run": run, "storage": {}}), claim.catalog, sizes)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
-        why = str(error) if isinstance(error, MergeError) else type(error).__name__
+        reason = str(error) if isinstance(error, MergeError) else type(error).__name__
         raise InputError(
-            Problem("the stored plan", f"contradicts itself ({why})", "merge again with --fresh")
+            Problem("the stored plan", f"contradicts itself ({reason})", "merge again with --fresh")
         ) from error
     return replace(made, run_id=claim.run_id, output=claim.output, arithmetic=claim.arithmetic, notes=claim.notes)
 
 
 def concluded(plan: Plan, result: int, conclusion: Conclusion) -> Plan:
-    """Return the plan as a barrier leaves it; the same plan where nothing changes. result: index of the result."""
+    """Return the plan as a barrier leaves it, the same object where nothing changes. result: index of the result."""
     if conclusion.refused:
         plan = _without_models(plan, result, conclusion.refused)
     if conclusion.output is not None and conclusion.output != plan.recipe.output:
@@ -87,29 +88,32 @@ def concluded(plan: Plan, result: int, conclusion: Conclusion) -> Plan:
 
 
 def _with_output(plan: Plan, result: int, output: Output) -> Plan:
-    """Return the plan with the output's rank settled: files and merge shards follow from it."""
+    """Return the plan with the output's settled rank; files and merge shards follow from it."""
     recipe = plan.recipe.model_copy(update={"output": output})
     files = plan_files(recipe, plan.catalog)
-    *before, last = plan.results[result].rounds
+    *earlier, last = plan.results[result].rounds
     last = last._replace(num_shards=Layout(recipe, plan.catalog, files, plan.sizes).num_merge_shards)
-    settled = replace(plan.results[result], files=files, rounds=(*before, last))
+    settled = replace(plan.results[result], files=files, rounds=(*earlier, last))
     return _revised(replace(plan, recipe=recipe), result, settled)
 
 
 def _without_models(plan: Plan, result: int, refused: Mapping[int, Problem]) -> Plan:
-    """Return the plan without the members that a survey refuses; the rounds stay as many."""
+    """Return the plan without the members that a survey refuses. The number of rounds stays."""
     catalog = plan.catalog
-    gone = {plan.results[result].models[member]: problem for member, problem in refused.items()}
-    left = tuple(model for index, model in enumerate(catalog.models) if index not in gone)
-    changed = {name for model in left for name in model.sources}
-    more = [RefusedModel(catalog.models[index].id, catalog.models[index].uri, (why,)) for index, why in gone.items()]
+    left_out = {plan.results[result].models[member]: problem for member, problem in refused.items()}
+    remaining = tuple(model for index, model in enumerate(catalog.models) if index not in left_out)
+    changed = {name for model in remaining for name in model.sources}
+    more = [
+        RefusedModel(catalog.models[index].id, catalog.models[index].uri, (problem,))
+        for index, problem in left_out.items()
+    ]
     catalog = replace(
         catalog,
-        models=left,
+        models=remaining,
         parameters=tuple(parameter._replace(changed=parameter.name in changed) for parameter in catalog.parameters),
         refused=(*catalog.refused, *more),
     )
-    notes = (*plan.notes, *(f"left out, as allowed: {problem}" for problem in gone.values()))
+    notes = (*plan.notes, *(f"left out, as allowed: {problem}" for problem in left_out.values()))
     made = make_plan(plan.recipe, catalog, plan.sizes)
     return replace(made, run_id=plan.run_id, output=plan.output, notes=notes, revision=plan.revision + 1)
 
@@ -120,7 +124,7 @@ def _revised(plan: Plan, result: int, changed: PlannedResult) -> Plan:
 
 
 def _planned_merge(recipe: Recipe, catalog: Catalog, sizes: Sizes) -> Merge:
-    """Return the one result that a recipe asks for, with its rounds."""
+    """Return the result that a recipe asks for, with its rounds."""
     kept = [index for index, model in enumerate(catalog.models) if model.weight != 0]
     models = [catalog.models[index] for index in kept]
     members = tuple(Member(model.id, model.weight, model.density) for model in models)
@@ -133,7 +137,7 @@ def _planned_merge(recipe: Recipe, catalog: Catalog, sizes: Sizes) -> Merge:
 
 
 def _rounds(merge: Merge) -> Iterator[PlannedRound]:
-    """Yield all rounds: what must be known first, then the method's own."""
+    """Yield all rounds: survey and threshold, then the method's own."""
     cost = Cost(merge.recipe, merge.members, merge.layout, merge.sources)
     for kind in ("survey", "threshold"):
         yield from rounds.load(kind).planned(merge, cost, 0)
@@ -171,34 +175,38 @@ def _cache(recipe: Recipe, merge: Merge) -> int:
 
 def _demand_memory(recipe: Recipe, memory: int) -> None:
     if memory > recipe.run.memory + recipe.run.cache:
-        what = f"{recipe.run.memory.human_readable()} is too little: the largest matrix alone takes a worker"
+        problem = f"{recipe.run.memory.human_readable()} is too little: the largest matrix alone takes a worker"
         remedy = f"raise it by {memory - recipe.run.memory - recipe.run.cache:,} bytes"
-        raise RecipeError(Problem("run.memory", f"{what} {memory:,} bytes", remedy))
+        raise RecipeError(Problem("run.memory", f"{problem} {memory:,} bytes", remedy))
 
 
 def _task_vectors(
     recipe: Recipe, members: Sequence[Member], models: Sequence[Model], layout: Layout
 ) -> tuple[int, ...]:
-    """Return d of each member: of a whole model all merged elements, of an adapter those it changes, or any does."""
+    """Return the elements of each member's task vector, the d of a density.
+
+    A whole model counts all merged elements. An adapter counts those that it changes, or those that any adapter
+    changes where the method says so (`denominator`).
+    """
     need = recipe.method.needs(members)
     formats = formats_of(models)
     numels = {parameter.name: parameter.numel for parameter in layout.parameters if parameter.merged}
     union = {name for model in models if not formats[model.format].whole for name in model.sources}
-    known: dict[int, int] = {}
+    counts: dict[int, int] = {}
 
     def size(model: Model) -> int:
         if formats[model.format].whole:
             return layout.num_elements
         names = union if need and need.denominator == "union" else model.sources
-        if id(names) not in known:
-            known[id(names)] = sum(numels.get(name, 0) for name in names)
-        return known[id(names)]
+        if id(names) not in counts:
+            counts[id(names)] = sum(numels.get(name, 0) for name in names)
+        return counts[id(names)]
 
     return tuple(map(size, models))
 
 
 def _run_id(recipe: Recipe, catalog: Catalog) -> str:
-    """Return the digest of what decides the bytes: the recipe's rules, the pinned inputs, the arithmetic."""
+    """Return the digest of all that decides the bytes: the recipe's rules, the pinned inputs, the arithmetic."""
     rules = recipe.model_dump(mode="json", include={"method", "exclude", "allow", "bounds", "output"})
     for key in ("path", "part_size"):
         del rules["output"][key]
