@@ -425,9 +425,9 @@ def test_slices_that_wait_for_each_other_take_no_more_than_those_of_a_block(
         assert 0 < of_reads <= (made.ahead + sizes.models_per_pass + 1) * made.merges[0].rounds[-1].block * 2
 
 
-@pytest.mark.parametrize("at_hand", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
 def test_what_the_system_holds_is_copied_by_the_worker_itself(
-    at_hand: bool, family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached: bool, family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers, read = set[str](), Local.read
 
@@ -437,10 +437,10 @@ def test_what_the_system_holds_is_copied_by_the_worker_itself(
         read(self, pin, start, into)
 
     monkeypatch.setattr(Local, "read", noted)
-    monkeypatch.setattr(Local, "is_in_page_cache", lambda self, pin, position: at_hand)
+    monkeypatch.setattr(Local, "is_in_page_cache", lambda self, pin, position: cached)
     merge(family_of(num_models=3), tmp_path, "ties", run={**LOCAL, "workers": 1})
     planning = {name for name in readers if name.startswith("ThreadPoolExecutor")}  # compares what is no weight
-    assert readers - planning - {"MainThread"} == {"ties-ray-0"} | ({"read"} if not at_hand else set())
+    assert readers - planning - {"MainThread"} == {"ties-ray-0"} | ({"read"} if not cached else set())
 
 
 def test_a_large_plan_holds_with_several_blocks_a_part(large: Family, tmp_path: Path) -> None:

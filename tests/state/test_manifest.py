@@ -72,7 +72,7 @@ def test_an_adapter_is_not_assembled_from_spoiled_scratch(tmp_path: Path) -> Non
 def test_of_two_records_of_the_same_shards_one_is_counted(family_of: MakeFamily, tmp_path: Path) -> None:
     """A shard that two workers have counted, the second after it was given up, is in two records."""
     family = family_of(num_models=3)
-    wanted = merge(family, tmp_path / "wanted", TIES)
+    undisturbed = merge(family, tmp_path / "undisturbed", TIES)
     recipe = recipe_of(family, tmp_path / "out", TIES)
     with pytest.raises(Stop):
         merging.merge(recipe, watch=stop_at("merge"))
@@ -85,8 +85,8 @@ def test_of_two_records_of_the_same_shards_one_is_counted(family_of: MakeFamily,
         path.with_name(f"{number:08d}-ffffffffffff-{number:06d}.json").write_bytes(path.read_bytes())
     result = merging.merge(recipe)
     assert result.resumed
-    assert result.trims == wanted.trims
-    assert digests(tmp_path / "out") == digests(tmp_path / "wanted")
+    assert result.trims == undisturbed.trims
+    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
 
 
 def test_what_the_first_round_has_read_is_known_to_a_run_that_continues(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_what_the_first_round_has_read_is_known_to_a_run_that_continues(tmp_path
     times, data = victim.stat(), bytearray(victim.read_bytes())
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    (start, *_) = (one["data_offsets"][0] for name, one in header.items() if name.endswith("q_proj.weight"))
+    (start, *_) = (entry["data_offsets"][0] for name, entry in header.items() if name.endswith("q_proj.weight"))
     data[8 + size + start : 8 + size + start + 2] = b"\x11\x11"
     with victim.open("r+b") as file:
         file.write(data)
@@ -121,7 +121,7 @@ MATRIX = Matrix(0, "00000000", 1.0, {4: 0.5})
 
 
 @pytest.mark.parametrize(
-    ("record", "what"),
+    ("record", "fault"),
     [
         (Record(1, (), ()), "the round"), (Record(0, (99,), ()), "a shard"), (Record(0, (-1,), ()), "a shard"),
         (Record(0, (), (Counts(2, -1, "", ""),)), "a model"),
@@ -133,36 +133,36 @@ MATRIX = Matrix(0, "00000000", 1.0, {4: 0.5})
         (Record(2, (), Parts((Written(7, PART, "00000000"),), ((7, "x"),))), "a weight file"),
     ],
 )  # fmt: skip
-def test_a_record_that_can_not_be_of_the_merge_is_refused(record: Record[Any], what: str, plan: Plan) -> None:
+def test_a_record_that_can_not_be_of_the_merge_is_refused(record: Record[Any], fault: str, plan: Plan) -> None:
     round_ = 2 if record.round == 2 else 0
-    assert what in misfit(record, plan.merges[0], round_)
+    assert fault in misfit(record, plan.merges[0], round_)
     assert misfit(Record(0, (0,), ()), plan.merges[0], 0) == []
 
 
 @pytest.mark.parametrize(
-    ("picks", "what"),
+    ("picks", "fault"),
     [
         ((Pick(0, -1, 70_000, 1, 1),), "a bin"), ((Pick(0, -1, 0, 1, 1, 2**31),), "a threshold"),
         ((Pick(0, -1, 0, -1, 1),), "a threshold"), ((Pick(2, -1, 0, 1, 1),), "a model"),
     ],
 )  # fmt: skip
-def test_what_a_barrier_can_not_have_found_is_refused(picks: tuple[Pick, ...], what: str, plan: Plan) -> None:
-    assert what in misfit_folded(Folded(picks), plan.merges[0], 0)
+def test_what_a_barrier_can_not_have_found_is_refused(picks: tuple[Pick, ...], fault: str, plan: Plan) -> None:
+    assert fault in misfit_folded(Folded(picks), plan.merges[0], 0)
     assert misfit_folded(Folded(()), plan.merges[0], 0) == []
 
 
 @pytest.mark.parametrize(
-    ("matrix", "what"),
+    ("matrix", "fault"),
     [
         (MATRIX._replace(parameter=99), "a matrix"), (MATRIX._replace(norm2=math.nan), "a norm"),
         (MATRIX._replace(norm2=-1.0), "a norm"), (MATRIX._replace(errors2={}), "an error by rank"),
         (MATRIX._replace(errors2={4: math.inf}), "an error by rank"),
     ],
 )  # fmt: skip
-def test_a_matrix_that_can_not_be_of_the_merge_is_refused(matrix: Matrix, what: str, tmp_path: Path) -> None:
+def test_a_matrix_that_can_not_be_of_the_merge_is_refused(matrix: Matrix, fault: str, tmp_path: Path) -> None:
     pool = make_pool(Stores({}).of("/"), str(tmp_path), num_adapters=2)
     output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 4}
     data = {"base": pool.base, "models": list(pool.adapters), "method": "average", "output": output}
     (merge,) = merging.plan(validate(data)).merges
-    assert what in misfit(Record(0, (), (matrix,)), merge, 0)
+    assert fault in misfit(Record(0, (), (matrix,)), merge, 0)
     assert misfit(Record(0, (), (MATRIX,)), merge, 0) == []

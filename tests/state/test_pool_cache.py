@@ -51,11 +51,11 @@ def poison(cache: Path, signature: bytes | None = None) -> list[Path]:
     changed = sorted(cache.glob("*-high.json"))
     for path in changed:
         first, _, body = path.read_bytes().partition(b"\n")
-        found = parse(body, COUNTS, BOUNDS, str(path), "it", "")
-        bins = np.frombuffer(zlib.decompress(base64.b64decode(found.bins)), "<i4")
+        counts = parse(body, COUNTS, BOUNDS, str(path), "it", "")
+        bins = np.frombuffer(zlib.decompress(base64.b64decode(counts.bins)), "<i4")
         moved = (65_000 - 2 * len(bins) + 2 * np.arange(len(bins))).astype("<i4")
         packed = base64.b64encode(zlib.compress(moved.tobytes())).decode()
-        made = COUNTS.dump_json(Counts(found.member, found.parameter, packed, found.counts))
+        made = COUNTS.dump_json(Counts(counts.member, counts.parameter, packed, counts.counts))
         path.write_bytes((first if signature is None else signature) + b"\n" + made)
     return changed
 
@@ -78,8 +78,8 @@ def test_a_merge_that_finds_everything_in_the_cache_reads_less_and_writes_the_sa
     assert again.trims == first.trims
     assert not any("pool cache" in note for note in again.notes)
     assert all((path.read_bytes().split(b"\n")[0] == UNSIGNED) == (not key) for path in cache.iterdir())
-    found = verify(Stores({}), str(tmp_path / "again"), recount=1.0)
-    assert (found.problems, found.recounted) == ([], ["0", "1", "2"])
+    verification = verify(Stores({}), str(tmp_path / "again"), recount=1.0)
+    assert (verification.problems, verification.recounted) == ([], ["0", "1", "2"])
 
 
 def test_a_poisoned_cache_is_found_when_thresholds_are_counted_anew(
@@ -92,10 +92,10 @@ def test_a_poisoned_cache_is_found_when_thresholds_are_counted_anew(
     merged(pool, tmp_path / "again", cache)
     assert weights(tmp_path / "again") != weights(tmp_path / "first")  # which is why nobody else may write there
     assert verify(Stores({}), str(tmp_path / "again"), sample=1.0).problems == []
-    found = verify(Stores({}), str(tmp_path / "again"), recount=0.01)
-    assert len(found.recounted) == 1
-    assert "the merge trimmed it at " in found.problems[0].what
-    assert "clear the pool cache" in found.problems[0].remedy
+    verification = verify(Stores({}), str(tmp_path / "again"), recount=0.01)
+    assert len(verification.recounted) == 1
+    assert "the merge trimmed it at " in verification.problems[0].what
+    assert "clear the pool cache" in verification.problems[0].remedy
 
 
 @pytest.mark.parametrize("signature", [None, UNSIGNED, b"", b"0" * 64])
@@ -120,8 +120,8 @@ def test_a_finding_of_one_model_does_not_pass_for_that_of_another(
     monkeypatch.setenv(KEY, "a secret")
     cache = tmp_path / "cache"
     merged(pool, tmp_path / "first", cache)
-    one, other, *_ = sorted(cache.glob("*-high.json"))
-    one.write_bytes(other.read_bytes())
+    first, other, *_ = sorted(cache.glob("*-high.json"))
+    first.write_bytes(other.read_bytes())
     again = merged(pool, tmp_path / "again", cache)
     assert any("1 findings in the pool cache" in note for note in again.notes)
     assert weights(tmp_path / "again") == weights(tmp_path / "first")

@@ -43,8 +43,8 @@ def test_what_is_on_the_shelf_are_the_bytes_that_were_put_there(
         into = np.zeros(stop - start, np.uint8)
         missing = shelf.get(URI, start, into)
         first, last = missing or (stop, stop)
-        known = np.concatenate([into[: first - start], into[last - start :]])
-        assert np.array_equal(known, np.concatenate([DATA[start:first], DATA[last:stop]]))
+        filled = np.concatenate([into[: first - start], into[last - start :]])
+        assert np.array_equal(filled, np.concatenate([DATA[start:first], DATA[last:stop]]))
         if missing:
             assert not here[first]
             assert not here[last - 1]
@@ -119,9 +119,9 @@ def test_factors_make_room_for_the_newest() -> None:
     for number, tensor in enumerate(tensors):
         cache.put(URI, number * 40, tensor)
     assert cache.get(URI, 0, 40) is None
-    found = cache.get(URI, 80, 120)
-    assert found is not None
-    assert found.tolist() == [2] * 40
+    range_ = cache.get(URI, 80, 120)
+    assert range_ is not None
+    assert range_.tolist() == [2] * 40
     cache.put(URI, 1000, torch.zeros(101, dtype=torch.uint8))
     assert cache.get(URI, 1000, 1101) is None
 

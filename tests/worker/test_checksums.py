@@ -6,14 +6,14 @@ import pytest
 from numpy.typing import NDArray
 
 from ties_ray.errors import InputError
-from ties_ray.state.manifest import Seen
+from ties_ray.state.manifest import RangeChecksums
 from ties_ray.worker.checksums import PIECE, Checksums
 
 URI = "s3://bucket/x"
 DATA = np.random.default_rng(0).integers(0, 256, 20 * PIECE + 777, np.uint8)
 
 
-def first_reading(cuts: list[int]) -> tuple[Seen, ...]:
+def first_reading(cuts: list[int]) -> tuple[RangeChecksums, ...]:
     """Return what is kept of DATA, read in ranges that meet at `cuts`."""
     checksums = Checksums(keeps=True)
     edges = [0, *cuts, len(DATA)]
@@ -40,16 +40,16 @@ def test_the_same_ranges_are_compared_whole() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_however_a_range_is_cut_again_only_its_edges_are_not_compared(seed: int) -> None:
     chance = random.Random(seed)
-    known = first_reading(sorted(chance.sample(range(1, len(DATA)), chance.randrange(5))))
+    earlier = first_reading(sorted(chance.sample(range(1, len(DATA)), chance.randrange(5))))
     start = chance.randrange(len(DATA) - 3 * PIECE)
     stop = chance.randrange(start + 2 * PIECE, len(DATA))
     at = chance.randrange(start + PIECE, stop - PIECE)
-    checksums = Checksums(known)
+    checksums = Checksums(earlier)
     assert checksums.mismatch(URI, start, DATA[start:stop]) is None
     assert stop - start - 2 * PIECE < checksums.compared <= stop - start
-    found = checksums.mismatch(URI, start, flipped(at)[start:stop])
-    assert found
-    assert found[0] <= at < found[1] <= found[0] + PIECE
+    mismatch = checksums.mismatch(URI, start, flipped(at)[start:stop])
+    assert mismatch
+    assert mismatch[0] <= at < mismatch[1] <= mismatch[0] + PIECE
 
 
 def test_all_ranges_that_hold_a_piece_are_compared_however_they_overlap() -> None:
@@ -81,14 +81,19 @@ def test_first_readings_that_contradict_each_other_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "seen",
+    "range_",
     [
-        Seen("m", 0, 10, "AAAA"), Seen("m", 0, 10, "AAAAAA="), Seen("m", 0, 10, "!"), Seen("m", 0, 10, ""),
-        Seen("m", -5, 10, "AAAAAA=="), Seen("m", 10, 5, "AAAAAA=="), Seen("m", 0, 2**80, "AAAAAA=="),
-        Seen("m", 0, 10, "AAAAAAAAAAA="),
+        RangeChecksums("m", 0, 10, "AAAA"),
+        RangeChecksums("m", 0, 10, "AAAAAA="),
+        RangeChecksums("m", 0, 10, "!"),
+        RangeChecksums("m", 0, 10, ""),
+        RangeChecksums("m", -5, 10, "AAAAAA=="),
+        RangeChecksums("m", 10, 5, "AAAAAA=="),
+        RangeChecksums("m", 0, 2**80, "AAAAAA=="),
+        RangeChecksums("m", 0, 10, "AAAAAAAAAAA="),
     ],
-)  # fmt: skip
-def test_stored_checksums_that_no_merge_writes_are_refused(seen: Seen) -> None:
-    Checksums([Seen("m", 0, 10, "AAAAAA==")])
+)
+def test_stored_checksums_that_no_merge_writes_are_refused(range_: RangeChecksums) -> None:
+    Checksums([RangeChecksums("m", 0, 10, "AAAAAA==")])
     with pytest.raises(InputError, match=r"m: the stored checksums .* merge again with --fresh"):
-        Checksums([seen])
+        Checksums([range_])

@@ -20,8 +20,8 @@ from ties_ray.worker.timing import Span, Times, Trace
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(path.read_text())
-    return found
+    events: list[dict[str, Any]] = json.loads(path.read_text())
+    return events
 
 
 def test_seconds_are_summed_over_threads_and_told_once() -> None:

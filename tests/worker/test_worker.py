@@ -35,19 +35,19 @@ def make_slices(
 ) -> tuple[StoredSlices, list[int]]:
     """Return the slices of some models, and a list of those that were taken from storage so far."""
     passes = 1 if resident else passes
-    taken: list[int] = []
+    numbers: list[int] = []
 
     def coming() -> Iterator[Encoded | None]:
         for _ in range(passes):
             for number, model in enumerate(models):
-                taken.append(number)
+                numbers.append(number)
                 yield None if model is None else Encoded(model)
 
     slices = StoredSlices(
         load("cpu"), base, 0, len(models), coming(), passes=passes, resident=resident, per_pass=together,
         factor_room=SIZES.factor_room,
     )  # fmt: skip
-    return slices, taken
+    return slices, numbers
 
 
 def some_models(count: int, length: int = 1000) -> tuple[list[torch.Tensor | None], torch.Tensor]:
@@ -78,22 +78,22 @@ def test_an_election_has_the_bits_of_folding_first(together: int, lacking: int) 
     assert models[3] is not None
     models[3][7] = float("nan")
     op, election = SignedSums((Term(threshold=0x3F00_0000),) * 9), Election(factor=0.7)
-    one, other = (make_slices(models, base, together=together)[0] for _ in range(2))
-    merged = one.elect(op, election)
+    slices, other = (make_slices(models, base, together=together)[0] for _ in range(2))
+    merged = slices.elect(op, election)
     assert torch.equal(merged, load("cpu").elect(op, other.fold(op), *election))
     assert merged.count_nonzero() > 500
-    assert one.not_finite == other.not_finite == [0, 0, 0, 1, 0, 0, 0, 0, 0]
-    one.close()
+    assert slices.not_finite == other.not_finite == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+    slices.close()
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_second_pass_sees_the_same_slices(resident: bool) -> None:
     models, base = some_models(5)
-    slices, taken = make_slices(models, base, passes=2, resident=resident)
+    slices, numbers = make_slices(models, base, passes=2, resident=resident)
     first = [(model, delta.clone()) for model, delta in slices]
     second = [(model, delta.clone()) for model, delta in slices]
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(first, second, strict=True))
-    assert taken == [0, 1, 2, 3, 4] * (1 if resident else 2)
+    assert numbers == [0, 1, 2, 3, 4] * (1 if resident else 2)
 
 
 def test_a_method_that_goes_through_its_models_too_often_is_told() -> None:
@@ -105,12 +105,12 @@ def test_a_method_that_goes_through_its_models_too_often_is_told() -> None:
 
 def test_slices_that_a_method_leaves_are_taken_all_the_same() -> None:
     models, base = some_models(5)
-    slices, taken = make_slices(models, base, passes=2)
+    slices, numbers = make_slices(models, base, passes=2)
     next(iter(slices))
     next(iter(slices))
-    assert taken == [0, 1, 2, 3, 4, 0]
+    assert numbers == [0, 1, 2, 3, 4, 0]
     slices.close()
-    assert taken == [0, 1, 2, 3, 4] * 2
+    assert numbers == [0, 1, 2, 3, 4] * 2
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -146,11 +146,11 @@ def test_failures_that_a_repetition_mends_cost_work_and_no_byte(
     failed: list[str] = []
 
     def failing(original: Callable[..., Any], name: str, rate: float) -> Callable[..., Any]:
-        def call(self: object, *given: Any) -> Any:
+        def call(self: object, *arguments: Any) -> Any:
             if failed.count(name) < 3 and draw.random() < rate:
                 failed.append(name)
                 raise UnavailableError(Problem("the storage", f"{name} was throttled"))
-            return original(self, *given)
+            return original(self, *arguments)
 
         return call
 
@@ -220,12 +220,12 @@ def test_a_worker_tells_what_it_has_done_and_writes_it_when_asked(setup: Setup) 
     assert (done.record, done.shards) == ("", ())
     assert done.traffic.bytes_read > 0
     assert done.traffic.requests > 0
-    told = ANSWER.validate_json(worker.run(order(action="flush")))
-    assert (told.round, told.shards, told.traffic.bytes_read) == (0, (0,), 0)
+    answer = ANSWER.validate_json(worker.run(order(action="flush")))
+    assert (answer.round, answer.shards, answer.traffic.bytes_read) == (0, (0,), 0)
     manifest = Manifest(Stores({}), setup.folder)
     made = manifest.read_plan()
     assert made
-    record = manifest.read_record(made.merges[0], 0, told.record)
+    record = manifest.read_record(made.merges[0], 0, answer.record)
     assert record.shards == (0,)
     assert {count.member for count in record.finding} == {0, 1, 2}
     assert ANSWER.validate_json(worker.run(order(action="flush"))).record == ""
@@ -259,14 +259,14 @@ def test_a_worker_that_flushes_denormals_to_zero_gets_no_work(setup: Setup, monk
 
 
 def test_progress_is_told_from_the_first_to_the_last_stage(family_of: MakeFamily, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    progresses: list[Progress] = []
     recipe = recipe_of(family_of(num_models=3), tmp_path / "out", "ties")
-    result = merging.merge(recipe, watch=seen.append)
-    stages = list(dict.fromkeys(progress.stage for progress in seen))
+    result = merging.merge(recipe, watch=progresses.append)
+    stages = list(dict.fromkeys(progress.stage for progress in progresses))
     assert [stages[0], stages[-2], stages[-1]] == ["start", "merge", "publish"]
-    assert seen[-1].bytes_read == seen[-1].bytes_planned == result.bytes_read
-    assert all(progress.done <= progress.total for progress in seen)
-    assert [progress.bytes_read for progress in seen] == sorted(progress.bytes_read for progress in seen)
+    assert progresses[-1].bytes_read == progresses[-1].bytes_planned == result.bytes_read
+    assert all(progress.done <= progress.total for progress in progresses)
+    assert [progress.bytes_read for progress in progresses] == sorted(progress.bytes_read for progress in progresses)
 
 
 def test_a_json_log_has_a_line_for_each_shard_with_its_run(
@@ -277,6 +277,8 @@ def test_a_json_log_has_a_line_for_each_shard_with_its_run(
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     shards = [line for line in lines if line["action"] == "shard"]
     rounds = Counter(line["round"] for line in shards)
-    assert rounds == {one.name: one.num_shards for one in carried_out(result).merges[0].rounds if one.bytes_read}
+    assert rounds == {
+        round_.name: round_.num_shards for round_ in carried_out(result).merges[0].rounds if round_.bytes_read
+    }
     assert {line["outcome"] for line in shards} == {"done"}
     assert {line["run_id"] for line in lines} == {result.run_id}

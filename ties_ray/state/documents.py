@@ -1,7 +1,7 @@
-"""The one reader of documents that lie in storage, where anybody who may write there could have put another.
+"""Reads stored documents, which anybody who may write to the storage could have changed.
 
-A document is bounded before it is parsed (bytes as stored, bytes inflated, number of values; the parser bounds the
-nesting), and typed. Whatever is wrong with it is an `InputError` with advice, never a defect of ours.
+A document is bounded and typed. Its stored bytes, inflated bytes and number of values are bounded before it is parsed;
+the parser bounds its nesting. A fault of the document is an `InputError` with a remedy, never a defect of ours.
 """
 
 import zlib
@@ -14,57 +14,62 @@ from ties_ray.stores import Pin, Store, shown
 
 T = TypeVar("T")
 REASON = 200
-"""Characters of what a parser says that are shown."""
+"""The most characters that are shown of a parser's message."""
 STRAY_ERRORS = 100
-"""Errors of a document that are looked at; each takes half a kilobyte."""
+"""The most errors of a document that are looked at. Each takes half a kilobyte."""
 
 
 class Bounds(NamedTuple):
     """How large a document may be."""
 
     stored: int
-    """Bytes as they lie in storage."""
+    """The most bytes as it is stored."""
     values: int
-    """JSON values in it: each takes about 90 bytes while it is parsed."""
+    """The most JSON values. Each takes about 90 bytes while it is parsed."""
     inflated: int = 0
-    """Bytes once gzip is undone; 0 where it is not compressed."""
+    """The most bytes after decompression; 0 where the document is not compressed."""
 
 
 SMALL = Bounds(stored=2**20, values=2**15)
-"""A lease, a pointer, the ids of uploads."""
+"""The bounds of a lease, of a pointer, and of the ids of uploads."""
 LARGE = Bounds(stored=2**28, values=2**22)
-"""A record, what a barrier knows, a result record."""
+"""The bounds of a record, of a barrier's findings, and of a result record."""
 PLAN = Bounds(stored=2**28, values=2**24, inflated=2**29)
-"""A plan of 1000 adapters, each stored in its own way, has some 5 million values."""
-FREE, A_BYTE = Bounds(0, values=2**19, inflated=2**25), Bounds(1, values=4, inflated=64)
-"""What a compressed document may grow to, and how much more for each byte of it. A small object can't take much memory.
-Plans of 300 models with 723 tensors have about 1.4 values and 16 bytes a byte."""
+"""The bounds of a plan. A plan of 1000 adapters, each stored in its own way, has some 5 million values."""
+FREE = Bounds(0, values=2**19, inflated=2**25)
+"""What any compressed document may grow to. A small object can't take much memory."""
+A_BYTE = Bounds(1, values=4, inflated=64)
+"""How much more it may grow for each stored byte. Plans of 300 models have about 1.4 values and 16 bytes a byte."""
 PIECE = 2**20
 """Bytes inflated at a time."""
+_TOO_MANY = "it holds more than {:,} values"
 
 
-def read(store: Store, uri: str, adapter: TypeAdapter[T], bounds: Bounds, what: str, remedy: str) -> tuple[Pin, T]:
+def read(store: Store, uri: str, adapter: TypeAdapter[T], bounds: Bounds, title: str, remedy: str) -> tuple[Pin, T]:
     """Return the pin and the value of the document at `uri`.
 
-    what: names the document in messages, as in "the result record". Raises `FileNotFoundError` where there is none,
-    `InputError` where it is too large, or not what the adapter describes.
+    title: names the document in messages, as in "the result record". Raises `FileNotFoundError` where there is none,
+    `InputError` where it is too large, or does not fit the adapter.
     """
     pin, data = store.get(uri, bounds.stored)
-    return pin, parse(data, adapter, bounds, uri, what, remedy)
+    return pin, parse(data, adapter, bounds, uri, title, remedy)
 
 
-def parse(data: bytes, adapter: TypeAdapter[T], bounds: Bounds, where: str, what: str, remedy: str) -> T:
-    """Return the value of a document; raise `InputError` where it is too large, or not what the adapter describes."""
+def parse(data: bytes, adapter: TypeAdapter[T], bounds: Bounds, where: str, title: str, remedy: str) -> T:
+    """Return the value of a document; raise `InputError` where it is too large, or does not fit the adapter.
 
-    def refuse(why: object) -> NoReturn:
-        problem = f"this ties_ray can't read {what} ({shown(why)[:REASON]})"
+    where: the place that messages name. title: names the document in messages.
+    """
+
+    def refuse(reason: object) -> NoReturn:
+        problem = f"this ties_ray can't read {title} ({shown(reason)[:REASON]})"
         raise InputError(Problem(shown(where), problem, remedy)) from None
 
     most = bounds
     try:
         if bounds.inflated:
             most = Bounds(
-                *(min(one, free + each * len(data)) for one, free, each in zip(bounds, FREE, A_BYTE, strict=True))
+                *(min(bound, free + each * len(data)) for bound, free, each in zip(bounds, FREE, A_BYTE, strict=True))
             )
             data = inflate(data, most)
         elif num_values(data) > most.values:
@@ -75,11 +80,11 @@ def parse(data: bytes, adapter: TypeAdapter[T], bounds: Bounds, where: str, what
     except InputError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, zlib.error) as error:
-        refuse(error)  # a validator of a method or an output, which may be a plugin's, has met what it did not expect
+        refuse(error)  # a validator, which may be a plugin's, has met something unexpected
 
 
 def first_of(error: ValidationError) -> str:
-    """Return the first thing that is wrong, and where, without the value that is."""
+    """Return the first fault and its place, without the faulty value."""
     count = error.error_count()
     if count > STRAY_ERRORS:
         return f"{count:,} of its values are not as they should be"
@@ -89,7 +94,7 @@ def first_of(error: ValidationError) -> str:
 
 
 def inflate(data: bytes, most: Bounds) -> bytes:
-    """Return what a gzip file holds; raise `ValueError` where that is more than allowed, or not whole."""
+    """Return the content of a gzip file; raise `ValueError` where it is more than allowed, or not whole."""
     stream, pieces, size, values = zlib.decompressobj(wbits=31), list[bytes](), 0, 0
     while not stream.eof:
         piece, data = stream.decompress(data, PIECE), stream.unconsumed_tail
@@ -106,9 +111,6 @@ def inflate(data: bytes, most: Bounds) -> bytes:
     return b"".join(pieces)
 
 
-_TOO_MANY = "it holds more than {:,} values"
-
-
 def num_values(data: bytes) -> int:
-    """Return about how many JSON values a text holds, not fewer: what stands in strings counts as well."""
+    """Return an upper bound for the number of JSON values in a text. Characters in strings count as well."""
     return 1 + sum(map(data.count, (b",", b":", b"[", b"{")))

@@ -1,9 +1,11 @@
 """One run at a time on an output: a lease with a heartbeat, at `<output>/.ties-ray/lease.json`.
 
-The holder rewrites it every few seconds. Another run watches it by its own clock, so that clocks need not agree: while
-it changes, the output is held; when it stands still for 20 s, or its holder was a process of this machine that is gone,
-it is taken over. Writes are conditional where the store can do that, else the last writer holds it: whoever finds
-another token there is fenced, and may reach neither Complete nor publication.
+The holder rewrites the lease every few seconds. Another run watches it by its own clock, so clocks need not agree. The
+output is held while the lease changes. It is taken over when the lease stands still for 20 s. It is taken over at once
+when the holder was a process of this machine that has ended.
+
+Writes are conditional where the store can do that. Elsewhere the last writer holds the lease. A holder that finds
+another token there is fenced: it neither completes uploads nor publishes.
 """
 
 import hashlib
@@ -25,13 +27,15 @@ from ties_ray.state.manifest import FOLDER
 from ties_ray.stores import Store, Stores, WritableStore, join
 
 NAME = "lease.json"
+"""Name of the lease's file."""
 BEAT_SECONDS = 4.0
+"""Seconds between two beats of the holder."""
 STILL_SECONDS = 20.0
-"""A lease that has not changed for so long is taken over: five beats."""
+"""Seconds without a change after which a lease is taken over: five beats."""
 
 
 class Holder(BaseModel):
-    """What the lease says."""
+    """The content of a lease."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +44,7 @@ class Holder(BaseModel):
     machine: str
     """Identity of the machine's boot; empty where it has none."""
     process: str = Field(pattern="^([0-9]+-[0-9]+)?$")
-    """pid and start time: names one process for ever; empty where the system does not tell."""
+    """The pid and start time, which name one process for ever; empty where the system does not tell them."""
     beat: int = 0
 
 
@@ -48,7 +52,7 @@ HOLDER = TypeAdapter(Holder)
 
 
 class Lease:
-    """A held lease; `check` before anything becomes visible, `release` at the end."""
+    """A held lease: call `check` before anything becomes visible, and `release` at the end."""
 
     def __init__(self, store: WritableStore, uri: str, holder: Holder, etag: str) -> None:
         self._store = store
@@ -61,11 +65,11 @@ class Lease:
 
     def check(self) -> None:
         """Raise `InterruptedMerge` if another run holds the output now."""
-        found = _read(self._store, self._uri)
-        if found is None or found[0].token != self._holder.token:
-            who = "nobody" if found is None else f"{found[0].host}, process {found[0].process}"
-            what = f"another run took over ({who} holds it now), because this one gave no sign of life"
-            raise InterruptedMerge(Problem(self._uri, what, "let that run finish, or run again"))
+        stored = _read(self._store, self._uri)
+        if stored is None or stored[0].token != self._holder.token:
+            who = "nobody" if stored is None else f"{stored[0].host}, process {stored[0].process}"
+            problem = f"another run took over ({who} holds it now), because this one gave no sign of life"
+            raise InterruptedMerge(Problem(self._uri, problem, "let that run finish, or run again"))
 
     def release(self) -> None:
         """Stop the heartbeat and remove the lease, if it is still ours."""
@@ -75,7 +79,7 @@ class Lease:
                 self.check()
                 self._store.delete(self._uri)
             except MergeError:
-                return  # it is another's, or can't be reached: it will stand still
+                return  # another run holds it, or it can't be reached and will stand still
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -86,12 +90,12 @@ class Lease:
                 try:
                     pin = self._store.swap(self._uri, _bytes(self._holder), self._etag)
                 except MergeError:
-                    continue  # the storage is away: `check` will tell whether somebody has taken over meanwhile
+                    continue  # the storage is away: `check` tells later whether another run has taken over
                 if pin is None:
-                    found = _read(self._store, self._uri)
-                    if found is None or found[0].token != self._holder.token:
+                    stored = _read(self._store, self._uri)
+                    if stored is None or stored[0].token != self._holder.token:
                         return
-                    self._etag = found[1]
+                    self._etag = stored[1]
                 else:
                     self._etag = pin.etag
 
@@ -103,9 +107,9 @@ class Lease:
 
 
 def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
-    """Return the lease of an output; say so if it was taken over. Raises `UnavailableError` while another holds it.
+    """Return the lease of an output; say so if it was taken over.
 
-    So it does where the lease that the store shows can't be replaced for a minute.
+    Raises `UnavailableError` while another run holds it, or where the stored lease can't be replaced for a minute.
     """
     store, uri = stores.writer(output), join(join(output, FOLDER), NAME)
     mine = Holder(token=secrets.token_hex(16), host=socket.gethostname(), machine=_machine(), process=_process())
@@ -113,26 +117,26 @@ def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
     until = since + 3 * STILL_SECONDS
     first: Holder | None = None
     while True:
-        found = _read(store, uri)
-        if found is None:
+        stored = _read(store, uri)
+        if stored is None:
             pin = store.swap(uri, _bytes(mine), "")
-        elif _is_gone(found[0]) or (found[0] == first and time.monotonic() - since >= STILL_SECONDS):
-            pin = store.swap(uri, _bytes(mine), found[1])
-        elif first not in (None, found[0]):
-            what = f"another run is at work there: {_describe(found[0])}"
-            raise UnavailableError(Problem(output, what, "wait for it, or write elsewhere"))
+        elif _is_gone(stored[0]) or (stored[0] == first and time.monotonic() - since >= STILL_SECONDS):
+            pin = store.swap(uri, _bytes(mine), stored[1])
+        elif first not in (None, stored[0]):
+            problem = f"another run is at work there: {_describe(stored[0])}"
+            raise UnavailableError(Problem(output, problem, "wait for it, or write elsewhere"))
         else:
-            first, pin = found[0], None
+            first, pin = stored[0], None
             time.sleep(BEAT_SECONDS / 8)
             continue
         now = _read(store, uri)
-        if pin and now and now[0].token == mine.token:  # read again: some servers ignore the condition
-            if found:
-                say(f"took over from {_describe(found[0])}, which gave no sign of life")
+        if pin and now and now[0].token == mine.token:  # some servers ignore the condition, so it is read again
+            if stored:
+                say(f"took over from {_describe(stored[0])}, which gave no sign of life")
             return Lease(store, uri, mine, now[1])
         if time.monotonic() > until:
-            what = "what it says can be read, but not replaced: the store may be serving an old copy of it"
-            raise UnavailableError(Problem(uri, what, "run again later"))
+            problem = "what it says can be read, but not replaced: the store may be serving an old copy of it"
+            raise UnavailableError(Problem(uri, problem, "run again later"))
         time.sleep(BEAT_SECONDS / 8)
         first, since = None, time.monotonic()
 
@@ -144,7 +148,7 @@ def _read(store: Store, uri: str) -> tuple[Holder, str] | None:
         return None
     try:
         return documents.parse(data, HOLDER, SMALL, uri, "the lease", "remove it"), pin.etag
-    except InputError:  # not ours to read: it stands still, and is then replaced
+    except InputError:  # a lease that can't be read stands still, and is then replaced
         return Holder(token=hashlib.sha256(data).hexdigest(), host="unknown", machine="", process=""), pin.etag
 
 
@@ -157,14 +161,14 @@ def _describe(holder: Holder) -> str:
 
 
 def _is_gone(holder: Holder) -> bool:
-    """Return whether the holder was a process of this very machine that no longer runs."""
+    """Return whether the holder was a process of this machine that has ended."""
     if not holder.machine or not holder.process or holder.machine != _machine():
         return False
     return _process(holder.process.partition("-")[0]) != holder.process
 
 
 def _machine() -> str:
-    """Return what no other machine, container or boot shares; empty where that can't be told."""
+    """Return an identity that no other machine, container or boot shares; empty where the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
@@ -173,7 +177,7 @@ def _machine() -> str:
 
 
 def _process(pid: str = "self") -> str:
-    """Return pid and start time of a process; empty if it does not run."""
+    """Return pid and start time of a process; empty where it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,14 +1,14 @@
 """What has been done, durable, beside the output: `<output>/.ties-ray/<run_id>/<generation>/`.
 
-    run.json            what a call must share with this run to continue it; no more is taken from storage
-    plan.json.gz        the plan, for workers, `status` and `verify`; plan-<n>.json.gz its revisions
-    uploads.json        upload id of each weight file
+    run.json            what a call must share with this run to continue it
+    plan.json.gz        the plan, for workers, `status` and `verify`; plan-<n>.json.gz is a revision
+    uploads.json        the upload id of each weight file
     records/<round>/    what workers have finished, one object a batch, written after the data is durable
-    folded/<round>/     what a barrier made of the records: thresholds, a method's statistics
+    folded/<round>/     the findings of a barrier: thresholds, a method's statistics
     scratch/<name>      condensed matrices, until they are assembled
-    seen/<shard>.json   checksums of what the first round has read, which later rounds must read again
+    seen/<shard>.json   checksums of the bytes that the first round has read
 
-Losing a record costs a redo, never a byte.
+A lost record costs work that is done again, never a byte of the result.
 """
 
 import functools
@@ -38,23 +38,23 @@ T = TypeVar("T")
 FOLDER = ".ties-ray"
 """Name of the manifest's folder in an output."""
 THREADS = 16
-"""Requests in flight; what is waited for is the storage's latency."""
+"""Requests in flight. They hide the latency of the storage."""
 SCRATCH_LIMIT = 2**36
-"""Bytes: nor any scratch; it is as large as the two factors of the largest matrix."""
+"""The most bytes of a scratch object, which holds the two factors of a matrix."""
 
 
-class Seen(NamedTuple):
-    """The bytes [start, stop) of an object when they were first read."""
+class RangeChecksums(NamedTuple):
+    """The checksums of bytes [start, stop) of an object when they were first read."""
 
     uri: str
     start: int
     stop: int
-    sums: str
-    """base64 of little-endian uint32: the CRC32C of each piece, cut as `transfer.Ledger` says."""
+    crc32cs: str
+    """The CRC32C of each piece (`worker.checksums.PIECE`), as base64 of little-endian uint32."""
 
 
 class Start(BaseModel):
-    """What a run began with: a call that differs in it can't continue the run."""
+    """What a run began with. A call with another start can't continue the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,7 +69,7 @@ class Start(BaseModel):
 
 _START = TypeAdapter(Start)
 _UPLOADS = TypeAdapter(dict[str, Annotated[str, Field(max_length=2**12)]])
-_SEEN = TypeAdapter(tuple[Seen, ...])
+_CHECKSUMS = TypeAdapter(tuple[RangeChecksums, ...])
 _PLAN_NAME = re.compile(r"plan-([1-9][0-9]{0,3})\.json\.gz")
 _RECORD_NAME = re.compile(r"([0-9]{8}-[0-9a-f]{12}-[0-9]{6}|known-[0-9]{1,9})\.json")
 FRESH = "merge again with --fresh"
@@ -79,7 +79,7 @@ class Manifest:
     """One generation of one run."""
 
     def __init__(self, stores: Stores, folder: str) -> None:
-        """`folder` is the URI of the generation's folder."""
+        """folder: URI of the generation's folder."""
         self.folder = folder
         self._stores = stores
         self._store = stores.of(folder)
@@ -94,25 +94,25 @@ class Manifest:
         return join(join(join(output, FOLDER), run_id), str(generation))
 
     def write_start(self, start: Start) -> None:
-        """Store what the run begins with; its presence makes the run one that can be continued."""
+        """Store what the run begins with. A run without it can't be continued."""
         self._writer.put(join(self.folder, "run.json"), _START.dump_json(start))
 
     def read_start(self) -> Start | None:
-        """Return what the run began with, None where that is not there."""
+        """Return what the run began with, None where it is not stored."""
         return self._get("run.json", _START, SMALL, "what a run began with")
 
     def write_plan(self, plan: Plan) -> str:
-        """Store a revision of the plan; return the SHA-256 by which `read_plan` knows it again."""
+        """Store a revision of the plan; return its SHA-256, which `read_plan` demands."""
         data = gzip.compress(plan.to_json(), 1, mtime=0)
         self._writer.put(join(self.folder, _plan_name(plan.revision)), data)
         return hashlib.sha256(data).hexdigest()
 
     def read_plan(self, revision: int = 0, digest: str | None = None) -> Plan | None:
-        """Return a revision of the stored plan, None where it is not there.
+        """Return a revision of the stored plan, None where it is not stored.
 
-        digest: of the one that is meant. Raises `InputError` where another lies there, or one of another version of
-        ties_ray, or of a plugin that this process lacks. Without a digest the plan is somebody's claim: nothing may be
-        read, written or deleted because it says so.
+        digest: SHA-256 of the expected plan. Without it the plan is a claim of whoever may write there: nothing may be
+        read, written or deleted because of it. Raises `InputError` where another plan lies there. So it does for a plan
+        of another version of ties_ray, or of a plugin that this process lacks.
         """
         uri = join(self.folder, _plan_name(revision))
         try:
@@ -120,15 +120,15 @@ class Manifest:
         except FileNotFoundError:
             return None
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-            what = "another plan lies there than the one that this merge has written"
-            raise InputError(Problem(uri, what, f"find out who else writes to the output, then {FRESH}"))
+            problem = "another plan lies there than the one that this merge has written"
+            raise InputError(Problem(uri, problem, f"find out who else writes to the output, then {FRESH}"))
         remedy = "use the version and the plugins that made it, or delete the folder"
         return documents.parse(data, PLAN_FORM, PLAN, self.folder, "the stored plan", remedy)
 
     def read_last_plan(self) -> Plan | None:
-        """Return the last revision of the stored plan, as barriers left it; None where there is none."""
+        """Return the last revision of the stored plan, None where there is none."""
         names = (pin.uri.rpartition("/")[2] for pin in self._store.list(self.folder).files)
-        revisions = [int(found[1]) for name in names if (found := _PLAN_NAME.fullmatch(name))]
+        revisions = [int(match[1]) for name in names if (match := _PLAN_NAME.fullmatch(name))]
         return self.read_plan(max(revisions, default=0))
 
     def write_uploads(self, uploads: dict[str, str]) -> None:
@@ -136,21 +136,21 @@ class Manifest:
         self._writer.put(join(self.folder, "uploads.json"), _UPLOADS.dump_json(uploads))
 
     def read_uploads(self) -> dict[str, str]:
-        """Return the upload ids by file name; empty where none were begun."""
+        """Return the upload ids by file name; empty where no upload has begun."""
         return self._get("uploads.json", _UPLOADS, SMALL, "the ids of uploads") or {}
 
     def write_record(self, merge: Merge, name: str, record: Record[Any]) -> None:
-        """Store one batch; `name` is unique among all workers of all attempts."""
+        """Store a record. name: unique among all workers of all attempts."""
         data = _record_form(merge.rounds[record.round].kind).dump_json(record)
         self._writer.put(join(self._records(record.round), name), data)
 
     def record_names(self, round_: int) -> list[str]:
-        """Return the names of a round's records, sorted; what else lies there is not ours."""
+        """Return the sorted names of a round's records; other files there are not ours."""
         names = (pin.uri.rpartition("/")[2] for pin in self._store.list(self._records(round_)).files)
         return [name for name in names if _RECORD_NAME.fullmatch(name)]
 
     def read_record(self, merge: Merge, round_: int, name: str) -> Record[Any]:
-        """Return one record. Raises `InputError` where it is gone, or is not of this merge."""
+        """Return a record. Raises `InputError` where it is gone, or does not fit this merge."""
         uri, form = join(self._records(round_), name), _record_form(merge.rounds[round_].kind)
         try:
             record = documents.read(self._store, uri, form, LARGE, "a record of this merge", FRESH)[1]
@@ -160,19 +160,19 @@ class Manifest:
         return record
 
     def read_records(self, merge: Merge, round_: int, names: Iterable[str]) -> Iterator[Record[Any]]:
-        """Yield some records of a round, in that order; of thousands, many are asked for and few held at a time."""
+        """Yield records of a round in the order of their names. Few are held at a time."""
         remaining = iter(names)
         with ThreadPoolExecutor(THREADS) as threads:
             while batch := list(itertools.islice(remaining, 2 * THREADS)):
                 yield from threads.map(partial(self.read_record, merge, round_), batch)
 
     def write_folded(self, merge: Merge, round_: int, group: int, folded: Folded[Any]) -> None:
-        """Store what the barrier after a round finds of a group."""
+        """Store the barrier's findings of a group after a round."""
         data = _folded_form(merge.rounds[round_].kind).dump_json(folded)
         self._writer.put(within(self.folder, f"folded/{round_}/{group}.json"), data)
 
     def read_folded(self, merge: Merge, round_: int, groups: Iterable[int]) -> dict[int, Folded[Any]]:
-        """Return what the barrier after a round has found, by group; groups not folded yet are missing."""
+        """Return the barrier's findings after a round, by group. Groups that are not folded yet are missing."""
         form, stored = _folded_form(merge.rounds[round_].kind), {}
         for group in groups:
             name = f"folded/{round_}/{group}.json"
@@ -182,16 +182,16 @@ class Manifest:
                 stored[group] = folded
         return stored
 
-    def write_seen(self, shard: int, seen: Sequence[Seen]) -> None:
-        """Store what a shard of the first round has read."""
-        self._writer.put(within(self.folder, f"seen/{shard}.json"), _SEEN.dump_json(tuple(seen)))
+    def write_checksums(self, shard: int, checksums: Sequence[RangeChecksums]) -> None:
+        """Store the checksums of what a shard of the first round has read."""
+        self._writer.put(within(self.folder, f"seen/{shard}.json"), _CHECKSUMS.dump_json(tuple(checksums)))
 
-    def read_seen(self, shard: int) -> tuple[Seen, ...]:
-        """Return what a shard of the first round has read; nothing if it is not done yet."""
-        return self._get(f"seen/{shard}.json", _SEEN, LARGE, "the checksums of what was read") or ()
+    def read_checksums(self, shard: int) -> tuple[RangeChecksums, ...]:
+        """Return the checksums of what a shard of the first round has read; empty until the shard is done."""
+        return self._get(f"seen/{shard}.json", _CHECKSUMS, LARGE, "the checksums of what was read") or ()
 
     def write_scratch(self, parameter: int, data: memoryview) -> str:
-        """Store the condensed matrix of a parameter; return its CRC32C."""
+        """Store the condensed matrix of a parameter; return its CRC32C, 8 hex digits."""
         self._writer.put(self._scratch(parameter), bytes(data))
         return crc32c(data)
 
@@ -207,7 +207,7 @@ class Manifest:
         return data
 
     def delete_scratch(self) -> None:
-        """Remove all scratch; nothing needs it once the result is there."""
+        """Remove all scratch, which nothing needs once the result is published."""
         self._writer.delete_folder(join(self.folder, "scratch"))
 
     def _scratch(self, parameter: int) -> str:
@@ -216,9 +216,9 @@ class Manifest:
     def _records(self, round_: int) -> str:
         return within(self.folder, f"records/{round_}")
 
-    def _get(self, name: str, adapter: TypeAdapter[T], bounds: Bounds, what: str) -> T | None:
+    def _get(self, name: str, adapter: TypeAdapter[T], bounds: Bounds, title: str) -> T | None:
         try:
-            return documents.read(self._store, within(self.folder, name), adapter, bounds, what, FRESH)[1]
+            return documents.read(self._store, within(self.folder, name), adapter, bounds, title, FRESH)[1]
         except FileNotFoundError:
             return None
 
@@ -228,7 +228,7 @@ def _plan_name(revision: int) -> str:
 
 
 def misfit(record: Record[Any], merge: Merge, round_: int) -> list[str]:
-    """Return what in a record can't be of this merge: numbers lead into lists and files, so all must be in range."""
+    """Return the parts of a record that don't fit this merge. Numbers lead into lists, so all must be in range."""
     kind = merge.kind(round_)
     wrong = [] if record.round == round_ else ["the round"]
     if not set(record.shards) <= set(kind.shards(merge, round_)):
@@ -237,7 +237,7 @@ def misfit(record: Record[Any], merge: Merge, round_: int) -> list[str]:
 
 
 def misfit_folded(folded: Folded[Any], merge: Merge, round_: int) -> list[str]:
-    """Return what can't be of this merge in what a barrier has stored."""
+    """Return the parts of a barrier's findings that don't fit this merge."""
     of_kind = merge.kind(round_).misfit_folded(merge, round_, folded.finding)
     return [*_misfit_zeroed(folded.zeroed, merge), *of_kind]
 
@@ -252,8 +252,8 @@ def _misfit_zeroed(zeroed: Iterable[Zeroed], merge: Merge) -> Iterator[str]:
 
 def _demand_fit(wrong: list[str], uri: str) -> None:
     if wrong:
-        what = "; ".join(f"{name} is out of range" for name in dict.fromkeys(wrong))
-        raise InputError(Problem(uri, f"is not of this merge: {what}", FRESH))
+        problem = "; ".join(f"{name} is out of range" for name in dict.fromkeys(wrong))
+        raise InputError(Problem(uri, f"is not of this merge: {problem}", FRESH))
 
 
 @functools.cache
@@ -270,9 +270,9 @@ _RUN_ID, _GENERATION = re.compile("[0-9a-f]{16}"), re.compile("[1-9][0-9]{0,8}")
 
 
 def find_runs(stores: Stores, output: str) -> list[tuple[str, int]]:
-    """Return (run_id, generation) of what the output's manifest folder holds, sorted.
+    """Return the sorted (run_id, generation) of all runs in the output's manifest folder.
 
-    What has another name there is not ours, whoever put it there: nobody reads or removes it.
+    Anything with another name is not ours, and is neither read nor removed.
     """
     store = stores.of(output)
     folders = [uri for uri in store.list(join(output, FOLDER)).folders if _RUN_ID.fullmatch(uri.rpartition("/")[2])]

@@ -1,12 +1,12 @@
-"""What earlier merges have found of an adapter, under its content's identity: magnitude counts and norm.
+"""Findings of earlier merges about adapters, by the identity of their content: magnitude counts and norms.
 
-One object a finding, `<folder>/<identity>-<name>.json`: a line with a signature, then the finding. What is not there,
-or can't be a table of so many values, is found again.
+Each finding is one object, `<folder>/<identity>-<name>.json`: a line with a signature, then the finding. A finding that
+is missing, or can't be a table of so many values, is found again.
 
-**What is trusted.** A merge believes what lies there, and whoever may write to the folder decides thresholds by it. Let
-nobody write there but those who merge. Or set `TIES_RAY_POOL_CACHE_KEY` on every node: the key then signs each finding
-(HMAC-SHA256 over its name and content). A finding without that signature is ignored and named. `verify
---recount` counts thresholds anew.
+**What is trusted.** A merge believes the stored findings, so whoever may write to the folder decides thresholds. Let
+only those write there who merge. Or set `TIES_RAY_POOL_CACHE_KEY` on every node: the key then signs each finding
+(HMAC-SHA256 over its name and content). A finding without that signature is ignored and named. `verify --recount`
+counts thresholds anew.
 """
 
 import hashlib
@@ -29,23 +29,24 @@ from ties_ray.stores import Stores, join
 
 T = TypeVar("T")
 KEY = "TIES_RAY_POOL_CACHE_KEY"
-"""Environment variable: the secret by which findings are signed, the same on every node."""
+"""Environment variable with the secret that signs findings, the same on every node."""
 BOUNDS = Bounds(stored=2**24, values=2**10)
-"""A full table of 65,536 bins takes 1 MiB, in two strings."""
+"""The bounds of a finding. A full table of 65,536 bins takes 1 MiB, in two strings."""
 UNSIGNED = b"unsigned"
+"""The signature of a finding that no key has signed."""
 _MD5 = re.compile("[0-9a-f]{32}")
 
 FORM = 3
-"""Of what is kept; part of its name. Raise it with any change to what a bin holds."""
+"""The version of the findings' form, part of the identity. Raise it with any change to what a bin holds."""
 RECALLS = 16
-"""Requests at a time."""
+"""Requests in flight."""
 
 
 def identity(model: Model, form: Format, arithmetic: str) -> str | None:
-    """Return what names a model's changes; None where they depend on the base, or the store can't tell content apart.
+    """Return the identity of a model's changes.
 
-    arithmetic: by which they are counted. An ETag that is the content's MD5 names it wherever it lies; any other only
-    together with its URI.
+    None where they depend on the base, or where the store has no ETags. arithmetic: the one that counts the values. An
+    ETag that is an MD5 names the content wherever it lies. Any other ETag names it together with the URI.
     """
     if any(form.needs(source) != "nothing" for source in model.sources.values()):
         return None
@@ -57,29 +58,29 @@ def identity(model: Model, form: Format, arithmetic: str) -> str | None:
 
 
 class PoolCache:
-    """The findings in one folder."""
+    """The findings in a folder."""
 
     def __init__(self, stores: Stores, folder: str, formats: Mapping[str, Format], arithmetic: str) -> None:
-        """formats: of the models, by name. arithmetic: by which their values are counted."""
+        """formats: the models' formats by name. arithmetic: the one that counts their values."""
         self._store = stores.writer(folder)
         self._formats = formats
         self._arithmetic = arithmetic
         self._folder = folder
         self._key = os.environ.get(KEY, "").encode()
         self.refused: list[str] = []
-        """URIs of findings that were ignored: not signed by the key, or broken."""
+        """URIs of findings that were ignored: the key has not signed them, or they are broken."""
 
     def identity(self, model: Model) -> str | None:
-        """Return what names a model's changes here, None where nothing does."""
+        """Return the identity of a model's changes, None where they have none."""
         return identity(model, self._formats[model.format], self._arithmetic)
 
     def read_each(self, names: Sequence[tuple[str, str]], form: TypeAdapter[T]) -> list[T | None]:
-        """Return the findings of some (identity, name), None where there is none; add to `refused`."""
+        """Return the finding of each (identity, name), None where there is none; add to `refused`."""
         with ThreadPoolExecutor(RECALLS) as threads:
             return list(threads.map(lambda name: self._read(name[0], name[1], form), names))
 
     def write(self, identity: str, name: str, form: TypeAdapter[T], finding: T) -> None:
-        """Keep a finding."""
+        """Store a finding."""
         body = form.dump_json(finding)
         self._store.put(self._uri(identity, name), self._signature(identity, name, body) + b"\n" + body)
 
@@ -87,11 +88,11 @@ class PoolCache:
         """Note that a finding can't be what its name says."""
         self.refused.append(self._uri(identity, name))
 
-    def _read(self, name: str, what: str, adapter: TypeAdapter[T]) -> T | None:
-        uri = self._uri(name, what)
+    def _read(self, identity: str, name: str, adapter: TypeAdapter[T]) -> T | None:
+        uri = self._uri(identity, name)
         try:
             signature, _, body = self._store.get(uri, BOUNDS.stored)[1].partition(b"\n")
-            if not self._key or hmac.compare_digest(signature, self._signature(name, what, body)):
+            if not self._key or hmac.compare_digest(signature, self._signature(identity, name, body)):
                 return documents.parse(body, adapter, BOUNDS, uri, "what an earlier merge has found", "remove it")
         except FileNotFoundError:
             return None
@@ -100,10 +101,10 @@ class PoolCache:
         self.refused.append(uri)
         return None
 
-    def _signature(self, name: str, what: str, body: bytes) -> bytes:
+    def _signature(self, identity: str, name: str, body: bytes) -> bytes:
         if not self._key:
             return UNSIGNED
-        return hmac.digest(self._key, f"{name}-{what}\n".encode() + body, "sha256").hex().encode()
+        return hmac.digest(self._key, f"{identity}-{name}\n".encode() + body, "sha256").hex().encode()
 
-    def _uri(self, name: str, what: str) -> str:
-        return join(self._folder, f"{name}-{what}.json")
+    def _uri(self, identity: str, name: str) -> str:
+        return join(self._folder, f"{identity}-{name}.json")

@@ -1,4 +1,4 @@
-"""What a worker has finished and not yet recorded."""
+"""Finished shards that no record holds yet."""
 
 import time
 from collections import Counter
@@ -7,20 +7,20 @@ from typing import Any
 from ties_ray.rounds import Record, Tally
 
 RECORD_SECONDS = 10.0
-"""A record is written after so many seconds at the latest: what a lost worker costs."""
+"""Seconds after which a record is written. A lost worker costs at most as many."""
 
 
 class Batch:
-    """Finished shards of one round and group. A shard's work joins it whole, or not at all if it fails."""
+    """Finished shards of one round and group. A shard joins it whole, or not at all if it fails."""
 
     def __init__(self, round_: int, group: int, tally: Tally[Any], *, result: int = 0) -> None:
-        """group: of models, that all shards of a record belong to."""
+        """group: the group of models that all shards of a record belong to. result: index of the result."""
         self.place = result, round_, group
-        """What all shards of a record share."""
+        """The (result, round, group) that all shards of a record share."""
         self.shards: list[int] = []
         self.tally = tally
         self.zeroed: Counter[tuple[int, str]] = Counter()
-        """Values that counted as zero, by (member, parameter)."""
+        """How many values counted as zero, by (member, parameter)."""
         self._since = time.monotonic()
 
     @property
@@ -37,7 +37,7 @@ class Batch:
         self.zeroed.update(zeroed)
 
     def is_full(self, most: int) -> bool:
-        """Return whether a record is due. most: shards in a record."""
+        """Return whether a record is due. most: the most shards in a record."""
         return len(self.shards) >= most or time.monotonic() - self._since >= RECORD_SECONDS
 
     def record(self) -> Record[Any]:

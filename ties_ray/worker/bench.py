@@ -1,4 +1,4 @@
-"""What a worker gives to a round: the `Bench` of the rounds' contract, on stores, manifest and kernels."""
+"""The bench that a worker gives to a round (`rounds.Bench`), on stores, manifest and kernels."""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -70,12 +70,12 @@ class WorkerBench:
     # -- what barriers have stored
 
     def barrier(self, index: int, group: int = 0) -> Any:
-        """Return what a barrier has stored. Raises `InputError` where it has gone: nobody would see its lack."""
+        """Return a barrier's finding. Raises `InputError` where it has gone: nothing else would show its lack."""
         if (index, group) not in self._stored:
             folded = self._manifest.read_folded(self.merge, index, [group])
             if group not in folded:
-                what = f"what the barrier after round {index} stored of group {group} has gone"
-                raise InputError(Problem(self._manifest.folder, what, "merge again with --fresh"))
+                problem = f"what the barrier after round {index} stored of group {group} has gone"
+                raise InputError(Problem(self._manifest.folder, problem, "merge again with --fresh"))
             self._stored[index, group] = folded[group].finding
         return self._stored[index, group]
 
@@ -104,7 +104,7 @@ class WorkerBench:
         return self._writes.buffer(size)
 
     def upload(self, file: int) -> str:
-        """Return the id of a weight file's upload, which begins just before the round that writes."""
+        """Return the id of a weight file's upload. It begins just before the round that writes."""
         if not self._uploads:
             self._uploads = self._manifest.read_uploads()
         return self._uploads[self.merge.result.files[file].name]
@@ -124,7 +124,7 @@ class WorkerBench:
         return self._manifest.write_scratch(parameter, data.view(torch.uint8).numpy().data)
 
     def read_scratch(self, parameter: int, crc32c: str) -> bytearray:
-        """See `rounds.Bench.read_scratch`; the last one is kept, as all tensors of a matrix come from it."""
+        """See `rounds.Bench.read_scratch`. The last scratch is kept: all tensors of a matrix come from it."""
         if self._scratch[0] != parameter:
             self._scratch = parameter, bytearray(self._manifest.read_scratch(parameter, crc32c))
         return self._scratch[1]

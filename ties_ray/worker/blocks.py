@@ -1,4 +1,4 @@
-"""The blocks of a shard: what is read for each, decoded, and judged for values that are not finite."""
+"""The blocks of a shard. Their slices are read, decoded, and checked for values that are not finite."""
 
 import itertools
 from collections import Counter
@@ -50,7 +50,9 @@ class Blocks:
         parameters, segments = merge.catalog.parameters, list(segments)
         widest = max(sources.widths)
         runs = list(
-            runs_of(segments, round_.block, round_.run, lambda one: parameters[one].name not in sources.not_coalesced)
+            runs_of(
+                segments, round_.block, round_.run, lambda index: parameters[index].name not in sources.not_coalesced
+            )
         )
         neighbours = self._cached_with(segments if round_.run else (), members)
         requests = itertools.chain.from_iterable(
@@ -71,10 +73,10 @@ class Blocks:
                 )  # fmt: skip
                 yield Block(index, start, stop, base, slices)
                 slices.close()
-                self._judge(slices.not_finite, members, parameters[index], zeroed)
+                self._check_finite(slices.not_finite, members, parameters[index], zeroed)
 
     def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
-        """Yield what members store for whole parameters; see `rounds.Bench.factors`."""
+        """Yield the members' factors of whole parameters; see `rounds.Bench.factors`."""
         with closing(self._reads.stream([self._whole(*request)] for request in requests)) as coming:
             for (stored,) in coming:
                 yield stored if isinstance(stored, Factors) else None
@@ -96,7 +98,7 @@ class Blocks:
         neighbours: Mapping[str, Sequence[Parameter]],
         with_base: bool,
     ) -> Iterator[list[SliceRequest | None]]:
-        """Yield what is read for a run of blocks: of the base, then of each model."""
+        """Yield what is read for a run of blocks: the slices of the base, then those of each model."""
         yield [self._of_base(segment, members, with_base) for segment in run]
         for _ in range(round_.passes):
             for model in (self._merge.models[member] for member in members):
@@ -128,7 +130,7 @@ class Blocks:
         return {parameter.name: group for group in groups for parameter in group}
 
     def _base_range(self, segment: Segment, members: Sequence[int], with_base: bool) -> tuple[int, int]:
-        """Return which of the base's elements a block needs: none, its own, or the rows that it touches whole."""
+        """Return the base's elements that a block needs: none, its own, or the whole rows that it touches."""
         index, start, stop = segment
         parameter = self._merge.catalog.parameters[index]
         need = max("slice" if with_base else "nothing", self._footprint(index, members).base, key=NEEDS.index)
@@ -138,19 +140,19 @@ class Blocks:
         return (start, stop) if need == "slice" else (start, start)
 
     def _footprint(self, index: int, members: Sequence[int]) -> Footprint:
-        """Return what some members store for a parameter; asked for every block of it."""
+        """Return what some members store for a parameter. It is kept, since every block asks for it."""
         key = index, tuple(members)
         if key not in self._footprints:
             models = [self._merge.models[member] for member in members]
             self._footprints[key] = self._merge.sources.footprint(self._merge.catalog.parameters[index], models)
         return self._footprints[key]
 
-    # -- what it means
+    # -- what is decoded
 
     def _completed(self, rows: Tensor, base: Tensor, stored: Stored | None) -> Stored | None:
         """Return a slice with all that its change needs.
 
-        A DoRA slice gets the scales of its rows, a shorter tensor the base's values of the rows that it lacks.
+        A DoRA slice gets the scales of its rows. A shorter tensor gets the base's values of the rows that it lacks.
         """
         if isinstance(stored, Encoded) and len(stored.data) < len(base):
             dtype = torch.promote_types(stored.data.dtype, base.dtype)
@@ -174,10 +176,10 @@ class Blocks:
             raise InputError(Problem(where, f"the base holds {count} values that are NaN or Inf", remedy))
         return decoded
 
-    def _judge(
+    def _check_finite(
         self, counts: Sequence[int], members: Sequence[int], parameter: Parameter, zeroed: Counter[tuple[int, str]]
     ) -> None:
-        """Refuse values that are not finite, with the count over the whole parameter, or note what was zeroed."""
+        """Refuse values that are not finite, with their count in the whole parameter, or count the zeroed ones."""
         for member, count in zip(members, counts, strict=True):
             if count and self._merge.recipe.allow.nan != "zero":
                 model = self._merge.models[member]

@@ -1,6 +1,6 @@
-"""What a worker keeps of the inputs it has read: whole factors in memory; what later rounds read, in memory or a file.
+"""A worker's caches of its inputs: whole factors in memory, and ranges for later rounds in memory or a file.
 
-Both are bounded by the plan (`run.cache`, `run.disk_cache`), and neither outlives the worker.
+The plan bounds both (`run.cache`, `run.disk_cache`), and neither outlives the worker.
 """
 
 import bisect
@@ -16,27 +16,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FREE = 0.1
-"""The share of a disk that is left free, whatever the limit says: it is not ours alone."""
+"""The share of a disk that stays free, whatever the limit says: others use the disk too."""
 
 Bytes = NDArray[np.uint8]
+"""A 1-D array of bytes."""
 
 
 class Cache:
-    """Whole tensors kept in memory, at most so many bytes; what was put in first makes room first."""
+    """Keeps whole tensors in memory. The oldest makes room first."""
 
     def __init__(self, limit: int) -> None:
+        """limit: the most bytes in all."""
         self._limit = limit
         self._held: dict[tuple[str, int, int], Tensor] = {}
         self._size = 0
         self._lock = threading.Lock()
 
     def get(self, uri: str, start: int, stop: int) -> Tensor | None:
-        """Return the bytes [start, stop) of an object, if they are here."""
+        """Return the bytes [start, stop) of an object, None where they are not kept."""
         with self._lock:
             return self._held.get((uri, start, stop))
 
     def put(self, uri: str, start: int, data: Tensor) -> None:
-        """Keep bytes of an object, 1-D uint8, from `start` on, as the newest; not if they alone are too many."""
+        """Keep bytes of an object (1-D uint8) from `start` on, as the newest, unless they alone exceed the limit."""
         if len(data) > self._limit:
             return
         with self._lock:
@@ -48,41 +50,41 @@ class Cache:
 
 
 class _Memory:
-    """Room that is filled from its start and never given back."""
+    """Memory that is filled from its start and never given back."""
 
     def __init__(self, size: int) -> None:
         self._size, self._end = size, 0
         memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._room = np.frombuffer(memory, np.uint8)  # a page that nobody touches takes nothing
+        self._room = np.frombuffer(memory, np.uint8)  # an untouched page takes no memory
 
     def take(self, size: int) -> int | None:
-        """Return where `size` bytes may be put, None if there is no room; one caller at a time."""
-        if self._end + size > self._size or not self._is_there(size):
+        """Return where `size` bytes may be put, None where there is no room. Call it from one thread at a time."""
+        if self._end + size > self._size or not self._has_room(size):
             return None
         self._end += size
         return self._end - size
 
     def put(self, at: int, data: Bytes) -> None:
-        """Write bytes where they may be."""
+        """Write bytes to a place that `take` has given."""
         self._room[at : at + len(data)] = data
 
     def get(self, at: int, into: Bytes) -> None:
-        """Read bytes that were put there. Raises OSError if they can't be had."""
+        """Read the bytes of a place. Raises `OSError` where that fails."""
         into[:] = self._room[at : at + len(into)]
 
-    def _is_there(self, size: int) -> bool:
+    def _has_room(self, size: int) -> bool:
         return True
 
 
 class _File(_Memory):
-    """The same in a file without a name, which is gone with its process, however that ends."""
+    """Place in an anonymous file, which disappears with its process, however that ends."""
 
     def __init__(self, size: int, folder: str | None) -> None:
         super().__init__(0)
         self._size, self._folder = size, folder
         self._file: IO[bytes] | None = None
 
-    def _is_there(self, size: int) -> bool:
+    def _has_room(self, size: int) -> bool:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
@@ -110,7 +112,7 @@ class _File(_Memory):
 
 
 class _Piece(NamedTuple):
-    """Bytes [start, stop) of an object, and where they are kept."""
+    """Bytes [start, stop) of an object, and the place where they are kept."""
 
     start: int
     stop: int
@@ -119,23 +121,23 @@ class _Piece(NamedTuple):
 
 
 class RangeCache:
-    """Ranges of inputs, kept for later rounds; first in memory, then on disk, then no more.
+    """Keeps ranges of inputs for later rounds, in memory while it has room, then on disk.
 
-    What came first stays: rounds go through the inputs in one order, again and again, and would find nothing in a cache
-    that makes room for the newest. Threads may call at once.
+    The oldest ranges stay. All rounds go through the inputs in the same order, so a cache that keeps the newest ranges
+    would never hold the next one. It is safe for threads.
     """
 
     def __init__(self, memory: int, disk: int, folder: str | None) -> None:
-        """memory, disk: bytes, at most; folder: on the disk, None for the system's temporary one."""
+        """memory, disk: the most bytes. folder: a folder on the disk, None for the system's temporary folder."""
         self._places = (_Memory(memory), _File(disk, folder))
         self._held: dict[str, list[_Piece]] = {}
-        """By object: disjoint, in order."""
+        """The pieces of each object, disjoint and in order, by URI."""
         self._lock = threading.Lock()
 
     def get(self, uri: str, start: int, into: Bytes) -> tuple[int, int] | None:
-        """Fill `into` with the bytes from `start` on that are here; return [first, last) of those that are not.
+        """Fill `into` with the kept bytes from `start` on; return the range [first, last) of the missing ones.
 
-        None: all are. Between the first that is missing and the last there may be some that are here.
+        None where all are kept. The range spans all missing bytes, and may include kept ones.
         """
         stop = start + len(into)
         first, last = stop, start
@@ -145,7 +147,7 @@ class RangeCache:
             try:
                 piece.place.get(piece.at + begin - piece.start, into[begin - start : end - start])
             except OSError:
-                continue  # as if it were not here
+                continue  # it counts as missing
             if begin > position:
                 first, last = min(first, position), begin
             position = end
@@ -154,7 +156,7 @@ class RangeCache:
         return (first, last) if first < last else None
 
     def put(self, uri: str, start: int, data: Bytes) -> None:
-        """Keep bytes of an object from `start` on, if there is room; not those of which some are here."""
+        """Keep bytes of an object from `start` on, if there is room and none of them is kept already."""
         stop = start + len(data)
         for place in self._places:
             with self._lock:
@@ -165,14 +167,15 @@ class RangeCache:
             return
         try:
             place.put(at, data)
-        except OSError:  # the disk is full, or broken: it is no more than a cache
+        except OSError:  # the disk is full or broken, and a cache may go without it
             return
         with self._lock:
             if not self._overlap(uri, start, stop):  # another thread may have been quicker
-                bisect.insort(self._held.setdefault(uri, []), _Piece(start, stop, place, at), key=lambda one: one.start)
+                pieces = self._held.setdefault(uri, [])
+                bisect.insort(pieces, _Piece(start, stop, place, at), key=lambda piece: piece.start)
 
     def forget(self, uri: str) -> None:
-        """Forget what is here of an object: it turned out to be damaged."""
+        """Forget all ranges of an object, because one has turned out to be damaged."""
         with self._lock:
             self._held.pop(uri, None)
 
@@ -182,6 +185,6 @@ class RangeCache:
 
     def _overlap(self, uri: str, start: int, stop: int) -> list[_Piece]:
         held = self._held.get(uri, [])
-        low = bisect.bisect_right(held, start, key=lambda one: one.stop)
-        high = bisect.bisect_left(held, stop, low, key=lambda one: one.start)
+        low = bisect.bisect_right(held, start, key=lambda piece: piece.stop)
+        high = bisect.bisect_left(held, stop, low, key=lambda piece: piece.start)
         return held[low:high]

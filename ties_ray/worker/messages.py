@@ -1,4 +1,4 @@
-"""What driver and workers say to each other: small values in JSON. Takes no torch."""
+"""The messages of driver and workers: small values in JSON. Importing it takes no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -9,17 +9,18 @@ from ties_ray.worker.timing import Span
 
 
 class Traffic(NamedTuple):
-    """What went to and from storage."""
+    """How much was read and written."""
 
     bytes_read: int = 0
     """Bytes of inputs, as the plan promises them."""
     requests: int = 0
     """Reads of inputs, as the plan promises them."""
     bytes_kept: int = 0
-    """Bytes of inputs that were not read, since the worker had kept them."""
+    """Bytes of inputs that came from a worker's cache."""
     bytes_compared: int = 0
-    """Bytes that an earlier reading had shown already, and that were the same."""
+    """Bytes that were read again and were the same."""
     bytes_written: int = 0
+    """Bytes of weight files and of the manifest."""
     retries: int = 0
     """Requests that were repeated."""
 
@@ -28,24 +29,24 @@ class Traffic(NamedTuple):
         return Traffic(*(ours + theirs for ours, theirs in zip(self, more, strict=True)))
 
     def since(self, before: "Traffic") -> "Traffic":
-        """Return what came since an earlier total."""
+        """Return the difference to an earlier total."""
         return Traffic(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is built from; holds no secret."""
+    """What a worker is built from. It holds no secret."""
 
     folder: str
     """URI of the manifest's generation."""
     storage: dict[str, dict[str, object]]
     """The recipe's `storage` section."""
     digest: str
-    """SHA-256 of the stored plan, as `Manifest.write_plan` gives it: a worker follows no other."""
+    """SHA-256 of the stored plan, from `Manifest.write_plan`. A worker follows no other plan."""
     profiled: bool = False
     """Whether answers tell each span of time."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it computes."""
+    """Where the worker computes."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +57,37 @@ class Order:
     result: int = 0
     """Index of the result that the round belongs to."""
     round: int = 0
+    """Index of the round."""
     index: int = 0
     """Number of the shard, or of the group of models to fold."""
     records: tuple[str, ...] = ()
     """Names of the records to fold."""
     revision: int = 0
-    """Revision of the stored plan that is meant; a worker that has read another reads it."""
+    """Revision of the stored plan. A worker that follows another one reads it."""
     digest: str = ""
-    """SHA-256 of that revision, which the worker demands."""
+    """SHA-256 of that revision; the worker refuses any other."""
     recalled: tuple[int, ...] = ()
-    """Members whose findings an earlier merge has left, so that they are not looked for again."""
+    """Members whose findings an earlier merge has left, so that the worker leaves them out."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the worker did since its last answer."""
+    """What the worker has done since its last answer."""
 
     record: str = ""
     """Name of the record that it wrote, if any."""
     round: int = 0
-    """The round of that record."""
+    """Index of that record's round."""
     shards: tuple[int, ...] = ()
     """The shards that are durable by that record."""
     traffic: Traffic = field(default_factory=Traffic)
+    """How much was read and written since the last answer."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by activity (`timing.Activity`)."""
     worker: str = ""
-    """The worker's name, where a profile was asked for."""
+    """The worker's name, if the setup asks for a profile."""
     spans: tuple[Span, ...] = ()
-    """What it did when, where a profile was asked for."""
+    """The worker's spans of time, if the setup asks for a profile."""
 
 
 METRICS = {
@@ -96,7 +99,7 @@ METRICS = {
     "seconds": "Seconds of workers by what they were spent on: read (waiting for inputs), write (waiting for storage), "
     "merge (all other work).",
 }
-"""What a worker counts, for whoever watches: totals by name, `shards` and `seconds` also by a label."""
+"""The metrics that a worker counts, with their descriptions. `shards` and `seconds` also have a label."""
 
 ORDER = TypeAdapter(Order)
 ANSWER = TypeAdapter(Answer)

@@ -1,4 +1,4 @@
-"""What a worker achieves from here: real ranges of the inputs are read and merged for about a second."""
+"""Measures how fast a worker would be here: it reads and merges real ranges of the inputs for about a second."""
 
 import itertools
 import threading
@@ -26,20 +26,21 @@ from ties_ray.worker.checksums import Checksums
 from ties_ray.worker.slices import StoredSlices
 
 READ_SECONDS = 0.5
+"""Seconds after which reading ends."""
 READ_BYTES = 256 * 2**20
-"""Reading ends after so long, or so much..."""
+"""Bytes after which reading ends."""
 READ_AT_ONCE = 8 * 2**20
-"""...of which so much at a time."""
+"""The most bytes of one read."""
 SAMPLE = 2**20
-"""Elements that the kernels are tried on."""
+"""Elements of the sample that the kernels are tried on."""
 MODELS = 16
-"""How often the sample is merged with itself, at most: what an element costs once is spread over so many models."""
+"""The most models that the sample stands for. The cost of an element is spread over as many."""
 RAY_SECONDS = 6.0
-"""Until a cluster that starts by itself has workers, which import torch; 6 to 9 on two cores."""
+"""Seconds until a Ray cluster on this machine has workers that have imported torch; 6 to 9 on two cores."""
 
 
 def measure(plan: Plan, stores: Stores) -> Rates:
-    """Return what one worker achieves in this process; reads at most 256 MiB, for half a second.
+    """Return the rates of one worker in this process; read at most `READ_BYTES` bytes, for `READ_SECONDS`.
 
     Nothing is written: writing is taken to be as fast as reading. Raises what reading raises.
     """
@@ -47,39 +48,39 @@ def measure(plan: Plan, stores: Stores) -> Rates:
     compiled = kernels.load("cpu")
     start = time.monotonic() - began + (RAY_SECONDS if plan.recipe.run.executor == "ray" else 0.0)
     request, read = _reading(plan, stores)
-    found: dict[str, dict[str, float]] = {"dense": {}, "factors": {}}
+    costs: dict[str, dict[str, float]] = {"dense": {}, "factors": {}}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker
     try:
         for kind, (parameter, stored, base) in _samples(plan, stores):
-            found[kind] = _merging(plan, compiled, parameter, stored, base)
+            costs[kind] = _merging(plan, compiled, parameter, stored, base)
     finally:
         torch.set_num_threads(threads)
-    return Rates(read=read, write=read, request=request, dense=found["dense"], factors=found["factors"], start=start)
+    return Rates(read=read, write=read, request=request, dense=costs["dense"], factors=costs["factors"], start=start)
 
 
 # -- reading
 
 
 def _reading(plan: Plan, stores: Stores) -> tuple[float, float]:
-    """Return (seconds a small request, bytes a second) of as many threads as a worker has for it, with checksums."""
+    """Return (seconds a small request, bytes a second), read with checksums by as many threads as a worker has."""
     first = next(pin for model in plan.merges[0].models for pin in model.objects)
     requests = []
     for _ in range(3):
         began = time.monotonic()
         stores.of(first.uri).read(first, 0, memoryview(bytearray(8)))
         requests.append(time.monotonic() - began)
-    wanted, num_threads = _ranges(plan), 1 if plan.copies else plan.ahead
+    ranges, num_threads = _ranges(plan), 1 if plan.copies else plan.ahead
     lock, end = threading.Lock(), time.monotonic() + READ_SECONDS
 
     def read(_: int) -> int:
         done, buffer, checksums = 0, np.empty(READ_AT_ONCE, np.uint8), Checksums(keeps=True)
         while time.monotonic() < end and done < READ_BYTES // num_threads:
             with lock:
-                one = next(wanted, None)
-            if one is None:
+                range_ = next(ranges, None)
+            if range_ is None:
                 break
-            pin, start, stop = one
+            pin, start, stop = range_
             stores.of(pin.uri).read(pin, start, buffer[: stop - start].data)
             checksums.mismatch(pin.uri, start, buffer[: stop - start])
             done += stop - start
@@ -92,10 +93,10 @@ def _reading(plan: Plan, stores: Stores) -> tuple[float, float]:
 
 
 def _ranges(plan: Plan) -> Iterator[tuple[Pin, int, int]]:
-    """Yield what a worker would read, block for block: of one parameter after the other, of all models."""
+    """Yield the ranges that a worker would read, block by block: parameter by parameter, of all models."""
     merge = plan.merges[0]
     block = max(round_.block for round_ in merge.rounds)
-    for parameter in (one for one in plan.catalog.parameters if one.merged):
+    for parameter in (parameter for parameter in plan.catalog.parameters if parameter.merged):
         for start in range(0, parameter.numel, block):
             for model in merge.models:
                 source = model.sources.get(parameter.name)
@@ -108,8 +109,8 @@ def _ranges(plan: Plan) -> Iterator[tuple[Pin, int, int]]:
 
 
 def _samples(plan: Plan, stores: Stores) -> Iterator[tuple[str, tuple[Parameter, Stored, Tensor]]]:
-    """Yield a slice and its base: of the largest parameter that is stored whole, of the largest stored as factors."""
-    merged = {one.name: one for one in plan.catalog.parameters if one.merged}
+    """Yield a slice and its base for each encoding: of the largest parameter that is stored in it."""
+    merged = {parameter.name: parameter for parameter in plan.catalog.parameters if parameter.merged}
     sources = plan.merges[0].sources
     largest: dict[Encoding, tuple[int, Model, str]] = {}
     for model in sources.models[len(sources.models) // 2 :] + sources.models[: len(sources.models) // 2]:
@@ -125,9 +126,9 @@ def _samples(plan: Plan, stores: Stores) -> Iterator[tuple[str, tuple[Parameter,
         base = torch.zeros(length)
         if name in plan.catalog.base.sources:
             of_base = plan.catalog.base
-            found = _slice(sources.formats[of_base.format], of_base, of_base.sources[name], length, stores)
-            assert isinstance(found, Encoded), "a base is stored whole"
-            base = found.data.to(torch.float64 if found.data.dtype == torch.float64 else torch.float32)
+            encoded = _slice(sources.formats[of_base.format], of_base, of_base.sources[name], length, stores)
+            assert isinstance(encoded, Encoded), "a base is stored whole"
+            base = encoded.data.to(torch.float64 if encoded.data.dtype == torch.float64 else torch.float32)
         yield kind, (merged[name], stored, base)
 
 
@@ -141,7 +142,7 @@ def _slice(form: Format, model: Model, source: Source, length: int, stores: Stor
 
 
 def _merging(plan: Plan, compiled: Kernels, parameter: Parameter, stored: Stored, base: Tensor) -> dict[str, float]:
-    """Return, by round, the ns that the kernels take for each element of a model."""
+    """Return the nanoseconds that the kernels take for each element of a model, by round."""
     table = torch.zeros(BINS, dtype=torch.int64)
     compiled.count_high(stored, base, table)
     above = int((table.flip(0).cumsum(0) <= len(base) // 5).sum())  # a fifth: what a trim usually keeps
@@ -176,7 +177,7 @@ def _slices(
     merge: Merge, parameter: Parameter, kernels: Kernels, stored: Stored, base: Tensor, num_models: int,
     passes: int, resident: bool,
 ) -> StoredSlices:  # fmt: skip
-    """Return a sample as the slices of several models."""
+    """Return the sample as the slices of several models."""
     sources = merge.sources
     return StoredSlices(
         kernels, base, 0, num_models, itertools.repeat(stored, num_models * passes), passes=passes, resident=resident,

@@ -1,4 +1,4 @@
-"""Slices on their way to the merge: read ahead of it, into memory that is used again."""
+"""Reads slices ahead of the merge, into memory that is used again."""
 
 import collections
 import itertools
@@ -26,33 +26,33 @@ T = TypeVar("T")
 
 
 class SliceRequest(NamedTuple):
-    """Elements [start, stop) of what a model stores for a parameter."""
+    """Asks for elements [start, stop) of a parameter's source in a model."""
 
     model: Model
     source: Source
     start: int
     stop: int
-    kept: Literal["nothing", "shared", "all"] = "nothing"
-    """What is kept of its factors: all that is stored, or what every slice needs."""
-    together: Sequence[tuple[Source, int, int]] = ()
-    """Where all is kept: what is read with it, its own included; whole, as (source, 0, elements of the parameter)."""
+    cached: Literal["nothing", "shared", "all"] = "nothing"
+    """Which of its factors are cached: none, those that every slice needs, or all."""
+    neighbours: Sequence[tuple[Source, int, int]] = ()
+    """Whole sources that are read with it where all factors are cached, its own included, as (source, 0, elements)."""
 
 
 class BufferBudget(NamedTuple):
-    """Memory for what is read together, in bytes."""
+    """Memory for slices that are read together, in bytes."""
 
     run: int
-    """Of one model's slices of a run..."""
+    """Bytes of one model's slices of a run."""
     buffer: int
-    """...and of the buffers that those of several models share."""
+    """Bytes of a buffer that the slices of several models share."""
 
 
 NOT_COALESCED = BufferBudget(0, 0)
-"""Nothing is read together."""
+"""The budget under which each slice is read by itself."""
 
 
 class ReadAhead:
-    """Reads slices in the order asked for, at most `ahead` of them in flight."""
+    """Reads slices in the order of their requests, at most `ahead` of them in flight."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class ReadAhead:
         range_cache: RangeCache,
         pinned: bool = False,
     ) -> None:
-        """cache: where factors are kept whole. range_cache: where ranges are kept that a later round reads again.
+        """cache: keeps whole factors. range_cache: keeps ranges that a later round reads again.
 
-        gap: bytes between two reads that one request may bring along. pinned: slices go on to a GPU.
+        gap: the most bytes between two reads that one request may bring along. pinned: whether slices go on to a GPU.
         """
         self._stores = stores
         self._formats = formats
@@ -81,20 +81,20 @@ class ReadAhead:
         self._range_cache = range_cache
         self._lock = threading.Lock()
         self._reading: dict[str, threading.Lock] = {}
-        """Of models whose factors are kept."""
+        """A lock for each model whose factors are cached, by URI."""
         self._times = times
         self.bytes_read = 0
         self.requests = 0
-        """Reads of inputs; what the plan promises."""
+        """Reads of inputs, as the plan promises them."""
         self.bytes_kept = 0
-        """Not read, since they were kept from an earlier reading."""
+        """Bytes that came from the range cache."""
         self.keeps = False
-        """Whether a later round reads again what is read now."""
+        """Whether a later round reads the same bytes again."""
         self.checksums = Checksums()
-        """What was read before; of the shard that is worked on."""
+        """Checksums of earlier reads of the shard that is worked on."""
 
     def forget(self) -> None:
-        """Give the memory of slices back: those to come are of another size."""
+        """Give the memory of slices back: the next slices have another size."""
         self._buffers.forget()
 
     def each(self, function: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
@@ -103,57 +103,58 @@ class ReadAhead:
 
     def stream(
         self,
-        wanted: Iterable[Sequence[SliceRequest | None]],
-        room: BufferBudget = NOT_COALESCED,
+        requests: Iterable[Sequence[SliceRequest | None]],
+        budget: BufferBudget = NOT_COALESCED,
         take: Callable[[Stored], Stored] = lambda stored: stored,
     ) -> Generator[list[Stored | None], None, None]:
-        """Yield the slices in order, several of a model that are read together; None for None (it lacks the parameter).
+        """Yield the slices of each group of requests, in order; None for a model that lacks the parameter.
 
-        take: brings a slice to where it is needed, while others are read and merged. A slice's memory is used again as
-        soon as nobody refers to the slice, or to another that was read with it.
+        requests: groups of slices of one model that are read together. take: brings a slice to its device while others
+        are read and merged. The memory of a slice is used again when nothing refers to the slices of its group.
         """
         coming: collections.deque[Future[list[Stored | None]] | Callable[[], list[Stored | None]]] = collections.deque()
-        remaining, at_hand = iter(wanted), dict[str, bool]()
+        remaining, page_cached = iter(requests), dict[str, bool]()
         try:
             while True:
                 for run in itertools.islice(remaining, self._ahead - len(coming)):
-                    fetch = partial(self._fetch, run, room, take)
-                    coming.append(fetch if self._at_hand(run, at_hand) else self._threads.submit(fetch))
+                    fetch = partial(self._fetch, run, budget, take)
+                    coming.append(fetch if self._is_fetched_here(run, page_cached) else self._threads.submit(fetch))
                 if not coming:
                     return
                 yield self._await(coming.popleft())
         finally:
-            wait([one for one in coming if isinstance(one, Future) and not one.cancel()])
+            wait([future for future in coming if isinstance(future, Future) and not future.cancel()])
 
     def _await(self, coming: Future[list[Stored | None]] | Callable[[], list[Stored | None]]) -> list[Stored | None]:
         with self._times.spent("wait_read"):
             return coming.result() if isinstance(coming, Future) else coming()
 
-    def _at_hand(self, run: Sequence[SliceRequest | None], known: dict[str, bool]) -> bool:
-        """Return whether the caller may as well fetch a run itself: a thread would only copy, or there is nothing.
+    def _is_fetched_here(self, run: Sequence[SliceRequest | None], page_cached: dict[str, bool]) -> bool:
+        """Return whether the caller fetches a run itself: a thread would only copy, or there is nothing to read.
 
-        Asked once for each object, of the last byte that is wanted: the system reads a little ahead by itself. For a
-        GPU threads copy as well.
+        page_cached: whether each object is in the page cache, by URI. The store is asked once an object, about the last
+        byte of the run: the system reads a little ahead itself. Threads always copy for a GPU.
         """
-        last = next((wanted for wanted in reversed(run) if wanted), None)
+        last = next((request for request in reversed(run) if request), None)
         if last is None or self._pinned:
             return not last
         if not (reads := self._formats[last.model.format].reads(last.source, last.start, last.stop)):
             return True
         pin = last.model.objects[reads[-1].object]
-        if pin.uri not in known:
-            known[pin.uri] = self._stores.of(pin.uri).is_in_page_cache(pin, reads[-1].stop - 1)
-        return known[pin.uri]
+        if pin.uri not in page_cached:
+            page_cached[pin.uri] = self._stores.of(pin.uri).is_in_page_cache(pin, reads[-1].stop - 1)
+        return page_cached[pin.uri]
 
     def read(
         self, pin: Pin, start: int, into: Tensor, *, again: bool = False, needed: Sequence[tuple[int, int]] = ()
     ) -> None:
-        """Fill `into` (1-D uint8) with an input's bytes from `start` on; again: this round may ask for them again.
+        """Fill `into` (1-D uint8) with an input's bytes from `start` on.
 
-        needed: the ranges of these bytes that somebody needs, where that is not all of them.
+        again: whether this round may ask for them again. needed: the ranges among these bytes that a slice needs; all
+        by default.
         """
         store, data = self._stores.of(pin.uri), into.numpy()
-        keeps = (self.keeps or again) and scheme_of(pin.uri) != "local"  # files the system keeps by itself
+        keeps = (self.keeps or again) and scheme_of(pin.uri) != "local"  # the system caches local files
         for repeated in (False, True):
             missing = self._range_cache.get(pin.uri, start, data) if not repeated else (start, start + len(data))
             first, last = missing or (start, start)
@@ -176,48 +177,48 @@ class ReadAhead:
             if repeated:
                 raise differs(pin.uri, *mismatch)
             self._range_cache.forget(pin.uri)
-            store.meter.add(retries=1)  # read it once more: they may have changed on the way here only
+            store.meter.add(retries=1)  # it is read once more, since bytes may have changed on the way
 
     def _fetch(
-        self, run: Sequence[SliceRequest | None], room: BufferBudget, take: Callable[[Stored], Stored]
+        self, run: Sequence[SliceRequest | None], budget: BufferBudget, take: Callable[[Stored], Stored]
     ) -> list[Stored | None]:
-        some = [wanted for wanted in run if wanted]
-        brought = iter(self._together(some, room) if some and len(run) > 1 else map(self._alone, some))
+        present = [request for request in run if request]
+        views = iter(self._joined(present, budget) if present and len(run) > 1 else map(self._alone, present))
 
-        def encoded(wanted: SliceRequest) -> Stored:
-            form = self._formats[wanted.model.format]
-            return take(form.encoded(wanted.source, wanted.start, wanted.stop, next(brought)))
+        def encoded(request: SliceRequest) -> Stored:
+            form = self._formats[request.model.format]
+            return take(form.encoded(request.source, request.start, request.stop, next(views)))
 
-        return [wanted and encoded(wanted) for wanted in run]
+        return [request and encoded(request) for request in run]
 
-    def _together(self, some: Sequence[SliceRequest], room: BufferBudget) -> list[list[Tensor]]:
-        """Return what each of some slices of a model needs, brought by as few requests as the plan says."""
-        model, slices = some[0].model, [(wanted.source, wanted.start, wanted.stop) for wanted in some]
-        needed, requests = requests_of(self._formats[model.format], slices, room.run, self._gap)
+    def _joined(self, run: Sequence[SliceRequest], budget: BufferBudget) -> list[list[Tensor]]:
+        """Return the bytes of each slice of a run of one model, read by as few requests as the plan says."""
+        model, slices = run[0].model, [(request.source, request.start, request.stop) for request in run]
+        needed, groups = requests_of(self._formats[model.format], slices, budget.run, self._gap)
         views: dict[Read, Tensor] = {}
-        for group in requests:
+        for group in groups:
             start, size = group[0].start, group[-1].stop - group[0].start
-            data = self._buffers.piece(rounded_up(size), room.buffer)[:size]
+            data = self._buffers.piece(rounded_up(size), budget.buffer)[:size]
             self.read(model.objects[group[0].object], start, data, needed=[read[1:3] for read in group])
             views |= {read: data[read.start - start : read.stop - start] for read in group}
         return [[views[read] for read in reads] for reads in needed]
 
-    def _alone(self, wanted: SliceRequest) -> list[Tensor]:
-        form = self._formats[wanted.model.format]
-        reads = form.reads(wanted.source, wanted.start, wanted.stop)
-        if wanted.kept == "all" and wanted.source.encoding == "factors":
-            return self._cut_from_kept(wanted, reads)
-        if len(reads) > 1 and wanted.source.encoding == "dense":
-            return [self._end_to_end(wanted.model.objects, reads)]
+    def _alone(self, request: SliceRequest) -> list[Tensor]:
+        form = self._formats[request.model.format]
+        reads = form.reads(request.source, request.start, request.stop)
+        if request.cached == "all" and request.source.encoding == "factors":
+            return self._cut_from_cached(request, reads)
+        if len(reads) > 1 and request.source.encoding == "dense":
+            return [self._end_to_end(request.model.objects, reads)]
         return [
-            self._kept(wanted.model.objects[read.object], read)
-            if read.shared and wanted.kept == "shared"
-            else self._buffered(wanted, read, again=wanted.source.encoding == "factors")
+            self._cached(request.model.objects[read.object], read)
+            if read.shared and request.cached == "shared"
+            else self._buffered(request, read, again=request.source.encoding == "factors")
             for read in reads
         ]
 
     def _end_to_end(self, pins: Sequence[Pin], reads: Sequence[Read]) -> Tensor:
-        """Return what reads of several tensors bring, in one buffer."""
+        """Return the bytes of several tensors in one buffer."""
         whole = self._buffers.empty(sum(read.stop - read.start for read in reads), torch.uint8)
         start = 0
         for read in reads:
@@ -226,63 +227,63 @@ class ReadAhead:
             start = stop
         return whole
 
-    def _buffered(self, wanted: SliceRequest, read: Read, *, again: bool) -> Tensor:
+    def _buffered(self, request: SliceRequest, read: Read, *, again: bool) -> Tensor:
         view = self._buffers.empty(read.stop - read.start, torch.uint8)
-        self.read(wanted.model.objects[read.object], read.start, view, again=again)
+        self.read(request.model.objects[read.object], read.start, view, again=again)
         return view
 
-    def _cut_from_kept(self, wanted: SliceRequest, reads: Sequence[Read]) -> list[Tensor]:
-        """Return what a slice needs from all that is stored for the parameter and its neighbours, which is kept."""
-        model = wanted.model
-        groups = cached_requests(self._formats[model.format], wanted.together)
-        with self._reading.setdefault(model.uri, threading.Lock()):  # of few models the next block is under way too
-            kept = {read: data for group in groups for read, data in self._kept_group(model.objects, group)}
+    def _cut_from_cached(self, request: SliceRequest, reads: Sequence[Read]) -> list[Tensor]:
+        """Return the bytes of a slice, cut from the cached factors of its parameter and the neighbours."""
+        model = request.model
+        groups = cached_requests(self._formats[model.format], request.neighbours)
+        with self._reading.setdefault(model.uri, threading.Lock()):  # with few models the next block is under way, too
+            cached = {read: data for group in groups for read, data in self._cached_group(model.objects, group)}
         return [
             next(
                 data[read.start - all_.start : read.stop - all_.start]
-                for all_, data in kept.items()
+                for all_, data in cached.items()
                 if all_.object == read.object and all_.start <= read.start and read.stop <= all_.stop
             )
             for read in reads
         ]
 
-    def _kept_group(self, pins: Sequence[Pin], group: Sequence[Read]) -> list[tuple[Read, Tensor]]:
-        """Return what is kept of the reads of a group; what is not, and all between, is read by one request."""
+    def _cached_group(self, pins: Sequence[Pin], group: Sequence[Read]) -> list[tuple[Read, Tensor]]:
+        """Return the cached reads of a group. Missing ones, and all between them, are read by one request."""
         pin = pins[group[0].object]
-        kept = {read: self._cache.get(pin.uri, read.start, read.stop) for read in group}
-        missing = [read for read, data in kept.items() if data is None]
+        cached = {read: self._cache.get(pin.uri, read.start, read.stop) for read in group}
+        missing = [read for read, data in cached.items() if data is None]
         if missing:
             start, stop = missing[0].start, missing[-1].stop
             data = torch.empty(stop - start, dtype=torch.uint8)
             self.read(pin, start, data, again=True, needed=[read[1:3] for read in missing])
-            for read, known in kept.items():  # all become the newest, to go when these parameters are done
-                if known is None:
-                    known = data[read.start - start : read.stop - start]
-                    known = known if len(known) == len(data) else known.clone()
-                kept[read] = known
-                self._cache.put(pin.uri, read.start, known)
-        return [(read, data) for read, data in kept.items() if data is not None]
+            for read, part in cached.items():  # all become the newest, and go when these parameters are done
+                if part is None:
+                    part = data[read.start - start : read.stop - start]
+                    part = part if len(part) == len(data) else part.clone()
+                cached[read] = part
+                self._cache.put(pin.uri, read.start, part)
+        return [(read, data) for read, data in cached.items() if data is not None]
 
-    def _kept(self, pin: Pin, read: Read) -> Tensor:
-        ((_, data),) = self._kept_group([pin], [read._replace(object=0)])
+    def _cached(self, pin: Pin, read: Read) -> Tensor:
+        ((_, data),) = self._cached_group([pin], [read._replace(object=0)])
         return data
 
 
 def split_streams(stream: Iterator[Sequence[T]], count: int) -> list[Iterator[T]]:
-    """Return `count` iterators: over the first of each run of slices that comes, over the second, ...
+    """Return `count` iterators: the first goes over the first slice of each run, the second over the second.
 
-    They are worked off one after the other; what the first has taken waits for the others.
+    Use up one after the other. Slices that an iterator passes wait for the iterators after it.
     """
     waiting: list[collections.deque[T]] = [collections.deque() for _ in range(count)]
 
     def take(run: Sequence[T]) -> None:
-        for queue, one in zip(waiting, run, strict=True):
-            queue.append(one)
+        for queue, slice_ in zip(waiting, run, strict=True):
+            queue.append(slice_)
 
     def each(queue: collections.deque[T]) -> Iterator[T]:
         while True:
             if not queue:
-                take(next(stream))  # a function of its own: a loop variable here would hold a slice's memory
+                take(next(stream))  # in a function of its own, since a loop variable would hold a slice's memory
             yield queue.popleft()
 
     return [each(queue) for queue in waiting]

@@ -1,4 +1,4 @@
-"""The models' slices of one block: what a merge method sees of them (the contract `Deltas`)."""
+"""The models' slices of one block, as a merge method sees them (`Deltas`)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from ties_ray.rounds import Slices
 
 
 class StoredSlices(Slices):
-    """The deltas of one block. What is not finite is counted once a model and taken as zero."""
+    """The deltas of one block. Values that are not finite are counted once a model, and taken as zero."""
 
     def __init__(
         self,
@@ -26,9 +26,10 @@ class StoredSlices(Slices):
         per_pass: int,
         factor_room: int,
     ) -> None:
-        """`coming` yields the models' slices, `passes` times over; resident: keep them for further passes.
+        """coming: the models' slices, `passes` times over. resident: whether they are kept for further passes.
 
-        per_pass: slices that one kernel call takes. factor_room: bytes of decoded factors that it may hold.
+        offset: the first element of the block. per_pass: the most slices of one kernel call. factor_room: the most
+        bytes of decoded factors in one kernel call.
         """
         self.not_finite = [0] * num_models
         self._kernels = kernels
@@ -55,12 +56,12 @@ class StoredSlices(Slices):
             yield Slice(model, delta)
 
     def fold(self, op: Op) -> State:
-        """Return the op's state over all models; a model that lacks the parameter adds nothing."""
+        """Return the op's state over all models. A model that lacks the parameter adds nothing."""
         models = self.models()
         return self._folded(op, models, *self._group(models))
 
     def elect(self, op: Op, election: Election) -> Tensor:
-        """Return the merged delta; where one group holds all models, no state is ever written to memory."""
+        """Return the merged delta. Where one group holds all models, no state is written to memory."""
         models = self.models()
         group, last = self._group(models)
         if not last:
@@ -72,7 +73,7 @@ class StoredSlices(Slices):
     def _folded(
         self, op: Op, models: Iterator[tuple[int, Stored | None]], group: list[tuple[int, Stored]], last: bool
     ) -> State:
-        """Return the state of a first group and, if it is not the last, of those that follow."""
+        """Return the state of a first group and, if it is not the last, of the groups after it."""
         state = self._kernels.start(op, len(self._base))
         while group:
             self._note(group, self._kernels.fold(op, state, self._base, group, self._offset))
@@ -82,22 +83,22 @@ class StoredSlices(Slices):
         return state
 
     def _group(self, models: Iterator[tuple[int, Stored | None]]) -> tuple[list[tuple[int, Stored]], bool]:
-        """Take the next models that change the parameter, as many slices as are merged together, or factors as fit.
+        """Return the slices of the next models that change the parameter, and whether no model follows.
 
-        And return whether no model follows.
+        They are as many as one kernel call takes, or fewer where their decoded factors fill the room.
         """
         group: list[tuple[int, Stored]] = []
         decoded = 0
-        for model, one in models:
-            if one:
-                group.append((model, one))
-                decoded += one.left.nbytes + one.right.nbytes if isinstance(one, Factors) else 0
+        for model, stored in models:
+            if stored:
+                group.append((model, stored))
+                decoded += stored.left.nbytes + stored.right.nbytes if isinstance(stored, Factors) else 0
             if model < self._num_models - 1 and (len(group) == self._per_pass or decoded > self._factor_room // 2):
                 return group, False
         return group, True
 
     def models(self) -> Iterator[tuple[int, Stored | None]]:
-        """Yield (model, slice) in recipe order; who holds on to slices holds their memory."""
+        """Yield (model, slice) in recipe order. A slice keeps its memory as long as something refers to it."""
         self._pass += 1
         if self._resident and self._pass > 1:
             yield from enumerate(self._held)
@@ -114,7 +115,7 @@ class StoredSlices(Slices):
                 yield model, next(self._coming)
 
     def close(self) -> None:
-        """Let go of all slices, and take those that the method did not ask for."""
+        """Drop all slices, and take those that the method has not asked for."""
         self._skip_to(self._passes * self._num_models)
 
     def _skip_to(self, position: int) -> None:

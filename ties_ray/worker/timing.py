@@ -1,4 +1,4 @@
-"""Where the time of workers goes: what each notes as it works, and the file in which a browser shows all of them."""
+"""How workers spend their time: the spans that each notes, and the file in which a browser shows them."""
 
 import json
 import threading
@@ -12,10 +12,14 @@ from typing import Literal, NamedTuple, Self, get_args
 from ties_ray.errors import InputError, Problem
 
 Activity = Literal["work", "wait_read", "wait_write", "read", "write"]
-"""Of a worker's own thread: all its work, of which it waits for inputs or to write; of its other threads: requests."""
+"""What a worker's threads do.
+
+Its own thread works, and waits for reads and writes within that work. Its other threads read and write.
+"""
 ACTIVITIES = get_args(Activity)
+"""All activities."""
 MOST = 8000
-"""Spans in one answer, which must stay below 1 MiB; what is more is counted and not shown."""
+"""The most spans in one answer, which must stay below 1 MiB. The rest is counted and not shown."""
 
 
 class Span(NamedTuple):
@@ -24,15 +28,17 @@ class Span(NamedTuple):
     name: str
     thread: str
     start: float
-    """Seconds since the epoch, so that machines can be put side by side."""
+    """Seconds since the epoch, so that machines can be compared."""
     seconds: float
     bytes: int = 0
+    """Bytes that it has moved."""
 
 
 class Times:
-    """Seconds by activity, summed over threads, and each span of it where a profile was asked for."""
+    """Adds up seconds by activity over all threads."""
 
     def __init__(self, *, profiled: bool = False) -> None:
+        """profiled: whether to keep each span as well."""
         self._profiled = profiled
         self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self._spans: list[Span] = []
@@ -42,7 +48,7 @@ class Times:
 
     @contextmanager
     def spent(self, activity: Activity, name: str = "", nbytes: int = 0) -> Iterator[None]:
-        """Note how long this takes; name: of the span, if it says more than the activity; nbytes: how much it moves."""
+        """Measure the time of a block. name: the span's name, by default the activity. nbytes: bytes that it moves."""
         started = time.monotonic()
         try:
             yield
@@ -67,14 +73,14 @@ class Times:
 
 
 class Trace:
-    """A file in Chrome's trace event format (an array of events), for ui.perfetto.dev; written as the merge goes on."""
+    """Writes a file in Chrome's trace event format (an array of events), for ui.perfetto.dev, as the merge goes on."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._file = path.open("w", encoding="utf-8")
         except OSError as error:
-            what = f"the profile can't be written: {error.strerror}"
-            raise InputError(Problem(str(path), what, "choose another file")) from None
+            problem = f"the profile can't be written: {error.strerror}"
+            raise InputError(Problem(str(path), problem, "choose another file")) from None
         self._file.write("[")
         self._numbers: dict[tuple[str, str], int] = {}
         self._first = True
@@ -95,14 +101,14 @@ class Trace:
             self._write({"name": span.name, "ph": "X", "pid": pid, "tid": tid, **when, "args": args})
 
     def _number(self, process: str, thread: str) -> int:
-        """Return the number of a process or thread; name it when it is met first."""
-        known = self._numbers.get((process, thread))
-        if known is None:
-            known = self._numbers[process, thread] = len(self._numbers)
-            pid = known if not thread else self._numbers[process, ""]
-            what, name = ("thread_name", thread) if thread else ("process_name", process)
-            self._write({"name": what, "ph": "M", "pid": pid, "tid": known, "args": {"name": name}})
-        return known
+        """Return the number of a process or thread. The first call writes its name."""
+        number = self._numbers.get((process, thread))
+        if number is None:
+            number = self._numbers[process, thread] = len(self._numbers)
+            pid = number if not thread else self._numbers[process, ""]
+            kind, name = ("thread_name", thread) if thread else ("process_name", process)
+            self._write({"name": kind, "ph": "M", "pid": pid, "tid": number, "args": {"name": name}})
+        return number
 
     def _write(self, event: dict[str, object]) -> None:
         self._file.write(("\n" if self._first else ",\n") + json.dumps(event))

@@ -1,4 +1,4 @@
-"""One worker: it loads the stored plan once and then handles orders. An executor merely hosts it.
+"""One worker. It loads the stored plan once and then handles orders; an executor hosts it.
 
 An order is a shard of a round, a fold at a barrier, or a flush of what is finished into a record.
 """
@@ -31,7 +31,7 @@ from ties_ray.rounds import Folded, Merge, Record, Zeroed
 from ties_ray.rounds._kth_largest import Pick
 from ties_ray.rounds.merge import MergeRound
 from ties_ray.rounds.threshold import recount
-from ties_ray.state.manifest import Manifest, Seen
+from ties_ray.state.manifest import Manifest, RangeChecksums
 from ties_ray.state.pool_cache import PoolCache
 from ties_ray.stores import Stores, scheme_of
 from ties_ray.worker.batch import Batch
@@ -45,15 +45,15 @@ from ties_ray.worker.write_behind import WriteBehind
 
 
 def make_worker(setup: str) -> "Worker":
-    """Return the worker of a setup in JSON: the factory that executors are given."""
+    """Return the worker of a setup in JSON. Executors call this factory."""
     return Worker(SETUP.validate_json(setup))
 
 
 class Worker:
-    """Handles orders, one at a time; keeps clients, buffers and findings between them."""
+    """Handles orders, one at a time. It keeps clients, buffers and findings between them."""
 
     def __init__(self, setup: Setup, plan: Plan | None = None) -> None:
-        """plan: what to do, where that is not what lies in the manifest's folder under the setup's digest."""
+        """plan: the plan to follow; by default the stored plan with the setup's digest."""
         torch.set_num_threads(1)  # two threads that spin can be 20 times slower than one
         self._stores = Stores(setup.storage)
         self._manifest = Manifest(self._stores, setup.folder)
@@ -64,14 +64,14 @@ class Worker:
         self._reads = self._reader()
         self._writes = WriteBehind(self._stores, self._times, pinned=self._on_gpu)
         self._benches: dict[int, WorkerBench] = {}
-        self._seen: dict[int, tuple[Seen, ...]] = {}
+        self._read_first: dict[int, tuple[RangeChecksums, ...]] = {}
         self._token = uuid.uuid4().hex[:12]
         self._name = f"{socket.gethostname()} {os.getpid()} {self._token[:4]}" if setup.profiled else ""
         self._num_records = 0
         self._block = 0
         self._batch: Batch | None = None
         self._recorded = Answer()
-        """The last record, until an answer gets through: the order that wrote it may fail yet."""
+        """The last record, until an answer tells of it: the order that wrote it may still fail."""
         self._bytes_compared = 0
         self._traffic = Traffic()
         self._totals: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -139,13 +139,13 @@ class Worker:
 
     @contextmanager
     def _gpu_watched(self) -> Iterator[None]:
-        """Turn what a GPU fails with into what it means: after most errors its context, and so the process, is lost."""
+        """Turn a GPU's errors into ours. Most of them cost its context, and so the process."""
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
-            what = f"the GPU has too little memory: {str(error).partition('. ')[0]}"
+            problem = f"the GPU has too little memory: {str(error).partition('. ')[0]}"
             remedy = "lower run.memory, or have fewer workers share a GPU (run.gpus_per_worker)"
-            raise InputError(Problem("run.memory", what, remedy)) from error
+            raise InputError(Problem("run.memory", problem, remedy)) from error
         except RuntimeError as error:
             if self._on_gpu and "CUDA" in str(error):
                 raise WorkerDied(f"its GPU is of no use any more: {error}") from error
@@ -162,7 +162,7 @@ class Worker:
             try:
                 self._flush()
             except BaseException:
-                self._batch = None  # who asked takes it for lost, and has it done again
+                self._batch = None  # the driver takes it for lost, and has it done again
                 raise
         else:
             self._shard(order)
@@ -170,7 +170,7 @@ class Worker:
         return answer
 
     def _follow(self, order: Order) -> None:
-        """Read the revision of the plan that an order means, if it is another one."""
+        """Read the order's revision of the plan, where it differs from the one at hand."""
         if order.revision != self._plan.revision:
             plan = self._manifest.read_plan(order.revision, order.digest)
             if plan is None:
@@ -179,10 +179,10 @@ class Worker:
             self._benches.clear()
 
     def _check_sight(self) -> None:
-        """Show that this worker computes as the arithmetic says, and that its node sees the local inputs as planned."""
+        """Check that this CPU computes as the arithmetic says, and that this node sees the local inputs as planned."""
         if flushes_to_zero():
-            what = "flushes denormal numbers to zero, which changes results"
-            raise InputError(Problem("this worker's CPU", what, "unset what asks for it (DAZ/FTZ)"))
+            problem = "flushes denormal numbers to zero, which changes results"
+            raise InputError(Problem("this worker's CPU", problem, "unset what asks for it (DAZ/FTZ)"))
         merge = self._plan.merges[0]
         for model in (merge.catalog.base, *merge.models):
             for pin in model.objects[:1]:
@@ -195,16 +195,16 @@ class Worker:
         round_, kind = merge.rounds[index], merge.kind(index)
         place = order.result, index, kind.group(merge, order.index)
         if self._batch and (self._batch.place != place or self._batch.is_full(merge.sizes.record_shards)):
-            self._flush()  # if this fails the batch stays, and only the shard is tried again
+            self._flush()  # where this fails, the batch stays and only the shard is tried again
         if round_.block != self._block:
-            self._reads.forget()  # a buffer is as large as the largest block that was asked for
+            self._reads.forget()  # a buffer is as large as the largest block
             self._bases.forget()
             self._block = round_.block
         bench.recalled = frozenset(order.recalled)
         shard, tally, zeroed = kind.shard(merge, round_, order.index), kind.tally(bench), Counter[tuple[int, str]]()
         first = index == merge.first_read() and len(merge.rounds) > index + 1
-        known = self._manifest.read_seen(order.index) if first else self._seen_before(merge, index, shard)
-        self._reads.checksums = Checksums(known, keeps=first or round_.passes > 1)
+        earlier = self._manifest.read_checksums(order.index) if first else self._earlier_reads(merge, index, shard)
+        self._reads.checksums = Checksums(earlier, keeps=first or round_.passes > 1)
         self._reads.keeps = any(later.bytes_again for later in merge.rounds[index + 1 :])
         try:
             kind.work(bench, index, shard, tally, zeroed)
@@ -212,25 +212,25 @@ class Worker:
             self._writes.abandon()
             raise
         if first and self._reads.checksums.new:
-            self._manifest.write_seen(order.index, (*known, *self._reads.checksums.new))
+            self._manifest.write_checksums(order.index, (*earlier, *self._reads.checksums.new))
         self._bytes_compared += self._reads.checksums.compared
         if self._batch is None:
             self._batch = Batch(*place[1:], kind.tally(bench), result=order.result)
         self._batch.absorb(order.index, tally, zeroed)
 
-    def _seen_before(self, merge: Merge, index: int, shard: Shard) -> tuple[Seen, ...]:
-        """Return what the first round has read of what a shard of a later one reads."""
+    def _earlier_reads(self, merge: Merge, index: int, shard: Shard) -> tuple[RangeChecksums, ...]:
+        """Return the checksums that the first round has stored of what a shard of a later round reads."""
         first = merge.first_read()
         if index <= first:
             return ()
-        wanted = merge.kind(first).shards_over(merge, merge.rounds[first], shard)
-        missing = [number for number in wanted if number not in self._seen]
-        read = dict(zip(missing, self._reads.each(self._manifest.read_seen, missing), strict=True))
-        self._seen = {number: read[number] if number in read else self._seen[number] for number in wanted}
-        return tuple(itertools.chain.from_iterable(self._seen.values()))
+        shards = merge.kind(first).shards_over(merge, merge.rounds[first], shard)
+        missing = [number for number in shards if number not in self._read_first]
+        read = dict(zip(missing, self._reads.each(self._manifest.read_checksums, missing), strict=True))
+        self._read_first = {number: read[number] if number in read else self._read_first[number] for number in shards}
+        return tuple(itertools.chain.from_iterable(self._read_first.values()))
 
     def _fold(self, order: Order) -> None:
-        """Store what the records of one group come to."""
+        """Fold the records of one group into a barrier's finding, and store it."""
         bench = self._bench(order.result)
         bench.recalled = frozenset(order.recalled)
         zeroed: list[Zeroed] = []
@@ -245,12 +245,12 @@ class Worker:
         except InputError:
             raise
         except ValueError as error:
-            what = f"a record is not what a worker writes: {error}"
-            raise InputError(Problem(self._manifest.folder, what, "merge again with --fresh")) from error
+            problem = f"a record is not what a worker writes: {error}"
+            raise InputError(Problem(self._manifest.folder, problem, "merge again with --fresh")) from error
         self._manifest.write_folded(bench.merge, order.round, order.index, Folded(finding, tuple(zeroed)))
 
     def _flush(self) -> None:
-        """Write what is done into a record; keep it if that fails."""
+        """Write the finished shards into a record. The batch stays where that fails."""
         batch = self._batch
         if batch is None:
             return
@@ -264,31 +264,31 @@ class Worker:
     # -- for `verify`
 
     def merged(self, placed: Placed, runs: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-        """Yield the bytes (1-D uint8) of runs of elements of a tensor, as a merge writes them; writes nothing.
+        """Yield the bytes (1-D uint8) of runs of elements of a tensor, as a merge writes them. It writes nothing.
 
-        Raises what a merge raises, also where inputs are no longer those that were planned.
+        Raises what a merge raises, also where the inputs have changed since they were planned.
         """
         bench = self._bench()
         merge, last = bench.merge, len(bench.merge.rounds) - 1
         parameter = merge.layout.by_name[placed.tensor.parameter]
-        known: tuple[Seen, ...] = ()
+        earlier: tuple[RangeChecksums, ...] = ()
         if placed.tensor.origin == "merged":
             segments = tuple(Segment(parameter, first, stop) for first, stop in runs)
-            known = self._seen_before(merge, last, Shard(models=(0, len(merge.models)), segments=segments))
-        self._reads.checksums = Checksums(known)
+            earlier = self._earlier_reads(merge, last, Shard(models=(0, len(merge.models)), segments=segments))
+        self._reads.checksums = Checksums(earlier)
         yield from MergeRound().sample(bench, placed, runs)
 
     def recounted(self, member: int) -> list[Pick]:
-        """Return where the thresholds of a member lie, counted from its values alone; writes nothing."""
+        """Return the picks of a member, counted from its values alone. It writes nothing."""
         bench = self._bench()
         bench.recalled = frozenset(range(len(bench.merge.models))) - {member}
         self._reads.checksums = Checksums()
         return recount(bench, member)
 
-    # -- for whoever watches
+    # -- metrics
 
     def totals(self) -> Mapping[tuple[str, str], float]:
-        """Return what was counted so far, by metric (`messages.METRICS`) and label."""
+        """Return all counts by metric (`messages.METRICS`) and label."""
         return self._totals
 
     def _count(self, answer: Answer) -> None:
@@ -301,7 +301,7 @@ class Worker:
         totals["seconds", "merge"] += max(0.0, answer.seconds["work"] - read - write)
 
     def _log(self, order: Order, outcome: str, seconds: float) -> None:
-        """Count a shard, and write a line about the order where the recipe asks for a log."""
+        """Count a shard, and log the order where the recipe asks for it."""
         if order.action == "shard":
             self._totals["shards", outcome] += 1
         if self._plan.recipe.run.log == "json":

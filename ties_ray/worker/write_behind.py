@@ -1,4 +1,4 @@
-"""Parts on their way to storage: one is written while the next is filled."""
+"""Writes parts behind the merge: one is written while the next is filled."""
 
 import collections
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,10 +13,10 @@ from ties_ray.worker.timing import Times
 
 
 class WriteBehind:
-    """Writes parts: one is on its way while the next is filled."""
+    """Writes parts in a thread of its own."""
 
     def __init__(self, stores: Stores, times: Times, *, pinned: bool = False) -> None:
-        """pinned: parts come from a GPU."""
+        """pinned: whether parts come from a GPU."""
         self._stores = stores
         self._times = times
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
@@ -25,13 +25,13 @@ class WriteBehind:
         self._written: list[Written] = []
 
     def buffer(self, size: int) -> Tensor:
-        """Return memory for `size` bytes, waiting for the older of two writes if need be."""
+        """Return memory (1-D uint8) for `size` bytes; wait for the older one where two writes are under way."""
         while len(self._going) > 1:
             self._finish()
         return self._buffers.empty(size, torch.uint8)
 
     def write(self, part: Tensor, file: int, uri: str, upload: str, number: int, offset: int) -> None:
-        """Begin to write part `number` (from 1) of weight file `file`."""
+        """Begin to write part `number` (from 1) of weight file `file`, `offset` bytes from its start."""
         store, data = self._stores.writer(uri), part.numpy().data
 
         def send() -> Written:
@@ -41,14 +41,14 @@ class WriteBehind:
         self._going.append(self._thread.submit(send))
 
     def drain(self) -> list[Written]:
-        """Wait until everything is durable; return what was written since the last call."""
+        """Wait until all parts are durable; return those written since the last call."""
         while self._going:
             self._finish()
         written, self._written = self._written, []
         return written
 
     def abandon(self) -> None:
-        """Wait for writes under way, whatever becomes of them, and forget them."""
+        """Wait for the writes under way, and forget them."""
         wait(self._going)
         self._going.clear()
         self._written.clear()
