@@ -55,8 +55,8 @@ def believable(claim: Plan) -> Plan:
     """Return the plan that follows from the recipe and the catalog of a stored plan.
 
     Files, rounds and memory are made anew. Its sizes stay where they are `comparable`. Of its `run`, only `arithmetic`
-    and memory up to `MAX_CLAIMED_MEMORY` stay.
-    The inputs and the recipe's rules remain claims. Raises `InputError` where the stored plan contradicts itself.
+    and memory up to `MAX_CLAIMED_MEMORY` stay. The inputs and the recipe's rules remain claims. Raises `InputError`
+    where the stored plan contradicts itself.
     """
     arithmetic = claim.recipe.run.arithmetic
     # A CPU makes the exact bytes of a GPU as well.
