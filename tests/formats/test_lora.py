@@ -18,7 +18,7 @@ from ties_ray.formats import Contents, Format, Rules
 from ties_ray.formats.lora import REASONS, Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import Definition
-from ties_ray.layout.footprint import hull
+from ties_ray.layout.footprint import bounding_range
 from ties_ray.libraries.ties import Tie
 from ties_ray.stores import Stores
 from ties_ray.tensors import Parameter, Read, joined
@@ -740,7 +740,7 @@ def _quiet() -> Iterator[None]:
 
 def test_reads_that_lie_back_to_back_are_joined_where_both_can_be_cut_out() -> None:
     def told(*reads: tuple[int, int, int]) -> list[tuple[int, int, int, bool]]:
-        return [tuple(one) for one in map(hull, joined([Read(*read) for read in reads]))]
+        return [tuple(one) for one in map(bounding_range, joined([Read(*read) for read in reads]))]
 
     assert told((0, 100, 164), (0, 164, 200)) == [(0, 100, 200, False)]
     assert told((0, 164, 200), (0, 100, 164)) == [(0, 100, 200, False)]
