@@ -53,6 +53,7 @@ class MergeRun:
         self._meters.bytes_planned = self.plan.bytes_read
         self._told = 0, self._manifest.write_plan(self.plan)
         self._readers = {}
+        self._barriers: dict[int, dict[int, Folded[Any]]] = {}
         self._tries += 1
         self.shards_done_before = 0
         recipe = self.plan.recipe
@@ -83,9 +84,17 @@ class MergeRun:
         return findings
 
     def barrier(self, index: int) -> dict[int, Folded[Any]]:
-        """Return what the barrier after a round has stored, by group."""
+        """Return what the barrier after a round has stored, by group.
+
+        A complete barrier is read once: it belongs to the plan before it, and the next plan may have fewer models.
+        """
+        if index in self._barriers:
+            return self._barriers[index]
         groups = range(self.merge.kind(index).num_groups(self.merge))
-        return self._manifest.read_folded(self.merge, index, groups)
+        folded = self._manifest.read_folded(self.merge, index, groups)
+        if len(folded) == len(groups):
+            self._barriers[index] = folded
+        return folded
 
     def _follow(self, plan: Plan) -> None:
         """Go on by another plan, which is stored; workers read it where more than a round's reads has changed."""
