@@ -20,6 +20,7 @@ from tests.tools.oracle import Rules
 from ties_ray import kernels
 from ties_ray.driver import result as result_record
 from ties_ray.errors import InputError, InterruptedMerge, RecipeError
+from ties_ray.layout.sizes import SIZES
 from ties_ray.operations import merging
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import RESULT_NAME, MergeResult, Progress
@@ -416,3 +417,29 @@ def test_what_is_not_finite_may_count_as_no_change_and_is_listed(
         tensors[model][name].view(-1)[start:stop] = family.base_tensors[name].view(-1)[start:stop]
     healed = replace(family, model_tensors=tuple(tensors))
     oracle.check(healed, oracle.merge(healed, rules), read_tensors(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("factor", [1, 32])
+def test_a_run_goes_on_by_the_sizes_it_began_with(factor: int, family_of: MakeFamily, tmp_path: Path) -> None:
+    """Another version of ties_ray may cut finer; sizes that no version has are refused."""
+    family = family_of(num_models=3, hidden=256)
+    merge(family, tmp_path / "whole", OFFICIAL)
+    sizes = replace(SIZES, min_range=SIZES.min_range // (8 * factor), model_group=2, least_part=SIZES.least_part // 2)
+    recipe = recipe_of(family, tmp_path / "out", OFFICIAL, run=LOCAL)
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == "merge":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merging.merge(recipe, sizes=sizes, watch=watch)
+    began = merging.plan(recipe, sizes).merges[0].rounds[0].num_shards
+    assert began != merging.plan(recipe).merges[0].rounds[0].num_shards
+    if factor > 1:
+        with pytest.raises(InputError, match="is cut by sizes that no version of ties_ray has; merge again"):
+            merging.merge(recipe)
+        return
+    result = merging.merge(recipe)
+    assert result.resumed
+    assert result.shards_done_before >= began, "the shards of the counts keep their numbers"
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
