@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tools.families import write_checkpoint
-from ties_ray import bounded
+from ties_ray.libraries import bounded
 from ties_ray.stores import Stores
 
 MIB = 2**20

@@ -3,9 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ties_ray import bounded
 from ties_ray.errors import Problem, enumerated
 from ties_ray.formats import Folder
+from ties_ray.libraries import bounded
 from ties_ray.libraries.downloads import unfinished
 from ties_ray.libraries.weight_files import Candidate, candidates, is_weights, listed, usual
 from ties_ray.stores import join, last_part

@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ties_ray.errors import enumerated
-from ties_ray.excluding import COPIES, either, exclusion
 from ties_ray.formats import Rules
 from ties_ray.formats._checkpoint_names import ModelNames, setting
 from ties_ray.libraries import quantised
 from ties_ray.safetensors import COPYABLE, DTYPE_BITS, MERGEABLE
-from ties_ray.tensors import Parameter, TensorRef
+from ties_ray.tensors import COPIES, Parameter, TensorRef, either, exclusion
 
 REFUSED = {
     "F8": "8-bit floats mean nothing without the scales stored elsewhere",

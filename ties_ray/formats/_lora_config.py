@@ -5,9 +5,9 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from ties_ray import bounded
 from ties_ray.formats import Folder
 from ties_ray.formats._lora_refusals import CONFIG, Refusals
+from ties_ray.libraries import bounded
 from ties_ray.libraries.patterns import UnfitKey, resolve
 
 _VARIANTS: Mapping[str, str] = {

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from ties_ray.errors import Problem, enumerated
-from ties_ray.excluding import LEAVE_OUT, exclusion
+from ties_ray.tensors import LEAVE_OUT, exclusion
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

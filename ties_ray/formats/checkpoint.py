@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ties_ray.errors import Problem, enumerated
-from ties_ray.excluding import COPIES, exclusion
 from ties_ray.formats import Contents, Folder, Format, Question, Rules, account
 from ties_ray.formats import _checkpoint_files as files_of
 from ties_ray.formats._checkpoint_model import Checked, check_model, refused_dtypes
@@ -18,7 +17,7 @@ from ties_ray.libraries.ties import ties_of
 from ties_ray.libraries.weight_files import ADAPTER, STEMS, candidates, is_index, is_weights, usual
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 from ties_ray.stores import last_part
-from ties_ray.tensors import Parameter, Read, Source, TensorRef
+from ties_ray.tensors import COPIES, Parameter, Read, Source, TensorRef, exclusion
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ties_ray import bounded
 from ties_ray.errors import printable
+from ties_ray.libraries import bounded
 
 CONFIG = "config.json"
 Config = Mapping[str, Any]

@@ -5,8 +5,8 @@ from concurrent.futures import Executor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from ties_ray import bounded
 from ties_ray.errors import InputError, Problem
+from ties_ray.libraries import bounded
 from ties_ray.stores import Pin, Stores, scheme_of, shown
 
 VOCABULARY = (

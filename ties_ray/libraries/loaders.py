@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from ties_ray import bounded
 from ties_ray.errors import Problem
+from ties_ray.libraries import bounded
 
 RESULT_NAME = "ties-ray.result.json"
 """The last object written into an output; its presence means that the merge is whole."""

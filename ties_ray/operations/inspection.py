@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from ties_ray import bounded
 from ties_ray.errors import Problem
 from ties_ray.formats import Contents, Folder, Format, Rules
 from ties_ray.inputs.catalog import THREADS
@@ -16,6 +15,7 @@ from ties_ray.inputs.expand import Entry, entries_of
 from ties_ray.inputs.fetch import README, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.tokenizers import SETTINGS, VOCABULARY
+from ties_ray.libraries import bounded
 from ties_ray.recipe.recipe import ModelEntry
 from ties_ray.reports.records import Report, ReportedProblem
 from ties_ray.stores import Pin, Stores

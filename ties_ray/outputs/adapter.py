@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ties_ray.errors import Problem
-from ties_ray.excluding import exclusion
 from ties_ray.kernels import Factors
 from ties_ray.libraries.library import Library
 from ties_ray.outputs import DTYPES, Condensed, CondensingOutput, OutputFile, OutputTensor
-from ties_ray.tensors import Kind, Parameter
+from ties_ray.tensors import Kind, Parameter, exclusion
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ties_ray import bounded
 from ties_ray.kernels import Kernels
+from ties_ray.libraries import bounded
 from ties_ray.libraries.library import Library
 from ties_ray.libraries.ties import ties_only_the_head
 from ties_ray.outputs import DTYPES, ElementwiseOutput, OutputFile, OutputTensor, weight_map

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import FRESH_THEN, InputError, Problem
-from ties_ray.excluding import COPIES, either, exclusion
 from ties_ray.kernels import Factors
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard
@@ -17,7 +16,7 @@ from ties_ray.methods import every_element
 from ties_ray.outputs import CondensingOutput
 from ties_ray.rounds import Bench, Conclusion, Listed, Merge, PlannedRound, RoundKind
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged
-from ties_ray.tensors import Parameter
+from ties_ray.tensors import COPIES, Parameter, either, exclusion
 
 
 class Matrix(NamedTuple):

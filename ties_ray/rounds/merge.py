@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ties_ray.errors import FRESH_THEN, InputError, Problem
-from ties_ray.excluding import either
 from ties_ray.inputs.constants import OVERFLOWS
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard, elements_in
@@ -20,6 +19,7 @@ from ties_ray.rounds.condense import CondenseRound, condensing, copied_instead, 
 from ties_ray.rounds.units import Assembly
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Part
+from ties_ray.tensors import either
 
 if TYPE_CHECKING:
     import torch

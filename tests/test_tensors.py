@@ -3,7 +3,7 @@ from fnmatch import fnmatchcase
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ties_ray.excluding import LEAVE_OUT, MOST, exclusion, patterns
+from ties_ray.tensors import LEAVE_OUT, MOST, exclusion, patterns
 
 LAYERS = [f"model.layers.{layer}.{name}" for layer in range(40) for name in ("norm.bias", "mlp.up.weight")]
 WORDS = st.lists(st.sampled_from(["layers", "0", "1", "a[0]", "*", "w?", "bias"]), min_size=1, max_size=4)
