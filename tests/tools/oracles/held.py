@@ -79,3 +79,12 @@ def check_stored(
         found = differences(ours, oracle(family))
         wrong = {key: value for key, value in found.items() if value > within}
         assert not wrong, (count, name, wrong)
+
+
+def of_weights(oracle: Callable[[Family], Merged]) -> Callable[[Family], Merged]:
+    """Return an oracle of changes from one that merges whole weights."""
+
+    def change(family: Family) -> Merged:
+        return Merged({name: value - family.base[name] for name, value in oracle(family).delta.items()})
+
+    return change
