@@ -1,0 +1,85 @@
+"""Multi-SLERP (mergekit): the weighted mean direction of any number of task vectors, at their mean length."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ties_ray.errors import Problem
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHORTEST = 1e-8
+"""A weighted sum of unit vectors that is shorter than this has no direction."""
+
+
+class MultiSlerp(Method):
+    """Gives each parameter the mean direction of its task vectors and the mean of their lengths.
+
+    Both means are weighted, by the models' weights over their sum; three passes. A frozen model keeps its weight, so
+    it shortens the result. Where directions cancel out, the result is the plain weighted mean.
+    """
+
+    name: Literal["multislerp"] = "multislerp"
+    scales: ClassVar[Literal["sum", "mean"]] = "mean"
+    paper: ClassVar[str] = "Goddard et al. 2024, Arcee's MergeKit (arXiv:2403.13257)"
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse weights that can't be made to sum to 1."""
+        if abs(sum(member.weight for member in members)) >= 1e-12:
+            return []
+        return [Problem("models", "the weights sum to 0, and multislerp divides by their sum", "use positive weights")]
+
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the lengths, the length of the mean of unit vectors, and the merge."""
+        return (
+            Round("norms", self._norms),
+            Round("direction", self._direction, holds=lambda num_models: 24),
+            Round("merge", self._merge, holds=lambda num_models: 16),
+        )
+
+    def _norms(self, deltas: Deltas, context: Context) -> Result:
+        from ties_ray.kernels.exact_sums import dot
+
+        return Result(sums={Key("norm2", (model,)): dot(delta, delta) for model, delta in deltas})
+
+    def _direction(self, deltas: Deltas, context: Context) -> Result:
+        from ties_ray.kernels.exact_sums import dot
+
+        shares, sizes = _shares_and_sizes(context)
+        mean = _weighted(deltas, context, _over(shares, sizes))
+        high = mean.float()
+        low = (mean - high).float()  # two fp32 numbers hold 48 bits of an fp64 number
+        return Result(sums={Key("mean2"): dot(high, high) + 2 * dot(high, low) + dot(low, low)})
+
+    def _merge(self, deltas: Deltas, context: Context) -> Result:
+        shares, sizes = _shares_and_sizes(context)
+        length = math.sqrt(max(0.0, context.sum("mean2")))
+        if length < SHORTEST or len(sizes) == 1:
+            factors = shares
+        else:
+            ratio = sum(share * size for share, size in zip(shares, sizes, strict=True)) / length
+            factors = [ratio * factor for factor in _over(shares, sizes)]
+        return Result(merged=_weighted(deltas, context, factors).float())
+
+
+def _shares_and_sizes(context: Context) -> tuple[list[float], list[float]]:
+    """Return the weights over their sum, and the norm of each model's task vector of the parameter."""
+    whole = sum(context.weights) or 1.0
+    sizes = [math.sqrt(context.sum("norm2", model)) for model in range(len(context.members))]
+    return [weight / whole for weight in context.weights], sizes
+
+
+def _over(shares: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    return [share / size if size else 0.0 for share, size in zip(shares, sizes, strict=True)]
+
+
+def _weighted(deltas: Deltas, context: Context, factors: Sequence[float]) -> "Tensor":
+    """Return the sum of the deltas times their factors (fp64), in model order."""
+    import torch
+
+    total = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
+    for model, delta in deltas:
+        total += delta.double().mul_(factors[model])
+    return total
