@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from tests.tools.oracles import held
+from tests.tools.oracles.spherical import slerp
+from ties_ray.methods import Member
+from ties_ray.methods.slerp import Slerp
+from ties_ray.testing import MethodContract, held_members
+
+
+class TestSlerp(MethodContract):
+    MODELS = 2
+
+    @pytest.fixture
+    def method(self) -> Slerp:
+        return Slerp(t=0.3)
+
+
+class TestSlerpOfTaskVectors(TestSlerp):
+    @pytest.fixture
+    def method(self) -> Slerp:
+        return Slerp(t=0.3, vectors="task_vectors")
+
+
+@pytest.mark.parametrize(("t", "threshold"), [(0.0, 0.9995), (0.3, 0.9995), (0.3, 0.5), (0.7, 0.999999), (1.0, 0.9995)])
+def test_the_merge_of_task_vectors_is_the_oracles(t: float, threshold: float) -> None:
+    method = Slerp(t=t, vectors="task_vectors", threshold=threshold)
+    held.check(method, lambda family: slerp(family.base, family.models, t=t, threshold=threshold), counts=(2,))
+
+
+@pytest.mark.parametrize("threshold", [0.9995, 0.999999])
+def test_a_merge_of_weights_from_files_to_files_is_the_oracles(threshold: float, tmp_path: Path) -> None:
+    oracle = held.of_weights(lambda family: slerp(None, family.models, t=0.3, threshold=threshold))
+    held.check_stored({"name": "slerp", "t": 0.3, "threshold": threshold}, oracle, tmp_path, count=2)
+
+
+def test_a_merge_of_task_vectors_from_files_to_files_is_the_oracles(tmp_path: Path) -> None:
+    method = {"name": "slerp", "t": 0.6, "vectors": "task_vectors"}
+    held.check_stored(method, lambda family: slerp(family.base, family.models, t=0.6), tmp_path, count=2)
+
+
+def test_other_numbers_of_models_and_weights_are_refused() -> None:
+    assert [problem.where for problem in Slerp().problems(held_members(3))] == ["models"]
+    assert [problem.where for problem in Slerp().problems(held_members(1))] == ["models"]
+    (problem,) = Slerp().problems([Member("a", 1.0, None), Member("b", 0.5, None)])
+    assert problem.where == "model b"

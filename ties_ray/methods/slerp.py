@@ -1,0 +1,87 @@
+"""SLERP (Shoemake 1985, as mergekit applies it to models): go from one model to another along an arc."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field, FiniteFloat
+
+from ties_ray.errors import Problem
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+
+
+class Slerp(Method):
+    """Goes the share `t` of the arc from the first of two models to the second, parameter by parameter; two passes.
+
+    It is linear where both point nearly the same or the opposite way, or where one is zero. Whole weights of two
+    fine-tunes of one base are nearly parallel, so there SLERP is mostly a plain average.
+    """
+
+    name: Literal["slerp"] = "slerp"
+    t: FiniteFloat = Field(default=0.5, ge=0, le=1)
+    """Share of the arc: 0 gives the first model, 1 the second."""
+    vectors: Literal["weights", "task_vectors"] = "weights"
+    """What lies on the arc: the models' weights, as in mergekit, or what they changed of the base."""
+    threshold: FiniteFloat = Field(default=0.9995, ge=0, le=1)
+    """Linear where the magnitude of the cosine is above this."""
+
+    scales: ClassVar[Literal["sum", "mean"]] = "mean"
+    paper: ClassVar[str] = "Shoemake 1985, Animating Rotation with Quaternion Curves (SIGGRAPH)"
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse any number of models but two, and weights, which are what `t` is for."""
+        if len(members) != 2:
+            return [Problem("models", f"slerp takes two models, not {len(members)}", "use multislerp or karcher")]
+        return [
+            Problem(f"model {member.id}", f"weight {member.weight}: slerp uses no weights", "say it by method.t")
+            for member in members
+            if member.weight != 1
+        ]
+
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the angles and the merge."""
+        needs_base = self.vectors == "weights"
+        return (
+            Round("angles", self._angles, needs_base=needs_base, holds=lambda num_models: 8),
+            Round("merge", self._merge, needs_base=needs_base, holds=lambda num_models: 16),
+        )
+
+    def _angles(self, deltas: Deltas, context: Context) -> Result:
+        from ties_ray.kernels.exact_sums import dot
+
+        first, second = (delta.clone() for _, delta in deltas)
+        sums = {Key("norm2", (0,)): dot(first, first), Key("norm2", (1,)): dot(second, second)}
+        sums[Key("dot")] = dot(first, second)
+        if context.base is not None:
+            base = context.base.float()
+            sums |= {Key("base"): dot(base, base), Key("base", (0,)): dot(base, first)}
+            sums[Key("base", (1,))] = dot(base, second)
+        return Result(sums=sums)
+
+    def _merge(self, deltas: Deltas, context: Context) -> Result:
+        import torch
+
+        *factors, of_base = self._factors(context)
+        merged = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
+        for model, delta in deltas:
+            merged += delta.double().mul_(factors[model])
+        if of_base and context.base is not None:
+            merged += context.base.double() * of_base
+        return Result(merged=merged.float())
+
+    def _factors(self, context: Context) -> tuple[float, float, float]:
+        """Return what the two changes and the base are multiplied by. The sums are exact, and so is the sine."""
+        sums = context.sums
+        base, first, second = (sums.get(Key("base", of), 0) for of in ((), (0,), (1,)))
+        square, other = (sums.get(Key("norm2", (model,)), 0) + base for model in (0, 1))
+        square, other = square + 2 * first, other + 2 * second
+        dot = sums.get(Key("dot"), 0) + first + second + base
+        both = square * other
+        cosine = math.copysign(math.sqrt(dot * dot / both), dot) if both else 1.0
+        sine = math.sqrt((both - dot * dot) / both) if both else 0.0
+        if not sine or abs(cosine) > self.threshold:
+            return 1 - self.t, self.t, 0.0
+        angle = math.atan2(sine, cosine)
+        back, forth = (1 - self.t) * angle, self.t * angle
+        of_base = 2 * math.sin(back / 2) * math.sin(forth / 2) / math.cos(angle / 2)  # the other two factors' sum - 1
+        return math.sin(back) / sine, math.sin(forth) / sine, of_base
