@@ -29,7 +29,7 @@ class MultiSlerp(Method):
         """Refuse weights that can't be made to sum to 1."""
         if abs(sum(member.weight for member in members)) >= 1e-12:
             return []
-        return [Problem("models", "the weights sum to 0, and multislerp divides by their sum", "use positive weights")]
+        return [Problem("models", "the weights sum to 0, and multislerp divides by their sum", "change a weight")]
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the lengths, the length of the mean of unit vectors, and the merge."""

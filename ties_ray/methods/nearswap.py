@@ -27,7 +27,9 @@ class NearSwap(Method):
         """Refuse any number of models but one, and a weight."""
         if len(members) != 1:
             return [
-                Problem("models", f"nearswap takes one model beside the base, not {len(members)}", "give one model")
+                Problem(
+                    "models", f"nearswap takes one model beside the base, not {len(members)}", "drop the models but one"
+                )
             ]
         (member,) = members
         if member.weight == 1:

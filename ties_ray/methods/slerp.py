@@ -33,7 +33,11 @@ class Slerp(Method):
         if len(members) != 2:
             return [Problem("models", f"slerp takes two models, not {len(members)}", "use multislerp or karcher")]
         return [
-            Problem(f"model {member.id}", f"weight {member.weight}: slerp uses no weights", "say it by method.t")
+            Problem(
+                f"model {member.id}",
+                f"weight {member.weight}: slerp uses no weights",
+                "leave the weight out, and say it by method.t",
+            )
             for member in members
             if member.weight != 1
         ]
