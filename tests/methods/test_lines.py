@@ -31,6 +31,7 @@ def weighted(family: Family) -> Merged:
 def test_the_merge_is_the_oracles() -> None:
     held.check(Lines(beta=0.5), lambda family: lines(family.base, family.models, beta=0.5))
     held.check(Lines(beta=0.5, alpha=0.1), lambda family: lines(family.base, family.models, beta=0.5, alpha=0.1))
+    held.check(Lines(), lambda family: lines(family.base, family.models, beta=1 - 1 / len(family.models)))
 
 
 def test_a_merge_from_files_to_files_is_the_oracles(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
-from pydantic import Field, FiniteFloat
+from pydantic import FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
 from ties_ray.methods import Context, Deltas, Key, Method, Result, Round
@@ -32,9 +32,9 @@ class Lines(Method):
     """
 
     name: Literal["lines"] = "lines"
-    beta: FiniteFloat
-    """What the last layer gets on top of alpha."""
-    alpha: FiniteFloat | None = Field(default=None)
+    beta: FiniteFloat | None = None
+    """What the last layer gets on top of alpha; by default 1 - alpha, as the paper has it for one model: tune it."""
+    alpha: FiniteFloat | None = None
     """Factor at the bottom; by default |sum of changes|_1 / |weighted sum|_1 / N, hence 1/N without weights."""
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
@@ -72,7 +72,9 @@ class Lines(Method):
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         terms = tuple(Term(weight) for weight in context.weights)
-        scale = self._alpha(context) + self.beta * depth_of(context.parameter.name, context.statistics)
+        alpha = self._alpha(context)
+        beta = 1 - alpha if self.beta is None else self.beta
+        scale = alpha + beta * depth_of(context.parameter.name, context.statistics)
         return Result(merged=deltas.fold(WeightedSum(terms))["sum"].mul_(scale))
 
     def _alpha(self, context: Context) -> float:

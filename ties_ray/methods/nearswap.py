@@ -17,7 +17,7 @@ class NearSwap(Method):
     """
 
     name: Literal["nearswap"] = "nearswap"
-    t: FiniteFloat = Field(gt=0)
+    t: FiniteFloat = Field(default=1e-4, gt=0)
     """The most that a weight moves, in units of the weights."""
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
