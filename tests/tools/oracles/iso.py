@@ -45,9 +45,9 @@ def iso_cts(
 ) -> Merged:
     """Iso-CTS: common directions of the sum and directions of each model beside them, all with one singular value.
 
-    Let w = min(m, n), p = round((w - int(common w)) / N) with halves to even, c = w - p N. Common: the c leading
-    triplets of the sum. Own: of each tau_i the p leading triplets of (I - U_c U_c^T) tau_i (only the left side is
-    projected). Result: lambda mean(s) polar(U) polar(V)^T over all of them side by side, s their singular values.
+    Let w = min(m, n), p = round((w - int(common w)) / N) with halves to even, c = max(0, w - p N). Common: the c
+    leading triplets of the sum. Own: of each tau_i the p leading triplets of (I - U_c U_c^T) tau_i (only the left side
+    is projected). Result: lambda mean(s) polar(U) polar(V)^T over all of them side by side, s their singular values.
     Everything ends at numerical ranks; that of a residual is relative to the largest singular value of the sum or of
     its own tau_i, whichever is larger, else a tau_i inside the common space would add its rounding errors.
     p = 0 (N large against w) is Iso-C with the c = w directions. Frozen models add nothing and count in N.
@@ -63,7 +63,7 @@ def iso_cts(
         width = min(stack[0].shape)
         each = round((width - int(common * width)) / len(stack))
         total = stack.sum(0)
-        shared = svd(total, width - each * len(stack))
+        shared = svd(total, max(0, width - each * len(stack)))
         largest = np.linalg.norm(total, 2)
         own = [
             svd(tau - shared[0] @ (shared[0].T @ tau), each, scale=float(max(largest, np.linalg.norm(tau, 2))))

@@ -1,0 +1,53 @@
+"""TSV-Merge (Gargiulo et al., CVPR 2025): the leading singular vectors of all models, made orthogonal to each other."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, FiniteFloat
+
+from ties_ray.kernels import Term, WeightedSum
+from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
+
+
+class Tsv(Method):
+    """Keeps the leading singular triplets of each matrix of each model, and makes all of them orthogonal.
+
+    Lambda scales a sum; vectors get the mean. One pass in fp64 LAPACK, one thread; all triplets lie in memory.
+    More models than a matrix has rows or columns keep one triplet each, and these can't all be orthogonal.
+    Duplicates share their directions, and the merge is weaker than their sum.
+    """
+
+    name: Literal["tsv"] = "tsv"
+    rank: int | None = Field(default=None, ge=1)
+    """Triplets of each model and matrix. By default min(m, n) divided by the number of models, at least 1."""
+    lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
+    """Factor on the merged task vector."""
+
+    scales: ClassVar[Literal["sum", "mean"]] = "sum"
+    paper: ClassVar[str] = "Gargiulo et al. 2025, Task Singular Vectors (arXiv:2412.00081)"
+
+    def rounds(self) -> tuple[Round, ...]:
+        """Return the merge of whole matrices."""
+        return (Round("merge", self._merge, unit=whole_matrices, holds=self._holds),)
+
+    def _holds(self, num_models: int) -> int:
+        """Return the bytes of a decomposition, and of all triplets with the decomposition of their vectors."""
+        return 120 if self.rank is None else 80 + 56 * num_models
+
+    def _merge(self, deltas: Deltas, context: Context) -> Result:
+        shape, count = context.parameter.shape, len(context.members)
+        if not context.parameter.is_matrix:
+            total = deltas.fold(WeightedSum(tuple(Term(weight) for weight in context.weights)))["sum"]
+            return Result(merged=total.mul_(self.lambda_ / count))
+        import torch
+
+        from ties_ray.kernels.linalg import Svd, polar, svd
+
+        rank = max(1, min(shape) // count) if self.rank is None else self.rank
+        triplets = []
+        for model, delta in deltas:
+            parts = svd(delta.view(shape).double().mul_(context.weights[model]), rank)
+            triplets.append(Svd(*(part.clone() for part in parts)))  # a view would keep the whole decomposition
+        left = polar(torch.cat([parts.left for parts in triplets], 1))
+        left *= torch.cat([parts.values for parts in triplets])
+        right = polar(torch.cat([parts.right for parts in triplets]))
+        return Result(merged=(left @ right).mul_(self.lambda_).float().reshape(-1))
