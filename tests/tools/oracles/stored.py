@@ -32,7 +32,9 @@ def check(
 
 
 def _float64(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.double().numpy() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    """Return the floating-point tensors that have elements."""
+    merged = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    return {name: tensor.double().numpy() for name, tensor in merged.items()}
 
 
 def _in_fp32(value: np.ndarray) -> np.ndarray:
