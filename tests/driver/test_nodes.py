@@ -1,7 +1,7 @@
 """Promise 6 under attack: workers, drivers and nodes that die, hang, fall asleep, or can't do a shard.
 
-Every trouble strikes at an exact place (`plugins/methods/troubled.py`, `plugins/stores/frail.py`), where a worker can
-also wait until something else has been killed; every merge is compared with an undisturbed one, byte by byte.
+Every trouble strikes at an exact place (`plugins/methods/troubled.py`, `plugins/stores/frail.py`). There a worker can
+also wait until another process has been killed. Every merge is compared with an undisturbed one, byte by byte.
 """
 
 import json
@@ -40,7 +40,7 @@ def family(family_of: MakeFamily) -> Family:
 
 
 @pytest.fixture(scope="session")
-def wanted(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return what an undisturbed merge writes."""
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
     merge(family, {"path": str(folder), **OUTPUT}, {"name": "ties", "profile": "official"})
@@ -102,18 +102,18 @@ def wake(trouble: Path) -> None:
 
 @pytest.mark.parametrize("round_", ["majority", "merge"])
 def test_a_worker_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
-    round_: str, family: Family, wanted: dict[str, str], trouble: Path, plugged: Path
+    round_: str, family: Family, undisturbed: dict[str, str], trouble: Path, plugged: Path
 ) -> None:
     recipe = troubled(family, trouble, "hang", run=local(patience=2), round=round_)
     result, out = merging.merge(recipe), trouble.parent / "out"
     assert len(struck(trouble)) == 1
     assert result.workers_lost >= 1
     assert result.shards_again >= 1
-    assert digests(out) == wanted
+    assert digests(out) == undisturbed
     before = files_of(out)
     wake(trouble)
     assert files_of(out) == before
-    assert digests(out) == wanted
+    assert digests(out) == undisturbed
     assert merging.merge(recipe).reused
 
 
@@ -129,7 +129,12 @@ def test_a_hanging_worker_is_named_with_the_setting_that_gave_it_up(
 
 @pytest.mark.parametrize("shard", [0, 1])
 def test_an_idle_worker_overtakes_one_that_is_slow_and_the_run_does_not_wait_for_it(
-    shard: int, family: Family, wanted: dict[str, str], trouble: Path, plugged: Path, monkeypatch: pytest.MonkeyPatch
+    shard: int,
+    family: Family,
+    undisturbed: dict[str, str],
+    trouble: Path,
+    plugged: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "SLOW_SECONDS", 0.1)
     # At its second shard the slow worker holds its first: done, but in no record yet.
@@ -138,15 +143,15 @@ def test_an_idle_worker_overtakes_one_that_is_slow_and_the_run_does_not_wait_for
     out = trouble.parent / "out"
     assert len(struck(trouble)) == 1
     assert result.workers_lost == 0
-    assert digests(out) == wanted
+    assert digests(out) == undisturbed
     before = files_of(out)
     wake(trouble)
     assert files_of(out) == before
-    assert digests(out) == wanted
+    assert digests(out) == undisturbed
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "code", "told"),
+    ("kind", "error", "code", "message"),
     [
         ("raise", MergeError, 1, r"merge, shard \d+: ValueError: this shard is not to its method's taste"),
         ("unavailable", UnavailableError, 5, r"somewhere: does not answer"),
@@ -156,39 +161,39 @@ def test_a_shard_that_always_fails_ends_the_run_and_the_mended_run_continues(
     kind: str,
     error: type[MergeError],
     code: int,
-    told: str,
+    message: str,
     family: Family,
-    wanted: dict[str, str],
+    undisturbed: dict[str, str],
     trouble: Path,
     plugged: Path,
 ) -> None:
     recipe = troubled(family, trouble, kind, run=local(), times=1000)
-    with pytest.raises(error, match=told) as raised:
+    with pytest.raises(error, match=message) as raised:
         merging.merge(recipe)
     assert raised.value.exit_code == code
     assert len(struck(trouble)) == 3
     (trouble / "mended").touch()
-    assert_continues(recipe, wanted)
+    assert_continues(recipe, undisturbed)
 
 
-def assert_continues(recipe: Recipe, wanted: dict[str, str]) -> None:
+def assert_continues(recipe: Recipe, undisturbed: dict[str, str]) -> None:
     """Merge again after a failure in the last round: nothing of the rounds before is done again."""
     result = merging.merge(recipe)
     rounds = carried_out(result).merges[0].rounds
     assert result.resumed
     assert result.shards_done_before >= sum(round_.num_shards for round_ in rounds[:-1])
     assert result.bytes_read <= rounds[-1].bytes_read
-    assert digests(recipe.output.path) == wanted
+    assert digests(recipe.output.path) == undisturbed
 
 
 @pytest.mark.parametrize("kind", ["raise", "unavailable", "memory"])
 def test_a_shard_that_fails_once_is_done_by_another_worker(
-    kind: str, family: Family, wanted: dict[str, str], trouble: Path, plugged: Path
+    kind: str, family: Family, undisturbed: dict[str, str], trouble: Path, plugged: Path
 ) -> None:
     result = merging.merge(troubled(family, trouble, kind, run=local()))
     assert len(struck(trouble)) == 1
     assert (result.workers_lost, result.shards_again) == (0, 1)
-    assert digests(trouble.parent / "out") == wanted
+    assert digests(trouble.parent / "out") == undisturbed
 
 
 # Processes: workers on Ray.
@@ -200,13 +205,13 @@ def on_ray(workers: int = 2, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("round_", ["majority", "merge"])
 def test_a_killed_process_is_replaced(
-    round_: str, family: Family, wanted: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
+    round_: str, family: Family, undisturbed: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
 ) -> None:
     result = merging.merge(troubled(family, trouble, "kill", run=on_ray(), round=round_))
     assert len(struck(trouble)) == 1
     assert (result.workers_lost, result.resumed) == (1, False)
     assert result.shards_again >= 1
-    assert digests(trouble.parent / "out") == wanted
+    assert digests(trouble.parent / "out") == undisturbed
 
 
 @pytest.mark.usefixtures("plugged")
@@ -219,15 +224,15 @@ def test_what_ray_prints_about_a_lost_worker_is_not_in_the_record_on_standard_ou
     recipe = troubled(family, trouble, "kill", run=run, round="merge")
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
     command = [tool("ties-ray"), "merge", str(tmp_path / "recipe.json"), "--json", "--quiet"]
-    told = subprocess.run(
+    done = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=120, env=os.environ | {"RAY_DEDUP_LOGS": "0"}
     )
-    assert json.loads(told.stdout)["workers_lost"] == 1
-    assert "A worker died" in told.stderr  # with that setting Ray does print
+    assert json.loads(done.stdout)["workers_lost"] == 1
+    assert "A worker died" in done.stderr  # with that setting Ray does print
 
 
 def test_a_process_killed_while_it_reads_for_a_count_is_replaced(
-    family: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
+    family: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
 ) -> None:
     frail = replace(family, base=f"frail://{family.base}", models=tuple(f"frail://{uri}" for uri in family.models))
     point = {"what": "read", "uri": "*/model-1/*", "count": 3, "marker": str(tmp_path / "died")}  # in its first shard
@@ -236,11 +241,11 @@ def test_a_process_killed_while_it_reads_for_a_count_is_replaced(
     result = merging.merge(recipe_of(frail, output, method, storage={"frail": point}, run=on_ray()))
     assert (tmp_path / "died").exists()
     assert result.workers_lost == 1
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
 
 
 def test_a_shard_that_kills_every_worker_is_named_and_the_mended_run_continues(
-    family: Family, wanted: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
+    family: Family, undisturbed: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
 ) -> None:
     recipe = troubled(family, trouble, "kill", run=on_ray(), times=1000)
     with pytest.raises(InterruptedMerge, match=r"merge, shard 2: .*3 workers were lost while they ran it") as raised:
@@ -249,16 +254,16 @@ def test_a_shard_that_kills_every_worker_is_named_and_the_mended_run_continues(
     assert raised.value.exit_code == 4
     assert len(set(struck(trouble))) == 3
     (trouble / "mended").touch()
-    assert_continues(recipe, wanted)
+    assert_continues(recipe, undisturbed)
 
 
 def test_a_process_that_stands_still_like_one_cut_off_is_replaced_and_ended(
-    family: Family, wanted: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
+    family: Family, undisturbed: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
 ) -> None:
     result = merging.merge(troubled(family, trouble, "stop", run=on_ray(patience=4)))
     [pid] = struck(trouble)
     assert result.workers_lost >= 1
-    assert digests(trouble.parent / "out") == wanted
+    assert digests(trouble.parent / "out") == undisturbed
     assert is_gone(pid)
 
 
@@ -306,13 +311,13 @@ def merge_while(family: Family, trouble: Path, address: str, strike: Callable[[]
         wait_for_an_end([int((trouble / number).read_text()) for number in "01"])
         (trouble / "release").touch()
         assert process.wait(150) == 0, (trouble.parent / "log").read_text()
-    found: dict[str, Any] = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
-    return found
+    record: dict[str, Any] = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
+    return record
 
 
 @pytest.mark.usefixtures("plugged")
 def test_a_node_that_is_taken_away_leaves_its_work_to_the_other(
-    family: Family, wanted: dict[str, str], trouble: Path
+    family: Family, undisturbed: dict[str, str], trouble: Path
 ) -> None:
     from ray.cluster_utils import Cluster
 
@@ -328,7 +333,7 @@ def test_a_node_that_is_taken_away_leaves_its_work_to_the_other(
     assert result["workers_lost"] >= 1
     assert result["shards_again"] >= 1
     assert not result["resumed"]
-    assert digests(trouble.parent / "out") == wanted
+    assert digests(trouble.parent / "out") == undisturbed
 
 
 def free_ports(count: int) -> list[int]:
@@ -361,23 +366,23 @@ def ray_start(folder: Path, agent: int, *how: str) -> Iterator[psutil.Process]:
 
 @pytest.mark.usefixtures("plugged")
 def test_a_raylet_that_is_killed_costs_the_merge_no_byte(
-    family: Family, wanted: dict[str, str], trouble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, undisturbed: dict[str, str], trouble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    port, one, other = free_ports(3)
+    port, head_port, other = free_ports(3)
     short = Path("/tmp") / f"ray-n{os.getpid()}"  # Ray's sockets want a short path
     head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}")
-    with ray_start(tmp_path, one, *head), ray_start(tmp_path, other, f"--address=127.0.0.1:{port}") as raylet:
+    with ray_start(tmp_path, head_port, *head), ray_start(tmp_path, other, f"--address=127.0.0.1:{port}") as raylet:
         result = merge_while(family, trouble, f"127.0.0.1:{port}", raylet.kill)
     shutil.rmtree(short, ignore_errors=True)
     assert result["workers_lost"] >= 1
     assert result["shards_again"] >= 1
-    assert digests(trouble.parent / "out") == wanted
+    assert digests(trouble.parent / "out") == undisturbed
 
 
 @pytest.mark.usefixtures("plugged")
 def test_the_workers_of_a_killed_driver_go_with_it_and_the_same_command_continues(
-    family: Family, wanted: dict[str, str], trouble: Path, ray_cluster: None
+    family: Family, undisturbed: dict[str, str], trouble: Path, ray_cluster: None
 ) -> None:
     import ray
 
@@ -396,4 +401,4 @@ def test_the_workers_of_a_killed_driver_go_with_it_and_the_same_command_continue
     assert result["resumed"]
     assert result["shards_done_before"] >= sum(round_.num_shards for round_ in rounds[:-1])
     assert (result["workers_lost"], result["shards_again"]) == (0, 0)
-    assert digests(trouble.parent / "out") == wanted
+    assert digests(trouble.parent / "out") == undisturbed

@@ -52,7 +52,7 @@ def planting(folder: Path, stage: str, *names: str) -> Callable[[Progress], None
 
 
 def problems_of(output: Path) -> list[str]:
-    return [f"{one.where}: {one.what}" for one in verify(Stores({}), str(output)).problems]
+    return [f"{problem.where}: {problem.what}" for problem in verify(Stores({}), str(output)).problems]
 
 
 def test_a_folder_with_another_model_is_refused_before_anything_starts_and_stays_as_it_is(
@@ -79,8 +79,8 @@ def test_fresh_removes_what_a_loader_would_take_and_names_it_and_nothing_else(fa
         assert (output / name).read_bytes() == b"{}"
     left = {name for name in STALE if (output / name).exists()}
     assert left == {"model.safetensors.index.json"}
-    told = next(note for note in result.notes if "--fresh has removed" in note)
-    assert "adapter_config.json" in told
+    note = next(note for note in result.notes if "--fresh has removed" in note)
+    assert "adapter_config.json" in note
     assert problems_of(output) == []
 
 
@@ -159,15 +159,15 @@ def test_verify_finds_what_a_loader_would_find(family: Family, tmp_path: Path) -
     (output / "README.md").write_text("edited")
     assert problems_of(output) == []
     plant(output, "adapter_config.json", "1_Pooling/model.safetensors", "additional_chat_templates/x.jinja")
-    told = problems_of(output)
-    assert len(told) == 3
-    assert all("was not written by this merge, and a loader may take it" in one for one in told)
+    problems = problems_of(output)
+    assert len(problems) == 3
+    assert all("was not written by this merge, and a loader may take it" in problem for problem in problems)
     for name in ("adapter_config.json", "1_Pooling/model.safetensors", "additional_chat_templates/x.jinja"):
         (output / name).unlink()
     (output / "config.json").write_bytes((output / "config.json").read_bytes().replace(b"llama", b"lamma"))
     (output / "1_Pooling/config.json").unlink()
-    told = problems_of(output)
-    assert [one.partition(":")[0] for one in told] == ["1_Pooling/config.json", "config.json"]
+    problems = problems_of(output)
+    assert [problem.partition(":")[0] for problem in problems] == ["1_Pooling/config.json", "config.json"]
 
 
 def test_a_merge_without_its_config_is_not_taken_for_done(family: Family, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from ties_ray.stores import Stores
 MakeFamily = Callable[..., Family]
 OFFICIAL = {"name": "ties", "profile": "official"}
 ROUNDS = 4
-"""Of the official profile: two for the threshold, one that counts signs, the merge."""
+"""The official profile has two rounds for the threshold, one that counts signs, and the merge."""
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +39,9 @@ def large(family_of: MakeFamily) -> Family:
 
 
 @pytest.fixture(scope="session")
-def wanted(large: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(large: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return what an uninterrupted merge writes."""
-    folder = tmp_path_factory.mktemp("wanted") / "out"
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
     merge(large, {"path": str(folder), "file_size": "15MB"}, OFFICIAL)
     return digests(folder)
 
@@ -80,18 +80,18 @@ POINTS: dict[str, tuple[dict[str, object], int, int]] = {
 
 @pytest.mark.parametrize("name", POINTS)
 def test_the_same_command_continues_wherever_the_run_was_killed(
-    name: str, large: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path
+    name: str, large: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path
 ) -> None:
     point, files_visible, rounds_done = POINTS[name]
     recipe = frail_recipe(large, tmp_path, point)
     assert merge_and_die(recipe, plugged) == -9
-    seen = {path.name for path in (tmp_path / "out").glob("*")}
-    assert RESULT_NAME not in seen
-    assert len({file for file in seen if file.endswith(".safetensors")}) == files_visible
-    assert (INDEX in seen) == (name == "before the result record")
+    names = {path.name for path in (tmp_path / "out").glob("*")}
+    assert RESULT_NAME not in names
+    assert len({file for file in names if file.endswith(".safetensors")}) == files_visible
+    assert (INDEX in names) == (name == "before the result record")
 
     result = merging.merge(recipe)
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
     assert result.status == "done"
     assert result.resumed == ("before the start" not in name)
     rounds = merging.plan(recipe).merges[0].rounds
@@ -102,18 +102,18 @@ def test_the_same_command_continues_wherever_the_run_was_killed(
 
 
 def test_many_deaths_in_a_row_cost_no_byte(
-    large: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path
+    large: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path
 ) -> None:
     for name in ("before the first record", "before the second barrier", "inside the merge", "before the index"):
         recipe = frail_recipe(large, tmp_path, POINTS[name][0], run={**LOCAL, "workers": 2})
         assert merge_and_die(recipe, plugged) == -9, name
         (tmp_path / "died").unlink()
     assert merging.merge(frail_recipe(large, tmp_path, {})).resumed
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
 
 
 def test_a_forgotten_upload_takes_only_its_own_parts_with_it(
-    large: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path
+    large: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path
 ) -> None:
     """One record holds parts of both files; the first file is complete, the upload of the second is forgotten."""
     again = {**LOCAL, "workers": 1}
@@ -126,7 +126,7 @@ def test_a_forgotten_upload_takes_only_its_own_parts_with_it(
     recipe = frail_recipe(large, tmp_path, {"what": "write_part"}, run=again)
     assert merge_and_die(recipe, plugged) == -9
     result = merging.merge(recipe)
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
     *before, last = merging.plan(recipe).merges[0].rounds
     assert 0 < result.shards_done_before - sum(round_.num_shards for round_ in before) < last.num_shards
     ((name, since),) = complete.items()
@@ -134,7 +134,7 @@ def test_a_forgotten_upload_takes_only_its_own_parts_with_it(
 
 
 def test_uploads_forgotten_during_a_merge_are_begun_again_by_itself(
-    large: Family, wanted: dict[str, str], tmp_path: Path
+    large: Family, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     recipe = recipe_of(large, {"path": str(tmp_path / "out"), "file_size": "15MB"}, OFFICIAL)
     forgotten: list[str] = []
@@ -145,14 +145,14 @@ def test_uploads_forgotten_during_a_merge_are_begun_again_by_itself(
 
     result = merging.merge(recipe, watch=watch)
     assert len(forgotten) == 2
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
     *before, last = merging.plan(recipe).merges[0].rounds
     assert result.shards_done_before == sum(round_.num_shards for round_ in before)
     assert result.bytes_read == merging.plan(recipe).bytes_read + last.bytes_read
 
 
 def test_workers_of_another_try_do_not_inherit_the_quarantine_of_the_first(
-    large: Family, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: Family, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would ever say that they are ready, and with one worker nothing would ever be done."""
     run = {**LOCAL, "workers": 1}
@@ -160,15 +160,15 @@ def test_workers_of_another_try_do_not_inherit_the_quarantine_of_the_first(
     publish = result_record.publish
     tries = itertools.count(1)
 
-    def lost_at_the_end(run: Any, crew: Any, *given: Any, **named: Any) -> MergeResult:
+    def lost_at_the_end(run: Any, crew: Any, *arguments: Any, **named: Any) -> MergeResult:
         if next(tries) == 1:
             crew._quarantined = frozenset({0})
             forget_uploads(recipe)
-        return publish(run, crew, *given, **named)
+        return publish(run, crew, *arguments, **named)
 
     monkeypatch.setattr(result_record, "publish", lost_at_the_end)
     merging.merge(recipe)
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
 
 
 def test_a_store_that_forgets_every_upload_is_given_up(large: Family, tmp_path: Path) -> None:
@@ -195,28 +195,28 @@ def forget_uploads(recipe: Recipe) -> list[str]:
 
 
 def test_a_death_after_the_result_record_has_cost_nothing(
-    large: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path
+    large: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path
 ) -> None:
     recipe = frail_recipe(large, tmp_path, {"when": "after", "what": "put", "uri": f"*/{RESULT_NAME}"})
     assert merge_and_die(recipe, plugged) == -9
     assert merging.merge(recipe).reused
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.parametrize("name", ["inside the merge", "before the first record"])
 def test_a_killed_ray_worker_is_replaced_within_the_run(
-    name: str, large: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
+    name: str, large: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
 ) -> None:
     recipe = frail_recipe(large, tmp_path, {**POINTS[name][0], "count": 1}, run={"workers": 2})
     result = merging.merge(recipe)
     assert (tmp_path / "died").exists()
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
     assert (result.workers_lost, result.resumed) == (1, False)
     assert result.shards_again >= 1
 
 
 def test_a_killed_driver_of_a_ray_cluster_is_continued_by_another(
-    large: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
+    large: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
 ) -> None:
     import ray
 
@@ -227,7 +227,7 @@ def test_a_killed_driver_of_a_ray_cluster_is_continued_by_another(
     assert result.resumed
     assert result.shards_done_before == result.shards
     assert result.bytes_read == 0
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
 
 
 # What an output folder may hold already.
@@ -269,18 +269,18 @@ def test_another_arithmetic_does_not_continue_a_merge(
 def test_another_recipe_does_not_replace_a_result_unless_told_to(family_of: MakeFamily, tmp_path: Path) -> None:
     family = family_of(num_models=3)
     merge(family, tmp_path / "out", "average")
-    merge(family, tmp_path / "wanted", "consensus")
+    merge(family, tmp_path / "undisturbed", "consensus")
     before = digests(tmp_path / "out")
     with pytest.raises(InputError, match=r"holds the result of another merge, run .*; choose another folder"):
         merge(family, tmp_path / "out", "consensus")
     assert digests(tmp_path / "out") == before
     merging.merge(recipe_of(family, tmp_path / "out", "consensus"), fresh=True)
-    assert digests(tmp_path / "out") == digests(tmp_path / "wanted")
+    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
     assert merge(family, tmp_path / "out", "consensus").reused
 
 
 def test_a_run_may_go_on_with_other_workers_but_keeps_what_the_plan_says(
-    large: Family, wanted: dict[str, str], tmp_path: Path, plugged: Path
+    large: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path
 ) -> None:
     assert merge_and_die(frail_recipe(large, tmp_path, POINTS["inside the merge"][0]), plugged) == -9
     output = {"path": f"frail://{tmp_path / 'out'}", "file_size": "15MB", "part_size": "64MiB"}
@@ -288,7 +288,7 @@ def test_a_run_may_go_on_with_other_workers_but_keeps_what_the_plan_says(
     assert result.resumed
     ignored = [note.partition(": ")[2] for note in result.notes if note.startswith("continued with the parts")]
     assert ignored == ["output.part_size of this call is ignored"]
-    assert digests(tmp_path / "out") == wanted
+    assert digests(tmp_path / "out") == undisturbed
 
 
 def test_a_result_whose_files_are_gone_is_not_taken_for_done(family_of: MakeFamily, tmp_path: Path) -> None:
@@ -410,8 +410,8 @@ def test_what_is_not_finite_may_count_as_no_change_and_is_listed(
     spoil(family.models[2], "model.norm.weight", 0, float("nan"))
     result = merge(family, tmp_path / "out", method, allow={"nan": "zero"})
     assert result.zeroed == {"1: lm_head.weight": 2, "2: model.norm.weight": 1}
-    told = json.loads((tmp_path / "out" / RESULT_NAME).read_bytes())
-    assert told["zeroed"] == result.zeroed
+    record = json.loads((tmp_path / "out" / RESULT_NAME).read_bytes())
+    assert record["zeroed"] == result.zeroed
     tensors = [{name: tensor.clone() for name, tensor in model.items()} for model in family.model_tensors]
     for model, name, start, stop in ((1, "lm_head.weight", 100, 102), (2, "model.norm.weight", 0, 1)):
         tensors[model][name].view(-1)[start:stop] = family.base_tensors[name].view(-1)[start:stop]

@@ -1,4 +1,4 @@
-"""The workers of a run: started by an executor, given orders, and counted."""
+"""Starts the workers of a run through an executor, and has them carry out orders."""
 
 import importlib.metadata
 import time
@@ -15,27 +15,29 @@ from ties_ray.rounds import Slow
 from ties_ray.worker.messages import SETUP, Order, Setup
 
 PACKAGES = ("ties-ray", "torch", "numpy", "numba")
-"""What must be of one version on all workers: the arithmetic rests on these."""
+"""Packages that must have one version on all workers, since the arithmetic rests on them."""
 DEPTH = 2
-"""Shards that a worker has at a time: one to do, one to follow at once."""
+"""Shards that a worker has at a time: one under way, and one that follows at once."""
 
 
 class Done(NamedTuple):
-    """A stage whose orders are all carried out."""
+    """The outcome of a stage whose orders are all carried out."""
 
     shards_by_record: dict[str, tuple[int, ...]]
+    """The shards of each record, by the record's name."""
     owners: tuple[int | None, ...]
-    """The worker that carried each order out."""
+    """The worker that has carried out each order."""
 
 
 class Crew:
-    """Workers under one executor."""
+    """The workers of one executor."""
 
     def __init__(self, executor: Executor, meters: Meters, patience: float) -> None:
-        """patience: seconds until a worker that says nothing is given up."""
+        """patience: seconds until a worker without an answer is given up."""
         self.size = 0
+        """The number of workers."""
         self.shards_again = 0
-        """Shards that were done once more."""
+        """Shards that were done again."""
         self.losses = 0
         """Workers that were lost."""
         self._executor = executor
@@ -44,10 +46,10 @@ class Crew:
         self._quarantined: frozenset[int] = frozenset()
         self._stages = 0
         self._began: tuple[float, float] | None = None
-        """When the workers had started, and their seconds of work until then."""
+        """When the workers had started, by the monotonic clock, and their seconds of work until then."""
 
     def start(self, plan: Plan, setup: Setup) -> None:
-        """Start the workers. Raises a `MergeError` where none can be had."""
+        """Start the workers. Raises a `MergeError` where none starts."""
         run = plan.recipe.run
         needs = Needs(
             num_workers=run.workers,
@@ -64,7 +66,7 @@ class Crew:
         self.work("start", lambda _: Order("hello"), costs=[1] * self.size)
 
     def stop(self) -> None:
-        """Stop all workers, and count the seconds in which they had nothing to do."""
+        """Stop all workers, and add up their idle seconds."""
         if self._began:
             began, work = self._began
             whole = self.size * (time.monotonic() - began)
@@ -83,10 +85,10 @@ class Crew:
         slow: Slow = "wait",
         prefer: Sequence[int | None] | None = None,
     ) -> Done:
-        """Have as many orders carried out as there are costs. Raises what a worker's failure means.
+        """Have one order carried out for each of the costs. Raises the error that a worker's failure stands for.
 
-        records: an order is finished when a record holds it, else as soon as it is answered.
-        prefer: the worker that each order should go to.
+        records: an order is finished when a record holds it; by default as soon as it is answered. done: orders that
+        are finished already. prefer: the worker that each order should go to.
         """
         schedule = Schedule(
             costs,
@@ -122,7 +124,7 @@ class Crew:
 
 
 def _error(failure: Failure, stage: str) -> MergeError:
-    """Return what the run fails with, naming the shard where it is not the user's own input."""
+    """Return the error of the run. It names the shard unless the fault lies in the user's input."""
     kinds: dict[str, type[MergeError]] = {"input": InputError, "unavailable": UnavailableError}
     kind = kinds.get(failure.kind)
     if kind:

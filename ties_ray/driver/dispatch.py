@@ -1,4 +1,4 @@
-"""One stage's orders on their way: what the schedule says goes to the executor, what happens goes back to it."""
+"""Dispatches the orders of a stage: assignments go from the schedule to the executor, and events go back."""
 
 import itertools
 import statistics
@@ -20,7 +20,7 @@ RECENT = 1000
 
 
 class Stage:
-    """The orders of one round or barrier; each `step` submits what can be, and waits a moment for what happens."""
+    """The orders of one round or barrier."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class Stage:
     ) -> None:
         """Begin with nothing submitted.
 
-        order: what to tell a worker for a task. records: a task is finished when a record holds it, else as soon as it
-        is answered. patience: seconds until a worker that says nothing is given up.
+        order: gives the order of a task. records: a task is finished when a record holds it; otherwise as soon as it is
+        answered. patience: seconds until a worker without an answer is given up.
         """
         self.shards_by_record: dict[str, tuple[int, ...]] = {}
         self._schedule = schedule
         self._executor = executor
         self._order = order
-        self._first = first_ticket  # so that late news of an earlier stage is not mistaken for ours
+        self._first = first_ticket  # late answers to an earlier stage have lower numbers
         self._records = records
         self._slow = slow
         self._patience = patience
@@ -53,14 +53,14 @@ class Stage:
         self._signs: dict[int, float] = {}
         """When a worker last answered."""
         self._seconds: deque[float] = deque(maxlen=RECENT)
-        """How long the last orders took."""
+        """Seconds that each of the last orders took."""
         self._overtaken: set[int] = set()
         self._next_flush = -1
         self._flushing: dict[int, int] = {}
-        """The ticket of every worker that was asked to write a record."""
+        """The ticket of each worker that is writing a record."""
 
     def step(self) -> list[Answer]:
-        """Submit what can be, wait a moment, and take in what happened; return the answers."""
+        """Submit all orders that the schedule assigns, wait a moment for events, and return the answers."""
         for worker, ticket, task in self._schedule.assignments():
             self._submit(worker, ticket, self._order(task))
         for worker in self._schedule.holding() if self._records else ():
@@ -73,7 +73,7 @@ class Stage:
         return [answer for event in self._executor.wait(1.0) if (answer := self._take(event))]
 
     def _overtake(self) -> None:
-        """Let idle workers do what takes far longer than it did elsewhere."""
+        """Let idle workers repeat orders that take far longer than others did, or replace the slow workers."""
         idle = self._schedule.idle()
         if not idle or self._slow == "wait" or len(self._seconds) < 3:
             return
@@ -88,7 +88,7 @@ class Stage:
             self._overtaken.add(task)
             if self._slow == "repeat":
                 self._submit(*self._schedule.repeat(ticket, worker)[:2], self._order(task))
-            elif ticket in self._since:  # not gone with another one of its worker
+            elif ticket in self._since:  # another ticket of its worker may have taken it along
                 self._give_up(self._since[ticket][0], "no answer, far longer than others took")
 
     def _give_up_hung(self) -> None:
@@ -123,7 +123,7 @@ class Stage:
             case Refused():
                 ticket = event.ticket - self._first
                 self._since.pop(ticket, None)
-                if self._is_flush(event.worker, ticket):  # no record, so what it holds is as good as lost
+                if self._is_flush(event.worker, ticket):  # without a record, its finished shards count as lost
                     schedule.lost(event.worker, "; ".join(map(str, event.problems)))
                     schedule.ready(event.worker)
                 schedule.refused(ticket, event.kind, event.problems, event.traceback)
@@ -140,7 +140,7 @@ class Stage:
             self._seconds.append(self._clock() - submitted[1])
         task = self._schedule.task_of(ticket)
         if task is None and not self._is_flush(worker, ticket):
-            return answer  # of a worker that was given up: its shards are done again, and its record is not used
+            return answer  # its worker was given up: the shards are done again, and its record is not used
         self._schedule.answered(ticket)
         if answer.record:
             self.shards_by_record[answer.record] = answer.shards
@@ -150,5 +150,5 @@ class Stage:
         return answer
 
     def _is_flush(self, worker: int, ticket: int) -> bool:
-        """Return whether a ticket is that of the worker's flush, which is over now."""
+        """Return whether a ticket is the worker's flush, and forget that flush."""
         return self._flushing.get(worker) == ticket and self._flushing.pop(worker) == ticket

@@ -1,4 +1,4 @@
-"""What a merge under way has cost so far, and when it should end."""
+"""Measures a merge under way: its traffic, its seconds, and when it should end."""
 
 import time
 from collections.abc import Mapping
@@ -11,31 +11,31 @@ from ties_ray.worker.timing import ACTIVITIES, Span, Times, Trace
 
 
 class Meters:
-    """Adds up what workers answer, and tells whoever watches."""
+    """Adds up the workers' answers, and reports progress."""
 
     def __init__(self, watch: Watch, trace: Trace | None) -> None:
-        """trace: the file of a profile, where one was asked for."""
+        """watch: takes each report of progress. trace: the file of a profile, None without one."""
         self.traffic = Traffic()
         self.seconds = dict.fromkeys((*ACTIVITIES, "idle"), 0.0)
-        """Seconds of workers by activity."""
+        """Seconds of all workers by activity."""
         self.times = Times(profiled=trace is not None)
         """The driver's own spans."""
         self.expected: float | None = None
-        """When the run should end, by the monotonic clock."""
+        """When the run should end, by the monotonic clock; None while that is unknown."""
         self.bytes_planned = 0
-        """Bytes that the plan says are read."""
+        """Bytes that the plan reads."""
         self.profiled = trace is not None
-        """Whether each span of time is noted."""
+        """Whether each span of time is kept."""
         self._watch = watch
         self._trace = trace
         self._forecast: ProgressForecast | None = None
 
     def begin(self, forecast: ProgressForecast | None) -> None:
-        """Let the next answers tell how long the run takes, until it is known."""
+        """Forecast the end of the run by the next answers, unless it is known already."""
         self._forecast = forecast if self.expected is None else None
 
     def add(self, answer: Answer) -> None:
-        """Take in what a worker has done since its last answer."""
+        """Add a worker's answer."""
         self.traffic = self.traffic.plus(answer.traffic)
         self._traced(answer.worker, answer.spans)
         for name, value in answer.seconds.items():
@@ -49,18 +49,18 @@ class Meters:
                 self._forecast, self.expected = None, time.monotonic() + left
 
     def tell(self, stage: str, schedule: Schedule | None = None, *, done: int = 0, of: int = 0) -> None:
-        """Tell whoever watches how far a stage is: by its schedule, or `done` of so many."""
+        """Report how far a stage is: by its schedule, or as `done` shards of `of`."""
         if schedule:
             done, of = schedule.num_done, schedule.num_tasks
         brought = self.traffic.bytes_read + self.traffic.bytes_kept
         self._watch(Progress(stage, done, of, brought, self.bytes_planned))
 
     def end_stage(self) -> None:
-        """Put the driver's own spans into the profile."""
+        """Write the driver's own spans into the profile."""
         self._traced("stages", self.times.take()[1])
 
     def split_seconds(self) -> dict[str, float]:
-        """Return the workers' time by what it went for; the merge itself is what no wait explains."""
+        """Return the workers' seconds by activity. Time that no wait explains counts as merging."""
         seconds: Mapping[str, float] = self.seconds
         merge = seconds["work"] - seconds["wait_read"] - seconds["wait_write"]
         return {name: round(value, 3) for name, value in {"merge": merge, **seconds}.items() if name != "work"}

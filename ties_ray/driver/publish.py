@@ -1,6 +1,6 @@
-"""Publish: complete the uploads, then config, tokenizer and card, then the loader's door, then the result record.
+"""Publishes a result: weights, then config, tokenizer and card, then the loader's entry point, then the result record.
 
-Every step may be done twice, so that a kill anywhere is mended by the same command.
+Every step may be done twice, so the same command mends a kill anywhere.
 """
 
 import json
@@ -24,7 +24,7 @@ from ties_ray.rounds.merge import Written
 from ties_ray.stores import Stores, crc32c, crc32c_joined, join, within
 
 FEW = 8
-"""Names shown in one message; of more, the first ones and a count."""
+"""The most names in one message. Further names are counted."""
 
 
 def complete_uploads(
@@ -36,7 +36,7 @@ def complete_uploads(
 ) -> list[WrittenFile]:
     """Make the weight files visible, and return them. Raises `InterruptedMerge` if a part is missing.
 
-    check: raises if another run holds the output now; asked before each file.
+    check: raises if another run holds the output now. It is called before each file.
     """
     store = stores.writer(plan.output)
     written = []
@@ -54,10 +54,10 @@ def complete_uploads(
 
 
 def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[str, bytes]:
-    """Return what stands beside the weights but the card, by relative name, in the order in which it is written.
+    """Return the files beside the weights, without the card, by relative name, in the order of writing.
 
-    The file by which a loader finds the weights is last. texts: only the files that say what else has to be there.
-    Reads small files as they were planned; raises `InputError` where one is another by now.
+    The file by which a loader finds the weights is last. texts: return only the files in `TEXTS`, which name others.
+    Raises `InputError` where a small file has changed since it was planned.
     """
     output = plan.recipe.output
     contents: dict[str, bytes] = {}
@@ -78,7 +78,7 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
 
 
 def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
-    """Return what a loader will find in the output; documents: of small files, those in `TEXTS` at least."""
+    """Return the output as a loader will find it. documents: at least the small files in `TEXTS`."""
     small = (small.name for small in plan.catalog.small_files)
     files = plan.files
     return ModelFolder(
@@ -91,14 +91,14 @@ def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
 
 
 def own_names(plan: Plan) -> set[str]:
-    """Return the relative names that a run of the plan may publish, but for card, recipe and result."""
+    """Return the relative names that a run of the plan may publish, without card, recipe and result."""
     index = plan.recipe.output.index(plan.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
     names = {small.name for small in plan.catalog.small_files} | {file.name for file in plan.files}
     return names | {index[0]} if index else names
 
 
 def foreign_files(stores: Stores, output: str, own: Collection[str]) -> list[str]:
-    """Return the files in an output that a loader may take for the model's, and that are not among its `own` names."""
+    """Return the files in an output, beside the `own` names, that a loader may take for the model's."""
     store = stores.of(output)
     listing = store.list(output)
     names = [_last(pin.uri) for pin in listing.files]
@@ -111,7 +111,7 @@ def foreign_files(stores: Stores, output: str, own: Collection[str]) -> list[str
 
 
 def demand_space(plan: Plan, stores: Stores) -> None:
-    """Raise `UnavailableError` where the output's disk has less room than the weights, and scratch, still need."""
+    """Raise `UnavailableError` where the output's disk has too little room for missing weights and scratch."""
     store = stores.writer(plan.output)
     space = store.space(plan.output)
     if space is None:
@@ -125,7 +125,7 @@ def demand_space(plan: Plan, stores: Stores) -> None:
 
 
 def demand_no_foreign(plan: Plan, stores: Stores, documents: Collection[str]) -> None:
-    """Raise `InputError` where the output holds what a loader may take for a part of this model."""
+    """Raise `InputError` where the output holds files that a loader may take for a part of this model."""
     own = {*documents, *(file.name for file in plan.files)}
     foreign = foreign_files(stores, plan.output, own)
     if foreign:
@@ -136,7 +136,7 @@ def demand_no_foreign(plan: Plan, stores: Stores, documents: Collection[str]) ->
 def publish_documents(
     plan: Plan, stores: Stores, documents: Mapping[str, bytes], result: MergeResult
 ) -> list[WrittenFile]:
-    """Write what stands beside the weights, and return it; the file by which a loader finds them comes last."""
+    """Write the files beside the weights, and return them. The file by which a loader finds the weights is last."""
     store = stores.writer(plan.output)
     store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
     asked = plan.recipe.model_dump(mode="json", exclude_unset=True)
@@ -152,13 +152,13 @@ def publish_documents(
 
 
 def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
-    """Write the result record: from now on the merge is done."""
+    """Write the result record. With it the merge is done."""
     text = result.model_dump_json(indent=2) + "\n"
     stores.writer(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
 
 
 def _without(keys: Sequence[str], data: bytes) -> bytes:
-    """Return a JSON object without some of its keys; those of parts as `part.key`."""
+    """Return a JSON object without some of its keys. `part.key` names a key of a part."""
     if not keys:
         return data
     whole = json.loads(data)
@@ -172,7 +172,7 @@ def _without(keys: Sequence[str], data: bytes) -> bytes:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first few names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
     return printable(", ".join(names[:FEW])) + more
 

@@ -1,4 +1,4 @@
-"""The result of a merge: weights made visible, documents and record written, and what the record says."""
+"""Makes the result of a merge: it publishes weights and documents, and fills in the result record."""
 
 import importlib.metadata
 import json
@@ -34,8 +34,8 @@ def publish(
 ) -> MergeResult:  # fmt: skip
     """Complete the uploads and write everything else; return the result record, which is written last.
 
-    check: raises if the output is no longer ours; asked before anything becomes visible. started: when the call began,
-    by the monotonic clock. A call that dies anywhere is mended by the same command.
+    check: raises if another run holds the output. It is called before anything becomes visible. started: when the call
+    began, by the monotonic clock. The same command mends a call that dies anywhere.
     """
     plan = run.plan
     meters.tell("publish", of=1)
@@ -54,7 +54,7 @@ def publish(
         opened_by=opener.replace("{output}", json.dumps(plan.output, ensure_ascii=False)[1:-1]),
         files=files,
         **_work_done(run, crew, meters),
-        **_found(run, records),
+        **_findings(run, records),
         waiting=list(plan.catalog.waiting),
         refused={model.uri: [str(problem) for problem in model.problems] for model in plan.catalog.refused},
         notes=[*plan.notes, *(note for store in stores.opened() for note in store.notes)],
@@ -76,7 +76,7 @@ def publish(
 
 
 def _work_done(run: MergeRun, crew: Crew, meters: Meters) -> dict[str, Any]:
-    """Return the fields of the record that tell what the merge took."""
+    """Return the record's fields about the cost of the merge."""
     return {
         "shards": run.plan.num_shards,
         "shards_done_before": run.shards_done_before,
@@ -87,8 +87,8 @@ def _work_done(run: MergeRun, crew: Crew, meters: Meters) -> dict[str, Any]:
     }
 
 
-def _found(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
-    """Return the fields of the record that tell what the rounds have found."""
+def _findings(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
+    """Return the record's fields about the findings of the rounds."""
     merge, fields = run.merge, dict[str, Any]()
     zeroed: dict[str, int] = {}
     all_zeroed = [zero for record in records for zero in record.zeroed]
@@ -110,7 +110,7 @@ def _found(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
 
 
 def provenance(plan: Plan) -> Provenance:
-    """Return what a result is made of, and by what versions."""
+    """Return the inputs of a result, and the versions that have made it."""
     return Provenance(
         ties_ray=importlib.metadata.version("ties-ray"),
         python=platform.python_version(),
@@ -140,4 +140,4 @@ def _installed(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "nothing"  # which is enough where it is not used: `local` needs no Ray
+        return "nothing"  # `local` needs no Ray

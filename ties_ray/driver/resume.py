@@ -1,4 +1,4 @@
-"""What an output folder holds already: nothing, this merge done or half-done, another one, or something else."""
+"""Decides how a merge begins, by what its output holds: nothing, this merge, another merge, or other files."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -16,7 +16,7 @@ from ties_ray.stores import Pin, Stores, join, within
 
 
 def finished(planned: Plan, stores: Stores) -> MergeResult | None:
-    """Return the result record if the output holds just this merge, whole; None if it does not hold it."""
+    """Return the result record if the output holds the whole result of this very merge, None otherwise."""
     result = find_result(stores, planned.output)
     if result is None or result.run_id != planned.run_id:
         return None
@@ -25,9 +25,9 @@ def finished(planned: Plan, stores: Stores) -> MergeResult | None:
 
 
 def open_run(planned: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manifest, bool]:
-    """Return (plan, manifest, whether it is continued) of a run; refuse a folder that holds something else.
+    """Return (plan, manifest, whether it is continued) of a run. Raises `InputError` where the output holds another.
 
-    fresh: remove what earlier runs left, and begin a generation that nothing of theirs can reach.
+    fresh: remove what earlier runs have left, and begin a new generation, which their workers can't write to.
     """
     output = planned.output
     runs = find_runs(stores, output)
@@ -51,16 +51,16 @@ def open_run(planned: Plan, stores: Stores, *, fresh: bool) -> tuple[Plan, Manif
 
 
 def clean(stores: Stores, output: str, *, remove: bool) -> list[str]:
-    """Return what interrupted merges left in an output, and remove it: uploads, and manifests of unfinished runs.
+    """Return the uploads and manifests that interrupted merges have left in an output.
 
-    The manifest of a finished merge stays (`verify` reads it), and so does every visible file. A folder that no merge
-    has ever used is left alone, whatever uploads are under way there. Call it while holding the lease.
+    remove: remove them, too. The manifest of a finished merge stays, since `verify` reads it, and so does every visible
+    file. Nothing is removed from a folder that no merge has used. Call it while holding the lease.
     """
     result, runs, store = find_result(stores, output), find_runs(stores, output), stores.writer(output)
     if result is None and not runs:
         return []
     remnants = []
-    for uri, upload in store.list_uploads(output):  # first: without a run, they would not be looked for again
+    for uri, upload in store.list_uploads(output):  # they go first: without a run, no call would look for them
         remnants.append(f"unfinished upload of {uri.rsplit('/', 1)[-1]} ({upload[:16]})")
         if remove:
             store.abort_upload(uri, upload)
@@ -96,13 +96,13 @@ def _refuse_others(planned: Plan, stores: Stores, runs: list[tuple[str, int]]) -
 
 
 def _forget(planned: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[str]:
-    """Remove earlier runs, and files that a loader would take; return the names of those that no run has written.
+    """Remove earlier runs, and files that a loader would open; return the names of those that no run has written.
 
-    First goes what makes an earlier result look whole, then weights, uploads and manifests. Weights go too, lest an old
-    file pass for one that this run has completed, where an ETag tells nothing. A plan that can't be read, of another
-    version or of a plugin that is not here, tells nothing, and goes as well. Only files that a listing of the folder
-    shows are removed, and in folders only those that an earlier run of this output has written. The plan of another run
-    may be anybody's: of the names in it only those count that a loader would open.
+    The files that make an earlier result look whole go first, then weights, uploads and manifests. Weights go as well:
+    without an ETag, an old file could pass for one that this run has completed. A plan that can't be read goes, too.
+
+    Only files that a listing of the folder shows are removed. In subfolders, only files that an earlier run has written
+    are removed. The plan of another run may be anybody's, so only those of its names count that a loader would open.
     """
     output, store = planned.output, stores.writer(planned.output)
     claims = _claims(stores, output, runs)
@@ -128,7 +128,7 @@ def _forget(planned: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[
 
 
 def _demand_no_folders(stores: Stores, output: str, own: Collection[str]) -> None:
-    """Raise `InputError` where folders in the output hold files that --fresh leaves and a loader would take."""
+    """Raise `InputError` where subfolders hold files that --fresh leaves and a loader would open."""
     inside = [name for name in foreign_files(stores, output, own) if "/" in name]
     if inside:
         message = (
@@ -140,12 +140,12 @@ def _demand_no_folders(stores: Stores, output: str, own: Collection[str]) -> Non
 
 
 def _claims(stores: Stores, output: str, runs: Sequence[tuple[str, int]]) -> list[Plan]:
-    """Return the plans that lie in earlier runs' folders, whoever wrote them."""
+    """Return the plans in the folders of earlier runs. Anybody may have written them."""
     return [claim for run in runs if (claim := _claim(stores, output, run))]
 
 
 def _written(claims: Sequence[Plan]) -> set[str]:
-    """Return the names that earlier runs claim to publish, as far as a loader would open them."""
+    """Return the names that earlier runs claim to publish and a loader would open."""
     return {name for claim in claims for name in _names(claim) if _may_be_ours(name)}
 
 
@@ -172,7 +172,7 @@ def _what_changed(planned: Plan, stored: Plan | None) -> str:
 
 
 def _pins(plan: Plan) -> Iterator[Pin]:
-    """Yield the pins of all files that decide what comes out."""
+    """Yield the pins of all files that decide the result."""
     for model in (plan.catalog.base, *plan.catalog.models):
         yield from model.objects
     for small in plan.catalog.small_files:
@@ -180,29 +180,29 @@ def _pins(plan: Plan) -> Iterator[Pin]:
 
 
 def _may_be_ours(name: str) -> bool:
-    """Return whether a name in a plan that lies in the output is one of those that merges publish for loaders."""
+    """Return whether a name in a stored plan is one that merges publish for loaders."""
     folder, _, last = name.rpartition("/")
     return is_loaded(last) or folder in LOADED_FOLDERS
 
 
 def _names(claim: Plan) -> set[str]:
-    """Return the names that another run's plan claims to publish; none where it contradicts itself."""
+    """Return the names that another run's plan claims to publish, none where it contradicts itself."""
     with suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return own_names(claim)
     return set()
 
 
 def _claim(stores: Stores, output: str, run: tuple[str, int]) -> Plan | None:
-    """Return the plan that lies in another run's folder, whoever wrote it; None where none can be read."""
+    """Return the plan in another run's folder, None where none can be read. Anybody may have written it."""
     with suppress(InputError):
         return Manifest(stores, Manifest.folder_of(output, *run)).read_plan()
     return None
 
 
 def _continued(planned: Plan, manifest: Manifest, start: Start) -> Plan:
-    """Return the plan by which a run goes on: this call's own, cut into the parts that the run began with.
+    """Return the plan of a continued run: this call's own, cut into the parts that the run began with.
 
-    The stored plan is not asked. Raises `InputError` where the records rest on something else than this plan does.
+    The stored plan plays no role. Raises `InputError` where the records rest on other inputs than this plan.
     """
     if planned.digest() != start.digest:
         message = "the unfinished merge there read its inputs in another way, though their content is the same"

@@ -1,4 +1,4 @@
-"""One result under way: its rounds in order, each with its barrier, from records that a kill leaves to the next run."""
+"""Runs the rounds of a result in order, each with its barrier. A kill leaves its records to the next run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from ties_ray.worker.messages import Order, Setup
 
 
 class MergeRun:
-    """The rounds of a merge. Every round leaves its records, and what the barrier makes of them, in the manifest."""
+    """Runs the rounds of a merge. Each round leaves its records, and its barrier's findings, in the manifest."""
 
     def __init__(self, plan: Plan, stores: Stores, manifest: Manifest, meters: Meters, *, resumed: bool) -> None:
         """resumed: whether an earlier run has left records."""
@@ -29,38 +29,41 @@ class MergeRun:
         self._written: tuple[dict[str, Record[Any]], list[str]] = {}, []
         """The records of the round that writes: those that an earlier run has left, and the names of new ones."""
         self.shards_done_before = 0
+        """Shards that needed no work, because of earlier runs."""
         self._result = 0
         self._stores = stores
         self._manifest = manifest
         self._meters = meters
-        self._told = 0, ""
-        """Revision and digest of the plan that workers follow."""
+        self._followed = 0, ""
+        """Revision and digest of the plan that the workers follow."""
         self._readers: dict[int, int] = {}
-        """The worker that has read a range of the merged parameters, and may have kept it."""
+        """The worker that has read a range of the merged parameters, and may have cached it."""
         self._tries = 0
 
     @property
     def merge(self) -> Merge:
-        """Return the result in the making, as the barriers so far have left it."""
+        """Return the result as the barriers so far have left it."""
         return self.plan.merges[self._result]
 
     def setup(self, *, profiled: bool) -> Setup:
-        """Begin a try: store the plan as the run began with it, and return what workers are built from.
+        """Begin a try: store the plan that the run began with, and return the workers' setup.
 
-        What barriers made of the plan is worked out again from what they have stored.
+        The barriers' findings change the plan again as the rounds follow.
         """
         self.plan = self._begun
         self._meters.bytes_planned = self.plan.bytes_read
-        self._told = 0, self._manifest.write_plan(self.plan)
+        self._followed = 0, self._manifest.write_plan(self.plan)
         self._readers = {}
         self._barriers: dict[int, dict[int, Folded[Any]]] = {}
         self._tries += 1
         self.shards_done_before = 0
         recipe = self.plan.recipe
-        return Setup(self._manifest.folder, recipe.storage, self._told[1], profiled=profiled, device=recipe.run.device)
+        return Setup(
+            self._manifest.folder, recipe.storage, self._followed[1], profiled=profiled, device=recipe.run.device
+        )
 
     def execute(self, crew: Crew) -> None:
-        """Do all rounds. In a second try, do what is not done yet, and what the store has forgotten."""
+        """Do all rounds. A second try does what is not done yet, and what the store has forgotten."""
         for index in range(len(self.merge.rounds)):
             kind = self.merge.kind(index)
             if kind.writes:
@@ -76,7 +79,7 @@ class MergeRun:
         return [*left.values(), *self._manifest.read_records(self.merge, len(self.merge.rounds) - 1, new)]
 
     def _findings(self, index: int) -> dict[int, Any]:
-        """Return what a barrier has found, by group. Raises `InputError` where it has gone."""
+        """Return a barrier's findings by group. Raises `InputError` where they are gone."""
         findings = {group: folded.finding for group, folded in self.barrier(index).items()}
         if len(findings) < self.merge.kind(index).num_groups(self.merge):
             message = f"what the barrier after round {index} stored is gone"
@@ -97,13 +100,13 @@ class MergeRun:
         return folded
 
     def _follow(self, plan: Plan) -> None:
-        """Go on by another plan, which is stored; workers read it where more than a round's reads has changed."""
+        """Store another plan, and go on with it. Workers read it where more has changed than a round's reads."""
         if plan is self.plan:
             return
         digest = self._manifest.write_plan(plan)
         before, now = self.plan.results[self._result], plan.results[self._result]
         if (before.members, before.files) != (now.members, now.files) or plan.recipe != self.plan.recipe:
-            self._told = plan.revision, digest
+            self._followed = plan.revision, digest
         self.plan = plan
         self._meters.bytes_planned = plan.bytes_read
 
@@ -151,7 +154,7 @@ class MergeRun:
         shards: Mapping[str, tuple[int, ...]],
         recalled: Mapping[int, tuple[int, ...]],
     ) -> None:
-        """Have the records of each group folded. shards: those of each record, by its name."""
+        """Have the records of each group folded. shards: the shards of each record, by its name."""
         folds = []
         for group in range(kind.num_groups(self.merge)):
             names = [name for name, own in shards.items() if own and kind.group(self.merge, own[0]) == group]
@@ -168,35 +171,35 @@ class MergeRun:
         records: tuple[str, ...] = (),
         recalled: tuple[int, ...] = (),
     ) -> Order:
-        return Order(action, self._result, round_, index, records, *self._told, recalled)
+        return Order(action, self._result, round_, index, records, *self._followed, recalled)
 
-    # -- who reads what
+    # -- the reader of each range
 
     def _ranges(self, index: int, kind: RoundKind[Any, Any], crew: Crew) -> Sequence[int | None]:
-        """Return the first range of the merged parameters that each shard of a round reads of."""
+        """Return the first range of the merged parameters that each shard of a round reads."""
         round_ = self.merge.rounds[index]
         if crew.size == 1:
             return [None] * round_.num_shards
         return [kind.first_range(self.merge, round_, shard) for shard in range(round_.num_shards)]
 
     def _reader(self, range_: int | None, crew: Crew) -> int | None:
-        """Return the worker that a shard should go to: the one that has read of the range, or that is to be it.
+        """Return the worker that a shard should go to: the one that has read its range, or that will read it.
 
-        A range goes to one worker for all groups of models, since the merge reads it of all of them.
+        A range goes to one worker for all groups of models, since the merge reads the range of all models.
         """
         if range_ is None:
             return None
         return self._readers.get(range_, range_ * crew.size // self.merge.layout.num_ranges)
 
-    # -- what is done already
+    # -- records of earlier runs
 
     def _left_records(self, index: int) -> dict[str, Record[Any]]:
-        """Return the records of a round that an interrupted run has left, or an earlier try of this one."""
+        """Return the records of a round that an interrupted run has left, or an earlier try of this run."""
         names = self._manifest.record_names(index) if self.resumed or self._tries > 1 else []
         return dict(zip(names, self._manifest.read_records(self.merge, index, names), strict=True))
 
     def _accepted(self, index: int, kind: RoundKind[Any, Any]) -> dict[str, Record[Any]]:
-        """Return the records of an interrupted run that count: of overlapping ones the first, none of lost uploads."""
+        """Return the valid records of an interrupted run: the first of overlapping ones, and none of lost uploads."""
         accepted: dict[str, Record[Any]] = {}
         covered: set[int] = set()
         for name, record in self._left_records(index).items():
@@ -208,7 +211,7 @@ class MergeRun:
         return {name: record for name, record in accepted.items() if record.shards or not kind.writes}
 
     def _recalled(self, index: int, kind: RoundKind[Any, Any], before: Mapping[int, Any]) -> dict[str, Record[Any]]:
-        """Return records of what earlier merges have left in the pool cache, stored like a worker's, one a group."""
+        """Store the findings of the pool cache as records, like a worker's, one a group; return them by name."""
         folder = self.plan.recipe.run.pool_cache
         if folder is None:
             return {}
@@ -230,7 +233,7 @@ class MergeRun:
     def _recalled_members(
         self, kind: RoundKind[Any, Any], records: Iterable[Record[Any]]
     ) -> dict[int, tuple[int, ...]]:
-        """Return the members that recalled findings stand for, by group."""
+        """Return the members of recalled findings, by group."""
         size = self.plan.sizes.model_group
         groups: dict[int, tuple[int, ...]] = {}
         for record in records:

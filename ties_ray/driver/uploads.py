@@ -1,4 +1,4 @@
-"""The multipart uploads of a result's weight files: begun, found again, and told from those that the store forgot."""
+"""The multipart uploads of a result's weight files. A store may forget one; its parts are then written again."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,19 +12,20 @@ from ties_ray.stores import Stores, join
 
 
 class Uploads:
-    """The upload of each weight file, by its name."""
+    """The uploads of a merge."""
 
     def __init__(self, stores: Stores, manifest: Manifest, output: str) -> None:
         """output: URI of the output's folder."""
         self.ids: dict[str, str] = {}
+        """The id of each weight file's upload, by the file's name."""
         self._store = stores.writer(output)
         self._manifest = manifest
         self._output = output
 
     def begin(self, merge: Merge, records: Iterable[Record[Parts]]) -> None:
-        """Begin the uploads that are not there, or no longer known to the store.
+        """Begin the uploads that are missing, or that the store has forgotten.
 
-        records: what an interrupted run has written. An upload whose parts are all recorded may be completed.
+        records: the records of an interrupted run. An upload whose parts are all recorded may be complete already.
         """
         uploads = self._manifest.read_uploads()
         recorded = _parts_by_upload(records)
@@ -38,11 +39,11 @@ class Uploads:
         self._manifest.write_uploads(uploads)
         for uri, upload in self._store.list_uploads(self._output):
             if upload not in uploads.values():
-                self._store.abort_upload(uri, upload)  # begun, and its id never noted: a kill, or the answer was lost
+                self._store.abort_upload(uri, upload)  # a kill or a lost answer came before its id was stored
         self.ids = uploads
 
     def are_known(self, plan: Plan) -> bool:
-        """Return whether the store knows all uploads, as far as they had begun; one that was completed counts too."""
+        """Return whether the store knows all uploads that have begun. A completed one counts as known."""
         begun = ((join(self._output, file.name), file) for file in plan.files if file.name in self.ids)
         return all(
             self._store.list_parts(uri, self.ids[file.name]) is not None or self._is_completed(uri, file.size)
@@ -50,7 +51,7 @@ class Uploads:
         )
 
     def as_uploaded(self, merge: Merge, record: Record[Parts]) -> Record[Parts]:
-        """Return a record without what it tells of uploads that the store has forgotten: others write that again."""
+        """Return a record without the shards of uploads that the store has forgotten; they are done again."""
         files, finding = merge.result.files, record.finding
         gone = {file for file, upload in finding.uploads if self.ids[files[file].name] != upload}
         lost = {placed.tensor.parameter for file in gone for placed in files[file].tensors}
@@ -62,7 +63,7 @@ class Uploads:
         )
 
     def _is_completed(self, uri: str, size: int) -> bool:
-        """Return whether an upload whose parts were all recorded was completed: the object is there."""
+        """Return whether an upload whose parts are all recorded is complete: its object is there."""
         try:
             return self._store.head(uri, 0)[0].size == size
         except FileNotFoundError:

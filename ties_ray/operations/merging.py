@@ -1,4 +1,4 @@
-"""Plan a merge, and do it: recipe, catalog, plan, rounds on an executor, publication."""
+"""Plans a merge, and does it: recipe, catalog, plan, rounds on an executor, publication."""
 
 import time
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from ties_ray.stores import CAN_ONLY_BE_READ, WRITE_ELSEWHERE, Stores, WritableS
 from ties_ray.worker.timing import Trace
 
 TRIES = 3
-"""How often a merge is taken up again, at most, because the store has forgotten an upload."""
+"""The most tries of a merge whose store forgets uploads."""
 
 
 def plan(recipe: Recipe, sizes: Sizes = SIZES) -> Plan:
-    """Return what a merge would do; reads headers only. Raises `RecipeError` and `InputError` with all problems."""
+    """Return the plan of a merge. It reads headers only. Raises `RecipeError` and `InputError` with all problems."""
     stores = Stores(recipe.storage)
     output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
     made = make_plan(recipe.model_copy(update={"output": output}), read_catalog(recipe, stores), sizes)
@@ -46,9 +46,9 @@ def plan(recipe: Recipe, sizes: Sizes = SIZES) -> Plan:
 
 
 def forecast(made: Plan) -> Forecast | None:
-    """Return how long a merge would take one worker, and more of them; reads and merges for about a second.
+    """Return how long a merge would take one worker and more; it reads and merges for about a second.
 
-    None where nothing can be said: of a GPU, only a worker that has it knows. Raises what reading the inputs raises.
+    None where that is unknown: only a worker with a GPU knows how fast it is. Raises what reading the inputs raises.
     """
     if made.recipe.run.device != "cpu" or not predictable(made):
         return None
@@ -71,15 +71,15 @@ def merge(
 ) -> MergeResult:
     """Merge, or continue an interrupted merge, or recognise a finished one; return the result record.
 
-    fresh: forget what the output holds of earlier runs. profile: a file for what every worker did when, in Chrome's
-    trace event format. Raises a `MergeError`; what is done is kept.
+    fresh: remove what earlier runs have left in the output. profile: a file for the spans of time of each worker, in
+    Chrome's trace event format. Raises a `MergeError`. Finished work is kept, and the next call continues from there.
     """
     started = time.monotonic()
     return carry_out(plan(recipe, sizes), started=started, fresh=fresh, watch=watch, profile=profile)
 
 
 def carry_out(planned: Plan, *, started: float, fresh: bool, watch: Watch, profile: Path | None = None) -> MergeResult:
-    """Do what a plan of this process says, as `merge` does; started: when the call began, by the monotonic clock."""
+    """Carry out a plan of this process, as `merge` does. started: when the call began, by the monotonic clock."""
     with Trace(profile) if profile else nullcontext() as trace:
         return _carry_out(planned, started, watch, trace, fresh=fresh)
 
@@ -92,7 +92,7 @@ def _carry_out(planned: Plan, started: float, watch: Watch, trace: Trace | None,
         return finished
     taken_over: list[str] = []
     with lease.acquire(stores, planned.output, taken_over.append) as held:
-        finished = None if fresh else _finished(planned, stores)  # by the run that held the lease until now
+        finished = None if fresh else _finished(planned, stores)  # the last holder of the lease may have finished it
         if finished:
             return finished
         opened, manifest, resumed = resume.open_run(planned, stores, fresh=fresh)
@@ -112,7 +112,7 @@ def _run(
     *,
     resumed: bool,
 ) -> MergeResult:
-    """Do all rounds and publish; take the merge up again where the store has forgotten an upload."""
+    """Do all rounds and publish. Try again where the store has forgotten an upload."""
     run = MergeRun(opened, stores, manifest, meters, resumed=resumed)
     executor = plugins.load("executors", opened.recipe.run.executor, Executor)
     for left in reversed(range(TRIES)):
@@ -131,6 +131,6 @@ def _run(
 
 
 def _finished(planned: Plan, stores: Stores) -> MergeResult | None:
-    """Return the record of this very merge, where the output holds it whole."""
+    """Return the record of this very merge where the output holds the whole result, None otherwise."""
     finished = resume.finished(planned, stores)
     return finished.model_copy(update={"waiting": list(planned.catalog.waiting)}) if finished else None
