@@ -43,7 +43,7 @@ def test_pieces_share_a_buffer_which_comes_back_when_the_last_is_gone() -> None:
     assert held.data_ptr() != places[0], "one of its pieces lives"
     pieces.clear()
     lent = [buffers.empty(1000, torch.uint8) for _ in range(2)]
-    assert places[0] in {one.data_ptr() for one in lent}
+    assert places[0] in {tensor.data_ptr() for tensor in lent}
     assert len(buffers.piece(3000, 1000)) == 3000
 
 
@@ -87,13 +87,13 @@ def test_threads_never_share_a_buffer() -> None:
 
 
 def anonymous() -> int:
-    found = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    resident = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert resident
+    return int(resident[1]) * 1024
 
 
 def test_tables_of_counts_take_memory_only_where_something_was_counted() -> None:
-    """As many as a worker has for 32 models, of whom bf16 deltas fill few bins: else 4 models took less than 64."""
+    """The 64 tables are as many as a worker has for 32 models. bf16 deltas fill few of their bins."""
     kernels, base = load("cpu"), torch.randn(2**16, generator=torch.Generator().manual_seed(0)) * 0.02
     source = Encoded((base * 1.01).bfloat16())
     base = base.bfloat16().float()

@@ -62,7 +62,7 @@ def test_kernels_work_where_neither_package_nor_home_is_writable(fresh: dict[str
 
 
 def test_no_compiled_loop_but_the_product_holds_a_fused_multiply_add(fresh: dict[str, Any]) -> None:
-    """With either spelling: fmadd, fmsub, fmla, fmls; or a call of fmaf where the processor has none.
+    """It may be spelled fmadd, fmsub, fmla or fmls, or be a call of fmaf where the processor has none.
 
     The loops that contain the product hold its own and no more.
     """
@@ -89,13 +89,13 @@ for rank, dora in ((1, False), (17, True), (200, False)):
 
 def test_the_product_has_the_same_bits_without_the_instructions_of_this_processor(tmp_path: Path) -> None:
     generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
-    found = [
+    runs = [
         subprocess.run([sys.executable, "-c", BITS], env=os.environ | extra, capture_output=True, text=True)
         for extra in ({}, generic)
     ]
-    assert [done.returncode for done in found] == [0, 0], found[1].stderr
-    assert found[0].stdout == found[1].stdout
-    assert found[0].stdout.count("\n") == 3
+    assert [done.returncode for done in runs] == [0, 0], runs[1].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert runs[0].stdout.count("\n") == 3
 
 
 def test_a_cache_folder_of_someone_else_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

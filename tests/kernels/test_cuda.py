@@ -1,4 +1,4 @@
-"""Without a GPU Triton's interpreter runs the kernels, and its compiler shows what a GPU would be given."""
+"""Triton's interpreter runs the kernels without a GPU, and its compiler shows what a GPU would be given."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -111,15 +111,15 @@ def test_what_is_not_finite_is_told_of_each_model_even_where_sums_were_not_finit
     values[5, 2000], values[6, 2000] = float("inf"), -float("inf")
     op = an_op(name, how, 3000)
     group = [(model, Encoded(each)) for model, each in enumerate(values)]
-    found = []
+    outcomes = []
     for kernels in (Definition(), FromCpu(cuda.Cuda(DEVICE))):
         state = kernels.start(op, 3000)
         if name == "weighted_sum":
             state["sum"][1000] = float("inf")
         counts = kernels.fold(op, state, torch.zeros(3000), group, 0)
         assert counts == [0, 1, 2, 3, 4, 6, 7]
-        found.append(state)
-    assert all(same_bits(part, found[1][key]) for key, part in found[0].items())
+        outcomes.append(state)
+    assert all(same_bits(part, outcomes[1][key]) for key, part in outcomes[0].items())
 
 
 def test_groups_of_more_models_than_a_launch_counts() -> None:
@@ -128,13 +128,13 @@ def test_groups_of_more_models_than_a_launch_counts() -> None:
     deltas[:, :3] = torch.tensor([-1.0, 0.0, 1.0])
     op = SignedSums((Term(),) * number)
     group = [(model, Encoded(each, "delta")) for model, each in enumerate(deltas)]
-    found = []
+    outcomes = []
     for kernels in (Definition(), FromCpu(cuda.Cuda(DEVICE))):
         state = kernels.start(op, 40)
         kernels.fold(op, state, torch.zeros(40), group, 0)
-        found.append(state)
-    assert found[0]["counts"][:3].tolist() == [number << 16, 0, number]
-    assert all(same_bits(part, found[1][key]) for key, part in found[0].items())
+        outcomes.append(state)
+    assert outcomes[0]["counts"][:3].tolist() == [number << 16, 0, number]
+    assert all(same_bits(part, outcomes[1][key]) for key, part in outcomes[0].items())
 
 
 # Fast arithmetic.
@@ -154,9 +154,9 @@ def test_fast_changes_err_by_no_more_than_they_say(dtype: torch.dtype, digits: i
     left, right = torch.randn(37, rank, generator=source), torch.randn(rank, 301, generator=source)
     factors = Factors(left.to(dtype).float(), right.to(dtype).float(), 0.3, 0)
     exact = 0.3 * (factors.left.double() @ factors.right.double()).view(-1)
-    found = torch.empty(37 * 301)
-    assert FromCpu(cuda.Cuda(DEVICE, fast=True)).delta(factors, torch.zeros(37 * 301), found) == 0
-    assert ((found - exact).abs() <= bound(factors, digits) + 2.0**-24 * exact.abs()).all()
+    delta = torch.empty(37 * 301)
+    assert FromCpu(cuda.Cuda(DEVICE, fast=True)).delta(factors, torch.zeros(37 * 301), delta) == 0
+    assert ((delta - exact).abs() <= bound(factors, digits) + 2.0**-24 * exact.abs()).all()
     assert exact.abs().max() > 0.5
 
 
@@ -189,8 +189,8 @@ def compiled(
         monkeypatch.setattr(cuda, name, compiler)
     return lambda: (
         (name + "*" * (name == "_squares" or ("HOW" in constants and constants["HOW"].matrix)), each.asm["ptx"])
-        for name, one in compilers.items()
-        for constants, each in one.compiled
+        for name, compiler in compilers.items()
+        for constants, each in compiler.compiled
     )
 
 
@@ -227,16 +227,16 @@ def instructions(ptx: str, pattern: str) -> list[str]:
 
 def test_what_a_gpu_is_given_contracts_flushes_and_approximates_nothing(compiled: Any) -> None:
     launch_everything(cuda.Cuda(torch.device("cpu")))
-    found = list(compiled())
+    pieces = list(compiled())
     multiply = {"_fold*", "_counts*", "_squares*"}
-    assert {name for name, _ in found} == {"_fold", "_counts", "_over_lanes", "_elect", "_apply"} | multiply
-    for name, ptx in found:
+    assert {name for name, _ in pieces} == {"_fold", "_counts", "_over_lanes", "_elect", "_apply"} | multiply
+    for name, ptx in pieces:
         fused = set(instructions(ptx, r"(?:fma|mad)\.\w*\.?f\d\d"))
         assert fused == ({"fma.rn.f32"} if name in multiply else set()), name
         assert not re.search(r"\.ftz|\.approx|div\.full|mma", ptx), name
         rounded = instructions(ptx, r"(?:add|sub|mul|fma|div|sqrt)\.\w*\.?f\d\d")
-        assert {one.split(".")[1] for one in rounded} <= {"rn"}, name  # which no later pass contracts
-    divisions = {one for name, ptx in found for one in instructions(ptx, "div") if name == "_elect"}
+        assert {instruction.split(".")[1] for instruction in rounded} <= {"rn"}, name  # which no later pass contracts
+    divisions = {instruction for name, ptx in pieces for instruction in instructions(ptx, "div") if name == "_elect"}
     assert divisions == {"div.rn.f32"}
 
 

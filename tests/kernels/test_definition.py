@@ -75,8 +75,8 @@ def find_threshold(kernels: Kernels, source: Encoded, base: Tensor, kept: int) -
 
     def bin_of(table: Tensor, rank: int) -> tuple[int, int]:
         above = table.flip(0).cumsum(0).flip(0)
-        found = int((above >= rank).nonzero()[-1])
-        return found, rank - int(above[found] - table[found])
+        index = int((above >= rank).nonzero()[-1])
+        return index, rank - int(above[index] - table[index])
 
     table = torch.zeros(BINS, dtype=torch.int64)
     assert kernels.count_high(source, base, table) == 0
@@ -281,10 +281,10 @@ def test_the_emulated_fma_rounds_once() -> None:
     numbers = (map(Fraction, values.tolist()) for values in (x, y, z))
     exact = [fp32(a * b + c) for a, b, c in zip(*numbers, strict=True)]
     expected = torch.tensor(exact, dtype=torch.float64).float()
-    found = fma(x, y, z)
-    assert torch.equal(found, expected)
+    result = fma(x, y, z)
+    assert torch.equal(result, expected)
     assert (twice != expected).sum() > 5
-    assert ((found.abs() < 2.0**-126) & (found != 0)).sum() > 20
+    assert ((result.abs() < 2.0**-126) & (result != 0)).sum() > 20
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,14 @@ def test_the_emulated_fma_rounds_once() -> None:
     ],
 )
 def test_a_fma_at_the_edges(kernels: Kernels, x: float, y: float, z: float, expected: float) -> None:
-    """As the second of two steps of a product: z * 1 + 0, then x * y + z."""
-    found = fma(*(torch.tensor([number]) for number in (x, y, z)))
+    """The fma is the second of two steps of a product: z * 1 + 0, then x * y + z."""
+    result = fma(*(torch.tensor([number]) for number in (x, y, z)))
     chained = torch.empty(1)
     source = Factors(torch.tensor([[z, x]]), torch.tensor([[1.0], [y]]), 1.0, 0)
     others = kernels.delta(source, torch.zeros(1), chained)
-    for number in (found, chained if math.isfinite(expected) else found):
+    for number in (result, chained if math.isfinite(expected) else result):
         assert torch.equal(number, torch.tensor([expected])) or (number.isnan().all() and math.isnan(expected))
-    assert found.signbit().item() == (math.copysign(1, expected) < 0) or math.isnan(expected)
+    assert result.signbit().item() == (math.copysign(1, expected) < 0) or math.isnan(expected)
     assert others == (not math.isfinite(expected))
 
 
@@ -326,9 +326,9 @@ def test_the_canonical_product_is_a_chain_of_fmas(kernels: Kernels, rows: int, c
             for a, b in zip(left[i].tolist(), right[:, j].tolist(), strict=True):
                 total = fp32(Fraction(a) * Fraction(b) + Fraction(total))
             expected[i, j] = fp32(Fraction(total) * Fraction(torch.tensor(0.3).item()))
-    found = torch.empty(rows * columns)
-    assert kernels.delta(Factors(left, right, 0.3, 0), torch.zeros(rows * columns), found) == 0
-    assert torch.equal(found.view(rows, columns), expected)
+    delta = torch.empty(rows * columns)
+    assert kernels.delta(Factors(left, right, 0.3, 0), torch.zeros(rows * columns), delta) == 0
+    assert torch.equal(delta.view(rows, columns), expected)
     assert expected.isfinite().all()
     assert expected.count_nonzero() > rows * columns // 2
 
@@ -349,9 +349,9 @@ def test_dora_has_the_norms_it_was_given(kernels: Kernels) -> None:
     factors = Factors(left, right, 0.5, 0, magnitude)
     scales = kernels.row_scales(factors, base.view(-1))
     assert torch.allclose(scales.double(), magnitude / value.norm(dim=1), rtol=1e-7)
-    found = torch.empty(9 * 555)
-    assert kernels.delta(factors._replace(scales=scales), base.view(-1), found) == 0
-    assert torch.allclose(found.view(9, 555).double(), expected, rtol=0, atol=1e-6)
+    delta = torch.empty(9 * 555)
+    assert kernels.delta(factors._replace(scales=scales), base.view(-1), delta) == 0
+    assert torch.allclose(delta.view(9, 555).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_a_row_of_norm_zero_has_no_scale(kernels: Kernels) -> None:
@@ -361,17 +361,17 @@ def test_a_row_of_norm_zero_has_no_scale(kernels: Kernels) -> None:
 
 
 def test_a_thread_that_flushes_denormals_is_found_out() -> None:
-    found = []
+    answers = []
 
     def ask() -> None:
-        found.append(flushes_to_zero())
+        answers.append(flushes_to_zero())
         if torch.set_flush_denormal(True):
-            found.append(flushes_to_zero())
+            answers.append(flushes_to_zero())
 
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
-    assert found in ([False, True], [False])
+    assert answers in ([False, True], [False])
     assert flushes_to_zero() is False
 
 

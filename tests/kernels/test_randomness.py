@@ -43,8 +43,8 @@ def test_words_belong_to_positions_whatever_range_is_asked_for() -> None:
 
 def test_the_key_is_the_head_of_a_sha256() -> None:
     digest = hashlib.sha256("7\0modèle\0layers.0.weight".encode()).hexdigest()
-    found = key(7, "modèle", "layers.0.weight")
-    assert b"".join(half.to_bytes(4, "little") for half in found).hex() == digest[:16]
+    words = key(7, "modèle", "layers.0.weight")
+    assert b"".join(half.to_bytes(4, "little") for half in words).hex() == digest[:16]
     assert len({key(*parts) for parts in ((7, "1", "a"), (71, "", "a"), (7, "", "1a"), (8, "1", "a"))}) == 4
 
 

@@ -1,10 +1,10 @@
 """The hot loops behind one signature: `definition.py` (torch, readable), `cpu.py` (compiled), `cuda.py` (Triton).
 
-This folder imports torch, numpy, numba or triton and nothing else of ours, so that it runs alone. All implementations
-give the same bits: fp32, no contraction, no fast maths, models in the order of `terms`.
+This folder runs alone: it imports torch, numpy, numba or triton, and nothing else of ours. All implementations give the
+same bits: fp32, no contraction, no fast maths, models in the order of `terms`.
 
-Names: a *delta* is fp32(model) - fp32(base); a *term* t = weight * scale * kept(delta) is what one model adds to the
-sums, rounded to fp32 after each multiplication; *magnitude bits* are the 31 bits of |delta| as an integer.
+A *delta* is fp32(model) - fp32(base). A *term* t = weight * scale * kept(delta) is what one model adds to the sums,
+rounded to fp32 after each multiplication. Its *magnitude bits* are the 31 bits of |delta| as an integer.
 """
 
 import math
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ARITHMETICS = {"exact": "exact-1", "fast": "fast-1"}
-"""Name and version of each arithmetic; part of a run's identity. Changes whenever any result bit may change.
+"""Name and version of each arithmetic, part of the run_id. A version changes whenever any result bit may change.
 
-`fast` lets the tensor cores of a GPU multiply factors (`cuda.Cuda`). A CPU has none: there the chain of fused
-multiply-adds takes no longer than a BLAS, and from rank 32 on less (benchmarks/gpu.py).
+`fast` lets the tensor cores of a GPU multiply factors (`cuda.Cuda`). A CPU has none. Its chain of fused multiply-adds
+takes no longer than a BLAS, and from rank 32 on less (benchmarks/gpu.py).
 """
 BINS = 65_536
 """Bins of either level of a threshold search.
 
-The first goes by the high 15 of the 31 magnitude bits m: bin 2b holds what is just m = b << 16, bin 2b + 1 what lies
-between that and the next, so (m >> 16) + ((m + 0xFFFF) >> 16). The deltas of 16-bit models have so few significant bits
-that nearly all lie in even bins, where no second level is needed. That goes by the low 16 bits.
+The first level goes by the high 15 of the 31 magnitude bits m. Bin 2b holds just m = b << 16. Bin 2b + 1 holds all
+between that and the next, so the bin is (m >> 16) + ((m + 0xFFFF) >> 16). The second level goes by the low 16 bits. The
+deltas of 16-bit models have so few significant bits that nearly all lie in even bins, which need no second level.
 """
 SUM_BITS = 350
 """Places behind the point of an exact sum: the smallest product of two fp32 numbers is 2**-298, and has 52 more."""
@@ -38,25 +38,25 @@ ONE = 1 << SUM_BITS
 
 
 class Dropout(NamedTuple):
-    """Random dropping of elements (Yu et al. 2024, DARE): Philox4x32-10 decides by position, not by order."""
+    """Random dropping of elements (Yu et al. 2024, DARE). Philox4x32-10 decides by position, not by order."""
 
     key: tuple[int, int]
-    """Two uint32; counter = (low32(e // 4), high32(e // 4), 0, 0) for element e of the parameter, word e % 4."""
+    """Two uint32. Element e of the parameter has word e % 4 of the counter (low32(e // 4), high32(e // 4), 0, 0)."""
     bound: int
-    """floor(density * 2**32): the element is kept iff its word is below; 2**32 keeps all."""
+    """floor(density * 2**32). An element is kept iff its word is below; 2**32 keeps all."""
     scale: float
-    """1 / density, rounded to fp32; multiplies what is kept."""
+    """1 / density, rounded to fp32, which multiplies the kept elements."""
 
 
 class Term(NamedTuple):
-    """How one model's delta becomes its term: trim or dropout, then times weight; each step rounds once to fp32."""
+    """How one model's delta becomes its term: trim or dropout, then times weight. Each step rounds once to fp32."""
 
     weight: float = 1.0
-    """Rounded to fp32."""
+    """The model's weight, rounded to fp32."""
     threshold: int = 0
-    """Smallest magnitude bits kept; 0 keeps all, whatever `strict` says."""
+    """The smallest magnitude bits that are kept. 0 keeps all, whatever `strict` says."""
     strict: bool = False
-    """True drops elements at the threshold itself (only above it are kept)."""
+    """Whether elements at the threshold itself are dropped as well."""
     dropout: Dropout | None = None
 
     @property
@@ -67,19 +67,18 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """state["sum"] (fp32): the running sum of the terms in model order."""
+    """Sums the terms. state["sum"] (fp32) is their running sum in model order."""
 
     terms: tuple[Term, ...]
 
 
 @dataclass(frozen=True)
 class SignedSums:
-    """What TIES elects and merges from, in 16 or 20 bytes an element for any number of models (at most 65,535).
+    """The sums that TIES elects and merges from: 16 or 20 bytes an element for up to 65,535 models.
 
-    state["sum"]: all terms; ["positive"], ["negative"]: the terms of each sign (fp32, running sums in model order).
-    Unweighted: ["counts"] (int32): models with a positive term in the low 16 bits, with a negative one in the high 16.
-    Weighted: ["positive_weight"], ["negative_weight"] (fp32): running sums of `weight` over the models with a positive
-    or negative term.
+    state["sum"] sums all terms, ["positive"] and ["negative"] those of each sign (fp32, running sums in model order).
+    Unweighted, ["counts"] (int32) counts models with a positive term in the low 16 bits, with a negative one in the
+    high 16. Weighted, ["positive_weight"] and ["negative_weight"] (fp32) sum `weight` over the models with such a term.
     """
 
     terms: tuple[Term, ...]
@@ -88,18 +87,21 @@ class SignedSums:
 
 @dataclass(frozen=True)
 class Extremes:
-    """state["sum"], ["highest"] (largest positive term or 0), ["lowest"] (smallest negative term or 0); fp32."""
+    """The sum and the extreme terms, all fp32.
+
+    state["highest"] is the largest positive term or 0, ["lowest"] the smallest negative term or 0.
+    """
 
     terms: tuple[Term, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """state["count"] (int32): the number of models with |t| > bound * |total - t|, each operation rounded to fp32."""
+    """Counts models with |t| > bound * |total - t| in state["count"] (int32); each operation is rounded to fp32."""
 
     terms: tuple[Term, ...]
     total: "Tensor"
-    """fp32, as long as the slice."""
+    """The sum of all terms (fp32), as long as the slice."""
     bound: float
 
 
@@ -108,7 +110,7 @@ State = dict[str, "Tensor"]
 
 
 def state_dtypes(op: Op) -> Mapping[str, Literal["float32", "int32"]]:
-    """Return the names and dtypes of an op's state; every entry takes 4 bytes an element."""
+    """Return the names and dtypes of an op's state. Every entry takes 4 bytes an element."""
     match op:
         case WeightedSum():
             return {"sum": "float32"}
@@ -127,7 +129,7 @@ class Encoded(NamedTuple):
     """One model's slice as it was read: values of the model (`dense`), or a finished fp32 delta (`delta`)."""
 
     data: "Tensor"
-    """1-D, contiguous, never written to; dense: bf16, fp16, fp32 or fp64; delta: fp32."""
+    """1-D, contiguous, never written to. Dense data is bf16, fp16, fp32 or fp64; a delta is fp32."""
     kind: Literal["dense", "delta"] = "dense"
 
 
@@ -135,9 +137,12 @@ class Factors(NamedTuple):
     """One model's slice as rows of a low-rank change: delta = scale * left @ right, by the canonical product.
 
     acc = +0; for k = 0..r-1: acc = fma(left[i, k], right[k, j], acc) in fp32; then acc * fp32(scale), rounded once. No
-    BLAS: its bits depend on shape and CPU. The slice is elements [start, start + length) of these rows, row-major.
-    With `magnitude` (DoRA, Liu et al. 2024) and v = fp32(base) + delta: delta' = c * v - fp32(base), each operation
-    rounded to fp32, where c is magnitude divided by the norm of the row of v; `row_scales` gives c.
+    BLAS computes it, since its bits depend on shape and CPU. The slice is elements [start, start + length) of these
+    rows, row-major.
+
+    `magnitude` makes it a slice of DoRA (Liu et al. 2024). With v = fp32(base) + delta, its change is
+    delta' = c * v - fp32(base), each operation rounded to fp32. c is magnitude divided by the norm of the row of v;
+    `row_scales` gives c.
     """
 
     left: "Tensor"
@@ -146,19 +151,19 @@ class Factors(NamedTuple):
     """fp32, (r, columns), contiguous."""
     scale: float
     start: int
-    """Of the slice's first element in the first of the rows; below the number of columns."""
+    """The column of the slice's first element, which lies in the first of the rows."""
     magnitude: "Tensor | None" = None
-    """fp32, (rows,)."""
+    """fp32, (rows,), of DoRA."""
     scales: "Tensor | None" = None
-    """fp32, (rows,): c, once it is known; what `delta`, `fold` and the counts need where there is a magnitude."""
+    """c as fp32, (rows,). `delta`, `fold` and the counts need it where there is a magnitude."""
 
 
 Stored = Encoded | Factors
-"""What a format makes of the bytes it asked for."""
+"""A slice as a format makes it from the bytes it has read."""
 
 
 class Election(NamedTuple):
-    """How TIES makes a delta of the sums; see `Kernels.elect`."""
+    """How TIES makes a delta from the sums; see `Kernels.elect`."""
 
     zero_sign: int = 0
     factor: float = 1.0
@@ -166,27 +171,27 @@ class Election(NamedTuple):
 
 
 class Kernels(ABC):
-    """The operations on slices. `base` is 1-D fp32, or fp64 where the base is stored in F64; already decoded.
+    """The operations on slices. `base` is decoded and 1-D: fp32, or fp64 where the base is stored in F64.
 
-    A delta that is not finite is counted and taken as +0; what follows from the count is the caller's to decide.
-    With F64 on either side the subtraction is done in fp64 and rounded once to fp32.
-    A source of kind `delta`, or factors without magnitude, need no base but its length. Tensors are contiguous. Threads
-    may call at once, with outputs of their own.
+    A delta that is not finite is counted and taken as +0; the caller decides what follows from the count. With F64 on
+    either side the subtraction is done in fp64 and rounded once to fp32. A source of kind `delta`, or factors without
+    magnitude, need only the length of the base. Tensors are contiguous. Threads may call at once, with outputs of their
+    own.
     """
 
     @property
     def device(self) -> "torch.device":
-        """Where the kernels work and all tensors lie, but for the `out` of `apply`, which may lie elsewhere."""
+        """The device of the kernels and of all tensors; only the `out` of `apply` may lie elsewhere."""
         import torch
 
         return torch.device("cpu")
 
     def take(self, source: Stored) -> Stored:
-        """Bring a slice to where the kernels work, and return when it is there; any thread may call."""
+        """Return a slice on the kernels' device, once it is there. Any thread may call."""
         return source
 
     def decode(self, stored: "Tensor", out: "Tensor") -> int:
-        """Write a base's values, as they are stored, into `out` (fp32, or fp64 of fp64); return how many aren't finite.
+        """Write a base's stored values into `out` (fp32, or fp64 of fp64); return how many aren't finite.
 
         NaN and Inf are written as they are.
         """
@@ -203,21 +208,22 @@ class Kernels(ABC):
 
     @abstractmethod
     def row_scales(self, source: Factors, rows: "Tensor") -> "Tensor":
-        """Return c = fp32(magnitude / norm) of each row (fp32, (rows,)); rows: the base's, 1-D, whole rows.
+        """Return c = fp32(magnitude / norm) of each row (fp32, (rows,)). rows: whole rows of the base, 1-D.
 
-        norm: the root of the fp64 sum of v * v over the row, in 256 lanes (column mod 256), each summed in order, then
-        the lanes in order; v as in `Factors`, in fp32, squared and summed in fp64. Not finite where the norm is 0.
+        The norm is the root of the sum of v * v over the row, with v as in `Factors`, in fp32. Squares and sums are
+        fp64. Each of 256 lanes (column mod 256) is summed in order, then the lanes in order. c is not finite where the
+        norm is 0.
         """
 
     @abstractmethod
     def start(self, op: Op, length: int) -> State:
-        """Return zeroed state for `length` elements."""
+        """Return a zeroed state for `length` elements."""
 
     @abstractmethod
     def fold(self, op: Op, state: State, base: "Tensor", group: Sequence[tuple[int, Stored]], offset: int) -> list[int]:
         """Add a group of models, given as (index into op.terms, slice), in that order; return non-finite counts.
 
-        `offset` is the position of the slice's first element in its parameter (for dropout).
+        offset: the position of the slice's first element in its parameter, for dropout.
         """
 
     @abstractmethod
@@ -226,7 +232,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def count_low(self, source: Stored, base: "Tensor", high: int, table: "Tensor") -> int:
-        """Add to `table` (int64, BINS) the low 16 bits of elements whose high 15 bits are `high`; as above."""
+        """Add to `table` (int64, BINS) the low 16 bits of elements whose high 15 bits are `high`; see `count_high`."""
 
     @abstractmethod
     def elect(
@@ -234,16 +240,16 @@ class Kernels(ABC):
     ) -> "Tensor":
         """Return the merged fp32 delta of TIES from the state of `SignedSums` (mean, sum) or `Extremes` (max).
 
-        The sign is that of state["sum"]; where that is zero `zero_sign` (-1, 0, 1). mean divides the sum of the elected
-        sign by the count (or the weights) of the models of that sign, IEEE; 0 where there are none; max takes the
-        extreme of that sign. Then times fp32(factor). (Yadav et al. 2023, section 3.2.) NaN where the sum is NaN (it
-        overflowed), so that `apply` sees it.
+        The elected sign is that of state["sum"], or `zero_sign` (-1, 0, 1) where that is zero (Yadav et al. 2023,
+        section 3.2). sum takes the sum of that sign. mean divides it by the count, or the weights, of the models of
+        that sign (IEEE division; 0 without any). max takes the extreme of that sign. The result is multiplied by
+        fp32(factor). It is NaN where the sum is NaN because it has overflowed, so that `apply` counts it.
         """
 
     def merge(
         self, op: Op, base: "Tensor", group: Sequence[tuple[int, Stored]], offset: int, election: Election
     ) -> "tuple[Tensor, list[int]]":
-        """Return what is elected where one group holds all models, and what `fold` returns: start, fold and elect."""
+        """Return the merged delta and the non-finite counts of a group that holds all models: start, fold and elect."""
         state = self.start(op, len(base))
         counts = self.fold(op, state, base, group, offset)
         return self.elect(op, state, *election), counts
@@ -252,15 +258,15 @@ class Kernels(ABC):
     def apply(self, base: "Tensor", merged: "Tensor", out: "Tensor") -> int:
         """Write cast(base + merged) into `out` (fp32, fp16, bf16 or fp64), cast(base) where merged is zero.
 
-        The sum is in fp64 where `base` or `out` is fp64, else in fp32; the cast rounds once, to nearest even. Returns
-        how many results are not finite although `base` is: sums that overflowed on the way are counted here too.
+        The sum is fp64 where `base` or `out` is fp64, else fp32. The cast rounds once, to nearest even. Returns how
+        many results are not finite although `base` is; they include sums that have overflowed earlier.
         """
 
 
 def load(name: Literal["definition", "cpu", "cuda"], arithmetic: Literal["exact", "fast"] = "exact") -> Kernels:
-    """Return the implementation of that name; imports torch, and for `cpu` numba, which compiles if it must (10 s).
+    """Return the implementation of that name. It imports torch, and for `cpu` numba, which may compile for 10 s.
 
-    `cuda` works on the first GPU that is visible, and compiles when first used. Raises `LookupError`, saying what is
+    `cuda` works on the first visible GPU, and compiles when it is first used. Raises `LookupError`, saying what is
     missing, where there is no GPU or no Triton.
     """
     if name == "definition":
@@ -287,7 +293,7 @@ def load(name: Literal["definition", "cpu", "cuda"], arithmetic: Literal["exact"
 def flushes_to_zero() -> bool:
     """Return whether this thread's floating-point unit takes or gives zero for denormal numbers.
 
-    The mode belongs to a thread, so ask on the one that does the work (libraries built with fast maths may set it).
+    The mode belongs to a thread, so ask on the thread that works. Libraries built with fast maths may set it.
     """
     smallest_normal, smallest = sys.float_info.min, math.ulp(0.0)
     return smallest_normal * 0.5 == 0.0 or smallest * 2.0**60 == 0.0

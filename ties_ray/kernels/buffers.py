@@ -1,4 +1,4 @@
-"""Memory that is used again: a fresh page costs a fault (up to 2 us for 4 KiB), more than the work on what it holds."""
+"""Lends memory that is used again. A fresh page costs a fault, up to 2 us for 4 KiB: more than the work on its data."""
 
 import collections
 import mmap
@@ -13,42 +13,43 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 * 2**20
-"""Sizes are multiples of this."""
+"""Bytes. The size of a buffer is a multiple of this."""
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+"""A 1-D array of bytes."""
 
 
 def zeros(length: int) -> Tensor:
-    """Return a 1-D tensor of int64 zeros, of which only the pages that are written to take memory."""
+    """Return a 1-D tensor of int64 zeros. Only its pages that are written to take memory."""
     memory = mmap.mmap(-1, 8 * length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.from_numpy(np.frombuffer(memory, np.int64))
 
 
 class Buffers:
-    """Lends tensors on a few buffers of one size, the largest asked for; threads may ask at once.
+    """Lends tensors on a few buffers of one size, the largest asked for. It is safe for threads.
 
-    A buffer comes back when the last tensor or array on it is gone. malloc would use memory again too, but how much of
-    it lies in fragments, one heap a thread, can't be planned.
+    A buffer comes back when the last tensor or array on it is gone. malloc would use memory again, too. But it has one
+    heap a thread, and how much of that lies in fragments can't be planned.
     """
 
     def __init__(self, *, pinned: bool = False) -> None:
-        """pinned: where a GPU can fetch and put by itself, so that copies go on beside other work."""
+        """pinned: whether buffers are pinned, so that a GPU copies by itself, beside other work."""
         self._pinned = pinned
         self._size = 0
         self._free: collections.deque[Bytes] = collections.deque()
         self._lock = threading.Lock()
         self._shared: Callable[[], Bytes | None] = lambda: None
-        """The buffer that pieces are cut from, while any of them lives, and..."""
+        """Gives the buffer that pieces are cut from, None where no piece of it is left."""
         self._cut = 0
-        """...how much of it is gone."""
+        """Bytes of it that are cut off."""
 
     def empty(self, length: int, dtype: torch.dtype) -> Tensor:
         """Return a 1-D tensor of any content."""
-        found = torch.from_numpy(self._lend(length * dtype.itemsize))
-        return found if dtype == torch.uint8 else found.view(dtype)
+        lent = torch.from_numpy(self._lend(length * dtype.itemsize))
+        return lent if dtype == torch.uint8 else lent.view(dtype)
 
     def piece(self, size: int, of: int) -> Tensor:
-        """Return `size` bytes of any content, cut one after the other from buffers of `of` bytes that they share."""
+        """Return `size` bytes of any content. Pieces are cut one after the other from shared buffers of `of` bytes."""
         with self._lock:
             shared = self._shared()
             if shared is None or self._cut + size > len(shared):
@@ -58,30 +59,30 @@ class Buffers:
             return torch.from_numpy(shared)[self._cut - size : self._cut]
 
     def forget(self) -> None:
-        """Give back all memory that is not lent, and what is lent as it comes: what is wanted next is smaller."""
+        """Give back all memory that is not lent, and the rest as it comes back: the next buffers are smaller."""
         self._free.clear()
         self._size = 0
 
-    def _lend(self, wanted: int) -> Bytes:
-        if wanted > self._size:
-            self._size = -(-wanted // HUGE_PAGE) * HUGE_PAGE
-        lent = (whole := self._take(wanted))[:wanted]
+    def _lend(self, size: int) -> Bytes:
+        if size > self._size:
+            self._size = -(-size // HUGE_PAGE) * HUGE_PAGE
+        lent = (whole := self._take(size))[:size]
         weakref.finalize(lent, self._give_back, whole).atexit = False  # a tensor holds `lent` as long as it lives
         return lent
 
-    def _take(self, wanted: int) -> Bytes:
+    def _take(self, size: int) -> Bytes:
         while self._free:
             try:
                 whole = self._free.pop()
             except IndexError:  # another thread was quicker
                 break
-            if len(whole) >= wanted:
+            if len(whole) >= size:
                 return whole
         if self._pinned:
             return torch.empty(max(self._size, HUGE_PAGE), dtype=torch.uint8, pin_memory=True).numpy()
         memory = mmap.mmap(-1, max(self._size, HUGE_PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # of small buffers most of a page would only take memory
-            memory.madvise(mmap.MADV_HUGEPAGE if wanted > HUGE_PAGE // 2 else mmap.MADV_NOHUGEPAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # most of a huge page under a small buffer would be wasted
+            memory.madvise(mmap.MADV_HUGEPAGE if size > HUGE_PAGE // 2 else mmap.MADV_NOHUGEPAGE)
         return np.frombuffer(memory, np.uint8)
 
     def _give_back(self, whole: Bytes) -> None:

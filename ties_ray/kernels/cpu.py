@@ -1,9 +1,9 @@
 """The compiled kernels: one core, no lock held, the same bits as `definition.py` at 10 to 20 times its speed.
 
-A slice is worked through in tiles that stay in the L2 cache, in one compiled walk for a whole group of models: each
-model's fp32 delta goes into a scratch tile, which the op's loop then adds to the state. So a new encoding is one loop,
-and a new op is one loop, not one a pair. Compiled when imported (about 10 s; 0.3 s from numba's cache), without fast
-maths, so that nothing is contracted.
+One compiled walk takes a whole group of models through a slice, tile by tile. Tiles stay in the L2 cache. Each model's
+fp32 delta goes into a scratch tile, and the op's loop adds that to the state. So a new encoding is one loop and a new
+op is one loop, not one a pair. Import compiles them in about 10 s, or loads numba's cache in 0.3 s. Fast maths is off,
+so nothing is contracted.
 """
 
 import os
@@ -43,39 +43,39 @@ from ties_ray.kernels import (
 from ties_ray.kernels.buffers import Buffers
 
 TILE = 8192
-"""Elements: 32 KiB of each of the state, the base and the deltas; half as many count slower, for data is read ahead in
-longer runs."""
+"""Elements of a tile: 32 KiB each of the state, the base and the deltas. Smaller tiles count slower, since the
+processor reads ahead in longer runs."""
 VECTOR = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-"""fp32 numbers that the product takes at once; changes no bit."""
+"""fp32 numbers that the product takes at once. It changes no bit."""
 BLOCK_ROWS, BLOCK_VECTORS = 4, VECTOR // 4
-"""Accumulators of the product: half of the 32 (or 16) registers; more or fewer were slower."""
+"""Accumulators of the product: half of the 32 (or 16) registers. More or fewer are slower."""
 BLOCK_COLUMNS = BLOCK_VECTORS * VECTOR
 BAND_ROWS = TILE // BLOCK_COLUMNS
-"""Of a matrix, for which panels are copied: so often is used again what was read of a right factor, and the left ones
-stay in the L2 cache..."""
+"""Rows of a band of a matrix, for which panels are copied. Each copied panel serves as many rows, and the left factors
+of a band stay in the L2 cache."""
 TILE_ROWS = BAND_ROWS // 8
-"""...and of a tile of it, as wide as a panel: 1024 elements, whose state and deltas stay in the L1 cache."""
+"""Rows of a tile of a matrix, as wide as a panel. State and deltas of its 1024 elements stay in the L1 cache."""
 TABLES = 4
-"""Tables counted side by side: neighbours often fall into one bin, and must not wait for each other's store."""
+"""Tables that are counted side by side. Neighbours often share a bin, and must not wait for each other's store."""
 TABLE = BINS + 272
-"""From one table to the next: a power of two apart, a load would wait for the store to another table's same bin."""
+"""Elements from one table to the next. At a power of two, a load would wait for a store to another table's bin."""
 
 RUN = 256
-"""Bins that are looked through at once for any count."""
+"""Bins that are searched for counts at once."""
 FEW = 4
-"""Deltas that are added to the state at once: it is read and written once for all of them."""
+"""Deltas that are added to the state at once. It is read and written once for all of them."""
 SPARSE = 32
-"""Of 64 elements: as many in the wanted bin are counted one by one; where there are more, all are gone through."""
+"""The most of 64 elements in a bin that are counted one by one. With more, the loop goes through all."""
 
 Array: TypeAlias = npt.NDArray[Any]
 Result = TypeVar("Result")
 
 
-# Where compiled code is kept.
+# The folder of compiled code.
 
 
 def _writable(folder: Path) -> bool:
-    """Return whether compiled code can be kept in `folder`, made if need be."""
+    """Return whether compiled code can be stored in `folder`, which is made where it is missing."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -87,7 +87,7 @@ def _writable(folder: Path) -> bool:
 def _shared_cache() -> Path:
     """Return a temporary folder that later processes of this user find again.
 
-    One that others may write to is not trusted: what lies in a cache is executed.
+    A folder that others may write to is not trusted, since cached code is executed.
     """
     folder = Path(tempfile.gettempdir()) / f"ties_ray-{os.getuid()}"
     if _writable(folder) and folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o022:
@@ -98,8 +98,9 @@ def _shared_cache() -> Path:
 def _choose_width() -> None:
     """Have loops use vectors as wide as the processor's.
 
-    LLVM takes half of them on most Intel processors, lest they clock down; the product takes whole ones anyway. With
-    them a fold of factors of rank 16 took 0.66 ns instead of 0.81, `apply` to bf16 0.4 instead of 2.4.
+    LLVM uses half of that on most Intel processors, so that they don't clock down. The product uses whole vectors
+    anyway. A fold of factors of rank 16 takes 0.66 ns with them instead of 0.81, and `apply` to bf16 0.4 ns instead of
+    2.4.
     """
     features = binding.get_host_cpu_features()
     if numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and features.get("avx512f"):
@@ -109,7 +110,7 @@ def _choose_width() -> None:
 def _choose_cache() -> None:
     """Give numba a folder for compiled code: beside the source, else the user's, else a temporary one.
 
-    numba itself gives up where neither package nor home is writable, as in many containers.
+    numba by itself gives up where neither package nor home is writable, as in many containers.
     """
     if numba.config.CACHE_DIR or _writable(Path(__file__).parent / "__pycache__"):
         return
@@ -129,7 +130,7 @@ def _compiled(*signatures: Any) -> Callable[[Callable[..., Result]], Callable[..
     return decorate
 
 
-# Numbers as bits: bf16 travels as int16, fp16 as uint16.
+# Numbers as bits: bf16 is held as int16, fp16 as uint16.
 
 i16, u16, i32, u32, i64, f32, f64 = (
     numba.int16, numba.uint16, numba.int32, numba.uint32, numba.int64, numba.float32, numba.float64)  # fmt: skip
@@ -146,8 +147,8 @@ MODEL = np.dtype(
     ],
     align=True,
 )  # fmt: skip
-"""A model of a group: its kind; where its data or right factor, its left factor and its scales of rows (or 0) lie; its
-rank, and where a panel of its right factor goes; and its term. `bound` is below 0 where nothing is dropped."""
+"""A model of a group. `data` (the right factor of factors), `left`, `scales` (or 0) and `panel` are addresses. The
+other fields are its kind, its rank and its term. `bound` is below 0 where nothing is dropped."""
 SLICE = np.dtype(
     [
         *((name, "i8") for name in (
@@ -158,9 +159,10 @@ SLICE = np.dtype(
     ],
     align=True,
 )  # fmt: skip
-"""A slice, and where a call works: columns of its matrix, element of its first row, columns of a tile, position in the
-parameter; the base (or 0) and the bytes of its elements; how many arrays change; addresses of scratch; where what is
-elected goes (or 0), and how it is elected."""
+"""A slice and the memory of a call. `stride` is the columns of its matrix, `start` its column in the first row. `step`
+is the columns of a tile, `offset` its position in the parameter. `base` is an address or 0, `size` the bytes of its
+elements. `num_written` arrays change. From `state` on follow addresses of scratch; the merged delta goes to `merged`
+(or 0)."""
 MODELS, SLICES = numba.from_dtype(MODEL)[::1], numba.from_dtype(SLICE)[::1]
 NO_DROPOUT = Dropout((0, 0), -1, 1.0)
 PLAIN_BF16, PLAIN_FP16, PLAIN_FP32, PLAIN_FP64, FINISHED, FACTORS = range(6)
@@ -187,7 +189,7 @@ def _float(context: Any, x: Any) -> Any:
 
 
 def _decode(x: Any) -> Any:
-    """Return a stored number as fp32 or fp64, exactly; compiled code only."""
+    """Return a stored number as fp32 or fp64, exactly. Only compiled code may call it."""
     raise NotImplementedError
 
 
@@ -204,14 +206,14 @@ def _decode_fp16(x: Any) -> Any:
     magnitude = np.int32((np.int32(x) & 0x7FFF) << 13)
     normal = _float(np.int32(magnitude + (112 << 23)))
     not_finite = _float(np.int32(magnitude + (224 << 23)))
-    # A denormal of fp16 is a normal fp32: put its bits behind a leading one, then take the one away.
+    # A denormal of fp16 is a normal fp32. Its bits are put behind a leading one, which is then subtracted.
     denormal = _float(np.int32(magnitude + (113 << 23))) - np.float32(2.0**-14)
     value = denormal if magnitude < 1 << 23 else (not_finite if magnitude >= 31 << 23 else normal)
     return _float(np.int32(_bits(value) | (np.int32(x) & 0x8000) << 16))
 
 
 def _encode(total: Any, out: Any) -> Any:
-    """Return `total` (fp32 or fp64) rounded once to the dtype of the array `out`; compiled code only."""
+    """Return `total` (fp32 or fp64) rounded once to the dtype of the array `out`. Only compiled code may call it."""
     raise NotImplementedError
 
 
@@ -225,7 +227,7 @@ def _encode_for(total: Any, out: Any) -> Any:
 
 
 def _widen(x: Any, out: Any) -> Any:
-    """Return `x` as fp64 if the array `out` is, else as it is; compiled code only."""
+    """Return `x` as fp64 where the array `out` is fp64, else unchanged. Only compiled code may call it."""
     raise NotImplementedError
 
 
@@ -235,7 +237,7 @@ def _widen_for(x: Any, out: Any) -> Any:
 
 
 def _to_odd(x: Any) -> Any:
-    """Return `x` as fp32: itself, or a fp64 rounded so that a second rounding does no harm; compiled code only."""
+    """Return `x` as fp32. fp64 is rounded to odd, so that a second rounding does no harm. Only for compiled code."""
     raise NotImplementedError
 
 
@@ -274,14 +276,14 @@ def _encode_fp16(x: Any) -> Any:
 
 @_inlined
 def _magnitude(x: Any) -> Any:
-    """Return the magnitude bits of the fp32 `x` as int32: vectors of int64 would take twice as long."""
+    """Return the magnitude bits of the fp32 `x` as int32. Vectors of int64 would take twice as long."""
     return np.int32(_bits(x) & MAGNITUDE)
 
 
 @intrinsic
 def _at(context: Any, address: Any, kind: Any, shape: Any) -> Any:
-    """Return the array of numbers of type `kind` at an address; compiled code only. Such an array is not counted:
-    counting references to slices takes as long as to add a hundred elements."""
+    """Return the array of numbers of type `kind` at an address. Only compiled code may call it. References to such an
+    array are not counted: to count them takes as long as to add a hundred elements."""
     array = numba.types.Array(kind.instance_type, shape.count, "C")
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -314,7 +316,7 @@ def _decode_base(stored: Array, out: Array) -> int:
 def _subtract(data: Array, first: int, stride: int, rows: int, base: Array, out: Array) -> Any:
     """Write the deltas of a tile, whose rows are `stride` apart in `data` from the element `first` on.
 
-    Returns the largest of their magnitudes, as bits: it tells whether any is not finite.
+    Returns the largest of their magnitudes as bits, which shows whether any is not finite.
     """
     width, largest = len(out) // rows, np.int32(0)
     for row in range(rows):
@@ -338,7 +340,7 @@ def _copy(array: Array, first: int, stride: int, rows: int, out: Array) -> None:
 
 @_inlined
 def _largest(delta: Array) -> Any:
-    """Return the largest magnitude, as bits."""
+    """Return the largest magnitude as bits."""
     largest = np.int32(0)
     for i in range(len(delta)):
         largest = max(largest, _magnitude(delta[i]))
@@ -347,7 +349,7 @@ def _largest(delta: Array) -> Any:
 
 @_inlined
 def _clean(delta: Array) -> int:
-    """Replace what is not finite by 0; return how many were not."""
+    """Replace deltas that are not finite by 0; return how many there were."""
     count = 0
     for i in range(len(delta)):
         finite = _magnitude(delta[i]) < INFINITY
@@ -358,10 +360,10 @@ def _clean(delta: Array) -> int:
 
 @intrinsic
 def _block(context: Any, left: Any, right: Any, scale: Any, out: Any, pitch: Any) -> Any:
-    """Write scale * left @ right for up to BLOCK_ROWS rows of `left` and BLOCK_COLUMNS columns; compiled code only.
+    """Write scale * left @ right for up to BLOCK_ROWS rows of `left` and BLOCK_COLUMNS columns.
 
-    right: 1-D, (r, BLOCK_COLUMNS). Rows of `out` are `pitch` apart. Where there are fewer rows the last is done again.
-    By hand, because all accumulators must stay in registers while k runs, and because only here may a fma be.
+    right: 1-D, (r, BLOCK_COLUMNS). Rows of `out` are `pitch` apart. With fewer rows the last one is done again. It is
+    written in LLVM's terms, since all accumulators must stay in registers while k runs, and only here may a fma be.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -408,7 +410,7 @@ def _block(context: Any, left: Any, right: Any, scale: Any, out: Any, pitch: Any
 
 @_inlined
 def _pack(right: Array, column: int, width: int, panel: Array) -> None:
-    """Copy some columns of a right factor to a panel that the product goes through in order; 0 beside them."""
+    """Copy columns of a right factor to a panel, which the product goes through in order, and pad them with 0."""
     for k in range(len(right)):
         source, target = right[k, column : column + width], panel[k * BLOCK_COLUMNS : (k + 1) * BLOCK_COLUMNS]
         for j in range(width):
@@ -419,7 +421,7 @@ def _pack(right: Array, column: int, width: int, panel: Array) -> None:
 
 @_compiled(void(MATRIX, F32, f32, i64, F32))
 def _product(left: Array, panel: Array, scale: float, width: int, out: Array) -> None:
-    """Write the canonical product of rows of `left` and `width` columns of a panel; needs room for whole blocks."""
+    """Write the canonical product of rows of `left` and `width` columns of a panel. `out` has room for whole blocks."""
     rows = len(left)
     for row in range(0, rows, BLOCK_ROWS):
         _block(left[row : row + BLOCK_ROWS], panel, scale, out[row * BLOCK_COLUMNS :], BLOCK_COLUMNS)
@@ -446,7 +448,7 @@ def _add_squares(
 ) -> None:
     """Add the squares of base + scale * left @ right (fp32) to the lanes (column mod their number) of each row.
 
-    At most BAND_ROWS rows.
+    It takes at most BAND_ROWS rows.
     """
     columns, num_lanes = right.shape[1], lanes.shape[1]
     for column in range(0, columns, BLOCK_COLUMNS):
@@ -463,7 +465,7 @@ def _add_squares(
 
 @_inlined
 def _draw(first: Any, key0: Any, key1: Any, out: Any) -> Any:
-    """Write the Philox4x32-10 words of the blocks of four elements from block `first` on; see `randomness.philox`."""
+    """Write the Philox4x32-10 words of blocks of four elements, from block `first` on; see `randomness.philox`."""
     for block in range(len(out) // 4):
         counter = np.uint64(first + block)
         mask, half = np.uint64(0xFFFF_FFFF), np.uint64(32)
@@ -481,7 +483,7 @@ def _draw(first: Any, key0: Any, key1: Any, out: Any) -> Any:
 
 @_inlined
 def _drop(delta: Array, rows: int, first: int, stride: int, model: Any, words: Array) -> None:
-    """Replace deltas by what trim and dropout leave of them, scaled; `first`: of the first row, in the parameter."""
+    """Drop and scale deltas in place. first: position of the first row in the parameter."""
     width = len(delta) // rows
     for row in range(rows):
         start = first + row * stride
@@ -498,9 +500,9 @@ def _drop(delta: Array, rows: int, first: int, stride: int, model: Any, words: A
 
 @_inlined
 def _count_high(delta: Array, tables: Array) -> None:
-    """Count the high bits, elements going to the tables in turn; the deltas make room for their bins.
+    """Count the high bits. Elements go to the tables in turn, and the bins overwrite the deltas.
 
-    By two loops, for only the first can be done by vectors. (Unsigned indices spare a test for negative ones.)
+    There are two loops, since only the first can use vectors. Unsigned indices need no test for negative ones.
     """
     for i in range(len(delta)):
         bits = _magnitude(delta[i])
@@ -511,7 +513,7 @@ def _count_high(delta: Array, tables: Array) -> None:
 
 @intrinsic
 def _in_bin(context: Any, delta: Any, high: Any) -> Any:
-    """Return a bit for each of 64 deltas: whether its high bits are `high`; compiled code only."""
+    """Return a bit for each of 64 deltas: whether its high bits are `high`. Only compiled code may call it."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -537,9 +539,9 @@ def _first_one(context: Any, bits: Any) -> Any:
 
 @_inlined
 def _count_low(delta: Array, high: int, tables: Array) -> None:
-    """Count the low bits of the elements whose high bits are `high`, which are few or, with ties, many.
+    """Count the low bits of the elements whose high bits are `high`. They are few or, with ties, many.
 
-    Where they are many, what is in another bin goes to a bin behind the last: a branch would be guessed wrong.
+    Where they are many, all other elements go to a bin behind the last: a branch would be mispredicted.
     """
     wanted, outside, one = np.int32(high), np.uint64(BINS), np.uint64(1)
     for start in range(0, len(delta), 64):
@@ -560,9 +562,9 @@ def _count_low(delta: Array, high: int, tables: Array) -> None:
 
 @_compiled(void(I64, I32))
 def _empty_into(table: Array, tables: Array) -> None:
-    """Add the tables to the lasting one and clear them; where nothing was counted it is not written to.
+    """Add the tables to the lasting one, and clear them. Bins without a count are not written to.
 
-    By runs of bins, which vectors look through: of a small slice most of the time goes for this.
+    Vectors search runs of bins, since a small slice spends most of its time here.
     """
     for start in range(0, len(table), RUN):
         counted = np.int32(0)
@@ -578,18 +580,18 @@ def _empty_into(table: Array, tables: Array) -> None:
                     part[i] = 0
 
 
-# Ops: what one model's tile adds to the state.
+# Ops: they add one model's tile to the state.
 
 
 @_inlined
 def _lowest(model: Any) -> Any:
-    """Return below which magnitude bits nothing is added: after dropout no trim is left to do."""
+    """Return the smallest magnitude bits that are added; 0 after dropout, which leaves nothing to trim."""
     return np.int32(0) if model.bound >= 0 else model.lowest
 
 
 @_inlined
 def _term(delta: Any, lowest: Any, weight: Any) -> Any:
-    """Return the term; +0 where the definition may have -0, which no sum shows: so the product itself is masked."""
+    """Return the term. It is +0 where the definition may have -0, since the product is masked; no sum shows that."""
     return delta * weight if _magnitude(delta) >= lowest else np.float32(0)
 
 
@@ -696,7 +698,7 @@ def _sign(total: Any, zero_sign: Any) -> Any:
 
 @_inlined
 def _times(sign: Any, value: Any, factor: Any) -> Any:
-    """Return what is written where `value` was elected: no change without a sign, NaN where the sum is."""
+    """Return the merged delta where `value` is elected: no change without a sign, NaN where the sum is NaN."""
     return (value if abs(sign) > 0 else sign * np.float32(0)) * factor
 
 
@@ -716,7 +718,7 @@ def _elect(total: Array, positive: Array, negative: Array, zero_sign: float, fac
 def _elect_mean(
     total: Array, positive: Array, negative: Array, counts: Array, zero_sign: float, factor: float, out: Array
 ) -> None:
-    """Divide once: a division takes as long as ten other operations."""
+    """Divide once, since a division takes as long as ten other operations."""
     for i in range(len(out)):
         sign = _sign(total[i], zero_sign)
         agreeing = counts[i] & 0xFFFF if sign > 0 else counts[i] >> 16 & 0xFFFF
@@ -750,15 +752,15 @@ def _apply(base: Array, merged: Array, out: Array) -> int:
     return count
 
 
-# The walk: tile by tile, and in each through the models of a group.
+# The walk: it goes tile by tile, and in each tile through the models of a group.
 
 
 @_inlined
 def _gather(array: int, size: int, first: int, stride: int, rows: int, width: int, place: int) -> int:
-    """Return where a tile of an array over the slice is in one piece: where it lies, else at `place`, copied there.
+    """Return where a tile of an array over the slice is in one piece: where it lies, or at `place`, copied there.
 
-    Neighbouring rows may lie a power of two apart, where they would drive each other out of the cache. Arrays are
-    addresses, their elements of 4 or 8 bytes.
+    Neighbouring rows may lie a power of two apart, and would then drive each other out of the cache. Arrays are
+    addresses, and their elements have 4 or 8 bytes.
     """
     there, words = array + first * size, size // 4
     if rows == 1 or width == stride:
@@ -770,7 +772,7 @@ def _gather(array: int, size: int, first: int, stride: int, rows: int, width: in
 
 @_inlined
 def _scatter(place: int, array: int, first: int, stride: int, rows: int, width: int) -> None:
-    """Write a tile of fp32 back that was copied."""
+    """Write a copied tile of fp32 back."""
     for row in range(rows):
         source = _at(place + 4 * row * width, np.float32, (width,))
         target = _at(array + 4 * (first + row * stride), np.float32, (width,))
@@ -791,9 +793,9 @@ def _write(
     size: int,
     delta: Array,
 ) -> Any:
-    """Write a model's deltas of a tile; `base`: where the tile of the base is, elements of `size` bytes.
+    """Write a model's deltas of a tile. base: address of the base's tile, with elements of `size` bytes.
 
-    Returns the largest of their magnitudes, as bits.
+    Returns the largest of their magnitudes as bits.
     """
     out = delta[: rows * width]
     if model.kind == FACTORS:
@@ -829,7 +831,7 @@ def _subtract_stored(model: Any, length: int, first: int, stride: int, rows: int
 
 @_inlined
 def _use(what: int, constant: float, model: Any, delta: Array, state: Array, tables: int) -> None:
-    """Do with a model's deltas of a tile what is asked; state: addresses of the tile's arrays."""
+    """Apply operation `what` to a model's deltas of a tile. state: addresses of the tile's arrays."""
     shape, lowest, weight = (len(delta),), _lowest(model), model.weight
     first, second = _at(state[0], np.float32, shape), _at(state[1], np.float32, shape)
     third, fourth = _at(state[2], np.float32, shape), _at(state[3], np.float32, shape)
@@ -880,7 +882,7 @@ def _tile(
     rows: int,
     width: int,
 ) -> None:
-    """Go through the models in a tile, whose first element is `at` and lies in the row `row`."""
+    """Go through the models in a tile, whose first element is `at`, in row `row`."""
     length, stride, size, base = part.length, part.stride, rows * width, np.int64(0)
     state, deltas = _at(part.state, np.int64, (5,)), _at(part.deltas, np.float32, (FEW * TILE,))
     words = _at(part.words, np.uint32, (TILE + 8,))
@@ -920,10 +922,10 @@ def _tile(
 
 @_compiled(void(i64, f64, MODELS, I64, SLICES, I64))
 def _walk(what: int, constant: float, models: Array, counts: Array, slices: Array, arrays: Array) -> None:
-    """Go through a slice tile by tile, and in each through the models: see `Cpu._walk`.
+    """Go through a slice tile by tile, and in each tile through the models; see `Cpu._walk`.
 
-    A slice of a matrix, in which there are factors, goes by bands of BAND_ROWS rows, these by panels of columns, and
-    these by tiles of TILE_ROWS rows; any other is one row.
+    Where there are factors, the slice of a matrix is cut into bands of BAND_ROWS rows. Bands are cut into panels of
+    columns, and panels into tiles of TILE_ROWS rows. Any other slice is one row.
     """
     part = slices[0]
     length, stride, start = part.length, part.stride, part.start
@@ -949,14 +951,14 @@ def _walk(what: int, constant: float, models: Array, counts: Array, slices: Arra
 
 
 def _aligned(length: int, dtype: npt.DTypeLike) -> Array:
-    """Return zeros that begin where a vector may: across two cache lines a vector takes twice as long."""
+    """Return zeros that begin at a cache line: a vector across two lines takes twice as long."""
     size = length * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     return memory[-memory.ctypes.data % 64 :][:size].view(dtype)
 
 
 class _Scratch(threading.local):
-    """What a call works in; one a thread, so that calls may overlap."""
+    """The memory of a call. Each thread has its own, so that calls may overlap."""
 
     def __init__(self) -> None:
         self.state = np.zeros(5, np.int64)
@@ -971,7 +973,7 @@ class _Scratch(threading.local):
         self._panels = _aligned(0, np.float32)
 
     def panels(self, rank: int) -> int:
-        """Return where there is room for panels of right factors whose ranks add up to this."""
+        """Return the address of room for panels of right factors with this sum of ranks."""
         if not rank:
             return 0
         if len(self._panels) < rank * BLOCK_COLUMNS:
@@ -1024,7 +1026,7 @@ class Cpu(Kernels):
     def merge(
         self, op: Op, base: Tensor, group: Sequence[tuple[int, Stored]], offset: int, election: Election
     ) -> tuple[Tensor, list[int]]:
-        """See `Kernels.merge`: the state of a tile never leaves the cache."""
+        """See `Kernels.merge`. The state of a tile never leaves the cache."""
         out = self._buffers.empty(len(base), torch.float32)
         models = [(op.terms[model], source) for model, source in group]
         zeros = [None] * len(state_dtypes(op))
@@ -1069,10 +1071,10 @@ class Cpu(Kernels):
         tables: int = 0,
         elected: tuple[Tensor, Election] | None = None,
     ) -> list[int]:
-        """Do `what` with the deltas of a group, model by model; return how many were not finite.
+        """Apply operation `what` to the deltas of a group, model by model; return how many were not finite.
 
-        arrays: fp32 (or what is viewed so) over the slice, of which the first `num_written` change, or None: zeros that
-        are not kept; constant: the bound, or the bin; elected: where what is elected in the end goes.
+        arrays: arrays of 4-byte elements over the slice, of which the first `num_written` change. None stands for zeros
+        that are not kept. constant: the bound, or the bin. elected: the merged delta to write, and how to elect it.
         """
         scratch, length, start, step = self._scratch, base.numel(), 0, TILE
         stride = length
@@ -1102,7 +1104,7 @@ def _needs_base(source: Stored) -> bool:
 
 
 def _described(term: Term, source: Stored, length: int, panel: int) -> tuple[float, ...]:
-    """Return an entry of MODEL; the source must outlive it. panel: where there is room for one of its right factor."""
+    """Return an entry of MODEL, which the source must outlive. panel: address of room for its right factor."""
     (key0, key1), bound, scale_of_kept = term.dropout or NO_DROPOUT
     how = min(term.lowest, MAGNITUDE), term.weight, key0, key1, bound, scale_of_kept
     if not isinstance(source, Factors):
@@ -1119,7 +1121,7 @@ def _described(term: Term, source: Stored, length: int, panel: int) -> tuple[flo
 
 
 def _address(tensor: Tensor | None, length: int) -> int:
-    """Return where so many elements of the tensor lie, or 0; asserts, for no array stands between it and the memory."""
+    """Return the address of so many elements of the tensor, or 0. It asserts, since no array checks its bounds."""
     if tensor is None:
         return 0
     assert tensor.is_contiguous()
@@ -1128,7 +1130,7 @@ def _address(tensor: Tensor | None, length: int) -> int:
 
 
 def _array(tensor: Tensor) -> Array:
-    """Return the tensor's memory as an array; 16-bit floats as the integers that stand for them here."""
+    """Return the tensor's memory as an array. 16-bit floats become the integers that hold them here."""
     integers = _AS_INTEGERS.get(tensor.dtype)
     return (tensor if integers is None else tensor.view(integers)).numpy()
 

@@ -1,9 +1,9 @@
-"""The kernels of a GPU, in Triton: one launch a group of models, no delta ever in memory, the same bits as elsewhere.
+"""The kernels of a GPU, in Triton: one launch a group of models, no delta in memory, the same bits as elsewhere.
 
-Two kernels make deltas, of dense slices or of factors, and do with them at once what is asked: `_fold` adds them to the
-sums of an op, which stay in registers for the whole group, and `_counts` counts their magnitudes. In `exact` nothing is
-contracted (`enable_fp_fusion=False`) but the products of factors, divisions are IEEE, and denormals are kept: Triton
-sets no flag that flushes them. Calls that return counts wait for the GPU.
+Two kernels make deltas of dense slices or of factors, and use them at once. `_fold` adds them to the sums of an op,
+which stay in registers for the whole group. `_counts` counts their magnitudes. In `exact`, only the products of factors
+are contracted (`enable_fp_fusion=False`), and divisions are IEEE. Denormals are kept: Triton sets no flag that flushes
+them. Calls that return counts wait for the GPU.
 """
 
 import itertools
@@ -34,12 +34,12 @@ from ties_ray.kernels import (
 )
 
 BLOCK, WARPS = 512, 4
-"""Elements of a dense tile: 4 a thread, of fp32 one read of 16 bytes. With 8 the compiler gives bf16 other places than
-fp32, and moves values between threads for each model."""
+"""Elements of a dense tile, and its warps: 4 elements a thread, one read of 16 bytes in fp32. With 8, the compiler
+places bf16 otherwise than fp32, and moves values between threads for each model."""
 
 
 class Tile(NamedTuple):
-    """How a matrix is cut: elements, warps, registers that a thread may have, and steps of a product on their way."""
+    """How a matrix is cut: elements, warps, registers of a thread, and steps of a product under way."""
 
     rows: int
     columns: int
@@ -49,16 +49,16 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(64, 32, 4, 128, 3)
-"""16 elements a thread; how tensor cores round may depend on it. Exact sums of rank 16 took 4 % longer on an H200 with
-168 registers and two stages, 19 % with 128 and two, and 17 to 26 % with twice the elements a thread, which read less
-from shared memory."""
+"""The tile has 16 elements a thread. How tensor cores round may depend on it. Exact sums of rank 16 on an H200 take 4 %
+longer with 168 registers and two stages, and 19 % longer with 128 and two. They take 17 to 26 % longer with twice the
+elements a thread, which read less from shared memory."""
 MOST_MODELS = 255
-"""Of a launch, whose counts fit the 24 bits of an fp32 number twice."""
+"""The most models of a launch. Two counts of them fit the 24 bits of an fp32 number."""
 NORM_ROWS, LANES = 8, 256
-"""Of a tile of `row_scales`; the lanes are those of the definition."""
+"""Rows and lanes of a tile of `row_scales`. The lanes are those of the definition."""
 COUNT_BLOCK, COUNT_WARPS, COUNTERS = 4096, 16, 2
 MATRIX_COUNTERS = 4
-"""Programs that count on each multiprocessor, tile after tile, each with a table of its own in shared memory. Atomics
+"""Programs that count on each multiprocessor, tile after tile. Each has a table of its own in shared memory. Atomics
 are faster there than in the L2 cache, where those on one address wait for each other."""
 
 
@@ -67,22 +67,23 @@ INFINITY = tl.constexpr(0x7F80_0000)
 LOW = tl.constexpr(0xFFFF)
 """The bits of a magnitude that the first level of a threshold search leaves to the second."""
 UNFINISHED = tl.constexpr(0x7F80 * 2)
-"""The bin of infinity; of NaN are those above."""
+"""The bin of infinity. The bins above it are those of NaN."""
 PACK = tl.constexpr(4)
-"""Elements that are counted by one piece of PTX."""
+"""Elements that one piece of PTX counts."""
 
 
 @dataclass(frozen=True)
 class Near:
-    """What is counted in shared memory: so many values of magnitudes' high 15 bits, around those of a mean one."""
+    """The magnitudes that are counted in shared memory: those near the mean one, by their high 15 bits."""
 
     span: int
+    """How many values of the high 15 bits are near."""
     halves: int
-    """2: bins of magnitudes whose low 16 bits are zero, and of others; 1: only of others."""
+    """2 for bins of magnitudes whose low 16 bits are zero, and bins of others; 1 for bins of others only."""
 
     @property
     def half(self) -> int:
-        """Numbers that a half takes, with one for what is not near."""
+        """Numbers that a half takes, with one for magnitudes that are not near."""
         return self.span + 1
 
     @property
@@ -92,9 +93,9 @@ class Near:
 
     @property
     def counting(self) -> str:
-        """PTX that counts the magnitudes of `PACK` deltas (from $8 on); those that are not near, elsewhere.
+        """PTX that counts the magnitudes of `PACK` deltas (from $8 on): near ones in the table, others in all bins.
 
-        $0: the notes; $12: the table; $16: the first high bits there; $20: where all bins are.
+        $0: the notes. $12: the table. $16: the first high bits there. $20: the address of all bins.
         """
         declared = f""".reg .b32 bits, slot, low, at, magnitude<{PACK.value}>; .reg .b64 bin; .reg .pred odd, far, any;
             setp.ne.u32 any, 0, 0;"""
@@ -141,10 +142,10 @@ class Near:
 
 
 SLICE, PRODUCT = Near(4096, halves=2), Near(4096, halves=1)
-"""Magnitudes from 2**-16 to 2**16 times a mean one; the low 16 bits of products are seldom all zero."""
+"""Near are magnitudes from 2**-16 to 2**16 times a mean one. The low 16 bits of products are seldom all zero."""
 SLICE_TABLE, SLICE_COUNTING = tl.constexpr(SLICE.table), tl.constexpr(SLICE.counting)
 PRODUCT_TABLE, PRODUCT_COUNTING = tl.constexpr(PRODUCT.table), tl.constexpr(PRODUCT.counting)
-"""Globals, since by them Triton knows what it compiled before."""
+"""They are globals, since Triton knows by them what it has compiled."""
 
 BY_SIGN = tl.constexpr("""{
     .reg .f32 below, positive, negative;
@@ -160,12 +161,12 @@ BY_SIGN = tl.constexpr("""{
 }""")
 """Adds a delta ($8) whose magnitude is at least $9, or NaN, to the sums, and 1 or 65536 to the count.
 
-What is true is the number 1, by which a delta is multiplied exactly: of predicates the compiler uses one, for one delta
-after the other. Sums of what is not finite are wrong; `_fold` sees it.
+A comparison gives 0 or 1, and a delta is multiplied by it exactly. Predicates would be slower: the compiler uses a
+single one, for one delta after the other. Sums over deltas that are not finite are wrong; `_fold` notices them.
 """
 COUNTED = tl.constexpr(",".join(["=&r"] * 4 + ["0", "1", "2", "3"] + ["f"] * 4 + ["r"] * 8 + ["l"] * 4))
 
-# What the kernels know of a model, or of a step of its product: a row of int64 numbers, floats as their fp32 bits.
+# The facts of a model, or of a step of its product: a row of int64 numbers, floats as their fp32 bits.
 DATA = tl.constexpr(0)
 """Address of a dense slice."""
 LAST = tl.constexpr(1)
@@ -175,49 +176,54 @@ SCALE = tl.constexpr(3)
 ROW_SCALES = tl.constexpr(4)
 """Address of DoRA's c."""
 LOWEST = tl.constexpr(5)
-"""At least the smallest number: to drop zeros changes no sum."""
+"""The smallest magnitude bits that are kept, at least 1: to drop zeros changes no sum."""
 WEIGHT = tl.constexpr(6)
 KEY = tl.constexpr(7)
-"""The first word in the low half."""
+"""The key of dropout, with the first word in the low half."""
 BOUND = tl.constexpr(8)
 KEPT_SCALE = tl.constexpr(9)
 FACTS = tl.constexpr(10)
 
 STEP = tl.constexpr(16)
-"""Of k, that a product takes at a time."""
+"""Values of k that a product takes at a time."""
 
 
 @dataclass(frozen=True)
 class How:
-    """What a kernel is compiled for; the kernels read it as one constant."""
+    """The variant that a kernel is compiled for. The kernels read it as one constant."""
 
     op: str
-    """A state, as `_name` names it, or `delta`; of counts, `high` or `low`."""
+    """The state, as `_name` names it, or `delta`; for counts, `high` or `low`."""
     stored: Any = tl.float32
-    """Of dense slices as they are stored, bf16 being int16."""
+    """The dtype of dense slices as they are stored, with int16 for bf16."""
     matrix: bool = False
-    """Tiles of the matrix whose elements [start, start + length) are the slice; else 1-D tiles."""
+    """Whether tiles are cut from a matrix, whose elements [start, start + length) are the slice; else they are 1-D."""
     based: bool = False
-    """The deltas need the base."""
+    """Whether the deltas need the base."""
     aligned: bool = False
-    """Slices begin at multiples of 16 bytes."""
+    """Whether slices begin at multiples of 16 bytes."""
     fast: bool = False
+    """Whether tensor cores multiply factors."""
     single: bool = False
-    """Each product takes one step."""
+    """Whether each product takes one step."""
     held: int = 0
-    """Parts of the state."""
+    """How many parts the state has."""
     drops: bool = False
+    """Whether a model has dropout."""
     quads: bool = False
-    """Each fourth element is the first of its block of random words."""
+    """Whether each fourth element is the first of its block of random words."""
     weighs: bool = False
+    """Whether the state sums weights."""
     unroll: int = 1
+    """How often the loop over models is unrolled."""
     block: int = 0
-    """Elements of a 1-D tile..."""
+    """Elements of a 1-D tile."""
     rows: int = 0
+    """Rows of a tile of a matrix."""
     columns: int = 0
-    """...and of one of a matrix."""
+    """Columns of a tile of a matrix."""
     near: Near | None = None
-    """What is counted in shared memory, of `high`."""
+    """The magnitudes that are counted in shared memory, for `high`."""
 
     @property
     def plain(self) -> bool:
@@ -226,7 +232,7 @@ class How:
 
 
 Shape = tuple[int, int, int]
-"""Of factors: rows, columns, and where in the first row the slice begins."""
+"""The rows and columns of factors, and the column where the slice begins in the first row."""
 
 
 class Laid(Factors):
@@ -263,7 +269,7 @@ def _philox(element: tl.tensor, key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _words(element: tl.tensor, key: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
-    """Return the random word (as int64) of each element; of every fourth, where these begin the blocks of all."""
+    """Return the random word (as int64) of each element. Only every fourth is asked where these begin the blocks."""
     w0, w1, w2, w3 = _philox(element, key)
     if HOW.quads:
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -279,7 +285,7 @@ def _words(element: tl.tensor, key: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _tile(tile: tl.tensor, num_columns: tl.tensor, start: tl.tensor, EVERY: tl.constexpr,
           HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return a tile's rows and columns, and where in the slice its elements are; EVERY fourth, or all."""
+    """Return a tile's rows and columns, and the positions of its elements in the slice. EVERY: 4 for each fourth."""
     if HOW.matrix:
         across = tl.cdiv(num_columns, HOW.columns)
         rows = tile // across * HOW.rows + tl.arange(0, HOW.rows)
@@ -313,7 +319,7 @@ def _partial(tile: tl.tensor, num_columns: tl.tensor, start: tl.tensor, length: 
 
 @triton.jit
 def _held(pointer: tl.tensor, at: tl.tensor, inside: tl.tensor, HELD: tl.constexpr) -> tl.tensor:
-    """Return what lies at a tile's places, or anything where there is no such thing."""
+    """Return the values at a tile's places, or anything where there is no such array."""
     if HELD:
         return tl.load(pointer + at, inside, other=0)
     else:
@@ -329,7 +335,7 @@ def _keep(pointer: tl.tensor, at: tl.tensor, value: tl.tensor, inside: tl.tensor
 @triton.jit
 def _places(left: tl.tensor, right: tl.tensor, rows: tl.tensor, columns: tl.tensor, of_left: tl.tensor,
             of_right: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return where a tile's first step of factors lies, by (k, row) and (k, column); see `_laid`."""
+    """Return the addresses of a tile's first step of factors, by (k, row) and (k, column); see `_laid`."""
     k = tl.arange(0, STEP)
     if HOW.fast:
         return left + (rows[:, None] * of_left + k[None, :]), right + (columns[:, None] * of_right + k[None, :])
@@ -339,7 +345,7 @@ def _places(left: tl.tensor, right: tl.tensor, rows: tl.tensor, columns: tl.tens
 
 @triton.jit
 def _further(of_left: tl.tensor, of_right: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
-    """Return how far the next step lies, of the left and of the right."""
+    """Return the distance to the next step of the left factor, and of the right."""
     if HOW.fast:
         return STEP, STEP
     else:
@@ -350,9 +356,9 @@ def _further(of_left: tl.tensor, of_right: tl.tensor, HOW: tl.constexpr) -> tl.t
 def _multiplied(left: tl.tensor, right: tl.tensor, product: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
     """Add a step to a product.
 
-    `ieee` is the canonical chain: of fp32 Triton makes one fused multiply-add after the other, k ascending, whose
-    operands come from shared memory, four rows or columns at a time, for which both lie there by (k, ...). Tensor cores
-    want (..., k) of both.
+    `ieee` is the canonical chain: Triton makes one fused multiply-add of fp32 after the other, k ascending. Their
+    operands come from shared memory, four rows or columns at a time, so both factors lie there by (k, ...). Tensor
+    cores need both by (..., k).
     """
     a, b = tl.load(left), tl.load(right)
     if HOW.fast:
@@ -364,7 +370,7 @@ def _multiplied(left: tl.tensor, right: tl.tensor, product: tl.tensor, HOW: tl.c
 @triton.jit
 def _change(product: tl.tensor, scale: tl.tensor, entry: tl.tensor, origin: tl.tensor, rows: tl.tensor,
             num_rows: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return the deltas that a product of factors stands for, which need not be finite; origin: of the base."""
+    """Return the deltas of a product of factors, which need not be finite. origin: values of the base."""
     delta = product * scale
     if HOW.based:
         scales = tl.load(entry + ROW_SCALES).to(tl.pointer_type(tl.float32))
@@ -392,7 +398,7 @@ def _difference(entry: tl.tensor, origin: tl.tensor, at: tl.tensor, inside: tl.t
 
 @triton.jit
 def _tell(unfinished: tl.tensor, bad: tl.tensor) -> None:
-    """Count what is not finite; in a healthy model there is nothing, and one sum a tile shows it."""
+    """Count deltas that are not finite. A healthy model has none, and one sum a tile shows that."""
     count = tl.sum(unfinished.to(tl.int32))
     if count > 0:
         tl.atomic_add(bad, count, sem="relaxed")
@@ -440,7 +446,7 @@ def _one_added(delta: tl.tensor, lowest: tl.tensor, weight: tl.tensor, entry: tl
             (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        kept = (tl.abs(delta) < lowest) == 0  # NaN is kept, to be seen in the sum
+        kept = (tl.abs(delta) < lowest) == 0  # NaN is kept, so that the sum shows it
         if HOW.drops:
             kept = kept & (_words(element, tl.load(entry + KEY), HOW) < tl.load(entry + BOUND))
         term = tl.where(kept, delta, 0.0)
@@ -454,7 +460,7 @@ def _one_added(delta: tl.tensor, lowest: tl.tensor, weight: tl.tensor, entry: tl
 
 @triton.jit
 def _of_step(entry: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
-    """Return whether a step completes a product, and what comes of it then; asked for a step ahead."""
+    """Return whether a step completes a product, and the facts that are needed then. It is called a step ahead."""
     last = 1 if HOW.single else tl.load(entry + LAST).to(tl.int32)
     return last, _float(entry + SCALE), _float(entry + LOWEST), _float(entry + WEIGHT) if HOW.weighs else 1.0
 
@@ -467,7 +473,7 @@ def _all_added(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: t
                CAREFUL: tl.constexpr, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Return the state with the terms of all models added, and numbers that are finite where all deltas are.
 
-    CAREFUL: counts deltas that are not finite, and takes them for 0.
+    CAREFUL: whether to count deltas that are not finite, and to take them as 0.
     """
     s0, s1 = _held(p0, at, inside, HOW.held > 0), _held(p1, at, inside, HOW.held > 1)
     s2, s3 = _held(p2, at, inside, HOW.held > 2), _held(p3, at, inside, HOW.held > 3)
@@ -493,7 +499,7 @@ def _all_added(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: t
                 product = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32)
             last, scale, lowest, weight = next_last, next_scale, next_lowest, next_weight
     else:
-        for model in tl.range(0, num_facts, loop_unroll_factor=HOW.unroll):  # so many slices are on their way
+        for model in tl.range(0, num_facts, loop_unroll_factor=HOW.unroll):  # as many slices are under way
             entry = facts + model * FACTS
             lowest, weight = _float(entry + LOWEST), _float(entry + WEIGHT) if HOW.weighs else 1.0
             delta = _difference(entry, origin, at, inside, HOW)
@@ -516,8 +522,8 @@ def _fold(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.ten
           start: tl.tensor, of_left: tl.tensor, of_right: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
     """Add models to a tile of the state, one after the other; or write a model's deltas.
 
-    target: where deltas go, or the total of an agreement. What is not finite is not looked for at first, since no sum
-    that has met it is finite again: where one isn't, the tile is done once more, with care.
+    target: where deltas go, or the total of an agreement. The first pass does not look for deltas that are not finite:
+    no sum over them is finite again. Where a sum is not finite, the tile is done once more, with care.
     """
     rows, columns, at = _tile(tl.program_id(0), num_columns, start, 1, HOW)
     inside = _inside(rows, columns, at, num_rows, num_columns, start, length, HOW)
@@ -561,11 +567,11 @@ def _fold(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.ten
 
 @triton.jit
 def _cleared(HOW: tl.constexpr) -> tl.tensor:
-    """Return the address of a zeroed table in shared memory; of it Triton knows nothing, so PTX says what is done."""
+    """Return the address of a zeroed table in shared memory. Triton knows nothing of it, so PTX works on it."""
     table = tl.inline_asm_elementwise(
         PRODUCT_TABLE if HOW.matrix else SLICE_TABLE, "=r", [], tl.int32, is_pure=False, pack=1
     )
-    at = tl.arange(0, HOW.near.span) * 4  # what is behind them is never read
+    at = tl.arange(0, HOW.near.span) * 4  # nothing reads the numbers behind them
     HALVES: tl.constexpr = HOW.near.halves
     for half in tl.static_range(HALVES):
         tl.inline_asm_elementwise(
@@ -578,14 +584,14 @@ def _cleared(HOW: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _counted(near: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
-    """Return what was counted in a half of a table, by high bits."""
+    """Return the counts in a half of a table, by high bits."""
     at = near + tl.arange(0, HOW.near.span) * 4
     return tl.inline_asm_elementwise("ld.shared.u32 $0, [$1];", "=r,r", [at], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def _add_1(bin: tl.tensor, chosen: tl.tensor) -> None:
-    """Add 1 where it is chosen; Triton's own atomics would first bring elements to other threads."""
+    """Add 1 where it is chosen. Triton's own atomics would first bring elements to other threads."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.global.add.u64 [$1], 1; mov.u32 $0, 0; }", "=r,l,r",
         [bin.to(tl.int64), chosen.to(tl.int32)], tl.int32, is_pure=False, pack=1,
@@ -594,7 +600,7 @@ def _add_1(bin: tl.tensor, chosen: tl.tensor) -> None:
 
 @triton.jit
 def _first(magnitude: tl.tensor, SPAN: tl.constexpr) -> tl.tensor:
-    """Return the first of so many high bits around the mean exponent of what is not zero; each has 128 of them."""
+    """Return the first of the near high bits, around the mean exponent of nonzero deltas. An exponent has 128."""
     others = magnitude > 0
     exponents = tl.sum(tl.where(others, magnitude >> 23, 0))
     middle = exponents // tl.maximum(tl.sum(others.to(tl.int32)), 1)
@@ -606,8 +612,8 @@ def _noted(notes: tl.tensor, delta: tl.tensor, inside: tl.tensor, high: tl.tenso
            table: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Count a tile's magnitudes, all but zeros or those in bin `high`; return the notes, and the first near bits.
 
-    Deltas beyond the slice are zero. Notes are of each place of a tile: 1 for all that were counted in `table` itself,
-    1 << 16 for what is not finite.
+    Deltas beyond the slice are zero. Each place of a tile has a note. It adds 1 for each delta counted in `table`,
+    and 1 << 16 for each that is not finite.
     """
     if HOW.op == "high":
         if first == 0:
@@ -631,7 +637,7 @@ def _counts(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.t
             table: tl.tensor, high: tl.tensor, length: tl.tensor, num_tiles: tl.tensor, num_rows: tl.tensor,
             num_columns: tl.tensor, start: tl.tensor, of_left: tl.tensor, of_right: tl.tensor,
             HOW: tl.constexpr) -> None:  # fmt: skip
-    """Count the magnitudes of one model, tile after tile; of a first level, zeros are what is not counted elsewhere."""
+    """Count the magnitudes of one model, tile after tile. On the first level, zeros are all that is not counted yet."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     _, _, at = _tile(tile, num_columns, start, 1, HOW)
     notes, first, near = at * 0, high * 0, high
@@ -738,13 +744,13 @@ def _elect(total: tl.tensor, positive: tl.tensor, negative: tl.tensor, of_positi
         above = _mean(above, tl.load(of_positive + at, inside, other=0.0))
         below = _mean(below, tl.load(of_negative + at, inside, other=0.0))
     sign = tl.where(sign == 0, zero_sign, sign)
-    neither = sign * 0.0  # NaN where the sum is
+    neither = sign * 0.0  # NaN where the sum is NaN
     tl.store(out + at, tl.where(sign > 0, above, tl.where(sign < 0, below, neither)) * factor, inside)
 
 
 @triton.jit
 def _to_odd(wide: tl.tensor) -> tl.tensor:
-    """Return fp64 as fp32, rounded so that a second rounding, to 16 bits, errs no more than one would."""
+    """Return fp64 as fp32, rounded to odd: a second rounding, to 16 bits, then errs no more than one would."""
     nearest = wide.to(tl.float32)
     error = wide - nearest.to(tl.float64)
     bits = nearest.to(tl.int32, bitcast=True)
@@ -772,7 +778,7 @@ def _fp16(value: tl.tensor) -> tl.tensor:
 @triton.jit
 def _apply(base: tl.tensor, merged: tl.tensor, out: tl.tensor, bad: tl.tensor, length: tl.tensor,
            TYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr) -> None:  # fmt: skip
-    """Write cast(base + merged); TYPE: of `out`, where the bits of bf16 and fp16 are int16; WIDE: of the sum."""
+    """Write cast(base + merged). TYPE: dtype of `out`, int16 for bits of bf16 or fp16. WIDE: dtype of the sum."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < length
     stored = tl.load(base + at, inside, other=0)
@@ -789,7 +795,7 @@ def _apply(base: tl.tensor, merged: tl.tensor, out: tl.tensor, bad: tl.tensor, l
     else:
         cast = total.to(TYPE)
         tl.store(out + at, cast, inside)
-        overflowed = (cast - cast) != 0  # NaN, of a number that is not finite
+        overflowed = (cast - cast) != 0  # a number that is not finite gives NaN
     count = tl.sum((inside & overflowed & ((stored - stored) == 0)).to(tl.int32))
     if count > 0:
         tl.atomic_add(bad, count, sem="relaxed")
@@ -799,7 +805,7 @@ def _apply(base: tl.tensor, merged: tl.tensor, out: tl.tensor, bad: tl.tensor, l
 
 
 class _Own(threading.local):
-    """What each thread has to itself: a stream, whose memory its later copies use again."""
+    """Each thread's own stream, whose memory its later copies use again."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -809,14 +815,14 @@ class _Own(threading.local):
 class Cuda(Kernels):
     """Fused kernels on a GPU. All tensors but the `out` of `apply` are there; `take` brings slices.
 
-    `fast` has tensor cores multiply the factors: TF32, 11 bits of each factor, sums in fp32. A change of rank r then
-    errs from the exact one by at most (2**-9 + (r + 2) * 2**-22) * |scale| * sum of |left[i, k] * right[k, j]|, and
-    factors that were stored in bf16 or fp16, which fit 11 bits, by (r + 2) * 2**-22 of it. An element's bits do not
-    depend on how slices are cut: k goes in steps of 16 from 0, in tiles of one size. Everything else is as in `exact`.
+    `fast` has tensor cores multiply the factors: TF32, 11 bits of each factor, sums in fp32. Let s be |scale| * sum of
+    |left[i, k] * right[k, j]|. A change of rank r then errs by at most (2**-9 + (r + 2) * 2**-22) * s. Factors that
+    were stored in bf16 or fp16 fit 11 bits, and err by at most (r + 2) * 2**-22 * s. An element's bits do not depend on
+    how slices are cut: k goes in steps of 16 from 0, in tiles of one size. Everything else is as in `exact`.
     """
 
     def __init__(self, device: torch.device, fast: bool = False) -> None:
-        """device: the GPU; whatever memory Triton's interpreter can read, where that is what runs the kernels."""
+        """device: the GPU, or any memory that Triton's interpreter can read, where that runs the kernels."""
         self._device = device
         self._fast = fast
         self._own = _Own(device)
@@ -829,7 +835,7 @@ class Cuda(Kernels):
         return self._device
 
     def take(self, source: Stored) -> Stored:
-        """See `Kernels.take`: on a stream of the calling thread's own, so that copies go on while others compute.
+        """See `Kernels.take`. Each thread copies on a stream of its own, while other threads compute.
 
         Factors are laid as the kernels read them.
         """
@@ -858,7 +864,7 @@ class Cuda(Kernels):
         return int(bad)
 
     def row_scales(self, source: Factors, rows: Tensor) -> Tensor:
-        """See `Kernels.row_scales`; in `fast` too by the canonical product."""
+        """See `Kernels.row_scales`. `fast` uses the canonical product here, too."""
         magnitude = source.magnitude
         assert magnitude is not None
         num_rows, num_columns = len(source.left), source.right.shape[1]
@@ -878,7 +884,7 @@ class Cuda(Kernels):
         return {name: torch.zeros(length, dtype=dtype, device=self.device) for name, dtype in dtypes.items()}
 
     def fold(self, op: Op, state: State, base: Tensor, group: Sequence[tuple[int, Stored]], offset: int) -> list[int]:
-        """See `Kernels.fold`: a launch for each run of models that are stored alike."""
+        """See `Kernels.fold`. Each run of models that are stored alike is one launch."""
         models = [(op.terms[model], source) for model, source in group]
         bad = torch.zeros(len(models), dtype=torch.int32, device=self.device)
         parts = [state[name] for name in state_dtypes(op)]
@@ -912,7 +918,7 @@ class Cuda(Kernels):
         return out
 
     def apply(self, base: Tensor, merged: Tensor, out: Tensor) -> int:
-        """See `Kernels.apply`; `out` may be elsewhere, and is then filled by one copy."""
+        """See `Kernels.apply`. `out` may lie elsewhere, and is then filled by one copy."""
         here = out if out.device == self.device else torch.empty_like(out, device=self.device)
         bad = self._zero()
         wide = torch.float64 in (base.dtype, out.dtype)
@@ -929,7 +935,7 @@ class Cuda(Kernels):
 
     def _add(self, name: str, models: Sequence[tuple[Term, Stored]], base: Tensor, bad: Tensor, target: Tensor,
              parts: Sequence[Tensor], offset: int = 0, bound: float = 0.0) -> None:  # fmt: skip
-        """Launch what goes through models that are stored alike."""
+        """Launch the kernel for models that are stored alike."""
         models = [(term, self._prepared(source)) for term, source in models]
         sources = [source for _, source in models]
         how, shape, options = self._how(name, sources, len(base))
@@ -966,7 +972,7 @@ class Cuda(Kernels):
         return int(bad)
 
     def _how(self, name: str, sources: Sequence[Stored], length: int) -> tuple[How, Shape, dict[str, int]]:
-        """Return what goes through sources that are stored alike, the matrix of factors, and options of a launch."""
+        """Return the kernel for sources that are stored alike, the matrix of factors, and options of a launch."""
         assert length < 2**30, "blocks are planned smaller: indices have 31 bits"
         source = sources[0]
         if isinstance(source, Encoded):
@@ -981,10 +987,10 @@ class Cuda(Kernels):
         return how, shape, {"num_warps": TILE.warps, "maxnreg": TILE.registers, "num_stages": TILE.stages}
 
     def _laid(self, source: Factors) -> "Laid":
-        """Return factors in memory of as many rows, columns and k as tiles and steps have.
+        """Return factors in memory that is padded to whole tiles and steps.
 
-        Exact: by (k, row) and (k, column); for tensor cores by (row, k) and (column, k). Beyond the rank lie zeros of
-        the left and negative ones of the right, whose product changes not even a zero; elsewhere anything.
+        They lie by (k, row) and (k, column) in `exact`, and by (row, k) and (column, k) for tensor cores. Beyond the
+        rank, the left has 0 and the right -1, whose product does not even change a zero. Other padding may be anything.
         """
         left, right = source.left, source.right
         (num_rows, rank), num_columns = left.shape, right.shape[1]
@@ -1003,7 +1009,7 @@ class Cuda(Kernels):
         return source if isinstance(source, Encoded | Laid) else self._laid(source)
 
     def _stacked(self, sources: Sequence[Stored], other: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors of models as one product's, k after k, in whole steps; anything for dense slices."""
+        """Return the factors of all models as one product, k after k, in whole steps; anything for dense slices."""
         lefts, rights = [], []
         for one in sources:
             if isinstance(one, Encoded):
@@ -1019,10 +1025,10 @@ class Cuda(Kernels):
         return torch.cat(lefts, dim=int(self._fast)), torch.cat(rights, dim=int(self._fast))
 
     def _facts(self, models: Sequence[tuple[Term, Stored]]) -> tuple[Tensor, int]:
-        """Return what the kernels know of the models, (rows, FACTS) int64, and how many rows."""
+        """Return the facts of the models, (rows, FACTS) int64, and how many rows."""
         rows: list[list[int]] = []
         for model, (term, source) in enumerate(models):
-            key, bound, kept_scale = 0, 2**32, _fp32(1.0)  # keeps all: no dropout
+            key, bound, kept_scale = 0, 2**32, _fp32(1.0)  # no dropout: it keeps all
             if term.dropout:
                 first, second = term.dropout.key
                 key, bound, kept_scale = second << 32 | first, term.dropout.bound, _fp32(term.dropout.scale)
@@ -1037,7 +1043,7 @@ class Cuda(Kernels):
                 [0, k + STEP.value >= rank, model, _fp32(source.scale), scales, *of_term]
                 for k in range(0, rank, STEP.value)
             )
-        ahead = rows[-1:]  # which is asked for and never used
+        ahead = rows[-1:]  # the kernel reads one row ahead, and never uses it
         return self._there(torch.tensor(rows + ahead, dtype=torch.int64)), len(rows)
 
 
@@ -1051,13 +1057,13 @@ _STORED_TYPES = _TYPES | {torch.bfloat16: tl.int16}
 
 
 def _launch(kernel: Any, grid: int, *arguments: Any, **options: Any) -> None:
-    """Start a kernel on the current stream, if there is anything to do."""
+    """Start a kernel on the current stream, unless there is nothing to do."""
     if grid:
         kernel[(grid,)](*arguments, **options, enable_fp_fusion=False)
 
 
 def _kind(source: Stored) -> tuple[object, ...]:
-    """Return what a launch has in common."""
+    """Return the options that all launches share."""
     if isinstance(source, Encoded):
         return source.kind, source.data.dtype
     return source.magnitude is None, source.left.shape[0], source.right.shape[1], source.start
@@ -1080,7 +1086,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _padded(part: Tensor, shape: tuple[int, int], value: float, beyond: int) -> Tensor:
-    """Return a view of a matrix in memory of a larger shape, with a value beyond it in one of the dimensions."""
+    """Return a view of a matrix in memory of a larger shape, padded with a value in one of the dimensions."""
     if part.shape == shape and part.is_contiguous():
         return part
     rows, columns = part.shape
@@ -1090,7 +1096,7 @@ def _padded(part: Tensor, shape: tuple[int, int], value: float, beyond: int) -> 
 
 
 def _whole(part: Tensor, multiple: int) -> Tensor:
-    """Return the memory of which `_padded` made a view, whose rows were made a multiple."""
+    """Return the memory behind a view of `_padded`, whose number of rows is padded to a multiple."""
     return part.as_strided((_up(part.shape[0], multiple), part.stride(0)), (part.stride(0), 1))
 
 
@@ -1101,12 +1107,12 @@ def _num_tiles(how: How, shape: Shape, length: int) -> int:
 
 
 def _aligned(sources: Sequence[Stored]) -> bool:
-    """Return whether slices begin where 16 bytes can be read at a time; fresh memory does."""
+    """Return whether slices begin where 16 bytes can be read at a time, as fresh memory does."""
     return all(one.data.data_ptr() % 16 == 0 for one in sources if isinstance(one, Encoded))
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Return 16-bit floats as the integers that stand for them."""
+    """Return 16-bit floats as the integers of their bits."""
     return tensor.view(torch.int16) if tensor.itemsize == 2 else tensor
 
 

@@ -1,6 +1,6 @@
-"""The definition: every operation in plain torch, one rounding a step, to be read. Others must equal it bit for bit.
+"""The definition: every operation in plain torch, one rounding a step. All others must equal it bit for bit.
 
-Nothing here contracts (no `alpha=`, addcmul, lerp) and nothing sums across models except one after the other.
+Nothing here contracts (no `alpha=`, addcmul, lerp). Models are summed one after the other.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ from ties_ray.kernels.randomness import MASK, philox
 
 MAGNITUDE = 0x7FFF_FFFF
 LANES = 256
-"""Of the sums of squares."""
+"""Lanes in which the squares of a row are summed."""
 
 
 class Definition(Kernels):
-    """The readable truth; 10 to 20 times slower than the compiled kernels."""
+    """The readable truth. It is 10 to 20 times slower than the compiled kernels."""
 
     def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
         """See `Kernels.delta`."""
@@ -115,7 +115,7 @@ def magnitude_bits(delta: Tensor) -> Tensor:
 
 
 def product(source: Factors, start: int, length: int) -> Tensor:
-    """Return elements [start, start + length) of the rows of scale * left @ right: the canonical product (fp32)."""
+    """Return elements [start, start + length) of the canonical product scale * left @ right, row-major (fp32)."""
     total = torch.zeros(len(source.left), source.right.shape[1])
     for of_rows, of_columns in zip(source.left.unbind(1), source.right.unbind(0), strict=True):
         total = fma(of_rows[:, None], of_columns, total)
@@ -125,8 +125,9 @@ def product(source: Factors, start: int, length: int) -> Tensor:
 def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """Return x * y + z of fp32 tensors, rounded once to fp32.
 
-    In fp64 the product is exact and the sum is not: so that rounding it again does no harm it is rounded to odd (Boldo
-    and Melquiond 2008, Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd).
+    The product is exact in fp64, and the sum is not. The sum is rounded to odd, so that the second rounding does no
+    harm. See Boldo and Melquiond 2008, Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
+    odd.
     """
     exact, addend = x.double() * y.double(), z.double()
     total = exact + addend
@@ -136,7 +137,7 @@ def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def over_norms(magnitude: Tensor, lanes: Tensor) -> Tensor:
-    """Return magnitude (fp32, (rows,)) over the root of the sum of lanes (fp64, (rows, lanes)), in order, as fp32."""
+    """Return magnitude (fp32, (rows,)) over the root of the lanes' sum in order (fp64, (rows, lanes)), as fp32."""
     total = torch.zeros(len(lanes), dtype=torch.float64)
     for lane in lanes.unbind(1):
         total += lane
@@ -152,7 +153,7 @@ def words(key: tuple[int, int], start: int, stop: int) -> Tensor:
 
 
 def term(how: Term, delta: Tensor, offset: int) -> Tensor:
-    """Return what a finite delta adds to the sums: trimmed or dropped, then scaled, then weighted."""
+    """Return the term of a finite delta: trimmed or dropped, then scaled, then weighted."""
     kept = magnitude_bits(delta) >= how.lowest
     if how.dropout is None:
         return torch.where(kept, delta, 0.0) * _fp32(how.weight)
@@ -161,10 +162,10 @@ def term(how: Term, delta: Tensor, offset: int) -> Tensor:
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return fp32 or fp64 `values` in `dtype`, rounded once to nearest even; NaN keeps its sign and leading payload.
+    """Return fp32 or fp64 `values` in `dtype`, rounded once to nearest even. NaN keeps its sign and leading payload.
 
-    torch rounds fp64 to 16 bits by way of fp32, twice; and its vectorised casts and their scalar tails give different
-    NaNs, so that bits would depend on how a slice was cut.
+    torch rounds fp64 to 16 bits twice, by way of fp32. Its vectorised casts and their scalar tails give different NaNs,
+    so bits would depend on how a slice is cut.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)
@@ -178,9 +179,10 @@ def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_odd(nearest: Tensor, error: Tensor) -> Tensor:
-    """Return `nearest`, moved so that its last bit is 1 where it is not exact; error: what it lacks, or its sign.
+    """Return `nearest`, moved so that its last bit is 1 where it is not exact.
 
-    A second rounding, to fewer bits, then errs no more than one would.
+    error: the difference to the exact value, or its sign. A second rounding, to fewer bits, then errs no more than one
+    rounding would.
     """
     bits = nearest.view({4: torch.int32, 8: torch.int64}[nearest.element_size()])
     step = torch.where((error < 0) == nearest.signbit(), 1, -1)
@@ -189,7 +191,7 @@ def _to_odd(nearest: Tensor, error: Tensor) -> Tensor:
 
 
 def _change(source: Factors, base: Tensor) -> Tensor:
-    """Return the change that factors stand for, as long as `base`."""
+    """Return the change of factors, as long as `base`."""
     change = product(source, source.start, len(base))
     if source.magnitude is None:
         return change
@@ -222,7 +224,7 @@ def _add(op: Op, state: State, how: Term, value: Tensor) -> None:
 
 
 def _divisors(state: State) -> tuple[Tensor, Tensor]:
-    """Return by what `mean` divides the positive and the negative sums (fp32)."""
+    """Return the divisors of `mean` for the positive and the negative sums (fp32)."""
     if "counts" in state:
         return (state["counts"] & 0xFFFF).float(), (state["counts"] >> 16 & 0xFFFF).float()
     return state["positive_weight"], state["negative_weight"]

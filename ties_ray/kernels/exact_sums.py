@@ -18,10 +18,10 @@ _CHUNK = 2**16
 
 def dot(left: Tensor, right: Tensor) -> int:
     """Return the sum of products of two finite fp32 vectors of one length, in units of 1 / `ONE`."""
-    one, other = left.detach().cpu().numpy(), right.detach().cpu().numpy()
+    first, second = left.detach().cpu().numpy(), right.detach().cpu().numpy()
     limbs = np.zeros(_LIMBS, np.int64)
-    for start in range(0, len(one), _CHUNK):
-        products = one[start : start + _CHUNK].astype(np.float64) * other[start : start + _CHUNK]
+    for start in range(0, len(first), _CHUNK):
+        products = first[start : start + _CHUNK].astype(np.float64) * second[start : start + _CHUNK]
         _add(products.view(np.int64), limbs)
     return sum(int(limb) << (32 * place) for place, limb in enumerate(limbs))
 

@@ -1,13 +1,13 @@
 """The best factors of low rank: of a matrix, and of a sum of changes that are factors already.
 
-The truncated SVD is the best (Eckart and Young 1936). Squared singular values come from Gram matrices in fp64, exact
-enough for fp32 input: what lies below 1e-8 of the largest singular value is rounding there anyway. A matrix with two
-long sides goes through subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from a fixed start, so that
-its factors depend on nothing but the matrix, the libraries and the processor.
+The truncated SVD is the best (Eckart and Young 1936). Squared singular values come from Gram matrices in fp64. That is
+exact enough for fp32 input, where all below 1e-8 of the largest singular value is rounding. A matrix with two long
+sides goes through subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4). Its start is fixed, so the
+factors depend only on the matrix, the libraries and the processor.
 
 Factors are one fp32 tensor, `data`: the transposed left ones, (rank, rows), then the right ones, (rank, columns). Row i
-of either is component i, in falling order of singular values, whose roots stand on both sides. The largest element of
-each left one is positive. A lower rank is the first rows of both.
+of either is component i, in falling order of singular values. Each side has the roots of the singular values. The
+largest element of each left component is positive. A lower rank is the first rows of both.
 """
 
 import math
@@ -20,22 +20,24 @@ from torch import Tensor
 from ties_ray.kernels import Factors
 
 SHORT = 512
-"""A matrix with a side this short is decomposed exactly: that costs no more than to search for a subspace."""
+"""The side up to which a matrix is decomposed exactly, which costs no more than to search for a subspace."""
 OVERSAMPLING = 16
 """Dimensions of the searched subspace beyond the rank."""
 MAX_ITERATIONS = 12
+"""The most iterations of the search."""
 ENOUGH = 1e-3
 """The search ends where one more iteration takes less than this share off the squared error."""
 NOISE = 1e-7
-"""What fp32 products leave uncertain: of a squared norm in the search, of a singular value in the factors."""
+"""The share of a squared norm in the search, and of a singular value in the factors, that fp32 leaves uncertain."""
 CHUNK = 2**18
 """Elements that are converted to fp64 at a time (2 MiB)."""
 
 
 class LowRank(NamedTuple):
-    """The factors of the last of the ranks asked for, with zeros where the matrix has fewer."""
+    """The factors of the largest rank that is asked for, with zeros where the matrix has a lower rank."""
 
     data: Tensor
+    """Both factors; see the module."""
     norm2: float
     """Squared Frobenius norm of the matrix."""
     errors2: tuple[float, ...]
@@ -49,10 +51,10 @@ def halves(data: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def of_matrix(matrix: Tensor, ranks: Sequence[int]) -> LowRank:
-    """Return the best factors of an fp32 matrix, which may be overwritten; ranks ascend.
+    """Return the best factors of an fp32 matrix, which may be overwritten. ranks ascend.
 
-    The error of a searched subspace is measured: the factors are subtracted, and what is left is summed. Of a matrix
-    that is not finite only `norm2` tells anything.
+    The error of a searched subspace is measured: the factors are subtracted, and the rest is summed. Only `norm2` is
+    meaningful for a matrix that is not finite.
     """
     data = torch.zeros(ranks[-1] * sum(matrix.shape))
     norm2 = _norm2(matrix)
@@ -76,10 +78,10 @@ def of_matrix(matrix: Tensor, ranks: Sequence[int]) -> LowRank:
 
 
 def of_sum(terms: Sequence[tuple[float, Factors]], ranks: Sequence[int]) -> LowRank:
-    """Return the best factors of sum(coefficient * scale * left @ right) without forming it, in fp64; ranks ascend.
+    """Return the best factors of sum(coefficient * scale * left @ right) without forming it, in fp64. ranks ascend.
 
-    Whole changes without magnitude. Exact to 1e-8 of the terms' norms (which may cancel). Costs the square of the sum
-    of their ranks times the sides, and some 10 times its cube.
+    The terms are whole changes without magnitude. The result is exact to 1e-8 of the terms' norms, which may cancel. It
+    costs the square of the summed rank times the sides, and some 10 times its cube.
     """
     rows, columns = terms[0][1].left.shape[0], terms[0][1].right.shape[1]
     data = torch.zeros(ranks[-1] * (rows + columns))
@@ -145,7 +147,7 @@ def _chunks(matrix: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _orient(left: Tensor, right: Tensor) -> None:
-    """Turn every component so that the largest element of its left side is positive."""
+    """Flip components so that the largest element of each left one is positive."""
     if left.shape[1]:
         sign = left.gather(1, left.abs().argmax(1, keepdim=True)).sign_()
         left *= sign

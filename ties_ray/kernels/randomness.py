@@ -1,6 +1,6 @@
 """Random numbers that depend on a position alone: Philox4x32-10 (Salmon et al. 2011), without state or order.
 
-Needs neither torch nor numpy: the same lines work on Python ints and, element by element, on int64 tensors.
+It needs neither torch nor numpy. The same lines work on Python ints and, element by element, on int64 tensors.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ ROUNDS = 10
 def key(seed: int, id: str, name: str) -> tuple[int, int]:
     """Return the key (two uint32) for the model `id` and the parameter `name` of a recipe with this seed.
 
-    The first 8 bytes of SHA-256 of the UTF-8 text "seed, NUL, id, NUL, name", as two little-endian uint32.
+    It is the first 8 bytes of SHA-256 of the UTF-8 text "seed, NUL, id, NUL, name", as two little-endian uint32.
     """
     digest = hashlib.sha256(f"{seed}\0{id}\0{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
-    """Return four random words for each counter; all are uint32 values, held in ints or int64 tensors."""
+    """Return four random words for each counter. All are uint32 values in ints or int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
