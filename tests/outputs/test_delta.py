@@ -54,7 +54,7 @@ def test_one_file_has_an_index_too() -> None:
     (tensor,) = delta.tensors([Parameter("a.weight", (4, 6), "BF16", True)])
     files = (OutputFile(LIBRARY.file_name(1, 1), "{}", (Placed(tensor, 8, 104),), 104),)
     name, data = delta.index(files, (), {}, LIBRARY)
-    assert name == delta.door(files, LIBRARY) == "delta.safetensors.index.json"
+    assert name == delta.entry_point_file(files, LIBRARY) == "delta.safetensors.index.json"
     assert json.loads(data) == {
         "metadata": {"total_size": 96}, "weight_map": {"a.weight": "delta.safetensors"},
     }  # fmt: skip

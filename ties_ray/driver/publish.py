@@ -71,9 +71,9 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
     index = output.index(plan.files, plan.catalog.parameters, plan.catalog.facts, plan.library)
     if index:
         contents[index[0]] = index[1]
-    door = output.door(plan.files, plan.library)
-    if door in contents:
-        contents[door] = contents.pop(door)
+    entry_point_file = output.entry_point_file(plan.files, plan.library)
+    if entry_point_file in contents:
+        contents[entry_point_file] = contents.pop(entry_point_file)
     return contents
 
 
@@ -141,10 +141,10 @@ def publish_documents(
     store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
     asked = plan.recipe.model_dump(mode="json", exclude_unset=True)
     store.put(join(plan.output, RECIPE_NAME), plain_yaml(asked).encode())
-    door = plan.recipe.output.door(plan.files, plan.library)
+    entry_point_file = plan.recipe.output.entry_point_file(plan.files, plan.library)
     written = []
     for name, data in documents.items():
-        if name == door:
+        if name == entry_point_file:
             demand_no_foreign(plan, stores, documents)
         pin = store.put(within(plan.output, name), data)
         written.append(WrittenFile(name=name, size=pin.size, etag=pin.etag, crc32c=crc32c(memoryview(data))))

@@ -110,9 +110,9 @@ def _forget(planned: Plan, stores: Stores, runs: list[tuple[str, int]]) -> list[
     own = own_names(planned) | written
     _demand_no_folders(stores, output, own)
     present = {pin.uri.rpartition("/")[2] for pin in store.list(output).files}
-    doors = {plan.recipe.output.door(plan.files, plan.library) for plan in (planned, *claims)}
+    entry_point_files = {plan.recipe.output.entry_point_file(plan.files, plan.library) for plan in (planned, *claims)}
     loadable = [name for name in sorted(present) if name in own or is_loaded(name)]
-    first = [RESULT_NAME, SUMS_NAME, *sorted(doors & own)]
+    first = [RESULT_NAME, SUMS_NAME, *sorted(entry_point_files & own)]
     for name in (*(name for name in first if name in present), *(name for name in loadable if name not in first)):
         store.delete(join(output, name))
     folders = {name.partition("/")[0] for name in own if "/" in name}

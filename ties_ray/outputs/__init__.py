@@ -154,7 +154,7 @@ class Output(BaseModel, ABC):
         """
 
     @abstractmethod
-    def door(self, files: Sequence[OutputFile], library: Library) -> str:
+    def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the file by which a loader finds the weights; it is published last, before the result record."""
 
 

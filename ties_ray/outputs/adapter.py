@@ -115,7 +115,7 @@ class Adapter(CondensingOutput):
         """Leave out all small files: they belong to a whole model."""
         return None
 
-    def door(self, files: Sequence[OutputFile], library: Library) -> str:
+    def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the config."""
         return CONFIG
 

@@ -63,6 +63,6 @@ class Checkpoint(ElementwiseOutput):
                     part["tie_word_embeddings"] = False
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def door(self, files: Sequence[OutputFile], library: Library) -> str:
+    def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index, or the config where there is one weight file."""
         return library.config if len(files) == 1 else library.index

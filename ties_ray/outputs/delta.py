@@ -57,6 +57,6 @@ class Delta(ElementwiseOutput):
         """Leave out all small files: they belong to a whole model."""
         return None
 
-    def door(self, files: Sequence[OutputFile], library: Library) -> str:
+    def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index."""
         return library.index

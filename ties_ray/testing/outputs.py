@@ -114,9 +114,9 @@ class OutputContract:
             OutputFile(library.file_name(number, len(groups)), "{}", (Placed(tensor, 0, 8),), 8)
             for number, (tensor,) in enumerate(groups, start=1)
         )
-        door, index = output.door(files, library), output.index(files, parameters, {}, library)
-        assert door
-        assert door not in {file.name for file in files}
+        entry_point_file, index = output.entry_point_file(files, library), output.index(files, parameters, {}, library)
+        assert entry_point_file
+        assert entry_point_file not in {file.name for file in files}
         if index is not None:
             name, data = index
             content = json.loads(data)

@@ -43,5 +43,5 @@ class Delta32(ElementwiseOutput):
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
         return None
 
-    def door(self, files: Sequence[OutputFile], library: Library) -> str:
+    def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         return "delta.json"
