@@ -69,7 +69,7 @@ class Karcher(Method):
             for other in range(model, len(held))
         }
         if context.base is not None:
-            base = context.base.float()
+            base = context.base.float().nan_to_num()  # an exact sum takes finite fp32 numbers
             sums |= {Key("base", (model,)): dot(base, delta) for model, delta in enumerate(held)}
             sums[Key("base")] = dot(base, base)
         return Result(sums=sums)

@@ -66,8 +66,8 @@ class Lines(Method):
             plain += delta
             weighted += delta * context.weights[model]
         return {
-            Key("plain", whole=True): total(plain.abs()),
-            Key("weighted", whole=True): total(weighted.abs()),
+            Key("plain", whole=True): total(plain.nan_to_num_().abs_()),
+            Key("weighted", whole=True): total(weighted.nan_to_num_().abs_()),
         }
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:

@@ -57,7 +57,7 @@ class NuSlerp(Method):
         sums = {Key("norm2", (0,)): dot(first, first), Key("norm2", (1,)): dot(second, second)}
         sums[Key("dot")] = dot(first, second)
         if context.base is not None:
-            base = context.base.float()
+            base = context.base.float().nan_to_num()  # an exact sum takes finite fp32 numbers
             sums |= {Key("base"): dot(base, base), Key("base", (0,)): dot(base, first)}
             sums[Key("base", (1,))] = dot(base, second)
         return Result(sums=sums)
