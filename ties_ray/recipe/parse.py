@@ -52,7 +52,7 @@ def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> R
 
     overrides: `a.b=value` each, with values in YAML. They are applied to the text's fields first.
     """
-    data = _plain(text.replace("\t", "  ") if text.lstrip().startswith("{") else text, source)
+    data = plain(text.replace("\t", "  ") if text.lstrip().startswith("{") else text, source)
     if not isinstance(data, dict):
         raise RecipeError(Problem(source, "is not a mapping of keys", "start from the example in the README"))
     override(data, overrides)
@@ -92,7 +92,7 @@ def _missing_base(data: Json, problems: Sequence[Problem]) -> Iterator[Problem]:
 # -- text
 
 
-def _plain(text: str, source: str) -> Any:
+def plain(text: str, source: str) -> Any:
     """Return the plain data of a YAML text; raise `RecipeError` for any text that is wrong or too large."""
     try:
         excess = f"has {len(text):,} characters" if len(text) > MAX_CHARACTERS else _excess(text)
@@ -182,7 +182,7 @@ def _assign(data: Json, assignment: str) -> None:
             if isinstance(target[key], str):  # `method: ties` is short for `method: {name: ties}`
                 target[key] = {{"method": "name"}.get(step, "path"): target[key]}
             target = target[key]
-        value = _plain(text, "--set")
+        value = plain(text, "--set")
         if isinstance(target, list):
             target[int(last)] = value
         else:
