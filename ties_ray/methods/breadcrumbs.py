@@ -35,7 +35,7 @@ class Breadcrumbs(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole parameters or rows."""
         unit = whole_parameters if self.scope == "tensor" else whole_rows
-        return (Round("merge", self._merge, unit=unit, holds=lambda num_models: 36),)
+        return (Round("merge", self._merge, unit=unit, holds=lambda num_models: 40),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         import torch
@@ -53,10 +53,16 @@ class Breadcrumbs(Method):
 
     def _kept(self, magnitudes: "Tensor", density: float) -> "Tensor":
         """Return where a value stays, of rows (rows, width)."""
-        import torch
-
         width = magnitudes.shape[1]
         stay = min(width, max(1, int(density * width)))
         top = min(int(self.gamma * width), width - stay)
-        order = magnitudes.argsort(dim=1, descending=True, stable=True)[:, top : top + stay]
-        return torch.zeros_like(magnitudes, dtype=torch.bool).scatter_(1, order, value=True)
+        kept = _largest(magnitudes, top + stay)
+        return kept.logical_xor_(_largest(magnitudes, top)) if top else kept
+
+
+def _largest(magnitudes: "Tensor", count: int) -> "Tensor":
+    """Return where the `count` largest of each row are, the first ones among equals; count: at least 1."""
+    edge = magnitudes.kthvalue(magnitudes.shape[1] - count + 1, dim=1, keepdim=True).values
+    above, equal = magnitudes > edge, magnitudes == edge
+    spare = count - above.sum(1, keepdim=True)
+    return above.logical_or_(equal.logical_and_(equal.cumsum(1) <= spare))
