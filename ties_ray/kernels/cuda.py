@@ -269,7 +269,7 @@ def _philox(element: tl.tensor, key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _words(element: tl.tensor, key: tl.tensor, HOW: tl.constexpr) -> tl.tensor:
-    """Return the random word (as int64) of each element. Only every fourth is asked where these begin the blocks."""
+    """Return the random word (as int64) of each element. With `quads`, `element` has only the first of each block."""
     w0, w1, w2, w3 = _philox(element, key)
     if HOW.quads:
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -637,7 +637,7 @@ def _counts(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.t
             table: tl.tensor, high: tl.tensor, length: tl.tensor, num_tiles: tl.tensor, num_rows: tl.tensor,
             num_columns: tl.tensor, start: tl.tensor, of_left: tl.tensor, of_right: tl.tensor,
             HOW: tl.constexpr) -> None:  # fmt: skip
-    """Count the magnitudes of one model, tile after tile. On the first level, zeros are all that is not counted yet."""
+    """Count the magnitudes of one model, tile after tile. On the first level, zeros are the rest of the elements."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     _, _, at = _tile(tile, num_columns, start, 1, HOW)
     notes, first, near = at * 0, high * 0, high
@@ -990,7 +990,7 @@ class Cuda(Kernels):
         """Return factors in memory that is padded to whole tiles and steps.
 
         They lie by (k, row) and (k, column) in `exact`, and by (row, k) and (column, k) for tensor cores. Beyond the
-        rank, the left has 0 and the right -1, whose product does not even change a zero. Other padding may be anything.
+        rank, the left has 0 and the right -0, whose product does not even change a zero. Other padding may be anything.
         """
         left, right = source.left, source.right
         (num_rows, rank), num_columns = left.shape, right.shape[1]
