@@ -18,8 +18,9 @@ class Wudi(Method):
     """Minimises sum_i |(T - d_i) d_i^T|^2 / |d_i|^2 of each matrix by Adam, from the sum of all task vectors.
 
     Lambda scales T, which begins as a sum; vectors get the mean. One pass over the models, fp64, one thread.
-    Squares of the row's length lie in memory, however many models there are. Rows may be four times as long as columns.
-    The minimum of identical models is that model, which few steps don't reach; `minimum` gives it at once.
+    Memory and time grow with the square of a row's length: steps on wide matrices take hours, `minimum` takes minutes.
+    The memory plan counts on rows at most four times as long as columns. Identical models stay near their sum with few
+    steps; their minimum is that model.
     """
 
     name: Literal["wudi"] = "wudi"
