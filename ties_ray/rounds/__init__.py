@@ -1,8 +1,10 @@
 """The contract of a kind of round: one reading of the models, shard by shard, and the barrier after it.
 
-One file here a kind. A kind says which rounds a merge needs and what they cost, what a worker does with a shard, what
-the barrier makes of the findings, and what becomes of slow shards. It reads through a `Bench`, and knows neither the
-worker, nor the driver, nor the manifest. Importing a kind takes no torch.
+One file here a kind. A kind plans its rounds and states their cost. It does a shard, folds the findings at the barrier,
+and says what becomes of slow shards. It reads through a `Bench`, and knows neither worker, driver nor manifest.
+Importing a kind takes no torch.
+
+A new kind defines `planned`, `shard`, `tally` and `work`; with a barrier also `fold`. The other methods have defaults.
 """
 
 from abc import ABC, abstractmethod
@@ -130,7 +132,7 @@ class Merge:
 
     def first_read(self) -> int:
         """Return the index of the round that keeps checksums of what it reads, for later rounds to compare."""
-        return next((index for index, one in enumerate(self.rounds) if kind_of(one).keeps_checksums), 0)
+        return next((index for index, round_ in enumerate(self.rounds) if kind_of(round_).keeps_checksums), 0)
 
 
 class Slices(Deltas):

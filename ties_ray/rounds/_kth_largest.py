@@ -1,8 +1,8 @@
 """The exact k-th largest magnitude of a task vector, from counts that can be added in any order. Pure.
 
-Level 1 counts the high 15 of the 31 magnitude bits, level 2 the low 16 of those that have the high ones of rank k: fp32
-magnitudes order as integers do, so the two together are an exact selection that never holds or sorts a value. Level 1
-also tells apart what has low bits at all (`kernels.BINS`), and where rank k has none, level 2 is not needed.
+Magnitudes of fp32 numbers order as integers do. Level 1 counts their high 15 bits. Level 2 counts the low 16 bits of
+those whose high bits are those of rank k. Both together select exactly, and hold or sort no value. Level 1 also tells
+apart which values have low bits at all (`kernels.BINS`). Where rank k has none, level 2 is not needed.
 """
 
 import base64
@@ -20,7 +20,7 @@ Scope = tuple[int, int]
 """(member, parameter index), or (member, WHOLE) for the whole task vector."""
 WHOLE = -1
 MAX_TABLE_BYTES = 8 * BINS
-"""Of an unpacked table; whatever a stored one claims."""
+"""The most bytes of an unpacked table, whatever a stored one claims."""
 
 
 class Counts(NamedTuple):

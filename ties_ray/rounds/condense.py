@@ -111,9 +111,9 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
             for block in blocks:
                 matrix[block.start : block.stop] = merged(bench, index, block)
         if not matrix.isfinite().all():
-            what = f"{int((~matrix.isfinite()).sum())} merged values are not finite"
+            message = f"{int((~matrix.isfinite()).sum())} merged values are not finite"
             advice = (smaller_lambda(bench.merge), copied_instead(bench.merge, parameter.name))
-            raise InputError(Problem(parameter.name, what, f"{either(advice)}; {FRESH_THEN}"))
+            raise InputError(Problem(parameter.name, message, f"{either(advice)}; {FRESH_THEN}"))
         return matrix
 
     def _factors(self, bench: Bench, parameter: Parameter) -> list[tuple[float, Factors]]:

@@ -224,14 +224,14 @@ class MergeRound(RoundKind[Parts, None]):
         assert isinstance(output, ElementwiseOutput)
         overflow = output.values(block.base, delta(block), out, bench.kernels)
         if overflow:
-            what = f"{overflow} merged values are finite but overflow {dtype}"
+            message = f"{overflow} merged values are finite but overflow {dtype}"
             of_base = int((block.base.abs() >= OVERFLOWS.get(dtype, math.inf)).sum())
             wider = "choose a wider output.dtype" if dtype != "F64" else ""
             smaller = "" if of_base else smaller_lambda(merge)
             if of_base and output.reads_base:
-                what += f", as {of_base} of the base's do"
+                message += f", as {of_base} of the base's do"
             advice = (wider, smaller, copied_instead(merge, placed.tensor.parameter))
-            raise InputError(Problem(placed.tensor.name, what, f"{either(advice)}; {FRESH_THEN}"))
+            raise InputError(Problem(placed.tensor.name, message, f"{either(advice)}; {FRESH_THEN}"))
 
     def _assembled(self, bench: Bench, index: int, placed: Placed) -> "Tensor":
         """Return the elements of a tensor that comes from scratch."""

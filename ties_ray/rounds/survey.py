@@ -107,17 +107,17 @@ class SurveyRound(RoundKind[Surveys, Surveys]):
         uri, norm = merge.models[survey.member].uri, math.sqrt(survey.norm2)
         least, most = merge.recipe.bounds.norm or (0.0, math.inf)
         if survey.not_finite:
-            what = f"{survey.not_finite:,} values of its factors are NaN or Inf"
-            yield Problem(uri, what, f"repair or drop it, or `allow: {{nan: drop_model}}`; {FRESH_THEN}", "nan")
+            message = f"{survey.not_finite:,} values of its factors are NaN or Inf"
+            yield Problem(uri, message, f"repair or drop it, or `allow: {{nan: drop_model}}`; {FRESH_THEN}", "nan")
         elif not least <= norm <= most:
-            what = f"its change has the norm {norm:.6g}, outside bounds.norm ({least:g} to {most:g})"
-            yield Problem(uri, what, f"drop it, or `allow: {{refused_model: drop}}`; {FRESH_THEN}", "norm")
+            message = f"its change has the norm {norm:.6g}, outside bounds.norm ({least:g} to {most:g})"
+            yield Problem(uri, message, f"drop it, or `allow: {{refused_model: drop}}`; {FRESH_THEN}", "norm")
 
     def recall(self, merge: Merge, index: int, before: Mapping[int, Any], pool: Pool) -> list[Recalled]:
         """Return the surveys that are in the pool cache; a shard is a model."""
-        wanted = [(member, name) for member, model in enumerate(merge.models) if (name := pool.identity(model))]
-        read = pool.read_each([(identity, "survey") for _, identity in wanted], SURVEY)
+        named = [(member, name) for member, model in enumerate(merge.models) if (name := pool.identity(model))]
+        read = pool.read_each([(identity, "survey") for _, identity in named], SURVEY)
         surveys = tuple(
-            survey._replace(member=member) for (member, _), survey in zip(wanted, read, strict=True) if survey
+            survey._replace(member=member) for (member, _), survey in zip(named, read, strict=True) if survey
         )
         return [Recalled(0, surveys, tuple(survey.member for survey in surveys))] if surveys else []

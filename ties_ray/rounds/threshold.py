@@ -327,10 +327,10 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
         if need.scope != "global":
             return []
         picks = {pick.member: pick for picks in before.values() for pick in picks} if _is_low(merge, index) else None
-        wanted = [want for member in _trimmed(need) if (want := _wanted(merge, member, pool, picks))]
-        read = pool.read_each([(want.identity, want.name) for want in wanted], COUNTS)
+        requests = [want for member in _trimmed(need) if (want := _wanted(merge, member, pool, picks))]
+        read = pool.read_each([(want.identity, want.name) for want in requests], COUNTS)
         by_group: dict[int, list[Counts]] = defaultdict(list)
-        for want, counts in zip(wanted, read, strict=True):
+        for want, counts in zip(requests, read, strict=True):
             if counts and _is_possible(counts, want.total):
                 own = Counts(want.member, WHOLE, counts.bins, counts.counts)
                 by_group[want.member // merge.sizes.model_group].append(own)
@@ -356,8 +356,8 @@ def thresholds(bench: Bench, parameter: int) -> tuple[int, ...]:
     if not low:
         return (0,) * len(merge.members)
     picks = [picks_of(bench, low[0], member // merge.sizes.model_group) for member in range(len(merge.members))]
-    found = (own.get((member, WHOLE)) or own.get((member, parameter)) for member, own in enumerate(picks))
-    return tuple(pick.bits if pick else 0 for pick in found)
+    of_members = (own.get((member, WHOLE)) or own.get((member, parameter)) for member, own in enumerate(picks))
+    return tuple(pick.bits if pick else 0 for pick in of_members)
 
 
 def picks_of(bench: Bench, index: int, group: int) -> Mapping[Scope, Pick]:
@@ -490,14 +490,14 @@ def _is_possible(counts: Counts, total: range) -> bool:
 def _short(merge: Merge) -> Callable[[Model], bool]:
     """Return whether one count settles a model's threshold, nearly always: it and the base are stored in 16 bits."""
     merged = {parameter.name for parameter in merge.catalog.parameters if parameter.merged}
-    known: dict[int, bool] = {}
+    shortness: dict[int, bool] = {}
 
     def is_short(model: Model) -> bool:
         key = id(model.sources)
-        if key not in known:
+        if key not in shortness:
             refs = [ref for name, source in model.sources.items() if name in merged for ref in source.tensors]
-            known[key] = all(ref.dtype in SHORT for ref in refs)
-        return known[key]
+            shortness[key] = all(ref.dtype in SHORT for ref in refs)
+        return shortness[key]
 
     formats = merge.sources.formats
     return lambda model: formats[model.format].whole and is_short(merge.catalog.base) and is_short(model)

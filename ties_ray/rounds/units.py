@@ -150,16 +150,16 @@ class Assembly:
 
 def pieces(merge: Merge, position: int) -> list[Segment]:
     """Return what a round of units merges at a time, in order: every merged element once."""
-    known = _PIECES.setdefault(merge, {})
-    if position not in known:
+    by_position = _PIECES.setdefault(merge, {})
+    if position not in by_position:
         unit, most = merge.recipe.method.rounds()[position].unit, merge.sizes.max_block
-        known[position] = [
+        by_position[position] = [
             segment
             for index, parameter in enumerate(merge.layout.parameters)
             if parameter.merged
             for segment in _cut(index, parameter, unit(parameter), most)
         ]
-    return known[position]
+    return by_position[position]
 
 
 def _cut(index: int, parameter: Parameter, unit: Unit, most: int) -> Iterator[Segment]:
