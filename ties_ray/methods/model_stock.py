@@ -1,10 +1,12 @@
 """Model Stock (Jang et al., ECCV 2024): how far from the base the average of fine-tunes should lie, layer by layer."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Key, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
 
 
 class ModelStock(Method):
@@ -19,6 +21,16 @@ class ModelStock(Method):
     paper: ClassVar[str] = (
         "Jang et al. 2024, Model Stock: All we need is just a few fine-tuned models (arXiv:2403.19522)"
     )
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse weights: the angles between the models decide."""
+        return [
+            Problem(
+                f"model {member.id}", f"weight {member.weight}: model_stock uses no weights", "leave the weight out"
+            )
+            for member in members
+            if member.weight != 1
+        ]
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms, the sum of unit vectors, and the merge."""
