@@ -25,9 +25,7 @@ class ModelStock(Method):
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights: the angles between the models decide."""
         return [
-            Problem(
-                f"model {member.id}", f"weight {member.weight}: model_stock uses no weights", "leave the weight out"
-            )
+            Problem(f"model {member.id}", f"weight {member.weight}: model_stock has none", "leave the weight out")
             for member in members
             if member.weight != 1
         ]
