@@ -111,6 +111,14 @@ def test_a_matrix_that_does_not_fit_is_refused_before_anything_is_read(family_of
         merging.plan(recipe_of(family, tmp_path / "out", "iso_c", run={**LOCAL, "memory": "100MiB"}))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_sum_of_values_that_are_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        total(torch.tensor([1.0, value]))
+    with pytest.raises(ValueError, match="not finite"):
+        dot(torch.tensor([value, 1.0]), torch.tensor([2.0, 1.0]))
+
+
 def test_sums_are_exact_in_any_order() -> None:
     generator = torch.Generator().manual_seed(0)
     scales = 10.0 ** torch.arange(5000).remainder(60).sub(30)

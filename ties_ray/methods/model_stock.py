@@ -8,6 +8,9 @@ from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
 from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
 
+STILL = 1e-36
+"""A task vector of this norm counts as zero: the factor to its unit vector would leave fp32."""
+
 
 class ModelStock(Method):
     """Scales the mean change of each parameter by t = N c / (1 + (N - 1) c), c the mean cosine of its task vectors.
@@ -40,7 +43,8 @@ class ModelStock(Method):
         return Result(sums={Key("norm2", (model,)): dot(delta, delta) for model, delta in deltas})
 
     def _sizes(self, context: Context) -> list[float]:
-        return [math.sqrt(context.sum("norm2", model)) for model in range(len(context.members))]
+        norms = [math.sqrt(context.sum("norm2", model)) for model in range(len(context.members))]
+        return [norm if norm > STILL else 0.0 for norm in norms]
 
     def _cosines(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.exact_sums import dot
