@@ -17,7 +17,10 @@ _CHUNK = 2**16
 
 
 def dot(left: Tensor, right: Tensor) -> int:
-    """Return the sum of products of two fp32 vectors of one length, in units of 1 / `ONE`; refuse what is not finite."""
+    """Return the sum of products of two fp32 vectors of one length, in units of 1 / `ONE`.
+
+    Raises `ValueError` for values that are not finite.
+    """
     first, second = left.detach().cpu().numpy(), right.detach().cpu().numpy()
     limbs = np.zeros(_LIMBS, np.int64)
     for start in range(0, len(first), _CHUNK):
@@ -27,7 +30,7 @@ def dot(left: Tensor, right: Tensor) -> int:
 
 
 def total(values: Tensor) -> int:
-    """Return the sum of an fp32 vector, in units of 1 / `ONE`; refuse what is not finite."""
+    """Return the sum of an fp32 vector, in units of 1 / `ONE`. Raises `ValueError` for what is not finite."""
     array = values.detach().cpu().numpy()
     limbs = np.zeros(_LIMBS, np.int64)
     for start in range(0, len(array), _CHUNK):
