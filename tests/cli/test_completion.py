@@ -70,7 +70,7 @@ def test_fields_of_a_recipe_complete_with_their_choices_or_defaults() -> None:
     assert completed("ties-ray merge recipe.yaml --set run.dev") == ["plain,run.device=cpu", "plain,run.device=cuda"]
     assert "plain,method.density=0.2" in completed("ties-ray merge recipe.yaml --set method.dens")
     assert completed("ties-ray merge recipe.yaml --set method.at_thr") == [
-        f"plain,method.at_threshold={choice}" for choice in ("keep", "drop", "exact")
+        f"plain,method.at_threshold={choice}" for choice in ("drop", "exact", "keep")
     ]
     assert completed("ties-ray merge recipe.yaml --set run.disk_c") == ["plain,run.disk_cache=16.0GiB"]
     assert "plain,storage.s3.endpoint_url=" in completed("ties-ray status out --set storage.")
