@@ -15,6 +15,8 @@ from ties_ray.inputs.catalog import Catalog, Model, read_catalog
 from ties_ray.layout.reads import runs_of
 from ties_ray.layout.shards import Segment, elements_in
 from ties_ray.layout.sizes import SIZES
+from ties_ray.methods import Result, Round, whole_matrices
+from ties_ray.methods.average import Average
 from ties_ray.operations import merging
 from ties_ray.outputs import PART_ALIGNMENT
 from ties_ray.planning.plan import PLAN_FORM
@@ -312,3 +314,10 @@ def test_a_merge_of_nothing_is_refused() -> None:
 def test_a_base_without_elements_has_a_plan() -> None:
     made = make_plan(recipe_for(), catalog_of([Parameter("a", (0, 3), "BF16", True)]))
     assert made.bytes_read == 0
+
+
+def test_a_unit_in_a_round_that_would_cut_anywhere_is_a_defect_of_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Round("gather", lambda deltas, context: Result(), unit=whole_matrices), *Average().rounds()
+    monkeypatch.setattr(Average, "rounds", lambda self: rounds)
+    with pytest.raises(TypeError, match="method average: only the last round may need whole rows or matrices"):
+        make_plan(recipe_for(2, "average"), catalog_of([Parameter("p", (8, 4), "BF16", True)], 2))

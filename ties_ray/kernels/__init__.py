@@ -240,10 +240,10 @@ class Kernels(ABC):
     ) -> "Tensor":
         """Return the merged fp32 delta of TIES from the state of `SignedSums` (mean, sum) or `Extremes` (max).
 
-        The elected sign is that of state["sum"], or `zero_sign` (-1, 0, 1) where that is zero (Yadav et al. 2023,
-        section 3.2). sum takes the sum of that sign. mean divides it by the count, or the weights, of the models of
-        that sign (IEEE division; 0 without any). max takes the extreme of that sign. The result is multiplied by
-        fp32(factor). It is NaN where the sum is NaN because it has overflowed, so that `apply` counts it.
+        The elected sign is that of state["sum"] (Yadav et al. 2023, section 3.2). Where that is zero, `zero_sign` (-1, 0
+        or 1) is elected. `sum` takes the sum of the elected sign. `mean` divides it by the count, or the weights, of the
+        models of that sign. The division is IEEE's, and 0 without any model. `max` takes the extreme of that sign.
+        The result is multiplied by fp32(factor). A sum that has overflowed to NaN gives NaN, so that `apply` counts it.
         """
 
     def merge(

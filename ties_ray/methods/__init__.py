@@ -171,7 +171,7 @@ class Round:
     By default the last round merges and the others gather. A last round of rows or matrices is of the kind `units`.
     """
     unit: Callable[[Parameter], Unit] = every_element
-    """The least of a parameter that must be whole in a slice."""
+    """The least of a parameter that must be whole in a slice. Only the last round may need more than elements."""
     needs_base: bool = False
     """Whether `run` uses `Context.base`."""
     holds: Callable[[int], int] = nothing_more
