@@ -240,9 +240,9 @@ class Kernels(ABC):
     ) -> "Tensor":
         """Return the merged fp32 delta of TIES from the state of `SignedSums` (mean, sum) or `Extremes` (max).
 
-        The elected sign is that of state["sum"] (Yadav et al. 2023, section 3.2). Where that is zero, `zero_sign` (-1, 0
-        or 1) is elected. `sum` takes the sum of the elected sign. `mean` divides it by the count, or the weights, of the
-        models of that sign. The division is IEEE's, and 0 without any model. `max` takes the extreme of that sign.
+        The elected sign is that of state["sum"] (Yadav et al. 2023, section 3.2). Where that is zero, `zero_sign` (-1,
+        0 or 1) is elected. `sum` takes the sum of the elected sign. `mean` divides it by the count, or the weights, of
+        the models of that sign. The division is IEEE's, and 0 without any model. `max` takes the extreme of that sign.
         The result is multiplied by fp32(factor). A sum that has overflowed to NaN gives NaN, so that `apply` counts it.
         """
 
