@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family
@@ -135,3 +136,18 @@ def test_sums_are_exact_in_any_order() -> None:
 def test_a_kind_of_round_is_imported_without_torch(kind: str) -> None:
     code = f"import sys, ties_ray.rounds.{kind}; sys.exit(bool({{'torch', 'ray', 'numba'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["adapter", "delta"])
+def test_values_that_count_as_zero_in_scratch_are_told(kind: str, tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), num_adapters=3)
+    path = Path(pool.adapters[1]) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0] = float("nan")
+    save_file(tensors, path)
+    output = {"path": str(tmp_path / "out"), "kind": kind, **({"rank": 8} if kind == "adapter" else {})}
+    given = {"base": pool.base, "models": list(pool.adapters), "run": LOCAL, "output": output, "allow": {"nan": "zero"}}
+    result = merging.merge(validate({**given, "method": "iso_c"}))
+    assert len(result.zeroed) == 1
+    assert sum(result.zeroed.values()) > 0
