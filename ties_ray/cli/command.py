@@ -1,0 +1,93 @@
+"""Options and arguments that commands share, and how they find a recipe or an output."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ties_ray.cli import completion
+from ties_ray.cli.console import Console, complain
+from ties_ray.errors import InputError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from ties_ray.recipe.recipe import Recipe
+    from ties_ray.reports.records import ReportedProblem
+    from ties_ray.stores import Stores
+
+RECIPE = click.argument("recipe", shell_complete=completion.files)
+OUTPUT = click.argument("output", shell_complete=completion.files)
+POINTER = click.argument("pointer", shell_complete=completion.files)
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    shell_complete=completion.fields,
+    help="Override a field of the recipe, as in method.density=0.3.",
+)
+
+
+def command(function: Callable[..., int]) -> click.Command:
+    """Return the click command of a function `(console, ...) -> exit code`, with the options that all have."""
+
+    @functools.wraps(function)
+    @click.pass_context
+    def run(context: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        console = Console(json=as_json, quiet=quiet, debug=debug)
+        context.exit(console.run(lambda: function(console, **options)))
+
+    made = click.command(function.__name__)(run)
+    made.params += [
+        click.Option(["--json", "as_json"], is_flag=True, help="Print a record for machines on standard output."),
+        click.Option(["--quiet"], is_flag=True, help="Print errors only, no progress and no summary."),
+        click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+    ]
+    return made
+
+
+def load(source: str, overrides: Sequence[str]) -> "Recipe":
+    """Return the recipe of a path, a URI or standard input."""
+    if source == "-":
+        from ties_ray.recipe.parse import parse
+
+        return parse(sys.stdin.read(), "standard input", overrides)
+    import ties_ray
+
+    return ties_ray.load_recipe(source, overrides)
+
+
+def stores_of(overrides: Sequence[str]) -> "Stores":
+    """Return the stores with the options that `--set storage....` gives."""
+    from ties_ray.recipe.parse import override
+    from ties_ray.stores import Stores, options_of
+
+    data: dict[str, Any] = {}
+    override(data, overrides)
+    if data.keys() - {"storage"} or not isinstance(data.get("storage", {}), dict):
+        raise RecipeError(Problem("--set", "without a recipe, only `storage` has a meaning here"))
+    storage = data.get("storage", {})
+    for scheme, options in storage.items():
+        options_of(scheme, options)
+    return Stores(storage)
+
+
+def place(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
+    """Return the stores for an output folder, and its URI."""
+    from ties_ray.stores import Stores, absolute
+
+    if not output.endswith((".yaml", ".yml", ".json")):
+        return stores_of(overrides), absolute(output).rstrip("/")
+    recipe = load(output, overrides)
+    if "{run_id}" in recipe.output.path:
+        problem = "the recipe's output holds {run_id}"
+        raise InputError(Problem(output, problem, "give the folder itself; `ties-ray plan` names it"))
+    return Stores(recipe.storage), absolute(recipe.output.path).rstrip("/")
+
+
+def report(problems: "Sequence[ReportedProblem]") -> int:
+    """Log problems as errors; return the exit code."""
+    for reported in problems:
+        complain(reported.problem())
+    return InputError.exit_code if problems else 0
