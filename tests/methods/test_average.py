@@ -41,6 +41,12 @@ def test_the_mean_is_the_oracles(
     oracle.check(family, answer, read_tensors(tmp_path / "out"), exact=how.get("exact", False))
 
 
+class TestAverageTimesLambda(MethodContract):
+    @pytest.fixture
+    def method(self) -> Average:
+        return Average(lambda_=0.3)
+
+
 def test_the_average_of_one_model_is_that_model(family_of: MakeFamily, tmp_path: Path) -> None:
     family = family_of(num_models=1)
     merge(family, tmp_path / "out", "average", weights=(0.3,))

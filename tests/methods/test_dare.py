@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,11 @@ from tests.tools import oracle
 from tests.tools.families import Family
 from tests.tools.merging import digests, merge, read_tensors, recipe_of
 from tests.tools.oracle import Rules, keeps, philox
+from tests.tools.oracles import families, held, stored
+from tests.tools.oracles.electing import dare
+from tests.tools.oracles.protocol import Merged, Tensors
 from ties_ray.errors import RecipeError
+from ties_ray.methods import Member
 from ties_ray.methods.dare import Dare
 from ties_ray.operations import merging
 from ties_ray.testing import MethodContract
@@ -27,6 +31,61 @@ class TestDareThatElects(MethodContract):
     @pytest.fixture
     def method(self) -> Dare:
         return Dare(density=0.6, combine="ties", seed=2**40, lambda_=0.3)
+
+
+class TestDareWithL1Norms(MethodContract):
+    @pytest.fixture
+    def method(self) -> Dare:
+        return Dare(density=0.6, rescale="l1", combine="ties", merge="sum", zero_sum="positive")
+
+
+class TestDareThatVotesByCount(MethodContract):
+    @pytest.fixture
+    def method(self) -> Dare:
+        return Dare(density=0.6, combine="ties", vote="count", rescale="none")
+
+
+def flags(seed: int, density: float, family: families.Family) -> list[dict[str, Any]]:
+    draws = [held.uniforms(seed, str(model), family.base) for model in range(len(family.models))]
+    return [{name: draw < density for name, draw in own.items()} for own in draws]
+
+
+@pytest.mark.parametrize("combine", ["linear", "ties"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_l1_norms_and_sums_are_mergekits(combine: str, normalize: bool, density: float) -> None:
+    merge = "mean" if normalize else "sum"
+    method = Dare(density=density, rescale="l1", combine=combine, zero_sum="positive", merge=merge, seed=9, lambda_=0.5)
+    held.check(
+        method,
+        lambda family: dare(
+            family.base, family.models, kept=flags(9, density, family), density=density, profile="mergekit",
+            combine=combine, normalize=normalize, lambda_=0.5,
+        ),
+        counts=(1, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("vote", "elect"), [("plain", "total"), ("count", "frequency")])
+def test_a_vote_without_weights_is_pefts(vote: str, elect: str, family_of: MakeFamily, tmp_path: Path) -> None:
+    weights = (0.5, 2.0, 1.0)
+
+    def oracle(base: Tensors, models: Sequence[Tensors]) -> Merged:
+        kept = flags(3, 0.5, families.Family(dict(base), tuple(map(dict, models))))
+        return dare(
+            base, models, kept=kept, density=0.5, profile="peft", combine="ties", elect=elect, weights=weights
+        )  # fmt: skip
+
+    method = {"name": "dare", "density": 0.5, "combine": "ties", "zero_sum": "positive", "vote": vote, "seed": 3}
+    stored.check(family_of(num_models=3), tmp_path, method, oracle, weights=weights)
+
+
+def test_negative_weights_are_refused_where_a_mean_divides_or_the_vote_ignores_them() -> None:
+    negative = [Member("a", -1.0, None)]
+    assert not Dare().problems(negative)
+    assert not Dare(combine="ties", merge="sum").problems(negative)
+    assert Dare(merge="mean").problems(negative)
+    assert Dare(combine="ties", merge="sum", vote="plain").problems(negative)
 
 
 @pytest.mark.parametrize("combine", ["linear", "ties"])
@@ -90,5 +149,5 @@ def test_a_density_of_one_drops_nothing(family_of: MakeFamily, tmp_path: Path) -
 
 
 def test_negative_weights_are_refused_where_the_mean_divides_by_them(family_of: MakeFamily, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"weight -1\.0 is negative, and `combine: ties` divides by weights"):
+    with pytest.raises(RecipeError, match=r"weight -1\.0 is negative, and a mean divides by weights"):
         merge(family_of(num_models=1), tmp_path / "out", {"name": "dare", "combine": "ties"}, weights=(-1,))

@@ -45,6 +45,11 @@ def test_a_checkpoint_is_what_the_oracle_gives(
     )
 
 
+def test_small_changes_weigh_the_same_as_in_mergekit() -> None:
+    for least in (1e-6, 1.0):
+        held.check(Sce(least=least), lambda family, least=least: sce(family.base, family.models, least=least))
+
+
 def test_a_weight_is_refused() -> None:
     assert Sce().problems([Member("a", 1.0, None), Member("b", 0.5, None)])
     assert not Sce().problems([Member("a", 1.0, None), Member("b", 1.0, None)])

@@ -58,5 +58,13 @@ def test_a_base_beyond_fp32_stays_what_it_is(method: object, tmp_path: Path) -> 
 def test_other_numbers_of_models_and_weights_are_refused() -> None:
     assert [problem.where for problem in Slerp().problems(held_members(3))] == ["models"]
     assert [problem.where for problem in Slerp().problems(held_members(1))] == ["models"]
-    (problem,) = Slerp().problems([Member("a", 1.0, None), Member("b", 0.5, None)])
+    (problem,) = Slerp(t=0.5).problems([Member("a", 1.0, None), Member("b", 0.5, None)])
     assert problem.where == "model b"
+    for weights in ((0.0, 0.0), (-1.0, 2.0)):
+        assert Slerp().problems([Member(str(weight), weight, None) for weight in weights])
+    assert not Slerp().problems([Member("a", 0.0, None), Member("b", 0.5, None)])
+
+
+def test_the_weights_give_the_share_of_the_arc_where_t_does_not(tmp_path: Path) -> None:
+    oracle = held.of_weights(lambda family: slerp(None, family.models, t=0.25))
+    held.check_stored("slerp", oracle, tmp_path, count=2, weights=(1.5, 0.5))

@@ -561,7 +561,7 @@ CASES = (
     Case("a negative weight is summed", weighted(1, -1), "use merge: sum, or a positive weight",
          by_hand=setting(method__merge="sum")),
     Case("a negative weight is combined linearly",
-         weighted(1, -1, method={"name": "dare", "density": 0.5, "combine": "ties"}),
+         weighted(1, -1, method={"name": "dare", "density": 0.5, "combine": "ties", "vote": "plain"}),
          "use combine: linear, or a positive weight", by_hand=setting(method__combine="linear")),
     Case("a method that uses no weights gets none", weighted(1, 2, method={"name": "magmax"}), "leave the weight out",
          by_hand=weights(None, None)),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
-from ties_ray.kernels import ONE, Election, Kernels, Op, State
+from ties_ray.kernels import ONE, Election, Kernels, Op, SignedSums, State, Term
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -181,6 +181,23 @@ class Round:
     """
     passes: int = 1
     """How often `run` reads the deltas. Blocks become small enough to hold all slices, or the plan reads them again."""
+
+
+def elect_apart(
+    deltas: Deltas, terms: tuple[Term, ...], context: Context, election: Election, *, by_count: bool
+) -> "Tensor":
+    """Return the merged delta of weighted terms by an election without weights; it reads the deltas twice.
+
+    by_count: the number of models of each sign elects, not the sum of their values. A mean divides by their number.
+    Weights must not be negative.
+    """
+    op = SignedSums(tuple(term._replace(weight=1.0) for term in terms))
+    state = deltas.fold(op)
+    if by_count:
+        state["sum"] = ((state["counts"] & 0xFFFF) - (state["counts"] >> 16)).float()
+    weighted = deltas.fold(SignedSums(terms))
+    state |= {side: weighted[side] for side in ("positive", "negative")}
+    return context.kernels.elect(op, state, *election)
 
 
 class Method(BaseModel, ABC):

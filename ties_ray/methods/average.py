@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from pydantic import Field, FiniteFloat
+
 from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
 from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
@@ -12,6 +14,8 @@ class Average(Method):
     """The mean of the task vectors, added to the base."""
 
     name: Literal["average"] = "average"
+    lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
+    """Factor on the mean."""
     missing_module: Literal["zero", "skip"] = "zero"
     """Rule for an adapter without a change of a module: `zero` counts a change of zero, `skip` leaves it out."""
 
@@ -34,11 +38,11 @@ class Average(Method):
     def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
         """Return each model's share."""
         total = self._divisor(members, present)
-        return tuple(member.weight / total for member in members)
+        return tuple(self.lambda_ * member.weight / total for member in members)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         total = deltas.fold(WeightedSum(tuple(Term(member.weight) for member in context.members)))["sum"]
-        return Result(merged=total.div_(self._divisor(context.members, context.present)))
+        return Result(merged=total.div_(self._divisor(context.members, context.present)).mul_(self.lambda_))
 
     def _divisor(self, members: Sequence[Member], present: Sequence[bool]) -> float:
         if self.missing_module == "zero" or not any(present):

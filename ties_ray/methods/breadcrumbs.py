@@ -1,10 +1,12 @@
 """Model Breadcrumbs (Davari and Belilovsky, ECCV 2024): drop the smallest values and the outliers, then add up."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_parameters, whole_rows
+from ties_ray.errors import Problem
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_parameters, whole_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,14 @@ class Breadcrumbs(Method):
     """Share of the values that go as outliers, the largest."""
     scope: Literal["tensor", "row"] = "tensor"
     """What the shares count over: each parameter (as mergekit), or each row along the last axis (as the authors)."""
+    combine: Literal["linear", "ties"] = "linear"
+    """Whether all values are combined, or those of the sign that is elected for each element."""
+    merge: Literal["sum", "mean"] = "sum"
+    """How values are combined: their sum, or their mean by weight."""
+    rescale: Literal["none", "l1"] = "none"
+    """`l1`: what stays of a parameter gets the L1 norm that the whole had."""
+    zero_sum: Literal["none", "positive"] = "none"
+    """Sign of an element whose values sum to zero: none (delta 0) or positive. It has no effect with `linear`."""
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
     """Factor on the merged task vector."""
 
@@ -32,24 +42,40 @@ class Breadcrumbs(Method):
     paper: ClassVar[str] = "Davari and Belilovsky 2024, Model Breadcrumbs (arXiv:2312.06795)"
     has_density: ClassVar[bool] = True
 
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse negative weights where a mean divides by weights."""
+        return [
+            Problem(
+                f"model {member.id}",
+                f"weight {member.weight} is negative, and a mean divides by weights",
+                "use merge: sum, or a positive weight",
+            )
+            for member in members
+            if member.weight < 0 and self.merge == "mean"
+        ]
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole parameters or rows."""
-        unit = whole_parameters if self.scope == "tensor" else whole_rows
-        return (Round("merge", self._merge, unit=unit, holds=lambda num_models: 40),)
+        unit = whole_rows if self.scope == "row" and self.rescale == "none" else whole_parameters
+        holds = 40 if self.combine == "linear" and self.rescale == "none" else 88
+        return (Round("merge", self._merge, unit=unit, holds=lambda num_models: holds),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
-        import torch
+        from ties_ray.kernels.sides import Sides, kept_of
 
         shape, size = context.parameter.shape, context.stop - context.start
         width = shape[-1] if self.scope == "row" and len(shape) > 1 else size
-        total = torch.zeros(size, dtype=torch.float64, device=context.kernels.device)
+        sides = Sides(size, context.kernels.device, apart=self.combine == "ties")
         for model, delta in deltas:
-            own = context.members[model].density
+            own, term = context.members[model].density, delta
             density = self.density if own is None else own
             if density < 1:
-                delta.masked_fill_(~self._kept(delta.view(-1, width).abs(), density).view(-1), 0.0)
-            total += delta.double().mul_(context.weights[model])
-        return Result(merged=total.mul_(self.lambda_).float())
+                drops = ~self._kept(delta.view(-1, width).abs(), density).view(-1)
+                term = kept_of(delta, drops, rescales=self.rescale == "l1")
+            weight = context.weights[model]
+            sides.add(term.double().mul_(weight), weight)
+        merged = sides.merged(divides=self.merge == "mean", zero_is_positive=self.zero_sum == "positive")
+        return Result(merged=merged.mul_(self.lambda_).float())
 
     def _kept(self, magnitudes: "Tensor", density: float) -> "Tensor":
         """Return where a value stays, of rows (rows, width)."""

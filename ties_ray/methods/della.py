@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels.randomness import key
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_rows
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_parameters, whole_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,10 @@ class Della(Method):
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
     """Factor on the mean (ties) or on the sum (linear)."""
     combine: Literal["ties", "linear"] = "ties"
+    merge: Literal["mean", "sum"] | None = None
+    """How values are combined: their mean by weight, or their sum. Default: mean with `ties`, sum with `linear`."""
+    rescale: Literal["probability", "l1", "none"] = "probability"
+    """What restores the size: the probability, or the L1 norm of each parameter, which must be whole then."""
     zero_sum: Literal["none", "positive"] = "none"
     """Sign of an element whose values sum to zero: none (delta 0) or positive."""
     seed: int = Field(default=0, ge=0)
@@ -45,50 +49,48 @@ class Della(Method):
             if density < 1 and (density - self.epsilon <= 0 or density + self.epsilon > 1):
                 trouble = f"density {density} and epsilon {self.epsilon} lead to probabilities outside 0..1"
                 problems.append(Problem(f"model {member.id}", trouble, "lower method.epsilon"))
-            if member.weight < 0 and self.combine == "ties":
-                trouble = f"weight {member.weight} is negative, and `combine: ties` divides by weights"
-                problems.append(Problem(f"model {member.id}", trouble, "use combine: linear, or a positive weight"))
+            if member.weight < 0 and self._divides:
+                trouble = f"weight {member.weight} is negative, and a mean divides by weights"
+                problems.append(Problem(f"model {member.id}", trouble, "use merge: sum, or a positive weight"))
         return problems
 
     def rounds(self) -> tuple[Round, ...]:
-        """Return the merge of whole rows."""
-        return (Round("merge", self._merge, unit=whole_rows, holds=lambda num_models: 136),)
+        """Return the merge of whole rows, or of whole parameters where L1 norms count."""
+        unit = whole_parameters if self.rescale == "l1" else whole_rows
+        return (Round("merge", self._merge, unit=unit, holds=lambda num_models: 136),)
+
+    @property
+    def _divides(self) -> bool:
+        return (self.merge or ("mean" if self.combine == "ties" else "sum")) == "mean"
 
     def _density(self, member: Member) -> float:
         return self.density if member.density is None else member.density
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
-        import torch
+        from ties_ray.kernels.sides import Sides
 
-        size = context.stop - context.start
-        total = torch.zeros(size, dtype=torch.float64, device=context.kernels.device)
-        sides = [(total.clone(), total.clone()) for _ in range(2)] if self.combine == "ties" else []
+        sides = Sides(context.stop - context.start, context.kernels.device, apart=self.combine == "ties")
         for model, delta in deltas:
             weight = context.weights[model]
-            term = self._kept(delta, context.members[model], context).mul_(weight)
-            total += term
-            for (values, weights), agrees in zip(sides, (term > 0, term < 0), strict=False):
-                values += term.masked_fill(~agrees, 0.0)
-                weights += agrees.double().mul_(weight)
-        if self.combine == "linear":
-            return Result(merged=total.mul_(self.lambda_).float())
-        positive, negative = (values.div_(weights.masked_fill_(weights == 0, 1.0)) for values, weights in sides)
-        rises = total >= 0 if self.zero_sum == "positive" else total > 0
-        merged = torch.where(rises, positive, negative.masked_fill_(total >= 0, 0.0))
+            sides.add(self._kept(delta, context.members[model], context).mul_(weight), weight)
+        merged = sides.merged(divides=self._divides, zero_is_positive=self.zero_sum == "positive")
         return Result(merged=merged.mul_(self.lambda_).float())
 
     def _kept(self, delta: "Tensor", member: Member, context: Context) -> "Tensor":
-        """Return what stays of a slice, divided by its probability (fp64)."""
+        """Return what stays of a slice, scaled (fp64)."""
         density, shape = self._density(member), context.parameter.shape
         if density == 1:
             return delta.double()
         from ties_ray.kernels.definition import words
+        from ties_ray.kernels.sides import kept_of
 
         rows = delta.view(-1, shape[-1]) if len(shape) > 1 else delta.view(1, -1)
         chances = self._chances(rows.abs(), density).view(-1)
         drawn = words(key(self.seed, member.id, context.parameter.name), context.start, context.stop)
         drops = drawn.to(delta.device) >= chances * 2**32
-        return delta.double().masked_fill_(drops, 0.0).div_(chances)
+        if self.rescale == "probability":
+            return delta.double().masked_fill_(drops, 0.0).div_(chances)
+        return kept_of(delta, drops, rescales=self.rescale == "l1")
 
     def _chances(self, magnitudes: "Tensor", density: float) -> "Tensor":
         """Return the probability of each value of rows (rows, width), fp64; the first of equals has the higher rank."""

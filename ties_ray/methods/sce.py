@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
+from ties_ray.kernels import ONE
 from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_parameters
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class Sce(Method):
     """Share of the elements that vary which is selected, by parameter; 1 selects all elements."""
     at_threshold: Literal["keep", "exact"] = "keep"
     """Elements of equal variance at the edge: keep all, or exactly as many as the share says, the first ones."""
+    least: FiniteFloat = Field(default=0.0, ge=0)
+    """Sum over models of the mean squared change below which all models weigh the same (mergekit: 1e-6)."""
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
     """Factor on the merged task vector."""
 
@@ -54,6 +57,8 @@ class Sce(Method):
             delta.masked_fill_(dropped, 0.0)
             energies.append(dot(delta, delta))
         energy = sum(energies)
+        if energy < self.least * ONE * len(total):
+            energy = 0
         positive = total.masked_fill_(dropped, 0.0) >= 0
         above, below = torch.zeros_like(total), torch.zeros_like(total)
         for model, delta in deltas:

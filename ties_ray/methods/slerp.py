@@ -18,8 +18,8 @@ class Slerp(Method):
     """
 
     name: Literal["slerp"] = "slerp"
-    t: FiniteFloat = Field(default=0.5, ge=0, le=1)
-    """Share of the arc: 0 gives the first model, 1 the second."""
+    t: FiniteFloat | None = Field(default=None, ge=0, le=1)
+    """Share of the arc: 0 gives the first model, 1 the second. Default: by the weights, w2 / (w1 + w2)."""
     vectors: Literal["weights", "task_vectors"] = "weights"
     """What lies on the arc: the models' weights, as in mergekit, or what they changed of the base."""
     threshold: FiniteFloat = Field(default=0.9995, ge=0, le=1)
@@ -29,14 +29,18 @@ class Slerp(Method):
     paper: ClassVar[str] = "Shoemake 1985, Animating Rotation with Quaternion Curves (SIGGRAPH)"
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse any number of models but two, and weights, which are what `t` is for."""
+        """Refuse any number of models but two, and weights beside `t` or of no share."""
         if len(members) != 2:
             return [Problem("models", f"slerp takes two models, not {len(members)}", "use multislerp or karcher")]
+        if self.t is None:
+            wrong = any(member.weight < 0 for member in members) or not sum(member.weight for member in members)
+            trouble = "the weights give no share of the arc between 0 and 1"
+            return [Problem("models", trouble, "change a weight")] if wrong else []
         return [
             Problem(
                 f"model {member.id}",
-                f"weight {member.weight}: slerp uses no weights",
-                "leave the weight out, and say it by method.t",
+                f"weight {member.weight} stands beside method.t, which gives the share of the arc",
+                "leave the weight out, or method.t",
             )
             for member in members
             if member.weight != 1
@@ -83,9 +87,10 @@ class Slerp(Method):
         both = square * other
         cosine = math.copysign(math.sqrt(dot * dot / both), dot) if both else 1.0
         sine = math.sqrt((both - dot * dot) / both) if both else 0.0
+        share = context.weights[1] / sum(context.weights) if self.t is None else self.t
         if not sine or abs(cosine) > self.threshold:
-            return 1 - self.t, self.t, 0.0
+            return 1 - share, share, 0.0
         angle = math.atan2(sine, cosine)
-        back, forth = (1 - self.t) * angle, self.t * angle
+        back, forth = (1 - share) * angle, share * angle
         of_base = 2 * math.sin(back / 2) * math.sin(forth / 2) / math.cos(angle / 2)  # the other two factors' sum - 1
         return math.sin(back) / sine, math.sin(forth) / sine, of_base

@@ -11,7 +11,8 @@ from tests.tools import families as stored
 from tests.tools import merging
 from tests.tools.oracles import families
 from tests.tools.oracles.families import Family
-from tests.tools.oracles.protocol import Array, Merged
+from tests.tools.oracles.protocol import Array, Merged, Tensors
+from ties_ray.kernels.randomness import key, philox
 from ties_ray.methods import Method
 from ties_ray.stores import Stores
 from ties_ray.testing import merge_held
@@ -35,6 +36,16 @@ def merged(method: Method, family: Family, **more: int) -> dict[str, Array]:
         for name in family.models[0]
     }
     return {name: value.double().numpy() for name, value in merge_held(method, deltas, **more).items()}
+
+
+def uniforms(seed: int, id: str, like: Tensors) -> dict[str, Array]:
+    """Return the draws of one model: word e % 4 of block e // 4 for element e."""
+    drawn = {}
+    for name, value in like.items():
+        blocks = range(-(-value.size // 4))
+        words = [word for block in blocks for word in philox((block, 0, 0, 0), key(seed, id, name))]
+        drawn[name] = np.array(words[: value.size]).reshape(value.shape) / 2**32
+    return drawn
 
 
 def differences(ours: Mapping[str, Array], oracle: Merged) -> dict[str, float]:
