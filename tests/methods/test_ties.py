@@ -22,6 +22,13 @@ MakeFamily = Callable[..., Family]
 CASES: dict[str, tuple[dict[str, Any], Rules]] = {
     "defaults": ({}, Rules("ties", 0.2)),
     "drop": ({"at_threshold": "drop"}, Rules("ties", 0.2, strict=True)),
+    "exact": ({"at_threshold": "exact"}, Rules("ties", 0.2, exact=True)),
+    "exact_more": ({"at_threshold": "exact", "density": 0.6}, Rules("ties", 0.6, exact=True)),
+    "exact_tensor": (
+        {"at_threshold": "exact", "trim": "tensor", "zero_sum": "majority"},
+        Rules("ties", 0.2, exact=True, tensor=True, zero_sum="majority"),
+    ),
+    "exact_max": ({"at_threshold": "exact", "merge": "max"}, Rules("ties", 0.2, exact=True, merge="max")),
     "tensor": ({"trim": "tensor"}, Rules("ties", 0.2, tensor=True)),
     "tensor_drop": (
         {"trim": "tensor", "at_threshold": "drop", "density": 0.3}, Rules("ties", 0.3, tensor=True, strict=True),
@@ -45,6 +52,12 @@ class TestTies(MethodContract):
     @pytest.fixture
     def method(self) -> Ties:
         return Ties(density=0.3)
+
+
+class TestTiesThatKeepExactlyK(MethodContract):
+    @pytest.fixture
+    def method(self) -> Ties:
+        return Ties(at_threshold="exact", merge="sum")
 
 
 class TestTiesThatCountsSigns(MethodContract):
@@ -235,8 +248,8 @@ def test_where_no_sign_has_the_majority_zero_sums_go_as_in_the_authors_code(
 def test_a_profile_is_not_contradicted() -> None:
     with pytest.raises(ValueError, match="profile 'official' means zero_sum: majority, yet the recipe says 'none'"):
         Ties(profile="official", zero_sum="none")
-    with pytest.raises(ValueError, match="exact is not built yet"):
-        Ties(at_threshold="exact")
+    with pytest.raises(ValueError, match="profile 'official' means at_threshold: keep, yet the recipe says 'exact'"):
+        Ties(profile="official", at_threshold="exact")
 
 
 def test_the_official_profile_knows_no_weights() -> None:

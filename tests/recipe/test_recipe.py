@@ -170,10 +170,6 @@ def test_a_density_is_refused_where_the_method_has_none() -> None:
 # -- ties
 
 
-def test_exactly_as_many_as_the_density_says_is_refused_until_it_is_built() -> None:
-    assert "not built yet" in refused(PLAIN | {"method": {"name": "ties", "at_threshold": "exact"}})["method"].what
-
-
 @pytest.mark.parametrize(
     ("field", "rule"), [("trim", "tensor"), ("at_threshold", "drop"), ("zero_sum", "none"), ("zero_sum", "positive")]
 )

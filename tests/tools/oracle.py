@@ -29,6 +29,8 @@ class Rules:
     lambda_: float = 1.0
     tensor: bool = False
     strict: bool = False
+    exact: bool = False
+    """Of equal values the first are kept, in the order of names and positions, so that k are kept."""
     zero_sum: Literal["none", "majority", "positive"] = "none"
     merge: Literal["mean", "sum", "max"] = "mean"
     one_more: bool = False
@@ -228,10 +230,24 @@ def _kept(
                 own, error = deltas[name][row].abs(), errors[name][row]
                 kept[name][row] = own > threshold if rules.strict and threshold else own >= threshold
                 close[name] |= (error > 0) & (threshold > 0) & ((own - threshold).abs() <= error + worst)
-            answer.trims[id, scope] = Trim(
-                threshold, int(((size >= threshold) & (size > 0)).sum()), int((size == threshold).sum()), d
-            )
+            if rules.exact and threshold:
+                _drop_last_ties(kept, deltas, row, sorted(names), threshold, count)
+            of_trim = int(((size >= threshold) & (size > 0)).sum())
+            kept_values = min(of_trim, count) if rules.exact else of_trim
+            answer.trims[id, scope] = Trim(threshold, kept_values, int((size == threshold).sum()), d)
     return kept, close
+
+
+def _drop_last_ties(
+    kept: dict[str, Tensor], deltas: dict[str, Tensor], row: int, names: Sequence[str], threshold: float, count: int
+) -> None:
+    """Drop the last of the kept values that equal the threshold, until `count` are kept."""
+    excess = sum(int(kept[name][row].sum()) for name in names) - count
+    for name in reversed(names):
+        equal = (deltas[name][row].abs() == threshold).nonzero()[:, 0]
+        last = equal[max(0, len(equal) - max(0, excess)) :]
+        kept[name][row][last] = False
+        excess -= len(last)
 
 
 def _zero_sign(terms: dict[str, Tensor], rules: Rules) -> int:

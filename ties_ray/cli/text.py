@@ -116,7 +116,7 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
         yield from _times(result)
     if result.trims:
         method = result.provenance.method if result.provenance else {}
-        yield from _trims(result.trims, drop=method.get("at_threshold") == "drop")
+        yield from _trims(result.trims, at_threshold=str(method.get("at_threshold")))
     if result.truncation:
         yield from _truncation(result.truncation)
     for name, value in result.statistics.items():
@@ -173,11 +173,12 @@ def _times(result: MergeResult) -> Iterator[str]:
         yield "  workers: " + ", ".join(f"{value / total:.0%} {activity}" for activity, value in seconds.items())
 
 
-def _trims(trims: Sequence[TrimReport], *, drop: bool) -> Iterator[RenderableType]:
+def _trims(trims: Sequence[TrimReport], *, at_threshold: str) -> Iterator[RenderableType]:
     """Yield a row a model; where trim goes by tensor, a row sums up the model's tensors.
 
-    drop: values at the threshold were not kept. At a threshold of zero both rules agree: `kept` never counts zeros.
+    at_threshold: the rule for values at the threshold. A threshold of zero drops none: `kept` never counts zeros.
     """
+    drop = at_threshold == "drop"
     by_model: dict[str, list[TrimReport]] = {}
     for trim in trims:
         by_model.setdefault(trim.model, []).append(trim)
@@ -191,8 +192,9 @@ def _trims(trims: Sequence[TrimReport], *, drop: bool) -> Iterator[RenderableTyp
     yield table
     if len(by_model) > FEW:
         yield f"  and {len(by_model) - FEW} more models"
-    if not drop and any(trim.tied > trim.size // 100 for trim in trims):
-        yield "  all values at the threshold are kept, hence more than the density says; at_threshold: drop keeps none"
+    if at_threshold == "keep" and any(trim.tied > trim.size // 100 for trim in trims):
+        rule = "at_threshold: drop keeps none, exact keeps the first"
+        yield f"  all values at the threshold are kept, hence more than the density says; {rule}"
 
 
 def _next(result: MergeResult, recipe: str) -> Iterator[str]:

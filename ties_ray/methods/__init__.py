@@ -5,7 +5,7 @@ in which rounds it reads them. It sees one slice of one parameter at a time, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
-from ties_ray.kernels import ONE, Election, Kernels, Op, SignedSums, State, Term
+from ties_ray.kernels import ONE, Election, Encoded, Kernels, Op, SignedSums, State, Term
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class Threshold(NamedTuple):
 
     For a whole model d counts all elements.
     """
+    exact: bool = False
+    """Whether k elements are kept, and no more: of those equal to the threshold the first ones, by position.
+
+    Positions are row-major, and parameters in the catalog's order.
+    """
 
 
 class Slice(NamedTuple):
@@ -75,6 +80,35 @@ class Deltas(ABC):
     @abstractmethod
     def elect(self, op: Op, election: Election) -> "Tensor":
         """Return the merged delta of the election as `Kernels.elect` gives it, by a fused kernel if there is one."""
+
+
+class Computed(Deltas):
+    """Deltas that a method makes of others, in a slice that begins at element `start` of the parameter."""
+
+    def __init__(self, kernels: Kernels, start: int, length: int, slices: Callable[[], Iterable[Slice]]) -> None:
+        """slices: gives all deltas (fp32, of this length) in recipe order, as often as a round reads them."""
+        self._kernels = kernels
+        self._start = start
+        self._length = length
+        self._slices = slices
+
+    def __iter__(self) -> Iterator[Slice]:
+        """Yield each model's delta."""
+        return iter(self._slices())
+
+    def fold(self, op: Op) -> State:
+        """Return the op's state over all models."""
+        import torch
+
+        state = self._kernels.start(op, self._length)
+        base = torch.zeros(1, device=self._kernels.device).expand(self._length)
+        for model, delta in self:
+            self._kernels.fold(op, state, base, [(model, Encoded(delta, "delta"))], self._start)
+        return state
+
+    def elect(self, op: Op, election: Election) -> "Tensor":
+        """Return the merged delta of the election."""
+        return self._kernels.elect(op, self.fold(op), *election)
 
 
 Unit = Literal["element", "row", "matrix"]
@@ -111,6 +145,11 @@ class Context:
     """Sums that earlier rounds gathered: of the whole task vectors, and of this parameter."""
     base: "Tensor | None" = None
     """The base's values, 1-D fp32 or fp64, where the round asks for them."""
+    tie_ends: tuple[int, ...] = ()
+    """Of each member, the first element of the parameter that is dropped although it equals the threshold.
+
+    Only an exact `Threshold` gives it.
+    """
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -1,13 +1,13 @@
 """TIES-Merging (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Election, Extremes, SignedSums, Term
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, Threshold
+from ties_ray.methods import Computed, Context, Deltas, Member, Method, Result, Round, Slice, Threshold
 
 ZERO_SIGN = {"none": 0, "positive": 1}
 
@@ -33,7 +33,7 @@ class Ties(Method):
     trim: Literal["global", "tensor"] = "global"
     """`global`: one threshold for the whole task vector (the paper). `tensor`: one for each parameter."""
     at_threshold: Literal["keep", "drop", "exact"] = "keep"
-    """Rule for values equal to the threshold: keep all, or drop all. (`exact` is not built yet.)"""
+    """Rule for values equal to the threshold: keep all, drop all, or keep the first, so that exactly k are kept."""
     zero_sum: Literal["none", "majority", "positive"] = "none"
     """Sign of an element whose values sum to zero: none (delta 0), the sign of most elements, or positive."""
     merge: Literal["mean", "sum", "max"] = "mean"
@@ -63,12 +63,6 @@ class Ties(Method):
             value = {**value, field: rule}
         return value
 
-    @model_validator(mode="after")
-    def _built(self) -> "Ties":
-        if self.at_threshold == "exact":
-            raise ValueError("at_threshold: exact is not built yet; use keep or drop")
-        return self
-
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights and densities with which the election or the mean has no meaning."""
         problems = []
@@ -97,7 +91,7 @@ class Ties(Method):
         if all(density == 1 for density in densities):
             return None
         extra = 1 if self.profile == "official" else 0
-        return Threshold(densities, self.trim, extra, self.denominator)
+        return Threshold(densities, self.trim, extra, self.denominator, exact=self.at_threshold == "exact")
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after a count of signs where zero sums go with the majority."""
@@ -105,14 +99,37 @@ class Ties(Method):
         return (Round("majority", self._count_signs), merge) if self.zero_sum == "majority" else (merge,)
 
     def _terms(self, context: Context) -> tuple[Term, ...]:
-        strict = self.at_threshold == "drop"
+        everywhere = context.start if self.at_threshold == "drop" else context.stop
+        ends = context.tie_ends or (everywhere,) * len(context.members)
         return tuple(
-            Term(member.weight, threshold, strict and threshold > 0)
-            for member, threshold in zip(context.members, context.thresholds, strict=True)
+            Term(member.weight, threshold, end <= context.start and threshold > 0)
+            for member, threshold, end in zip(context.members, context.thresholds, ends, strict=True)
         )
 
+    def _trimmed(self, deltas: Deltas, context: Context) -> Deltas:
+        """Return the deltas without ties that are dropped in the middle of the slice; the terms drop all others."""
+        ends = {
+            model: (end - context.start, context.thresholds[model])
+            for model, end in enumerate(context.tie_ends)
+            if context.start < end < context.stop
+        }
+        if not ends:
+            return deltas
+
+        def slices() -> Iterator[Slice]:
+            for model, delta in deltas:
+                if model in ends:
+                    end, bits = ends[model]
+                    dropped = delta[end:]
+                    dropped.masked_fill_(dropped.abs().view(torch.int32) == bits, 0.0)
+                yield Slice(model, delta)
+
+        import torch
+
+        return Computed(context.kernels, context.start, context.stop - context.start, slices)
+
     def _count_signs(self, deltas: Deltas, context: Context) -> Result:
-        total = deltas.fold(SignedSums(self._terms(context)))["sum"]
+        total = self._trimmed(deltas, context).fold(SignedSums(self._terms(context)))["sum"]
         return Result(statistics={"positive": int((total > 0).sum()), "negative": int((total < 0).sum())})
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
@@ -121,7 +138,8 @@ class Ties(Method):
             op: SignedSums | Extremes = Extremes(terms)
         else:
             op = SignedSums(terms, weighted=any(term.weight != 1 for term in terms))
-        return Result(merged=deltas.elect(op, Election(self._zero_sign(context), self.lambda_, self.merge)))
+        election = Election(self._zero_sign(context), self.lambda_, self.merge)
+        return Result(merged=self._trimmed(deltas, context).elect(op, election))
 
     def _zero_sign(self, context: Context) -> int:
         if self.zero_sum != "majority":

@@ -139,7 +139,7 @@ def _planned_merge(recipe: Recipe, catalog: Catalog, sizes: Sizes) -> Merge:
 def _rounds(merge: Merge) -> Iterator[PlannedRound]:
     """Yield all rounds: survey and threshold, then the method's own."""
     cost = Cost(merge.recipe, merge.members, merge.layout, merge.sources)
-    for kind in ("survey", "threshold"):
+    for kind in ("survey", "threshold", "tied"):
         yield from rounds.load(kind).planned(merge, cost, 0)
     own = merge.recipe.method.rounds()
     for position, round_ in enumerate(own):

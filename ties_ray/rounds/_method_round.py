@@ -8,6 +8,7 @@ from ties_ray.layout.shards import Segment
 from ties_ray.methods import Context, Key, Result
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, Sample
 from ties_ray.rounds.threshold import thresholds
+from ties_ray.rounds.tied import tie_ends
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,7 @@ def context_of(bench: Bench, index: int, block: Block) -> Context:
         kernels=bench.kernels,
         sums=sums(bench, index, block.parameter),
         base=block.base if merge.own_round(merge.rounds[index]).needs_base else None,
+        tie_ends=tie_ends(bench, block.parameter),
     )
 
 

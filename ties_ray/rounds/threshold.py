@@ -32,7 +32,7 @@ from ties_ray.rounds import (
     Tally,
     Trial,
 )
-from ties_ray.rounds._kth_largest import WHOLE, Counts, Pick, Scope, add, pack, pick_high, pick_low
+from ties_ray.rounds._kth_largest import WHOLE, Counts, Pick, Scope, add, kept_count, pack, pick_high, pick_low
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def load(self, merge: Merge, round_: PlannedRound) -> Load:
         """Return the members that are trimmed; of low bits those that one count does not settle."""
-        trimmed = _trimmed(_need(merge))
+        trimmed = _trimmed(need_of(merge))
         streams = min(merge.sizes.model_group, len(trimmed))
         if round_.position == HIGH:
             return Load(trimmed, streams=streams)
@@ -210,7 +210,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def _counted(self, bench: Bench, index: int, shard: Shard) -> Callable[[int], tuple[int, ...]]:
         """Return what tells of a parameter which members are counted there: those with a threshold yet to be found."""
-        merge, need = bench.merge, _need(bench.merge)
+        merge, need = bench.merge, need_of(bench.merge)
         picks = picks_of(bench, index - 1, self.group_of(merge, shard)) if _is_low(merge, index) else None
 
         def is_open(member: int, parameter: int) -> bool:
@@ -234,7 +234,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
         tally: Tables,
         zeroed: Counter[tuple[int, str]],
     ) -> None:
-        merge, by_tensor = bench.merge, _need(bench.merge).scope == "tensor"
+        merge, by_tensor = bench.merge, need_of(bench.merge).scope == "tensor"
         group = members[0] // merge.sizes.model_group
         picks = picks_of(bench, index - 1, group) if _is_low(merge, index) else {}
         counted = WHOLE
@@ -259,7 +259,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
         return tuple(self._picks(bench, index, group, (count for finding in findings for count in finding)))
 
     def _picks(self, bench: Bench, index: int, group: int, counts: Iterable[Counts]) -> Iterator[Pick]:
-        merge, need = bench.merge, _need(bench.merge)
+        merge, need = bench.merge, need_of(bench.merge)
         tables = _summed(need, counts)
         parameters = merge.catalog.parameters
         high = picks_of(bench, index - 1, group) if _is_low(merge, index) else {}
@@ -323,7 +323,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def recall(self, merge: Merge, index: int, before: Mapping[int, Any], pool: Pool) -> list[Recalled]:
         """Return the counts that are in the pool cache."""
-        need = _need(merge)
+        need = need_of(merge)
         if need.scope != "global":
             return []
         picks = {pick.member: pick for picks in before.values() for pick in picks} if _is_low(merge, index) else None
@@ -393,7 +393,8 @@ def _planned(name: str, position: int, shards: int, block: int, reading: Reading
     return PlannedRound(name, "threshold", position, shards, 1, block, reading.num_bytes, reading.requests, again, run)
 
 
-def _need(merge: Merge) -> Threshold:
+def need_of(merge: Merge) -> Threshold:
+    """Return the thresholds that the method needs."""
     need = merge.recipe.method.needs(merge.members)
     assert need, "only a threshold has counting rounds"
     return need
@@ -511,13 +512,20 @@ def _misfit_scopes(merge: Merge, scopes: Sequence[Scope]) -> Iterator[str]:
         yield "a parameter"
 
 
+def wanted_count(merge: Merge, pick: Pick) -> int:
+    """Return k, how many values a trim should keep."""
+    by_tensor = pick.parameter != WHOLE
+    size = merge.catalog.parameters[pick.parameter].numel if by_tensor else merge.result.sizes[pick.member]
+    return kept_count(need_of(merge), pick.member, size)
+
+
 def _trim_report(merge: Merge, pick: Pick) -> TrimReport:
     parameter = None if pick.parameter == WHOLE else merge.catalog.parameters[pick.parameter]
     return TrimReport(
         model=merge.members[pick.member].id,
         parameter=parameter.name if parameter else None,
         threshold=float(np.uint32(pick.bits).view(np.float32)),
-        kept=pick.kept,
+        kept=min(pick.kept, wanted_count(merge, pick)) if need_of(merge).exact else pick.kept,
         tied=pick.tied,
         size=parameter.numel if parameter else merge.result.sizes[pick.member],
     )

@@ -12,17 +12,10 @@ import torch
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ties_ray.kernels import (
-    Election,
-    Encoded,
-    Kernels,
-    Op,
-    State,
-    load,
-)
+from ties_ray.kernels import Kernels, load
 from ties_ray.kernels.definition import Definition
 from ties_ray.layout.budget import STATE_BYTES
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, Slice, Threshold
+from ties_ray.methods import Computed, Context, Key, Member, Method, Result, Round, Slice, Threshold
 from ties_ray.rounds._kth_largest import kept_count
 from ties_ray.tensors import Parameter
 from ties_ray.testing.kernels import same_bits
@@ -160,35 +153,19 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive -= nbytes
 
 
-class Held(Deltas):
+class Held(Computed):
     """Deltas in memory, which may be read as often as the round's `passes` says."""
 
     def __init__(self, deltas: Sequence[torch.Tensor], kernels: Kernels, start: int, passes: int) -> None:
+        super().__init__(kernels, start, len(deltas[0]), self._pass)
         self._deltas = deltas
-        self._kernels = kernels
-        self._start = start
         self._left = passes
 
-    def __iter__(self) -> Iterator[Slice]:
-        self._pass()
-        yield from (Slice(model, delta.clone()) for model, delta in enumerate(self._deltas))
-
-    def fold(self, op: Op) -> State:
-        """Return the op's state over all models."""
-        self._pass()
-        length = len(self._deltas[0])
-        state = self._kernels.start(op, length)
-        group = [(model, Encoded(delta, "delta")) for model, delta in enumerate(self._deltas)]
-        self._kernels.fold(op, state, torch.zeros(length), group, self._start)
-        return state
-
-    def elect(self, op: Op, election: Election) -> torch.Tensor:
-        """Return the merged delta that the election gives."""
-        return self._kernels.elect(op, self.fold(op), *election)
-
-    def _pass(self) -> None:
+    def _pass(self) -> Iterator[Slice]:
         assert self._left > 0, "the method goes through its models more often than its round's `passes` says"
         self._left -= 1
+        for model, delta in enumerate(self._deltas):
+            yield Slice(model, delta.clone())
 
 
 def held_members(count: int) -> tuple[Member, ...]:
@@ -277,6 +254,7 @@ class _Held:
             kernels=self._kernels,
             sums={key: value for (of, key), value in self._sums.items() if of in ("", name)},
             base=base,
+            tie_ends=_tie_ends(self._need, self._deltas, name),
         )
 
 
@@ -295,3 +273,21 @@ def _sorted_thresholds(
             kept = kept_count(need, model, len(ordered))
             bits.append(int(ordered[kept - 1].view(torch.int32)))
     return tuple(bits)
+
+
+def _tie_ends(need: Threshold | None, deltas: Mapping[str, Sequence[torch.Tensor]], name: str) -> tuple[int, ...]:
+    """Return where each model's ties are no longer kept in a parameter, nothing where all are."""
+    if need is None or not need.exact:
+        return ()
+    ends = []
+    for model, bits in enumerate(_sorted_thresholds(need, deltas, name)):
+        names = [name] if need.scope == "tensor" else sorted(deltas)
+        sizes = [deltas[each][model].reshape(-1).abs().view(torch.int32) for each in names]
+        spare = kept_count(need, model, sum(map(len, sizes))) - sum(int((size > bits).sum()) for size in sizes)
+        for each, size in zip(names, sizes, strict=True):
+            equal = (size == bits).nonzero()[:, 0]
+            if each == name:
+                kept = max(0, spare) if bits and need.densities[model] < 1 else len(equal)
+                ends.append(len(size) if kept >= len(equal) else int(equal[kept - 1]) + 1 if kept else 0)
+            spare -= len(equal)
+    return tuple(ends)
