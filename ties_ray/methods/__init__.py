@@ -146,9 +146,9 @@ class Context:
     base: "Tensor | None" = None
     """The base's values, 1-D fp32 or fp64, where the round asks for them."""
     tie_ends: tuple[int, ...] = ()
-    """Of each member, the first element of the parameter that is dropped although it equals the threshold.
+    """Elements of the parameter that equal a member's threshold are kept before this one, and dropped from it on.
 
-    Only an exact `Threshold` gives it.
+    There is one for each member, or none: only an exact `Threshold` gives them.
     """
 
     @property
