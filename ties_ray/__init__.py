@@ -28,12 +28,14 @@ from ties_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from ties_ray.operations.compare import Comparison
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.recipe import Recipe
     from ties_ray.reports.records import MergeResult, Progress
 
 __all__ = [
     "Cancelled",
+    "Comparison",
     "InputError",
     "InterruptedMerge",
     "MergeError",
@@ -45,12 +47,14 @@ __all__ = [
     "RecipeError",
     "UnavailableError",
     "__version__",
+    "compare",
     "load_recipe",
     "merge",
     "plan",
 ]
 
 _LAZY = {
+    "Comparison": "ties_ray.operations.compare",
     "Plan": "ties_ray.planning.plan",
     "Recipe": "ties_ray.recipe.recipe",
     "MergeResult": "ties_ray.reports.records",
@@ -110,6 +114,25 @@ def merge(
     from ties_ray.operations import merging
 
     return merging.merge(_as_recipe(recipe), fresh=fresh, watch=watch)
+
+
+def compare(
+    a: "str | os.PathLike[str]",
+    b: "str | os.PathLike[str]",
+    *,
+    base: "str | os.PathLike[str] | None" = None,
+    storage: "Mapping[str, Mapping[str, object]] | None" = None,
+) -> "Comparison":
+    """Return how model B differs from model A, tensor by tensor and in sum; both are streamed.
+
+    a, b: folders of checkpoints, adapters, deltas or merges, as paths or URIs. base: compare what both add to it.
+    storage: options of the stores by scheme, as in a recipe. Raises `InputError` where a folder is no model.
+    """
+    from ties_ray.operations import compare as comparing
+    from ties_ray.stores import Stores, absolute
+
+    of_base = None if base is None else absolute(os.fspath(base))
+    return comparing.compare(Stores(storage or {}), absolute(os.fspath(a)), absolute(os.fspath(b)), base=of_base)
 
 
 def _as_recipe(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":

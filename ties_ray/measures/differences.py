@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import ONE, exact_sums
+from ties_ray.kernels import ONE, SUM_BITS, exact_sums
 
 EXACT = frozenset({
     torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.uint8,
@@ -68,7 +68,7 @@ class Difference:
         """Return the norm of B - A over the norm of A; None where only A is zero."""
         if self.difference2 == 0:
             return 0.0
-        return _root(self.difference2) / _root(self.a2) if self.a2 else None
+        return self.norm / self.norm_a if self.a2 else None
 
     @property
     def cosine(self) -> float | None:
@@ -121,4 +121,4 @@ def _dot(left: Tensor, right: Tensor) -> int:
 
 def _root(square: int) -> float:
     """Return the root of a sum that is in units of 1 / `ONE`."""
-    return math.sqrt(Fraction(square, ONE))
+    return float(Fraction(math.isqrt(square << 2 * SUM_BITS), 1 << SUM_BITS + SUM_BITS // 2))

@@ -12,7 +12,7 @@ from ties_ray.inputs.answers import Stored
 from ties_ray.inputs.catalog import THREADS
 from ties_ray.inputs.expand import Entry
 from ties_ray.inputs.fetch import FetchedInput, fetch
-from ties_ray.reports.records import Progress, Report, Watch, find_result
+from ties_ray.reports.records import Progress, Report, ReportedProblem, Watch, find_result
 from ties_ray.safetensors import DTYPE_BITS, TensorInfo
 from ties_ray.stores import Pin, Stores, last_part
 
@@ -38,7 +38,8 @@ _TORCH = {
 }  # fmt: skip
 """The dtypes whose values are compared. Other tensors are compared byte by byte."""
 
-By = Literal["name", "difference", "relative", "cosine", "changed"]
+Order = Literal["stored", "name", "difference", "relative", "cosine", "changed"]
+"""An order of tensors: as A stores them, by name, or the largest differences first."""
 
 
 class Measured(Report):
@@ -106,7 +107,6 @@ class Comparison(Report):
     """Tensors of different shapes, or of dtypes that have no values."""
     dtypes: dict[str, int]
     """Tensors by a difference of dtype, as in `BF16 -> F32`."""
-    bytes_read: int
     notes: list[str] = []
 
     @property
@@ -114,11 +114,13 @@ class Comparison(Report):
         """Return whether both have the same tensors with the same values."""
         return not (self.only_in_a or self.only_in_b or self.unlike or self.total.changed)
 
-    def sorted_by(self, by: By) -> list[TensorDifference]:
-        """Return the tensors with the largest differences first, or by name."""
-        if by == "name":
+    def in_order(self, order: Order) -> list[TensorDifference]:
+        """Return the tensors in an order."""
+        if order == "stored":
+            return self.tensors
+        if order == "name":
             return sorted(self.tensors, key=lambda each: each.name)
-        return sorted(self.tensors, key=lambda each: _rank(each, by))
+        return sorted(self.tensors, key=lambda each: _rank(each, order))
 
 
 class Tensors(NamedTuple):
@@ -153,7 +155,20 @@ def compare(
     return _Pair(*sides).compared(names, base, compares, proof, watch)
 
 
-def _rank(tensor: TensorDifference, by: By) -> float:
+def problems_of(comparison: Comparison, tolerance: float) -> list[ReportedProblem]:
+    """Return a problem for each tensor that differs by more than a relative error, or that only one model has."""
+    wrong = [(name, "only A has it") for name in comparison.only_in_a]
+    wrong += [(name, "only B has it") for name in comparison.only_in_b]
+    wrong += [(unlike.name, f"is {unlike.a} in A, and {unlike.b} in B") for unlike in comparison.unlike]
+    for tensor in comparison.tensors:
+        error = tensor.relative_error
+        if tensor.changed and (error is None or error > tolerance or tolerance == 0):
+            shown = f"the relative error is {error:.4g}" if error is not None else f"{tensor.changed:,} values differ"
+            wrong.append((tensor.name, f"{shown}, above the tolerance of {tolerance:g}"))
+    return [ReportedProblem(where=name, what=message, remedy="", code="difference") for name, message in wrong]
+
+
+def _rank(tensor: TensorDifference, by: Order) -> float:
     """Return what sorts the largest differences first."""
     if by == "cosine":
         return 2.0 if tensor.cosine is None else tensor.cosine
@@ -210,7 +225,7 @@ class _Weights:
 
 
 class _Changes:
-    """A side as the change that it makes to its base."""
+    """A side as the change that it makes to its base, from a catalog of one model."""
 
     def __init__(self, vectors: "TaskVectors", notes: Iterable[str]) -> None:
         (model,) = vectors.merge.models
@@ -327,7 +342,7 @@ class _Pair:
 
         differences: dict[str, Difference] = {}
         if not proof:
-            for name, part in _watched(self._parts(missing=compares == "changes"), self._num_elements(), watch):
+            for name, part in _watched(self._parts(missing=compares == "changes"), len(self.comparable), watch):
                 differences[name] = differences.get(name, Difference()) + part
         tensors = [self._tensor(name, difference) for name, difference in differences.items()]
         numbers = [differences[each.name] for each in tensors if each.norm_a is not None]
@@ -343,7 +358,7 @@ class _Pair:
             compares=compares,
             same_bytes=bool(proof),
             proof=proof,
-            total=Measured(**_figures(total, known=not proof)),
+            total=Measured(**_figures(total, read=not proof)),
             tensors=tensors,
             only_in_a=self.only_in_a,
             only_in_b=self.only_in_b,
@@ -358,9 +373,12 @@ class _Pair:
     def _tensor(self, name: str, difference: "Difference") -> TensorDifference:
         a = self.a.tensors.get(name) or self.b.tensors[name]
         b = self.b.tensors.get(name) or a
-        known = a.dtype in _TORCH
         return TensorDifference(
-            name=name, dtype_a=a.dtype, dtype_b=b.dtype, shape=list(a.shape), **_figures(difference, known=known)
+            name=name,
+            dtype_a=a.dtype,
+            dtype_b=b.dtype,
+            shape=list(a.shape),
+            **_figures(difference, read=a.dtype in _TORCH),
         )
 
     def _parts(self, *, missing: bool) -> "Iterator[tuple[str, Difference]]":
@@ -395,17 +413,17 @@ def _shown(tensor: Tensors) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _figures(difference: "Difference", *, known: bool) -> dict[str, Any]:
-    """Return the fields of `Measured`. known: whether numbers were read."""
+def _figures(difference: "Difference", *, read: bool) -> dict[str, Any]:
+    """Return the fields of `Measured`. read: whether numbers were read."""
     norms = ("norm_a", "norm_b", "largest", "cosine")
     return {
         "elements": difference.elements,
         "changed": difference.changed,
         "share_changed": difference.share_changed,
-        "not_finite": difference.not_finite if known else 0,
-        "difference": difference.norm if known else None,
-        "relative_error": difference.relative if known else None,
-        **{name: getattr(difference, name) if known else None for name in norms},
+        "not_finite": difference.not_finite if read else 0,
+        "difference": difference.norm if read else None,
+        "relative_error": difference.relative if read else None,
+        **{name: getattr(difference, name) if read else None for name in norms},
     }
 
 
@@ -431,11 +449,11 @@ def _each(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def _watched(
-    parts: "Iterator[tuple[str, Difference]]", elements: int, watch: Watch
+    parts: "Iterator[tuple[str, Difference]]", num_tensors: int, watch: Watch
 ) -> "Iterator[tuple[str, Difference]]":
-    done, compared = set[str](), 0
+    begun = set[str]()
     for name, part in parts:
-        done.add(name)
-        compared += part.elements
-        watch(Progress("compare", len(done), 0, compared, elements))
+        if name not in begun:
+            watch(Progress("compare", len(begun), num_tensors, 0, 0))
+            begun.add(name)
         yield name, part

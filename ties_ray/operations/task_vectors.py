@@ -80,8 +80,8 @@ class TaskVectors:
 
     def factors(self, parameter: int, members: Sequence[int]) -> Iterator[Factors | None]:
         """Yield what members store as factors of a whole parameter, in order."""
-        wanted = self.merge.layout.parameters[parameter]
-        return self._blocks.factors((member, wanted) for member in members)
+        whole = self.merge.layout.parameters[parameter]
+        return self._blocks.factors((member, whole) for member in members)
 
     def is_product(self, parameter: int) -> bool:
         """Return whether all members that change a parameter store plain factors of it."""
