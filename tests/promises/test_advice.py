@@ -24,6 +24,7 @@ UNFOLLOWED = {
         "write file:///", "name the host", "known here", "at most {}", "levels, and no tags", "put it in quotes",
         "mend the YAML", "start from the example", "as in ", "a recipe has", "split it into", "see ", "give the plain",
         "remove the link", "remove them, and run", "put it back", "the configs of the inputs back", "modules.json",
+        "name the base of both",
     ),
     "somebody has to give a permission, room, credentials or a service": (
         "accept them at", "free s", "give the user", "credentials", "HF_TOKEN", "AWS_", "log in again", "anonymous",
