@@ -1,6 +1,7 @@
 """TIES against the dense oracle, over the whole road: what is compared is the files of the output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from tests.tools import oracle
 from tests.tools.families import Family, write_checkpoint
 from tests.tools.merging import merge, read_tensors, recipe_of, rounded, same_bits
 from tests.tools.oracle import Rules
+from tests.tools.oracles import stored
+from tests.tools.oracles.electing import ties as of_oracle
+from tests.tools.oracles.protocol import Merged, Tensors
 from ties_ray.errors import RecipeError
 from ties_ray.methods import Member
 from ties_ray.methods.ties import Ties
@@ -70,6 +74,50 @@ class TestTiesByTensorAndExtremes(MethodContract):
     @pytest.fixture
     def method(self) -> Ties:
         return Ties(trim="tensor", merge="max", at_threshold="drop", lambda_=0.7)
+
+
+class TestTiesOfMergekit(MethodContract):
+    @pytest.fixture
+    def method(self) -> Ties:
+        return Ties(profile="mergekit", density=0.3, rescale="l1", merge="sum")
+
+
+class TestTiesOfPeft(MethodContract):
+    @pytest.fixture
+    def method(self) -> Ties:
+        return Ties(profile="peft", density=0.3, vote="count")
+
+
+PROFILES: list[dict[str, Any]] = [
+    {"profile": "mergekit"},
+    {"profile": "mergekit", "merge": "sum"},
+    {"profile": "mergekit", "rescale": "l1"},
+    {"profile": "peft"},
+    {"profile": "peft", "vote": "count"},
+]
+
+
+@pytest.mark.parametrize("rules", PROFILES, ids=str)
+def test_a_profile_gives_what_its_oracle_gives(rules: dict[str, Any], family_of: MakeFamily, tmp_path: Path) -> None:
+    asked = {
+        "profile": rules["profile"],
+        "normalize": rules.get("merge") != "sum",
+        "rescale": rules.get("rescale") == "l1",
+        "elect": "frequency" if rules.get("vote") == "count" else "total",
+    }
+    weights = (0.5, 2.0, 1.0)
+
+    def oracle(base: Tensors, models: Sequence[Tensors], density: float) -> Merged:
+        found, single = (
+            of_oracle(base, models, density=share, weights=weights, lambda_=0.5, **asked) for share in (density, 1.0)
+        )
+        alone = {name: value for name, value in single.delta.items() if value.size == 1}  # PEFT keeps none, and we one
+        return Merged({**found.delta, **alone}, base)
+
+    for density in (0.4, 1.0):
+        method = {"name": "ties", "density": density, "lambda": 0.5, **rules}
+        folder = tmp_path / str(density)
+        stored.check(family_of(num_models=3), folder, method, partial(oracle, density=density), weights=weights)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,16 +6,33 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, FiniteFloat, model_validator
 
 from ties_ray.errors import Problem
-from ties_ray.kernels import Election, Extremes, SignedSums, Term
-from ties_ray.methods import Computed, Context, Deltas, Member, Method, Result, Round, Slice, Threshold
+from ties_ray.kernels import Dropout, Election, Extremes, SignedSums, Term
+from ties_ray.methods import (
+    Computed,
+    Context,
+    Deltas,
+    Key,
+    Member,
+    Method,
+    Result,
+    Round,
+    Slice,
+    Threshold,
+    elect_apart,
+)
 
 ZERO_SIGN = {"none": 0, "positive": 1}
 
-PROFILES: dict[str, dict[str, str]] = {
+BY_TENSOR = {"trim": ("tensor",), "at_threshold": ("exact",), "zero_sum": ("positive",)}
+PROFILES: dict[str, dict[str, tuple[str, ...]]] = {
     "paper": {},
-    "official": {"trim": "global", "at_threshold": "keep", "zero_sum": "majority"},
+    "official": {"trim": ("global",), "at_threshold": ("keep",), "zero_sum": ("majority",), "vote": ("weighted",)},
+    "mergekit": {**BY_TENSOR, "vote": ("weighted",), "merge": ("mean", "sum")},
+    "peft": {**BY_TENSOR, "vote": ("plain", "count"), "merge": ("mean",), "rescale": ("none",)},
 }
-"""The fields that a profile sets: `paper` the defaults, `official` those of the authors' published code."""
+"""The values that a profile allows for a field, the first of them by default."""
+EVERY = 2**32
+"""A bound of a dropout that drops nothing."""
 
 
 class Ties(Method):
@@ -43,8 +60,18 @@ class Ties(Method):
 
     It has no effect on checkpoints, whose task vectors have all parameters of the base.
     """
-    profile: Literal["paper", "official"] = "paper"
-    """`official`: k = int(density d) + 1 and zero sums by majority, as in the authors' code; no weights."""
+    vote: Literal["weighted", "plain", "count"] = "weighted"
+    """What elects a sign: weighted values, values, or the number of models.
+
+    With `plain` and `count` (PEFT's `total` and `frequency`) a mean of weighted values is by number, not by weight.
+    """
+    rescale: Literal["none", "l1"] = "none"
+    """`l1`: what trim keeps of a parameter gets the L1 norm that the whole had, at two more readings."""
+    profile: Literal["paper", "official", "mergekit", "peft"] = "paper"
+    """`official`: k = int(density d) + 1 and zero sums by majority, as in the authors' code; no weights.
+
+    `mergekit` and `peft`: trim by tensor, exactly k values, zero sums are positive; PEFT's votes are without weights.
+    """
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging (arXiv:2306.01708)"
@@ -55,24 +82,33 @@ class Ties(Method):
     def _profile(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        for field, rule in PROFILES.get(value.get("profile", "paper"), {}).items():
-            if value.get(field, rule) != rule:
+        for field, rules in PROFILES.get(value.get("profile", "paper"), {}).items():
+            if value.get(field, rules[0]) not in rules:
+                meant = " or ".join(rules)
                 raise ValueError(
-                    f"profile {value['profile']!r} means {field}: {rule}, yet the recipe says {value[field]!r}"
+                    f"profile {value['profile']!r} means {field}: {meant}, yet the recipe says {value[field]!r}"
                 )
-            value = {**value, field: rule}
+            value = {field: rules[0], **value}
         return value
+
+    @model_validator(mode="after")
+    def _can_vote(self) -> "Ties":
+        if self.vote != "weighted" and self.merge == "max":
+            raise ValueError("merge: max goes with vote: weighted alone")
+        return self
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights and densities with which the election or the mean has no meaning."""
         problems = []
         for member in members:
-            if member.weight < 0 and self.merge == "mean":
+            if member.weight < 0 and (self.merge == "mean" or self.vote != "weighted"):
                 problems.append(
                     Problem(
                         f"model {member.id}",
-                        f"weight {member.weight} is negative, and `mean` divides by weights",
-                        "use merge: sum, or a positive weight",
+                        f"weight {member.weight} is negative, and `mean` and votes without weights take none such",
+                        "use merge: sum, or a positive weight"
+                        if self.vote == "weighted"
+                        else "give it a positive weight",
                     )
                 )
             if member.weight not in (0, 1) and self.profile == "official":
@@ -94,16 +130,45 @@ class Ties(Method):
         return Threshold(densities, self.trim, extra, self.denominator, exact=self.at_threshold == "exact")
 
     def rounds(self) -> tuple[Round, ...]:
-        """Return the merge, after a count of signs where zero sums go with the majority."""
-        merge = Round("merge", self._merge)
-        return (Round("majority", self._count_signs), merge) if self.zero_sum == "majority" else (merge,)
+        """Return the merge, after L1 norms where they count, and signs where zero sums go with the majority."""
+        rounds = [Round("norms", self._norms, passes=2, holds=lambda num_models: 12)] if self.rescale == "l1" else []
+        if self.zero_sum == "majority":
+            rounds.append(Round("majority", self._count_signs))
+        apart = self.vote != "weighted"
+        merge = Round("merge", self._merge, passes=2, holds=lambda num_models: 32) if apart else (
+            Round("merge", self._merge))  # fmt: skip
+        return (*rounds, merge)
+
+    def _norms(self, deltas: Deltas, context: Context) -> Result:
+        from ties_ray.kernels.definition import term
+        from ties_ray.kernels.exact_sums import total
+
+        sums = {Key("before", (model,)): total(delta.abs()) for model, delta in deltas}
+        terms = self._trims(context)
+        for model, delta in self._trimmed(deltas, context):
+            sums[Key("after", (model,))] = total(term(terms[model], delta.cpu(), context.start).abs())
+        return Result(sums=sums)
 
     def _terms(self, context: Context) -> tuple[Term, ...]:
+        trims = zip(context.members, self._trims(context), strict=True)
+        terms = (trim._replace(weight=member.weight) for member, trim in trims)
+        if self.rescale == "none":
+            return tuple(terms)
+        from ties_ray.kernels.sides import l1_ratio
+
+        ratios = (
+            l1_ratio(context.sum("before", model), context.sum("after", model)) for model in range(len(context.members))
+        )
+        return tuple(
+            term._replace(dropout=Dropout((0, 0), EVERY, ratio)) for term, ratio in zip(terms, ratios, strict=True)
+        )
+
+    def _trims(self, context: Context) -> tuple[Term, ...]:
         everywhere = context.start if self.at_threshold == "drop" else context.stop
         ends = context.tie_ends or (everywhere,) * len(context.members)
         return tuple(
-            Term(member.weight, threshold, end <= context.start and threshold > 0)
-            for member, threshold, end in zip(context.members, context.thresholds, ends, strict=True)
+            Term(1.0, threshold, end <= context.start and threshold > 0)
+            for threshold, end in zip(context.thresholds, ends, strict=True)
         )
 
     def _trimmed(self, deltas: Deltas, context: Context) -> Deltas:
@@ -134,11 +199,14 @@ class Ties(Method):
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         terms = self._terms(context)
+        election = Election(self._zero_sign(context), self.lambda_, self.merge)
+        if self.vote != "weighted":
+            trimmed, by_count = self._trimmed(deltas, context), self.vote == "count"
+            return Result(merged=elect_apart(trimmed, terms, context, election, by_count=by_count))
         if self.merge == "max":
             op: SignedSums | Extremes = Extremes(terms)
         else:
             op = SignedSums(terms, weighted=any(term.weight != 1 for term in terms))
-        election = Election(self._zero_sign(context), self.lambda_, self.merge)
         return Result(merged=self._trimmed(deltas, context).elect(op, election))
 
     def _zero_sign(self, context: Context) -> int:
