@@ -11,9 +11,11 @@ import pytest
 from ray import cloudpickle
 
 import ties_ray
-from tests.tools.families import Family
+from tests.conftest import Bucket
+from tests.tools.families import Family, make_family
 from tests.tools.merging import LOCAL, carried_out, recipe_of
 from ties_ray.operations import merging
+from ties_ray.stores import Stores
 
 
 @pytest.fixture
@@ -75,6 +77,25 @@ def test_python_refuses_what_is_no_recipe(tmp_path: Path) -> None:
         ties_ray.load_recipe(tmp_path / "latin.yaml")
     with pytest.raises(AttributeError, match="has no attribute 'mergen'"):
         ties_ray.mergen  # noqa: B018
+
+
+def test_a_recipe_and_its_models_may_lie_at_any_service_that_speaks_s3(
+    s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = Stores(s3_bucket.storage)
+    family = make_family(stores.of(s3_bucket.uri), s3_bucket.uri, num_models=2)
+    text = recipe_of(family, f"{s3_bucket.uri}/out", "average").model_dump_json(exclude_unset=True)
+    stores.writer(s3_bucket.uri).put(f"{s3_bucket.uri}/recipe.json", text.encode())
+    endpoint = str(s3_bucket.storage["s3"]["endpoint_url"])
+    recipe = ties_ray.load_recipe(f"{s3_bucket.uri}/recipe.json", [f"storage.s3.endpoint_url={endpoint}"])
+    result = ties_ray.merge(recipe)
+    name = "out"
+    assert result.download_command == (
+        f"aws s3 cp --recursive {s3_bucket.uri}/out {name} --exclude '.ties-ray/*' --endpoint-url {endpoint}"
+    )
+    assert result.opened_by.endswith(f'.from_pretrained("{name}")')
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    assert ties_ray.merge(f"{s3_bucket.uri}/recipe.json").reused
 
 
 def test_a_plan_is_carried_out_as_it_is(recipe: Path) -> None:

@@ -15,7 +15,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ties_ray.errors import (
     Cancelled,
@@ -67,17 +67,19 @@ RECIPE_BYTES = 16 * 2**20
 def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Recipe":
     """Return the recipe in a YAML or JSON file, a path or a URI.
 
-    overrides: `field=value` each, as in `method.density=0.3`. Raises `RecipeError` with every problem and its place.
-    Raises `InputError` if there is no such file.
+    overrides: `field=value` each, as in `method.density=0.3`. Those of `storage` hold for the file too.
+    Raises `RecipeError` with every problem and its place. Raises `InputError` if there is no such file.
     """
-    from ties_ray.recipe.parse import parse
+    from ties_ray.recipe.parse import override, parse
     from ties_ray.stores import Stores, shown
 
     uri = os.fspath(source)
     if Path(uri).is_dir():
         raise InputError(Problem(uri, "is a folder", "give the recipe's file"))
     try:
-        _, data = Stores({}).of(uri).get(uri, RECIPE_BYTES)
+        options: dict[str, Any] = {"storage": {}}
+        override(options, [each for each in overrides if each.startswith("storage.")])
+        _, data = Stores(options["storage"]).of(uri).get(uri, RECIPE_BYTES)
     except FileNotFoundError:
         raise InputError(Problem(shown(uri), "there is no such recipe", "check the path")) from None
     try:

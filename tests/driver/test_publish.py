@@ -2,16 +2,20 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import ties_ray
 from tests.tools.families import Family
 from tests.tools.merging import digests, merge, recipe_of
 from ties_ray.errors import InputError, UnavailableError
+from ties_ray.libraries.loaders import RECIPE_NAME
 from ties_ray.operations import merging
 from ties_ray.operations.verify import verify
+from ties_ray.recipe.parse import validate
 from ties_ray.reports.records import MergeResult, Progress
 from ties_ray.state import lease
 from ties_ray.state.lease import Lease
@@ -116,6 +120,26 @@ def with_pooling(family: Family, folder: Path) -> Family:
         (base / path.name).write_bytes(path.read_bytes())
     plant(base, "1_Pooling/config.json")
     return Family(str(base), family.models, family.base_tensors, family.model_tensors)
+
+
+def test_the_published_recipe_means_the_same_merge_in_every_working_directory(
+    family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of(num_models=3)
+    monkeypatch.chdir(Path(family.base).parent)
+    table = tmp_path / "pool.csv"
+    table.write_text(f"path\n{family.models[2]}\n")
+    asked = {
+        "base": "base", "models": ["model-0", {"path": "./model-1", "weight": 0.5}, {"table": os.path.relpath(table)}],
+        "method": AVERAGE, "output": {"path": os.path.relpath(tmp_path / "out"), "files_from": "model-1"},
+        "run": {"executor": "local", "pool_cache": os.path.relpath(tmp_path / "cache")},
+    }  # fmt: skip
+    merging.merge(validate(asked))
+    monkeypatch.chdir("/")
+    again = ties_ray.load_recipe(tmp_path / "out" / RECIPE_NAME, [f"output.path={tmp_path}/again"])
+    merging.merge(again)
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+    assert again.run.pool_cache == str(tmp_path / "cache")
 
 
 def test_a_linked_folder_of_the_output_is_not_written_through(family: Family, tmp_path: Path) -> None:

@@ -63,30 +63,48 @@ def test_the_token_embedding_has_the_rows_that_the_config_states(
 
 
 @pytest.mark.parametrize(
-    ("texts", "line"),
+    ("texts", "module", "cls"),
     [
-        ({"config": {"architectures": ["LlamaForCausalLM"]}}, "transformers: AutoModelForCausalLM.from_pretrained"),
-        ({"config": {"architectures": ["BertForMaskedLM"]}}, "transformers: BertForMaskedLM.from_pretrained"),
-        ({"config": {"architectures": ["GPT2LMHeadModel"]}}, "transformers: GPT2LMHeadModel.from_pretrained"),
-        ({"config": {"model_type": "bert"}}, ""),
-        ({"config": {"model_type": "bert"}, "modules": []}, 'sentence_transformers: SentenceTransformer("{output}")'),
+        ({"config": {"architectures": ["LlamaForCausalLM"]}}, "transformers", "AutoModelForCausalLM"),
+        ({"config": {"architectures": ["BertForMaskedLM"]}}, "transformers", "BertForMaskedLM"),
+        ({"config": {"architectures": ["GPT2LMHeadModel"]}}, "transformers", "GPT2LMHeadModel"),
+        ({"config": {"model_type": "bert"}}, "", ""),
+        ({"config": {"model_type": "bert"}, "modules": []}, "sentence_transformers", "SentenceTransformer"),
         (
             {"modules": [], "config_sentence_transformers": {"model_type": "SparseEncoder"}},
-            'sentence_transformers: SparseEncoder("{output}")',
+            "sentence_transformers", "SparseEncoder",
         ),
         (
             {"modules": [], "config_sentence_transformers": {"model_type": "x; rm"}},
-            'sentence_transformers: SentenceTransformer("{output}")',
+            "sentence_transformers", "SentenceTransformer",
         ),
-        ({"config": {"architectures": ['X").y("']}}, ""),
-        ({"config": ["no object"]}, ""),
-        ({}, ""),
+        ({"config": {"architectures": ['X").y("']}}, "", ""),
+        ({"config": ["no object"]}, "", ""),
+        ({}, "", ""),
     ],
 )  # fmt: skip
-def test_the_line_that_opens_a_checkpoint_names_the_class_of_its_config(texts: dict[str, object], line: str) -> None:
-    whole = f'{line}("{{output}}")' if line.endswith("from_pretrained") else line
-    assert opened_by(folder("model.safetensors", **texts), "transformers") == whole
+def test_the_line_that_opens_a_checkpoint_names_the_class_of_its_config(
+    texts: dict[str, object], module: str, cls: str
+) -> None:
+    call = f"{cls}.from_pretrained" if module == "transformers" else cls
+    line = f'from {module} import {cls}; model = {call}("{{output}}")' if module else ""
+    assert opened_by(folder("model.safetensors", **texts), "transformers") == line
     assert opened_by(folder("model.safetensors", **texts), "timm") == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "cls"),
+    [
+        ({"task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base"}, "AutoPeftModelForCausalLM"),
+        ({"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": "/m/base"}, "AutoPeftModelForSeq2SeqLM"),
+        ({"task_type": "CAUSAL_LM", "base_model_name_or_path": "s3://m/base"}, ""),
+        ({"task_type": "CAUSAL_LM", "base_model_name_or_path": None}, ""),
+        ({"task_type": None, "base_model_name_or_path": "org/base"}, ""),
+    ],
+)
+def test_an_adapter_opens_with_its_base_where_peft_finds_it(config: dict[str, object], cls: str) -> None:
+    line = f'from peft import {cls}; model = {cls}.from_pretrained("{{output}}")' if cls else ""
+    assert opened_by(folder(adapter_config=config), "peft") == line
 
 
 @pytest.mark.parametrize(
@@ -104,7 +122,8 @@ def test_more_rows_than_the_config_states_are_wrong_only_with_the_config_of_anot
 def test_the_line_for_a_model_with_code_of_its_own_says_that_it_runs_it() -> None:
     classes = {"AutoConfig": "c.X", "AutoModel": "m.X", "AutoModelForCausalLM": "m.XForCausalLM"}
     config = {"architectures": ["XForCausalLM"], "auto_map": classes}
-    line = 'transformers: AutoModelForCausalLM.from_pretrained("{output}", trust_remote_code=True)  # runs its code'
+    call = 'AutoModelForCausalLM.from_pretrained("{output}", trust_remote_code=True)  # runs its code'
+    line = f"from transformers import AutoModelForCausalLM; model = {call}"
     assert opened_by(folder(config=config), "transformers") == line
 
 

@@ -204,12 +204,13 @@ def test_the_script_repeats_what_helps_and_ends_with_the_last_exit_code(
 
 
 @pytest.fixture
-def nightly(s3_bucket: Bucket, tmp_path: Path) -> Path:
-    """Return a recipe whose family lies in a bucket."""
+def nightly(s3_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a recipe whose family lies in a bucket; the environment names the service."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint_of(s3_bucket))
     family = make_family(Stores(s3_bucket.storage).of(s3_bucket.uri), f"{s3_bucket.uri}/family", num_models=2)
     path = tmp_path / "recipe.yaml"
     data = {"base": family.base, "models": list(family.models), "method": {"name": "ties", "density": 0.3}}
-    data |= {"output": f"{s3_bucket.uri}/out", "storage": s3_bucket.storage, "run": {"executor": "local"}}
+    data |= {"output": f"{s3_bucket.uri}/out", "run": {"executor": "local"}}
     path.write_text(yaml.safe_dump(data))
     return path
 
@@ -249,6 +250,7 @@ def test_the_command_sizes_the_job_by_the_plan_and_sends_the_recipe_as_overridde
     ("words", "says"),
     [
         (["--set", "output.path=/somewhere"], "a path of this machine"),
+        (["--env", "AWS_ENDPOINT_URL=http://localhost:9000"], "localhost is this machine, which a pod does not see"),
         (["--env", "PLAIN"], "not of the form NAME=VALUE"),
         (["--env", "AWS_SECRET_ACCESS_KEY=x"], "--env-from NAME"),
         (["--env", "HTTPS_PROXY=http://user:pass@proxy:3128"], "HTTPS_PROXY looks like a secret, or holds one"),
@@ -260,6 +262,20 @@ def test_the_command_refuses_with_exit_code_2(nightly: Path, words: list[str], s
     assert done.exit_code == 2
     assert says in done.stderr
     assert done.stdout == ""
+
+
+def test_a_service_on_this_machine_is_refused_and_pods_may_have_an_address_of_their_own(
+    nightly: Path, s3_bucket: Bucket
+) -> None:
+    words = ["deploy", "kuberay", nightly, "--image", "i"]
+    done = run(*words, "--set", f"storage.s3.endpoint_url={endpoint_of(s3_bucket)}")
+    assert done.exit_code == 2
+    assert "storage.s3.endpoint_url: 127.0.0.1 is this machine" in done.stderr
+    assert run(*words, "--env", "AWS_ENDPOINT_URL=http://minio:9000").exit_code == 0
+
+
+def endpoint_of(bucket: Bucket) -> str:
+    return str(bucket.storage["s3"]["endpoint_url"])
 
 
 def test_manifests_need_neither_torch_nor_ray() -> None:

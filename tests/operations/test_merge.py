@@ -217,7 +217,8 @@ def test_the_line_that_opens_an_output_is_python_whatever_the_folder_is_called(
 ) -> None:
     output = tmp_path / 'of "mine"'
     result = merging.merge(recipe_of(family_of(), output, "average"))
-    (statement,) = ast.parse(result.opened_by.partition(": ")[2]).body
-    assert isinstance(statement, ast.Expr)
+    imported, statement = ast.parse(result.opened_by).body
+    assert isinstance(imported, ast.ImportFrom)
+    assert isinstance(statement, ast.Assign)
     assert isinstance(statement.value, ast.Call)
     assert ast.literal_eval(statement.value.args[0]) == str(output)

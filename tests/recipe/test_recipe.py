@@ -74,6 +74,18 @@ def test_a_recipe_is_frozen() -> None:
         ({"allow": {"nans": "zero"}}, "allow.nans", "nan"),
         ({"run": {"worker": 3}}, "run.worker", "workers"),
         ({"storage": {"s3": {"endpoint": "x"}}}, "storage.s3.endpoint", "endpoint_url"),
+        ({"base_model": "b"}, "base_model", "base"),
+        ({"merge_method": "ties"}, "merge_method", "method"),
+        ({"models": [{"model": "m"}]}, "models.0.model", "path"),
+        ({"density": 0.3}, "density", "method.density"),
+        ({"dtype": "bf16"}, "dtype", "output.dtype"),
+        ({"workers": 3}, "workers", "run.workers"),
+        ({"endpoint_url": "http://h"}, "endpoint_url", "storage.s3.endpoint_url"),
+        (
+            {"method": {"name": "ties", "rank": 3}, "output": {"path": "o", "kind": "adapter"}},
+            "method.rank",
+            "output.rank",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_the_likely_one(change: dict[str, Any], where: str, meant: str) -> None:
@@ -118,7 +130,32 @@ def test_numbers_that_are_not_finite_are_refused(value: str, place: str) -> None
 
 
 def test_no_model_at_all_is_refused() -> None:
-    assert "at least 1" in refused(PLAIN | {"models": []})["models"].what
+    assert refused(PLAIN | {"models": []})["models"].what == "needs at least 1 item"
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "what"),
+    [
+        ({"models": None}, "models", "should be a list, one item a line after `- `, not empty"),
+        ({"exclude": "*.bias"}, "exclude", 'should be a list, one item a line after `- `, not "*.bias"'),
+        ({"allow": 3}, "allow", "should be a mapping of keys, not 3"),
+        ({"run": {"workers": "two"}}, "run.workers", 'should be a whole number, not "two"'),
+        ({"run": {"cache": "3 cats"}}, "run.cache", 'should be a number of bytes, as 512MiB, not "3 cats"'),
+        ({"output": {"path": "o", "kind": "adapter", "rank": "many"}}, "output.rank",
+         'should be a whole number, not "many"; or should be \'auto\', not "many"'),
+        ({"bounds": {"norm": [1]}}, "bounds.norm.1", "is missing"),
+    ],
+)  # fmt: skip
+def test_no_message_speaks_of_the_types_of_python(change: dict[str, Any], where: str, what: str) -> None:
+    assert refused(PLAIN | change)[where].what == what
+
+
+@pytest.mark.parametrize(
+    ("short", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("fp64", "float64")]
+)
+def test_short_names_of_dtypes_mean_the_long_ones(short: str, dtype: str) -> None:
+    for output in ({"path": "o"}, {"path": "o", "kind": "adapter"}):
+        assert validate(PLAIN | {"output": output | {"dtype": short}}).output.dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -126,7 +163,7 @@ def test_no_model_at_all_is_refused() -> None:
     [
         ("tie", "unknown method 'tie'; did you mean 'ties'?"),
         ({"density": 0.2}, "needs `name`: one of average"),
-        (3, "valid dictionary or instance of Method"),
+        (3, "should be a mapping of keys, not 3"),
     ],
 )
 def test_a_method_that_there_is_not_is_refused(method: object, message: str) -> None:
@@ -269,6 +306,19 @@ def test_an_override_without_a_place_is_refused(override: str) -> None:
 def test_a_wrong_override_is_refused_as_the_field_itself_would_be() -> None:
     with pytest.raises(RecipeError, match=r"method\.densty: unknown key; did you mean 'density'\?"):
         parse(YAML, overrides=["method.densty=0.4"])
+
+
+def test_a_problem_tells_the_line_of_the_file_or_the_override() -> None:
+    text = "base: b\nmodels:\n  - a\n  - path: c\n    wieght: 2\nmethod: ties\noutput: o\n"
+    with pytest.raises(RecipeError) as refusal:
+        parse(text, "r.yaml", ["run.worker=2", "method.density=3"])
+    assert {problem.where for problem in refusal.value.problems} == {
+        "r.yaml, line 5: models.1.wieght", "--set: run.worker", "--set: method.density",
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"r\.yaml: `base` is missing"):
+        parse("models: [a]\nmethod: ties\noutput: o\n", "r.yaml")
+    with pytest.raises(RecipeError, match=r"r\.json, line 2: models\.0\.path: "):
+        parse('{\n\t"models": [{"path": 3}], "base": "b", "method": "ties", "output": "o"}', "r.json")
 
 
 def test_recipe_is_what_parse_returns() -> None:

@@ -14,7 +14,8 @@ PACKAGE = Path(ties_ray.__file__).parent
 NOT_PRINTED = PACKAGE / "testing"
 """What users of the package test with: no command prints it."""
 ADVISING = frozenset({
-    "_one_sided", "refused_dtypes", "_check_base", "_check_layout", "_check_tables", "_check_numbers", "_check_shapes",
+    "_likely", "_one_sided", "refused_dtypes", "_check_base", "_check_layout", "_check_tables", "_check_numbers",
+    "_check_shapes",
     "_quantised", "_refused", "_permission", "_lasting",
     "_of_client", "_s3_remedy", "mistaken", "_plain", "_wrong_address", "_environment", "exclusion",
 })  # fmt: skip

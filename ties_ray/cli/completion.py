@@ -36,7 +36,7 @@ def _fields() -> Iterator[str]:
     from ties_ray import plugins
     from ties_ray.methods import Method
     from ties_ray.outputs import Output
-    from ties_ray.recipe.parse import SECTIONS
+    from ties_ray.recipe.problems import SECTIONS
     from ties_ray.stores import store_class
 
     for section in ("base", "allow", "bounds", "run"):

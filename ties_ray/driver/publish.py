@@ -18,10 +18,11 @@ from ties_ray.libraries.loaders import (
     strangers,
 )
 from ties_ray.planning.plan import Plan
+from ties_ray.recipe.recipe import Json
 from ties_ray.reports.model_card import card, plain_yaml
 from ties_ray.reports.records import MergeResult, WrittenFile
 from ties_ray.rounds.merge import Written
-from ties_ray.stores import Stores, crc32c, crc32c_joined, join, within
+from ties_ray.stores import Stores, absolute, crc32c, crc32c_joined, hub_uri, join, within
 
 FEW = 8
 """The most names in one message. Further names are counted."""
@@ -80,13 +81,13 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
 def as_loaded(plan: Plan, documents: Mapping[str, bytes]) -> ModelFolder:
     """Return the output as a loader will find it. documents: at least the small files in `TEXTS`."""
     small = (small.name for small in plan.catalog.small_files)
-    files = plan.files
+    files, files_from = plan.files, plan.recipe.output.files_from
     return ModelFolder(
         uri=plan.output,
         names=frozenset((*small, *documents, *(file.name for file in files))),
         texts={name: documents[name] for name in TEXTS if name in documents},
         shapes={placed.tensor.name: placed.tensor.shape for file in files for placed in file.tensors},
-        borrowed=plan.recipe.output.files_from not in ("base", plan.catalog.base.uri),
+        borrowed=files_from != "base" and absolute(files_from) != plan.catalog.base.uri,
     )
 
 
@@ -139,8 +140,7 @@ def publish_documents(
     """Write the files beside the weights, and return them. The file by which a loader finds the weights is last."""
     store = stores.writer(plan.output)
     store.put(join(plan.output, CARD_NAME), card(plan, result).encode())
-    asked = plan.recipe.model_dump(mode="json", exclude_unset=True)
-    store.put(join(plan.output, RECIPE_NAME), plain_yaml(asked).encode())
+    store.put(join(plan.output, RECIPE_NAME), plain_yaml(_from_anywhere(plan)).encode())
     entry_point_file = plan.recipe.output.entry_point_file(plan.files, plan.library)
     written = []
     for name, data in documents.items():
@@ -149,6 +149,23 @@ def publish_documents(
         pin = store.put(within(plan.output, name), data)
         written.append(WrittenFile(name=name, size=pin.size, etag=pin.etag, crc32c=crc32c(memoryview(data))))
     return written
+
+
+def _from_anywhere(plan: Plan) -> Json:
+    """Return what the recipe asks, with absolute paths, so that it means the same in every working directory."""
+    asked: Json = plan.recipe.model_dump(mode="json", exclude_unset=True)
+    files_from = absolute(plan.recipe.output.files_from).rstrip("/")
+    if files_from in {model.uri for model in (plan.catalog.base, *plan.catalog.models)}:
+        asked["output"]["files_from"] = files_from
+    if isinstance(asked.get("base"), str):
+        asked["base"] = absolute(hub_uri(asked["base"]))
+    keys = (("base", "path"), ("output", "path"), ("run", "pool_cache"), ("run", "disk_folder"))
+    places = [(asked.get(section), key) for section, key in keys]
+    places += [(entry, key) for entry in asked["models"] for key in ("path", "table")]
+    for section, key in places:
+        if isinstance(section, dict) and section.get(key):
+            section[key] = absolute(hub_uri(section[key]))
+    return asked
 
 
 def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:

@@ -46,12 +46,14 @@ def publish(
     files = complete_uploads(plan, stores, run.uploads.ids, written, check)
     folder = as_loaded(plan, documents)
     opener = opened_by(folder, plan.library.name) or plan.library.opened_by
+    local = plan.output.rpartition("/")[2] if "://" in plan.output else plan.output
     result = MergeResult(
         status="done",
         run_id=plan.run_id,
         resumed=run.resumed,
         output=plan.output,
-        opened_by=opener.replace("{output}", json.dumps(plan.output, ensure_ascii=False)[1:-1]),
+        opened_by=opener.replace("{output}", json.dumps(local, ensure_ascii=False)[1:-1]),
+        download_command=stores.of(plan.output).download_command(plan.output, local),
         files=files,
         **_work_done(run, crew, meters),
         **_findings(run, records),

@@ -25,7 +25,7 @@ from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.outputs import DTYPES
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE
-from ties_ray.stores import Listing, Pin, Stores, hub_name
+from ties_ray.stores import Listing, Pin, Stores, absolute, hub_name
 from ties_ray.tensors import Parameter, Source
 
 COMPARED_BYTES = 16 * 2**20
@@ -275,11 +275,12 @@ def _model(fetched: FetchedInput, contents: Contents, shared: dict[Hashable, dic
 def _files_from(recipe: Recipe, checked: _Checked) -> str:
     """Return the id of the input that `output.files_from` names by id or path."""
     asked = recipe.output.files_from
+    path = absolute(asked).rstrip("/")
     for entry in checked.entries:
-        if asked == entry.id or asked.rstrip("/") == entry.uri:
+        if asked == entry.id or path == absolute(entry.uri):
             return entry.id
     for model in checked.refused:
-        if asked == model.id or asked.rstrip("/") == model.uri:
+        if asked == model.id or path == absolute(model.uri):
             message = f"{asked!r} is left out of the merge: {model.problems[0].what}"
             raise RecipeError(Problem("output.files_from", message, "write `base`, or a model that is merged"))
     message = f"{asked!r} is neither the id nor the path of an input"

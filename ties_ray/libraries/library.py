@@ -20,8 +20,8 @@ class Library:
     """Its weights are in `<stem>.safetensors`, or in shards `<stem>-00001-of-00002.safetensors` under an index."""
     config: str = CONFIG
     """The config without which it opens nothing."""
-    opened_by: str = 'transformers: AutoModel.from_pretrained("{output}")'
-    """A line of Python that opens a folder; `{output}` stands for it."""
+    opened_by: str = 'from transformers import AutoModel; model = AutoModel.from_pretrained("{output}")'
+    """A line of Python that opens a folder, or a command. `{output}` stands for the folder."""
     shards: bool = True
     """Whether it opens shards; if not, there is one file of any size."""
 
@@ -36,7 +36,9 @@ class Library:
 
 
 TRANSFORMERS = Library()
-TENSORS = Library("safetensors", opened_by='safetensors.torch: load_file("{output}/model.safetensors")')
+LOAD_FILE = 'from safetensors.torch import load_file; tensors = load_file("{{output}}/{name}")'
+"""The line that opens a file of tensors; `{name}` stands for its name."""
+TENSORS = Library("safetensors", opened_by=LOAD_FILE.format(name="model.safetensors"))
 """Weights without a config that would describe their architecture."""
 
 
@@ -48,15 +50,15 @@ def library_of(names: Collection[str], weights: Sequence[str], config: Mapping[s
     stem = weights[0].partition(".")[0].partition("-0")[0] if weights else "model"
     kind = config.get("_class_name")
     if isinstance(kind, str) and kind.isidentifier() and "_diffusers_version" in config:
-        line = f'diffusers: {kind}.from_pretrained("{{output}}")'
+        line = f'from diffusers import {kind}; model = {kind}.from_pretrained("{{output}}")'
         return Library("diffusers", "diffusion_pytorch_model", CONFIG, line)
     if stem in ("open_clip_model", "open_clip_pytorch_model"):
-        line = 'open_clip: open_clip.create_model_and_transforms("local-dir:{output}")'
+        line = 'import open_clip; model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{output}")'
         return Library("open_clip", "open_clip_model", "open_clip_config.json", line, shards=False)
     if stem == "consolidated":
         single = len(weights) == 1  # which Mistral's own library wants
         line = (
-            'mistral_inference: Transformer.from_folder("{output}")'
+            'from mistral_inference.transformer import Transformer; model = Transformer.from_folder("{output}")'
             if single
             else 'vllm serve "{output}" --load-format mistral'
         )
@@ -64,8 +66,9 @@ def library_of(names: Collection[str], weights: Sequence[str], config: Mapping[s
     if CONFIG not in names:
         return TENSORS
     if "pretrained_cfg" in config or ("architecture" in config and "num_classes" in config):
-        line = 'timm: timm.create_model("local-dir:{output}", pretrained=True)'
+        line = 'import timm; model = timm.create_model("local-dir:{output}", pretrained=True)'
         return Library("timm", "model", CONFIG, line, shards=False)
     if "modules.json" in names:
-        return Library("sentence-transformers", opened_by='sentence_transformers: SentenceTransformer("{output}")')
+        line = 'from sentence_transformers import SentenceTransformer; model = SentenceTransformer("{output}")'
+        return Library("sentence-transformers", opened_by=line)
     return TRANSFORMERS

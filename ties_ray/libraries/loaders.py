@@ -20,6 +20,8 @@ SUMS_NAME = "SHA256SUMS"
 CARD_NAME = "README.md"
 MODULES = "modules.json"
 """The file in which sentence-transformers lists a model's modules, each with its folder."""
+ADAPTER = "adapter_config.json"
+"""The file in which PEFT describes an adapter."""
 OURS = (RESULT_NAME, RECIPE_NAME, SUMS_NAME, CARD_NAME)
 """The files that this tool writes into every output."""
 
@@ -97,9 +99,9 @@ class ModelFolder:
 
 TEXTS = (
     "config.json", MODULES, "config_sentence_transformers.json", "tokenizer_config.json", "processor_config.json",
-    "preprocessor_config.json",
+    "preprocessor_config.json", ADAPTER,
 )  # fmt: skip
-"""The files that name other files which must be there."""
+"""The files that name other files which must be there, or the class that opens the folder."""
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in", "shared")
 """Modules that hold a row for each token."""
 _MORE_ROWS = frozenset({
@@ -111,6 +113,12 @@ _MODULES_WITH_FILES = (
     "SpladePooling", "Router", "Asym",
 )  # fmt: skip
 """Classes of sentence-transformers that read their folder; others (Normalize) may have none."""
+_ADAPTER_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+"""PEFT's classes that open an adapter together with its base, by the task of the adapter."""
 _ENCODERS = ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder")
 
 
@@ -128,15 +136,18 @@ def remarks(folder: ModelFolder) -> list[str]:
 
 
 def opened_by(folder: ModelFolder, library: str) -> str:
-    """Return a line of Python that opens a checkpoint with the class that it names, `{output}` standing for the folder.
+    """Return a line of Python that opens a model with the class that it names, `{output}` standing for the folder.
 
     library: the hub's name of it. The line is empty where the folder's files name no class of it.
     """
+    if library == "peft":
+        return _adapter_opened_by(_object(folder.texts.get(ADAPTER, b"")))
     if library not in ("transformers", "sentence-transformers"):
         return ""
     if isinstance(parsed(folder.texts.get(MODULES, b"")), list):
         kind = _object(folder.texts.get("config_sentence_transformers.json", b"")).get("model_type")
-        return f'sentence_transformers: {kind if kind in _ENCODERS else _ENCODERS[0]}("{{output}}")'
+        encoder = kind if kind in _ENCODERS else _ENCODERS[0]
+        return f'from sentence_transformers import {encoder}; model = {encoder}("{{output}}")'
     config = _object(folder.texts.get("config.json", b""))
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
@@ -146,11 +157,20 @@ def opened_by(folder: ModelFolder, library: str) -> str:
         own = [key for key, place in classes.items() if str(place).endswith(f".{name}")] if name else []
         auto = next((key for key in [*own, "AutoModelForCausalLM", "AutoModel"] if key in classes), "")
         if auto.isidentifier():
-            return f'transformers: {auto}.from_pretrained("{{output}}", trust_remote_code=True)  # runs its code'
+            call = f'{auto}.from_pretrained("{{output}}", trust_remote_code=True)  # runs its code'
+            return f"from transformers import {auto}; model = {call}"
     if name:
         cls = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
-        return f'transformers: {cls}.from_pretrained("{{output}}")'
+        return f'from transformers import {cls}; model = {cls}.from_pretrained("{{output}}")'
     return ""
+
+
+def _adapter_opened_by(config: Mapping[str, object]) -> str:
+    """Return the line for an adapter whose config names its task and a base that PEFT finds, else nothing."""
+    auto, base = _ADAPTER_CLASSES.get(str(config.get("task_type"))), config.get("base_model_name_or_path")
+    if auto is None or not isinstance(base, str) or "://" in base:
+        return ""
+    return f'from peft import {auto}; model = {auto}.from_pretrained("{{output}}")'
 
 
 def strangers(names: Iterable[str], own: Collection[str]) -> list[str]:

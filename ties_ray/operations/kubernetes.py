@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
@@ -150,7 +151,7 @@ def kuberay(record: PlanRecord, recipe: Recipe, options: Options) -> list[Json]:
     """
     script = _script(size(record, recipe, options), options)
     text = recipe_text(recipe)
-    problems = [*_problems(recipe, options), *_too_large(text)]
+    problems = [*_problems(recipe, options), *_own_addresses(recipe, options), *_too_large(text)]
     if problems:
         raise RecipeError(problems)
     manifests = _Manifests(record, options, size(record, recipe, options))
@@ -421,6 +422,18 @@ def _problems(recipe: Recipe, options: Options) -> Iterator[Problem]:
         if "://" not in hub_uri(path) or path.startswith("file://"):
             message = f"{path} is a path of this machine, which a pod does not see"
             yield Problem(place, message, "put it into object storage")
+
+
+def _own_addresses(recipe: Recipe, options: Options) -> Iterator[Problem]:
+    """Yield the addresses of services that mean this machine, and in a pod the pod."""
+    places = {f"storage.{scheme}.endpoint_url": each.get("endpoint_url", "") for scheme, each in recipe.storage.items()}
+    places |= {f"--env {name}": value for name, value in options.env.items() if name.startswith("AWS_ENDPOINT_URL")}
+    for place, url in places.items():
+        host = urlsplit(str(url)).hostname or ""
+        if host in ("localhost", "::1") or host.startswith("127."):
+            message = f"{host} is this machine, which a pod does not see"
+            remedy = "set AWS_ENDPOINT_URL here instead, and give the pods theirs: --env AWS_ENDPOINT_URL=ADDRESS"
+            yield Problem(place, message, remedy)
 
 
 def _paths(recipe: Recipe, options: Options) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
@@ -31,6 +31,8 @@ MIN_PART = 5 * 2**20
 """Smallest part that S3 accepts (but the last)."""
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that a recipe may ask for, with their names in safetensors."""
+SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Short names of dtypes, which a recipe may use too."""
 
 
 def _part_size(value: ByteSize | None) -> ByteSize | None:
@@ -117,6 +119,11 @@ class Output(BaseModel, ABC):
     """The size of an upload part, which changes no byte of the result. None: 64MiB, less for a small output."""
     files_from: str = "base"
     """The input that gives config, tokenizer and chat template: `base`, or a model's id or path."""
+
+    @field_validator("dtype", mode="before", json_schema_input_type=Literal[*DTYPES, *SHORT_DTYPES] | None)
+    @classmethod
+    def _dtype(cls, value: object) -> object:
+        return SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
 
     reads_base: ClassVar[bool] = True
     """Whether the output holds values of the base. If not, and no model needs it, a recipe may leave the base out."""

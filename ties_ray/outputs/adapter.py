@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "adapter_config.json"
-PEFT = Library("peft", "adapter_model", CONFIG, 'peft: PeftModel.from_pretrained(base_model, "{output}")', shards=False)
+OPENED_BY = 'from peft import PeftModel; model = PeftModel.from_pretrained(base_model, "{output}")'
+PEFT = Library("peft", "adapter_model", CONFIG, OPENED_BY, shards=False)
 PREFIX = "base_model.model."
 KEYS: dict[Kind, tuple[str, str]] = {
     "linear": (".lora_A.weight", ".lora_B.weight"),

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ties_ray.kernels import Kernels
-from ties_ray.libraries.library import Library
+from ties_ray.libraries.library import LOAD_FILE, Library
 from ties_ray.outputs import DTYPES, ElementwiseOutput, OutputFile, OutputTensor, weight_map
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIBRARY = Library("safetensors", "delta", opened_by='safetensors.torch: load_file("{output}/delta.safetensors")')
+LIBRARY = Library("safetensors", "delta", opened_by=LOAD_FILE.format(name="delta.safetensors"))
 TILE = 65_536
 """Elements that are written at a time, so that the zeros stay in the CPU's cache."""
 

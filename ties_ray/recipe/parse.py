@@ -1,24 +1,21 @@
 """Reads a recipe: YAML within limits, overrides, and every problem with its place."""
 
-import difflib
 import itertools
-import json
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event, ScalarEvent
 
 from ties_ray import plugins
 from ties_ray.errors import Problem, RecipeError, holds_secret, shown
-from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.recipe.recipe import Allow, Base, Bounds, Json, ModelEntry, Recipe, Run
-from ties_ray.stores import store_class
+from ties_ray.recipe.problems import located, problems_of
+from ties_ray.recipe.recipe import Json, Recipe
 
 MAX_CHARACTERS = 4 * 2**20
 """Characters of a recipe's text: room for 40,000 models, one a line. A table holds more."""
@@ -31,20 +28,10 @@ MAX_VALUES = 500_000
 """Values of a recipe, where an alias counts as all that it stands for."""
 MAX_DEPTH = 32
 """Levels of nesting."""
-MAX_SHOWN = 200
-"""Characters of a wrong value that a message repeats."""
 MAX_UNFIT = 8
 """Unfit texts that an error lists."""
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and halves of characters, which JSON can't hold."""
-SECTIONS: dict[str, type[BaseModel]] = {
-    "base": Base,
-    "models": ModelEntry,
-    "allow": Allow,
-    "bounds": Bounds,
-    "run": Run,
-}
-"""The sections of a recipe whose keys do not depend on a name in it."""
 
 
 def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -52,11 +39,15 @@ def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> R
 
     overrides: `a.b=value` each, with values in YAML. They are applied to the text's fields first.
     """
-    data = plain(text.replace("\t", "  ") if text.lstrip().startswith("{") else text, source)
+    text = text.replace("\t", "  ") if text.lstrip().startswith("{") else text
+    data = plain(text, source)
     if not isinstance(data, dict):
         raise RecipeError(Problem(source, "is not a mapping of keys", "start from the example in the README"))
     override(data, overrides)
-    return validate(data)
+    try:
+        return validate(data)
+    except RecipeError as error:
+        raise RecipeError(located(problem, text, source, overrides) for problem in error.problems) from None
 
 
 def override(data: Json, overrides: Sequence[str]) -> None:
@@ -73,9 +64,7 @@ def validate(data: Json) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        # pydantic counts an entry that is wrong as missing too
-        problems = [_problem(each, data) for each in details if not (each["type"] == "too_short" and each["input"])]
+        problems = problems_of(error.errors(include_url=False), data)
         raise RecipeError(problems + list(_missing_base(data, problems))) from None
 
 
@@ -216,45 +205,3 @@ def _unfit_text(place: str, value: str) -> Iterator[Problem]:
     elif holds_secret(value):
         message = "is a URL with a password or a signature in it, which would be written into plan, result and card"
         yield Problem(place, message, "give the plain URL; credentials come from the environment, a profile or a role")
-
-
-def _problem(error: Any, data: Json) -> Problem:
-    """Return a detail of pydantic's error in our words."""
-    place = error["loc"]
-    where = ".".join(str(step) for step in place)
-    if error["type"] == "extra_forbidden":
-        keys = _keys_at(place[:-1], data)
-        close = difflib.get_close_matches(str(place[-1]), keys, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(keys)}"
-        return Problem(where, "unknown key", hint)
-    if error["type"] == "missing":
-        return Problem(where, "is missing")
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    silent = "Value error" in error["msg"] or place[0] == "storage"  # a value of `storage` may be a secret
-    value = "" if silent else _not_this(error.get("input"))
-    return Problem(where, f"{message[0].lower()}{message[1:]}{value}")
-
-
-def _not_this(value: object) -> str:
-    """Return a wrong value as the end of a message; nothing where it is no scalar."""
-    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print a very long one
-        return f", not a number of {value.bit_length()} bits"
-    if not isinstance(value, str | int | float):
-        return ""
-    text = shown(json.dumps(value))
-    return f", not {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'}"
-
-
-def _keys_at(place: tuple[int | str, ...], data: Json) -> list[str]:
-    """Return the keys that may stand at a place of the recipe."""
-    if not place:
-        section: type[BaseModel] = Recipe
-    elif place[0] == "method":
-        section = plugins.load("methods", data["method"]["name"], Method)
-    elif place[0] == "output":
-        section = plugins.load("outputs", data["output"].get("kind", "checkpoint"), Output)
-    elif place[0] == "storage":
-        section = store_class(str(place[1])).options
-    else:
-        section = SECTIONS[str(place[0])]
-    return sorted(field.alias or name for name, field in section.model_fields.items())

@@ -162,7 +162,9 @@ class MergeResult(Report):
     """Whether this call continued an interrupted run."""
     output: str = ""
     opened_by: str = ""
-    """A line of Python that opens the output."""
+    """A line of Python that opens the output, or the local copy that `download_command` makes."""
+    download_command: str = ""
+    """A shell command that copies the output here; empty for a local folder."""
     files: list[WrittenFile] = []
     documents: list[WrittenFile] = []
     """The files beside the weights by relative name: config, index, tokenizer and the like, but not the card."""

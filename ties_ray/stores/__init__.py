@@ -137,6 +137,10 @@ class Store(ABC):
         """
         return self.list(within(root, name))
 
+    def download_command(self, uri: str, folder: str) -> str:
+        """Return a shell command that copies the output at `uri` to a local folder; empty where there is none."""
+        return ""
+
     def newest(self, uri: str) -> float | None:
         """Return the time of the newest file directly in the folder (seconds since 1970, by the store's clock).
 

@@ -5,6 +5,7 @@ not trusted: clients that asked for 1 MiB have got half of it, or the whole obje
 checked for status, Content-Range, length and ETag. Its body is received straight into the caller's memory.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,15 @@ class S3(WritableStore):
         self._conditions = ConditionalWrites(self.service, self)
         self._ask_version = True
         self._lists_v2 = True
+        self._options = options
+
+    def download_command(self, uri: str, folder: str) -> str:
+        """Return the command of the AWS client; it leaves out what `verify` needs."""
+        words = ["aws", "s3", "cp", "--recursive", uri, folder, "--exclude", ".ties-ray/*"]
+        for name in ("endpoint_url", "region", "profile"):
+            value = getattr(self._options, name)
+            words += [f"--{name.replace('_', '-')}", value] if value else []
+        return shlex.join(words)
 
     def list(self, uri: str) -> Listing:
         """Return the content of the folder, page by page of up to 1000 keys.
