@@ -1,11 +1,13 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from tests.tools.adapters import make_pool
 from tests.tools.families import write_checkpoint
 from ties_ray.cli import commands
 from ties_ray.cli.comparing import of_comparison, short
@@ -65,6 +67,19 @@ def test_a_tolerance_makes_differences_an_error(pair: tuple[str, str], tolerance
 def test_equal_models_are_within_a_tolerance_of_0(pair: tuple[str, str]) -> None:
     result = run(pair[0], pair[0], "--tolerance", "0")
     assert (result.exit_code, "same bytes" in result.output) == (0, True)
+
+
+def test_inspect_compares_the_models_of_a_glob_in_one_page_of_80_columns(tmp_path: Path) -> None:
+    make_pool(STORES.of("/"), str(tmp_path), num_adapters=30, hidden=8, layers=1, dense=False)
+    shutil.copytree(tmp_path / "adapter-0004", tmp_path / "adapter-9999")
+    words = ["inspect", str(tmp_path / "adapter-*"), "--compare"]
+    result = CliRunner().invoke(commands.commands, words)
+    assert result.exit_code == 0
+    assert "duplicate  adapter-0004 = adapter-9999" in result.stdout
+    assert len(result.stdout.splitlines()) < 40
+    assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
+    record = json.loads(CliRunner().invoke(commands.commands, [*words, "--json", "--quiet"]).stdout)
+    assert len(record["comparison"]["cosines"]) == 31
 
 
 def test_a_long_name_keeps_both_ends() -> None:

@@ -16,6 +16,7 @@ from ties_ray.inputs.fetch import README, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.tokenizers import SETTINGS, VOCABULARY
 from ties_ray.libraries import bounded
+from ties_ray.operations.pool_comparison import PoolComparison
 from ties_ray.recipe.recipe import ModelEntry
 from ties_ray.reports.records import Report, ReportedProblem
 from ties_ray.stores import Pin, Stores
@@ -91,6 +92,8 @@ class Inspections(Report):
     folders: list[Inspection]
     pool: Pool | None = None
     """The pool that the folders form, if there are several and an adapter among them."""
+    comparison: PoolComparison | None = None
+    """How they relate; None where that was not asked for."""
 
 
 def pool(folders: Sequence[Inspection]) -> Pool | None:
