@@ -7,7 +7,8 @@ from tests.tools.oracles import held
 from tests.tools.oracles.families import Family
 from tests.tools.oracles.layers import lines
 from tests.tools.oracles.protocol import Merged
-from ties_ray.methods.lines import Layer, Lines, layer_of
+from ties_ray.layers import Layer, layer_of
+from ties_ray.methods.lines import Lines
 from ties_ray.testing import MethodContract
 
 WEIGHTS = [1.0, 2.0, 0.5, 0.3, -1.2]

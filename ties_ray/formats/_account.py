@@ -1,7 +1,7 @@
 """The account of one model: the fate of every value that it stores, the same in plan, result and card."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 Fate = Literal["merged", "equal", "tied"]
@@ -37,6 +37,11 @@ class Account:
     def all_merged(self) -> bool:
         """Return whether every stored element is merged."""
         return self.stored == self.merged
+
+    def set_aside(self, reason: str, tensors: int, elements: int) -> "Account":
+        """Return the account where so many merged elements are left aside instead."""
+        aside = (*self.aside, Aside(reason, tensors, elements))
+        return replace(self, merged=self.merged - elements, aside=aside)
 
     def __str__(self) -> str:
         """Return one line: `all 1,000 values merged`, or `of 1,000 values 900 merged, 60 tied, 40 left aside ...`."""

@@ -12,7 +12,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler
 from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.formats import Account, Contents, Folder, Rules
 from ties_ray.formats._checkpoint_names import tied
-from ties_ray.inputs import agreement, configs, small_files, tokenizers
+from ties_ray.inputs import agreement, coefficients, configs, small_files, tokenizers
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
 from ties_ray.inputs.expand import BASE, Entry, expand
@@ -23,6 +23,7 @@ from ties_ray.inputs.small_files import SmallFile
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.outputs import DTYPES
+from ties_ray.recipe.coefficients import Rules as Lines
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE
 from ties_ray.stores import Listing, Pin, Stores, absolute, hub_name
@@ -56,6 +57,15 @@ class Model:
     """Facts from its format: `base_name`, `task_type`, `rank`, ..."""
     account: Account = field(default_factory=Account)
     """The fate of every element that it stores."""
+    weights: Lines = ()
+    """Weights by parameter; `weight` holds where no line matches."""
+    densities: Lines = ()
+    """Densities by parameter; `density` holds where no line matches."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its weight is 0 everywhere."""
+        return self.weight == 0 and all(not any(rule.values) for rule in self.weights)
 
 
 def _write_models(models: Sequence[Model], write: SerializerFunctionWrapHandler) -> list[dict[str, object]]:
@@ -96,6 +106,8 @@ class Catalog:
     """Folders that wait for a later merge, each with the reason."""
     library: Library = TRANSFORMERS
     """The library of the input that `output.files_from` names; it decides the names of a whole model's files."""
+    lambdas: Lines = ()
+    """The method's lambda by parameter; its own holds where no line matches."""
 
     @property
     def facts(self) -> dict[str, str]:
@@ -166,7 +178,23 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     )
     base_model, models = (inputs[0], inputs[1:]) if recipe.base else (Model("", BASE, "", (), {}), inputs)
     waiting = expanded.waiting
-    return Catalog(base_model, tuple(models), parameters, small, notes, checked.refused, waiting, library)
+    catalog = Catalog(base_model, tuple(models), parameters, small, notes, checked.refused, waiting, library)
+    return _with_coefficients(recipe, catalog, stores)
+
+
+def _with_coefficients(recipe: Recipe, catalog: Catalog, stores: Stores) -> Catalog:
+    """Return the catalog with all numbers that differ by parameter; raise `RecipeError` for those of no parameter."""
+    lines = coefficients.read_file(recipe, stores)
+    models = coefficients.with_rules(recipe, lines, catalog.models)
+    lambdas = coefficients.lambdas(recipe, lines)
+    if problems := list(coefficients.problems(models, lambdas, catalog.parameters)):
+        raise RecipeError(problems)
+    models = coefficients.without_idle_sources(models, catalog.parameters)
+    if not lambdas and all(model is before for model, before in zip(models, catalog.models, strict=True)):
+        return catalog
+    changed = {name for model in models for name in model.sources}
+    parameters = (each._replace(changed=each.changed and each.name in changed) for each in catalog.parameters)
+    return replace(catalog, models=tuple(models), parameters=tuple(parameters), lambdas=lambdas)
 
 
 def _check(
@@ -266,6 +294,8 @@ def _model(fetched: FetchedInput, contents: Contents, shared: dict[Hashable, dic
         sources=shared.setdefault((form.name, *contents.sources.items()), dict(contents.sources)),
         weight=entry.weight,
         density=entry.density,
+        weights=entry.weights,
+        densities=entry.densities,
         licence=licence_of(fetched.folder.texts.get(README, b"")),
         facts=dict(contents.facts),
         account=contents.account,

@@ -1,7 +1,5 @@
 """The folders that a recipe means: globs, tables and plain paths become a list of models, in recipe order."""
 
-import csv
-import io
 import math
 import os
 import re
@@ -11,30 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
 from ties_ray.errors import InputError, Problem, RecipeError, printable
-from ties_ray.recipe.parse import unfit
+from ties_ray.inputs.tables import Table, read_table
+from ties_ray.recipe.coefficients import Rules, number_of, rules_of
 from ties_ray.recipe.recipe import ModelEntry, Recipe
 from ties_ray.stores import Stores, leads_from, scheme_of, shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-TABLE_BYTES = 4 * 2**20
-"""The largest table of models that is read, in bytes."""
-TABLE_ROWS = 40_000
-"""The most rows of a table: empty rows would take a hundred times their size in memory."""
-LINE_SHOWN = 200
-"""The most characters of a header row that a message repeats."""
-LINES_SHOWN = 20
-"""The most problems of one table that are shown; the rest is counted."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 """Endings of files that hold weights, also in formats that are refused later."""
-COLUMNS = ("path", "weight", "density", "file", "variant")
+MODELS = Table(("path", "weight", "density", "file", "variant"), ("path",), "model")
+"""A table of models."""
 BASE = "base"
 """The base's id."""
 
@@ -50,6 +41,10 @@ class Entry:
     """The recipe's id; the complete list has one for every entry."""
     weight: float = 1.0
     density: float | None = None
+    weights: Rules = ()
+    """Weights by parameter; `weight` holds where no line matches."""
+    densities: Rules = ()
+    """Densities by parameter; `density` holds where no line matches."""
     sha256: Mapping[str, str] = field(default_factory=dict)
     version_id: Mapping[str, str] = field(default_factory=dict)
     settle: float = 0.0
@@ -131,7 +126,7 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
         yield from (entry for entry in rows if entry.uri not in gone)
         return
     path = asked.path or ""
-    model = Entry(place, path.rstrip("/") or "/", weight=asked.weight, density=asked.density)
+    model = _numbers(Entry(place, path.rstrip("/") or "/"), asked)
     model = replace(model, file=asked.file, variant=asked.variant)
     if not asked.is_glob or _exists(path, stores):
         yield replace(model, id=asked.id or "", sha256=asked.sha256, version_id=asked.version_id, settle=asked.settle)
@@ -156,6 +151,13 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
         notes.append(f"{path}: {len(followed)} folders are links ({_few(followed)}); `links: false` leaves them out")
     for uri in folders:
         yield replace(model, uri=uri, settle=asked.settle)
+
+
+def _numbers(entry: Entry, asked: ModelEntry) -> Entry:
+    """Return an entry with the weight and the density that the recipe asks for."""
+    weight, density = number_of(asked.weight), number_of(asked.density)
+    entry = replace(entry, weight=1.0 if weight is None else weight, density=density)
+    return replace(entry, weights=rules_of(asked.weight), densities=rules_of(asked.density))
 
 
 def _few(texts: Sequence[str]) -> str:
@@ -244,52 +246,18 @@ def _plain(path: str, stores: Stores) -> str | None:
 
 def _table(asked: ModelEntry, place: str, stores: Stores) -> list[Entry]:
     """Return the models of a table; raise `InputError` with all that is wrong with its rows."""
-    table = asked.table or ""
-    entries: list[Entry] = []
-    problems: list[Problem] = []
-    for line, row in enumerate(_rows(table, place, stores), start=2):
-        try:
-            entries.append(_entry_of_row(asked, f"{table}:{line}", row, stores))
-        except InputError as error:
-            problems += error.problems
-    if len(problems) > LINES_SHOWN:
-        more = Problem(table, f"and {len(problems) - LINES_SHOWN:,} more problems")
-        problems = [*problems[:LINES_SHOWN], more]
-    if problems:
-        raise InputError(problems)
-    return entries
+
+    def entry(row: str, cells: Mapping[str, str]) -> Entry:
+        return _entry_of_row(asked, row, cells, stores)
+
+    return read_table(asked.table or "", place, MODELS, stores, entry)
 
 
-def _rows(table: str, place: str, stores: Stores) -> list[dict[str | None, str]]:
-    """Return the rows of a CSV file by column; the key None holds fields beyond the header row."""
-    try:
-        _, data = stores.of(table).get(table, TABLE_BYTES)
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True)
-        columns = reader.fieldnames or []
-        fitting = "path" in columns and set(columns) <= set(COLUMNS)
-        rows = list(islice(reader, TABLE_ROWS + 1)) if fitting else []
-    except FileNotFoundError:
-        raise InputError(Problem(place, f"there is no table {table}", "check the path")) from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(Problem(table, f"is not a CSV file in UTF-8 ({error})", "save it again")) from None
-    if not rows:
-        message = f"needs a header row and at least one model; columns: {', '.join(COLUMNS)}, the last two optional"
-        raise InputError(Problem(table, f"{message}; it has {', '.join(columns)[:LINE_SHOWN] or 'none'}"))
-    if len(rows) > TABLE_ROWS:
-        raise InputError(Problem(table, f"has more than {TABLE_ROWS:,} rows", "split it into several tables"))
-    return rows
-
-
-def _entry_of_row(asked: ModelEntry, place: str, row: Mapping[str | None, str], stores: Stores) -> Entry:
+def _entry_of_row(asked: ModelEntry, place: str, cells: Mapping[str, str], stores: Stores) -> Entry:
     """Return the model of one row; raise `InputError` where the row is wrong."""
-    if None in row:
-        raise InputError(Problem(place, "has more fields than the header row", "quote a path with commas"))
-    fields = {key: value.strip() for key, value in row.items() if value and value.strip()}
-    if problems := [problem._replace(where=place) for problem in unfit(fields)]:
-        raise InputError(problems)
     shared = {"weight": asked.weight, "density": asked.density, "file": asked.file, "variant": asked.variant}
     try:
-        model = ModelEntry.model_validate({**shared, **fields})
+        model = ModelEntry.model_validate({**shared, **cells})
     except ValidationError as error:
         raise InputError(Problem(place, _message(item)) for item in error.errors(include_url=False)) from None
     path = (model.path or "").rstrip("/") or "/"
@@ -300,7 +268,7 @@ def _entry_of_row(asked: ModelEntry, place: str, row: Mapping[str | None, str], 
     folder = _plain(path, stores) if model.is_glob else path
     if folder is None:
         raise InputError(Problem(place, "has a glob as its path", "write one folder a row; `[[]` stands for `[`"))
-    entry = Entry(place, folder, weight=model.weight, density=model.density, settle=asked.settle)
+    entry = _numbers(Entry(place, folder, settle=asked.settle), model)
     return replace(entry, file=model.file, variant=model.variant)
 
 

@@ -47,8 +47,9 @@ class Layout:
         self.files = files
         self.parameters = catalog.parameters
         self.by_name = {parameter.name: index for index, parameter in enumerate(catalog.parameters)}
-        self._merged = [index for index, parameter in enumerate(catalog.parameters) if parameter.merged]
-        self._ends = list(itertools.accumulate(catalog.parameters[index].numel for index in self._merged))
+        self.merged = [index for index, parameter in enumerate(catalog.parameters) if parameter.merged]
+        """Indices of the merged parameters."""
+        self._ends = list(itertools.accumulate(catalog.parameters[index].numel for index in self.merged))
         """The end of each merged parameter in the concatenation of all, in elements."""
         self.num_elements = self._ends[-1] if self._ends else 0
         """Elements of a checkpoint's task vector, the d of a density."""
@@ -56,7 +57,7 @@ class Layout:
         self._parts_a_shard = max(
             1, min(sizes.max_shard, sum(file.size for file in files) // sizes.shards_at_least) // self.part_size
         )
-        self.matrices = [index for index in self._merged if catalog.parameters[index].changed]
+        self.matrices = [index for index in self.merged if catalog.parameters[index].changed]
         """Indices of the parameters that a condensing output condenses, one shard each."""
         shards = [-(-self.num_parts(index) // self._parts_a_shard) for index in range(len(files))]
         self._shard_ends = list(itertools.accumulate(shards))
@@ -114,7 +115,7 @@ class Layout:
         segments = []
         position = bisect.bisect_right(self._ends, start)
         while start < stop:
-            parameter = self._merged[position]
+            parameter = self.merged[position]
             begins = self._ends[position] - self.parameters[parameter].numel
             ends = min(stop, self._ends[position])
             if ends > start:
@@ -127,7 +128,7 @@ class Layout:
         """Return the indices of the ranges that hold any of these elements."""
         ranges: set[int] = set()
         for parameter, start, stop in segments:
-            begins = self._ends[bisect.bisect_left(self._merged, parameter)] - self.parameters[parameter].numel
+            begins = self._ends[bisect.bisect_left(self.merged, parameter)] - self.parameters[parameter].numel
             ranges.update(range((begins + start) // self._range, -(-(begins + stop) // self._range)))
         return ranges
 

@@ -134,6 +134,7 @@ class Context:
     stop: int
     """Elements [start, stop) of the parameter, row-major."""
     members: tuple[Member, ...]
+    """The models, with weight and density as the recipe gives them for this parameter."""
     present: tuple[bool, ...]
     """Whether each member has a change for this parameter."""
     thresholds: tuple[int, ...]
@@ -150,10 +151,12 @@ class Context:
 
     There is one for each member, or none: only an exact `Threshold` gives them.
     """
+    depth: float = 0.0
+    """How deep the parameter lies in its stack of layers: 0 in the first and outside of layers, 1 in the last."""
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Return the weight of each member for this parameter."""
+        """Return the weight of each member."""
         return tuple(member.weight for member in self.members)
 
     def sum(self, name: str, *members: int, whole: bool = False) -> float:
@@ -253,8 +256,16 @@ class Method(BaseModel, ABC):
     has_density: ClassVar[bool] = False
     """Whether models may have a density of their own."""
 
+    @property
+    def has_lambda(self) -> bool:
+        """Whether it has a lambda, which a recipe may give by parameter."""
+        return "lambda_" in type(self).model_fields
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Return what is wrong with these models' weights and densities for this method."""
+        """Return what is wrong with these models' weights and densities for this method.
+
+        It is asked for each kind of parameter where the recipe gives numbers by parameter.
+        """
         return []
 
     def needs(self, members: Sequence[Member]) -> Threshold | None:

@@ -90,8 +90,7 @@ def recount(
     _require_arithmetic(plan, "--recount")
     merge = plan.merges[0]
     low = [index for index, round_ in enumerate(merge.rounds) if round_.kind == "threshold"]
-    need = plan.recipe.method.needs(merge.members)
-    trimmed = [number for number in range(len(merge.members)) if need and need.densities[number] < 1]
+    trimmed = merge.by_parameter.trimmed()
     if not low or not trimmed:
         raise InputError(Problem("--recount", "this merge has no thresholds", "leave --recount out"))
     generator = random.Random(f"{plan.run_id} {seed}")

@@ -13,6 +13,7 @@ from ties_ray.errors import InputError, MergeError, Problem, RecipeError
 from ties_ray.inputs.agreement import RefusedModel
 from ties_ray.inputs.catalog import Catalog, Model
 from ties_ray.kernels import ARITHMETICS
+from ties_ray.layout.by_parameter import ByParameter
 from ties_ray.layout.footprint import formats_of
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Layout, plan_files
@@ -20,6 +21,7 @@ from ties_ray.layout.sizes import SIZES, Sizes, comparable
 from ties_ray.methods import Member, Round, every_element
 from ties_ray.outputs import CondensingOutput, Output
 from ties_ray.planning.plan import SCHEMA_VERSION, Plan
+from ties_ray.recipe.coefficients import Rules
 from ties_ray.recipe.recipe import Recipe, Run
 from ties_ray.rounds import Conclusion, Merge, PlannedResult, PlannedRound
 
@@ -35,7 +37,7 @@ def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
     _demand_memory(recipe, memory)
     further = merge.budget.further_ahead(max(round_.block for round_ in merge.rounds), memory)
     run_id = _run_id(recipe, catalog)
-    left_out = [model for model in catalog.models if model.weight == 0]
+    left_out = [model for model in catalog.models if model.is_idle]
     return Plan(
         schema_version=SCHEMA_VERSION,
         arithmetic=ARITHMETICS[recipe.run.arithmetic],
@@ -125,13 +127,14 @@ def _revised(plan: Plan, result: int, changed: PlannedResult) -> Plan:
 
 def _planned_merge(recipe: Recipe, catalog: Catalog, sizes: Sizes) -> Merge:
     """Return the result that a recipe asks for, with its rounds."""
-    kept = [index for index, model in enumerate(catalog.models) if model.weight != 0]
+    kept = [index for index, model in enumerate(catalog.models) if not model.is_idle]
     models = [catalog.models[index] for index in kept]
     members = tuple(Member(model.id, model.weight, model.density) for model in models)
-    _check(recipe, catalog, members)
+    numbers = ByParameter(recipe.method, catalog, members, models)
+    _check(recipe, catalog, members, numbers)
     files = plan_files(recipe, catalog)
     layout = Layout(recipe, catalog, files, sizes)
-    result = PlannedResult(members, tuple(kept), _task_vectors(recipe, members, models, layout), files, ())
+    result = PlannedResult(members, tuple(kept), _task_vectors(numbers, models, layout), files, ())
     merge = Merge(recipe, catalog, result, sizes, ARITHMETICS[recipe.run.arithmetic])
     return replace(merge, result=replace(result, rounds=tuple(_rounds(merge))))
 
@@ -156,8 +159,8 @@ def _kind(merge: Merge, round_: Round, *, last: bool) -> str:
     return ("units" if whole else "merge") if last else "gather"
 
 
-def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> None:
-    problems = list(recipe.method.problems(members))
+def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member], numbers: ByParameter) -> None:
+    problems = list(numbers.problems() if members else ())
     if not members:
         problems.append(Problem("models", "all weights are zero", "give at least one model a weight"))
     if not any(parameter.merged for parameter in catalog.parameters):
@@ -182,15 +185,13 @@ def _demand_memory(recipe: Recipe, memory: int) -> None:
         raise RecipeError(Problem("run.memory", f"{problem} {memory:,} bytes", remedy))
 
 
-def _task_vectors(
-    recipe: Recipe, members: Sequence[Member], models: Sequence[Model], layout: Layout
-) -> tuple[int, ...]:
+def _task_vectors(numbers: ByParameter, models: Sequence[Model], layout: Layout) -> tuple[int, ...]:
     """Return the elements of each member's task vector, the d of a density.
 
     A whole model counts all merged elements. An adapter counts those that it changes, or those that any adapter
     changes where the method says so (`denominator`).
     """
-    need = recipe.method.needs(members)
+    need = numbers.first_need()
     formats = formats_of(models)
     numels = {parameter.name: parameter.numel for parameter in layout.parameters if parameter.merged}
     union = {name for model in models if not formats[model.format].whole for name in model.sources}
@@ -213,9 +214,14 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
     for key in ("path", "part_size"):
         del rules["output"][key]
     inputs = [
-        (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects])
+        (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects], *_rules(model))
         for model in (catalog.base, *catalog.models)
     ]
     beside = [(small.name, tuple(small.pin)) for small in catalog.small_files]
-    text = json.dumps([SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs, beside], sort_keys=True)
+    decisive = [SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs, beside, *catalog.lambdas]
+    text = json.dumps(decisive, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _rules(model: Model) -> list[Rules]:
+    return [model.weights, model.densities] if model.weights or model.densities else []

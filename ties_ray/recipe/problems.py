@@ -13,7 +13,7 @@ from ties_ray import plugins
 from ties_ray.errors import Problem, shown
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.recipe.recipe import Allow, Base, Bounds, Json, ModelEntry, Recipe, Run
+from ties_ray.recipe.recipe import Allow, Base, Bounds, Coefficients, Json, ModelEntry, Recipe, Run
 from ties_ray.stores import store_class
 
 MAX_SHOWN = 200
@@ -21,6 +21,7 @@ MAX_SHOWN = 200
 SECTIONS: dict[str, type[BaseModel]] = {
     "base": Base,
     "models": ModelEntry,
+    "coefficients": Coefficients,
     "allow": Allow,
     "bounds": Bounds,
     "run": Run,

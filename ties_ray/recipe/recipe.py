@@ -25,6 +25,7 @@ from ties_ray.errors import RecipeError
 from ties_ray.executors import address_problem
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
+from ties_ray.recipe.coefficients import Coefficient, number_of, rules_of
 from ties_ray.stores import Uri, store_class
 
 Json = dict[str, Any]
@@ -78,10 +79,16 @@ class ModelEntry(Strict):
     """Variant that chooses among several models in a folder: `fp16` for `model.fp16.safetensors`."""
     id: str | None = None
     """Name of this model. Random methods draw by it, and it allows the same path twice."""
-    weight: FiniteFloat = 1.0
-    """Factor on this model's delta."""
-    density: FiniteFloat | None = Field(default=None, gt=0, le=1)
-    """Share of this model's task vector that is kept. Default: the density of the method."""
+    weight: Coefficient = 1.0
+    """Factor on this model's delta: a number, a gradient over the layers, or a table by pattern of parameters.
+
+    Parameters that no pattern matches have weight 1.
+    """
+    density: Coefficient | None = None
+    """Share of this model's task vector that is kept: a number, a gradient or a table.
+
+    Default: the density of the method.
+    """
     not_: tuple[str, ...] = Field(default=(), alias="not")
     """Patterns of paths that the glob leaves out."""
     at_least: int | None = Field(default=None, ge=1)
@@ -113,10 +120,50 @@ class ModelEntry(Strict):
             raise ValueError(f"`id`, `sha256` and `version_id` name one model, not a glob or a table{hint}")
         return self
 
+    @field_validator("density")
+    @classmethod
+    def _density(cls, value: Coefficient | None) -> Coefficient | None:
+        return _shares(value)
+
     @property
     def is_glob(self) -> bool:
         """Whether the path may stand for several folders."""
         return self.glob and any(char in (self.path or "") for char in "*?[")
+
+
+class Coefficients(Strict):
+    """Numbers of the method that differ by parameter, and a file of numbers for each model."""
+
+    lambda_: Coefficient | None = Field(default=None, alias="lambda")
+    """The method's lambda by parameter: a gradient or a table. `method.lambda` may hold it too.
+
+    Parameters that no pattern matches have the method's default.
+    """
+    density: Coefficient | None = None
+    """The method's density by parameter: a gradient or a table. `method.density` may hold it too.
+
+    A model's own density comes first.
+    """
+    file: Uri | None = None
+    """CSV file with the columns model, pattern, and any of weight, density, lambda.
+
+    The first row that matches counts, and comes before all numbers of the recipe. A row without a model, by id, is for
+    all models; lambda is for all. An empty cell says nothing.
+    """
+
+    @field_validator("density")
+    @classmethod
+    def _density(cls, value: Coefficient | None) -> Coefficient | None:
+        return _shares(value)
+
+
+def _shares(value: Coefficient | None) -> Coefficient | None:
+    """Return a density; raise `ValueError` where it is no share."""
+    number = number_of(value)
+    numbers = [each for _, values in rules_of(value) for each in values] + ([] if number is None else [number])
+    if wrong := [each for each in numbers if not 0 < each <= 1]:
+        raise ValueError(f"a density is above 0 and at most 1, not {wrong[0]}")
+    return value
 
 
 class Allow(Strict):
@@ -251,11 +298,30 @@ class Recipe(Strict):
     output: Annotated[SerializeAsAny[Output], BeforeValidator(_output)]
     exclude: tuple[str, ...] = ()
     """Patterns of parameters that are taken from the base unchanged, such as `*.bias`."""
+    coefficients: Coefficients = Coefficients()
     allow: Allow = Allow()
     bounds: Bounds = Bounds()
     storage: dict[str, Json] = {}
     """Options of the stores, by scheme. Secrets do not belong here."""
     run: Run = Run()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables_of_the_method(cls, value: Any) -> Any:
+        """Move gradients and tables from `method` to `coefficients`."""
+        method = value.get("method") if isinstance(value, Mapping) else None
+        tables = {
+            key: method[key]
+            for key in ("lambda", "density")
+            if isinstance(method, Mapping) and isinstance(method.get(key), Mapping | list | tuple)
+        }
+        if not tables or not isinstance(method, Mapping):
+            return value
+        given = value.get("coefficients") or {}
+        if twice := sorted(tables.keys() & given):
+            raise ValueError(f"method.{twice[0]} and coefficients.{twice[0]} both give a table")
+        rest = {key: item for key, item in method.items() if key not in tables}
+        return {**value, "method": rest, "coefficients": {**given, **tables}}
 
     @field_validator("storage")
     @classmethod
@@ -276,6 +342,10 @@ class Recipe(Strict):
     def _densities(self) -> "Recipe":
         if not self.method.has_density and any(entry.density is not None for entry in self.models):
             raise ValueError(f"the method {self.method.name} has no density, yet a model gives one")
+        if not self.method.has_density and self.coefficients.density is not None:
+            raise ValueError(f"the method {self.method.name} has no density, yet `coefficients` gives one")
+        if not self.method.has_lambda and self.coefficients.lambda_ is not None:
+            raise ValueError(f"the method {self.method.name} has no lambda, yet a table gives one")
         return self
 
     @model_validator(mode="after")

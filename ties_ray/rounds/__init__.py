@@ -19,6 +19,7 @@ from ties_ray.errors import Problem
 from ties_ray.inputs.catalog import Catalog, Model
 from ties_ray.kernels import Factors, Kernels
 from ties_ray.layout.budget import Budget
+from ties_ray.layout.by_parameter import ByParameter
 from ties_ray.layout.footprint import Sources
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Layout, Segment, Shard
@@ -108,6 +109,11 @@ class Merge:
         return [self.catalog.models[index] for index in self.result.models]
 
     @cached_property
+    def by_parameter(self) -> ByParameter:
+        """Return weights, densities and lambda by parameter."""
+        return ByParameter(self.recipe.method, self.catalog, self.members, self.models)
+
+    @cached_property
     def layout(self) -> Layout:
         """Return which shard covers what."""
         return Layout(self.recipe, self.catalog, self.result.files, self.sizes)
@@ -126,9 +132,10 @@ class Merge:
         """Return the kind of a planned round."""
         return kind_of(self.rounds[index])
 
-    def own_round(self, round_: PlannedRound) -> Round:
-        """Return the method's own round behind a planned one."""
-        return self.recipe.method.rounds()[round_.position]
+    def own_round(self, round_: PlannedRound, parameter: int | None = None) -> Round:
+        """Return the method's own round behind a planned one, as it runs for a parameter."""
+        method = self.recipe.method if parameter is None else self.by_parameter.method(parameter)
+        return method.rounds()[round_.position]
 
     def first_read(self) -> int:
         """Return the index of the round that keeps checksums of what it reads, for later rounds to compare."""

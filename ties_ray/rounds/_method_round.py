@@ -71,7 +71,7 @@ def context_of(bench: Bench, index: int, block: Block) -> Context:
         parameter=parameter,
         start=block.start,
         stop=block.stop,
-        members=merge.members,
+        members=merge.by_parameter.members(block.parameter),
         present=tuple(parameter.name in model.sources for model in merge.models),
         thresholds=thresholds(bench, block.parameter),
         statistics=statistics(bench, index),
@@ -79,6 +79,7 @@ def context_of(bench: Bench, index: int, block: Block) -> Context:
         sums=sums(bench, index, block.parameter),
         base=block.base if merge.own_round(merge.rounds[index]).needs_base else None,
         tie_ends=tie_ends(bench, block.parameter),
+        depth=merge.by_parameter.depth(block.parameter),
     )
 
 
@@ -100,7 +101,7 @@ def merged(bench: Bench, index: int, block: Block) -> "Tensor":
     """Return the merged delta of a block (1-D fp32), from the method's last round."""
     import torch
 
-    run = bench.merge.own_round(bench.merge.rounds[index]).run
+    run = bench.merge.own_round(bench.merge.rounds[index], block.parameter).run
     delta = run(block.slices, context_of(bench, index, block)).merged
     if delta is None or delta.dtype != torch.float32 or delta.shape != block.base.shape:
         name = bench.merge.recipe.method.name

@@ -122,7 +122,8 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
         if not merge.sources.rank_sum(merge.recipe, merge.members, parameter):
             return []
         present = [parameter.name in model.sources for model in merge.models]
-        coefficients = merge.recipe.method.coefficients(merge.members, present) or ()
+        numbers, index = merge.by_parameter, merge.layout.by_name[parameter.name]
+        coefficients = numbers.method(index).coefficients(numbers.members(index), present) or ()
         stored = bench.factors((member, parameter) for member in range(len(merge.models)))
         pairs = [pair for pair in zip(coefficients, stored, strict=True) if pair[1] is not None]
         factors = [(coefficient, each) for coefficient, each in pairs if each is not None]

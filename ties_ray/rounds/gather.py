@@ -90,10 +90,11 @@ class GatherRound(RoundKind[Gathered, Gathered]):
 
     def work(self, bench: Bench, index: int, shard: Shard, tally: Sums, zeroed: Counter[tuple[int, str]]) -> None:
         """Run the method's round on every block, and add up its statistics."""
-        run = bench.merge.own_round(bench.merge.rounds[index]).run
+        merge = bench.merge
         with closing(blocks_of(bench, index, shard.segments, range(*shard.models), zeroed)) as blocks:
             for block in blocks:
-                tally.add(block.parameter, run(block.slices, context_of(bench, index, block)))
+                own = merge.own_round(merge.rounds[index], block.parameter)
+                tally.add(block.parameter, own.run(block.slices, context_of(bench, index, block)))
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Gathered]) -> Gathered:
         """Return the sums over all records."""

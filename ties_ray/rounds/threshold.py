@@ -117,10 +117,10 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
         """Yield both rounds where the method needs thresholds."""
-        need = merge.recipe.method.needs(merge.members)
+        need = merge.by_parameter.first_need()
         if need is None:
             return
-        trimmed = _trimmed(need)
+        trimmed = merge.by_parameter.trimmed()
         shards = self.num_groups(merge) * merge.layout.num_ranges
         block = merge.budget.block(beside=merge.sizes.tables, slices=1)
         run = merge.budget.run(block, min(merge.sizes.model_group, len(merge.models)))
@@ -180,7 +180,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def load(self, merge: Merge, round_: PlannedRound) -> Load:
         """Return the members that are trimmed; of low bits those that one count does not settle."""
-        trimmed = _trimmed(need_of(merge))
+        trimmed = merge.by_parameter.trimmed()
         streams = min(merge.sizes.model_group, len(trimmed))
         if round_.position == HIGH:
             return Load(trimmed, streams=streams)
@@ -210,13 +210,13 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def _counted(self, bench: Bench, index: int, shard: Shard) -> Callable[[int], tuple[int, ...]]:
         """Return what tells of a parameter which members are counted there: those with a threshold yet to be found."""
-        merge, need = bench.merge, need_of(bench.merge)
+        merge, by_tensor = bench.merge, need_of(bench.merge).scope == "tensor"
         picks = picks_of(bench, index - 1, self.group_of(merge, shard)) if _is_low(merge, index) else None
 
         def is_open(member: int, parameter: int) -> bool:
-            if need.densities[member] == 1 or member in bench.recalled:
+            if merge.by_parameter.density(member, parameter) == 1 or member in bench.recalled:
                 return False
-            scope = member, WHOLE if need.scope == "global" else parameter
+            scope = member, parameter if by_tensor else WHOLE
             return picks is None or (scope in picks and not picks[scope].settled)
 
         return lambda parameter: tuple(member for member in range(*shard.models) if is_open(member, parameter))
@@ -273,7 +273,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
                 yield from pick_low([high[scope]], table)
             else:
                 size = merge.result.sizes[member] if parameter == WHOLE else parameters[parameter].numel
-                yield from pick_high(need, {parameter: size}, [scope], table)
+                yield from pick_high(need_of(merge, parameter), {parameter: size}, [scope], table)
 
     # -- stored findings
 
@@ -327,7 +327,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
         if need.scope != "global":
             return []
         picks = {pick.member: pick for picks in before.values() for pick in picks} if _is_low(merge, index) else None
-        requests = [want for member in _trimmed(need) if (want := _wanted(merge, member, pool, picks))]
+        requests = [want for member in merge.by_parameter.trimmed() if (want := _wanted(merge, member, pool, picks))]
         read = pool.read_each([(want.identity, want.name) for want in requests], COUNTS)
         by_group: dict[int, list[Counts]] = defaultdict(list)
         for want, counts in zip(requests, read, strict=True):
@@ -393,15 +393,12 @@ def _planned(name: str, position: int, shards: int, block: int, reading: Reading
     return PlannedRound(name, "threshold", position, shards, 1, block, reading.num_bytes, reading.requests, again, run)
 
 
-def need_of(merge: Merge) -> Threshold:
-    """Return the thresholds that the method needs."""
-    need = merge.recipe.method.needs(merge.members)
+def need_of(merge: Merge, parameter: int = WHOLE) -> Threshold:
+    """Return the threshold that the method needs for a parameter, or for the first one that is trimmed."""
+    numbers = merge.by_parameter
+    need = numbers.first_need() if parameter == WHOLE else numbers.need(parameter)
     assert need, "only a threshold has counting rounds"
     return need
-
-
-def _trimmed(need: Threshold) -> list[int]:
-    return [member for member, density in enumerate(need.densities) if density < 1]
 
 
 def _is_low(merge: Merge, index: int) -> bool:
@@ -426,8 +423,8 @@ def _scopes(merge: Merge, need: Threshold, group: int) -> list[Scope]:
     return [
         (member, index)
         for member in range(*_bounds(merge, group))
-        if need.densities[member] < 1
         for index in ([WHOLE] if need.scope == "global" else merged)
+        if merge.by_parameter.density(member, merged[0] if index == WHOLE else index) < 1
         if index == WHOLE or _stands_for(merge, member, parameters[index])
     ]
 
@@ -516,7 +513,7 @@ def wanted_count(merge: Merge, pick: Pick) -> int:
     """Return k, how many values a trim should keep."""
     by_tensor = pick.parameter != WHOLE
     size = merge.catalog.parameters[pick.parameter].numel if by_tensor else merge.result.sizes[pick.member]
-    return kept_count(need_of(merge), pick.member, size)
+    return kept_count(need_of(merge, pick.parameter), pick.member, size)
 
 
 def _trim_report(merge: Merge, pick: Pick) -> TrimReport:

@@ -49,12 +49,12 @@ class TiedRound(RoundKind[AllTies, AllTies]):
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
         """Yield both rounds where the method keeps exactly as many values as its density says."""
-        need = merge.recipe.method.needs(merge.members)
+        need = merge.by_parameter.first_need()
         if need is None or not need.exact:
             return
         block = merge.budget.block(beside=0, slices=1)
         reading = cost.gathering(block, 0, 1)
-        trimmed = [member for member, density in enumerate(need.densities) if density < 1]
+        trimmed = merge.by_parameter.trimmed()
         for place, name in ((COUNTED, "ties, counted"), (PLACED, "ties, placed")):
             again = cost.again(trimmed, 1, 1, 0)
             yield PlannedRound(name, "tied", place, merge.layout.num_ranges, 1, block, *reading[:2], again)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ties_ray.kernels import Kernels, load
 from ties_ray.kernels.definition import Definition
+from ties_ray.layers import depths
 from ties_ray.layout.budget import STATE_BYTES
 from ties_ray.methods import Computed, Context, Key, Member, Method, Result, Round, Slice, Threshold
 from ties_ray.rounds._kth_largest import kept_count
@@ -255,6 +256,7 @@ class _Held:
             sums={key: value for (of, key), value in self._sums.items() if of in ("", name)},
             base=base,
             tie_ends=_tie_ends(self._need, self._deltas, name),
+            depth=depths(self._deltas).get(name, 0.0),
         )
 
 

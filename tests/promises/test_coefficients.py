@@ -1,0 +1,179 @@
+"""Weights, densities and lambda that differ by parameter: each parameter is merged with its own numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tools.adapters import make_pool
+from tests.tools.families import Family
+from tests.tools.merging import LOCAL, carried_out, digests, merge, read_tensors, recipe_of, same_bits
+from ties_ray.errors import InputError, RecipeError
+from ties_ray.layers import depths
+from ties_ray.operations import merging
+from ties_ray.recipe.parse import parse, validate
+from ties_ray.stores import Stores
+
+MakeFamily = Callable[..., Family]
+WEIGHTS = [{"*.self_attn.*": 0.5, "*.mlp.*": 2.0}, [0.0, 1.0], 1.5]
+DENSITIES = [{"*q_proj*": 0.9}, None, [0.1, 0.5, 0.3]]
+
+
+def numbers(name: str, depth: float) -> tuple[list[float], list[float | None], float]:
+    """Return the weights, densities and lambda that the recipes of these tests give to a parameter."""
+    first = 0.5 if ".self_attn." in name else 2.0 if ".mlp." in name else 1.0
+    third = 0.1 + 0.8 * depth if depth <= 0.5 else 0.5 - 0.4 * (depth - 0.5)
+    return [first, depth, 1.5], [0.9 if "q_proj" in name else None, None, third], 0.25 if "norm" in name else 1.0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "ties", "trim": "tensor", "density": 0.4},
+        {"name": "ties", "trim": "tensor", "density": 0.4, "merge": "sum", "zero_sum": "positive"},
+        {"name": "dare", "density": 0.6},
+        {"name": "breadcrumbs", "density": 0.6},
+        {"name": "della", "density": 0.6, "epsilon": 0.05},
+    ],
+    ids=lambda method: "-".join(map(str, method.values())),
+)
+def test_each_parameter_has_the_bits_of_a_merge_with_its_own_numbers(
+    method: dict[str, object], family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family = family_of(num_models=3, mixed=True, layers=3)
+    given = {**method, "lambda": {"*norm*": 0.25}}
+    merge(family, tmp_path / "out", given, weights=WEIGHTS, densities=DENSITIES)
+    written = read_tensors(tmp_path / "out")
+    layered, alone = depths(family.base_tensors), dict[str, dict[str, torch.Tensor]]()
+    for name in family.base_tensors:
+        weights, densities, scale = numbers(name, layered.get(name, 0.0))
+        key = str((weights, densities, scale))
+        if key not in alone:
+            folder = tmp_path / str(len(alone))
+            merge(family, folder, {**method, "lambda": scale}, weights=weights, densities=densities)
+            alone[key] = read_tensors(folder)
+        assert same_bits(written[name], alone[key][name]), name
+    assert len(alone) > 4
+
+
+def test_gradients_and_tables_are_the_sums_that_they_say(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3, dtype="F32", layers=3)
+    method = {"name": "task_arithmetic", "lambda": {"*.layers.*": [0.2, 0.8], "*": 0.5}}
+    merge(family, tmp_path / "out", method, weights=WEIGHTS)
+    written, layered = read_tensors(tmp_path / "out"), depths(family.base_tensors)
+    for name, base in family.base_tensors.items():
+        if not base.is_floating_point():
+            continue
+        scale = 0.2 + 0.6 * layered[name] if name in layered else 0.5
+        weights, _, _ = numbers(name, layered.get(name, 0.0))
+        deltas = [tensors.get(name, base).double() - base.double() for tensors in family.model_tensors]
+        wanted = base.double() + scale * sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+        np.testing.assert_allclose(written[name].double(), wanted, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_a_file_of_coefficients_comes_first(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3, layers=2)
+    table = tmp_path / "numbers.csv"
+    rows = ["model,pattern,weight,density,lambda", "1,*.mlp.*,0.25,,", ",*norm*,0.5,0.9,", ",*,,,0.3", "b,*,2,,"]
+    table.write_text("\n".join(rows))
+    method = {"name": "ties", "trim": "tensor", "density": 0.4}
+    recipe = recipe_of(
+        family, tmp_path / "out", method, weights=[1.0, 4.0, 1.0], coefficients={"file": str(table)}
+    ).model_dump(mode="json", by_alias=True)
+    recipe["models"][2]["id"] = "b"
+    merging.merge(validate(recipe))
+    tables = [{"*norm*": 0.5}, {"*.mlp.*": 0.25, "*norm*": 0.5, "*": 4.0}, {"*norm*": 0.5, "*": 2.0}]
+    recipe["coefficients"] = {}
+    recipe["output"]["path"] = str(tmp_path / "same")
+    recipe["method"] = {**method, "lambda": {"*": 0.3}, "density": {"*norm*": 0.9, "*": 0.4}}
+    for entry, table in zip(recipe["models"], tables, strict=True):
+        entry["weight"] = table
+    merging.merge(validate(recipe))
+    assert digests(tmp_path / "out") == digests(tmp_path / "same")
+
+
+def test_what_has_weight_0_is_neither_read_nor_counted_as_merged(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=2, layers=2)
+    result = merge(family, tmp_path / "out", "average", weights=[{"*.layers.*": 0.0}, 1.0])
+    plan = carried_out(result)
+    first = plan.catalog.models[0]
+    assert not any(".layers." in name for name in first.sources)
+    assert first.account.adds_up
+    assert "weight 0 in the recipe" in str(first.account)
+    merge(family, tmp_path / "one", "average", weights=[0.0, 1.0])
+    written, alone = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "one")
+    assert all(same_bits(written[name], alone[name]) for name in written if ".layers." in name)
+
+
+def test_adapters_have_weights_by_parameter_as_adapter_and_as_checkpoint(tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of(str(tmp_path)), str(tmp_path / "pool"), num_adapters=3)
+    recipe = {
+        "base": pool.base,
+        "models": [
+            {"path": uri, "weight": {"*q_proj*": 0.0, "*": float(n + 1)}} for n, uri in enumerate(pool.adapters)
+        ],
+        "method": "average",
+        "run": LOCAL,
+    }
+    for kind in ("checkpoint", "adapter"):
+        merging.merge(validate({**recipe, "output": {"path": str(tmp_path / kind), "kind": kind}}))
+    written = read_tensors(tmp_path / "checkpoint")
+    touched = {name for deltas in pool.deltas for name in deltas}
+    assert any("q_proj" in name for name in touched)
+    for name, base in pool.base_tensors.items():
+        changes = [(n + 1) * deltas[name] for n, deltas in enumerate(pool.deltas) if name in deltas]
+        wanted = base.double() if "q_proj" in name or not changes else base.double() + sum(changes) / 6
+        np.testing.assert_allclose(written[name].double(), wanted, rtol=1e-6, atol=1e-6, err_msg=name)
+    assert not any("q_proj" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": {"name": "ties", "density": {"*norm*": 0.5}}}, "trim: tensor"),
+        ({"method": {"name": "average", "lambda": [0, 1]}}, "has no lambda"),
+        ({"method": {"name": "task_arithmetic", "density": [0.1, 1]}}, "has no density"),
+        ({"method": {"name": "task_arithmetic", "lambda": {"*nrom*": 0.5}}}, "no merged parameter is called '.nrom.'"),
+        ({"method": {"name": "task_arithmetic", "lambda": {"*embed*": [0, 1]}}}, "has a gradient over layers"),
+        ({"method": {"name": "ties", "trim": "tensor", "density": {"*": 1.5}}}, "above 0 and at most 1, not 1.5"),
+        ({"method": {"name": "task_arithmetic", "lambda": []}}, "at least 1 item"),
+        ({"method": {"name": "task_arithmetic", "lambda": {"*": "much"}}}, "coefficients.lambda.*: .*number"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    change: dict[str, object], message: str, family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family = family_of(num_models=2)
+    with pytest.raises(RecipeError, match=message):
+        merge(family, tmp_path / "out", change["method"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("model,pattern,weight\n7,*,1\n", "names a model that the recipe does not: '7'"),
+        ("model,pattern,weight\n,,1\n", ":2: has no pattern"),
+        ("pattern,weight\n*,nan\n", ":2: the weight 'nan' is no finite number"),
+        ("pattern,density\n*,2\n", ":2: the density 2 is no share"),
+        ("model,pattern,lambda\n0,*,2\n", ":2: gives a lambda to one model"),
+        ("pattern,value\n*,2\n", "columns: model, pattern, weight, density, lambda"),
+    ],
+)
+def test_a_wrong_file_of_coefficients_is_refused_with_its_line(
+    rows: str, message: str, family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family = family_of(num_models=2)
+    (tmp_path / "numbers.csv").write_text(rows)
+    method, numbers_ = {"name": "ties", "trim": "tensor"}, {"file": str(tmp_path / "numbers.csv")}
+    with pytest.raises((RecipeError, InputError), match=message):
+        merge(family, tmp_path / "out", method, coefficients=numbers_)
+
+
+def test_a_recipe_with_tables_survives_its_json_form() -> None:
+    text = "models: [{path: /m, weight: {'*.mlp.*': [0, 1], '*': 2}}]\nbase: /b\noutput: /o\n"
+    recipe = parse(text + "method: {name: dare, lambda: [0.5, 1], density: {a*: 0.5}}")
+    assert validate(recipe.model_dump(mode="json", by_alias=True)) == recipe
+    assert recipe.coefficients.lambda_ == (0.5, 1.0)

@@ -1,0 +1,158 @@
+"""Weights, densities and lambda by parameter: the recipe's tables and its file become rules of each model."""
+
+import fnmatch
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from ties_ray.errors import InputError, Problem, RecipeError, printable
+from ties_ray.formats import Account
+from ties_ray.inputs.tables import LINES_SHOWN, Table, read_table
+from ties_ray.layers import depths
+from ties_ray.recipe.coefficients import Rule, Rules, rules_of, value_for
+from ties_ray.recipe.recipe import Recipe
+from ties_ray.stores import Stores
+from ties_ray.tensors import Parameter, Source
+
+if TYPE_CHECKING:
+    from ties_ray.inputs.catalog import Model
+
+FILE = Table(("model", "pattern", "weight", "density", "lambda"), ("pattern",), "number")
+"""A file of coefficients."""
+PLACE = "coefficients.file"
+WITHOUT_WEIGHT = "weight 0 in the recipe"
+"""Why values are left aside that a table of weights leaves out."""
+
+
+class Line(NamedTuple):
+    """A row of a file of coefficients."""
+
+    place: str
+    model: str
+    """Id of a model; empty for all."""
+    pattern: str
+    weight: float | None
+    density: float | None
+    lambda_: float | None
+
+
+def read_file(recipe: Recipe, stores: Stores) -> list[Line]:
+    """Return the rows of the recipe's file of coefficients; none where it names no file.
+
+    Raises `InputError` with all that is wrong with the rows.
+    """
+    asked = recipe.coefficients.file
+    if asked is None:
+        return []
+    lines = read_table(asked, PLACE, FILE, stores, _line)
+    if any(line.density is not None for line in lines) and not recipe.method.has_density:
+        raise InputError(Problem(asked, f"gives a density, and {recipe.method.name} has none", "drop the column"))
+    if any(line.lambda_ is not None for line in lines) and not recipe.method.has_lambda:
+        raise InputError(Problem(asked, f"gives a lambda, and {recipe.method.name} has none", "drop the column"))
+    return lines
+
+
+def lambdas(recipe: Recipe, lines: Sequence[Line]) -> Rules:
+    """Return the lambdas by parameter; the file's come first."""
+    return _column(lines, "lambda_", ()) + rules_of(recipe.coefficients.lambda_)
+
+
+def with_rules(recipe: Recipe, lines: Sequence[Line], models: Sequence["Model"]) -> list["Model"]:
+    """Return the models with all their weights and densities by parameter; the file's come first.
+
+    Raises `RecipeError` for a row whose model the recipe does not name.
+    """
+    ids = {model.id for model in models}
+    strangers = [line for line in lines if line.model and line.model not in ids]
+    if strangers:
+        raise RecipeError(map(_stranger, strangers[:LINES_SHOWN]))
+    by_model: dict[str, list[int]] = {}
+    for number, line in enumerate(lines):
+        by_model.setdefault(line.model, []).append(number)
+    of_all, of_method = by_model.get("", []), rules_of(recipe.coefficients.density)
+    ruled = []
+    for model in models:
+        own = [lines[number] for number in sorted([*by_model.get(model.id, ()), *of_all])]
+        last = model.densities + (of_method if model.density is None else ())
+        weights, densities = _column(own, "weight", model.weights), _column(own, "density", last)
+        changes = (weights, densities) != (model.weights, model.densities)
+        ruled.append(replace(model, weights=weights, densities=densities) if changes else model)
+    return ruled
+
+
+def _stranger(line: Line) -> Problem:
+    message = f"names a model that the recipe does not: {printable(line.model)!r}"
+    return Problem(line.place, message, "write its id, by default its position from 0")
+
+
+def problems(models: Sequence["Model"], lambdas: Rules, parameters: Sequence[Parameter]) -> Iterator[Problem]:
+    """Yield the patterns that match no merged parameter, and gradients where no layer is told from the names."""
+    names = [parameter.name for parameter in parameters if parameter.merged]
+    layered = depths(names)
+    where: dict[Rule, str] = {rule: "lambda" for rule in lambdas}
+    for model in models:
+        where |= {rule: f"model {model.id}" for rule in (*model.weights, *model.densities)}
+    for rule, place in where.items():
+        matched, pattern = fnmatch.filter(names, rule.pattern), repr(printable(rule.pattern))
+        if not matched:
+            yield Problem(place, f"no merged parameter is called {pattern}", "mend the pattern, or leave it out")
+        elif len(rule.values) > 1 and not any(name in layered for name in matched):
+            message = f"{pattern} has a gradient over layers, and none of its {len(matched)} names has a number of one"
+            yield Problem(place, message, "give one number, or a table by pattern")
+
+
+def without_idle_sources(models: Sequence["Model"], parameters: Sequence[Parameter]) -> list["Model"]:
+    """Return the models without the sources to which the recipe gives weight 0; nobody reads them."""
+    layered = depths(parameter.name for parameter in parameters)
+    shared: dict[Hashable, dict[str, Source]] = {}
+    left = []
+    for model in models:
+        if any(not all(rule.values) for rule in model.weights) or (model.weights and not model.weight):
+            key = id(model.sources), model.weights, model.weight
+            if key not in shared:
+                shared[key] = {name: source for name, source in model.sources.items() if _weight(model, name, layered)}
+            gone = [source for name, source in model.sources.items() if name not in shared[key]]
+            left.append(replace(model, sources=shared[key], account=_without(model.account, gone)) if gone else model)
+        else:
+            left.append(model)
+    return left
+
+
+def _weight(model: "Model", name: str, layered: Mapping[str, float]) -> float:
+    weight = value_for(model.weights, name, layered.get(name, 0.0))
+    return model.weight if weight is None else weight
+
+
+def _without(account: Account, gone: Sequence[Source]) -> Account:
+    elements = sum(math.prod(ref.shape) for source in gone for ref in source.tensors)
+    return account.set_aside(WITHOUT_WEIGHT, sum(len(source.tensors) for source in gone), elements)
+
+
+def _column(lines: Sequence[Line], key: str, rest: Rules) -> Rules:
+    rules = tuple(Rule(line.pattern, (getattr(line, key),)) for line in lines if getattr(line, key) is not None)
+    return rules + rest
+
+
+def _line(place: str, cells: Mapping[str, str]) -> Line:
+    if "pattern" not in cells:
+        raise InputError(Problem(place, "has no pattern", "write * for all parameters"))
+    weight, density, lambda_ = (_number(place, cells, key) for key in ("weight", "density", "lambda"))
+    model = cells.get("model", "")
+    if model and lambda_ is not None:
+        raise InputError(Problem(place, "gives a lambda to one model", "leave its model out: lambda is for all"))
+    if density is not None and not 0 < density <= 1:
+        raise InputError(Problem(place, f"the density {density:g} is no share", "give one above 0 and at most 1"))
+    return Line(place, model, cells["pattern"], weight, density, lambda_)
+
+
+def _number(place: str, cells: Mapping[str, str], key: str) -> float | None:
+    if key not in cells:
+        return None
+    try:
+        value = float(cells[key])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(Problem(place, f"the {key} {cells[key][:40]!r} is no finite number", "write a number"))
+    return value

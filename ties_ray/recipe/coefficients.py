@@ -1,0 +1,84 @@
+"""Numbers of a recipe that differ by parameter: tables by pattern, and gradients over the layers."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Discriminator, Field, FiniteFloat, Tag
+
+Gradient = Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
+"""Numbers spread evenly over the layers, the first at the first layer, the last at the last one."""
+TAGS = frozenset({"a number", "a gradient", "a table"})
+"""Forms of a coefficient, as pydantic names them in the places of its errors."""
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a table"
+    return "a gradient" if isinstance(value, Sequence) and not isinstance(value, str | bytes) else "a number"
+
+
+Level = Annotated[
+    Annotated[FiniteFloat, Tag("a number")] | Annotated[Gradient, Tag("a gradient")], Discriminator(_form)
+]
+"""A number, or a gradient over the layers."""
+Table = dict[str, Level]
+"""Numbers or gradients by pattern of parameter names, where the first pattern that matches counts."""
+Coefficient = Annotated[
+    Annotated[FiniteFloat, Tag("a number")] | Annotated[Gradient, Tag("a gradient")] | Annotated[Table, Tag("a table")],
+    Discriminator(_form),
+]
+"""A number, a gradient over the layers, or a table of both by pattern of parameter names."""
+
+
+class Rule(NamedTuple):
+    """A line of a table."""
+
+    pattern: str
+    """Pattern of parameter names, as in a shell."""
+    values: tuple[float, ...]
+    """One number, or a gradient over the layers."""
+
+
+Rules = tuple[Rule, ...]
+
+
+def rules_of(coefficient: "Coefficient | None") -> Rules:
+    """Return the lines of a coefficient that differs by parameter; none of a plain number."""
+    if coefficient is None or isinstance(coefficient, int | float):
+        return ()
+    table = coefficient if isinstance(coefficient, Mapping) else {"*": coefficient}
+    return tuple(Rule(pattern, _values(level)) for pattern, level in table.items())
+
+
+def number_of(coefficient: "Coefficient | None") -> float | None:
+    """Return a plain number, None of anything else."""
+    return coefficient if isinstance(coefficient, int | float) else None
+
+
+def value_for(rules: Rules, name: str, depth: float) -> float | None:
+    """Return what the first line that matches a parameter says, None where no line does.
+
+    depth: how deep the parameter lies in its stack of layers, from 0 to 1; 0 outside the layers.
+    """
+    for pattern, values in rules:
+        if fnmatch.fnmatchcase(name, pattern):
+            return at_depth(values, depth)
+    return None
+
+
+def at_depth(values: Sequence[float], depth: float) -> float:
+    """Return the value of a gradient at a depth, linear between its numbers."""
+    place = depth * (len(values) - 1)
+    first = int(place)
+    share = place - first
+    return values[first] if not share else (1 - share) * values[first] + share * values[first + 1]
+
+
+def is_gradient(rule: Rule) -> bool:
+    """Return whether the number differs by layer."""
+    return len(rule.values) > 1
+
+
+def _values(level: "float | tuple[float, ...]") -> tuple[float, ...]:
+    return (float(level),) if isinstance(level, int | float) else tuple(level)
