@@ -37,6 +37,8 @@ PAGES_OF_THE_ROOT = {
     "SECURITY.md": "security.md",
 }
 """Pages beside the folder docs/, and what the site calls them."""
+SECTIONS = ("coefficients", "allow", "bounds", "run")
+"""Sections of a recipe whose keys do not depend on a name in it."""
 _MARKER = re.compile(r"<!-- generated: (\S+)(?: (\S+))? -->")
 _LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -84,7 +86,7 @@ def recipe_keys() -> str:
     definitions = schema["$defs"]
     sections = [("Top level", "", schema)]
     sections += [("`base`", "base.", definitions["Base"]), ("`models[]`", "models[].", definitions["ModelEntry"])]
-    sections += [(f"`{name}`", f"{name}.", definitions[name.capitalize()]) for name in ("allow", "bounds", "run")]
+    sections += [(f"`{name}`", f"{name}.", definitions[name.capitalize()]) for name in SECTIONS]
     for kind in schema["properties"]["output"]["oneOf"][1:]:
         section = definitions[_name_of(kind)]
         sections.append((f"`output` of kind `{section['properties']['kind']['const']}`", "output.", section))

@@ -138,7 +138,7 @@ def test_adapters_have_weights_by_parameter_as_adapter_and_as_checkpoint(tmp_pat
         ({"method": {"name": "task_arithmetic", "density": [0.1, 1]}}, "has no density"),
         ({"method": {"name": "task_arithmetic", "lambda": {"*nrom*": 0.5}}}, "no merged parameter is called '.nrom.'"),
         ({"method": {"name": "task_arithmetic", "lambda": {"*embed*": [0, 1]}}}, "has a gradient over layers"),
-        ({"method": {"name": "ties", "trim": "tensor", "density": {"*": 1.5}}}, "above 0 and at most 1, not 1.5"),
+        ({"method": {"name": "ties", "trim": "tensor", "density": {"*": 1.5}}}, "less than or equal to 1, not 1.5"),
         ({"method": {"name": "task_arithmetic", "lambda": []}}, "at least 1 item"),
         ({"method": {"name": "task_arithmetic", "lambda": {"*": "much"}}}, "coefficients.lambda.*: .*number"),
     ],

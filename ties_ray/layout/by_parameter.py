@@ -69,14 +69,8 @@ class ByParameter:
 
     def problems(self) -> Iterator[Problem]:
         """Yield what the method finds wrong with the members of any parameter, each problem once."""
-        seen: set[tuple[Member, ...]] = set()
-        yielded: set[Problem] = set()
-        for parameter in self._merged:
-            members = self.members(parameter)
-            fresh = [] if members in seen else self._method.problems(members)
-            seen.add(members)
-            yield from (problem for problem in fresh if problem not in yielded)
-            yielded.update(fresh)
+        combinations = dict.fromkeys(map(self.members, self._merged))
+        yield from dict.fromkeys(problem for members in combinations for problem in self._method.problems(members))
         need = self.first_need()
         if need and need.scope == "global" and any(model.densities for model in self._models):
             message = "densities differ by parameter, and trim cuts the whole task vector at one threshold"

@@ -2,12 +2,10 @@
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import Discriminator, Field, FiniteFloat, Tag
 
-Gradient = Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
-"""Numbers spread evenly over the layers, the first at the first layer, the last at the last one."""
 TAGS = frozenset({"a number", "a gradient", "a table"})
 """Forms of a coefficient, as pydantic names them in the places of its errors."""
 
@@ -18,17 +16,22 @@ def _form(value: Any) -> str:
     return "a gradient" if isinstance(value, Sequence) and not isinstance(value, str | bytes) else "a number"
 
 
+N = TypeVar("N")
 Level = Annotated[
-    Annotated[FiniteFloat, Tag("a number")] | Annotated[Gradient, Tag("a gradient")], Discriminator(_form)
-]
-"""A number, or a gradient over the layers."""
-Table = dict[str, Level]
-"""Numbers or gradients by pattern of parameter names, where the first pattern that matches counts."""
-Coefficient = Annotated[
-    Annotated[FiniteFloat, Tag("a number")] | Annotated[Gradient, Tag("a gradient")] | Annotated[Table, Tag("a table")],
+    Annotated[N, Tag("a number")] | Annotated[tuple[N, ...], Tag("a gradient"), Field(min_length=1)],
     Discriminator(_form),
 ]
-"""A number, a gradient over the layers, or a table of both by pattern of parameter names."""
+"""A number, or numbers spread evenly over the layers, the first at the first layer, the last at the last one."""
+ByParameter = Annotated[
+    Annotated[N, Tag("a number")]
+    | Annotated[tuple[N, ...], Tag("a gradient"), Field(min_length=1)]
+    | Annotated[dict[str, Level[N]], Tag("a table")],
+    Discriminator(_form),
+]
+"""A number, a gradient, or a table of both by pattern of parameter names, where the first match counts."""
+Coefficient = ByParameter[FiniteFloat]
+Share = ByParameter[Annotated[FiniteFloat, Field(gt=0, le=1)]]
+"""Likewise, with numbers above 0 and at most 1."""
 
 
 class Rule(NamedTuple):
@@ -73,11 +76,6 @@ def at_depth(values: Sequence[float], depth: float) -> float:
     first = int(place)
     share = place - first
     return values[first] if not share else (1 - share) * values[first] + share * values[first + 1]
-
-
-def is_gradient(rule: Rule) -> bool:
-    """Return whether the number differs by layer."""
-    return len(rule.values) > 1
 
 
 def _values(level: "float | tuple[float, ...]") -> tuple[float, ...]:

@@ -6,9 +6,10 @@ from pydantic.json_schema import models_json_schema
 from ties_ray import plugins
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.recipe.recipe import Json, Recipe
+from ties_ray.recipe.recipe import TABLES, Json, Recipe
 from ties_ray.stores import store_class
 
+TEXTS = frozenset({"default", "description", "title"})
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -31,6 +32,14 @@ def recipe_schema() -> Json:
             definition["required"] = sorted({*definition.get("required", ()), key})
         return reference(model)
 
+    for model in methods.values():
+        numbers = definitions[reference(model)["$ref"].rpartition("/")[2]]["properties"]
+        for key in TABLES & numbers.keys():
+            texts = {
+                name: numbers[key].pop(name) for name in ("default", "description", "title") if name in numbers[key]
+            }
+            tables = definitions["Coefficients"]["properties"][key]["anyOf"][:1]
+            numbers[key] = {"anyOf": [numbers[key], *tables], **texts}
     recipe = definitions.pop(reference(Recipe)["$ref"].rpartition("/")[2])
     fields = recipe["properties"]
     bare = {"enum": list(methods), "description": "A method with its defaults."}

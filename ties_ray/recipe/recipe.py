@@ -25,11 +25,13 @@ from ties_ray.errors import RecipeError
 from ties_ray.executors import address_problem
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
-from ties_ray.recipe.coefficients import Coefficient, number_of, rules_of
+from ties_ray.recipe.coefficients import Coefficient, Share
 from ties_ray.stores import Uri, store_class
 
 Json = dict[str, Any]
 
+TABLES = frozenset({"lambda", "density"})
+"""Numbers of a method that may differ by parameter."""
 MAX_WORKERS = 100_000
 """Largest number of workers. A larger one is a typing error: Ray clusters have some thousand nodes."""
 
@@ -84,7 +86,7 @@ class ModelEntry(Strict):
 
     Parameters that no pattern matches have weight 1.
     """
-    density: Coefficient | None = None
+    density: Share | None = None
     """Share of this model's task vector that is kept: a number, a gradient or a table.
 
     Default: the density of the method.
@@ -120,11 +122,6 @@ class ModelEntry(Strict):
             raise ValueError(f"`id`, `sha256` and `version_id` name one model, not a glob or a table{hint}")
         return self
 
-    @field_validator("density")
-    @classmethod
-    def _density(cls, value: Coefficient | None) -> Coefficient | None:
-        return _shares(value)
-
     @property
     def is_glob(self) -> bool:
         """Whether the path may stand for several folders."""
@@ -139,7 +136,7 @@ class Coefficients(Strict):
 
     Parameters that no pattern matches have the method's default.
     """
-    density: Coefficient | None = None
+    density: Share | None = None
     """The method's density by parameter: a gradient or a table. `method.density` may hold it too.
 
     A model's own density comes first.
@@ -150,20 +147,6 @@ class Coefficients(Strict):
     The first row that matches counts, and comes before all numbers of the recipe. A row without a model, by id, is for
     all models; lambda is for all. An empty cell says nothing.
     """
-
-    @field_validator("density")
-    @classmethod
-    def _density(cls, value: Coefficient | None) -> Coefficient | None:
-        return _shares(value)
-
-
-def _shares(value: Coefficient | None) -> Coefficient | None:
-    """Return a density; raise `ValueError` where it is no share."""
-    number = number_of(value)
-    numbers = [each for _, values in rules_of(value) for each in values] + ([] if number is None else [number])
-    if wrong := [each for each in numbers if not 0 < each <= 1]:
-        raise ValueError(f"a density is above 0 and at most 1, not {wrong[0]}")
-    return value
 
 
 class Allow(Strict):
@@ -312,16 +295,16 @@ class Recipe(Strict):
         method = value.get("method") if isinstance(value, Mapping) else None
         tables = {
             key: method[key]
-            for key in ("lambda", "density")
+            for key in TABLES
             if isinstance(method, Mapping) and isinstance(method.get(key), Mapping | list | tuple)
         }
         if not tables or not isinstance(method, Mapping):
             return value
-        given = value.get("coefficients") or {}
-        if twice := sorted(tables.keys() & given):
+        beside = value.get("coefficients") or {}
+        if twice := sorted(tables.keys() & beside):
             raise ValueError(f"method.{twice[0]} and coefficients.{twice[0]} both give a table")
         rest = {key: item for key, item in method.items() if key not in tables}
-        return {**value, "method": rest, "coefficients": {**given, **tables}}
+        return {**value, "method": rest, "coefficients": {**beside, **tables}}
 
     @field_validator("storage")
     @classmethod
