@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.inputs.tables import Table, read_table
-from ties_ray.recipe.coefficients import Rules, number_of, rules_of
+from ties_ray.recipe.coefficients import Rules, number_of, place_of, rules_of
 from ties_ray.recipe.recipe import ModelEntry, Recipe
 from ties_ray.stores import Stores, leads_from, scheme_of, shown
 
@@ -291,7 +291,7 @@ def _overlapping(output: str, entries: Sequence[Entry]) -> Iterator[Problem]:
 
 
 def _message(item: "ErrorDetails") -> str:
-    return ": ".join([*map(str, item["loc"]), item["msg"].removeprefix("Value error, ")])
+    return ": ".join([*place_of(item["loc"]), item["msg"].removeprefix("Value error, ")])
 
 
 def _last(uri: str) -> str:

@@ -1,7 +1,7 @@
 """Numbers of a recipe that differ by parameter: tables by pattern, and gradients over the layers."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import Discriminator, Field, FiniteFloat, Tag
@@ -44,6 +44,11 @@ class Rule(NamedTuple):
 
 
 Rules = tuple[Rule, ...]
+
+
+def place_of(steps: Iterable[int | str]) -> list[str]:
+    """Return the steps to a value of a recipe, without the forms of coefficients that pydantic adds."""
+    return [str(step) for step in steps if step not in TAGS]
 
 
 def rules_of(coefficient: "Coefficient | None") -> Rules:
