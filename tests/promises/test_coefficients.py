@@ -134,7 +134,7 @@ def test_adapters_have_weights_by_parameter_as_adapter_and_as_checkpoint(tmp_pat
     ("change", "message"),
     [
         ({"method": {"name": "ties", "density": {"*norm*": 0.5}}}, "trim: tensor"),
-        ({"method": {"name": "average", "lambda": [0, 1]}}, "has no lambda"),
+        ({"method": {"name": "lines", "lambda": [0, 1]}}, "has no lambda"),
         ({"method": {"name": "task_arithmetic", "density": [0.1, 1]}}, "has no density"),
         ({"method": {"name": "task_arithmetic", "lambda": {"*nrom*": 0.5}}}, "no merged parameter is called '.nrom.'"),
         ({"method": {"name": "task_arithmetic", "lambda": {"*embed*": [0, 1]}}}, "has a gradient over layers"),
