@@ -434,6 +434,23 @@ def table_written(*rows: str) -> Callable[[Recipe, Problem], None]:
     return by_hand
 
 
+def coefficients(*rows: str, method: object = "average") -> Callable[[Path], Recipe]:
+    """Return how to give numbers by parameter in a file."""
+
+    def provoke(folder: Path) -> Recipe:
+        (folder / "c.csv").write_text("\n".join(rows))
+        return plain(method=method, coefficients={"file": f"{folder}/c.csv"})(folder)
+
+    return provoke
+
+
+def lines_written(*rows: str) -> Callable[[Recipe, Problem], None]:
+    def by_hand(recipe: Recipe, problem: Problem) -> None:
+        Path(recipe["coefficients"]["file"]).write_text("\n".join(rows))
+
+    return by_hand
+
+
 CASES = (
     # Checkpoints.
     Case("a head of one model is left out", changed(extras(1, "score.weight")),
@@ -526,7 +543,7 @@ CASES = (
          "use the file that was pinned, or pin this one", by_hand=pinned),
     Case("a folder with a bracket is quoted in a table", table("path", "{folder}/model-[y]"),
          "write one folder a row; `[[]` stands for `[`", by_hand=table_written("path", "{folder}/model-[[]x]")),
-    Case("a path with a comma is quoted", table("path,weight", "{folder}/model-0,x,1"), "quote a path with commas",
+    Case("a path with a comma is quoted", table("path,weight", "{folder}/model-0,x,1"), "quote a field with commas",
          by_hand=table_written("path,weight", '"{folder}/model-0,x",1')),
     Case("a level of folders has a star", globbed(lambda folder: None, "{folder}/**"),
          "write one `*` for each level of folders",
@@ -581,6 +598,28 @@ CASES = (
          by_hand=lambda recipe, problem: recipe.update(exclude=recipe.pop("exlude")), lost=2 * 48 * 16),
     Case("an exclude of everything is narrowed", plain(exclude=["*"]), "drop the model, or mend `exclude`",
          by_hand=setting(exclude=[])),
+    Case("a column that the method does not have is dropped",
+         coefficients("pattern,weight,density", "*,1,0.5"), "drop the column",
+         by_hand=lines_written("pattern,weight", "*,1")),
+    Case("a density of a file is a share",
+         coefficients("pattern,density", "*,2", method={"name": "ties", "trim": "tensor"}),
+         "give one above 0 and at most 1", by_hand=lines_written("pattern,density", "*,0.2")),
+    Case("a gradient over no layers is a number",
+         plain(method={"name": "task_arithmetic", "lambda": {"*embed*": [0, 1]}}), "give one number, or a table by pattern",
+         by_hand=setting(method__lambda={"*embed*": 0.5})),
+    Case("a lambda is for all models", coefficients("model,pattern,lambda", "0,*,0.5", method="task_arithmetic"),
+         "leave its model out: lambda is for all", by_hand=lines_written("model,pattern,lambda", ",*,0.5")),
+    Case("a pattern matches a parameter", plain(method={"name": "task_arithmetic", "lambda": {"*nrom*": 0.5}}),
+         "mend the pattern, or leave it out", by_hand=setting(method__lambda={"*norm*": 0.5})),
+    Case("one threshold cuts at one density", plain(method={"name": "ties", "density": {"*norm*": 0.5}}),
+         "use trim: tensor, or one density for a model",
+         by_hand=setting(method={"name": "ties", "trim": "tensor", "density": {"*norm*": 0.5}})),
+    Case("a row of coefficients has a pattern", coefficients("pattern,weight", ",1"), "write * for all parameters",
+         by_hand=lines_written("pattern,weight", "*,1")),
+    Case("a coefficient is a number", coefficients("pattern,weight", "*,much"), "write a number",
+         by_hand=lines_written("pattern,weight", "*,2")),
+    Case("a row of coefficients names a model by its id", coefficients("model,pattern,weight", "model-1,*,2"),
+         "write its id, by default its position from 0", by_hand=lines_written("model,pattern,weight", "1,*,2")),
     # Memory.
     Case("a worker's memory is raised as the message says", plain(
         run={"executor": "local", "memory": "128MiB"}, output={"path": "{folder}/out", "part_size": "64MiB"}),
