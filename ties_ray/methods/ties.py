@@ -101,16 +101,12 @@ class Ties(Method):
         """Refuse weights and densities with which the election or the mean has no meaning."""
         problems = []
         for member in members:
-            if member.weight < 0 and (self.merge == "mean" or self.vote != "weighted"):
-                problems.append(
-                    Problem(
-                        f"model {member.id}",
-                        f"weight {member.weight} is negative, and `mean` and votes without weights take none such",
-                        "use merge: sum, or a positive weight"
-                        if self.vote == "weighted"
-                        else "give it a positive weight",
-                    )
-                )
+            if member.weight < 0 and self.vote != "weighted":
+                trouble = f"weight {member.weight} is negative, and the vote ignores weights"
+                problems.append(Problem(f"model {member.id}", trouble, "give it a positive weight"))
+            elif member.weight < 0 and self.merge == "mean":
+                trouble = f"weight {member.weight} is negative, and `mean` divides by weights"
+                problems.append(Problem(f"model {member.id}", trouble, "use merge: sum, or a positive weight"))
             if member.weight not in (0, 1) and self.profile == "official":
                 problems.append(
                     Problem(
