@@ -14,8 +14,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ties_ray.errors import (
     Cancelled,
@@ -60,33 +59,19 @@ _LAZY = {
     "MergeResult": "ties_ray.reports.records",
     "Progress": "ties_ray.reports.records",
 }
-RECIPE_BYTES = 16 * 2**20
-"""Largest recipe file in bytes."""
 
 
 def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Recipe":
-    """Return the recipe in a YAML or JSON file, a path or a URI.
+    """Return the recipe in a YAML or JSON file, a path or a URI; a configuration of mergekit is converted.
 
     overrides: `field=value` each, as in `method.density=0.3`. Those of `storage` hold for the file too.
     Raises `RecipeError` with every problem and its place. Raises `InputError` if there is no such file.
     """
-    from ties_ray.recipe.parse import override, parse
-    from ties_ray.stores import Stores, shown
+    from ties_ray.operations import recipes
+    from ties_ray.stores import shown
 
     uri = os.fspath(source)
-    if Path(uri).is_dir():
-        raise InputError(Problem(uri, "is a folder", "give the recipe's file"))
-    try:
-        options: dict[str, Any] = {"storage": {}}
-        override(options, [each for each in overrides if each.startswith("storage.")])
-        _, data = Stores(options["storage"]).of(uri).get(uri, RECIPE_BYTES)
-    except FileNotFoundError:
-        raise InputError(Problem(shown(uri), "there is no such recipe", "check the path")) from None
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise RecipeError(Problem(shown(uri), f"is not text in UTF-8 ({error})", "save it again")) from None
-    return parse(text, shown(uri), overrides)
+    return recipes.parsed(recipes.text_of(uri, overrides), shown(uri), overrides)
 
 
 def plan(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Plan":

@@ -9,7 +9,7 @@ import click
 
 from ties_ray.cli import completion
 from ties_ray.cli.console import Console, complain
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, Problem, RecipeError, shown
 
 if TYPE_CHECKING:
     from ties_ray.recipe.recipe import Recipe
@@ -49,13 +49,21 @@ def command(function: Callable[..., int]) -> click.Command:
 
 def load(source: str, overrides: Sequence[str]) -> "Recipe":
     """Return the recipe of a path, a URI or standard input."""
-    if source == "-":
-        from ties_ray.recipe.parse import parse
+    from ties_ray.operations import recipes
 
-        return parse(sys.stdin.read(), "standard input", overrides)
-    import ties_ray
+    return recipes.parsed(text_of(source, overrides), name_of(source), overrides)
 
-    return ties_ray.load_recipe(source, overrides)
+
+def name_of(source: str) -> str:
+    """Return what messages call a recipe's file."""
+    return "standard input" if source == "-" else shown(source)
+
+
+def text_of(source: str, overrides: Sequence[str]) -> str:
+    """Return the text of a recipe's file, or of standard input."""
+    from ties_ray.operations import recipes
+
+    return sys.stdin.read() if source == "-" else recipes.text_of(source, overrides)
 
 
 def stores_of(overrides: Sequence[str]) -> "Stores":

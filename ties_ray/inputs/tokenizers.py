@@ -71,6 +71,25 @@ def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Store
     return [Problem(model.uri, message, "its embedding does not line up with the base's: drop the model")]
 
 
+def differing(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads: Executor) -> list[Problem]:
+    """Return which models have another vocabulary than the base, by tokens and ids; one without files has none."""
+    fetch = partial(_fetch, stores)
+    ours = _tokens(base.files, fetch)
+
+    def problem(model: Tokenizer) -> Problem | None:
+        names = [name for name in VOCABULARY if name in model.files]
+        if not names or all(name in base.files and _same(base.files[name], model.files[name]) for name in names):
+            return None
+        theirs = _tokens(model.files, fetch)
+        if ours is not None and ours == theirs:
+            return None
+        count = len(set(ours.items()) ^ set(theirs.items())) if ours is not None and theirs is not None else 0
+        what = f"has another vocabulary than {base.uri}" + (f": {count:,} tokens or ids differ" if count else "")
+        return Problem(model.uri, what, "drop the model: ties_ray unites no vocabularies")
+
+    return [found for found in threads.map(problem, models) if found]
+
+
 def _differences(base: Files, read_base: Fetch, model: Files, *, fetch: Fetch) -> list[str]:
     """Return the differences between two inputs; files that a fine-tune left out are none."""
     differences = []

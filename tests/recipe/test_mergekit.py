@@ -1,0 +1,257 @@
+"""Configurations of mergekit as recipes: what each becomes, and what is refused with its line."""
+
+from typing import Any
+
+import pytest
+
+from ties_ray.errors import RecipeError
+from ties_ray.recipe.mergekit import Conversion, Stack, convert, is_mergekit
+from ties_ray.recipe.parse import validate
+
+THREE = """\
+models:
+  - model: /m/base
+  - model: /m/a
+    parameters: {weight: 0.5, density: 0.3}
+  - model: /m/b
+    parameters: {weight: 1.0, density: 0.3}
+base_model: /m/base
+"""
+
+
+def converted(text: str, **stack: Any) -> Conversion:
+    return convert(text, "m.yml", Stack(**stack))
+
+
+def recipe_of(text: str, **stack: Any) -> dict[str, Any]:
+    """Return the recipe, which the parser takes once it has a folder."""
+    recipe = converted(text, **stack).recipe
+    validate({**recipe, "output": {**recipe["output"], "path": "/out"}})
+    return recipe
+
+
+def problems_of(text: str, **stack: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        converted(text, **stack)
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "becomes"),
+    [
+        ("ties", "", {"name": "ties", "profile": "mergekit", "merge": "mean", "rescale": "none", "density": 0.3}),
+        ("ties", "normalize: false, lambda: 0.7, rescale: true",
+         {"name": "ties", "profile": "mergekit", "merge": "sum", "rescale": "l1", "lambda": 0.7, "density": 0.3}),
+        ("dare_ties", "", {"name": "dare", "combine": "ties", "zero_sum": "positive", "merge": "sum", "rescale": "l1",
+                           "density": 0.3}),
+        ("dare_linear", "rescale: false, normalize: true",
+         {"name": "dare", "combine": "linear", "merge": "mean", "rescale": "none", "density": 0.3}),
+        ("breadcrumbs", "gamma: 0.02",
+         {"name": "breadcrumbs", "merge": "sum", "rescale": "none", "gamma": 0.02, "density": 0.3}),
+        ("breadcrumbs_ties", "", {"name": "breadcrumbs", "combine": "ties", "zero_sum": "positive", "merge": "sum",
+                                  "rescale": "none", "gamma": 0.01, "density": 0.3}),
+        ("della", "epsilon: 0.1", {"name": "della", "zero_sum": "positive", "merge": "mean", "rescale": "l1",
+                                   "epsilon": 0.1, "density": 0.3}),
+        ("della_linear", "", {"name": "della", "combine": "linear", "merge": "sum", "rescale": "l1", "epsilon": 0.15,
+                              "density": 0.3}),
+    ],
+)  # fmt: skip
+def test_methods_of_sums_keep_mergekits_rules_and_defaults(method: str, parameters: str, becomes: object) -> None:
+    recipe = recipe_of(f"{THREE}merge_method: {method}\nparameters: {{{parameters}}}\n")
+    assert recipe["method"] == becomes
+    assert recipe["base"] == "/m/base"
+    assert recipe["models"] == [{"path": "/m/a", "weight": 0.5}, {"path": "/m/b"}]
+
+
+PLAIN = "models: [{model: /m/base}, {model: /m/a}, {model: /m/b}]\nbase_model: /m/base\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "becomes"),
+    [
+        ("model_stock", "", {"name": "model_stock"}),
+        ("sce", "select_topk: 0.4", {"name": "sce", "select_topk": 0.4, "at_threshold": "exact", "least": 1e-6}),
+        ("ram", "", {"name": "ram", "epsilon": 1e-5}),
+        ("ramplus_tl", "r: 0.2", {"name": "ram", "plus": True, "epsilon": 1e-5, "r": 0.2, "alpha": 0.2}),
+    ],
+)
+def test_methods_without_weights_take_the_models_beside_the_base(method: str, parameters: str, becomes: object) -> None:
+    recipe = recipe_of(f"{PLAIN}merge_method: {method}\nparameters: {{{parameters}}}\n")
+    assert (recipe["method"], recipe["models"]) == (becomes, [{"path": "/m/a"}, {"path": "/m/b"}])
+
+
+PAIR = "models: [{model: /m/a, parameters: {weight: 1}}, {model: /m/b, parameters: {weight: 0.25}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "base"),
+    [
+        ("merge_method: linear", {"name": "average"}, "/m/a"),
+        ("merge_method: linear\nbase_model: /m/a", {"name": "average"}, "/m/a"),
+        ("merge_method: nuslerp", {"name": "nuslerp", "vectors": "weights"}, "/m/a"),
+        ("merge_method: nuslerp\nbase_model: /m/z\nparameters: {nuslerp_flatten: false}",
+         {"name": "nuslerp", "arcs": "row"}, "/m/z"),
+        ("merge_method: multislerp\nbase_model: /m/z", {"name": "multislerp"}, "/m/z"),
+        ("merge_method: task_arithmetic\nbase_model: /m/z", {"name": "task_arithmetic"}, "/m/z"),
+        ("merge_method: task_arithmetic\nbase_model: /m/z\nparameters: {normalize: true, lambda: 0.5}",
+         {"name": "average", "lambda": 0.5}, "/m/z"),
+    ],
+)  # fmt: skip
+def test_methods_of_pairs_and_whole_weights(text: str, method: object, base: str) -> None:
+    recipe = recipe_of(PAIR + text)
+    assert (recipe["method"], recipe["base"]) == (method, base)
+    first = {"path": "/m/a"} | ({"id": "base-model"} if base == "/m/a" else {})
+    assert recipe["models"] == [first, {"path": "/m/b", "weight": 0.25}]
+
+
+def test_karcher_merges_the_base_among_others() -> None:
+    recipe = recipe_of(
+        "models: [{model: a}, {model: b}]\nmerge_method: karcher\nparameters: {max_iter: 5, tol: 1e-6}\n"
+    )
+    assert recipe["method"] == {"name": "karcher", "max_iter": 5, "tolerance": 1e-6}
+    assert recipe["models"] == [{"path": "a", "id": "base-model"}, {"path": "b"}]
+
+
+def test_the_base_and_one_model_make_slerp_and_nearswap() -> None:
+    pair = "models: [{model: a}, {model: b}]\nbase_model: a\n"
+    slerp = recipe_of(pair + "merge_method: slerp\nparameters: {t: 0.3}\n")
+    assert slerp["models"] == [{"path": "a", "id": "base-model"}, {"path": "b"}]
+    assert slerp["method"] == {"name": "slerp", "t": 0.3}
+    nearswap = recipe_of(pair + "merge_method: nearswap\nparameters: {t: 1e-4}\n")
+    assert (nearswap["models"], nearswap["method"]) == ([{"path": "b"}], {"name": "nearswap", "t": 1e-4})
+
+
+FILTERS = """\
+slices:
+  - sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4]}]
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.25, 1]}
+    - {filter: "mlp[0]", value: 0.3}
+    - value: 0.5
+"""
+
+
+def test_filters_and_gradients_become_tables_by_pattern() -> None:
+    recipe = converted(FILTERS, num_layers=4).recipe
+    assert recipe["models"][0]["weight"] == {"*self_attn*": [1.0, 0.75, 0.0], "*mlp[[]0]*": 0.7, "*": 0.5}
+    assert recipe["models"][1]["weight"] == {"*self_attn*": [0.0, 0.25, 1.0], "*mlp[[]0]*": 0.3, "*": 0.5}
+
+
+SLICES = """\
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 1], parameters: {weight: 0.2}}
+      - {model: b, layer_range: [0, 1]}
+  - sources:
+      - {model: a, layer_range: [1, 4]}
+      - {model: b, layer_range: [1, 4], parameters: {weight: [0, 1]}}
+merge_method: linear
+parameters: {weight: 0.8}
+"""
+
+
+def test_slices_become_numbers_by_layer() -> None:
+    recipe = converted(SLICES, num_layers=4, name="h").recipe
+    assert recipe["models"][1]["weight"] == {
+        "*h.0.*": 0.8, "*h.1.*": 0.0, "*h.2.*": 0.5, "*h.3.*": 1.0, "*embed*": 0.8, "*": 0.0,
+    }  # fmt: skip
+    assert recipe["models"][0]["weight"] == {
+        "*h.0.*": 0.2, "*h.1.*": 0.8, "*h.2.*": 0.8, "*h.3.*": 0.8, "*embed*": 0.2, "*": 0.8,
+    }  # fmt: skip
+
+
+def test_slices_that_say_the_same_are_models() -> None:
+    text = SLICES.replace(", parameters: {weight: 0.2}", "").replace(", parameters: {weight: [0, 1]}", "")
+    recipe = recipe_of(text, num_layers=4)
+    assert recipe["models"] == [{"path": "a", "id": "base-model", "weight": 0.8}, {"path": "b", "weight": 0.8}]
+
+
+def test_a_scope_says_what_narrower_ones_leave_open() -> None:
+    recipe = converted("""\
+models:
+  - {model: a, parameters: {weight: [{filter: mlp, value: 2}], density: 1.5}}
+  - {model: b, parameters: {density: [1, 0.5]}}
+base_model: z
+merge_method: ties
+parameters: {weight: [{filter: norm, value: "1e-1"}, {filter: "*", value: 1}]}
+""").recipe
+    assert recipe["models"] == [
+        {"path": "a", "weight": {"*mlp*": 2.0, "*norm*": 0.1, "*": 1.0}, "density": 1.0},
+        {"path": "b", "weight": {"*norm*": 0.1, "*": 1.0}, "density": [1.0, 0.5]},
+    ]
+
+
+def test_an_adapter_of_the_base_is_a_model_and_one_of_another_model_goes_with_it() -> None:
+    text = (
+        "models: [{model: z+x, parameters: {weight: 1}}, {model: {model: {path: z}, lora: {path: y, revision: r}}}]\n"
+    )
+    recipe = converted(text + "base_model: z\nmerge_method: ties\nparameters: {weight: 1}\n").recipe
+    assert recipe["models"] == [{"path": "x"}, {"path": "y@r"}]
+    other = converted(text + "base_model: other\nmerge_method: ties\nparameters: {weight: 1}\n").recipe
+    assert other["models"] == [{"path": "z", "adapter": "x"}, {"path": "z", "adapter": "y@r"}]
+
+
+def test_notes_say_what_is_different() -> None:
+    text = f"{THREE}merge_method: ties\nparameters: {{int8_mask: true}}\ndtype: bfloat16\nout_dtype: float32\n"
+    conversion = converted(text + "chat_template: auto\ntokenizer_source: union\n")
+    assert conversion.recipe["output"] == {"dtype": "float32"}
+    assert [note.split(" ", 1)[0] for note in conversion.notes] == ["int8_mask", "dtype", "chat_template"]
+    assert conversion.tokenizers == ("/m/base", "/m/a", "/m/b")
+    assert converted(text + "tokenizer: {source: /m/b}\n").recipe["output"]["files_from"] == "/m/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("models: [{model: a, weight: 1}]\nmerge_method: linear\n",
+         ["line 1: models.0.weight: mergekit ignores this key here; put it below `parameters`"]),
+        ("models:\n  - model: a\n    parameters: {desnity: 1, normalize: true}\nbase_model: b\nmerge_method: ties\n"
+         "normalise: 1\n",
+         ["line 6: normalise: mergekit ignores this key; known here:",
+          "line 3: models.0.parameters.desnity: mergekit ignores this key; known here: density, weight",
+          "line 3: models.0.parameters.normalize: mergekit ignores this key here; move it"]),
+        ("models: [{model: a}]\nmerge_method: tyes\n", ["line 2: merge_method: unknown method 'tyes'; did you mean"]),
+        ("slices: [{sources: [{model: a, layer_range: [0, 4]}]}]\nmerge_method: passthrough\n",
+         ["line 2: merge_method: passthrough stacks layers"]),
+        ("models: [{model: a}]\nmerge_method: arcee_fusion\n", ["line 2: merge_method: arcee_fusion takes"]),
+        ("models: [{model: a}]\nmerge_method: ties\nbase_model: b\n", ["line 1: models.0: has no weight for some"]),
+        ("models: [{model: a, parameters: {weight: [{filter: x, value: 1}]}}]\nmerge_method: ties\nbase_model: b\n",
+         ["line 1: models.0: has no weight for some tensors; add a weight for all of them"]),
+        ("models: [{model: a, parameters: {weight: x}}]\nmerge_method: ties\nbase_model: b\n",
+         ["line 1: models.0.parameters.weight: is neither a number nor a list of numbers"]),
+        ("models: [{model: a, parameters: {weight: 1}}]\nmerge_method: ties\n", ["m.yml: ties needs a base_model"]),
+        (SLICES.replace("[1, 4]", "[2, 4]"), ["line 5: slices.1: begins at layer 2, where layer 1 is due"]),
+        (SLICES, ["line 5: slices.1: ends at layer 4, and the base has 5 layers"]),
+        (SLICES.replace("b, layer_range: [1, 4]", "b, layer_range: [0, 3]"),
+         ["line 5: slices.1: takes different layers of its models"]),
+        (SLICES.replace("model: b, layer_range: [1", "model: c, layer_range: [1"),
+         ["line 4: slices.0.sources.1: b does not stand in every slice just once",
+          "line 7: slices.1.sources.1: c does not stand in every slice just once"]),
+        (f"{THREE}merge_method: breadcrumbs\nparameters: {{gamma: [0, 1]}}\n",
+         ["line 9: parameters.gamma: gamma differs by layer, tensor or model"]),
+        (f"{PAIR}merge_method: linear\nparameters: {{normalize: false}}\n",
+         ["linear without `normalize` needs weights"]),
+        (f"{PAIR}merge_method: linear\nbase_model: /m/z\n", ["linear merges the base_model too"]),
+        (f"{PAIR}merge_method: multislerp\n", ["multislerp without base_model goes around zero"]),
+        (f"{PLAIN}merge_method: slerp\nparameters: {{t: 1}}\n", ["slerp takes 1 models beside the base_model, not 2"]),
+        (f"{PLAIN}merge_method: sce\nmodules: {{}}\n", ["line 4: modules: ties_ray merges the parts of a model alike"]),
+        (f"{PLAIN}merge_method: sce\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n",
+         ["line 4: tokenizer.pad_to_multiple_of: ties_ray changes no vocabulary"]),
+        (f"{PLAIN}merge_method: sce\ndtype: int64\n", ["line 4: dtype: is int64, and ties_ray writes"]),
+        (f"{PLAIN}merge_method: sce\nchat_template: chatml\n", ["line 4: chat_template: ties_ray writes no template"]),
+        ("- 1\n", ["m.yml: needs either `models` or `slices`", "merge_method"]),
+    ],
+)  # fmt: skip
+def test_what_has_no_counterpart_is_refused_with_its_line(text: str, problems: list[str]) -> None:
+    found = problems_of(text, num_layers=5 if text == SLICES else 4)
+    assert len(found) == len(problems), found
+    for part in problems:
+        assert any(part in each for each in found), (part, found)
+
+
+def test_a_configuration_is_told_by_its_merge_method() -> None:
+    assert is_mergekit(THREE + "merge_method: ties\n")
+    assert not is_mergekit("base: b\nmodels: [a]\nmethod: ties\noutput: o\n")

@@ -1,0 +1,292 @@
+"""A mergekit configuration as a recipe: the same merge, or every reason why there is none.
+
+What mergekit 0.1.5 does with a key is known; a key that it ignores is refused. A recipe lacks what a configuration does
+not say: the output's folder.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ties_ray import plugins
+from ties_ray.recipe._mergekit_methods import METHODS, REFUSED, Asked, Source, Spec
+from ties_ray.recipe._mergekit_settings import Block, Document, Path, Settings
+
+Json = dict[str, Any]
+TOP = (
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template",
+)  # fmt: skip
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+_IGNORED = "mergekit ignores this key here"
+_BELOW = (_IGNORED, "put it below `parameters`")
+_UPWARDS = (_IGNORED, "move it to the `parameters` of the whole merge")
+_MODULES = ("ties_ray merges the parts of a model alike", "leave `modules` out, and list the models under `models`")
+_BASE = ("ties_ray has one base for all layers", "put base_model at the top level")
+_ARCHITECTURE = ("names of tensors decide in ties_ray", "leave it out")
+_VOCABULARY = ("ties_ray changes no vocabulary", "leave it out")
+_DECLARES = re.compile(r"^[\"']?merge_method[\"']?\s*:", re.MULTILINE)
+
+
+class Stack(NamedTuple):
+    """The layers of the models."""
+
+    num_layers: int | None = None
+    """None where it is not known."""
+    name: str = "layers"
+    """Module that holds them."""
+
+
+class Conversion(NamedTuple):
+    """A recipe, but for the output's folder."""
+
+    recipe: Json
+    notes: tuple[str, ...]
+    """What is different from mergekit, for the reader."""
+    tokenizers: tuple[str, ...]
+    """Models whose vocabularies must agree, as the configuration asks for their union or for one of them."""
+
+
+def is_mergekit(text: str) -> bool:
+    """Return whether a recipe's text is a configuration of mergekit: its key `merge_method` is in no recipe."""
+    return bool(_DECLARES.search(text))
+
+
+def base_of(text: str, source: str) -> str | None:
+    """Return the path of the base, or of the first model, where the layers can be counted; None without any."""
+    document = Document(text, source)
+    found = [document.at(("base_model",)), document.at(("models", 0, "model")) if document.at(("models",)) else None]
+    if document.at(("slices",)):
+        found.append(document.at(("slices", 0, "sources", 0, "model")))
+    references = [_Reference.of(document, (), value) for value in found if value is not None]
+    return references[0].path if references and not document.problems else None
+
+
+UNKNOWN = Stack()
+
+
+def convert(text: str, source: str, stack: Stack = UNKNOWN) -> Conversion:
+    """Return the recipe of a configuration. Raises `RecipeError` with every problem, its file and its line."""
+    return _Converter(Document(text, source), stack).converted()
+
+
+class _Reference(NamedTuple):
+    """A model as mergekit names it: `path@revision+adapter`."""
+
+    path: str
+    adapter: str | None
+
+    @classmethod
+    def of(cls, document: Document, place: Path, value: Any) -> "_Reference":
+        """Return the model of a text or a mapping."""
+        if isinstance(value, Mapping):
+            document.check_keys(place, ("model", "lora"), {"override_architecture": _ARCHITECTURE})
+            parts = [_path_of(value.get(key)) for key in ("model", "lora")]
+        else:
+            parts = [*str(value).split("+"), None][:2] if str(value).count("+") < 2 else [None, None]
+        if not parts[0] or (parts[0] or "").count("@") > 1:
+            document.wrong(place, f"{value!r} names no model", "write PATH, PATH@REVISION or PATH+ADAPTER")
+        return cls(parts[0] or "", parts[1])
+
+
+def _path_of(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        revision = value.get("revision")
+        return f"{value.get('path', '')}" + (f"@{revision}" if revision else "")
+    return None if value is None else str(value)
+
+
+class _Converter:
+    """Reads a configuration top down."""
+
+    def __init__(self, document: Document, stack: Stack) -> None:
+        self._document = document
+        self._stack = stack
+        self._notes: list[str] = []
+
+    def converted(self) -> Conversion:
+        """Return the recipe; raise `RecipeError` with all problems."""
+        document = self._document
+        document.check_keys((), TOP, {"modules": _MODULES})
+        spec = self._spec()
+        blocks, rows = self._blocks()
+        if spec is not None:
+            self._check_parameters(spec, blocks, rows)
+        document.raise_problems()
+        assert spec is not None
+        base, sources = self._sources(blocks, rows)
+        document.raise_problems()
+        self._count(spec, base, sources)
+        document.raise_problems()
+        asked = Asked(Settings(document, blocks, self._stack.name), document, base, sources, self._notes)
+        made = spec.convert(asked)
+        output, tokenizers = self._output(made.base, sources)
+        document.raise_problems()
+        recipe = {"base": made.base, "models": made.models, "method": made.method, "output": output}
+        return Conversion(recipe, tuple(self._notes), tokenizers)
+
+    def _spec(self) -> Spec | None:
+        name = self._document.at(("merge_method",))
+        if name in REFUSED:
+            self._document.wrong(("merge_method",), *REFUSED[name])
+        elif name not in METHODS:
+            what = plugins.unknown(str(name), sorted(METHODS), "method")
+            self._document.wrong(("merge_method",), what, "choose one of them")
+        return METHODS.get(str(name))
+
+    def _blocks(self) -> tuple[list[Block], list[list[Path]]]:
+        """Return the blocks of layers, and the places of the models in each."""
+        document = self._document
+        given = [key for key in ("models", "slices") if document.at((key,))]
+        if len(given) != 1 and document.at(("modules",)) is None:
+            document.wrong((), "needs either `models` or `slices`", "list the models to merge under `models`")
+        if len(given) != 1:
+            return [], []
+        if given == ["models"]:
+            return [Block((), 0, None)], [self._entries(("models",), ("model", "parameters"))]
+        blocks, rows = [], []
+        for number in range(len(self._listed(("slices",)))):
+            path: Path = ("slices", number)
+            document.check_keys(path, ("sources", "parameters"), {"base_model": _BASE})
+            places = self._entries((*path, "sources"), ("model", "layer_range", "parameters"))
+            start, stop = self._range(path, places)
+            blocks.append(Block(path, start, stop))
+            rows.append(places)
+        self._check_stack(blocks)
+        return blocks, rows
+
+    def _listed(self, path: Path) -> Sequence[Any]:
+        value = self._document.at(path)
+        if isinstance(value, list) and value:
+            return value
+        self._document.wrong(path, "is not a list with something in it", "mend the YAML")
+        return []
+
+    def _entries(self, path: Path, known: Sequence[str]) -> list[Path]:
+        """Return the places of a list of models."""
+        below = dict.fromkeys(("weight", "density", "gamma", "epsilon", "t", "value"), _BELOW)
+        places = [(*path, number) for number in range(len(self._listed(path)))]
+        for place in places:
+            self._document.check_keys(place, known, below)
+            if self._document.at((*place, "model")) is None:
+                self._document.wrong(place, "names no model", "write `model: PATH`")
+        return places
+
+    def _range(self, path: Path, places: Sequence[Path]) -> tuple[int, int]:
+        """Return the layers of a slice, which are the same in all of its models."""
+        ranges = []
+        for place in places:
+            found = self._document.at((*place, "layer_range"))
+            if not (isinstance(found, list) and len(found) == 2 and all(isinstance(each, int) for each in found)):
+                self._document.wrong(place, "has no layer_range of two numbers", "write `layer_range: [0, 32]`")
+            else:
+                ranges.append(tuple(found))
+        if any(each != ranges[0] for each in ranges):
+            what = "takes different layers of its models, which stacks layers; ties_ray merges models of one shape"
+            self._document.wrong(path, what, "give all sources the same layer_range")
+        start, stop = ranges[0] if ranges else (0, 1)
+        return start, stop
+
+    def _check_stack(self, blocks: Sequence[Block]) -> None:
+        """Note slices that leave out, repeat or move layers."""
+        end = 0
+        for block in blocks:
+            if block.start != end or block.stop is None or block.stop <= block.start:
+                what = f"begins at layer {block.start}, where layer {end} is due: this stacks layers"
+                self._document.wrong(block.path, what, "let slices follow one another, or stack them with mergekit")
+            end = block.stop or 0
+        layers = self._stack.num_layers
+        if layers is None:
+            self._notes.append(f"the slices end at layer {end}; nobody checked that the models have as many layers")
+        elif layers != end:
+            what = f"ends at layer {end}, and the base has {layers} layers"
+            self._document.wrong(blocks[-1].path, what, f"let the slices end at {layers}, or cut layers with mergekit")
+
+    def _sources(
+        self, blocks: Sequence[Block], rows: Sequence[Sequence[Path]]
+    ) -> tuple[str | None, tuple[Source, ...]]:
+        """Return the base, and the models with their places in each block, which must be the same models."""
+        document = self._document
+        named = document.at(("base_model",))
+        base = None if named is None else _Reference.of(document, ("base_model",), named)
+        if base and base.adapter:
+            document.wrong(
+                ("base_model",), "has an adapter, and a base has none here", "merge the adapter into it first"
+            )
+        by_model: dict[_Reference, list[Path]] = {}
+        for places in rows:
+            references = [_Reference.of(document, place, document.at((*place, "model"))) for place in places]
+            for reference, place in zip(references, places, strict=True):
+                by_model.setdefault(reference, []).append(place)
+        for reference, found in by_model.items():
+            if len(found) != len(blocks):
+                what = f"{reference.path} does not stand in every slice just once"
+                document.wrong(found[0], what, "list the same models in every slice")
+        path = base.path if base else None
+        home = path or next(iter(by_model)).path
+        sources = (_source(reference, home, tuple(found)) for reference, found in by_model.items())
+        return path, tuple(source._replace(is_base=source.is_base and path is not None) for source in sources)
+
+    def _check_parameters(self, spec: Spec, blocks: Sequence[Block], rows: Sequence[Sequence[Path]]) -> None:
+        """Note parameters that mergekit would ignore where they stand."""
+        everywhere = (*spec.shared, *spec.of_models)
+        for scope in dict.fromkeys(((), *(block.path for block in blocks))):
+            self._document.check_keys((*scope, "parameters"), everywhere)
+        upwards = dict.fromkeys(spec.shared, _UPWARDS)
+        for place in (place for places in rows for place in places):
+            self._document.check_keys((*place, "parameters"), spec.of_models, upwards)
+
+    def _count(self, spec: Spec, base: str | None, sources: Sequence[Source]) -> None:
+        document, name = self._document, self._document.at(("merge_method",))
+        if spec.base == "required" and base is None:
+            document.wrong((), f"{name} needs a base_model", "add base_model")
+        if spec.base == "input" and base is not None and not any(source.is_base for source in sources):
+            what = f"{name} merges the base_model too, and it is not among the models"
+            document.wrong(("base_model",), what, "list it under `models`, or leave base_model out")
+        count = sum(1 for source in sources if spec.base == "input" or not source.is_base)
+        if count < spec.least or (spec.most is not None and count > spec.most):
+            number = f"{spec.least}" if spec.least == spec.most else f"{spec.least} or more"
+            which = "models" if spec.base == "input" else "models beside the base_model"
+            document.wrong((), f"{name} takes {number} {which}, not {count}", "list other models")
+
+    def _output(self, base: str, sources: Sequence[Source]) -> tuple[Json, tuple[str, ...]]:
+        """Return the output but for its folder, and the models whose vocabularies must agree."""
+        output: Json = {}
+        document, dtype = self._document, self._document.at(("dtype",))
+        for key in ("dtype", "out_dtype"):
+            value = str(document.at((key,)) or DTYPES[0]).removeprefix("torch.")
+            if value not in DTYPES:
+                document.wrong((key,), f"is {value}, and ties_ray writes {', '.join(DTYPES)}", "choose one of them")
+            elif document.at((key,)) is not None:
+                output["dtype"] = value
+        if dtype is not None:
+            self._notes.append(f"dtype {dtype} is that of the output: ties_ray computes in fp32, and rounds once")
+        return output, self._tokenizers(output, base, sources)
+
+    def _tokenizers(self, output: Json, base: str, sources: Sequence[Source]) -> tuple[str, ...]:
+        document, key = self._document, "tokenizer_source"
+        asked = document.at((key,))
+        if document.at(("tokenizer",)) is not None:
+            key = "tokenizer"
+            document.check_keys((key,), ("source",), dict.fromkeys(("tokens", "pad_to_multiple_of"), _VOCABULARY))
+            asked = document.at((key, "source"))
+        template = document.at(("chat_template",))
+        if template == "auto":
+            self._notes.append("chat_template auto: the base's stays, where mergekit takes the most frequent one")
+        elif template is not None:
+            document.wrong(("chat_template",), "ties_ray writes no template of its own", "leave chat_template out")
+        if asked in (None, "base"):
+            return ()
+        if asked != "union":
+            output["files_from"] = _Reference.of(document, (key,), asked).path
+            self._notes.append("config and tokenizer come from that model")
+        return tuple(dict.fromkeys((base, *(str(source.entry["path"]) for source in sources))))
+
+
+def _source(reference: _Reference, base: str, places: tuple[Path, ...]) -> Source:
+    """Return a model; an adapter of the base is a model by itself."""
+    if reference.adapter is None:
+        return Source({"path": reference.path}, reference.path == base, places)
+    if reference.path == base:
+        return Source({"path": reference.adapter}, is_base=False, places=places)
+    return Source({"path": reference.path, "adapter": reference.adapter}, is_base=False, places=places)
