@@ -319,5 +319,5 @@ def test_a_base_without_elements_has_a_plan() -> None:
 def test_a_unit_in_a_round_that_would_cut_anywhere_is_a_defect_of_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = Round("gather", lambda deltas, context: Result(), unit=whole_matrices), *Average().rounds()
     monkeypatch.setattr(Average, "rounds", lambda self: rounds)
-    with pytest.raises(TypeError, match="method average: only the last round may need whole rows or matrices"):
+    with pytest.raises(TypeError, match="method average: a round that gathers can't need whole"):
         make_plan(recipe_for(2, "average"), catalog_of([Parameter("p", (8, 4), "BF16", True)], 2))

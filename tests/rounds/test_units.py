@@ -132,7 +132,7 @@ def test_sums_are_exact_in_any_order() -> None:
     assert total(torch.tensor([3.0e38, 1.0e-45, -3.0e38])) / ONE == float(torch.tensor(1.0e-45))
 
 
-@pytest.mark.parametrize("kind", ["survey", "threshold", "tied", "gather", "condense", "merge", "units"])
+@pytest.mark.parametrize("kind", ["survey", "threshold", "tied", "gather", "ranks", "condense", "merge", "units"])
 def test_a_kind_of_round_is_imported_without_torch(kind: str) -> None:
     code = f"import sys, ties_ray.rounds.{kind}; sys.exit(bool({{'torch', 'ray', 'numba'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -146,6 +146,8 @@ class Context:
     """Sums that earlier rounds gathered: of the whole task vectors, and of this parameter."""
     base: "Tensor | None" = None
     """The base's values, 1-D fp32 or fp64, where the round asks for them."""
+    ranks: "Mapping[Key, tuple[float, ...]]" = field(default_factory=dict)
+    """Values that earlier rounds found by rank: among the whole task vectors', and among this parameter's."""
     tie_ends: tuple[int, ...] = ()
     """Elements of the parameter that equal a member's threshold are kept before this one, and dropped from it on.
 
@@ -163,6 +165,10 @@ class Context:
         """Return a sum that an earlier round gathered, rounded once to fp64; 0 where nothing was added."""
         return self.sums.get(Key(name, members, whole), 0) / ONE
 
+    def ranked(self, name: str, *members: int, whole: bool = False) -> tuple[float, ...]:
+        """Return the values at the ranks that an earlier round asked for, exactly; nothing where none were given."""
+        return self.ranks.get(Key(name, members, whole), ())
+
 
 @dataclass(frozen=True)
 class Result:
@@ -174,6 +180,11 @@ class Result:
     """Integers, added over all slices; they stand in the result record."""
     sums: Mapping[Key, int] = field(default_factory=dict)
     """Exact sums, added over all slices: what `kernels.exact_sums` gives, in units of 1 / `ONE`."""
+    ranked: "Mapping[Key, Tensor]" = field(default_factory=dict)
+    """Values among which `Round.ranks` are found over all slices: 1-D, fp32 or int32, as many as the round likes.
+
+    The round is run twice, so they must depend on nothing but the elements.
+    """
 
 
 def every_element(parameter: Parameter) -> Unit:
@@ -210,10 +221,11 @@ class Round:
     kind: str = ""
     """Name of the kind of round that runs it: a file in `ties_ray/rounds`.
 
-    By default the last round merges and the others gather. A last round of rows or matrices is of the kind `units`.
+    By default the last round merges and the others gather. A last round of rows or matrices is of the kind `units`,
+    and one with ranks of the kind `ranks`.
     """
     unit: Callable[[Parameter], Unit] = every_element
-    """The least of a parameter that must be whole in a slice. Only the last round may need more than elements."""
+    """The least of a parameter that must be whole in a slice. A round that gathers needs no more than elements."""
     needs_base: bool = False
     """Whether `run` uses `Context.base`."""
     holds: Callable[[int], int] = nothing_more
@@ -223,6 +235,11 @@ class Round:
     """
     passes: int = 1
     """How often `run` reads the deltas. Blocks become small enough to hold all slices, or the plan reads them again."""
+    ranks: Callable[[Key, int], tuple[int, ...]] | None = None
+    """The ranks to find among the values that `run` gives as `Result.ranked`, of a key and the number of its values.
+
+    The smallest value has rank 0. Only a round before the last has ranks; its models are read twice as often.
+    """
 
 
 def elect_apart(

@@ -152,8 +152,10 @@ def _rounds(merge: Merge) -> Iterator[PlannedRound]:
 
 def _kind(merge: Merge, round_: Round, *, last: bool) -> str:
     """Return the kind of a method's round that names none. Raises `TypeError` for a unit that nobody would respect."""
+    if not last and round_.ranks:
+        return "ranks"
     if not last and round_.unit is not every_element:
-        raise TypeError(f"method {merge.recipe.method.name}: only the last round may need whole rows or matrices")
+        raise TypeError(f"method {merge.recipe.method.name}: a round that gathers can't need whole rows or matrices")
     condenses = isinstance(merge.recipe.output, CondensingOutput)
     whole = round_.unit is not every_element and not condenses
     return ("units" if whole else "merge") if last else "gather"

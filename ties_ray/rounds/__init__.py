@@ -414,6 +414,10 @@ class RoundKind(ABC, Generic[F, B]):
         """Return the exact sums that round `index` has found, of the whole and of one parameter: `Context.sums`."""
         return {}
 
+    def ranks(self, bench: Bench, index: int, parameter: int) -> Mapping[Key, tuple[float, ...]]:
+        """Return the values that round `index` has found by rank, of the whole and one parameter: `Context.ranks`."""
+        return {}
+
     # -- stored findings
 
     def misfit(self, merge: Merge, index: int, finding: F) -> Iterable[str]:

@@ -66,10 +66,23 @@ class Pick(NamedTuple):
 
 def pack(scope: Scope, table: NDArray[np.int64]) -> Counts | None:
     """Return the nonzero bins of a dense table; None where it is empty."""
+    return Counts(*scope, *packed(table)) if table.any() else None
+
+
+def packed(table: NDArray[np.int64]) -> tuple[str, str]:
+    """Return (bins, counts) of a dense table as `Counts` has them."""
     bins = np.flatnonzero(table)
-    if not len(bins):
-        return None
-    return Counts(scope[0], scope[1], _deflate(bins.astype("<i4")), _deflate(table[bins].astype("<i8")))
+    return _deflate(bins.astype("<i4")), _deflate(table[bins].astype("<i8"))
+
+
+def add_packed(sums: NDArray[np.int64], bins_text: str, counts_text: str) -> None:
+    """Add what `packed` gave to a dense table. Raises `ValueError` for what it has never given."""
+    bins, counts = _inflate(bins_text, "<i4"), _inflate(counts_text, "<i8")
+    if len(bins) != len(counts) or (len(bins) and not (bins[0] >= 0 and bins[-1] < BINS and np.all(np.diff(bins) > 0))):
+        raise ValueError(f"a table of counts names bins that are none of the {BINS:,}")
+    if len(counts) and counts.min() <= 0:
+        raise ValueError("a table of counts counts less than nothing")
+    sums[bins] += counts
 
 
 def add(records: Iterable[Counts]) -> dict[Scope, NDArray[np.int64]]:
@@ -82,14 +95,7 @@ def add(records: Iterable[Counts]) -> dict[Scope, NDArray[np.int64]]:
         scope = (record.member, record.parameter)
         if scope not in sums:
             sums[scope] = np.zeros(BINS, np.int64)
-        bins, counts = _inflate(record.bins, "<i4"), _inflate(record.counts, "<i8")
-        if len(bins) != len(counts) or (
-            len(bins) and not (bins[0] >= 0 and bins[-1] < BINS and np.all(np.diff(bins) > 0))
-        ):
-            raise ValueError(f"a table of counts names bins that are none of the {BINS:,}")
-        if len(counts) and counts.min() <= 0:
-            raise ValueError("a table of counts counts less than nothing")
-        sums[scope][bins] += counts
+        add_packed(sums[scope], record.bins, record.counts)
     return sums
 
 

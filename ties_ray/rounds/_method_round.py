@@ -77,6 +77,7 @@ def context_of(bench: Bench, index: int, block: Block) -> Context:
         statistics=statistics(bench, index),
         kernels=bench.kernels,
         sums=sums(bench, index, block.parameter),
+        ranks=ranks(bench, index, block.parameter),
         base=block.base if merge.own_round(merge.rounds[index]).needs_base else None,
         tie_ends=tie_ends(bench, block.parameter),
         depth=merge.by_parameter.depth(block.parameter),
@@ -94,6 +95,14 @@ def sums(bench: Bench, index: int, parameter: int) -> dict[Key, int]:
     kinds = [bench.merge.kind(number) for number in range(index)]
     return {
         key: value for number, kind in enumerate(kinds) for key, value in kind.sums(bench, number, parameter).items()
+    }
+
+
+def ranks(bench: Bench, index: int, parameter: int) -> dict[Key, tuple[float, ...]]:
+    """Return the values that the rounds before round `index` have found by rank, of the whole and of one parameter."""
+    kinds = [bench.merge.kind(number) for number in range(index)]
+    return {
+        key: values for number, kind in enumerate(kinds) for key, values in kind.ranks(bench, number, parameter).items()
     }
 
 

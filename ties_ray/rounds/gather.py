@@ -38,6 +38,12 @@ class Sums(Tally[Gathered]):
         for key, value in result.sums.items():
             self.sums[key.name, key.members, WHOLE if key.whole else parameter] += value
 
+    def add_gathered(self, gathered: Gathered) -> None:
+        """Add what a record holds."""
+        self.statistics.update(gathered.statistics)
+        for name, members, parameter, value in gathered.sums:
+            self.sums[name, members, parameter] += value
+
     def absorb(self, shard: "Sums") -> None:
         """Add the sums of one finished shard."""
         self.statistics.update(shard.statistics)
@@ -100,9 +106,7 @@ class GatherRound(RoundKind[Gathered, Gathered]):
         """Return the sums over all records."""
         total = Sums()
         for finding in findings:
-            total.statistics.update(finding.statistics)
-            for name, members, parameter, value in finding.sums:
-                total.sums[name, members, parameter] += value
+            total.add_gathered(finding)
         return total.finding()
 
     def misfit(self, merge: Merge, index: int, finding: Gathered) -> Iterator[str]:
@@ -122,7 +126,7 @@ class GatherRound(RoundKind[Gathered, Gathered]):
 
     def sums(self, bench: Bench, index: int, parameter: int) -> dict[Key, int]:
         """Return the exact sums, of the whole and of one parameter."""
-        by_parameter: dict[int, dict[Key, int]] = bench.derived(index, 0, _by_parameter)
+        by_parameter: dict[int, dict[Key, int]] = bench.derived(index, 0, by_parameter_of)
         return by_parameter.get(WHOLE, {}) | by_parameter.get(parameter, {})
 
     def report(self, merge: Merge, index: int, folded: Mapping[int, Gathered]) -> dict[str, dict[str, int]]:
@@ -130,7 +134,8 @@ class GatherRound(RoundKind[Gathered, Gathered]):
         return {"statistics": folded[0].statistics}
 
 
-def _by_parameter(gathered: Gathered) -> dict[int, dict[Key, int]]:
+def by_parameter_of(gathered: Gathered) -> dict[int, dict[Key, int]]:
+    """Return the exact sums by parameter, WHOLE for those of whole task vectors."""
     by_parameter: dict[int, dict[Key, int]] = {}
     for name, members, parameter, value in gathered.sums:
         by_parameter.setdefault(parameter, {})[Key(name, members, parameter == WHOLE)] = value

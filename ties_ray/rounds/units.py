@@ -42,19 +42,13 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
         """Yield the round, and the one that writes what it leaves."""
-        own = merge.recipe.method.rounds()[position]
-        segments = pieces(merge, position)
-        block = max(1, max((segment.stop - segment.start for segment in segments), default=1))
-        fits = merge.budget.fits(block, resident=True, holds=own.holds(len(merge.models)))
-        passes = 1 if own.passes == 1 or fits else own.passes
-        reading = cost.units(segments, block, passes, needs_base=own.needs_base)
-        again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
-        yield PlannedRound(own.name, "units", position, len(segments), passes, block, *reading[:2], again)
-        assembled = merge.budget.block(beside=2 * merge.layout.part_size + 8 * block, slices=1)
+        reading = whole_units(merge, cost, position)
+        yield PlannedRound(merge.recipe.method.rounds()[position].name, "units", position, *reading)
+        assembled = merge.budget.block(beside=2 * merge.layout.part_size + 8 * reading.block, slices=1)
         run = merge.budget.run(assembled, 1)
-        reading = cost.merging(assembled, run, 1, models=False)
+        of_base = cost.merging(assembled, run, 1, models=False)
         shards = merge.layout.num_merge_shards
-        yield PlannedRound("assemble", "merge", position, shards, 1, assembled, *reading[:2], 0, run)
+        yield PlannedRound("assemble", "merge", position, shards, 1, assembled, *of_base[:2], 0, run)
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of the largest piece with its slices, and of its scratch."""
@@ -146,6 +140,28 @@ class Assembly:
 
         crc = self._bench.derived(self._index, 0, _crc_by_piece)[number]
         return torch.frombuffer(self._bench.read_scratch(number, crc), dtype=torch.float32)
+
+
+class UnitReading(NamedTuple):
+    """What a round of units reads; the fields of `PlannedRound` from `num_shards` on."""
+
+    num_shards: int
+    passes: int
+    block: int
+    bytes_read: int
+    requests: int
+    bytes_again: int
+
+
+def whole_units(merge: Merge, cost: Cost, position: int) -> UnitReading:
+    """Return what a round of units reads, piece by piece."""
+    own, segments = merge.recipe.method.rounds()[position], pieces(merge, position)
+    block = max(1, max((segment.stop - segment.start for segment in segments), default=1))
+    fits = merge.budget.fits(block, resident=True, holds=own.holds(len(merge.models)))
+    passes = 1 if own.passes == 1 or fits else own.passes
+    reading = cost.units(segments, block, passes, needs_base=own.needs_base)
+    again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
+    return UnitReading(len(segments), passes, block, *reading[:2], again)
 
 
 def pieces(merge: Merge, position: int) -> list[Segment]:

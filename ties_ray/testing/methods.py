@@ -101,7 +101,7 @@ class MethodContract:
         held = _Held(method, {"layers.0.weight": tensors}, load("cpu"))
         for round_ in method.rounds():
             held.watched = memory = _Memory()
-            held.gather(list(held.results(round_, "layers.0.weight", 10**9)))
+            held.gather(round_, list(held.results(round_, "layers.0.weight", 10**9)))
             limit = COUNTED_BYTES + round_.holds(len(tensors))
             assert memory.peak <= limit * tensors[0].numel() + SMALL_BYTES, f"round {round_.name}"
 
@@ -184,7 +184,7 @@ def merge_held(
     held = _Held(method, deltas, kernels or load("cpu"))
     *before, last = method.rounds()
     for round_ in before:
-        held.gather([result for name in deltas for result in held.results(round_, name, step)])
+        held.gather(round_, [result for name in deltas for result in held.results(round_, name, step)])
     merged = {}
     for name, of_models in deltas.items():
         slices = []
@@ -207,9 +207,12 @@ class _Held:
         self._statistics: Counter[str] = Counter()
         self._sums: Counter[tuple[str, Key]] = Counter()
         """Exact sums by (parameter or nothing, key)."""
+        self._ranks: dict[tuple[str, Key], tuple[float, ...]] = {}
+        """Values by rank, by (parameter or nothing, key)."""
         self.watched: AbstractContextManager[Any] = nullcontext()
         """Entered while a round of the method runs."""
         self._pending: Counter[tuple[str, Key]] = Counter()
+        self._ranked: dict[tuple[str, Key], list[torch.Tensor]] = {}
         self._name = ""
 
     def results(self, round_: Round, name: str, step: int) -> Iterator[tuple[int, int, Result]]:
@@ -231,10 +234,17 @@ class _Held:
             result = round_.run(deltas, context)
         for key, value in result.sums.items():
             self._pending[self._name * (not key.whole), key] += value
+        for key, values in result.ranked.items():
+            self._ranked.setdefault((self._name * (not key.whole), key), []).append(values)
         return result
 
-    def gather(self, results: Sequence[tuple[int, int, Result]]) -> None:
+    def gather(self, round_: Round, results: Sequence[tuple[int, int, Result]]) -> None:
         """Let later rounds know what a round has found."""
+        for (name, key), tensors in self._ranked.items():
+            ordered = torch.cat(tensors).sort().values
+            ranks = round_.ranks(key, len(ordered)) if round_.ranks else ()
+            self._ranks[name, key] = tuple(ordered[rank].item() for rank in ranks)
+        self._ranked = {}
         for _, _, result in results:
             self._statistics.update(result.statistics)
         self._sums.update(self._pending)
@@ -254,6 +264,7 @@ class _Held:
             statistics=dict(self._statistics),
             kernels=self._kernels,
             sums={key: value for (of, key), value in self._sums.items() if of in ("", name)},
+            ranks={key: values for (of, key), values in self._ranks.items() if of in ("", name)},
             base=base,
             tie_ends=_tie_ends(self._need, self._deltas, name),
             depth=depths(self._deltas).get(name, 0.0),
