@@ -27,7 +27,10 @@ from ties_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ties_ray.operations.compare import Comparison
+    from ties_ray.operations.in_memory import MergedAdapter
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.recipe import Recipe
     from ties_ray.reports.records import MergeResult, Progress
@@ -39,6 +42,7 @@ __all__ = [
     "InterruptedMerge",
     "MergeError",
     "MergeResult",
+    "MergedAdapter",
     "Plan",
     "Problem",
     "Progress",
@@ -49,11 +53,13 @@ __all__ = [
     "compare",
     "load_recipe",
     "merge",
+    "merge_adapters",
     "plan",
 ]
 
 _LAZY = {
     "Comparison": "ties_ray.operations.compare",
+    "MergedAdapter": "ties_ray.operations.in_memory",
     "Plan": "ties_ray.planning.plan",
     "Recipe": "ties_ray.recipe.recipe",
     "MergeResult": "ties_ray.reports.records",
@@ -101,6 +107,24 @@ def merge(
     from ties_ray.operations import merging
 
     return merging.merge(_as_recipe(recipe), fresh=fresh, watch=watch)
+
+
+def merge_adapters(
+    adapters: "Mapping[str, tuple[Mapping[str, Tensor], object]]",
+    *,
+    method: "Mapping[str, object] | str" = "ties",
+    weights: "Mapping[str, float] | None" = None,
+    output: "Mapping[str, object] | None" = None,
+) -> "MergedAdapter":
+    """Merge LoRA adapters that are in memory; return the merged one, with the bits that a merge of files gives.
+
+    adapters: by name the state dict, as `peft.get_peft_model_state_dict` gives it, and the `LoraConfig` or its fields.
+    method, output: those of a recipe, as `{"rank": 16}`. weights: by name, 1 by default.
+    Raises `RecipeError` or `InputError` with every problem. No Ray is started, and nothing is written.
+    """
+    from ties_ray.operations import in_memory
+
+    return in_memory.merge_adapters(adapters, method, weights or {}, output or {})
 
 
 def compare(
