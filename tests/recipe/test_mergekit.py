@@ -135,7 +135,7 @@ parameters:
 
 
 def test_filters_and_gradients_become_tables_by_pattern() -> None:
-    recipe = converted(FILTERS, num_layers=4).recipe
+    recipe = recipe_of(FILTERS, num_layers=4)
     assert recipe["models"][0]["weight"] == {"*self_attn*": [1.0, 0.75, 0.0], "*mlp[[]0]*": 0.7, "*": 0.5}
     assert recipe["models"][1]["weight"] == {"*self_attn*": [0.0, 0.25, 1.0], "*mlp[[]0]*": 0.3, "*": 0.5}
 
@@ -154,7 +154,7 @@ parameters: {weight: 0.8}
 
 
 def test_slices_become_numbers_by_layer() -> None:
-    recipe = converted(SLICES, num_layers=4, name="h").recipe
+    recipe = recipe_of(SLICES, num_layers=4, name="h")
     assert recipe["models"][1]["weight"] == {
         "*h.0.*": 0.8, "*h.1.*": 0.0, "*h.2.*": 0.5, "*h.3.*": 1.0, "*embed*": 0.8, "*": 0.0,
     }  # fmt: skip
@@ -170,14 +170,14 @@ def test_slices_that_say_the_same_are_models() -> None:
 
 
 def test_a_scope_says_what_narrower_ones_leave_open() -> None:
-    recipe = converted("""\
+    recipe = recipe_of("""\
 models:
   - {model: a, parameters: {weight: [{filter: mlp, value: 2}], density: 1.5}}
   - {model: b, parameters: {density: [1, 0.5]}}
 base_model: z
 merge_method: ties
 parameters: {weight: [{filter: norm, value: "1e-1"}, {filter: "*", value: 1}]}
-""").recipe
+""")
     assert recipe["models"] == [
         {"path": "a", "weight": {"*mlp*": 2.0, "*norm*": 0.1, "*": 1.0}, "density": 1.0},
         {"path": "b", "weight": {"*norm*": 0.1, "*": 1.0}, "density": [1.0, 0.5]},
