@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: demo test docs package slow engines pipelines chaos check audit format clean
+.PHONY: demo test docs package slow engines differential pipelines chaos check audit format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies
 	$(BIN)/python -m benchmarks.demo .demo
 
-SLOW := tests/test_docs_run.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/driver/test_nodes.py
+SLOW := tests/test_docs_run.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py
 
 test: $(VENV)/installed  ## all tests but the slow ones, file by file on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines tests/packaging $(SLOW))
@@ -46,6 +46,17 @@ package: $(VENV)/installed  ## wheels and sdists: what they hold, and that they 
 slow: $(VENV)/installed  ## the code of all pages; all architectures; nodes that die; pools of adapters; 200 adapters from a bucket, on Ray; every benchmark, small; the GPU's kernels, interpreted
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(SLOW)
 
+MERGEKIT := .venv-mergekit
+
+$(MERGEKIT)/installed:
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet torch mergekit==0.1.5
+	touch $@
+
+differential: $(VENV)/installed $(MERGEKIT)/installed  ## mergekit, in an environment of its own, beside the oracles and beside our merges
+	$(MERGEKIT)/bin/python -m tests.tools.oracles.differential
+	TIES_RAY_MERGEKIT=$(MERGEKIT)/bin/python $(BIN)/python -m pytest -q tests/promises/test_mergekit.py
+
 pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own, with ties-ray-pipelines installed in it
 	for engine in airflow dagster kfp; do \
 		$(UV) pip install --quiet --no-deps --reinstall-package ties-ray-pipelines \
@@ -71,4 +82,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(ENGINES) .demo build dist *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(MERGEKIT) .demo build dist *.egg-info

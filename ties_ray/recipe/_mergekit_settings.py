@@ -108,7 +108,7 @@ class Settings:
                 if default is None:
                     place = sources[number] if sources else ()
                     self._document.wrong(place, f"has no {name} for some tensors", f"add a {name} for all of them")
-                cases.append(Case("", (1.0 if default is None else default,)))
+                cases.append(Case("", (1.0 if default is None else float(default),)))
             by_block.append(cases)
         if all(cases == by_block[0] for cases in by_block) and (
             len(by_block) == 1 or all(len(case.value) == 1 for case in by_block[0])
