@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from ties_ray.methods import Context, Deltas, Method, Result, Round, nothing_more
+from ties_ray.tensors import Parameter
 from ties_ray.testing import MethodContract
+
+Holds = Callable[[int, Parameter], int]
 
 
 class Hoarder(Method):
@@ -17,7 +20,7 @@ class Hoarder(Method):
     paper: ClassVar[str] = "none"
 
     def rounds(self) -> tuple[Round, ...]:
-        holds: Callable[[int], int] = (lambda num_models: 16 * num_models) if self.honest else nothing_more
+        holds: Holds = (lambda num_models, parameter: 16 * num_models) if self.honest else nothing_more
         return (Round("merge", self._merge, holds=holds),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:

@@ -316,8 +316,18 @@ def test_a_base_without_elements_has_a_plan() -> None:
     assert made.bytes_read == 0
 
 
-def test_a_unit_in_a_round_that_would_cut_anywhere_is_a_defect_of_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_that_gathers_may_need_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = Round("gather", lambda deltas, context: Result(), unit=whole_matrices), *Average().rounds()
     monkeypatch.setattr(Average, "rounds", lambda self: rounds)
-    with pytest.raises(TypeError, match="method average: a round that gathers can't need whole"):
-        make_plan(recipe_for(2, "average"), catalog_of([Parameter("p", (8, 4), "BF16", True)], 2))
+    parameters = [Parameter("p", (8, 4), "BF16", True), Parameter("q", (80, 4), "BF16", True)]
+    (merge,) = make_plan(recipe_for(2, "average"), catalog_of(parameters, 2)).merges
+    assert [round_.num_shards for round_ in merge.rounds] == [2, 1]
+    first = merge.kind(0).shard(merge, merge.rounds[0], 0)
+    assert first.segments == (Segment(1, 0, 320),), "the largest comes first"
+
+
+def test_a_large_matrix_is_merged_model_by_model() -> None:
+    parameters = [Parameter("p", (4096, 2048), "BF16", True)]
+    many = make_plan(recipe_for(40, "iso_c", run={"memory": "4GiB"}), catalog_of(parameters, 40)).memory
+    few = make_plan(recipe_for(2, "iso_c", run={"memory": "4GiB"}), catalog_of(parameters, 2)).memory
+    assert abs(many - few) < 2**20

@@ -45,7 +45,7 @@ class Budget:
         """
         beside += self._decoded(resident)
         room = int(self._recipe.run.memory) - self.overhead - beside
-        elements = room // (self._element(self._slices(resident)) + holds)
+        elements = room // (self._element(self._slices(resident, 0)) + holds)
         if not resident and elements < self._sizes.least_block:
             human = self._recipe.run.memory.human_readable()
             problem = (
@@ -70,12 +70,12 @@ class Budget:
 
     def blocks(self, block: int, *, resident: bool = False, holds: int = 0) -> int:
         """Return the bytes that a block of so many elements takes, with its slices and decoded factors."""
-        element = self._element(self._slices(resident)) + holds
+        element = self._element(self._slices(resident, block)) + holds
         return self._sources.filled(block) * element + self._decoded(resident)
 
-    def fits(self, block: int, *, resident: bool, holds: int) -> bool:
-        """Return whether blocks of so many elements fit in the memory."""
-        return self.overhead + self.blocks(block, resident=resident, holds=holds) <= int(self._recipe.run.memory)
+    def fits(self, block: int, *, resident: bool, beside: int) -> bool:
+        """Return whether blocks of so many elements fit in the memory beside other bytes."""
+        return self.overhead + self.blocks(block, resident=resident) + beside <= int(self._recipe.run.memory)
 
     def further_ahead(self, block: int, memory: int) -> ReadAhead:
         """Return how many more slices fit what is left of the memory. Local files are not read further ahead.
@@ -101,9 +101,9 @@ class Budget:
         of_base, widest = self._sources.widths[0] or 4, self._sources.widths[1]
         return STATE_BYTES + max(4, of_base, widest) + of_base + widest * slices
 
-    def _slices(self, resident: bool) -> int:
+    def _slices(self, resident: bool, block: int) -> int:
         """Return how many slices are in memory at a time: those read ahead, and those of one pass or of all."""
-        merged = len(self._sources.models) if resident else self._sizes.models_per_pass
+        merged = len(self._sources.models) if resident else self._sources.dense_per_pass(block)
         return self._sizes.ahead + merged
 
     def _decoded(self, resident: bool) -> int:

@@ -207,10 +207,14 @@ class Sources:
         """Return what the base stores for a parameter."""
         return self._of_model(parameter, self.catalog.base)
 
-    def models_per_pass(self, footprint: Footprint) -> int:
-        """Return the most slices of a parameter that one kernel call merges."""
+    def models_per_pass(self, footprint: Footprint, block: int = 0) -> int:
+        """Return the most slices of a parameter that one kernel call merges. block: elements of the largest block."""
         dense = footprint.dense[1] or not footprint.decoded_bytes[1]
-        return self.sizes.models_per_pass if dense else self.sizes.factored_models_per_pass
+        return self.dense_per_pass(block) if dense else self.sizes.factored_models_per_pass
+
+    def dense_per_pass(self, block: int) -> int:
+        """Return the most slices of whole tensors that one kernel call merges: one where it is a large matrix."""
+        return 1 if block > self.sizes.max_block else self.sizes.models_per_pass
 
     def cached(self, footprint: Footprint) -> Literal["nothing", "shared", "all"]:
         """Return which factors of a parameter stay in a worker's cache until its blocks are merged."""

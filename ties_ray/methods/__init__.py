@@ -207,9 +207,14 @@ def whole_parameters(parameter: Parameter) -> Unit:
     return "matrix"
 
 
-def nothing_more(num_models: int) -> int:
+def nothing_more(num_models: int, parameter: Parameter) -> int:
     """Return 0: the round holds no more than what is counted for every method."""
     return 0
+
+
+def bytes_each(number: int) -> Callable[[int, Parameter], int]:
+    """Return what says that a round holds so many bytes for each element, whatever the models and the parameter."""
+    return lambda num_models, parameter: number
 
 
 @dataclass(frozen=True)
@@ -225,11 +230,11 @@ class Round:
     and one with ranks of the kind `ranks`.
     """
     unit: Callable[[Parameter], Unit] = every_element
-    """The least of a parameter that must be whole in a slice. A round that gathers needs no more than elements."""
+    """The least of a parameter that must be whole in a slice."""
     needs_base: bool = False
     """Whether `run` uses `Context.base`."""
-    holds: Callable[[int], int] = nothing_more
-    """Bytes that `run` holds for each element of the slice at most, by the number of models.
+    holds: Callable[[int, Parameter], int] = nothing_more
+    """Bytes that `run` holds for each element of the slice at most, by the number of models and the parameter.
 
     The slice, its base, the state of one op, the merged delta and one fp32 tensor are counted without it.
     """

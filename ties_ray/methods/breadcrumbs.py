@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_parameters, whole_rows
+from ties_ray.methods import (
+    Context,
+    Deltas,
+    Member,
+    Method,
+    Result,
+    Round,
+    bytes_each,
+    whole_parameters,
+    whole_rows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +68,7 @@ class Breadcrumbs(Method):
         """Return the merge of whole parameters or rows."""
         unit = whole_rows if self.scope == "row" and self.rescale == "none" else whole_parameters
         holds = 40 if self.combine == "linear" and self.rescale == "none" else 88
-        return (Round("merge", self._merge, unit=unit, holds=lambda num_models: holds),)
+        return (Round("merge", self._merge, unit=unit, holds=bytes_each(holds)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.sides import Sides, kept_of

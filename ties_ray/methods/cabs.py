@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_parameters
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each, whole_parameters
 
 
 class Cabs(Method):
@@ -37,7 +37,7 @@ class Cabs(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole parameters."""
-        return (Round("merge", self._merge, unit=whole_parameters, holds=lambda num_models: 32),)
+        return (Round("merge", self._merge, unit=whole_parameters, holds=bytes_each(32)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         import torch

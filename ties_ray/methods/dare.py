@@ -9,7 +9,17 @@ from pydantic import Field, FiniteFloat
 from ties_ray.errors import Problem
 from ties_ray.kernels import Dropout, Election, SignedSums, Term, WeightedSum
 from ties_ray.kernels.randomness import key
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, elect_apart
+from ties_ray.methods import (
+    Context,
+    Deltas,
+    Key,
+    Member,
+    Method,
+    Result,
+    Round,
+    bytes_each,
+    elect_apart,
+)
 
 ZERO_SIGN = {"none": 0, "positive": 1}
 MEAN = "a mean divides by weights"
@@ -62,9 +72,9 @@ class Dare(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after L1 norms where they count."""
         apart = self.combine == "ties" and self.vote != "weighted"
-        merge = Round("merge", self._merge, passes=2, holds=lambda num_models: 32) if apart else (
+        merge = Round("merge", self._merge, passes=2, holds=bytes_each(32)) if apart else (
             Round("merge", self._merge))  # fmt: skip
-        return (Round("norms", self._norms, holds=lambda num_models: 48), merge) if self.rescale == "l1" else (merge,)
+        return (Round("norms", self._norms, holds=bytes_each(48)), merge) if self.rescale == "l1" else (merge,)
 
     @property
     def _divides(self) -> bool:

@@ -7,7 +7,17 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels.randomness import key
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_parameters, whole_rows
+from ties_ray.methods import (
+    Context,
+    Deltas,
+    Member,
+    Method,
+    Result,
+    Round,
+    bytes_each,
+    whole_parameters,
+    whole_rows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +67,7 @@ class Della(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole rows, or of whole parameters where L1 norms count."""
         unit = whole_parameters if self.rescale == "l1" else whole_rows
-        return (Round("merge", self._merge, unit=unit, holds=lambda num_models: 136),)
+        return (Round("merge", self._merge, unit=unit, holds=bytes_each(136)),)
 
     @property
     def _divides(self) -> bool:

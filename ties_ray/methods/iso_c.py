@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
+from ties_ray.methods import Context, Deltas, Method, Result, Round, bytes_each, whole_matrices
 
 
 class IsoC(Method):
@@ -23,7 +23,7 @@ class IsoC(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""
-        return (Round("merge", self._merge, unit=whole_matrices, holds=lambda num_models: 60),)
+        return (Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(60)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         terms = tuple(Term(weight) for weight in context.weights)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
+from ties_ray.methods import Context, Deltas, Method, Result, Round, bytes_each, whole_matrices
 
 
 class IsoCts(Method):
@@ -27,7 +27,7 @@ class IsoCts(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices, which goes through its models twice."""
-        return (Round("merge", self._merge, unit=whole_matrices, passes=2, holds=lambda num_models: 136),)
+        return (Round("merge", self._merge, unit=whole_matrices, passes=2, holds=bytes_each(136)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         shape, count = context.parameter.shape, len(context.members)

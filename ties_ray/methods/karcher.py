@@ -8,7 +8,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import ONE
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,8 +55,8 @@ class Karcher(Method):
         """Return the dot products and the merge."""
         needs_base = self.vectors == "weights"
         return (
-            Round("dots", self._dots, needs_base=needs_base, holds=lambda num_models: 4 * num_models + 4),
-            Round("merge", self._merge, needs_base=needs_base, holds=lambda num_models: 16),
+            Round("dots", self._dots, needs_base=needs_base, holds=lambda num_models, parameter: 4 * num_models + 4),
+            Round("merge", self._merge, needs_base=needs_base, holds=bytes_each(16)),
         )
 
     def _dots(self, deltas: Deltas, context: Context) -> Result:

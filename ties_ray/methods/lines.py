@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Key, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Method, Result, Round, bytes_each
 
 
 class Lines(Method):
@@ -32,7 +32,7 @@ class Lines(Method):
         merge = Round("merge", self._merge)
         if self.alpha is not None:
             return (merge,)
-        return Round("sizes", self._sizes, holds=lambda num_models: 12), merge
+        return Round("sizes", self._sizes, holds=bytes_each(12)), merge
 
     def _sizes(self, deltas: Deltas, context: Context) -> Result:
         """Return the magnitudes of the sum and of the weighted sum, where they may differ."""

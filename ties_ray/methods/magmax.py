@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
 
 
 class MagMax(Method):
@@ -35,7 +35,7 @@ class MagMax(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
-        return (Round("merge", self._merge, holds=lambda num_models: 12),)
+        return (Round("merge", self._merge, holds=bytes_each(12)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         import torch

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,8 @@ class MultiSlerp(Method):
         """Return the lengths, the length of the mean of unit vectors, and the merge."""
         return (
             Round("norms", self._norms),
-            Round("direction", self._direction, holds=lambda num_models: 24),
-            Round("merge", self._merge, holds=lambda num_models: 16),
+            Round("direction", self._direction, holds=bytes_each(24)),
+            Round("merge", self._merge, holds=bytes_each(16)),
         )
 
     def _norms(self, deltas: Deltas, context: Context) -> Result:

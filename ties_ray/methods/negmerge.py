@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import SignedSums, Term
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
 
 
 class NegMerge(Method):
@@ -36,7 +36,7 @@ class NegMerge(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
-        return (Round("merge", self._merge, holds=lambda num_models: 4),)
+        return (Round("merge", self._merge, holds=bytes_each(4)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         count = len(context.members)

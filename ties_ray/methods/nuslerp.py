@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, whole_rows
+from ties_ray.methods import (
+    Context,
+    Deltas,
+    Key,
+    Member,
+    Method,
+    Result,
+    Round,
+    bytes_each,
+    whole_rows,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +53,11 @@ class NuSlerp(Method):
         needs_base = self.vectors == "weights"
         if self.arcs == "row":
             return (
-                Round("merge", self._rows, unit=whole_rows, needs_base=needs_base, holds=lambda num_models: 72),
+                Round("merge", self._rows, unit=whole_rows, needs_base=needs_base, holds=bytes_each(72)),
             )  # fmt: skip
         return (
-            Round("angles", self._angles, needs_base=needs_base, holds=lambda num_models: 8),
-            Round("merge", self._merge, needs_base=needs_base, holds=lambda num_models: 16),
+            Round("angles", self._angles, needs_base=needs_base, holds=bytes_each(8)),
+            Round("merge", self._merge, needs_base=needs_base, holds=bytes_each(16)),
         )
 
     def _angles(self, deltas: Deltas, context: Context) -> Result:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,9 +45,15 @@ class Pcb(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the clipping of magnitudes, the cut of scores, and the merge."""
         return (
-            Round("magnitudes", self._magnitudes, ranks=_tails, holds=lambda num_models: 4 * num_models),
-            Round("scores", self._scores, ranks=self._cut, passes=2, holds=lambda num_models: 100 + 4 * num_models),
-            Round("merge", self._merge, passes=2, holds=lambda num_models: 128),
+            Round("magnitudes", self._magnitudes, ranks=_tails, holds=lambda num_models, parameter: 4 * num_models),
+            Round(
+                "scores",
+                self._scores,
+                ranks=self._cut,
+                passes=2,
+                holds=lambda num_models, parameter: 100 + 4 * num_models,
+            ),
+            Round("merge", self._merge, passes=2, holds=bytes_each(128)),
         )
 
     def _magnitudes(self, deltas: Deltas, context: Context) -> Result:

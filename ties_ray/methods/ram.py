@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import ONE, SignedSums, Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +51,9 @@ class Ram(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after a count of shared elements where RAM+ needs it."""
         if not self.plus:
-            return (Round("merge", self._merge, holds=lambda num_models: 16),)
-        count = Round("count", self._count, holds=lambda num_models: 24, passes=2)
-        return count, Round("merge", self._merge_plus, holds=lambda num_models: 24, passes=2)
+            return (Round("merge", self._merge, holds=bytes_each(16)),)
+        count = Round("count", self._count, holds=bytes_each(24), passes=2)
+        return count, Round("merge", self._merge_plus, holds=bytes_each(24), passes=2)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         total, counts = self._mean(deltas, context)

@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import ONE
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_parameters
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each, whole_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Sce(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole parameters, which goes through its models three times."""
-        return (Round("merge", self._merge, unit=whole_parameters, passes=3, holds=lambda num_models: 60),)
+        return (Round("merge", self._merge, unit=whole_parameters, passes=3, holds=bytes_each(60)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         import torch

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
 
 
 class Slerp(Method):
@@ -50,8 +50,8 @@ class Slerp(Method):
         """Return the angles and the merge."""
         needs_base = self.vectors == "weights"
         return (
-            Round("angles", self._angles, needs_base=needs_base, holds=lambda num_models: 8),
-            Round("merge", self._merge, needs_base=needs_base, holds=lambda num_models: 16),
+            Round("angles", self._angles, needs_base=needs_base, holds=bytes_each(8)),
+            Round("merge", self._merge, needs_base=needs_base, holds=bytes_each(16)),
         )
 
     def _angles(self, deltas: Deltas, context: Context) -> Result:

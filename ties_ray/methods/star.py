@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, whole_matrices
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each, whole_matrices
 
 
 class Star(Method):
@@ -41,7 +41,7 @@ class Star(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""
-        return (Round("merge", self._merge, unit=whole_matrices, holds=lambda num_models: 96),)
+        return (Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(96)),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         shape, factor = context.parameter.shape, self.lambda_ / sum(context.weights)

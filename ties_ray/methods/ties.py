@@ -18,6 +18,7 @@ from ties_ray.methods import (
     Round,
     Slice,
     Threshold,
+    bytes_each,
     elect_apart,
 )
 
@@ -127,11 +128,11 @@ class Ties(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after L1 norms where they count, and signs where zero sums go with the majority."""
-        rounds = [Round("norms", self._norms, passes=2, holds=lambda num_models: 12)] if self.rescale == "l1" else []
+        rounds = [Round("norms", self._norms, passes=2, holds=bytes_each(12))] if self.rescale == "l1" else []
         if self.zero_sum == "majority":
             rounds.append(Round("majority", self._count_signs))
         apart = self.vote != "weighted"
-        merge = Round("merge", self._merge, passes=2, holds=lambda num_models: 32) if apart else (
+        merge = Round("merge", self._merge, passes=2, holds=bytes_each(32)) if apart else (
             Round("merge", self._merge))  # fmt: skip
         return (*rounds, merge)
 

@@ -6,6 +6,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
 from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
+from ties_ray.tensors import Parameter
 
 
 class Tsv(Method):
@@ -29,9 +30,15 @@ class Tsv(Method):
         """Return the merge of whole matrices."""
         return (Round("merge", self._merge, unit=whole_matrices, holds=self._holds),)
 
-    def _holds(self, num_models: int) -> int:
+    def _holds(self, num_models: int, parameter: Parameter) -> int:
         """Return the bytes of a decomposition, and of all triplets with the decomposition of their vectors."""
-        return 120 if self.rank is None else 80 + 56 * num_models
+        if not parameter.is_matrix:
+            return 4
+        triplets = num_models * self._rank(parameter, num_models) * sum(parameter.shape)
+        return 60 + 30 * triplets // parameter.numel
+
+    def _rank(self, parameter: Parameter, num_models: int) -> int:
+        return max(1, min(parameter.shape) // num_models) if self.rank is None else min(self.rank, *parameter.shape)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         shape, count = context.parameter.shape, len(context.members)
@@ -42,7 +49,7 @@ class Tsv(Method):
 
         from ties_ray.kernels.linalg import Svd, polar, svd
 
-        rank = max(1, min(shape) // count) if self.rank is None else self.rank
+        rank = self._rank(context.parameter, count)
         triplets = []
         for model, delta in deltas:
             parts = svd(delta.view(shape).double().mul_(context.weights[model]), rank)

@@ -6,6 +6,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
 from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +20,7 @@ class Wudi(Method):
 
     Lambda scales T, which begins as a sum; vectors get the mean. One pass over the models, fp64, one thread.
     Memory and time grow with the square of a row's length: steps on wide matrices take hours, `minimum` takes minutes.
-    The memory plan counts on rows at most four times as long as columns. Identical models stay near their sum with few
-    steps; their minimum is that model.
+    Identical models stay near their sum with few steps; their minimum is that model.
     """
 
     name: Literal["wudi"] = "wudi"
@@ -40,10 +40,12 @@ class Wudi(Method):
         """Return the merge of whole matrices."""
         return (Round("merge", self._merge, unit=whole_matrices, holds=self._holds),)
 
-    def _holds(self, num_models: int) -> int:
-        """Return the bytes of fp64 matrices; the square ones have up to four times the elements of the largest."""
+    def _holds(self, num_models: int, parameter: Parameter) -> int:
+        """Return the bytes of fp64 matrices, some of them as wide and as high as a row is long."""
+        if not parameter.is_matrix:
+            return 4
         like_the_parameter, square = (12, 2) if self.solver == "adam" else (5, 6)
-        return 8 * (like_the_parameter + 4 * square)
+        return 8 * (like_the_parameter + -(-square * parameter.shape[1] // parameter.shape[0]))
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         shape = context.parameter.shape

@@ -151,14 +151,11 @@ def _rounds(merge: Merge) -> Iterator[PlannedRound]:
 
 
 def _kind(merge: Merge, round_: Round, *, last: bool) -> str:
-    """Return the kind of a method's round that names none. Raises `TypeError` for a unit that nobody would respect."""
-    if not last and round_.ranks:
-        return "ranks"
-    if not last and round_.unit is not every_element:
-        raise TypeError(f"method {merge.recipe.method.name}: a round that gathers can't need whole rows or matrices")
+    """Return the kind of a method's round that names none."""
+    if not last:
+        return "ranks" if round_.ranks else "gather"
     condenses = isinstance(merge.recipe.output, CondensingOutput)
-    whole = round_.unit is not every_element and not condenses
-    return ("units" if whole else "merge") if last else "gather"
+    return "units" if round_.unit is not every_element and not condenses else "merge"
 
 
 def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member], numbers: ByParameter) -> None:

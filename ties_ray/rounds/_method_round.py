@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ties_ray.layout.shards import Segment
-from ties_ray.methods import Context, Key, Result
+from ties_ray.methods import Context, Key, Result, Round
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, Sample
 from ties_ray.rounds.threshold import thresholds
 from ties_ray.rounds.tied import tie_ends
@@ -30,10 +30,17 @@ def cut(merge: Merge, position: int, *, beside: int) -> Cut:
     own, budget = merge.recipe.method.rounds()[position], merge.budget
     resident, together, passes = own.passes > 1, min(len(merge.models), merge.sizes.models_per_pass), 1
     slices = len(merge.models) if resident else together
-    block = budget.block(beside=beside, slices=slices, resident=resident, holds=own.holds(len(merge.models)))
+    holds = holds_of(merge, own)
+    block = budget.block(beside=beside, slices=slices, resident=resident, holds=holds)
     if resident and block < merge.sizes.min_resident_block:
-        block, passes = budget.block(beside=beside, slices=together, holds=own.holds(len(merge.models))), own.passes
+        block, passes = budget.block(beside=beside, slices=together, holds=holds), own.passes
     return Cut(block, 0 if own.passes > 1 else budget.run(block, len(merge.models)), passes)
+
+
+def holds_of(merge: Merge, own: Round) -> int:
+    """Return the most bytes that a method's round holds for each element of a slice."""
+    merged = (parameter for parameter in merge.layout.parameters if parameter.merged)
+    return max((own.holds(len(merge.models), parameter) for parameter in merged), default=0)
 
 
 def is_resident(merge: Merge, round_: PlannedRound) -> bool:
@@ -43,7 +50,7 @@ def is_resident(merge: Merge, round_: PlannedRound) -> bool:
 
 def memory_of_blocks(merge: Merge, round_: PlannedRound) -> int:
     """Return the bytes that blocks of a method's round take."""
-    holds = merge.own_round(round_).holds(len(merge.models))
+    holds = holds_of(merge, merge.own_round(round_))
     return merge.budget.blocks(round_.block, resident=is_resident(merge, round_), holds=holds)
 
 

@@ -16,6 +16,7 @@ from ties_ray.methods import every_element
 from ties_ray.outputs import CondensingOutput
 from ties_ray.rounds import Bench, Conclusion, Listed, Merge, PlannedRound, RoundKind
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged
+from ties_ray.rounds.units import memory_of_units
 from ties_ray.tensors import COPIES, Parameter, either, exclusion
 
 
@@ -68,7 +69,9 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of blocks and of the costliest matrix."""
-        return memory_of_blocks(merge, round_) + _largest_matrix(merge)
+        in_units = merge.own_round(round_).unit is not every_element
+        blocks = memory_of_units(merge, round_) if in_units else memory_of_blocks(merge, round_)
+        return blocks + _largest_matrix(merge)
 
     def scratch(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of two fp32 factors of each matrix, of the largest rank."""

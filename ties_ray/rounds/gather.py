@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Shard
-from ties_ray.methods import Key, Result
+from ties_ray.methods import Key, Result, every_element
 from ties_ray.rounds import Bench, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
 from ties_ray.rounds._method_round import blocks_of, context_of, cut, memory_of_blocks, rehearse
+from ties_ray.rounds.units import memory_of_units, unit_shard, whole_units
 
 WHOLE = -1
 """Stands for the parameter in a sum over whole task vectors."""
@@ -64,6 +65,9 @@ class GatherRound(RoundKind[Gathered, Gathered]):
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
         """Yield the round."""
         own = merge.recipe.method.rounds()[position]
+        if own.unit is not every_element:
+            yield PlannedRound(own.name, "gather", position, *whole_units(merge, cost, position))
+            return
         block, run, passes = cut(merge, position, beside=2 * merge.layout.part_size)
         reading = cost.gathering(block, run, passes, needs_base=own.needs_base)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
@@ -72,22 +76,20 @@ class GatherRound(RoundKind[Gathered, Gathered]):
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of blocks."""
-        return memory_of_blocks(merge, round_)
+        return memory_of(merge, round_)
 
     def shard(self, merge: Merge, round_: PlannedRound, index: int) -> Shard:
-        """Return a range of elements of all models."""
-        return Shard(models=(0, len(merge.models)), segments=merge.layout.range_(index))
-
-    def first_range(self, merge: Merge, round_: PlannedRound, index: int) -> int:
-        """Return the range itself."""
-        return index
+        """Return a range of elements of all models, or one unit."""
+        return shard_of(merge, round_, index)
 
     def relative_cost(self, round_: PlannedRound) -> float:
         """Return 1: about what counting takes."""
         return 1.0
 
-    def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> Trial:
-        """Return what runs the method's round on a sample."""
+    def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> Trial | None:
+        """Return what runs the method's round on a sample, None where a sample is no unit."""
+        if merge.own_round(round_).unit is not every_element:
+            return None
         return Trial(partial(rehearse, merge, round_, sample), len(sample.context.members))
 
     def tally(self, bench: Bench) -> Sums:
@@ -132,6 +134,19 @@ class GatherRound(RoundKind[Gathered, Gathered]):
     def report(self, merge: Merge, index: int, folded: Mapping[int, Gathered]) -> dict[str, dict[str, int]]:
         """Return the integers; sums are too many for a record."""
         return {"statistics": folded[0].statistics}
+
+
+def memory_of(merge: Merge, round_: PlannedRound) -> int:
+    """Return the bytes of the blocks of a round that learns something, or of its units."""
+    in_units = merge.own_round(round_).unit is not every_element
+    return memory_of_units(merge, round_) if in_units else memory_of_blocks(merge, round_)
+
+
+def shard_of(merge: Merge, round_: PlannedRound, index: int) -> Shard:
+    """Return a range of elements of all models, or one unit."""
+    if merge.own_round(round_).unit is not every_element:
+        return unit_shard(merge, round_, index)
+    return Shard(models=(0, len(merge.models)), segments=merge.layout.range_(index))
 
 
 def by_parameter_of(gathered: Gathered) -> dict[int, dict[Key, int]]:

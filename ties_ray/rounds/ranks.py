@@ -18,9 +18,9 @@ from ties_ray.layout.shards import Shard
 from ties_ray.methods import Key, Result, every_element
 from ties_ray.rounds import Bench, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
 from ties_ray.rounds._kth_largest import WHOLE, add_packed, packed
-from ties_ray.rounds._method_round import blocks_of, context_of, cut, memory_of_blocks, rehearse
-from ties_ray.rounds.gather import Gathered, Sums, by_parameter_of
-from ties_ray.rounds.units import pieces, whole_units
+from ties_ray.rounds._method_round import blocks_of, context_of, cut, rehearse
+from ties_ray.rounds.gather import Gathered, Sums, by_parameter_of, memory_of, shard_of
+from ties_ray.rounds.units import whole_units
 
 if TYPE_CHECKING:
     import torch
@@ -139,13 +139,11 @@ class RanksRound(RoundKind[Ranked, Ranked]):
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of blocks and tables."""
-        return memory_of_blocks(merge, round_) + _bytes_of_tables(merge)
+        return memory_of(merge, round_) + _bytes_of_tables(merge)
 
     def shard(self, merge: Merge, round_: PlannedRound, index: int) -> Shard:
         """Return a range of elements, or a whole unit, of all models."""
-        in_units = merge.own_round(round_).unit is not every_element
-        segments = (pieces(merge, round_.position)[index],) if in_units else merge.layout.range_(index)
-        return Shard(models=(0, len(merge.models)), segments=segments)
+        return shard_of(merge, round_, index)
 
     def relative_cost(self, round_: PlannedRound) -> float:
         """Return 1: about what counting takes."""

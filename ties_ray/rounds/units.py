@@ -52,9 +52,7 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of the largest piece with its slices, and of its scratch."""
-        holds = merge.own_round(round_).holds(len(merge.models))
-        resident = is_resident(merge, round_)
-        return merge.budget.blocks(round_.block, resident=resident, holds=holds) + 8 * round_.block
+        return memory_of_units(merge, round_) + 8 * round_.block
 
     def scratch(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of all merged parameters in fp32."""
@@ -62,8 +60,7 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
 
     def shard(self, merge: Merge, round_: PlannedRound, index: int) -> Shard:
         """Return one piece of all models."""
-        segment = pieces(merge, round_.position)[index]
-        return Shard(models=(0, len(merge.models)), segments=(segment,))
+        return unit_shard(merge, round_, index)
 
     def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> None:
         """Return None: a sample is no whole matrix."""
@@ -75,7 +72,7 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
     def work(self, bench: Bench, index: int, shard: Shard, tally: Listed, zeroed: Counter[tuple[int, str]]) -> None:
         """Merge one piece and keep it."""
         (segment,) = shard.segments
-        number = pieces(bench.merge, bench.merge.rounds[index].position).index(segment)
+        number = bisect.bisect_left(pieces(bench.merge, bench.merge.rounds[index].position), segment)
         delta = self.merged(bench, index, segment, zeroed)
         tally.values.append(Piece(number, bench.write_scratch(number, delta)))
 
@@ -157,11 +154,36 @@ def whole_units(merge: Merge, cost: Cost, position: int) -> UnitReading:
     """Return what a round of units reads, piece by piece."""
     own, segments = merge.recipe.method.rounds()[position], pieces(merge, position)
     block = max(1, max((segment.stop - segment.start for segment in segments), default=1))
-    fits = merge.budget.fits(block, resident=True, holds=own.holds(len(merge.models)))
+    fits = merge.budget.fits(block, resident=True, beside=_held(merge, position))
     passes = 1 if own.passes == 1 or fits else own.passes
     reading = cost.units(segments, block, passes, needs_base=own.needs_base)
     again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
     return UnitReading(len(segments), passes, block, *reading[:2], again)
+
+
+def memory_of_units(merge: Merge, round_: PlannedRound) -> int:
+    """Return the bytes of the largest piece with its slices, and of what the method holds for the costliest one."""
+    resident = is_resident(merge, round_)
+    return merge.budget.blocks(round_.block, resident=resident) + _held(merge, round_.position)
+
+
+def unit_shard(merge: Merge, round_: PlannedRound, index: int) -> Shard:
+    """Return one piece of all models. The largest come first, so that no worker has a large one left at the end."""
+    segments = pieces(merge, round_.position)
+    by_size = _BY_SIZE.setdefault(merge, {})
+    if round_.position not in by_size:
+        sizes = [segment.start - segment.stop for segment in segments]
+        by_size[round_.position] = sorted(range(len(segments)), key=sizes.__getitem__)
+    return Shard(models=(0, len(merge.models)), segments=(segments[by_size[round_.position][index]],))
+
+
+def _held(merge: Merge, position: int) -> int:
+    """Return the most bytes that the method holds for a piece."""
+    own, parameters = merge.recipe.method.rounds()[position], merge.layout.parameters
+    largest: dict[int, int] = {}
+    for index, start, stop in pieces(merge, position):
+        largest[index] = max(largest.get(index, 0), stop - start)
+    return max((size * own.holds(len(merge.models), parameters[index]) for index, size in largest.items()), default=0)
 
 
 def pieces(merge: Merge, position: int) -> list[Segment]:
@@ -191,3 +213,6 @@ def _crc_by_piece(stored: Sequence[Piece]) -> dict[int, str]:
 
 
 _PIECES: WeakKeyDictionary[Merge, dict[int, list[Segment]]] = WeakKeyDictionary()
+"""The pieces, by the position of the method's round."""
+_BY_SIZE: WeakKeyDictionary[Merge, dict[int, list[int]]] = WeakKeyDictionary()
+"""The numbers of the pieces by falling size, by the position of the method's round."""

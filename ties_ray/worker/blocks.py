@@ -69,7 +69,7 @@ class Blocks:
                 slices = StoredSlices(
                     self._kernels, base, start, len(members), map(partial(self._completed, rows, base), coming),
                     passes=round_.passes, resident=resident, factor_room=merge.sizes.factor_room,
-                    per_pass=sources.models_per_pass(self._footprint(index, members)),
+                    per_pass=sources.models_per_pass(self._footprint(index, members), round_.block),
                 )  # fmt: skip
                 yield Block(index, start, stop, base, slices)
                 slices.close()
