@@ -11,13 +11,13 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.reports.records import Progress
 
 
-def run(command: Callable[[Console], int], *, quiet: bool = False) -> Result:
+def run(command: Callable[[Console], int], *, quiet: bool = False, json_log: bool = False) -> Result:
     """Return what a command prints that has a console of its own."""
 
     @click.command()
     @click.pass_context
     def main(context: click.Context) -> None:
-        console = Console(json=False, quiet=quiet, debug=False)
+        console = Console(json=False, quiet=quiet, debug=False, json_log=json_log)
         context.exit(console.run(lambda: command(console)))
 
     return CliRunner().invoke(main, [])
@@ -26,7 +26,7 @@ def run(command: Callable[[Console], int], *, quiet: bool = False) -> Result:
 def merge(console: Console, *, json_lines: bool) -> int:
     with console.progress(json_lines=json_lines) as watch:
         log.info("plan: reading headers")
-        watch(Progress("merge", 1, 2, 500, 1000))
+        watch(Progress("merge", 1, 2, 500, 1000, activity="merging"))
     raise InputError(Problem("s3://m/7", "is gone", "bring it back", "gone"))
 
 
@@ -35,7 +35,7 @@ def test_the_log_is_lines_for_people_on_standard_error() -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "plan: reading headers",
-        "merge: 1 of 2, 500 bytes of 1.0 kB read",
+        "merge: merging, 1 of 2, 500 bytes of 1.0 kB read, after 0.0 s",
         "error: s3://m/7: is gone [gone]; bring it back",
     ]
     assert done.exit_code == 3
@@ -48,6 +48,16 @@ def test_the_log_is_json_lines_where_the_recipe_says_so(quiet: bool) -> None:
     assert (note["level"], note["message"]) == ("info", "plan: reading headers")
     assert (progress["stage"], progress["done"], progress["bytes_planned"]) == ("merge", 1, 1000)
     assert (error["level"], error["where"], error["code"]) == ("error", "s3://m/7", "gone")
+
+
+def test_every_line_of_the_log_is_json_where_the_command_line_says_so() -> None:
+    done = run(lambda console: merge(console, json_lines=False), json_log=True)
+    note, progress, error = map(json.loads, done.stderr.splitlines())
+    assert note["message"] == "plan: reading headers"
+    assert (progress["stage"], progress["activity"], progress["seconds_left"]) == ("merge", "merging", None)
+    assert error["remedy"] == "bring it back"
+    quiet = run(lambda console: merge(console, json_lines=False), quiet=True, json_log=True)
+    assert [json.loads(line)["level"] for line in quiet.stderr.splitlines()] == ["error"]
 
 
 def test_a_quiet_command_logs_errors_only() -> None:

@@ -80,6 +80,24 @@ def test_a_summary_tells_what_was_lost_repeated_zeroed_and_noted() -> None:
     assert "nothing to do" in shown(*text.of_result(result(reused=True), "r.yaml"))
 
 
+def test_an_output_in_a_bucket_is_copied_before_it_is_opened() -> None:
+    done = result(output="s3://b/out", download_command="aws s3 cp --recursive s3://b/out out", opened_by='load("out")')
+    lines = shown(*text.of_result(done, "r.yaml")).splitlines()
+    assert lines[-2:] == ["  aws s3 cp --recursive s3://b/out out", '  load("out")']
+
+
+def test_models_are_told_by_name() -> None:
+    models = [
+        InputProvenance(id=str(number), uri=uri, weight=1, density=None, licence="", objects=[])
+        for number, uri in enumerate(("/m/math", "/m/code"))
+    ]
+    provenance = ruled("keep").model_copy(update={"models": models})
+    done = result([trim("0", 20), trim("1", 30)], zeroed={"1: a.weight": 5}, provenance=provenance)
+    printed = shown(*text.of_result(done, "r.yaml"))
+    assert re.search(r"^math .*20\.00%", printed, re.MULTILINE)
+    assert "5 values of code: a.weight" in printed
+
+
 def test_a_bucket_is_not_offered_to_transformers_and_names_are_quoted_for_the_shell() -> None:
     assert "from_pretrained" not in shown(*text.of_result(result(output="s3://b/out"), "r.yaml"))
     assert "verify '/out/a b'" in shown(*text.of_result(result(output="/out/a b"), "r.yaml"))

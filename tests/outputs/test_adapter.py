@@ -240,6 +240,23 @@ def test_a_merged_adapter_misses_the_merged_delta_by_the_error_it_states(tmp_pat
     assert result.truncation.relative_error == pytest.approx((error2 / norm2) ** 0.5, rel=1e-4)
 
 
+def test_a_rank_that_loses_much_is_warned_of_and_the_remedy_mends_it(tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), hidden=32)
+
+    def merged(name: str, **output: object) -> MergeResult:
+        recipe = {"base": pool.base, "models": list(pool.adapters), "method": "ties", "run": {"executor": "local"}}
+        return merging.merge(
+            validate({**recipe, "output": {"path": str(tmp_path / name), "kind": "adapter", **output}})
+        )
+
+    (warning,) = merged("eight", rank=8).warnings
+    assert "of the merge's norm: output.rank: auto takes the smallest rank" in warning
+    assert warning in (tmp_path / "eight" / "README.md").read_text()
+    assert merged("auto", rank="auto").warnings == []
+    (warning,) = merged("bounded", rank="auto", max_rank=8).warnings
+    assert "output.max_rank allows no more: raise it" in warning
+
+
 MEASURE = """
 import sys, torch
 from ties_ray.tensors import Parameter

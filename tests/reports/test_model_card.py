@@ -1,6 +1,7 @@
 """What a reader sees of a card, by another's Markdown and YAML parsers."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,12 +107,11 @@ def test_names_licences_and_notes_are_data_in_a_whole_card(
     catalog = replace(plan.catalog, models=tuple(inputs), base=base)
     asked = plan.recipe.model_copy(update={"exclude": (pattern,)})
     trims = [TrimReport(model=name, parameter=None, threshold=0.5, kept=1, tied=0, size=2)]
-    text = card(replace(plan, catalog=catalog, recipe=asked), MergeResult(status="done", trims=trims, notes=[note]))
+    text = card(replace(plan, catalog=catalog, recipe=asked), MergeResult(status="done", trims=trims, warnings=[note]))
     _, front, body = text.split("---\n", 2)
     fields = yaml.safe_load(front)
-    assert fields.keys() == {"base_model", "library_name", "tags"} | ({"license"} if licence else set())
+    assert fields.keys() == {"library_name", "tags"} | ({"license"} if licence else set())
     assert fields.get("license", "") == licence
-    assert fields["base_model"][1:] == [f"s3://b/{name}"] * 2
     tokens = MARKDOWN.parse(body)
     leaves = {leaf.type for token in tokens for leaf in token.children or ()}
     assert leaves <= PLAIN
@@ -119,3 +119,48 @@ def test_names_licences_and_notes_are_data_in_a_whole_card(
     assert [token.type for token in tokens].count("heading_open") == 4
     (fenced,) = [token for token in tokens if token.type == "fence"]
     assert yaml.safe_load(fenced.content)["exclude"] == [pattern]
+
+
+def front_of(plan: Plan) -> dict[str, object]:
+    fields: dict[str, object] = yaml.safe_load(card(plan, MergeResult(status="done")).split("---\n", 2)[1])
+    return fields
+
+
+def test_base_model_names_models_of_the_hub_and_no_others(plan: Plan) -> None:
+    assert "base_model" not in front_of(plan)
+    first, second = plan.catalog.models
+    base = replace(plan.catalog.base, uri="hf://org/base@0123")
+    catalog = replace(plan.catalog, base=base, models=(replace(first, uri="hf://org/math@4567"), second))
+    fields = front_of(replace(plan, catalog=catalog))
+    assert fields["base_model"] == ["org/base", "org/math"]
+    assert fields["base_model_relation"] == "merge"
+    model_card_data = pytest.importorskip("huggingface_hub").ModelCardData(**fields)
+    assert model_card_data.base_model == ["org/base", "org/math"]
+
+
+def test_a_card_has_names_and_no_path_of_the_machine(plan: Plan) -> None:
+    folder = plan.output.rpartition("/")[0]
+    catalog = replace(plan.catalog, notes=(f"{folder}/a: its config differs from {folder}/base", "see /etc/x/y.json"))
+    text = card(replace(plan, catalog=catalog), MergeResult(status="done", warnings=[f"{folder}/b/model.safetensors"]))
+    assert folder not in text
+    assert "/etc/" not in text
+    assert "| a | 1 |" in text
+    assert "* a: its config differs from base" in text
+    assert "* b/model.safetensors" in text
+
+
+def test_a_card_is_the_same_from_run_to_run(tmp_path: Path, plan: Plan) -> None:
+    """Notes on a run, such as on files that --fresh removed, stand in the result record only."""
+    cards = []
+    for number in (1, 2):
+        asked = {
+            "base": plan.catalog.base.uri, "models": [model.uri for model in plan.catalog.models], "method": "ties",
+            "output": f"{tmp_path}/{number}", "run": {"executor": "local", "workers": number},
+        }  # fmt: skip
+        if number == 2:
+            (tmp_path / "2").mkdir()
+            (tmp_path / "2" / "pytorch_model.bin").write_bytes(b"old")
+        result = merging.merge(parse.validate(asked), fresh=True)
+        cards.append((tmp_path / str(number) / "README.md").read_text())
+    assert any("--fresh has removed" in note for note in result.notes)
+    assert cards[0] == cards[1]

@@ -1,9 +1,10 @@
 """Options and arguments that commands share, and how they find a recipe or an output."""
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from ties_ray.reports.records import ReportedProblem
     from ties_ray.stores import Stores
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+_KEPT = "ties_ray.overrides"
+"""Key of the overrides that options have given, in the meta data of click's context."""
 RECIPE = click.argument("recipe", shell_complete=completion.files)
 OUTPUT = click.argument("output", shell_complete=completion.files)
 POINTER = click.argument("pointer", shell_complete=completion.files)
@@ -29,13 +33,63 @@ SET = click.option(
 )
 
 
+def _set(name: str) -> "Callable[[click.Context, click.Parameter, str | None], None]":
+    """Return a callback that keeps an option's value as an override of a field of the recipe."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
+        if value is not None:
+            context.meta.setdefault(_KEPT, []).append(f"{name}={json.dumps(value)}")
+
+    return keep
+
+
+def often(function: Function) -> Function:
+    """Add options for the fields of a recipe that are overridden most; `command` adds them to the overrides."""
+    for add in reversed(_OFTEN):
+        function = add(function)
+    return function
+
+
+_OFTEN = (
+    click.option(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        callback=_set("output.path"),
+        expose_value=False,
+        shell_complete=completion.files,
+        help="The folder to write: output.path.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        metavar="N",
+        callback=_set("run.workers"),
+        expose_value=False,
+        help="The number of workers: run.workers.",
+    ),
+    click.option(
+        "--executor",
+        metavar="NAME",
+        callback=_set("run.executor"),
+        expose_value=False,
+        shell_complete=completion.executors,
+        help="local, ray or auto: run.executor.",
+    ),
+)
+
+
 def command(function: Callable[..., int]) -> click.Command:
     """Return the click command of a function `(console, ...) -> exit code`, with the options that all have."""
 
     @functools.wraps(function)
     @click.pass_context
-    def run(context: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-        console = Console(json=as_json, quiet=quiet, debug=debug)
+    def run(
+        context: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, log_format: str, **options: Any
+    ) -> None:
+        console = Console(json=as_json, quiet=quiet, debug=debug, json_log=log_format == "json")
+        if _KEPT in context.meta:
+            options["overrides"] = (*options["overrides"], *context.meta[_KEPT])
         context.exit(console.run(lambda: function(console, **options)))
 
     made = click.command(function.__name__)(run)
@@ -43,6 +97,12 @@ def command(function: Callable[..., int]) -> click.Command:
         click.Option(["--json", "as_json"], is_flag=True, help="Print a record for machines on standard output."),
         click.Option(["--quiet"], is_flag=True, help="Print errors only, no progress and no summary."),
         click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        click.Option(
+            ["--log-format"],
+            type=click.Choice(["text", "json"]),
+            default="text",
+            help="How progress and errors look on standard error: lines of text, or a JSON object a line.",
+        ),
     ]
     return made
 

@@ -27,6 +27,13 @@ def methods(context: click.Context, parameter: click.Parameter, incomplete: str)
     return [name for name in plugins.names("methods") if name.startswith(incomplete)]
 
 
+def executors(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of executors that begin with the incomplete word."""
+    from ties_ray import plugins
+
+    return [name for name in sorted(["auto", *plugins.names("executors")]) if name.startswith(incomplete)]
+
+
 def fields(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Return the fields of a recipe that begin so, each with its choices or its default: `method.density=0.2`."""
     return sorted(field for field in set(_fields()) if field.startswith(incomplete))

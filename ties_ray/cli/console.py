@@ -28,14 +28,15 @@ _ERRORS_SHOWN = 50
 class Console:
     """Prints a command's record, log and errors, for people or for machines."""
 
-    def __init__(self, *, json: bool, quiet: bool, debug: bool) -> None:
-        self.json, self.quiet, self.debug = json, quiet, debug
+    def __init__(self, *, json: bool, quiet: bool, debug: bool, json_log: bool = False) -> None:
+        """json: print the record. json_log: each line of the log is a JSON object."""
+        self.json, self.quiet, self.debug, self.json_log = json, quiet, debug, json_log
         self.started = time.monotonic()
         self.on_failure: Callable[[MergeError], None] = self.print_error
 
     def run(self, command: Callable[[], int]) -> int:
         """Return the command's exit code; log every failure, one line a problem."""
-        with _logging(logging.ERROR if self.quiet else logging.INFO):
+        with _logging(logging.ERROR if self.quiet else logging.INFO, _JsonLines() if self.json_log else _Lines()):
             try:
                 return command()
             except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
@@ -77,9 +78,9 @@ class Console:
         elif self.quiet:
             yield lambda progress: None
             return
-        from ties_ray.cli.progress import Bar, Lines
+        from ties_ray.cli.progress import Lines, shown_in
 
-        with Bar(sys.stderr) if sys.stderr.isatty() and not json_lines else Lines(log) as watch:
+        with Lines(log) if json_lines or self.json_log else shown_in(sys.stderr, log) as watch:
             yield watch
 
 
@@ -97,10 +98,10 @@ def print_json(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _logging(level: int) -> Iterator[None]:
+def _logging(level: int, formatter: logging.Formatter) -> Iterator[None]:
     """Write the log to standard error."""
     handler = _StandardError()
-    handler.setFormatter(_Lines())
+    handler.setFormatter(formatter)
     before, log.propagate = log.propagate, False
     log.addHandler(handler)
     log.setLevel(level)

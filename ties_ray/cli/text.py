@@ -14,6 +14,7 @@ from ties_ray.operations.promote import Promotion
 from ties_ray.operations.status import RunStatus, Status
 from ties_ray.operations.verify import Verification
 from ties_ray.planning.forecast import Forecast
+from ties_ray.reports.names import model_names
 from ties_ray.reports.records import Cleaning, MergeResult, PlannedInput, PlanRecord
 from ties_ray.rounds.condense import Truncation
 from ties_ray.rounds.threshold import TrimReport
@@ -114,26 +115,29 @@ def of_result(result: MergeResult, recipe: str) -> Iterator[RenderableType]:
         yield f"done: {result.output} ({_files(len(result.files), size)}) in {took}{continued}"
         yield "  " + _effort(result)
         yield from _times(result)
+    names = model_names(result.provenance.models) if result.provenance else {}
     if result.trims:
         method = result.provenance.method if result.provenance else {}
-        yield from _trims(result.trims, at_threshold=str(method.get("at_threshold")))
+        yield from _trims(result.trims, names, at_threshold=str(method.get("at_threshold")))
     if result.truncation:
         yield from _truncation(result.truncation)
     for name, value in result.statistics.items():
         yield f"  {name}: {value:,}"
-    yield from _left_out(result)
+    yield from _left_out(result, names)
     yield from _notes(result.notes)
+    yield from (f"warning: {printable(warning)}" for warning in result.warnings)
     yield from _next(result, recipe)
 
 
-def _left_out(result: MergeResult) -> Iterator[str]:
+def _left_out(result: MergeResult, names: Mapping[str, str]) -> Iterator[str]:
     """Yield what the recipe let the merge leave out."""
     if result.refused:
         yield f"  left out, as the recipe allows: {', '.join(list(result.refused)[:FEW])}"
         if len(result.refused) > FEW:
             yield f"    and {len(result.refused) - FEW} more"
     for place, count in list(result.zeroed.items())[:FEW]:
-        yield f"  not finite, counted as zero: {count:,} values of {place}"
+        model, _, parameter = place.partition(": ")
+        yield f"  not finite, counted as zero: {count:,} values of {names.get(model, model)}: {parameter}"
     yield from (f"  waits for a later merge: {uri}" for uri in result.waiting[:FEW])
     if len(result.waiting) > FEW:
         yield f"    and {len(result.waiting) - FEW} more"
@@ -173,10 +177,11 @@ def _times(result: MergeResult) -> Iterator[str]:
         yield "  workers: " + ", ".join(f"{value / total:.0%} {activity}" for activity, value in seconds.items())
 
 
-def _trims(trims: Sequence[TrimReport], *, at_threshold: str) -> Iterator[RenderableType]:
+def _trims(trims: Sequence[TrimReport], names: Mapping[str, str], *, at_threshold: str) -> Iterator[RenderableType]:
     """Yield a row a model; where trim goes by tensor, a row sums up the model's tensors.
 
-    at_threshold: the rule for values at the threshold. A threshold of zero drops none: `kept` never counts zeros.
+    names: the models' names by id. at_threshold: the rule for values at the threshold. A threshold of zero drops none:
+    `kept` never counts zeros.
     """
     drop = at_threshold == "drop"
     by_model: dict[str, list[TrimReport]] = {}
@@ -188,7 +193,7 @@ def _trims(trims: Sequence[TrimReport], *, at_threshold: str) -> Iterator[Render
         size, tied = sum(trim.size for trim in of_model), sum(trim.tied for trim in of_model)
         kept = sum(trim.kept - (trim.tied if drop and trim.threshold else 0) for trim in of_model)
         threshold = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-        table.add_row(model, threshold, f"{kept / max(1, size):.2%}", f"{tied / max(1, size):.2%}")
+        table.add_row(names.get(model, model), threshold, f"{kept / max(1, size):.2%}", f"{tied / max(1, size):.2%}")
     yield table
     if len(by_model) > FEW:
         yield f"  and {len(by_model) - FEW} more models"
@@ -202,8 +207,7 @@ def _next(result: MergeResult, recipe: str) -> Iterator[str]:
     output = shlex.quote(result.output)
     yield "next:"
     yield f"  ties-ray verify {output}"
-    if "://" not in result.output and result.opened_by:
-        yield f"  {result.opened_by}"
+    yield from (f"  {line}" for line in (result.download_command, result.opened_by) if line)
     if result.provenance and "density" in result.provenance.method:
         other = "0.3" if result.provenance.method["density"] != 0.3 else "0.2"
         options = f"--set method.density={other} --set output.path={shlex.quote(result.output + '-' + other)}"

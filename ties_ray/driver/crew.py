@@ -48,22 +48,27 @@ class Crew:
         self._began: tuple[float, float] | None = None
         """When the workers had started, by the monotonic clock, and their seconds of work until then."""
 
-    def start(self, plan: Plan, setup: Setup) -> None:
-        """Start the workers. Raises a `MergeError` where none starts."""
+    def start(self, plan: Plan, setup: Setup, num_workers: int | None) -> None:
+        """Start the workers. Raises a `MergeError` where none starts.
+
+        num_workers: None for as many as the executor has room for.
+        """
         run = plan.recipe.run
         needs = Needs(
-            num_workers=run.workers,
+            num_workers=num_workers,
             memory=plan.memory,
             gpus=run.gpus,
             address=run.address,
             deadline=run.deadline,
             versions=tuple((package, importlib.metadata.version(package)) for package in PACKAGES),
+            announce=self._meters.announce,
         )
         factory = "ties_ray.worker.worker:make_worker"
         self.size = self._executor.start(factory, SETUP.dump_json(setup).decode(), needs)
         self._quarantined = frozenset()
         self._began = time.monotonic(), self._meters.seconds["work"]
-        self.work("start", lambda _: Order("hello"), costs=[1] * self.size)
+        self._meters.workers = self.size
+        self.work("start", lambda _: Order("hello"), costs=[1] * self.size, activity="starting")
 
     def stop(self) -> None:
         """Stop all workers, and add up their idle seconds."""
@@ -84,11 +89,13 @@ class Crew:
         records: bool = False,
         slow: Slow = "wait",
         prefer: Sequence[int | None] | None = None,
+        activity: str = "",
     ) -> Done:
         """Have one order carried out for each of the costs. Raises the error that a worker's failure stands for.
 
         records: an order is finished when a record holds it; by default as soon as it is answered. done: orders that
         are finished already. prefer: the worker that each order should go to.
+        activity: what the stage does, in a word or two.
         """
         schedule = Schedule(
             costs,
@@ -107,10 +114,11 @@ class Crew:
             records=records,
             slow=slow,
             patience=self._patience,
+            announce=self._meters.announce,
         )
         with self._meters.times.spent("work", name):
             while not schedule.finished:
-                self._meters.tell(name, schedule)
+                self._meters.tell(name, schedule, activity=activity)
                 for answer in stage.step():
                     self._meters.add(answer)
                 if schedule.failure:
@@ -118,8 +126,9 @@ class Crew:
         self._meters.end_stage()
         self.shards_again += schedule.num_retries
         self.losses += schedule.num_losses
+        self._meters.workers_lost = self.losses
         self._quarantined = schedule.quarantined
-        self._meters.tell(name, schedule)
+        self._meters.tell(name, schedule, activity=activity)
         return Done(stage.shards_by_record, schedule.owners)
 
 

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from ties_ray.driver.schedule import Schedule
-from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused
+from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused, print_nothing
 from ties_ray.rounds import Slow
 from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order
 
@@ -32,12 +32,13 @@ class Stage:
         records: bool,
         slow: Slow,
         patience: float,
+        announce: Callable[[str], None] = print_nothing,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with nothing submitted.
 
         order: gives the order of a task. records: a task is finished when a record holds it; otherwise as soon as it is
-        answered. patience: seconds until a worker without an answer is given up.
+        answered. patience: seconds until a worker without an answer is given up. announce: takes a line for the user.
         """
         self.shards_by_record: dict[str, tuple[int, ...]] = {}
         self._schedule = schedule
@@ -47,6 +48,7 @@ class Stage:
         self._records = records
         self._slow = slow
         self._patience = patience
+        self._announce = announce
         self._clock = clock
         self._since: OrderedDict[int, tuple[int, float]] = OrderedDict()
         """Worker and time of submission of every open ticket, oldest first."""
@@ -108,6 +110,7 @@ class Stage:
         self._flushing.pop(worker, None)
         for ticket in [ticket for ticket, (other, _) in self._since.items() if other == worker]:
             del self._since[ticket]
+        self._announce(f"worker {worker} was lost, and another takes its place: {reason}")
         self._schedule.lost(worker, reason)
         self._executor.revive(worker)
 

@@ -2,12 +2,27 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 from ties_ray.driver.schedule import Schedule
 from ties_ray.planning.forecast import Progressed, ProgressForecast
 from ties_ray.reports.records import Progress, Watch
 from ties_ray.worker.messages import Answer, Traffic
 from ties_ray.worker.timing import ACTIVITIES, Span, Times, Trace
+
+
+class Foreseen(NamedTuple):
+    """A forecast of a run's end. Both times are those of the monotonic clock."""
+
+    at: float
+    """When it was made."""
+    end: float
+    """When the run should end."""
+
+
+REFRESH_SECONDS = 2.0
+"""Seconds between two forecasts of a run's end."""
 
 
 class Meters:
@@ -20,19 +35,23 @@ class Meters:
         """Seconds of all workers by activity."""
         self.times = Times(profiled=trace is not None)
         """The driver's own spans."""
-        self.expected: float | None = None
-        """When the run should end, by the monotonic clock; None while that is unknown."""
+        self.first: Foreseen | None = None
+        """The first forecast of the run's end; None while there is none."""
+        self.workers = 0
+        """Workers that have started."""
+        self.workers_lost = 0
         self.bytes_planned = 0
         """Bytes that the plan reads."""
         self.profiled = trace is not None
         """Whether each span of time is kept."""
+        self._latest: Foreseen | None = None
         self._watch = watch
         self._trace = trace
         self._forecast: ProgressForecast | None = None
 
     def begin(self, forecast: ProgressForecast | None) -> None:
-        """Forecast the end of the run by the next answers, unless it is known already."""
-        self._forecast = forecast if self.expected is None else None
+        """Forecast the end of the run by the answers of a round; None: by none."""
+        self._forecast = forecast
 
     def add(self, answer: Answer) -> None:
         """Add a worker's answer."""
@@ -41,19 +60,47 @@ class Meters:
         for name, value in answer.seconds.items():
             self.seconds[name] += value
         if self._forecast:
-            seconds = answer.seconds
-            waited = seconds.get("wait_read", 0.0) + seconds.get("wait_write", 0.0)
-            traffic = answer.traffic
-            done = Progressed(1, traffic.bytes_read, traffic.bytes_written, seconds.get("work", 0.0), waited)
-            if (left := self._forecast.add(done)) is not None:
-                self._forecast, self.expected = None, time.monotonic() + left
+            self._foresee(self._forecast, answer)
 
-    def tell(self, stage: str, schedule: Schedule | None = None, *, done: int = 0, of: int = 0) -> None:
+    def _foresee(self, forecast: ProgressForecast, answer: Answer) -> None:
+        seconds, traffic = answer.seconds, answer.traffic
+        waited = seconds.get("wait_read", 0.0) + seconds.get("wait_write", 0.0)
+        bytes_read = traffic.bytes_read + traffic.bytes_kept
+        forecast.add(Progressed(1, bytes_read, traffic.bytes_written, seconds.get("work", 0.0), waited))
+        now = time.monotonic()
+        if self._latest and now - self._latest.at < REFRESH_SECONDS:
+            return
+        left = forecast.seconds_left()
+        if left is not None:
+            self._latest = Foreseen(now, now + left)
+            self.first = self.first or self._latest
+
+    def tell(
+        self, stage: str, schedule: Schedule | None = None, *, done: int = 0, of: int = 0, activity: str = ""
+    ) -> None:
         """Report how far a stage is: by its schedule, or as `done` shards of `of`."""
         if schedule:
             done, of = schedule.num_done, schedule.num_tasks
-        brought = self.traffic.bytes_read + self.traffic.bytes_kept
-        self._watch(Progress(stage, done, of, brought, self.bytes_planned))
+        self._watch(self._progress(stage, done, of, activity))
+
+    def announce(self, line: str) -> None:
+        """Report an event that is told once."""
+        self._watch(replace(self._progress("", 0, 0, ""), event=line))
+
+    def _progress(self, stage: str, done: int, of: int, activity: str) -> Progress:
+        traffic, now = self.traffic, time.monotonic()
+        return Progress(
+            stage,
+            done,
+            of,
+            traffic.bytes_read + traffic.bytes_kept,
+            self.bytes_planned,
+            bytes_written=traffic.bytes_written,
+            activity=activity,
+            workers=self.workers,
+            workers_lost=self.workers_lost,
+            seconds_left=max(0.0, self._latest.end - now) if self._latest else None,
+        )
 
     def end_stage(self) -> None:
         """Write the driver's own spans into the profile."""

@@ -4,11 +4,11 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ties_ray.driver.crew import Crew
-from ties_ray.driver.meters import Meters
+from ties_ray.driver.meters import Foreseen, Meters
 from ties_ray.driver.publish import (
     as_loaded,
     complete_uploads,
@@ -20,12 +20,17 @@ from ties_ray.driver.publish import (
 from ties_ray.driver.run import MergeRun
 from ties_ray.inputs.catalog import Model
 from ties_ray.libraries.loaders import opened_by
+from ties_ray.outputs import Output
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import InputProvenance, MergeResult, Provenance
 from ties_ray.rounds import Record
+from ties_ray.rounds.condense import Truncation
 from ties_ray.rounds.merge import Written
 from ties_ray.state.manifest import Manifest
 from ties_ray.stores import Stores
+
+MOST_ERROR = 0.1
+"""The largest relative error of an adapter without a warning: what `rank: auto` leaves by default."""
 
 
 def publish(
@@ -38,7 +43,7 @@ def publish(
     began, by the monotonic clock. The same command mends a call that dies anywhere.
     """
     plan = run.plan
-    meters.tell("publish", of=1)
+    meters.tell("publish", of=1, activity="publishing")
     records = run.records()
     written: list[Written] = [part for record in records for part in record.finding.written]
     documents = read_documents(plan, stores)
@@ -62,10 +67,11 @@ def publish(
         notes=[*plan.notes, *(note for store in stores.opened() for note in store.notes)],
         provenance=provenance(plan),
     )
+    result = result.model_copy(update={"warnings": list(_warnings(result.truncation, plan.recipe.output))})
     check()
     written_documents = publish_documents(plan, stores, documents, result)
-    predicted = None if meters.expected is None else round(meters.expected - started, 3)
     seconds = round(time.monotonic() - started, 3)
+    predicted = predicted_seconds(meters.first, started, seconds)
     result = result.model_copy(
         update={"documents": written_documents, "seconds": seconds, "predicted_seconds": predicted}
     )
@@ -73,8 +79,27 @@ def publish(
     publish_result(plan, stores, result)
     if plan.bytes_of_scratch:
         manifest.delete_scratch()
-    meters.tell("publish", done=1, of=1)
+    meters.tell("publish", done=1, of=1, activity="publishing")
     return result
+
+
+def _warnings(truncation: Truncation | None, output: Output) -> Iterator[str]:
+    """Yield loss a larger rank would mend."""
+    if truncation is None or truncation.relative_error <= MOST_ERROR:
+        return
+    loss = f"rank {truncation.rank} loses {truncation.relative_error:.0%} of the merge's norm"
+    if getattr(output, "max_rank", None) == truncation.rank:
+        yield f"{loss}, and output.max_rank allows no more: raise it, or write kind: checkpoint, which loses nothing"
+    else:
+        yield f"{loss}: output.rank: auto takes the smallest rank that loses at most {MOST_ERROR:.0%}"
+
+
+def predicted_seconds(first: Foreseen | None, started: float, seconds: float) -> float | None:
+    """Return the predicted duration; None where it was wrong by more than a factor of two, or was made late."""
+    if first is None or first.at - started > seconds / 2:
+        return None
+    predicted = round(first.end - started, 3)
+    return predicted if seconds / 2 <= predicted <= seconds * 2 else None
 
 
 def _work_done(run: MergeRun, crew: Crew, meters: Meters) -> dict[str, Any]:

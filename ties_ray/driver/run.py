@@ -133,7 +133,16 @@ class MergeRun:
         ranges = self._ranges(index, kind, crew)
         costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
         prefer = [self._reader(range_, crew) for range_ in ranges]
-        finished = crew.work(round_.name, order, costs=costs, done=done, records=True, slow=kind.slow, prefer=prefer)
+        finished = crew.work(
+            round_.name,
+            order,
+            costs=costs,
+            done=done,
+            records=True,
+            slow=kind.slow,
+            prefer=prefer,
+            activity=kind.activity,
+        )
         self._meters.begin(None)
         self._readers |= {
             range_: owner
@@ -161,7 +170,7 @@ class MergeRun:
             names += [name for name, own in shards.items() if not own and name.endswith(f"-{group}.json")]
             folds.append(self._order("fold", index, group, tuple(names), recalled.get(group, ())))
         name = self.merge.rounds[index].name
-        crew.work(f"{name}: barrier", folds.__getitem__, costs=[1] * len(folds))
+        crew.work(f"{name}: barrier", folds.__getitem__, costs=[1] * len(folds), activity=kind.activity)
 
     def _order(
         self,

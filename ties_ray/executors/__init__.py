@@ -8,6 +8,7 @@ import importlib
 import re
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, cast
 
@@ -37,6 +38,10 @@ class Host(Protocol):
         """Handle one message and return the answer; each has at most `MESSAGE_BYTES`, and is usually JSON."""
 
 
+def print_nothing(line: str) -> None:
+    """Ignore a line for the user."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """The resources and versions that the workers of a run need."""
@@ -53,6 +58,8 @@ class Needs:
     """Seconds to wait for workers before giving up."""
     versions: tuple[tuple[str, str], ...] = ()
     """(package, version) pairs that every worker must have; a local version may follow, as in `2.6.0+cu126`."""
+    announce: Callable[[str], None] = print_nothing
+    """Takes a line for the user, such as that fewer workers start than were asked for."""
 
 
 def address_problem(address: str) -> tuple[str, str] | None:

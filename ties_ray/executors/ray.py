@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -68,6 +69,8 @@ Ray adds `ray/session_<time>_<pid>/sockets/plasma_store.1`, and the path of a so
 """
 _SLICE = 0.2
 """Seconds that one call of Ray may delay a signal to the main thread."""
+_MOST_PER_CORE = 4
+"""The most workers for each core of this machine, where Ray is started here."""
 _GRACE = 30.0
 """Seconds that further workers have to start after the first, if the user named no number of workers."""
 
@@ -284,6 +287,8 @@ class RayExecutor(Executor):
             options["runtime_env"] = {"py_modules": list(modules), "excludes": ["**/__pycache__"]}
         self._owns_connection = True
         if address == "local":
+            self._needs.announce("starting Ray on this machine")
+            self._limit_workers()
             options |= {"num_cpus": self._needs.num_workers, "object_store_memory": _STORE_BYTES}
             self._environment = {name: value for name, value in _OWN_CLUSTER.items() if name not in os.environ}
             os.environ.update(self._environment)  # until the end, for the processes that Ray starts
@@ -293,6 +298,7 @@ class RayExecutor(Executor):
                 self._init(address, options | {"include_dashboard": False} | folder)
             self._check_room()
         else:
+            self._needs.announce(f"connecting to Ray at {address}")
             _reach(address, min(20.0, self._needs.deadline))
             self._init(address, options)
 
@@ -319,6 +325,14 @@ class RayExecutor(Executor):
                 signal.signal(signal.SIGTERM, handler)
         if terminated:
             signal.raise_signal(signal.SIGTERM)
+
+    def _limit_workers(self) -> None:
+        """Start no more workers than the cores of this machine can serve."""
+        cores, asked = len(os.sched_getaffinity(0)), self._needs.num_workers or 1
+        if asked > _MOST_PER_CORE * cores:
+            self._needs = replace(self._needs, num_workers=_MOST_PER_CORE * cores)
+            line = f"{asked} workers are asked for, and this machine has {cores} cores"
+            self._needs.announce(f"{line}: the merge runs with {self._needs.num_workers}")
 
     def _check_room(self) -> None:
         """Raise at once if this machine has no room for the workers. (A cluster may grow.)"""
@@ -359,7 +373,11 @@ class RayExecutor(Executor):
 
     def _begin_all(self) -> list[_Begun]:
         """Start the workers and return their reports; drop those that do not start by the deadline."""
-        count = self._needs.num_workers or max(1, _room(self._needs))
+        room, asked = _room(self._needs), self._needs.num_workers
+        count = asked or max(1, room)
+        if room < count:
+            line = f"{count} workers are asked for, and the nodes have room for {room}"
+            self._needs.announce(f"{line}: the merge waits {self._needs.deadline:g} s for more nodes (run.deadline)")
         self._expected = self._find_expected()
         self._actors = [self._new_actor() for _ in range(count)]
         self._healthy = [False] * count
@@ -386,6 +404,8 @@ class RayExecutor(Executor):
             nodes = ", ".join(_describe(node) for node in ray.nodes() if node["Alive"])
             message = f"no worker of {self._each()} within {self._needs.deadline:g} s ({failure}); nodes: {nodes}"
             raise UnavailableError(Problem("Ray", message, "wait for room, or lower run.memory or run.gpus_per_worker"))
+        if len(answers) < count:
+            self._needs.announce(f"the merge runs with {len(answers)} of {count} workers")
         self._actors = [self._actors[worker] for worker in sorted(answers)]
         self._healthy = [True] * len(answers)
         return list(answers.values())

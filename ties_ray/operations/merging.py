@@ -18,6 +18,7 @@ from ties_ray.inputs.catalog import read_catalog
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.libraries.loaders import remarks, unloadable
 from ties_ray.planning.forecast import Forecast, predict, predictable
+from ties_ray.planning.placement import placed
 from ties_ray.planning.plan import Plan
 from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.recipe import Recipe
@@ -31,8 +32,9 @@ TRIES = 3
 """The most tries of a merge whose store forgets uploads."""
 
 
-def plan(recipe: Recipe, sizes: Sizes = SIZES) -> Plan:
+def plan(recipe: Recipe, sizes: Sizes = SIZES, watch: Watch = lambda progress: None) -> Plan:
     """Return the plan of a merge. It reads headers only. Raises `RecipeError` and `InputError` with all problems."""
+    watch(Progress("plan", 0, 0, 0, 0, activity="reading headers"))
     stores = Stores(recipe.storage)
     output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
     made = make_plan(recipe.model_copy(update={"output": output}), read_catalog(recipe, stores), sizes)
@@ -55,7 +57,7 @@ def forecast(made: Plan) -> Forecast | None:
     from ties_ray.worker import rates  # imports torch and the compiled kernels
 
     measured = rates.measure(made, Stores(made.recipe.storage))
-    asked = made.recipe.run.workers
+    asked = placed(made).workers
     numbers = (1, 8, 64) if asked is None else sorted({1, asked})
     predictions = [prediction for number in numbers if (prediction := predict(made, measured, number))]
     return Forecast(rates=measured, predictions=predictions)
@@ -75,7 +77,7 @@ def merge(
     Chrome's trace event format. Raises a `MergeError`. Finished work is kept, and the next call continues from there.
     """
     started = time.monotonic()
-    return carry_out(plan(recipe, sizes), started=started, fresh=fresh, watch=watch, profile=profile)
+    return carry_out(plan(recipe, sizes, watch), started=started, fresh=fresh, watch=watch, profile=profile)
 
 
 def carry_out(planned: Plan, *, started: float, fresh: bool, watch: Watch, profile: Path | None = None) -> MergeResult:
@@ -86,7 +88,7 @@ def carry_out(planned: Plan, *, started: float, fresh: bool, watch: Watch, profi
 
 def _carry_out(planned: Plan, started: float, watch: Watch, trace: Trace | None, *, fresh: bool) -> MergeResult:
     stores = Stores(planned.recipe.storage)
-    watch(Progress("start", 0, 0, 0, planned.bytes_read))
+    watch(Progress("start", 0, 0, 0, planned.bytes_read, activity="starting"))
     finished = None if fresh else _finished(planned, stores)
     if finished:
         return finished
@@ -114,12 +116,15 @@ def _run(
 ) -> MergeResult:
     """Do all rounds and publish. Try again where the store has forgotten an upload."""
     run = MergeRun(opened, stores, manifest, meters, resumed=resumed)
-    executor = plugins.load("executors", opened.recipe.run.executor, Executor)
+    place = placed(opened)
+    executor = plugins.load("executors", place.executor, Executor)
+    if place.executor == "local" and place.chosen:
+        meters.announce("the merge runs in this process, as it is small and local (run.executor: ray starts Ray)")
     for left in reversed(range(TRIES)):
         crew = Crew(executor(), meters, opened.recipe.run.patience)
         try:
             try:
-                crew.start(opened, run.setup(profiled=meters.profiled))
+                crew.start(opened, run.setup(profiled=meters.profiled), place.workers)
                 run.execute(crew)
             finally:
                 crew.stop()

@@ -165,6 +165,10 @@ def predict(plan: Plan, rates: Rates, workers: int, left: Sequence[int] | None =
     return Prediction(workers=workers, seconds=rates.start + sum(each.seconds for each in rounds), rounds=rounds)
 
 
+LEAST = 0.5
+"""The least share of their part of a round's reads that finished shards have read, for a forecast by them."""
+
+
 class Progressed(NamedTuple):
     """What some shards of a round have taken."""
 
@@ -195,10 +199,18 @@ class ProgressForecast:
         self._plan, self._index, self._workers, self._left = plan, index, workers, num_left
         self._done = Progressed()
 
-    def add(self, done: Progressed) -> float | None:
-        """Add finished shards; return how many seconds are left, None until each worker has done two shards."""
+    def add(self, done: Progressed) -> None:
+        """Add finished shards."""
         self._done = self._done.plus(done)
-        if self._done.shards < min(2 * self._workers, self._left):
+
+    def seconds_left(self) -> float | None:
+        """Return how many seconds are left; None until each worker has done two shards, and read its share.
+
+        The first shards may hold only what no model changes, so that they show how fast nothing is read.
+        """
+        done, round_ = self._done, self._plan.merges[0].rounds[self._index]
+        share = done.shards / max(1, round_.num_shards)
+        if done.shards < min(2 * self._workers, self._left) or done.bytes_read < LEAST * share * round_.bytes_read:
             return None
         later = [round_.num_shards for round_ in self._plan.merges[0].rounds[self._index + 1 :]]
         left = [*[0] * self._index, max(0, self._left - self._done.shards), *later]

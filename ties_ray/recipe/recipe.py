@@ -179,15 +179,18 @@ class Bounds(Strict):
 class Run(Strict):
     """The way the work is done. Only `arithmetic` changes the bytes of the result."""
 
-    executor: str = "ray"
-    """`ray`: workers are Ray actors. `local`: workers run in this process, without Ray."""
+    executor: str = "auto"
+    """`ray`: workers are Ray actors. `local`: workers run in this process, without Ray.
+
+    `auto`: `local` for small merges of local files, and `ray` for others or where an address is given.
+    """
     address: str | None = None
     """Address of the Ray cluster: `host:port`, `ray://host:port`, `auto` (this machine's) or `local` (a new one).
 
     Default: the cluster that RAY_ADDRESS names, else a new local one.
     """
     workers: int | None = Field(default=None, ge=1, le=MAX_WORKERS)
-    """Number of workers. Default: one for each CPU core of the cluster."""
+    """Number of workers. Default: one for each CPU core of the cluster; in this process four at most."""
     device: Literal["cpu", "cuda"] = "cpu"
     """`cuda`: each worker computes on a GPU, and the bytes stay the same."""
     gpus_per_worker: FiniteFloat | None = Field(default=None, ge=0)
@@ -225,7 +228,7 @@ class Run(Strict):
     @field_validator("address")
     @classmethod
     def _address(cls, value: str | None, info: ValidationInfo) -> str | None:
-        problem = address_problem(value) if info.data.get("executor") == "ray" and value is not None else None
+        problem = address_problem(value) if info.data.get("executor") != "local" and value is not None else None
         if problem:
             raise ValueError("; ".join(problem))
         return value
@@ -235,7 +238,7 @@ class Run(Strict):
         if self.arithmetic == "fast" and self.device == "cpu":
             raise ValueError("arithmetic fast means tensor cores: give device: cuda too, or leave it out (on a CPU "
                              "exact is the faster one)")  # fmt: skip
-        if self.device == "cuda" and self.executor == "ray" and not self.gpus:
+        if self.device == "cuda" and self.executor != "local" and not self.gpus:
             raise ValueError("Ray shows no GPU to a worker that asks for none: give gpus_per_worker above 0, as 0.25")
         return self
 

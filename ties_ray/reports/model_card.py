@@ -5,6 +5,7 @@ Names, licences and notes come from strangers. Only `prose` and `code` put such 
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
@@ -13,6 +14,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from ties_ray.errors import printable
 from ties_ray.inputs.catalog import Model
 from ties_ray.planning.plan import Plan
+from ties_ray.reports.names import model_names
 from ties_ray.reports.records import MergeResult
 from ties_ray.rounds.condense import Truncation
 from ties_ray.stores import hub_name
@@ -21,6 +23,9 @@ _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _MARKS = re.compile(r"[\\`*\[\]|$~!]|(?<![^\W_])_|_(?![^\W_])")
 """Marks of emphasis, code, links, images, formulas and cells; an underscore inside a word is no mark."""
 _TRUTH = re.compile("y|n|yes|no|on|off", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PATH = re.compile(r"(?<![\w:/])/(?:[^/\s]+/)+")
+"""The folders of an absolute path on this machine."""
 _OPENING = re.compile(r"(\d*)([-+#=:.)])")
 """Marks that begin a list, a heading, a rule or a table at the start of a line."""
 
@@ -44,28 +49,23 @@ def card(plan: Plan, result: MergeResult) -> str:
     """Return the model card: the inputs, the method and the licences of a merge."""
     catalog, recipe = plan.catalog, plan.recipe
     inputs = [catalog.base] * bool(catalog.base.uri) + list(catalog.models)
-    licences = {model.licence for model in inputs}
-    front: dict[str, object] = {"base_model": [_short(model.uri) for model in inputs]}
-    if len(licences) == 1 and "" not in licences:
-        front["license"] = licences.pop()
-    front["library_name"] = plan.library.name
-    front["tags"] = ["merge", "ties-ray", recipe.method.name]
-    rows = [_row(model.id, model) for model in inputs]
+    names = model_names(inputs)
+    rows = [_row(names[model.id], model) for model in inputs]
     sections = plain_yaml(
         recipe.model_dump(mode="json", exclude_unset=True, include={"method", "exclude", "allow"})
     ).rstrip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sections)), default=0))
     lines = [
         "---",
-        plain_yaml(front).rstrip(),
+        plain_yaml(_front(plan, inputs)).rstrip(),
         "---",
         "",
         f"# Merge of {len(plan.merges[0].members)} models by `{recipe.method.name}`{_cut(result.truncation)}",
         "",
         f"Merged by ties_ray, run `{plan.run_id}`, arithmetic `{plan.arithmetic}`. {recipe.method.paper}.",
         "",
-        "| id | model | weight | density | licence | values |",
-        "|---|---|---|---|---|---|",
+        "| model | weight | density | licence | values |",
+        "|---|---|---|---|---|",
         *rows,
         "",
         "## Recipe",
@@ -75,19 +75,50 @@ def card(plan: Plan, result: MergeResult) -> str:
     ]
     if result.trims and len(result.trims) <= 2 * len(plan.merges[0].members):
         lines += ["", "## Trim", "| model | threshold | kept | of |", "|---|---|---|---|"]
-        lines += [f"| {prose(t.model)} | {t.threshold:.6g} | {t.kept:,} | {t.size:,} |" for t in result.trims]
+        lines += [
+            f"| {prose(names.get(t.model, t.model))} | {t.threshold:.6g} | {t.kept:,} | {t.size:,} |"
+            for t in result.trims
+        ]
     if result.truncation:
         lines += ["", "## What the rank cost", "| matrix | relative error |", "|---|---|"]
         lines += [f"| {code(name)} | {error:.4%} |" for name, error in result.truncation.matrices.items()]
-    if result.notes:
-        lines += ["", "## Notes", *(f"* {prose(note)}" for note in result.notes)]
+    notes = [*catalog.notes, *(f"left out: {model.uri}" for model in catalog.refused), *result.warnings]
+    if notes:
+        lines += ["", "## Notes", *(f"* {prose(_without_paths(note, inputs, names))}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def _front(plan: Plan, inputs: Sequence[Model]) -> dict[str, object]:
+    """Return the hub's metadata. `base_model` names models of the hub, as it takes no others."""
+    licences = {model.licence for model in inputs}
+    on_hub = [hub_name(model.uri) for model in inputs if hub_name(model.uri) != model.uri]
+    base = plan.catalog.facts.get("base_name", "")
+    if _HUB_ID.fullmatch(base) and base not in on_hub:
+        on_hub.insert(0, base)
+    is_adapter = plan.library.name == "peft"
+    front: dict[str, object] = {}
+    if on_hub:
+        front |= {"base_model": on_hub, "base_model_relation": "adapter" if is_adapter else "merge"}
+    if len(licences) == 1 and "" not in licences:
+        front["license"] = licences.pop()
+    front["library_name"] = plan.library.name
+    front["tags"] = ["merge", "ties-ray", plan.recipe.method.name, *(["lora"] if is_adapter else [])]
+    return front
+
+
+def _without_paths(note: str, inputs: Sequence[Model], names: Mapping[str, str]) -> str:
+    """Return a note with the names of models for their folders on this machine."""
+    for model in sorted(inputs, key=lambda model: -len(model.uri)):
+        if "://" not in model.uri and model.uri:
+            note = note.replace(model.uri, names[model.id])
+    return _PATH.sub("", note)
 
 
 def _row(name: str, model: Model) -> str:
     density = "" if model.density is None else str(model.density)
     licence = prose(model.licence) or "not stated"
-    return f"| {prose(name)} | {code(model.uri)} | {model.weight:g} | {density} | {licence} | {model.account} |"
+    shown = prose(name) if "://" not in model.uri else f"{prose(name)} ({code(model.uri)})"
+    return f"| {shown} | {model.weight:g} | {density} | {licence} | {model.account} |"
 
 
 def _cut(truncation: Truncation | None) -> str:
@@ -95,11 +126,6 @@ def _cut(truncation: Truncation | None) -> str:
     if truncation is None:
         return ""
     return f", cut to rank {truncation.rank} (relative error {truncation.relative_error:.2%})"
-
-
-def _short(uri: str) -> str:
-    """Return the name of a model in a card: its name on the hub, the URI in a bucket, or the folder's own name."""
-    return hub_name(uri) if "://" in uri else uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 class _Representer(SafeRepresenter):

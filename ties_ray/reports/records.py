@@ -30,7 +30,7 @@ class Progress:
     """How far a merge is; the caller gets one after every event."""
 
     stage: str
-    """`start`, the name of a round, or `publish`."""
+    """`plan`, `start`, the name of a round, or `publish`."""
     done: int
     """Finished shards of this stage."""
     total: int
@@ -39,6 +39,17 @@ class Progress:
     """Bytes of inputs read so far, in all stages."""
     bytes_planned: int
     """Bytes of inputs that the whole merge reads."""
+    bytes_written: int = 0
+    """Bytes of weights and records written so far."""
+    activity: str = ""
+    """What the stage does, in a word or two: `counting`."""
+    workers: int = 0
+    """Workers that have started."""
+    workers_lost: int = 0
+    seconds_left: float | None = None
+    """Seconds that the merge still takes; None while that is unknown."""
+    event: str = ""
+    """A line that is told once, such as the loss of a worker; empty in most reports."""
 
 
 Watch = Callable[[Progress], None]
@@ -188,7 +199,10 @@ class MergeResult(Report):
     bytes_written: int = 0
     seconds: float = 0.0
     predicted_seconds: float | None = None
-    """Duration predicted from the first shards of this call; None where nothing was done or matrices were condensed."""
+    """Duration predicted from the first shards of this call.
+
+    None where matrices were condensed, where half the time had passed, or where it was wrong by a factor of two.
+    """
     worker_seconds: dict[str, float] = {}
     """Seconds of all workers by activity: `merge`, `wait_read`, `wait_write`, `idle`; they add up to their time.
 
@@ -206,6 +220,8 @@ class MergeResult(Report):
     waiting: list[str] = []
     """Folders that wait for a later merge, each with the reason; a merge that does nothing lists them too."""
     notes: list[str] = []
+    warnings: list[str] = []
+    """Facts that make the result worse than it could be, each with what to do."""
     provenance: Provenance | None = None
     error: Failure | None = None
 

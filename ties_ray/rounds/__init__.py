@@ -324,6 +324,8 @@ class RoundKind(ABC, Generic[F, B]):
     """The pydantic form of what a record holds."""
     folded: ClassVar[Any]
     """The pydantic form of what a barrier stores, None for a round without a barrier."""
+    activity: ClassVar[str] = ""
+    """What the round does, in a word or two, for whoever watches it: `counting`."""
     slow: ClassVar[Slow] = "wait"
     keeps_checksums: ClassVar[bool] = True
     """Whether it reads models as later rounds do, so that their reads can be compared with its own."""

@@ -51,6 +51,7 @@ class Truncation(BaseModel):
 class CondenseRound(RoundKind[Matrices, Matrices]):
     """Runs the method's last round where the output condenses; a shard is one matrix."""
 
+    activity = "condensing"
     finding = Matrices
     folded = Matrices
     final = True

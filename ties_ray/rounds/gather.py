@@ -58,6 +58,7 @@ class Sums(Tally[Gathered]):
 class GatherRound(RoundKind[Gathered, Gathered]):
     """Runs one of the method's rounds for its statistics; a shard is a range of elements of all models."""
 
+    activity = "gathering sums"
     finding = Gathered
     folded = Gathered
     slow = "replace"

@@ -67,6 +67,7 @@ class WrittenParts(Tally[Parts]):
 class MergeRound(RoundKind[Parts, None]):
     """Merges and writes; a shard is a run of whole parts of one file. There is no barrier after it."""
 
+    activity = "merging"
     finding = Parts
     folded = None
     slow = "repeat"  # a part written twice is the same part

@@ -30,6 +30,7 @@ Surveys = tuple[Survey, ...]
 class SurveyRound(RoundKind[Surveys, Surveys]):
     """Finds norms and values that are not finite; a shard is one model."""
 
+    activity = "measuring norms"
     finding = Surveys
     folded = Surveys
     keeps_checksums = False  # it reads factors alone, each model by itself

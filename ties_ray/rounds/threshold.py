@@ -109,6 +109,7 @@ class Tables(Tally[AllCounts]):
 class ThresholdRound(RoundKind[AllCounts, Picks]):
     """Counts magnitudes of all models that are trimmed; a shard is a range of elements of a group of models."""
 
+    activity = "counting"
     finding = AllCounts
     folded = Picks
     slow = "replace"

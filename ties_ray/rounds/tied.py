@@ -44,6 +44,7 @@ Place = tuple[int, int]
 class TiedRound(RoundKind[AllTies, AllTies]):
     """Counts equals; a shard is a range of elements of all models that have too many."""
 
+    activity = "counting ties"
     finding = AllTies
     folded = AllTies
 

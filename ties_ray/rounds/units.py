@@ -36,6 +36,7 @@ Pieces = tuple[Piece, ...]
 class UnitsRound(RoundKind[Pieces, Pieces]):
     """Runs the method's last round on whole rows and matrices."""
 
+    activity = "merging matrices"
     finding = Pieces
     folded = Pieces
     final = True

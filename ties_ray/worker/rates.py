@@ -18,6 +18,7 @@ from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import BINS, Encoded, Factors, Kernels, Stored
 from ties_ray.methods import Context
 from ties_ray.planning.forecast import Rates
+from ties_ray.planning.placement import placed
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Merge, Sample, kind_of
 from ties_ray.stores import Pin, Stores
@@ -46,7 +47,7 @@ def measure(plan: Plan, stores: Stores) -> Rates:
     """
     began = time.monotonic()
     compiled = kernels.load("cpu")
-    start = time.monotonic() - began + (RAY_SECONDS if plan.recipe.run.executor == "ray" else 0.0)
+    start = time.monotonic() - began + (RAY_SECONDS if placed(plan).executor == "ray" else 0.0)
     request, read = _reading(plan, stores)
     costs: dict[str, dict[str, float]] = {"dense": {}, "factors": {}}
     threads = torch.get_num_threads()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ties_ray.cli import completion
-from ties_ray.cli.command import RECIPE, SET, command, load
-from ties_ray.cli.console import Console, complain, log, print_json
+from ties_ray.cli.command import RECIPE, SET, command, load, often
+from ties_ray.cli.console import Console, complain, print_json
 from ties_ray.errors import MergeError, Problem
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @command
 @RECIPE
 @SET
+@often
 @click.option(
     "--result",
     "result_uri",
@@ -46,7 +47,8 @@ def merge(
     \b
     Examples:
       ties-ray merge recipe.yaml
-      ties-ray merge recipe.yaml --set run.executor=local
+      ties-ray merge recipe.yaml -o merged --workers 4
+      ties-ray merge recipe.yaml --executor ray --log-format json
       ties-ray merge s3://recipes/nightly.yaml --json --quiet --result s3://recipes/nightly.result.json
     """
     job = _Job(console, result_uri)
@@ -58,8 +60,7 @@ def merge(
 
     # Ray and plugins print to standard output from any thread; only the record may stand there.
     with console.progress(json_lines=loaded.run.log == "json") as watch, contextlib.redirect_stdout(sys.stderr):
-        log.info("plan: reading headers")
-        job.plan = merging.plan(loaded)
+        job.plan = merging.plan(loaded, watch=watch)
         watch, trace = job.watching(watch), Path(profile) if profile else None
         result = merging.carry_out(job.plan, started=console.started, fresh=fresh, watch=watch, profile=trace)
     console.on_failure = console.print_error  # the merge is done; only the delivery of its record can fail

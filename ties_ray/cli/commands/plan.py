@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import click
 
-from ties_ray.cli.command import RECIPE, SET, command, load
+from ties_ray.cli.command import RECIPE, SET, command, load, often
 from ties_ray.cli.console import Console, print_json
 from ties_ray.errors import InputError, UnavailableError
 
@@ -12,6 +12,7 @@ from ties_ray.errors import InputError, UnavailableError
 @command
 @RECIPE
 @SET
+@often
 @click.option("--full", is_flag=True, help="Print the whole stored plan, every tensor and its place; needs --json.")
 @click.option("--no-rates", is_flag=True, help="Read headers only: do not measure, and predict no time.")
 def plan(console: Console, recipe: str, overrides: Sequence[str], full: bool, no_rates: bool) -> int:
