@@ -149,7 +149,7 @@ def test_the_result_says_what_it_is_made_of(tmp_path: Path) -> None:
     assert {trim["model"] for trim in record["trims"]} == {"0", "2"}
     assert any("weight 0" in note for note in record["notes"])
     card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith("---\nbase_model:")
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| 2 |" in card
 
 

@@ -84,7 +84,7 @@ def publish(
 
 
 def _warnings(truncation: Truncation | None, output: Output) -> Iterator[str]:
-    """Yield loss a larger rank would mend."""
+    """Yield that the rank loses much, and what to do."""
     if truncation is None or truncation.relative_error <= MOST_ERROR:
         return
     loss = f"rank {truncation.rank} loses {truncation.relative_error:.0%} of the merge's norm"
