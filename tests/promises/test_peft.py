@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ties_ray
 from ties_ray.errors import InputError
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
@@ -254,3 +255,41 @@ def test_the_layouts_of_earlier_versions_of_peft_are_merged(version: str, tmp_pa
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     found = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     torch.testing.assert_close(logits(found), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+COMBINATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "svd": ({"name": "task_arithmetic"}, {}),
+    "cat": ({"name": "task_arithmetic"}, {}),
+    "ties_svd": ({"name": "ties", "profile": "peft", "density": 0.4}, {"density": 0.4}),
+    "magnitude_prune_svd": ({"name": "breadcrumbs", "gamma": 0, "density": 0.4}, {"density": 0.4}),
+}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("vote", ["total", "frequency"])
+def test_adapters_in_memory_merge_to_what_add_weighted_adapter_gives(combination: str, vote: str) -> None:
+    method, more = COMBINATIONS[combination]
+    if vote == "frequency":
+        if combination != "ties_svd":
+            pytest.skip("only an election has a vote")
+        method, more = {**method, "vote": "count"}, {**more, "majority_sign_method": vote}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=8, lora_alpha=4, target_modules=TARGETS), "math")
+    model.add_adapter("code", peft.LoraConfig(r=4, use_rslora=True, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    weights, rank = {"math": 0.7, "code": 1.5}, 12
+    adapters = {
+        name: (peft.get_peft_model_state_dict(model, adapter_name=name), model.peft_config[name]) for name in weights
+    }
+    made = ties_ray.merge_adapters(adapters, method=method, weights=weights, output={"rank": rank})
+    svd = {} if combination == "cat" else {"svd_rank": rank}
+    model.add_weighted_adapter([*weights], [*weights.values()], "theirs", combination, **svd, **more)
+    model.add_adapter("ours", peft.LoraConfig(**made.config))
+    peft.set_peft_model_state_dict(model, made.state_dict, adapter_name="ours")
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "theirs" in module.lora_A:
+            ours, theirs = module.get_delta_weight("ours"), module.get_delta_weight("theirs")
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-5, name

@@ -84,10 +84,10 @@ def differing(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, thre
         if ours is not None and ours == theirs:
             return None
         count = len(set(ours.items()) ^ set(theirs.items())) if ours is not None and theirs is not None else 0
-        what = f"has another vocabulary than {base.uri}" + (f": {count:,} tokens or ids differ" if count else "")
-        return Problem(model.uri, what, "drop the model: ties_ray unites no vocabularies")
+        message = f"has another vocabulary than {base.uri}" + (f": {count:,} tokens or ids differ" if count else "")
+        return Problem(model.uri, message, "drop the model: ties_ray unites no vocabularies")
 
-    return [found for found in threads.map(problem, models) if found]
+    return [wrong for wrong in threads.map(problem, models) if wrong]
 
 
 def _differences(base: Files, read_base: Fetch, model: Files, *, fetch: Fetch) -> list[str]:

@@ -86,8 +86,8 @@ def _stack(base: str, stores: Stores) -> Stack:
     except (FileNotFoundError, InputError, ValueError, OSError):
         return mergekit.UNKNOWN
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    found = [part[key] for part in parts for key in LAYERS if isinstance(part.get(key), int)]
-    return Stack(found[0] if found else None, STACKS.get(str(config.get("model_type")), "layers"))
+    counts = [part[key] for part in parts for key in LAYERS if isinstance(part.get(key), int)]
+    return Stack(counts[0] if counts else None, STACKS.get(str(config.get("model_type")), "layers"))
 
 
 def _demand_one_vocabulary(models: Sequence[str], stores: Stores) -> None:

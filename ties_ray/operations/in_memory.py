@@ -97,8 +97,8 @@ def _file(name: str, state_dict: Mapping[str, "Tensor"]) -> bytes:
 
     names = {getattr(torch, dtype): short for dtype, short in DTYPES.items()}
     if wrong := [key for key, tensor in state_dict.items() if tensor.dtype not in names]:
-        what = f"{wrong[0]} is of {state_dict[wrong[0]].dtype}, and adapters are of {', '.join(DTYPES)}"
-        raise InputError(Problem(f"adapter {name}", what, "save it in one of these"))
+        message = f"{wrong[0]} is of {state_dict[wrong[0]].dtype}, and adapters are of {', '.join(DTYPES)}"
+        raise InputError(Problem(f"adapter {name}", message, "save it in one of these"))
     ordered = sorted(state_dict, key=lambda key: safetensors.canonical_order(names[state_dict[key].dtype], key))
     specs = [(key, names[state_dict[key].dtype], tuple(state_dict[key].shape)) for key in ordered]
     flat = (state_dict[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8) for key in ordered)

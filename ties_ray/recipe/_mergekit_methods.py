@@ -55,9 +55,9 @@ class Asked:
         """Return a switch."""
         return self.settings.flag(name, default)
 
-    def wrong(self, what: str, remedy: str) -> None:
+    def wrong(self, message: str, remedy: str) -> None:
         """Note that the method can't be converted."""
-        self.document.wrong(("merge_method",), what, remedy)
+        self.document.wrong(("merge_method",), message, remedy)
 
 
 class Converted(NamedTuple):
@@ -190,8 +190,10 @@ def _plain(name: str, fields: Mapping[str, tuple[str, float]], **more: Any) -> C
     """
 
     def convert(asked: Asked) -> Converted:
-        found = {key: asked.constant(theirs, default) for theirs, (key, default) in fields.items()}
-        return Converted(asked.base or "", [_entry(source) for source in asked.others], {"name": name, **more, **found})
+        numbers = {key: asked.constant(theirs, default) for theirs, (key, default) in fields.items()}
+        return Converted(
+            asked.base or "", [_entry(source) for source in asked.others], {"name": name, **more, **numbers}
+        )
 
     return convert
 

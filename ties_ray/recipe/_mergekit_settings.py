@@ -62,16 +62,18 @@ class Document:
                 return None
         return value
 
-    def wrong(self, path: Path, what: str, remedy: str = "") -> None:
+    def wrong(self, path: Path, message: str, remedy: str = "") -> None:
         """Note a problem."""
-        self.problems.append(Problem(".".join(map(str, path)), what, remedy))
+        self.problems.append(Problem(".".join(map(str, path)), message, remedy))
 
     def raise_problems(self) -> None:
         """Raise `RecipeError` with all problems, if there are any."""
         if self.problems:
             raise RecipeError(located(problem, self._text, self._source, ()) for problem in self.problems)
 
-    def check_keys(self, path: Path, known: Sequence[str], others: Mapping[str, tuple[str, str]] | None = None) -> None:
+    def check_keys(
+        self, path: Path, allowed: Sequence[str], others: Mapping[str, tuple[str, str]] | None = None
+    ) -> None:
         """Note each key that is not known. others: what is wrong with some of them, and the remedy.
 
         mergekit ignores all other keys without a word.
@@ -82,8 +84,8 @@ class Document:
                 self.wrong(path, "is not a mapping of keys", "mend the YAML")
             return
         for key in value:
-            if key not in known:
-                remedy = f"known here: {', '.join(sorted(known)[:MOST_KEYS])}"
+            if key not in allowed:
+                remedy = f"known here: {', '.join(sorted(allowed)[:MOST_KEYS])}"
                 self.wrong((*path, key), *(others or {}).get(str(key), ("mergekit ignores this key", remedy)))
 
 
@@ -126,13 +128,13 @@ class Settings:
     def constant(self, name: str, sources: Sequence[Sequence[Path]] | None, default: float) -> float:
         """Return a number that may differ neither by tensor nor by model. sources: those of each model."""
         each_model: Sequence[Sequence[Path] | None] = sources or [None]
-        found = [self.coefficient(name, places, default) for places in each_model]
-        if any(not isinstance(value, float) or value != found[0] for value in found):
-            what = "differs by layer, tensor or model, and ties_ray takes one number for all"
-            self._document.wrong(self._place(name, sources), f"{name} {what}", f"give one {name}")
+        values = [self.coefficient(name, places, default) for places in each_model]
+        if any(not isinstance(value, float) or value != values[0] for value in values):
+            message = "differs by layer, tensor or model, and ties_ray takes one number for all"
+            self._document.wrong(self._place(name, sources), f"{name} {message}", f"give one {name}")
             return default
-        assert isinstance(found[0], float)
-        return found[0]
+        assert isinstance(values[0], float)
+        return values[0]
 
     def _place(self, name: str, sources: Sequence[Sequence[Path]] | None) -> Path:
         places: list[Path] = [("parameters", name)]
@@ -188,13 +190,13 @@ class Settings:
                 depth = (layer - block.start) / last if last else 1.0
                 for filter_, value in cases:
                     if any(char in "0123456789." for char in filter_):
-                        what = f"the filter {filter_!r} of {name} names layers, and so do the slices"
-                        self._document.wrong(block.path, what, "leave one of them out")
+                        message = f"the filter {filter_!r} of {name} names layers, and so do the slices"
+                        self._document.wrong(block.path, message, "leave one of them out")
                     yield f"*{self._stack}.{layer}.{pattern_of(filter_)}", at_depth(value, depth)
         before, after = ([(pattern_of(filter_), value[0]) for filter_, value in by_block[at]] for at in (0, -1))
         if before != after and len(before) + len(after) > 2:
-            what = f"{name} has filters, and differs between the first slice and the last"
-            self._document.wrong(("slices",), what, f"give both slices the same filters of {name}")
+            message = f"{name} has filters, and differs between the first slice and the last"
+            self._document.wrong(("slices",), message, f"give both slices the same filters of {name}")
         if before != after:
             yield "*embed*", before[0][1]
         yield from after

@@ -1,7 +1,7 @@
 """A mergekit configuration as a recipe: the same merge, or every reason why there is none.
 
-What mergekit 0.1.5 does with a key is known; a key that it ignores is refused. A recipe lacks what a configuration does
-not say: the output's folder.
+The keys are those of mergekit 0.1.5, and one that it ignores is refused. The output's folder is still missing, since
+mergekit takes it from the command line.
 """
 
 import re
@@ -55,10 +55,13 @@ def is_mergekit(text: str) -> bool:
 def base_of(text: str, source: str) -> str | None:
     """Return the path of the base, or of the first model, where the layers can be counted; None without any."""
     document = Document(text, source)
-    found = [document.at(("base_model",)), document.at(("models", 0, "model")) if document.at(("models",)) else None]
+    candidates = [
+        document.at(("base_model",)),
+        document.at(("models", 0, "model")) if document.at(("models",)) else None,
+    ]
     if document.at(("slices",)):
-        found.append(document.at(("slices", 0, "sources", 0, "model")))
-    references = [_Reference.of(document, (), value) for value in found if value is not None]
+        candidates.append(document.at(("slices", 0, "sources", 0, "model")))
+    references = [_Reference.of(document, (), value) for value in candidates if value is not None]
     return references[0].path if references and not document.problems else None
 
 
@@ -130,19 +133,19 @@ class _Converter:
         if name in REFUSED:
             self._document.wrong(("merge_method",), *REFUSED[name])
         elif name not in METHODS:
-            what = plugins.unknown(str(name), sorted(METHODS), "method")
-            self._document.wrong(("merge_method",), what, "choose one of them")
+            message = plugins.unknown(str(name), sorted(METHODS), "method")
+            self._document.wrong(("merge_method",), message, "choose one of them")
         return METHODS.get(str(name))
 
     def _blocks(self) -> tuple[list[Block], list[list[Path]]]:
         """Return the blocks of layers, and the places of the models in each."""
         document = self._document
-        given = [key for key in ("models", "slices") if document.at((key,))]
-        if len(given) != 1 and document.at(("modules",)) is None:
+        keys = [key for key in ("models", "slices") if document.at((key,))]
+        if len(keys) != 1 and document.at(("modules",)) is None:
             document.wrong((), "needs either `models` or `slices`", "list the models to merge under `models`")
-        if len(given) != 1:
+        if len(keys) != 1:
             return [], []
-        if given == ["models"]:
+        if keys == ["models"]:
             return [Block((), 0, None)], [self._entries(("models",), ("model", "parameters"))]
         blocks, rows = [], []
         for number in range(len(self._listed(("slices",)))):
@@ -162,12 +165,12 @@ class _Converter:
         self._document.wrong(path, "is not a list with something in it", "mend the YAML")
         return []
 
-    def _entries(self, path: Path, known: Sequence[str]) -> list[Path]:
+    def _entries(self, path: Path, allowed: Sequence[str]) -> list[Path]:
         """Return the places of a list of models."""
         below = dict.fromkeys(("weight", "density", "gamma", "epsilon", "t", "value"), _BELOW)
         places = [(*path, number) for number in range(len(self._listed(path)))]
         for place in places:
-            self._document.check_keys(place, known, below)
+            self._document.check_keys(place, allowed, below)
             if self._document.at((*place, "model")) is None:
                 self._document.wrong(place, "names no model", "write `model: PATH`")
         return places
@@ -176,14 +179,14 @@ class _Converter:
         """Return the layers of a slice, which are the same in all of its models."""
         ranges = []
         for place in places:
-            found = self._document.at((*place, "layer_range"))
-            if not (isinstance(found, list) and len(found) == 2 and all(isinstance(each, int) for each in found)):
+            layers = self._document.at((*place, "layer_range"))
+            if not (isinstance(layers, list) and len(layers) == 2 and all(isinstance(each, int) for each in layers)):
                 self._document.wrong(place, "has no layer_range of two numbers", "write `layer_range: [0, 32]`")
             else:
-                ranges.append(tuple(found))
+                ranges.append(tuple(layers))
         if any(each != ranges[0] for each in ranges):
-            what = "takes different layers of its models, which stacks layers; ties_ray merges models of one shape"
-            self._document.wrong(path, what, "give all sources the same layer_range")
+            message = "takes different layers of its models, which stacks layers; ties_ray merges models of one shape"
+            self._document.wrong(path, message, "give all sources the same layer_range")
         start, stop = ranges[0] if ranges else (0, 1)
         return start, stop
 
@@ -192,15 +195,17 @@ class _Converter:
         end = 0
         for block in blocks:
             if block.start != end or block.stop is None or block.stop <= block.start:
-                what = f"begins at layer {block.start}, where layer {end} is due: this stacks layers"
-                self._document.wrong(block.path, what, "let slices follow one another, or stack them with mergekit")
+                message = f"begins at layer {block.start}, where layer {end} is due: this stacks layers"
+                self._document.wrong(block.path, message, "let slices follow one another, or stack them with mergekit")
             end = block.stop or 0
         layers = self._stack.num_layers
         if layers is None:
             self._notes.append(f"the slices end at layer {end}; nobody checked that the models have as many layers")
         elif layers != end:
-            what = f"ends at layer {end}, and the base has {layers} layers"
-            self._document.wrong(blocks[-1].path, what, f"let the slices end at {layers}, or cut layers with mergekit")
+            message = f"ends at layer {end}, and the base has {layers} layers"
+            self._document.wrong(
+                blocks[-1].path, message, f"let the slices end at {layers}, or cut layers with mergekit"
+            )
 
     def _sources(
         self, blocks: Sequence[Block], rows: Sequence[Sequence[Path]]
@@ -218,13 +223,13 @@ class _Converter:
             references = [_Reference.of(document, place, document.at((*place, "model"))) for place in places]
             for reference, place in zip(references, places, strict=True):
                 by_model.setdefault(reference, []).append(place)
-        for reference, found in by_model.items():
-            if len(found) != len(blocks):
-                what = f"{reference.path} does not stand in every slice just once"
-                document.wrong(found[0], what, "list the same models in every slice")
+        for reference, positions in by_model.items():
+            if len(positions) != len(blocks):
+                message = f"{reference.path} does not stand in every slice just once"
+                document.wrong(positions[0], message, "list the same models in every slice")
         path = base.path if base else None
         home = path or next(iter(by_model)).path
-        sources = (_source(reference, home, tuple(found)) for reference, found in by_model.items())
+        sources = (_source(reference, home, tuple(positions)) for reference, places_of_it in by_model.items())
         return path, tuple(source._replace(is_base=source.is_base and path is not None) for source in sources)
 
     def _check_parameters(self, spec: Spec, blocks: Sequence[Block], rows: Sequence[Sequence[Path]]) -> None:
@@ -241,8 +246,8 @@ class _Converter:
         if spec.base == "required" and base is None:
             document.wrong((), f"{name} needs a base_model", "add base_model")
         if spec.base == "input" and base is not None and not any(source.is_base for source in sources):
-            what = f"{name} merges the base_model too, and it is not among the models"
-            document.wrong(("base_model",), what, "list it under `models`, or leave base_model out")
+            message = f"{name} merges the base_model too, and it is not among the models"
+            document.wrong(("base_model",), message, "list it under `models`, or leave base_model out")
         count = sum(1 for source in sources if spec.base == "input" or not source.is_base)
         if count < spec.least or (spec.most is not None and count > spec.most):
             number = f"{spec.least}" if spec.least == spec.most else f"{spec.least} or more"

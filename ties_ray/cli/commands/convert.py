@@ -29,8 +29,8 @@ def convert(console: Console, configuration: str, overrides: Sequence[str]) -> i
     from ties_ray.recipe.mergekit import is_mergekit
 
     if not is_mergekit(text):
-        what = "is no configuration of mergekit: it has no merge_method"
-        raise RecipeError(Problem(source, what, "give mergekit's file; recipes need no conversion"))
+        message = "is no configuration of mergekit: it has no merge_method"
+        raise RecipeError(Problem(source, message, "give mergekit's file; recipes need no conversion"))
     converted = conversion.convert(text, source, overrides)
     if console.json:
         console.show(converted)
