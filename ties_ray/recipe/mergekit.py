@@ -229,7 +229,7 @@ class _Converter:
                 document.wrong(positions[0], message, "list the same models in every slice")
         path = base.path if base else None
         home = path or next(iter(by_model)).path
-        sources = (_source(reference, home, tuple(positions)) for reference, places_of_it in by_model.items())
+        sources = (_source(reference, home, tuple(positions)) for reference, positions in by_model.items())
         return path, tuple(source._replace(is_base=source.is_base and path is not None) for source in sources)
 
     def _check_parameters(self, spec: Spec, blocks: Sequence[Block], rows: Sequence[Sequence[Path]]) -> None:
