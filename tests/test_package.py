@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from ray import cloudpickle
@@ -65,6 +67,54 @@ def test_python_takes_a_recipe_a_mapping_or_a_path(recipe: Path, tmp_path: Path)
     assert {"start", "merge", "publish"} <= set(stages)
     assert ties_ray.merge(recipe).reused
     assert not ties_ray.merge(recipe, fresh=True).reused
+
+
+def test_python_has_what_the_command_line_has(recipe: Path, tmp_path: Path) -> None:
+    asked = json.loads(recipe.read_text())
+    result = ties_ray.merge(recipe, progress=False)
+    output, pointer = tmp_path / "out", tmp_path / "current.json"
+    folder = ties_ray.inspect(asked["models"][0]["path"]).folders[0]
+    assert (folder.format, folder.problems) == ("checkpoint", [])
+    assert ties_ray.verify(output, sample=0.01).problems == []
+    done = ties_ray.status(output)
+    assert done.result
+    assert done.result.run_id == result.run_id
+    promotion = ties_ray.promote(output, pointer, evaluate=["true"], verify=True)
+    assert promotion.current.output == str(output)
+    with pytest.raises(ties_ray.InputError, match="no finished merge"):
+        ties_ray.verify(tmp_path)
+
+
+def test_what_is_returned_shows_itself_in_a_line_and_as_a_table(recipe: Path) -> None:
+    plan, result = ties_ray.plan(recipe), ties_ray.merge(recipe)
+    values = [plan, result, ties_ray.inspect(plan.catalog.models[0].uri), ties_ray.status(result.output),
+              ties_ray.verify(result.output), ties_ray.load_recipe(recipe)]  # fmt: skip
+    assert all(len(repr(value)) < 400 and "\n" not in repr(value) for value in values)
+    assert repr(plan).startswith(f"Plan(run_id='{plan.run_id}', method='ties', num_models=3, output=")
+    assert str(result).startswith("MergeResult(status='done', ")
+    assert [row["model"] for row in result.table()] == ["model-0", "model-1", "model-2"]
+    assert all(0 < cast(float, row["kept_share"]) <= 1 for row in result.table())
+    assert [row["model"] for row in plan.table()] == [model.uri for model in plan.catalog.models]
+    assert "<td>model-1</td>" in result._repr_html_()
+
+
+def test_a_table_becomes_a_data_frame_where_pandas_is_installed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ties_ray.merge(recipe)
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    assert result.to_dataframe() == result.table()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        result.to_dataframe()
+
+
+def test_progress_is_shown_where_it_is_asked_for(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ties_ray.merge(recipe)
+    assert capsys.readouterr() == ("", "")
+    ties_ray.merge(recipe, fresh=True, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "plan: reading headers" in shown.err
+    assert "publish: publishing" in shown.err
 
 
 def test_python_refuses_what_is_no_recipe(tmp_path: Path) -> None:

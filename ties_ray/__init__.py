@@ -4,13 +4,17 @@
 
     recipe = ties_ray.load_recipe("recipe.yaml", ["method.density=0.3"])
     print(ties_ray.plan(recipe).bytes_read)
-    result = ties_ray.merge(recipe)
-    print(result.output, result.seconds)
+    result = ties_ray.merge(recipe, progress=True)
+    print(result.output, result.seconds, result.to_dataframe())
 
-The command line `ties-ray` does the same. Importing this package imports neither torch nor ray.
+The command line `ties-ray` does the same. What is returned shows itself in one line, and in a notebook as tables.
+`table()` has its rows, and `to_dataframe()` makes a data frame of pandas.
+
+Importing this package imports neither torch nor ray.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -31,14 +35,21 @@ if TYPE_CHECKING:
 
     from ties_ray.operations.compare import Comparison
     from ties_ray.operations.in_memory import MergedAdapter
+    from ties_ray.operations.inspection import Inspections
+    from ties_ray.operations.promote import Promotion
+    from ties_ray.operations.status import Status
+    from ties_ray.operations.verify import Verification
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.recipe import Recipe
     from ties_ray.reports.records import MergeResult, Progress
+
+    Storage = Mapping[str, Mapping[str, object]]
 
 __all__ = [
     "Cancelled",
     "Comparison",
     "InputError",
+    "Inspections",
     "InterruptedMerge",
     "MergeError",
     "MergeResult",
@@ -46,15 +57,22 @@ __all__ = [
     "Plan",
     "Problem",
     "Progress",
+    "Promotion",
     "Recipe",
     "RecipeError",
+    "Status",
     "UnavailableError",
+    "Verification",
     "__version__",
     "compare",
+    "inspect",
     "load_recipe",
     "merge",
     "merge_adapters",
     "plan",
+    "promote",
+    "status",
+    "verify",
 ]
 
 _LAZY = {
@@ -64,6 +82,10 @@ _LAZY = {
     "Recipe": "ties_ray.recipe.recipe",
     "MergeResult": "ties_ray.reports.records",
     "Progress": "ties_ray.reports.records",
+    "Inspections": "ties_ray.operations.inspection",
+    "Promotion": "ties_ray.operations.promote",
+    "Status": "ties_ray.operations.status",
+    "Verification": "ties_ray.operations.verify",
 }
 
 
@@ -96,17 +118,104 @@ def merge(
     *,
     fresh: bool = False,
     watch: "Callable[[Progress], None]" = lambda progress: None,
+    progress: bool | None = None,
 ) -> "MergeResult":
     """Merge, or continue an interrupted merge, or recognise a finished one; return the result record.
 
     recipe: a `Recipe`, the mapping that a recipe's file holds, or that file's path or URI.
     fresh: forget what the output folder holds of earlier merges.
     watch: is called after every event, in the calling thread.
+    progress: True shows it on standard error or in the notebook, False does not, None does in a notebook only.
     Raises a `MergeError`. Finished shards are kept, and the same call continues.
     """
+    from ties_ray.cli.console import showing
     from ties_ray.operations import merging
 
-    return merging.merge(_as_recipe(recipe), fresh=fresh, watch=watch)
+    with showing(progress) as show:
+
+        def both(progress: "Progress") -> None:
+            show(progress)
+            watch(progress)
+
+        return merging.merge(_as_recipe(recipe), fresh=fresh, watch=both)
+
+
+def inspect(uri: "str | os.PathLike[str]", *, norms: bool = False, storage: "Storage | None" = None) -> "Inspections":
+    """Return what a folder holds, or every folder that a glob means, and their counts as a pool; read headers only.
+
+    norms: read adapters whole, for their norms, values that are not finite, and duplicates.
+    storage: options of the stores by scheme, as in a recipe.
+    Raises `InputError` where a glob means no folder. A folder that can't be merged is no error: it has `problems`.
+    """
+    from ties_ray.operations import inspection
+    from ties_ray.stores import Stores
+
+    folders = inspection.inspect(Stores(storage or {}), os.fspath(uri), norms=norms)
+    return inspection.Inspections(folders=folders, pool=inspection.pool(folders))
+
+
+def verify(
+    output: "str | os.PathLike[str]",
+    *,
+    sample: float = 0.0,
+    recount: float = 0.0,
+    seed: int = 0,
+    storage: "Storage | None" = None,
+    progress: bool | None = None,
+) -> "Verification":
+    """Read a finished output again and return what is wrong with it: `problems` is empty where it is whole.
+
+    sample: the share of elements to merge again and compare. recount: the share of models whose thresholds to count
+    anew. seed: another one takes another sample. storage: options of the stores by scheme, as in a recipe.
+    progress: as in `merge`. Raises `InputError` where there is no finished merge.
+    """
+    from ties_ray.cli.console import showing
+    from ties_ray.operations import verify as verifying
+    from ties_ray.stores import Stores, absolute
+
+    with showing(progress) as watch:
+        return verifying.verify(
+            Stores(storage or {}),
+            absolute(os.fspath(output)).rstrip("/"),
+            watch,
+            sample=sample,
+            recount=recount,
+            seed=seed,
+        )
+
+
+def status(output: "str | os.PathLike[str]", *, storage: "Storage | None" = None) -> "Status":
+    """Return what an output folder holds: a finished merge, or unfinished ones and how far they are.
+
+    storage: options of the stores by scheme, as in a recipe.
+    """
+    from ties_ray.operations import status as reading
+    from ties_ray.stores import Stores, absolute
+
+    return reading.status(Stores(storage or {}), absolute(os.fspath(output)).rstrip("/"))
+
+
+def promote(
+    output: "str | os.PathLike[str]",
+    pointer: "str | os.PathLike[str]",
+    *,
+    evaluate: Sequence[str] = (),
+    verify: bool = False,
+    storage: "Storage | None" = None,
+) -> "Promotion":
+    """Let a pointer, a small JSON object, name the finished merge in an output folder; return what it names.
+
+    evaluate: the words of a command that approves by exit code 0. It gets TIES_RAY_OUTPUT and TIES_RAY_RESULT.
+    verify: promote only what `verify` finds whole. storage: options of the stores by scheme, as in a recipe.
+    Raises `InputError` where the command or the verification does not approve; the pointer stays as it was.
+    """
+    from ties_ray.operations import promote as promoting
+    from ties_ray.operations import verify as verifying
+    from ties_ray.stores import Stores, absolute
+
+    stores, folder = Stores(storage or {}), absolute(os.fspath(output)).rstrip("/")
+    check = functools.partial(verifying.verify, stores, folder) if verify else None
+    return promoting.promote(stores, folder, absolute(os.fspath(pointer)), list(evaluate), check)
 
 
 def merge_adapters(

@@ -84,6 +84,18 @@ class Console:
             yield watch
 
 
+@contextlib.contextmanager
+def showing(progress: bool | None) -> "Iterator[Watch]":
+    """Yield what shows the progress of a call in Python. None: show it in a notebook only."""
+    from ties_ray.cli.progress import in_notebook, shown_in
+
+    if not progress and not (progress is None and in_notebook()):
+        yield lambda progress: None
+        return
+    with _logging(logging.INFO, _Lines()), shown_in(sys.stderr, log) as watch:
+        yield watch
+
+
 def complain(problem: Problem) -> None:
     """Log a problem as one line that no file name or header can break or colour."""
     line = printable(str(problem).replace("\n", " "))

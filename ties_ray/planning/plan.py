@@ -14,13 +14,14 @@ from ties_ray.libraries.library import Library
 from ties_ray.outputs import OutputFile
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.rounds import Merge, PlannedResult, kind_of
+from ties_ray.tables import Row, Tabular
 
 SCHEMA_VERSION = 9
 """The version of the form of stored plans and records. It is part of the run_id."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Tabular):
     """All that a worker needs to know."""
 
     schema_version: int
@@ -85,6 +86,34 @@ class Plan:
         """Return whether workers copy local inputs from the page cache themselves; see `Store.is_in_page_cache`."""
         models = (model for merge in self.merges for model in merge.models)
         return self.recipe.run.device == "cpu" and are_local((self.catalog.base, *models))
+
+    def _facts(self) -> Row:
+        """Return the method, the output, and what the merge moves and needs."""
+        return {
+            "run_id": self.run_id,
+            "method": self.recipe.method.name,
+            "num_models": len(self.catalog.models),
+            "output": self.output,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "num_shards": self.num_shards,
+            "memory": self.memory,
+        }
+
+    def table(self) -> list[Row]:
+        """Return a row a model."""
+        return [
+            {
+                "model": model.uri,
+                "format": model.format,
+                "weight": model.weight,
+                "density": model.density,
+                "licence": model.licence,
+                "elements": model.account.stored,
+                "bytes": sum(pin.size for pin in model.objects),
+            }
+            for model in self.catalog.models
+        ]
 
     def to_json(self) -> bytes:
         """Return the stored form."""

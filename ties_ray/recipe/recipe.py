@@ -291,6 +291,9 @@ class Recipe(Strict):
     """Options of the stores, by scheme. Secrets do not belong here."""
     run: Run = Run()
 
+    def __repr__(self) -> str:
+        return f"Recipe(method={self.method.name!r}, num_models={len(self.models)}, output={self.output.path!r})"
+
     @model_validator(mode="before")
     @classmethod
     def _tables_of_the_method(cls, value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Progress, and the records of a plan and a result for machines. (`cli/text.py` shows them to people.)"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,11 +14,13 @@ from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME
 from ties_ray.libraries.loaders import SUMS_NAME as SUMS_NAME
 from ties_ray.planning.forecast import Forecast
 from ties_ray.planning.plan import Plan
+from ties_ray.reports.names import model_names
 from ties_ray.rounds import kind_of
 from ties_ray.rounds.condense import Truncation
 from ties_ray.rounds.threshold import TrimReport
 from ties_ray.state import documents
 from ties_ray.stores import Stores, join
+from ties_ray.tables import Row, Tabular
 from ties_ray.tensors import elements_by_dtype
 
 RESULT_SCHEMA_VERSION = 1
@@ -55,10 +57,38 @@ class Progress:
 Watch = Callable[[Progress], None]
 
 
-class Report(BaseModel):
-    """A document for machines and people. It is frozen, and unknown keys are refused."""
+class Report(Tabular, BaseModel):
+    """A document for machines and people. It is frozen, and unknown keys are refused.
+
+    Its table has a row for each part of the first list of parts that it holds.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def _facts(self) -> Row:
+        """Return the fields that differ from their defaults; of a list or a mapping its length."""
+        values = {name: getattr(self, name) for name, field in type(self).model_fields.items()}
+        changed = {name: value for name, value in values.items() if value != type(self).model_fields[name].default}
+        return {
+            f"num_{name}" if isinstance(value, Sized) and not isinstance(value, str) else name: _brief(value)
+            for name, value in changed.items()
+            if not isinstance(value, BaseModel)
+        }
+
+    def table(self) -> list[Row]:
+        """Return the rows of the report's table, each by column."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        lists = (value for value in values if isinstance(value, list) and value and isinstance(value[0], Report))
+        return [part.row() for part in next(lists, [self])]
+
+    def row(self) -> Row:
+        """Return the report as a row of a table: its plain fields."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in fields.items() if isinstance(value, str | int | float | None)}
+
+
+def _brief(value: object) -> object:
+    return len(value) if isinstance(value, Sized) and not isinstance(value, str) else value
 
 
 class ReportedProblem(Report):
@@ -224,6 +254,19 @@ class MergeResult(Report):
     """Facts that make the result worse than it could be, each with what to do."""
     provenance: Provenance | None = None
     error: Failure | None = None
+
+    def table(self) -> list[Row]:
+        """Return a row a model; of models that are trimmed as a whole the threshold, and the share that is kept."""
+        models = self.provenance.models if self.provenance else []
+        names, trims = model_names(models), {trim.model: trim for trim in self.trims if trim.parameter is None}
+        rows = []
+        for model in models:
+            row: Row = {"model": names[model.id], **model.row(), "elements": model.account.stored}
+            if model.id in trims:
+                trim = trims[model.id]
+                row |= {"threshold": trim.threshold, "kept_share": trim.kept / max(1, trim.size)}
+            rows.append(row)
+        return rows
 
 
 class PlannedInput(Report):
