@@ -97,14 +97,7 @@ class Crew:
         are finished already. prefer: the worker that each order should go to.
         activity: what the stage does, in a word or two.
         """
-        schedule = Schedule(
-            costs,
-            self.size,
-            done=done,
-            lost=self._quarantined,
-            prefer=prefer,
-            depth=DEPTH,
-        )
+        schedule = Schedule(costs, self.size, done=done, lost=self._quarantined, prefer=prefer, depth=DEPTH)
         self._stages += 1
         stage = Stage(
             schedule,
