@@ -6,11 +6,10 @@ from typing import ClassVar, Literal
 import pytest
 import torch
 
-from ties_ray.methods import Context, Deltas, Method, Result, Round, nothing_more
-from ties_ray.tensors import Parameter
+from ties_ray.methods import Context, Deltas, Method, Result, Round, Stack, nothing_more
 from ties_ray.testing import MethodContract
 
-Holds = Callable[[int, Parameter], int]
+Holds = Callable[[Stack], int]
 
 
 class Hoarder(Method):
@@ -20,7 +19,7 @@ class Hoarder(Method):
     paper: ClassVar[str] = "none"
 
     def rounds(self) -> tuple[Round, ...]:
-        holds: Holds = (lambda num_models, parameter: 16 * num_models) if self.honest else nothing_more
+        holds: Holds = (lambda stack: 16 * stack.num_models) if self.honest else nothing_more
         return (Round("merge", self._merge, holds=holds),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:

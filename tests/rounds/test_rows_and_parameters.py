@@ -25,6 +25,10 @@ METHODS = pytest.mark.parametrize(
         {"name": "della"},
         {"name": "sce", "select_topk": 0.4},
         {"name": "iso_cts"},
+        {"name": "knots", "inner": {"name": "ties", "density": 0.4}},
+        {"name": "core_space"},
+        {"name": "compress_merge", "rank": 4},
+        {"name": "lora_lego", "rank": 4},
     ],
     ids=lambda method: str(method["name"]),
 )

@@ -38,3 +38,45 @@ def polar(matrix: Tensor) -> Tensor:
     """Return the orthogonal factor U V^T of a matrix (fp64), over its numerical rank."""
     parts = svd(matrix)
     return parts.left @ parts.right
+
+
+def svd_of_factors(left: Tensor, right: Tensor, rank: int | None = None) -> Svd:
+    """Return the singular triplets of left @ right above rounding errors, through the QR of both factors."""
+    basis, upper = torch.linalg.qr(left.double())
+    other, lower = torch.linalg.qr(right.double().T)
+    core = svd(upper @ lower.T, rank)
+    return Svd(basis @ core.left, core.values, core.right @ other.T)
+
+
+class Span:
+    """The space of many columns: kept as they are while they are few, then as the sum of their outer products."""
+
+    def __init__(self, height: int, device: torch.device) -> None:
+        self._height = height
+        self._columns = torch.zeros(height, 0, dtype=torch.float64, device=device)
+        self._gram: Tensor | None = None
+
+    def add(self, columns: Tensor) -> None:
+        """Add columns, (height, any number)."""
+        columns = columns.double()
+        if self._gram is None and self._columns.shape[1] + columns.shape[1] <= self._height:
+            self._columns = torch.cat((self._columns, columns), 1)
+            return
+        if self._gram is None:
+            self._gram = self._columns @ self._columns.T
+            self._columns = self._columns[:, :0]
+        self._gram.addmm_(columns, columns.T)
+
+    def basis(self, rank: int | None = None, *, cut: float = 0.0) -> Tensor:
+        """Return left singular vectors of all columns (fp64, orthonormal columns) by falling singular value.
+
+        Those up to `cut` or up to rounding errors are left out, and `rank` are given at most.
+        """
+        if self._gram is None:
+            parts = svd(self._columns, rank)
+            return parts.left[:, parts.values > cut]
+        squares, vectors = (each.flip(-1) for each in torch.linalg.eigh(self._gram))
+        values = squares.clamp_(min=0.0).sqrt_()
+        bound = max(cut, float(values[0]) * self._height * RELATIVE)
+        basis: Tensor = vectors[:, values > bound][:, :rank]
+        return basis

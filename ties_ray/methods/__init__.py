@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
-from ties_ray.kernels import ONE, Election, Encoded, Kernels, Op, SignedSums, State, Term
+from ties_ray.kernels import ONE, Election, Encoded, Factors, Kernels, Op, SignedSums, State, Term
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -66,12 +66,26 @@ class Slice(NamedTuple):
     """1-D fp32; a buffer that the next slice overwrites."""
 
 
+class Factored(NamedTuple):
+    """The delta of one model of a whole matrix, as the model stores it; neither where the model does not change it."""
+
+    model: int
+    factors: Factors | None = None
+    """The delta is scale * left @ right; these are the whole factors, fp32."""
+    delta: "Tensor | None" = None
+    """The delta itself, 1-D fp32, where it is not stored as factors; a buffer that the next one overwrites."""
+
+
 class Deltas(ABC):
     """The models' deltas of one slice, in recipe order. A round may read them as often as its `passes` says."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Slice]:
         """Yield each model's delta, which any method can use."""
+
+    def factored(self) -> Iterator[Factored]:
+        """Yield each model's delta, as factors where the model stores it so; in units of matrices alone."""
+        return (Factored(model, delta=delta) for model, delta in self)
 
     @abstractmethod
     def fold(self, op: Op) -> State:
@@ -207,14 +221,30 @@ def whole_parameters(parameter: Parameter) -> Unit:
     return "matrix"
 
 
-def nothing_more(num_models: int, parameter: Parameter) -> int:
+class Stack(NamedTuple):
+    """What all models store for a parameter."""
+
+    num_models: int
+    parameter: Parameter
+    ranks: int = 0
+    """The sum of the ranks of all factors."""
+    num_whole: int = 0
+    """How many models store it whole, or at least not as plain factors."""
+
+    @property
+    def columns(self) -> int:
+        """Return the sum of the ranks that the models' changes of a matrix may have."""
+        return self.ranks + self.num_whole * min(self.parameter.shape, default=1)
+
+
+def nothing_more(stack: Stack) -> int:
     """Return 0: the round holds no more than what is counted for every method."""
     return 0
 
 
-def bytes_each(number: int) -> Callable[[int, Parameter], int]:
+def bytes_each(number: int) -> Callable[[Stack], int]:
     """Return what says that a round holds so many bytes for each element, whatever the models and the parameter."""
-    return lambda num_models, parameter: number
+    return lambda stack: number
 
 
 @dataclass(frozen=True)
@@ -233,8 +263,8 @@ class Round:
     """The least of a parameter that must be whole in a slice."""
     needs_base: bool = False
     """Whether `run` uses `Context.base`."""
-    holds: Callable[[int, Parameter], int] = nothing_more
-    """Bytes that `run` holds for each element of the slice at most, by the number of models and the parameter.
+    holds: Callable[[Stack], int] = nothing_more
+    """Bytes that `run` holds for each element of the slice at most.
 
     The slice, its base, the state of one op, the merged delta and one fp32 tensor are counted without it.
     """

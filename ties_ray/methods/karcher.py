@@ -55,7 +55,7 @@ class Karcher(Method):
         """Return the dot products and the merge."""
         needs_base = self.vectors == "weights"
         return (
-            Round("dots", self._dots, needs_base=needs_base, holds=lambda num_models, parameter: 4 * num_models + 4),
+            Round("dots", self._dots, needs_base=needs_base, holds=lambda stack: 4 * stack.num_models + 4),
             Round("merge", self._merge, needs_base=needs_base, holds=bytes_each(16)),
         )
 

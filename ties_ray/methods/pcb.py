@@ -45,13 +45,13 @@ class Pcb(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the clipping of magnitudes, the cut of scores, and the merge."""
         return (
-            Round("magnitudes", self._magnitudes, ranks=_tails, holds=lambda num_models, parameter: 4 * num_models),
+            Round("magnitudes", self._magnitudes, ranks=_tails, holds=lambda stack: 4 * stack.num_models),
             Round(
                 "scores",
                 self._scores,
                 ranks=self._cut,
                 passes=2,
-                holds=lambda num_models, parameter: 100 + 4 * num_models,
+                holds=lambda stack: 100 + 4 * stack.num_models,
             ),
             Round("merge", self._merge, passes=2, holds=bytes_each(128)),
         )

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
+from ties_ray.methods import Context, Deltas, Method, Result, Round, Stack, whole_matrices
 from ties_ray.tensors import Parameter
 
 
@@ -30,8 +30,9 @@ class Tsv(Method):
         """Return the merge of whole matrices."""
         return (Round("merge", self._merge, unit=whole_matrices, holds=self._holds),)
 
-    def _holds(self, num_models: int, parameter: Parameter) -> int:
+    def _holds(self, stack: Stack) -> int:
         """Return the bytes of a decomposition, and of all triplets with the decomposition of their vectors."""
+        num_models, parameter = stack[:2]
         if not parameter.is_matrix:
             return 4
         triplets = num_models * self._rank(parameter, num_models) * sum(parameter.shape)
@@ -47,13 +48,17 @@ class Tsv(Method):
             return Result(merged=total.mul_(self.lambda_ / count))
         import torch
 
-        from ties_ray.kernels.linalg import Svd, polar, svd
+        from ties_ray.kernels.linalg import Svd, polar, svd, svd_of_factors
 
         rank = self._rank(context.parameter, count)
         triplets = []
-        for model, delta in deltas:
-            parts = svd(delta.view(shape).double().mul_(context.weights[model]), rank)
-            triplets.append(Svd(*(part.clone() for part in parts)))  # a view would keep the whole decomposition
+        for model, factors, delta in deltas.factored():
+            if factors:
+                weight = factors.scale * context.weights[model]
+                triplets.append(svd_of_factors(factors.left.double().mul_(weight), factors.right, rank))
+            elif delta is not None:
+                parts = svd(delta.view(shape).double().mul_(context.weights[model]), rank)
+                triplets.append(Svd(*(part.clone() for part in parts)))  # a view would keep the whole decomposition
         left = polar(torch.cat([parts.left for parts in triplets], 1))
         left *= torch.cat([parts.values for parts in triplets])
         right = polar(torch.cat([parts.right for parts in triplets]))

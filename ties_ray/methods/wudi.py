@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Method, Result, Round, whole_matrices
-from ties_ray.tensors import Parameter
+from ties_ray.methods import Context, Deltas, Method, Result, Round, Stack, whole_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +39,9 @@ class Wudi(Method):
         """Return the merge of whole matrices."""
         return (Round("merge", self._merge, unit=whole_matrices, holds=self._holds),)
 
-    def _holds(self, num_models: int, parameter: Parameter) -> int:
+    def _holds(self, stack: Stack) -> int:
         """Return the bytes of fp64 matrices, some of them as wide and as high as a row is long."""
+        parameter = stack.parameter
         if not parameter.is_matrix:
             return 4
         like_the_parameter, square = (12, 2) if self.solver == "adam" else (5, 6)

@@ -5,10 +5,11 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ties_ray.layout.shards import Segment
-from ties_ray.methods import Context, Key, Result, Round
+from ties_ray.methods import Context, Key, Result, Round, Stack
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, Sample
 from ties_ray.rounds.threshold import thresholds
 from ties_ray.rounds.tied import tie_ends
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,17 @@ def cut(merge: Merge, position: int, *, beside: int) -> Cut:
 def holds_of(merge: Merge, own: Round) -> int:
     """Return the most bytes that a method's round holds for each element of a slice."""
     merged = (parameter for parameter in merge.layout.parameters if parameter.merged)
-    return max((own.holds(len(merge.models), parameter) for parameter in merged), default=0)
+    return max((own.holds(stack_of(merge, parameter)) for parameter in merged), default=0)
+
+
+def stack_of(merge: Merge, parameter: Parameter) -> Stack:
+    """Return what all models store for a parameter. DoRA's changes are no plain factors."""
+    footprint = merge.sources.footprint(parameter, merge.models)
+    ranks = footprint.decoded_bytes[0] // max(1, 4 * sum(parameter.shape))
+    sources = (model.sources.get(parameter.name) for model in merge.models)
+    plain = "factors" if footprint.base != "rows" else ""
+    num_whole = sum(source is not None and source.encoding != plain for source in sources)
+    return Stack(len(merge.models), parameter, ranks, num_whole)
 
 
 def is_resident(merge: Merge, round_: PlannedRound) -> bool:

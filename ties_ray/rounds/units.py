@@ -14,7 +14,7 @@ from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.methods import Unit
 from ties_ray.rounds import Bench, Block, Listed, Merge, PlannedRound, RoundKind, Sample
-from ties_ray.rounds._method_round import blocks_of, is_resident, merged
+from ties_ray.rounds._method_round import blocks_of, is_resident, merged, stack_of
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ def _held(merge: Merge, position: int) -> int:
     largest: dict[int, int] = {}
     for index, start, stop in pieces(merge, position):
         largest[index] = max(largest.get(index, 0), stop - start)
-    return max((size * own.holds(len(merge.models), parameters[index]) for index, size in largest.items()), default=0)
+    held = (size * own.holds(stack_of(merge, parameters[index])) for index, size in largest.items())
+    return max(held, default=0)
 
 
 def pieces(merge: Merge, position: int) -> list[Segment]:

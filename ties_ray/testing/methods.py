@@ -16,7 +16,7 @@ from ties_ray.kernels import Kernels, load
 from ties_ray.kernels.definition import Definition
 from ties_ray.layers import depths
 from ties_ray.layout.budget import STATE_BYTES
-from ties_ray.methods import Computed, Context, Key, Member, Method, Result, Round, Slice, Threshold
+from ties_ray.methods import Computed, Context, Key, Member, Method, Result, Round, Slice, Stack, Threshold
 from ties_ray.rounds._kth_largest import kept_count
 from ties_ray.tensors import Parameter
 from ties_ray.testing.kernels import same_bits
@@ -102,7 +102,9 @@ class MethodContract:
         for round_ in method.rounds():
             held.watched = memory = _Memory()
             held.gather(round_, list(held.results(round_, "layers.0.weight", 10**9)))
-            limit = COUNTED_BYTES + round_.holds(len(tensors), Parameter("layers.0.weight", (240, 250), "F32", True))
+            parameter = Parameter("layers.0.weight", (240, 250), "F32", True)
+            stack = Stack(len(tensors), parameter, num_whole=len(tensors))
+            limit = COUNTED_BYTES + round_.holds(stack)
             assert memory.peak <= limit * tensors[0].numel() + SMALL_BYTES, f"round {round_.name}"
 
     def test_the_coefficients_are_those_of_the_weighted_sum(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ties_ray.kernels import Election, Factors, Kernels, Op, State, Stored
-from ties_ray.methods import Slice
+from ties_ray.methods import Factored, Slice
 from ties_ray.rounds import Slices
 
 
@@ -54,6 +54,18 @@ class StoredSlices(Slices):
                 delta.zero_()
             del encoded
             yield Slice(model, delta)
+
+    def factored(self) -> Iterator[Factored]:
+        """Yield each model's delta as it is stored. Factors that are not finite are multiplied, so that it is told."""
+        for model, stored in self.models():
+            if stored is None:
+                yield Factored(model)
+            elif isinstance(stored, Factors) and stored.magnitude is None and _is_finite(stored):
+                yield Factored(model, stored)
+            else:
+                delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
+                self._note([(model, stored)], [self._kernels.delta(stored, self._base, delta)])
+                yield Factored(model, delta=delta)
 
     def fold(self, op: Op) -> State:
         """Return the op's state over all models. A model that lacks the parameter adds nothing."""
@@ -128,3 +140,7 @@ class StoredSlices(Slices):
         if self._pass == 1:
             for (model, _), count in zip(group, counts, strict=True):
                 self.not_finite[model] += count
+
+
+def _is_finite(factors: Factors) -> bool:
+    return bool(factors.left.isfinite().all() and factors.right.isfinite().all())
