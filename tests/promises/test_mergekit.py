@@ -107,6 +107,14 @@ CASES: dict[str, Case] = {
     "nuslerp-rows": Case(
         models(names="ab") + "base_model: '@base'\nmerge_method: nuslerp\nparameters: {nuslerp_flatten: false}\n"
     ),
+    "lora-of-base": Case(
+        "models:\n  - {model: '@base+@lora', parameters: {weight: 1, density: 0.4}}\n"
+        "  - {model: '@a', parameters: {weight: 0.5, density: 0.4}}\nbase_model: '@base'\nmerge_method: ties\n"
+    ),
+    "lora-of-another": Case(
+        "models:\n  - {model: '@a+@lora', parameters: {weight: 0.7}}\n  - {model: '@b', parameters: {weight: 0.5}}\n"
+        "base_model: '@base'\nmerge_method: task_arithmetic\n"
+    ),
     "multislerp": Case(models() + "base_model: '@base'\nmerge_method: multislerp\n"),
     "karcher": Case(models("none") + "merge_method: karcher\n"),
     "nearswap": Case(PAIR + "merge_method: nearswap\nparameters: {t: 0.004}\n"),
@@ -121,6 +129,7 @@ CASES: dict[str, Case] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base, three fine-tunes, and what mergekit makes of every configuration."""
+    import peft
     import transformers
 
     place = tmp_path_factory.mktemp("mergekit")
@@ -138,6 +147,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {key: value + shared[key] + 0.005 * torch.randn_like(value) for key, value in base.items()}
         )
         model.save_pretrained(place / name)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    adapted.peft_config["default"].base_model_name_or_path = str(place / "base")
+    adapted.save_pretrained(place / "lora")
     for name in ("base", *WEIGHTS):
         half = transformers.LlamaForCausalLM.from_pretrained(place / name).to(torch.bfloat16)
         half.save_pretrained(place / f"bfloat16/{name}")

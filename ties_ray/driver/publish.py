@@ -161,7 +161,7 @@ def _from_anywhere(plan: Plan) -> Json:
         asked["base"] = absolute(hub_uri(asked["base"]))
     keys = (("base", "path"), ("output", "path"), ("run", "pool_cache"), ("run", "disk_folder"))
     places = [(asked.get(section), key) for section, key in keys]
-    places += [(entry, key) for entry in asked["models"] for key in ("path", "table")]
+    places += [(entry, key) for entry in asked["models"] for key in ("path", "table", "adapter")]
     for section, key in places:
         if isinstance(section, dict) and section.get(key):
             section[key] = absolute(hub_uri(section[key]))

@@ -173,3 +173,7 @@ class Format(ABC):
     def decoded_bytes(self, source: Source) -> int:
         """Return an upper bound of the bytes that `encoded` holds beside the slice's own elements (decoded factors)."""
         return 0
+
+    def widened(self, source: Source) -> int:
+        """Return the bytes that `encoded` holds for each element of a dense source beside what was read."""
+        return 0

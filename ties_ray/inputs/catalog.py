@@ -10,8 +10,9 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
 from ties_ray.errors import InputError, Problem, RecipeError
-from ties_ray.formats import Account, Contents, Folder, Rules
+from ties_ray.formats import Account, Folder, Rules
 from ties_ray.formats._checkpoint_names import tied
+from ties_ray.formats.adapted import Adapted, combined
 from ties_ray.inputs import agreement, coefficients, configs, small_files, tokenizers
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
@@ -149,7 +150,8 @@ class _Checked(NamedTuple):
 
 def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     expanded = expand(recipe, stores, threads)
-    fetched, problems = fetch(expanded.entries, stores, threads)
+    adapters = [entry.of_adapter for entry in expanded.entries if entry.adapter]
+    fetched, problems = fetch([*expanded.entries, *adapters], stores, threads)
     checked = _check(recipe, expanded.entries, fetched, problems, stores, threads)
     pin_notes = _verify(checked, fetched, stores, threads)
     files_from = _files_from(recipe, checked) if recipe.output.reads_base else ""
@@ -160,7 +162,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         parameters, dtype_notes = keep_dtypes(parameters, base.contents, base.format, asked, stores, threads)
     library = checked.inputs[files_from].contents.library if files_from else TRANSFORMERS
     shared: dict[Hashable, dict[str, Source]] = {}
-    inputs = [_model(fetched[entry.id], checked.inputs[entry.id].contents, shared) for entry in checked.entries]
+    inputs = [_model(fetched[entry.id], checked.inputs[entry.id], shared) for entry in checked.entries]
     notes = (
         *expanded.notes,
         *(note for entry in checked.entries for note in _choice(fetched[entry.id].listed)),
@@ -228,6 +230,7 @@ def _check(
         for id_, each in contents.items():
             inputs[id_] = ReadModel(fetched[id_].listed.entry, fetched[id_].listed.format, each)
             problems[id_] += each.problems
+    _add_adapters(entries, inputs, problems)
     base = agreement.untie(base, inputs)
     inputs = agreement.named(recipe, inputs)
     models = [each for each in inputs.values() if each.entry.id != BASE]
@@ -236,6 +239,23 @@ def _check(
     left, refused = agreement.drop(recipe, entries, problems)
     models = [inputs[entry.id] for entry in left if entry.id != BASE]
     return _Checked(left, inputs, models, agreement.parameters(base, models), refused, num_compared)
+
+
+def _add_adapters(entries: Sequence[Entry], inputs: dict[str, ReadModel], problems: Problems) -> None:
+    """Make one input of each model and the adapter that is added to it; the adapter's problems become the model's."""
+    for entry in entries:
+        if not entry.adapter:
+            continue
+        own = entry.of_adapter
+        adapter, model = inputs.pop(own.id, None), inputs.get(entry.id)
+        problems[entry.id] += problems.pop(own.id, [])
+        if adapter and (adapter.format.whole or (model and not model.format.whole)):
+            message = "an adapter is added to a whole model, and one of both is not of that kind"
+            problems[entry.id].append(Problem(own.uri, message, "swap `path` and `adapter`, or leave `adapter` out"))
+        elif adapter and model:
+            contents = combined(model.contents, adapter.contents, adapter.entry.uri)
+            problems[entry.id] += () if problems[entry.id] else contents.problems
+            inputs[entry.id] = ReadModel(model.entry, Adapted(), contents)
 
 
 def _not_whole(listed: ListedInput) -> Iterator[Problem]:
@@ -283,9 +303,9 @@ def _parameter(name: str, source: Source, rules: Rules) -> Parameter:
     return Parameter(name, tensor.shape, tensor.dtype, tensor.dtype in MERGEABLE and not rules.excludes(name))
 
 
-def _model(fetched: FetchedInput, contents: Contents, shared: dict[Hashable, dict[str, Source]]) -> Model:
+def _model(fetched: FetchedInput, read: ReadModel, shared: dict[Hashable, dict[str, Source]]) -> Model:
     """Return an input as the catalog has it; shared: the sources of all models so far, by format and layout."""
-    entry, form = fetched.listed.entry, fetched.listed.format
+    entry, form, contents = fetched.listed.entry, read.format, read.contents
     return Model(
         uri=entry.uri,
         id=entry.id,

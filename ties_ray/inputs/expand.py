@@ -52,6 +52,13 @@ class Entry:
     file: str | None = None
     variant: str | None = None
     """The variant of several models in the folder, as the recipe names it."""
+    adapter: str = ""
+    """URI of an adapter that is added to it."""
+
+    @property
+    def of_adapter(self) -> "Entry":
+        """Return the adapter as an input of its own, whose id no recipe can give."""
+        return Entry(f"{self.place}.adapter", self.adapter, f"{self.id}\0adapter")
 
 
 class Expanded(NamedTuple):
@@ -129,7 +136,8 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
     model = _numbers(Entry(place, path.rstrip("/") or "/"), asked)
     model = replace(model, file=asked.file, variant=asked.variant)
     if not asked.is_glob or _exists(path, stores):
-        yield replace(model, id=asked.id or "", sha256=asked.sha256, version_id=asked.version_id, settle=asked.settle)
+        model = replace(model, adapter=(asked.adapter or "").rstrip("/"), settle=asked.settle)
+        yield replace(model, id=asked.id or "", sha256=asked.sha256, version_id=asked.version_id)
         return
     matched, checkpoints = _match(path, place, stores, threads)
     if checkpoints:
@@ -273,9 +281,9 @@ def _entry_of_row(asked: ModelEntry, place: str, cells: Mapping[str, str], store
 
 
 def _repeated(entries: Sequence[Entry]) -> Iterator[Problem]:
-    first: dict[str, Entry] = {}
+    first: dict[tuple[str, str], Entry] = {}
     for entry in entries:
-        other = first.setdefault(_real(entry.uri), entry)
+        other = first.setdefault((_real(entry.uri), _real(entry.adapter) if entry.adapter else ""), entry)
         if other is not entry and not (entry.id and other.id):
             remedy = "give each an `id` if this is meant" if other.id != BASE else "leave it out: its change is zero"
             if not entry.id and other.place == entry.place:  # of one glob: one is a link to the other

@@ -137,13 +137,25 @@ class Sources:
 
     @cached_property
     def widths(self) -> tuple[int, int]:
-        """Bytes of the widest mergeable element in the base and in the models' whole tensors; 0 where there is none."""
+        """Bytes of the widest mergeable element in the base and in the models' whole tensors; 0 where there is none.
+
+        Those of the models count what decoding adds.
+        """
         of_base = {ref.dtype for source in self.catalog.base.sources.values() for ref in source.tensors}
         base, models = (
             max((DTYPE_BITS[dtype] // 8 for dtype in dtypes & MERGEABLE), default=0)
             for dtypes in (of_base, self.dense_dtypes)
         )
-        return base, models
+        return base, models + self._widened
+
+    @cached_property
+    def _widened(self) -> int:
+        """Bytes that decoding holds for each element of the models' whole tensors beside what is read."""
+        kinds = self.alike(self.models)[1]
+        return max(
+            (self.formats[model.format].widened(source) for model in kinds for source in model.sources.values()),
+            default=0,
+        )
 
     def filled(self, block: int) -> int:
         """Return how many elements of a block the largest parameter fills."""
@@ -302,7 +314,7 @@ def _footprint(form: Format, source: Source, numel: int) -> Footprint:
     decoded = form.decoded_bytes(source)
     cost = size(whole), len(whole)
     if source.encoding == "dense":
-        return Footprint(cost, (0, 0), (0, 0), 0, 0, 0, (0, 0), form.needs(source))
+        return Footprint(cost, (0, 0), (0, 0), 0, 0, 0, (decoded, decoded), form.needs(source))
     half = form.reads(source, 0, max(1, numel // 2))
     least = form.reads(source, 0, min(1, numel))
     shared = [read for read in half if read.shared]

@@ -73,6 +73,8 @@ class ModelEntry(Strict):
     """False: `*`, `?` and `[` in the path stand for themselves. They do so too where a folder of that path exists."""
     links: bool = True
     """False: a glob leaves out folders that are links."""
+    adapter: Uri | None = None
+    """Folder of a LoRA adapter that is added to this model, which then counts as one model."""
     table: Uri | None = None
     """CSV file with the columns path, weight, density, file, variant. Only `path` is required."""
     file: str | None = None
@@ -117,9 +119,9 @@ class ModelEntry(Strict):
         many = self.table is not None or self.is_glob
         if not many and (self.not_ or self.at_least or self.settle or not self.links):
             raise ValueError("`not`, `at_least`, `settle` and `links` belong to a glob or a table")
-        if many and (self.id or self.sha256 or self.version_id):
+        if many and (self.id or self.sha256 or self.version_id or self.adapter):
             hint = " (`glob: false` takes `*`, `?` and `[` as they are)" if self.is_glob else ""
-            raise ValueError(f"`id`, `sha256` and `version_id` name one model, not a glob or a table{hint}")
+            raise ValueError(f"`id`, `adapter`, `sha256` and `version_id` name one model, not a glob or a table{hint}")
         return self
 
     @property
