@@ -77,8 +77,8 @@ def test_the_bytes_are_those_of_a_model_that_holds_the_adapter(dtype: torch.dtyp
     ("variants", "entry", "message"),
     [
         (("dora",), {}, "is DoRA, which scales the rows of its model: .*; merge it into its model first"),
-        (("plain",), {"path": "{pool}/adapter-0001"}, "swap `path` and `adapter`"),
-        (("plain",), {"adapter": "{pool}/base"}, "swap `path` and `adapter`"),
+        (("plain",), {"path": "{pool}/adapter-0001"}, "swap them, or drop the model"),
+        (("plain",), {"adapter": "{pool}/base"}, "swap them, or drop the model"),
         (("plain",), {"adapter": "{pool}/nothing"}, "nothing"),
     ],
 )

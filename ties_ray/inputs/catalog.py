@@ -250,8 +250,8 @@ def _add_adapters(entries: Sequence[Entry], inputs: dict[str, ReadModel], proble
         adapter, model = inputs.pop(own.id, None), inputs.get(entry.id)
         problems[entry.id] += problems.pop(own.id, [])
         if adapter and (adapter.format.whole or (model and not model.format.whole)):
-            message = "an adapter is added to a whole model, and one of both is not of that kind"
-            problems[entry.id].append(Problem(own.uri, message, "swap `path` and `adapter`, or leave `adapter` out"))
+            message = "`path` takes a whole model and `adapter` an adapter, and one of them is of the other kind"
+            problems[entry.id].append(Problem(own.uri, message, "swap them, or drop the model"))
         elif adapter and model:
             contents = combined(model.contents, adapter.contents, adapter.entry.uri)
             problems[entry.id] += () if problems[entry.id] else contents.problems
