@@ -6,7 +6,8 @@ import torch
 
 from ties_ray.kernels import Factors
 from ties_ray.measures import pairs
-from ties_ray.measures.pairs import Pairs, some_rows, squared_singular_values
+from ties_ray.measures.pairs import Pairs, squared_singular_values
+from ties_ray.measures.positions import some_rows
 
 
 def drawn(num_models: int, rows: int = 30, columns: int = 20) -> list[Factors | None]:

@@ -22,6 +22,7 @@ from ties_ray.inputs.catalog import Model
 from ties_ray.libraries.loaders import opened_by
 from ties_ray.outputs import Output
 from ties_ray.planning.plan import Plan
+from ties_ray.reports.effects import effects_of
 from ties_ray.reports.records import InputProvenance, MergeResult, Provenance
 from ties_ray.rounds import Record
 from ties_ray.rounds.condense import Truncation
@@ -119,6 +120,7 @@ def _findings(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
     merge, fields = run.merge, dict[str, Any]()
     zeroed: dict[str, int] = {}
     all_zeroed = [zero for record in records for zero in record.zeroed]
+    effects = [shard for record in records for shard in record.effects]
     for index in range(len(merge.rounds)):
         kind = merge.kind(index)
         if kind.folded is None:
@@ -126,6 +128,7 @@ def _findings(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
         folded = run.barrier(index)
         if kind.final:
             all_zeroed += [zero for group in folded.values() for zero in group.zeroed]
+            effects += [shard for group in folded.values() for shard in group.effects]
         findings = {group: each.finding for group, each in folded.items()}
         for name, value in kind.report(merge, index, findings).items():
             before = fields.get(name)
@@ -133,7 +136,7 @@ def _findings(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
     for member, parameter, count in all_zeroed:
         key = f"{merge.members[member].id}: {parameter}"
         zeroed[key] = zeroed.get(key, 0) + count
-    return {**fields, "zeroed": zeroed}
+    return {**fields, "zeroed": zeroed, "effects": effects_of(merge, effects)}
 
 
 def provenance(plan: Plan) -> Provenance:

@@ -4,7 +4,6 @@ Products of two low-rank changes come from their factors: <B1 A1, B2 A2> is the 
 dense change is formed, and the figures are those of fp64.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ties_ray.kernels import Factors
+from ties_ray.measures.positions import some_rows
 
 Matrix = NDArray[np.float64]
 
@@ -22,8 +22,6 @@ ROOM = 2**22
 """Elements of all models that are converted to fp64 at a time: 32 MiB."""
 SIGNS = 4096
 """Elements of a low-rank change whose signs are looked at, whole rows, one at least."""
-GOLDEN = 0.6180339887498949
-"""Multiples of it, without their integer part, lie evenly and in no step with the heads of a matrix."""
 
 
 class Pairs:
@@ -121,14 +119,6 @@ def squared_singular_values(factors: Factors) -> Matrix:
     root = vectors * values.clamp(min=0).sqrt()
     squares = torch.linalg.eigvalsh(root.T @ (right @ right.T) @ root).flip(0).clamp(min=0)
     return np.asarray(factors.scale**2 * squares.numpy())
-
-
-def some_rows(rows: int, columns: int, elements: int) -> list[int]:
-    """Return rows of a matrix that hold about so many elements, one at least, evenly spread and in order."""
-    count = max(1, elements // max(1, columns))
-    if count >= rows:
-        return list(range(rows))
-    return sorted({math.floor(rows * ((number * GOLDEN) % 1.0)) for number in range(count)})
 
 
 def _groups(own: Sequence[tuple[int, Factors]]) -> Iterator[list[tuple[int, Factors]]]:

@@ -14,6 +14,7 @@ from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME
 from ties_ray.libraries.loaders import SUMS_NAME as SUMS_NAME
 from ties_ray.planning.forecast import Forecast
 from ties_ray.planning.plan import Plan
+from ties_ray.reports.effects import MergeEffects
 from ties_ray.reports.names import model_names
 from ties_ray.rounds import kind_of
 from ties_ray.rounds.condense import Truncation
@@ -243,6 +244,8 @@ class MergeResult(Report):
     """Statistics that the method's own rounds gathered."""
     zeroed: dict[str, int] = {}
     """Values that were not finite and counted as zero, as the recipe allows, by `model: parameter`."""
+    effects: MergeEffects | None = None
+    """What the merge did to elements; None where nothing was looked at, as on a GPU or where factors were combined."""
     truncation: Truncation | None = None
     """Error of an output that holds factors; None for other outputs."""
     refused: dict[str, list[str]] = {}

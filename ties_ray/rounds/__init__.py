@@ -24,6 +24,7 @@ from ties_ray.layout.footprint import Sources
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Layout, Segment, Shard
 from ties_ray.layout.sizes import Sizes
+from ties_ray.measures.effects import Effects
 from ties_ray.methods import Context, Deltas, Key, Member, Round
 from ties_ray.outputs import Output, OutputFile
 from ties_ray.recipe.recipe import Recipe
@@ -31,6 +32,8 @@ from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ties_ray.rounds._effects import Observer
 
 __path__ = plugins.search_path("rounds", list(__path__))
 
@@ -147,6 +150,8 @@ class Slices(Deltas):
 
     not_finite: list[int]
     """Values of each member that are NaN or Inf, as far as they were noticed."""
+    watch: Callable[[int, Any], None] | None = None
+    """Called with the position and the stored slice of each model when it is first read."""
 
     @abstractmethod
     def models(self) -> Iterator[tuple[int, Any]]:
@@ -189,6 +194,8 @@ class Bench(Protocol):
     pool: Pool | None
     recalled: frozenset[int]
     """Members whose findings of the round at hand an earlier merge has left."""
+    observer: "Observer | None"
+    """Looks at what the merge does to some elements of the shard at hand; None where nobody asks."""
 
     def blocks(
         self,
@@ -275,6 +282,8 @@ class Record(Generic[F]):
     shards: tuple[int, ...]
     finding: F
     zeroed: tuple[Zeroed, ...] = ()
+    effects: tuple[Effects, ...] = ()
+    """What the merge has done to the elements that were looked at, by shard."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +292,7 @@ class Folded(Generic[B]):
 
     finding: B
     zeroed: tuple[Zeroed, ...] = ()
+    effects: tuple[Effects, ...] = ()
 
 
 @dataclass(frozen=True)

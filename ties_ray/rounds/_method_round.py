@@ -129,10 +129,14 @@ def merged(bench: Bench, index: int, block: Block) -> "Tensor":
     import torch
 
     run = bench.merge.own_round(bench.merge.rounds[index], block.parameter).run
-    delta = run(block.slices, context_of(bench, index, block)).merged
+    context = context_of(bench, index, block)
+    watched = bench.observer.watch(block, context.parameter.numel, len(context.members)) if bench.observer else None
+    delta = run(block.slices, context).merged
     if delta is None or delta.dtype != torch.float32 or delta.shape != block.base.shape:
         name = bench.merge.recipe.method.name
         raise TypeError(f"method {name}: the last round owes the merged delta, fp32, 1-D")
+    if bench.observer and watched:
+        bench.observer.add(watched, delta, context)
     return delta
 
 

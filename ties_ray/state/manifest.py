@@ -15,6 +15,7 @@ import functools
 import gzip
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from ties_ray import rounds
 from ties_ray.errors import InputError, Problem
 from ties_ray.layout.sizes import SIZES, Sizes
+from ties_ray.measures.effects import Effects
 from ties_ray.outputs import PartSize
 from ties_ray.planning.plan import PLAN_FORM, Plan
 from ties_ray.rounds import Folded, Merge, Record, Zeroed
@@ -233,13 +235,14 @@ def misfit(record: Record[Any], merge: Merge, round_: int) -> list[str]:
     wrong = [] if record.round == round_ else ["the round"]
     if not set(record.shards) <= set(kind.shards(merge, round_)):
         wrong.append("a shard")
-    return [*wrong, *_misfit_zeroed(record.zeroed, merge), *kind.misfit(merge, round_, record.finding)]
+    wrong += [*_misfit_zeroed(record.zeroed, merge), *_misfit_effects(record.effects, merge)]
+    return [*wrong, *kind.misfit(merge, round_, record.finding)]
 
 
 def misfit_folded(folded: Folded[Any], merge: Merge, round_: int) -> list[str]:
     """Return the parts of a barrier's findings that don't fit this merge."""
     of_kind = merge.kind(round_).misfit_folded(merge, round_, folded.finding)
-    return [*_misfit_zeroed(folded.zeroed, merge), *of_kind]
+    return [*_misfit_zeroed(folded.zeroed, merge), *_misfit_effects(folded.effects, merge), *of_kind]
 
 
 def _misfit_zeroed(zeroed: Iterable[Zeroed], merge: Merge) -> Iterator[str]:
@@ -248,6 +251,16 @@ def _misfit_zeroed(zeroed: Iterable[Zeroed], merge: Merge) -> Iterator[str]:
             yield "a model"
         if parameter not in merge.layout.by_name:
             yield "a zeroed parameter"
+
+
+def _misfit_effects(effects: Iterable[Effects], merge: Merge) -> Iterator[str]:
+    for each in effects:
+        if len(each.models) != len(merge.members):
+            yield "the effects of the models"
+        if any(sums.parameter not in range(len(merge.catalog.parameters)) for sums in each.parameters):
+            yield "the effects on a parameter"
+        if not all(map(math.isfinite, itertools.chain(*each.models, *each.parameters))):
+            yield "a sum of effects"
 
 
 def _demand_fit(wrong: list[str], uri: str) -> None:

@@ -2,8 +2,10 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+from ties_ray.measures.effects import Effects
 from ties_ray.rounds import Record, Tally
 
 RECORD_SECONDS = 10.0
@@ -21,6 +23,7 @@ class Batch:
         self.tally = tally
         self.zeroed: Counter[tuple[int, str]] = Counter()
         """How many values counted as zero, by (member, parameter)."""
+        self.effects: list[Effects] = []
         self._since = time.monotonic()
 
     @property
@@ -28,13 +31,16 @@ class Batch:
         """Return the index of the round."""
         return self.place[1]
 
-    def absorb(self, shard: int, tally: Tally[Any], zeroed: Counter[tuple[int, str]]) -> None:
+    def absorb(
+        self, shard: int, tally: Tally[Any], zeroed: Counter[tuple[int, str]], effects: Iterable[Effects] = ()
+    ) -> None:
         """Add the work of a finished shard."""
         if not self.shards:
             self._since = time.monotonic()
         self.shards.append(shard)
         self.tally.absorb(tally)
         self.zeroed.update(zeroed)
+        self.effects += effects
 
     def is_full(self, most: int) -> bool:
         """Return whether a record is due. most: the most shards in a record."""
@@ -43,4 +49,4 @@ class Batch:
     def record(self) -> Record[Any]:
         """Return the batch as it is stored."""
         zeroed = tuple((member, name, count) for (member, name), count in self.zeroed.items())
-        return Record(self.round, tuple(self.shards), self.tally.finding(), zeroed)
+        return Record(self.round, tuple(self.shards), self.tally.finding(), zeroed, tuple(self.effects))

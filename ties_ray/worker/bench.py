@@ -12,6 +12,7 @@ from ties_ray.kernels import Factors, Kernels
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.shards import Segment
 from ties_ray.rounds import Block, Merge, PlannedRound, Pool
+from ties_ray.rounds._effects import Observer
 from ties_ray.rounds.merge import Written
 from ties_ray.state.manifest import Manifest
 from ties_ray.stores import join
@@ -40,6 +41,7 @@ class WorkerBench:
         self.kernels = kernels
         self.pool: Pool | None = pool
         self.recalled: frozenset[int] = frozenset()
+        self.observer: Observer | None = None
         self._output = output
         self._manifest = manifest
         self._reads = reads

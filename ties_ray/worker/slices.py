@@ -121,10 +121,16 @@ class StoredSlices(Slices):
         for model in range(self._num_models):
             self._taken += 1
             if self._resident:
-                self._held.append(next(self._coming))
+                self._held.append(self._next(model))
                 yield model, self._held[-1]
             else:
-                yield model, next(self._coming)
+                yield model, self._next(model)
+
+    def _next(self, model: int) -> Stored | None:
+        stored = next(self._coming)
+        if self.watch and stored and self._pass == 1:
+            self.watch(model, stored)
+        return stored
 
     def close(self) -> None:
         """Drop all slices, and take those that the method has not asked for."""

@@ -25,9 +25,11 @@ from ties_ray.executors import WorkerDied
 from ties_ray.kernels import Kernels, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.shards import Segment, Shard
+from ties_ray.measures.effects import Effects
 from ties_ray.outputs import Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Folded, Merge, Record, Zeroed
+from ties_ray.rounds._effects import Observer
 from ties_ray.rounds._kth_largest import Pick
 from ties_ray.rounds.merge import MergeRound
 from ties_ray.rounds.threshold import recount
@@ -206,17 +208,21 @@ class Worker:
         earlier = self._manifest.read_checksums(order.index) if first else self._earlier_reads(merge, index, shard)
         self._reads.checksums = Checksums(earlier, keeps=first or round_.passes > 1)
         self._reads.keeps = any(later.bytes_again for later in merge.rounds[index + 1 :])
+        observer = Observer(self._kernels)
+        bench.observer = None if self._on_gpu else observer
         try:
             kind.work(bench, index, shard, tally, zeroed)
         except BaseException:
             self._writes.abandon()
             raise
+        finally:
+            bench.observer = None
         if first and self._reads.checksums.new:
             self._manifest.write_checksums(order.index, (*earlier, *self._reads.checksums.new))
         self._bytes_compared += self._reads.checksums.compared
         if self._batch is None:
             self._batch = Batch(*place[1:], kind.tally(bench), result=order.result)
-        self._batch.absorb(order.index, tally, zeroed)
+        self._batch.absorb(order.index, tally, zeroed, observer.effects(order.index))
 
     def _earlier_reads(self, merge: Merge, index: int, shard: Shard) -> tuple[RangeChecksums, ...]:
         """Return the checksums that the first round has stored of what a shard of a later round reads."""
@@ -234,10 +240,12 @@ class Worker:
         bench = self._bench(order.result)
         bench.recalled = frozenset(order.recalled)
         zeroed: list[Zeroed] = []
+        effects: list[Effects] = []
 
         def findings() -> Iterator[object]:
             for record in self._manifest.read_records(bench.merge, order.round, order.records):
                 zeroed.extend(record.zeroed)
+                effects.extend(record.effects)
                 yield record.finding
 
         try:
@@ -247,7 +255,9 @@ class Worker:
         except ValueError as error:
             problem = f"a record is not what a worker writes: {error}"
             raise InputError(Problem(self._manifest.folder, problem, "merge again with --fresh")) from error
-        self._manifest.write_folded(bench.merge, order.round, order.index, Folded(finding, tuple(zeroed)))
+        self._manifest.write_folded(
+            bench.merge, order.round, order.index, Folded(finding, tuple(zeroed), tuple(effects))
+        )
 
     def _flush(self) -> None:
         """Write the finished shards into a record. The batch stays where that fails."""
