@@ -11,27 +11,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CHUNK = 2**17
+"""Elements of all models that are added up at a time: 1 MiB of fp64."""
+
+
 class ParameterSums(NamedTuple):
     """Sums over the elements of one parameter that were looked at."""
 
     parameter: int
     """Index into the catalog's parameters."""
-    elements: int
-    terms: int
+    elements: int = 0
+    terms: int = 0
     """Terms that are not zero, of all models."""
-    changed: int
+    changed: int = 0
     """Elements that have such a term."""
-    shared: int
+    shared: int = 0
     """Elements that have several such terms."""
-    conflicts: int
+    conflicts: int = 0
     """Elements that have terms of both signs."""
-    alone: int
+    alone: int = 0
     """Elements whose merged sign only one model's term has."""
-    magnitude: float
+    magnitude: float = 0.0
     """Sum of |term|, of all models."""
-    balance: float
+    balance: float = 0.0
     """Sum of |sum of the terms|."""
-    merged2: float
+    merged2: float = 0.0
     """Sum of the squares of the merged change."""
 
 
@@ -79,33 +83,48 @@ def sums_of(
     """
     import torch
 
-    kept = deltas.abs().view(torch.int32) >= torch.tensor(thresholds, dtype=torch.int32)[:, None]
-    merged = merged.double().nan_to_num(0.0, 0.0, 0.0)  # fp64 holds all products, and a merge refuses what overflows
-    terms = torch.where(kept, deltas, 0.0).double() * torch.tensor(weights, dtype=torch.float64)[:, None]
-    signs, elected = terms.sign(), merged.sign()
+    lowest = torch.tensor(thresholds, dtype=torch.int32)[:, None]
+    factors = torch.tensor(weights, dtype=torch.float64)[:, None]
+    size = max(1, CHUNK // max(1, len(deltas)))
+    of_parameter, columns = ParameterSums(parameter), torch.zeros(len(deltas), 5, dtype=torch.float64)
+    for part, of_merged in zip(torch.split(deltas, size, dim=1), torch.split(merged, size), strict=True):
+        kept = part.abs().view(torch.int32) >= lowest
+        terms = torch.where(kept, part, 0.0).double() * factors  # fp64 holds all products
+        change = of_merged.double().nan_to_num(0.0, 0.0, 0.0)  # a merge refuses what overflows
+        added_up, of_models = _sums(parameter, terms, change)
+        of_parameter = _joined(of_parameter, added_up)
+        columns += torch.cat([part.double().square().sum(1, keepdim=True), of_models], 1)
+    elements = deltas.shape[1] / share
+    models = tuple(
+        ModelSums(elements, *row) if there else NOTHING
+        for row, there in zip((columns / share).tolist(), present, strict=True)
+    )
+    return of_parameter, models
+
+
+def _sums(parameter: int, terms: "Tensor", change: "Tensor") -> "tuple[ParameterSums, Tensor]":
+    """Return the sums of terms, fp64 (models, elements), that make a change; and the last four of each model."""
+    import torch
+
+    signs = terms.sign()
     positive, negative = (signs > 0).sum(0), (signs < 0).sum(0)
-    together = signs * elected
-    agree, against = together > 0, together < 0
+    signs *= change.sign()
+    agree, against = signs > 0, signs < 0
+    count = positive + negative
     of_parameter = ParameterSums(
         parameter=parameter,
-        elements=deltas.shape[1],
-        terms=int((positive + negative).sum()),
-        changed=int((positive + negative > 0).sum()),
-        shared=int((positive + negative > 1).sum()),
+        elements=len(change),
+        terms=int(count.sum()),
+        changed=int((count > 0).sum()),
+        shared=int((count > 1).sum()),
         conflicts=int(((positive > 0) & (negative > 0)).sum()),
         alone=int((agree.sum(0) == 1).sum()),
         magnitude=float(terms.abs().sum()),
         balance=float(terms.sum(0).abs().sum()),
-        merged2=float(merged.square().sum()),
+        merged2=float(change.square().sum()),
     )
-    norms2, aligned = deltas.double().square().sum(1), (terms * merged).sum(1)
-    counts = [(signs != 0).sum(1), agree.sum(1), against.sum(1)]
-    columns = torch.stack([norms2, *(each.double() for each in counts), aligned], 1) / share
-    elements = deltas.shape[1] / share
-    models = tuple(
-        ModelSums(elements, *row) if there else NOTHING for row, there in zip(columns.tolist(), present, strict=True)
-    )
-    return of_parameter, models
+    counts = [(terms != 0).sum(1), agree.sum(1), against.sum(1)]
+    return of_parameter, torch.stack([*(each.double() for each in counts), (terms * change).sum(1)], 1)
 
 
 def added(first: ModelSums, second: ModelSums) -> ModelSums:

@@ -13,7 +13,7 @@ ROOM = 2**20
 """Elements of such a range, summed over the models, at most: 4 MiB of fp32."""
 SHORTEST = 64
 """Elements of such a range at least, however many models there are."""
-WHOLE = 4
+WHOLE = 2
 """A parameter is looked at whole if it has at most so many times the elements of a range."""
 
 

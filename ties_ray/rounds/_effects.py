@@ -31,6 +31,7 @@ class Observer:
 
     def add(self, watched: "Watched", merged: "Tensor", context: Context) -> None:
         """Add up what the merged delta of a block makes of its elements."""
+        watched.block.slices.watch = None  # a cycle of references would keep the memory of all slices
         num_models = len(context.members)
         of_parameter, models = sums_of(
             watched.block.parameter,
