@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.recipe import Recipe
     from ties_ray.reports.records import MergeResult, Progress
+    from ties_ray.reports.report import MergeReport
 
     Storage = Mapping[str, Mapping[str, object]]
 
@@ -52,6 +53,7 @@ __all__ = [
     "Inspections",
     "InterruptedMerge",
     "MergeError",
+    "MergeReport",
     "MergeResult",
     "MergedAdapter",
     "Plan",
@@ -71,6 +73,7 @@ __all__ = [
     "merge_adapters",
     "plan",
     "promote",
+    "report",
     "status",
     "verify",
 ]
@@ -80,6 +83,7 @@ _LAZY = {
     "MergedAdapter": "ties_ray.operations.in_memory",
     "Plan": "ties_ray.planning.plan",
     "Recipe": "ties_ray.recipe.recipe",
+    "MergeReport": "ties_ray.reports.report",
     "MergeResult": "ties_ray.reports.records",
     "Progress": "ties_ray.reports.records",
     "Inspections": "ties_ray.operations.inspection",
@@ -253,6 +257,24 @@ def compare(
 
     of_base = None if base is None else absolute(os.fspath(base))
     return comparing.compare(Stores(storage or {}), absolute(os.fspath(a)), absolute(os.fspath(b)), base=of_base)
+
+
+def report(
+    output: "str | os.PathLike[str]",
+    *,
+    compare: bool = False,
+    storage: "Mapping[str, Mapping[str, object]] | None" = None,
+) -> "MergeReport":
+    """Return the report of a finished merge; its `html()` is a page that needs no network.
+
+    output: the folder, as a path or URI. compare: read all models that were merged, and tell how they relate.
+    storage: options of the stores by scheme, as in a recipe. It needs `pip install 'ties-ray[report]'`.
+    Raises `InputError` where there is no finished merge.
+    """
+    from ties_ray.operations import report as reporting
+    from ties_ray.stores import Stores, absolute
+
+    return reporting.report(Stores(storage or {}), absolute(os.fspath(output)).rstrip("/"), compare=compare)
 
 
 def _as_recipe(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":

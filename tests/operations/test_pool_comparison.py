@@ -7,7 +7,8 @@ import torch
 from tests.tools.adapters import make_pool, write_adapter
 from tests.tools.families import make_family
 from ties_ray.errors import InputError
-from ties_ray.operations.pool_comparison import PoolComparison, compare_models
+from ties_ray.operations.pool_comparison import compare_models
+from ties_ray.reports.pool import PoolComparison
 from ties_ray.stores import Stores
 
 STORES = Stores({})

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ties_ray.operations.compare import Comparison, Order, TensorDifference
-    from ties_ray.operations.pool_comparison import ComparedModel, PoolComparison
+    from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark
+    from ties_ray.reports.report import MergeReport
 
 FEW = 20
 """Tensors that are listed; further ones are counted."""
@@ -117,14 +118,19 @@ def _remarks(comparison: "PoolComparison") -> "Iterator[RenderableType]":
     if not comparison.remarks:
         yield "nothing stands out: no duplicates, no dead models, no outliers, no conflicts"
         return
-    table, kinds = fact_table(), Counter(remark.kind for remark in comparison.remarks)
+    yield _remark_table(comparison.remarks)
+
+
+def _remark_table(remarks: "Sequence[Remark]") -> "Table":
+    """Return what stands out, a few of each kind."""
+    table, kinds = fact_table(), Counter(remark.kind for remark in remarks)
     for kind, count in kinds.items():
-        texts = [remark.text for remark in comparison.remarks if remark.kind == kind]
+        texts = [remark.text for remark in remarks if remark.kind == kind]
         for number, text in enumerate(texts[:NAMES]):
             table.add_row(kind if number == 0 else "", text)
         if count > NAMES:
             table.add_row("", f"and {count - NAMES:,} more")
-    yield table
+    return table
 
 
 def _summary(comparison: "PoolComparison") -> "Table":
@@ -170,6 +176,20 @@ def _model_table(comparison: "PoolComparison") -> "Table":
             f"{model.nearest_cosine:.3f}", f"{model.against:.1%}",
         )  # fmt: skip
     return table
+
+
+# -- a merge
+
+
+def of_report(report: "MergeReport", written: str) -> "Iterator[RenderableType]":
+    """Yield what stands out of a merge. written: the page's URI."""
+    yield f"{report.title}: {report.output}"
+    if report.remarks:
+        yield _remark_table(report.remarks)
+    else:
+        yield "nothing stands out"
+    if written:
+        yield f"wrote {written}"
 
 
 def short(name: str, most: int = WIDEST_NAME) -> str:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ties_ray.measures.pairs import Matrix
+from ties_ray.measures import Matrix
 
 Kind = Literal["dead", "duplicate", "near duplicate", "conflict", "outlier", "against", "stranger"]
 """dead: no change. duplicate: the same change twice. near duplicate: the same direction. conflict: opposite changes.

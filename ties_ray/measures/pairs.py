@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ties_ray.kernels import Factors
+from ties_ray.measures import Matrix
 from ties_ray.measures.positions import some_rows
-
-Matrix = NDArray[np.float64]
 
 TILE = 1024
 """Summed ranks of the models whose products are formed at a time: a tile of fp64 takes 8 MiB."""

@@ -16,8 +16,8 @@ from ties_ray.inputs.fetch import README, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.tokenizers import SETTINGS, VOCABULARY
 from ties_ray.libraries import bounded
-from ties_ray.operations.pool_comparison import PoolComparison
 from ties_ray.recipe.recipe import ModelEntry
+from ties_ray.reports.pool import PoolComparison
 from ties_ray.reports.records import Report, ReportedProblem
 from ties_ray.stores import Pin, Stores
 from ties_ray.tensors import Source, TensorRef, elements_by_dtype

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from ties_ray.inputs.catalog import Model
 from ties_ray.recipe.recipe import ModelEntry
-from ties_ray.reports.records import Progress, Report, Watch
-from ties_ray.stores import Stores, last_part
+from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, names_of, text_of
+from ties_ray.reports.records import Progress, Watch
+from ties_ray.stores import Stores
 
 if TYPE_CHECKING:
+    from ties_ray.measures import Matrix
     from ties_ray.measures.findings import Finding
-    from ties_ray.measures.pairs import Matrix, Pairs
+    from ties_ray.measures.pairs import Pairs
     from ties_ray.operations.task_vectors import TaskVectors
 
 MOST = 0.99
@@ -20,63 +22,6 @@ NOISE = 1e-14
 """Share of a squared norm below which a component is a rounding error."""
 DIGITS = 6
 """Digits behind the point of cosines and shares in the record."""
-
-
-class ComparedModel(Report):
-    """One model among others."""
-
-    name: str
-    """The last part of its URI, where that is unique."""
-    uri: str
-    norm: float
-    """Norm of its task vector."""
-    mean_cosine: float
-    """Mean cosine with the others."""
-    nearest: str
-    """The model with which it has the largest cosine; empty where there is no other."""
-    nearest_cosine: float
-    against: float
-    """Share of its changed elements that go against the sign of the sum of all models."""
-    rank: int | None = None
-    """Components of its low-rank changes at most; None where it has none."""
-    rank_99: int | None = None
-    """Components that hold 99 % of the squared norm of its low-rank changes."""
-    spectrum: list[float] = []
-    """Share of each component in that squared norm, falling, over all parameters."""
-    not_finite: int = 0
-    """Values that are NaN or Inf. They count as no change here, and a merge refuses them."""
-
-
-class Remark(Report):
-    """Something that stands out."""
-
-    kind: str
-    """`dead`, `duplicate`, `near duplicate`, `conflict`, `outlier`, `against` or `stranger`."""
-    models: list[str]
-    value: float
-    """dead and outlier: norm over the median. against: share of signs. stranger: mean cosine. Else a cosine."""
-    text: str
-    """The same for people."""
-
-
-class PoolComparison(Report):
-    """How the models of a pool relate."""
-
-    models: list[ComparedModel]
-    remarks: list[Remark]
-    """What stands out, the most serious first."""
-    cosines: list[list[float]]
-    """Row i holds the cosines of model i with the models before it."""
-    conflicts: list[list[float]]
-    """Row i holds, likewise, the share of common elements that are changed in different directions."""
-    parameters: int
-    """Parameters that any model changes."""
-    signs_of: int
-    """Elements whose signs were looked at: all of whole models, some rows of low-rank changes."""
-    bytes_read: int
-    refused: dict[str, list[str]] = {}
-    """Reasons why models were left out, by URI."""
-    notes: list[str] = []
 
 
 def compare_models(
@@ -116,13 +61,6 @@ def compare_vectors(vectors: "TaskVectors", watch: Watch = lambda progress: None
         signs_of=pairs.looked_at,
         bytes_read=vectors.bytes_read,
     )
-
-
-def names_of(models: Sequence[Model]) -> list[str]:
-    """Return a short name of each model: its id in the recipe, or the last part of its URI, where these are unique."""
-    short = [model.id if not model.id.isdecimal() else last_part(model.uri.rstrip("/")) for model in models]
-    counts = Counter(short)
-    return [name if counts[name] == 1 else f"{name} ({model.id})" for name, model in zip(short, models, strict=True)]
 
 
 def _sums(vectors: "TaskVectors", watch: Watch) -> tuple["Pairs", int]:
@@ -188,22 +126,11 @@ def _spectrum(squares: "Matrix") -> dict[str, Any]:
 
 
 def _remark(finding: "Finding", names: Sequence[str], pairs: "Pairs") -> Remark:
-    models, value = [names[number] for number in finding.models], finding.value
-    first, listed = models[0], " = ".join(models[:4]) + (f" and {len(models) - 4} more" if len(models) > 4 else "")
-    if finding.kind == "conflict":
-        share = pairs.conflict_shares[finding.models[0], finding.models[1]]
-        text = f"{first} against {models[1]}: cosine {value:.3f}, {share:.0%} of common signs differ"
-    elif finding.kind == "dead":
-        text = f"{first} changes nothing" if value == 0 else f"{first} changes {value:.1e} of the median norm"
-    else:
-        text = {
-            "duplicate": f"{listed}: the same change (cosine {value:.6f})",
-            "near duplicate": f"{listed.replace(' = ', ' ~ ')}: nearly the same direction (cosine {value:.4f} or more)",
-            "outlier": f"{first}: its norm is {value:.3g} times the median",
-            "against": f"{first}: {value:.0%} of its changes go against the sum of all",
-            "stranger": f"{first}: its mean cosine with the others is {value:.3f}",
-        }[finding.kind]
-    return Remark(kind=finding.kind, models=models, value=value, text=text)
+    models = [names[number] for number in finding.models]
+    share = pairs.conflict_shares[finding.models[0], finding.models[-1]]
+    return Remark(
+        kind=finding.kind, models=models, value=finding.value, text=text_of(finding.kind, models, finding.value, share)
+    )
 
 
 def _lower(matrix: "Matrix") -> list[list[float]]:
