@@ -81,13 +81,13 @@ def effects_of(merge: Merge, shards: Iterable[Effects]) -> MergeEffects | None:
     if not parameters:
         return None
     numels = {number: merge.catalog.parameters[number].numel for number in parameters}
-    told = [_parameter(merge, sums, numels[number]) for number, sums in sorted(parameters.items()) if sums.elements]
+    figures = [_parameter(merge, sums, numels[number]) for number, sums in sorted(parameters.items()) if sums.elements]
     aligned = math.fsum(sums.aligned for sums in models)
     return MergeEffects(
-        looked_at=sum(each.looked_at for each in told),
-        elements=sum(each.elements for each in told),
-        norm=_rounded(math.hypot(*(each.norm for each in told))),
-        parameters=told,
+        looked_at=sum(each.looked_at for each in figures),
+        elements=sum(each.elements for each in figures),
+        norm=_rounded(math.hypot(*(each.norm for each in figures))),
+        parameters=figures,
         models=[_model(member.id, sums, aligned) for member, sums in zip(merge.members, models, strict=True)],
     )
 

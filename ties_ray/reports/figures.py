@@ -305,6 +305,7 @@ def _figure(drawing: "Drawing", key: str, title: str, caption: str) -> Figure:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="image[0-9a-f]+"', "", svg)  # equal images have one id, which nothing refers to
     svg = re.sub(r' id="', f' id="{key}-', svg)
     svg = re.sub(r'(url\(#|xlink:href="#)', rf"\1{key}-", svg)
     svg = re.sub(rf'<g id="{key}-tip:([0-9a-f]*)">', _with_title, svg)

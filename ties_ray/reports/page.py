@@ -65,5 +65,5 @@ def _ends(report: MergeReport) -> tuple[list[tuple[str, str, float]], list[tuple
         for number, row in enumerate(report.comparison.cosines)
         for other, value in enumerate(row)
     )
-    told = [(names[other], names[number], value) for value, number, other in pairs]
-    return told[:PAIRS], told[::-1][:PAIRS]
+    pairs_of_names = [(names[other], names[number], value) for value, number, other in pairs]
+    return pairs_of_names[:PAIRS], pairs_of_names[::-1][:PAIRS]

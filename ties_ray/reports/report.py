@@ -196,13 +196,13 @@ def _remarks(
 
 def _of_effects(models: Sequence[ReportedModel]) -> Iterator[Remark]:
     """Yield the models whose norms or signs stand out, by the figures that the merge gathered."""
-    told = [(model.name, model.effects) for model in models if model.effects]
-    if not told:
+    gathered = [(model.name, model.effects) for model in models if model.effects]
+    if not gathered:
         return
-    norms = np.array([effects.norm for _, effects in told])
-    against = np.array([effects.against for _, effects in told])
-    for finding in findings(norms, np.eye(len(told)), against):
-        names = [told[number][0] for number in finding.models]
+    norms = np.array([effects.norm for _, effects in gathered])
+    against = np.array([effects.against for _, effects in gathered])
+    for finding in findings(norms, np.eye(len(gathered)), against):
+        names = [gathered[number][0] for number in finding.models]
         yield Remark(
             kind=finding.kind, models=names, value=finding.value, text=text_of(finding.kind, names, finding.value)
         )
