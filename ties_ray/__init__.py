@@ -245,7 +245,7 @@ def compare(
     b: "str | os.PathLike[str]",
     *,
     base: "str | os.PathLike[str] | None" = None,
-    storage: "Mapping[str, Mapping[str, object]] | None" = None,
+    storage: "Storage | None" = None,
 ) -> "Comparison":
     """Return how model B differs from model A, tensor by tensor and in sum; both are streamed.
 
@@ -263,7 +263,7 @@ def report(
     output: "str | os.PathLike[str]",
     *,
     compare: bool = False,
-    storage: "Mapping[str, Mapping[str, object]] | None" = None,
+    storage: "Storage | None" = None,
 ) -> "MergeReport":
     """Return the report of a finished merge; its `html()` is a page that needs no network.
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ties_ray.inputs.catalog import Model
 from ties_ray.recipe.recipe import ModelEntry
-from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, names_of, text_of
+from ties_ray.reports.names import model_names
+from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, text_of
 from ties_ray.reports.records import Progress, Watch
 from ties_ray.stores import Stores
 
@@ -47,7 +48,7 @@ def compare_vectors(vectors: "TaskVectors", watch: Watch = lambda progress: None
     from ties_ray.measures.findings import findings
 
     pairs, num_parameters = _sums(vectors, watch)
-    names = names_of(vectors.merge.models)
+    names = list(model_names(vectors.merge.models).values())
     not_finite = Counter[int]()
     for (member, _), count in vectors.zeroed.items():
         not_finite[member] += count

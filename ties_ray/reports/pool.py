@@ -1,30 +1,15 @@
 """The record of how the models of a pool relate."""
 
-from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 from ties_ray.reports.records import Report
-from ties_ray.stores import last_part
-
-
-class Named(Protocol):
-    """A model or its provenance."""
-
-    @property
-    def id(self) -> str:
-        """Return the entry's id, else its position."""
-
-    @property
-    def uri(self) -> str:
-        """Return the place of its folder."""
 
 
 class ComparedModel(Report):
     """One model among others."""
 
     name: str
-    """The last part of its URI, where that is unique."""
+    """A short name that no other has (`names.model_names`)."""
     uri: str
     norm: float
     """Norm of its task vector."""
@@ -75,13 +60,6 @@ class PoolComparison(Report):
     refused: dict[str, list[str]] = {}
     """Reasons why models were left out, by URI."""
     notes: list[str] = []
-
-
-def names_of(models: Sequence[Named]) -> list[str]:
-    """Return a short name of each model: its id in the recipe, or the last part of its URI, where these are unique."""
-    short = [model.id if not model.id.isdecimal() else last_part(model.uri.rstrip("/")) for model in models]
-    counts = Counter(short)
-    return [name if counts[name] == 1 else f"{name} ({model.id})" for name, model in zip(short, models, strict=True)]
 
 
 def text_of(kind: str, models: Sequence[str], value: float, share: float = 0.0) -> str:

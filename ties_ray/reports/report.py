@@ -10,7 +10,8 @@ import numpy as np
 
 from ties_ray.measures.findings import findings
 from ties_ray.reports.effects import MergeEffects, ModelEffects, ParameterEffects
-from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, names_of, text_of
+from ties_ray.reports.names import model_names
+from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, text_of
 from ties_ray.reports.records import InputProvenance, MergeResult, Report
 from ties_ray.rounds.threshold import TrimReport
 
@@ -157,7 +158,7 @@ def _models(
             compared=compared.get(model.uri),
             **_trim(trims[model.id]),
         )
-        for name, model in zip(names_of(inputs), inputs, strict=True)
+        for name, model in zip(model_names(inputs).values(), inputs, strict=True)
     ]
 
 
