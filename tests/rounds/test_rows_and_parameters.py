@@ -29,6 +29,7 @@ METHODS = pytest.mark.parametrize(
         {"name": "core_space"},
         {"name": "compress_merge", "rank": 4},
         {"name": "lora_lego", "rank": 4},
+        {"name": "opcm"},
     ],
     ids=lambda method: str(method["name"]),
 )

@@ -270,6 +270,11 @@ class Round:
     """
     passes: int = 1
     """How often `run` reads the deltas. Blocks become small enough to hold all slices, or the plan reads them again."""
+    finish: "Callable[[Tensor, Context], Tensor] | None" = None
+    """Turns the last round's merged delta into the final one (1-D fp32), once its own sums over all slices are known.
+
+    It must go element by element.
+    """
     ranks: Callable[[Key, int], tuple[int, ...]] | None = None
     """The ranks to find among the values that `run` gives as `Result.ranked`, of a key and the number of its values.
 

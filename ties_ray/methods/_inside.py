@@ -164,6 +164,14 @@ def between(deltas: Deltas, left: "Tensor", right: "Tensor") -> Turned:
     return Turned(shape, matrices, lambda merged: left @ merged[: left.shape[1], : len(right)] @ right)
 
 
+def span_bytes(stack: Stack, side: int) -> int:
+    """Return the bytes for each element that a `Span` of all columns (side 0) or rows (side 1) takes."""
+    if not stack.parameter.is_matrix:
+        return 0
+    other = stack.parameter.shape[1 - side]
+    return 8 * 6 * min(stack.parameter.shape[side], stack.ranks + stack.num_whole * other) // other
+
+
 def padded(matrix: "Tensor", shape: tuple[int, int]) -> "Tensor":
     """Return a matrix with zeros up to a shape."""
     from torch.nn.functional import pad

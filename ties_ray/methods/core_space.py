@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ties_ray.methods import Context, Deltas, Stack
-from ties_ray.methods._inside import Inner, Inside, Turned, between
+from ties_ray.methods._inside import Inner, Inside, Turned, between, span_bytes
 
 
 class CoreSpace(Inside):
@@ -24,10 +24,8 @@ class CoreSpace(Inside):
     paper: ClassVar[str] = "Panariello et al. 2025, Low-Rank Model Merging in Core Space (arXiv:2509.17786)"
 
     def holds(self, stack: Stack) -> int:
-        """Return the bytes of two square matrices, their decompositions, and a turned matrix."""
-        rows, columns = stack.parameter.shape if stack.parameter.is_matrix else (1, 1)
-        high, wide = (min(side, max(stack.ranks, columns)) for side in (rows, columns))
-        return 28 + 8 * (6 * (high * high + wide * wide) // max(1, rows * columns) + 1)
+        """Return the bytes of all columns and all rows, their decompositions, and a turned matrix."""
+        return 36 + span_bytes(stack, 0) + span_bytes(stack, 1)
 
     def turned(self, deltas: Deltas, context: Context) -> Turned:
         """Return the matrices U^T d_i V."""

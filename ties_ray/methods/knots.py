@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.methods import Context, Deltas, Slice, Stack
-from ties_ray.methods._inside import Inner, Inside, Turned, matrix_shape
+from ties_ray.methods._inside import Inner, Inside, Turned, matrix_shape, span_bytes
 
 
 class Knots(Inside):
@@ -26,9 +26,8 @@ class Knots(Inside):
     paper: ClassVar[str] = "Stoica et al. 2025, Model merging with SVD to tie the KnOTS (arXiv:2410.19735)"
 
     def holds(self, stack: Stack) -> int:
-        """Return the bytes of a square matrix of a column's length, its decomposition, and a turned matrix."""
-        rows, columns = stack.parameter.shape if stack.parameter.is_matrix else (1, 1)
-        return 28 + 8 * (6 * min(rows, max(stack.ranks, columns)) // columns + 1)
+        """Return the bytes of all columns or of a square matrix, their decomposition, and a turned matrix."""
+        return 36 + span_bytes(stack, 0)
 
     def turned(self, deltas: Deltas, context: Context) -> Turned:
         """Return the matrices S V_i."""

@@ -155,7 +155,8 @@ def _kind(merge: Merge, round_: Round, *, last: bool) -> str:
     if not last:
         return "ranks" if round_.ranks else "gather"
     condenses = isinstance(merge.recipe.output, CondensingOutput)
-    return "units" if round_.unit is not every_element and not condenses else "merge"
+    through_scratch = round_.unit is not every_element or round_.finish
+    return "units" if through_scratch and not condenses else "merge"
 
 
 def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member], numbers: ByParameter) -> None:

@@ -124,20 +124,34 @@ def ranks(bench: Bench, index: int, parameter: int) -> dict[Key, tuple[float, ..
     }
 
 
+def result_of(bench: Bench, index: int, block: Block) -> Result:
+    """Return the result of a method's round on a block."""
+    run = bench.merge.own_round(bench.merge.rounds[index], block.parameter).run
+    return run(block.slices, context_of(bench, index, block))
+
+
 def merged(bench: Bench, index: int, block: Block) -> "Tensor":
     """Return the merged delta of a block (1-D fp32), from the method's last round."""
+    delta = merged_result(bench, index, block).merged
+    assert delta is not None, "it was looked at"
+    return delta
+
+
+def merged_result(bench: Bench, index: int, block: Block) -> Result:
+    """Return the result of the method's last round on a block. What is not final yet is not observed."""
     import torch
 
-    run = bench.merge.own_round(bench.merge.rounds[index], block.parameter).run
-    context = context_of(bench, index, block)
-    watched = bench.observer.watch(block, context.parameter.numel, len(context.members)) if bench.observer else None
-    delta = run(block.slices, context).merged
+    own = bench.merge.own_round(bench.merge.rounds[index], block.parameter)
+    context, observer = context_of(bench, index, block), None if own.finish else bench.observer
+    watched = observer.watch(block, context.parameter.numel, len(context.members)) if observer else None
+    result = own.run(block.slices, context)
+    delta = result.merged
     if delta is None or delta.dtype != torch.float32 or delta.shape != block.base.shape:
         name = bench.merge.recipe.method.name
         raise TypeError(f"method {name}: the last round owes the merged delta, fp32, 1-D")
-    if bench.observer and watched:
-        bench.observer.add(watched, delta, context)
-    return delta
+    if observer and watched:
+        observer.add(watched, delta, context)
+    return result
 
 
 def rehearse(merge: Merge, round_: PlannedRound, sample: Sample) -> Result:

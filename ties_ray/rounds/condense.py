@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -16,7 +17,7 @@ from ties_ray.methods import every_element
 from ties_ray.outputs import CondensingOutput
 from ties_ray.rounds import Bench, Conclusion, Listed, Merge, PlannedRound, RoundKind
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged
-from ties_ray.rounds.units import memory_of_units
+from ties_ray.rounds.units import Assembly, is_assembly, memory_of_units, whole_units
 from ties_ray.tensors import COPIES, Parameter, either, exclusion
 
 
@@ -58,14 +59,18 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
         """Yield the round."""
-        own = merge.recipe.method.rounds()[position]
+        own, shards = merge.recipe.method.rounds()[position], len(merge.layout.matrices)
+        if own.finish:  # the change is final once all of it is merged
+            yield PlannedRound(own.name, "units", position, *whole_units(merge, cost, position))
+            block = max(merge.layout.parameters[index].numel for index in merge.layout.matrices)
+            yield PlannedRound("condense", "condense", position, shards, 1, block, 0, 0)
+            return
         block, run, passes = cut(merge, position, beside=_largest_matrix(merge))
         if own.unit is not every_element:  # the method needs its matrix whole
             block = max(merge.layout.parameters[index].numel for index in merge.layout.matrices)
             run, passes = 0, own.passes
         reading = cost.condensing(block, passes)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
-        shards = len(merge.layout.matrices)
         yield PlannedRound(own.name, "condense", position, shards, passes, block, *reading[:2], again, run)
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
@@ -110,10 +115,12 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
         """Return the merged change of a whole matrix (1-D fp32)."""
         import torch
 
-        matrix = torch.empty(parameter.numel)
-        with closing(blocks_of(bench, index, shard.segments, range(*shard.models), zeroed)) as blocks:
+        matrix, assembled = torch.empty(parameter.numel), is_assembly(bench.merge, index)
+        members = () if assembled else range(*shard.models)
+        delta = Assembly(bench, index - 1).delta if assembled else partial(merged, bench, index)
+        with closing(blocks_of(bench, index, shard.segments, members, zeroed)) as blocks:
             for block in blocks:
-                matrix[block.start : block.stop] = merged(bench, index, block)
+                matrix[block.start : block.stop] = delta(block)
         if not matrix.isfinite().all():
             message = f"{int((~matrix.isfinite()).sum())} merged values are not finite"
             advice = (smaller_lambda(bench.merge), copied_instead(bench.merge, parameter.name))

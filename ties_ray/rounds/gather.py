@@ -4,55 +4,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple
 
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Shard
-from ties_ray.methods import Key, Result, every_element
-from ties_ray.rounds import Bench, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
-from ties_ray.rounds._method_round import blocks_of, context_of, cut, memory_of_blocks, rehearse
+from ties_ray.methods import Key, every_element
+from ties_ray.rounds import Bench, Merge, PlannedRound, RoundKind, Sample, Trial
+from ties_ray.rounds._gathered import Gathered, Sums, by_parameter_of, misfit_gathered, sums_for
+from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, rehearse, result_of
 from ties_ray.rounds.units import memory_of_units, unit_shard, whole_units
-
-WHOLE = -1
-"""Stands for the parameter in a sum over whole task vectors."""
-
-
-class Gathered(NamedTuple):
-    """What a method has gathered."""
-
-    statistics: dict[str, int]
-    """Integers over the whole model, by name."""
-    sums: tuple[tuple[str, tuple[int, ...], int, int], ...] = ()
-    """Exact sums: (name, members, parameter or WHOLE, units of 1 / `ONE`)."""
-
-
-class Sums(Tally[Gathered]):
-    """Integers by name, and exact sums by key and parameter."""
-
-    def __init__(self) -> None:
-        self.statistics: Counter[str] = Counter()
-        self.sums: Counter[tuple[str, tuple[int, ...], int]] = Counter()
-
-    def add(self, parameter: int, result: Result) -> None:
-        """Add what a round has found in a slice of a parameter."""
-        self.statistics.update(result.statistics)
-        for key, value in result.sums.items():
-            self.sums[key.name, key.members, WHOLE if key.whole else parameter] += value
-
-    def add_gathered(self, gathered: Gathered) -> None:
-        """Add what a record holds."""
-        self.statistics.update(gathered.statistics)
-        for name, members, parameter, value in gathered.sums:
-            self.sums[name, members, parameter] += value
-
-    def absorb(self, shard: "Sums") -> None:
-        """Add the sums of one finished shard."""
-        self.statistics.update(shard.statistics)
-        self.sums.update(shard.sums)
-
-    def finding(self) -> Gathered:
-        """Return all sums."""
-        return Gathered(dict(self.statistics), tuple((*key, value) for key, value in sorted(self.sums.items())))
 
 
 class GatherRound(RoundKind[Gathered, Gathered]):
@@ -99,11 +58,9 @@ class GatherRound(RoundKind[Gathered, Gathered]):
 
     def work(self, bench: Bench, index: int, shard: Shard, tally: Sums, zeroed: Counter[tuple[int, str]]) -> None:
         """Run the method's round on every block, and add up its statistics."""
-        merge = bench.merge
         with closing(blocks_of(bench, index, shard.segments, range(*shard.models), zeroed)) as blocks:
             for block in blocks:
-                own = merge.own_round(merge.rounds[index], block.parameter)
-                tally.add(block.parameter, own.run(block.slices, context_of(bench, index, block)))
+                tally.add(block.parameter, result_of(bench, index, block))
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Gathered]) -> Gathered:
         """Return the sums over all records."""
@@ -114,11 +71,7 @@ class GatherRound(RoundKind[Gathered, Gathered]):
 
     def misfit(self, merge: Merge, index: int, finding: Gathered) -> Iterator[str]:
         """Yield what is out of range."""
-        members, parameters = range(len(merge.members)), range(WHOLE, len(merge.catalog.parameters))
-        if any(member not in members for _, of_members, _, _ in finding.sums for member in of_members):
-            yield "a model"
-        if any(parameter not in parameters for _, _, parameter, _ in finding.sums):
-            yield "a parameter"
+        return misfit_gathered(merge, finding)
 
     misfit_folded = misfit
 
@@ -129,8 +82,7 @@ class GatherRound(RoundKind[Gathered, Gathered]):
 
     def sums(self, bench: Bench, index: int, parameter: int) -> dict[Key, int]:
         """Return the exact sums, of the whole and of one parameter."""
-        by_parameter: dict[int, dict[Key, int]] = bench.derived(index, 0, by_parameter_of)
-        return by_parameter.get(WHOLE, {}) | by_parameter.get(parameter, {})
+        return sums_for(bench.derived(index, 0, by_parameter_of), parameter)
 
     def report(self, merge: Merge, index: int, folded: Mapping[int, Gathered]) -> dict[str, dict[str, int]]:
         """Return the integers; sums are too many for a record."""
@@ -148,11 +100,3 @@ def shard_of(merge: Merge, round_: PlannedRound, index: int) -> Shard:
     if merge.own_round(round_).unit is not every_element:
         return unit_shard(merge, round_, index)
     return Shard(models=(0, len(merge.models)), segments=merge.layout.range_(index))
-
-
-def by_parameter_of(gathered: Gathered) -> dict[int, dict[Key, int]]:
-    """Return the exact sums by parameter, WHOLE for those of whole task vectors."""
-    by_parameter: dict[int, dict[Key, int]] = {}
-    for name, members, parameter, value in gathered.sums:
-        by_parameter.setdefault(parameter, {})[Key(name, members, parameter == WHOLE)] = value
-    return by_parameter

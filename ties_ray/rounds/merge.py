@@ -16,7 +16,7 @@ from ties_ray.outputs import CondensingOutput, ElementwiseOutput, Placed
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged, rehearse
 from ties_ray.rounds.condense import CondenseRound, condensing, copied_instead, scratch_of, smaller_lambda
-from ties_ray.rounds.units import Assembly
+from ties_ray.rounds.units import Assembly, is_assembly
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import Part
 from ties_ray.tensors import either
@@ -95,7 +95,7 @@ class MergeRound(RoundKind[Parts, None]):
         if isinstance(merge.recipe.output, CondensingOutput):
             return parts
         index = merge.rounds.index(round_)
-        if _is_assembly(merge, index):
+        if is_assembly(merge, index):
             return parts + merge.budget.blocks(round_.block) + 8 * merge.rounds[index - 1].block
         return parts + memory_of_blocks(merge, round_)
 
@@ -181,13 +181,13 @@ class MergeRound(RoundKind[Parts, None]):
         zeroed: Counter[tuple[int, str]],
     ) -> Generator[Block, None, None]:
         with_base = bench.merge.recipe.output.reads_base
-        if _is_assembly(bench.merge, index):
+        if is_assembly(bench.merge, index):
             return bench.blocks(bench.merge.rounds[index], segments, (), zeroed, with_base=with_base)
         return blocks_of(bench, index, segments, members, zeroed, with_base=with_base)
 
     def _delta(self, bench: Bench, index: int, *, anew: bool = False) -> Delta:
         """Return what gives the merged change of a block (1-D fp32). anew: compute what a merge takes from scratch."""
-        if _is_assembly(bench.merge, index):
+        if is_assembly(bench.merge, index):
             return Assembly(bench, index - 1, anew=anew).delta
         return partial(merged, bench, index)
 
@@ -252,11 +252,6 @@ class MergeRound(RoundKind[Parts, None]):
             yield "a weight file"
         elif not all(part.file in files and _is_part(part, merge) for part in finding.written):
             yield "a part"
-
-
-def _is_assembly(merge: Merge, index: int) -> bool:
-    """Return whether a round writes what a round of units has merged."""
-    return index > 0 and merge.rounds[index - 1].kind == "units"
 
 
 def _is_part(written: Written, merge: Merge) -> bool:

@@ -17,9 +17,10 @@ from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Shard
 from ties_ray.methods import Key, Result, every_element
 from ties_ray.rounds import Bench, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
+from ties_ray.rounds._gathered import Gathered, Sums, by_parameter_of, sums_for
 from ties_ray.rounds._kth_largest import WHOLE, add_packed, packed
-from ties_ray.rounds._method_round import blocks_of, context_of, cut, rehearse
-from ties_ray.rounds.gather import Gathered, Sums, by_parameter_of, memory_of, shard_of
+from ties_ray.rounds._method_round import blocks_of, cut, rehearse, result_of
+from ties_ray.rounds.gather import memory_of, shard_of
 from ties_ray.rounds.units import whole_units
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class RanksRound(RoundKind[Ranked, Ranked]):
 
     def work(self, bench: Bench, index: int, shard: Shard, tally: Tables, zeroed: Counter[tuple[int, str]]) -> None:
         """Run the method's round on every block, and count its values."""
-        run, counted = bench.merge.own_round(bench.merge.rounds[index]).run, WHOLE
+        counted = WHOLE
         opened: Mapping[Values, set[int]] = (
             bench.derived(index - 1, 0, _high_bits) if _is_low(bench.merge, index) else {}
         )
@@ -172,7 +173,7 @@ class RanksRound(RoundKind[Ranked, Ranked]):
                 if block.parameter != counted:
                     tally.harvest(whole=False)
                     counted = block.parameter
-                result = run(block.slices, context_of(bench, index, block))
+                result = result_of(bench, index, block)
                 if _is_low(bench.merge, index):
                     _count_low(tally, counted, result, opened)
                 else:
@@ -227,8 +228,7 @@ class RanksRound(RoundKind[Ranked, Ranked]):
 
     def sums(self, bench: Bench, index: int, parameter: int) -> dict[Key, int]:
         """Return the exact sums, of the whole and of one parameter."""
-        by_parameter: dict[int, dict[Key, int]] = bench.derived(index, 0, _sums_of)
-        return by_parameter.get(WHOLE, {}) | by_parameter.get(parameter, {})
+        return sums_for(bench.derived(index, 0, _sums_of), parameter)
 
     def ranks(self, bench: Bench, index: int, parameter: int) -> dict[Key, tuple[float, ...]]:
         """Return the values at the ranks, of the whole and of one parameter."""

@@ -5,16 +5,17 @@ A shard is one piece: a whole matrix, or a run of whole rows. The round that wri
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard
-from ties_ray.methods import Unit
-from ties_ray.rounds import Bench, Block, Listed, Merge, PlannedRound, RoundKind, Sample
-from ties_ray.rounds._method_round import blocks_of, is_resident, merged, stack_of
+from ties_ray.methods import Key, Result, Unit
+from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally
+from ties_ray.rounds._gathered import Gathered, Sums, by_parameter_of, misfit_gathered, sums_for
+from ties_ray.rounds._method_round import blocks_of, context_of, is_resident, merged_result, stack_of
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -30,7 +31,29 @@ class Piece(NamedTuple):
     """CRC32C of its scratch, 8 hex digits: fp32 values of the merged change."""
 
 
-Pieces = tuple[Piece, ...]
+class Pieces(NamedTuple):
+    """Merged pieces, and what the method has gathered on the way."""
+
+    pieces: tuple[Piece, ...]
+    gathered: Gathered = Gathered({})
+    """Statistics and sums."""
+
+
+class PieceTally(Tally[Pieces]):
+    """Merged pieces."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.sums = Sums()
+
+    def absorb(self, shard: "PieceTally") -> None:
+        """Add the piece of one finished shard."""
+        self.pieces += shard.pieces
+        self.sums.absorb(shard.sums)
+
+    def finding(self) -> Pieces:
+        """Return all pieces."""
+        return Pieces(tuple(self.pieces), self.sums.finding())
 
 
 class UnitsRound(RoundKind[Pieces, Pieces]):
@@ -66,35 +89,55 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
     def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> None:
         """Return None: a sample is no whole matrix."""
 
-    def tally(self, bench: Bench) -> Listed:
-        """Return an empty list."""
-        return Listed()
+    def tally(self, bench: Bench) -> PieceTally:
+        """Return no pieces."""
+        return PieceTally()
 
-    def work(self, bench: Bench, index: int, shard: Shard, tally: Listed, zeroed: Counter[tuple[int, str]]) -> None:
+    def work(self, bench: Bench, index: int, shard: Shard, tally: PieceTally, zeroed: Counter[tuple[int, str]]) -> None:
         """Merge one piece and keep it."""
         (segment,) = shard.segments
         number = bisect.bisect_left(pieces(bench.merge, bench.merge.rounds[index].position), segment)
-        delta = self.merged(bench, index, segment, zeroed)
-        tally.values.append(Piece(number, bench.write_scratch(number, delta)))
+        result = self.result(bench, index, segment, zeroed)
+        assert result.merged is not None, "it was looked at"
+        tally.sums.add(segment.parameter, result)
+        tally.pieces.append(Piece(number, bench.write_scratch(_scratch(bench.merge, number), result.merged)))
 
-    def merged(self, bench: Bench, index: int, segment: Segment, zeroed: Counter[tuple[int, str]]) -> "Tensor":
-        """Return the merged change of a piece (1-D fp32)."""
+    def result(self, bench: Bench, index: int, segment: Segment, zeroed: Counter[tuple[int, str]]) -> Result:
+        """Return what the method's round makes of a piece, with its merged change (1-D fp32)."""
         members = range(len(bench.merge.models))
         with closing(blocks_of(bench, index, [segment], members, zeroed)) as blocks:
-            delta = merged(bench, index, next(blocks))
+            result = merged_result(bench, index, next(blocks))
             next(blocks, None)  # a block is judged when the next is asked for
-        return delta
+        return result
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Pieces]) -> Pieces:
-        """Return all pieces in order."""
-        return tuple(sorted(piece for finding in findings for piece in finding))
+        """Return all pieces in order, and the sums over all of them."""
+        tally = PieceTally()
+        for finding in findings:
+            tally.pieces += finding.pieces
+            tally.sums.add_gathered(finding.gathered)
+        return Pieces(tuple(sorted(tally.pieces)), tally.sums.finding())
 
     def misfit(self, merge: Merge, index: int, finding: Pieces) -> Iterator[str]:
         """Yield what is out of range."""
-        if any(piece.number not in range(merge.rounds[index].num_shards) for piece in finding):
+        if any(piece.number not in range(merge.rounds[index].num_shards) for piece in finding.pieces):
             yield "a piece"
+        yield from misfit_gathered(merge, finding.gathered)
 
     misfit_folded = misfit
+
+    def statistics(self, bench: Bench, index: int) -> dict[str, int]:
+        """Return the integers over the whole model."""
+        merged: Pieces = bench.barrier(index)
+        return merged.gathered.statistics
+
+    def sums(self, bench: Bench, index: int, parameter: int) -> dict[Key, int]:
+        """Return the exact sums, of the whole and of one parameter."""
+        return sums_for(bench.derived(index, 0, _sums_of), parameter)
+
+    def report(self, merge: Merge, index: int, folded: Mapping[int, Pieces]) -> dict[str, dict[str, int]]:
+        """Return the integers."""
+        return {"statistics": folded[0].gathered.statistics}
 
 
 class Assembly:
@@ -120,7 +163,9 @@ class Assembly:
                 break
             begin, end = max(start, block.start), min(stop, block.stop)
             parts.append(self._piece(number)[begin - start : end - start])
-        return torch.cat(parts).to(self._bench.kernels.device)
+        merged = torch.cat(parts).to(self._bench.kernels.device)
+        own = self._bench.merge.own_round(self._bench.merge.rounds[self._index], block.parameter)
+        return own.finish(merged, context_of(self._bench, self._index + 1, block)) if own.finish else merged
 
     def _piece(self, number: int) -> "Tensor":
         """Return a whole piece; the last one is kept, as blocks come in order."""
@@ -131,13 +176,20 @@ class Assembly:
         return piece
 
     def _made(self, number: int) -> "Tensor":
-        return UnitsRound().merged(self._bench, self._index, self._pieces[number], Counter())
+        merged = UnitsRound().result(self._bench, self._index, self._pieces[number], Counter()).merged
+        assert merged is not None, "it was looked at"
+        return merged
 
     def _stored(self, number: int) -> "Tensor":
         import torch
 
         crc = self._bench.derived(self._index, 0, _crc_by_piece)[number]
-        return torch.frombuffer(self._bench.read_scratch(number, crc), dtype=torch.float32)
+        return torch.frombuffer(self._bench.read_scratch(_scratch(self._bench.merge, number), crc), dtype=torch.float32)
+
+
+def is_assembly(merge: Merge, index: int) -> bool:
+    """Return whether a round takes what a round of units has merged."""
+    return index > 0 and merge.rounds[index - 1].kind == "units"
 
 
 class UnitReading(NamedTuple):
@@ -210,8 +262,17 @@ def _cut(index: int, parameter: Parameter, unit: Unit, most: int) -> Iterator[Se
         yield Segment(index, start, min(start + step, parameter.numel))
 
 
-def _crc_by_piece(stored: Sequence[Piece]) -> dict[int, str]:
-    return {piece.number: piece.crc32c for piece in stored}
+def _scratch(merge: Merge, number: int) -> int:
+    """Return the number of a piece in scratch, where parameters may have theirs."""
+    return len(merge.catalog.parameters) + number
+
+
+def _crc_by_piece(merged: Pieces) -> dict[int, str]:
+    return {piece.number: piece.crc32c for piece in merged.pieces}
+
+
+def _sums_of(merged: Pieces) -> dict[int, dict[Key, int]]:
+    return by_parameter_of(merged.gathered)
 
 
 _PIECES: WeakKeyDictionary[Merge, dict[int, list[Segment]]] = WeakKeyDictionary()

@@ -195,7 +195,8 @@ def merge_held(
             assert (result.merged.dtype, result.merged.shape) == (torch.float32, (stop - start,))
             slices.append(result.merged)
         merged[name] = torch.cat([torch.empty(0), *slices]).view(of_models[0].shape)
-    return merged
+    held.gather(last, [])
+    return {name: held.finished(last, name, value) for name, value in merged.items()}
 
 
 class _Held:
@@ -239,6 +240,14 @@ class _Held:
         for key, values in result.ranked.items():
             self._ranked.setdefault((self._name * (not key.whole), key), []).append(values)
         return result
+
+    def finished(self, round_: Round, name: str, merged: torch.Tensor) -> torch.Tensor:
+        """Return the change of a parameter as the last round's `finish` leaves it."""
+        if round_.finish is None:
+            return merged
+        parameter = Parameter(name, tuple(merged.shape), "F32", True)
+        context = self._context(parameter, 0, parameter.numel, needs_base=round_.needs_base)
+        return round_.finish(merged.reshape(-1), context).view(merged.shape)
 
     def gather(self, round_: Round, results: Sequence[tuple[int, int, Result]]) -> None:
         """Let later rounds know what a round has found."""
