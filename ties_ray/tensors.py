@@ -37,6 +37,11 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def columns(self) -> int:
+        """Return how many inputs a linear layer with this weight has."""
+        return 1 if not self.shape else self.shape[0 if self.kind == "transposed" else -1]
+
+    @property
     def is_matrix(self) -> bool:
         """Return whether it has two axes, both longer than 1."""
         return len(self.shape) == 2 and min(self.shape) > 1

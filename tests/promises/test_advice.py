@@ -8,7 +8,8 @@ UNFOLLOWED = {
         "give the original", "give the unquantised", "save it ", "save each", "save the ", "merge it into its base",
         "merge-weights", "zero_to_fp32", "fuse it with its base", "export it for PEFT", "let torchtune save",
         "load it with PEFT where", "put it on its pipeline", "convert it to safetensors", "give the adapters that",
-        "keep one of them", "merge_and_unload", "init_lora_weights: true into",
+        "keep one of them", "name its tensors as", "store it as F32", "drop that tensor", "compute it ",
+        "merge_and_unload", "init_lora_weights: true into",
     ),
     "the files have to be fetched or uploaded anew": (
         "upload it", "upload the file", "complete the download", "finish the download", "in the clone fetches",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from tests.tools.adapters import Module, make_pool, write_adapter
 from tests.tools.families import CONFIG, Family, Tensors, file_bytes, make_family, write_checkpoint
@@ -451,6 +452,24 @@ def lines_written(*rows: str) -> Callable[[Recipe, Problem], None]:
     return by_hand
 
 
+def with_companions(name: str) -> Callable[[Path], Recipe]:
+    """Return how to give a method what it needs beside the models, and one model a negative weight."""
+
+    def provoke(folder: Path) -> Recipe:
+        made = family(folder)
+        tensors = {key: value.float().abs() for key, value in made.base_tensors.items() if value.is_floating_point()}
+        if name == "gram":
+            tensors = {Q + ".weight": torch.eye(16)}
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors")
+        models = [{"path": uri, "with": {name: f"{folder}/{name}"}, "weight": 1} for uri in made.models]
+        models[1]["weight"] = -1
+        method = {"fisher": "fisher", "gram": "regmean"}[name]
+        return recipe_for(made.base, models, folder, method=method)
+
+    return provoke
+
+
 CASES = (
     # Checkpoints.
     Case("a head of one model is left out", changed(extras(1, "score.weight")),
@@ -588,6 +607,10 @@ CASES = (
          by_hand=setting(method={"name": "multislerp"})),
     Case("a negative weight pulls nowhere", weighted(1, -1, method={"name": "karcher"}),
          "give karcher a positive weight", by_hand=weights(1, 1)),
+    Case("information weighs positive weights", with_companions("fisher"), "give fisher a positive weight",
+         by_hand=lambda recipe, problem: recipe["models"][1].update(weight=1)),
+    Case("a closed form has positive weights", with_companions("gram"), "give regmean a positive weight",
+         by_hand=lambda recipe, problem: recipe["models"][1].update(weight=1)),
     Case("a mean over spectra has positive weights", weighted(1, -1, method={"name": "star"}),
          "give it a positive weight", by_hand=weights(1, 2)),
     Case("probabilities lie between 0 and 1", plain(method={"name": "della", "epsilon": 0.9}),

@@ -150,7 +150,7 @@ def provenance(plan: Plan) -> Provenance:
         arithmetic=plan.arithmetic,
         method=plan.recipe.method.model_dump(mode="json"),
         base=_input(plan.catalog.base),
-        models=[_input(model) for model in plan.catalog.models],
+        models=[_input(each) for model in plan.catalog.models for each in model.inputs],
     )
 
 

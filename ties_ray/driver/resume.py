@@ -174,7 +174,8 @@ def _what_changed(planned: Plan, stored: Plan | None) -> str:
 def _pins(plan: Plan) -> Iterator[Pin]:
     """Yield the pins of all files that decide the result."""
     for model in (plan.catalog.base, *plan.catalog.models):
-        yield from model.objects
+        for each in model.inputs:
+            yield from each.objects
     for small in plan.catalog.small_files:
         yield small.pin
 

@@ -113,6 +113,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     """The name of its file, which plans hold."""
+    is_model: ClassVar[bool] = True
+    """Whether a folder of this format is a model. Otherwise a recipe names it beside one."""
     whole: ClassVar[bool] = True
     """Whether a model stands for all of the base's parameters; an adapter stands for those that it changes.
 

@@ -1,6 +1,7 @@
 """The catalog: every tensor of every input, with dtype, shape, file and byte range, from headers and configs alone."""
 
 import fnmatch
+import itertools
 import json
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -13,7 +14,8 @@ from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.formats import Account, Folder, Rules
 from ties_ray.formats._checkpoint_names import tied
 from ties_ray.formats.adapted import Adapted, combined
-from ties_ray.inputs import agreement, coefficients, configs, small_files, tokenizers
+from ties_ray.formats.companion import Companion
+from ties_ray.inputs import agreement, coefficients, companions, configs, small_files, tokenizers
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
 from ties_ray.inputs.expand import BASE, Entry, expand
@@ -62,6 +64,14 @@ class Model:
     """Weights by parameter; `weight` holds where no line matches."""
     densities: Lines = ()
     """Densities by parameter; `density` holds where no line matches."""
+
+    companions: "dict[str, Model]" = field(default_factory=dict)
+    """Further tensors of this model by name; their sources go by base parameter too."""
+
+    @property
+    def inputs(self) -> "tuple[Model, ...]":
+        """Return it and its companions: all that is read for it."""
+        return (self, *self.companions.values())
 
     @property
     def is_idle(self) -> bool:
@@ -181,7 +191,38 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     base_model, models = (inputs[0], inputs[1:]) if recipe.base else (Model("", BASE, "", (), {}), inputs)
     waiting = expanded.waiting
     catalog = Catalog(base_model, tuple(models), parameters, small, notes, checked.refused, waiting, library)
-    return _with_coefficients(recipe, catalog, stores)
+    catalog = _with_coefficients(recipe, catalog, stores)
+    return _with_companions(recipe, catalog, checked.entries, stores, threads)
+
+
+def _with_companions(
+    recipe: Recipe, catalog: Catalog, entries: Sequence[Entry], stores: Stores, threads: Executor
+) -> Catalog:
+    """Return the catalog with what the method needs beside the weights; raise `InputError` where that is amiss."""
+    if not recipe.method.companions:
+        return catalog
+    asked = [
+        Entry(f"{entry.place}.with.{name}", companions.folder_of(entry.uri, uri), f"{entry.id}: {name}")
+        for entry in entries
+        for name, uri in entry.companions.items()
+    ]
+    fetched, problems = fetch(asked, stores, threads, [Companion()])
+    base = {parameter.name: parameter for parameter in catalog.parameters}
+    contents = {id_: each.listed.format.read(each.folder, base, _rules(recipe)) for id_, each in fetched.items()}
+    wrong = [
+        *itertools.chain.from_iterable(problems.values()),
+        *(each for of in contents.values() for each in of.problems),
+    ]
+    if wrong:
+        raise InputError(wrong)
+    read = {id_: _model(fetched[id_], each, {}) for id_, each in contents.items()}
+    models = tuple(
+        replace(model, companions={each.name: read[f"{model.id}: {each.name}"] for each in recipe.method.companions})
+        for model in catalog.models
+    )
+    if misfits := list(companions.misfits(recipe.method.companions, models, catalog.parameters)):
+        raise InputError(misfits)
+    return replace(catalog, models=models)
 
 
 def _with_coefficients(recipe: Recipe, catalog: Catalog, stores: Stores) -> Catalog:

@@ -45,6 +45,8 @@ class Entry:
     """Weights by parameter; `weight` holds where no line matches."""
     densities: Rules = ()
     """Densities by parameter; `density` holds where no line matches."""
+    companions: Mapping[str, str] = field(default_factory=dict)
+    """Folders of further tensors by name."""
     sha256: Mapping[str, str] = field(default_factory=dict)
     version_id: Mapping[str, str] = field(default_factory=dict)
     settle: float = 0.0
@@ -162,9 +164,9 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
 
 
 def _numbers(entry: Entry, asked: ModelEntry) -> Entry:
-    """Return an entry with the weight and the density that the recipe asks for."""
+    """Return an entry with the weight, the density and the companions that the recipe asks for."""
     weight, density = number_of(asked.weight), number_of(asked.density)
-    entry = replace(entry, weight=1.0 if weight is None else weight, density=density)
+    entry = replace(entry, weight=1.0 if weight is None else weight, density=density, companions=asked.with_)
     return replace(entry, weights=rules_of(asked.weight), densities=rules_of(asked.density))
 
 

@@ -73,9 +73,14 @@ class FetchedInput(NamedTuple):
     folder: Folder
 
 
-def fetch(entries: Sequence[Entry], stores: Stores, threads: Executor) -> tuple[dict[str, FetchedInput], Problems]:
-    """Return, by id, every input whose headers and texts could be fetched, and the problems of the others."""
-    formats = [plugins.load("formats", name, Format)() for name in plugins.names("formats")]
+def fetch(
+    entries: Sequence[Entry], stores: Stores, threads: Executor, formats: Sequence[Format] = ()
+) -> tuple[dict[str, FetchedInput], Problems]:
+    """Return, by id, every input whose headers and texts could be fetched, and the problems of the others.
+
+    formats: those that a folder may have; by default those of models.
+    """
+    formats = formats or _formats_of_models()
     problems: Problems = defaultdict(list)
     asked = [(entry.id, entry) for entry in entries]
     inputs = list(gather(lambda entry: _list(entry, formats, stores), asked, threads, problems).values())
@@ -98,6 +103,11 @@ def fetch(entries: Sequence[Entry], stores: Stores, threads: Executor) -> tuple[
         contents[owner][last_part(pin.uri)] = content
     sound = [each for each in inputs if not problems[each.entry.id]]
     return {each.entry.id: FetchedInput(each, _folder(each, contents[each.entry.id])) for each in sound}, problems
+
+
+def _formats_of_models() -> list[Format]:
+    formats = [plugins.load("formats", name, Format)() for name in plugins.names("formats")]
+    return [form for form in formats if form.is_model]
 
 
 def read_folders(

@@ -80,3 +80,15 @@ class Span:
         bound = max(cut, float(values[0]) * self._height * RELATIVE)
         basis: Tensor = vectors[:, values > bound][:, :rank]
         return basis
+
+
+def over(matrix: Tensor, gram: Tensor) -> Tensor:
+    """Return matrix @ gram^+ of (m, n) and a symmetric (n, n) without negative eigenvalues (fp64).
+
+    Eigenvalues at or below n RELATIVE times the largest count as zero.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    counts = values > max(float(values[-1]), 0.0) * len(values) * RELATIVE
+    vectors = vectors[:, counts]
+    solved: Tensor = (matrix @ vectors).div_(values[counts]) @ vectors.T
+    return solved

@@ -1,6 +1,6 @@
 """How a worker's memory is spent, and so how large its blocks may be. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ties_ray.errors import Problem, RecipeError
@@ -30,7 +30,7 @@ class Budget:
         self._recipe = recipe
         self._sources = sources
         self._sizes: Sizes = sources.sizes
-        models = (catalog.base, *catalog.models)
+        models = [each for model in (catalog.base, *catalog.models) for each in model.inputs]
         layouts = {id(model.sources): len(model.sources) for model in models}
         entries = sum(layouts.values()) + sum(len(model.objects) for model in models)
         self.overhead = self._sizes.overhead + self._sizes.entry * entries
@@ -72,6 +72,13 @@ class Budget:
         """Return the bytes that a block of so many elements takes, with its slices and decoded factors."""
         element = self._element(self._slices(resident, block)) + holds
         return self._sources.filled(block) * element + self._decoded(resident)
+
+    def companions(self, names: Collection[str], block: int, *, resident: bool = False) -> int:
+        """Return the bytes that companions of these names take beside a block: as read, and one of each decoded."""
+        if not names:
+            return 0
+        sizes = self._sources.companion_sizes(names, block)
+        return sum(4 * numel + numel * width * self._slices(resident, block) for numel, width in sizes)
 
     def fits(self, block: int, *, resident: bool, beside: int) -> bool:
         """Return whether blocks of so many elements fit in the memory beside other bytes."""
@@ -120,4 +127,5 @@ class Budget:
 
 def are_local(models: Iterable[Model]) -> bool:
     """Return whether all models lie in local files, which the system caches."""
-    return all(scheme_of(pin.uri) == "local" for model in models for pin in model.objects[:1])
+    inputs = (each for model in models for each in model.inputs)
+    return all(scheme_of(pin.uri) == "local" for each in inputs for pin in each.objects[:1])

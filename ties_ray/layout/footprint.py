@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.methods import Member
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
-from ties_ray.tensors import Parameter, Read, Source, joined
+from ties_ray.tensors import Parameter, Read, Source, TensorRef, joined
 
 GRAIN = 64
 """Slices that are read together begin at multiples of this: in elements, and in bytes of their buffer."""
@@ -22,7 +22,8 @@ GRAIN = 64
 
 def formats_of(models: Sequence[Model]) -> dict[str, Format]:
     """Return the formats of some models by name."""
-    return {name: plugins.load("formats", name, Format)() for name in {model.format for model in models} - {""}}
+    names = {each.format for model in models for each in model.inputs} - {""}
+    return {name: plugins.load("formats", name, Format)() for name in names}
 
 
 def requests_of(
@@ -267,6 +268,38 @@ class Sources:
         """The most bytes that a model's decoded factors take for one parameter."""
         footprints = (self.footprint(parameter, self.models) for parameter in self.catalog.parameters)
         return max((footprint.decoded_bytes[1] for footprint in footprints), default=0)
+
+    def companion_sizes(self, names: Collection[str], block: int) -> list[tuple[int, int]]:
+        """Return (most elements in a block of so many, bytes of an element) of companions of each name.
+
+        A Gram matrix is read whole with any block.
+        """
+        numels = {parameter.name: parameter.numel for parameter in self.catalog.parameters}
+        sizes = []
+        for name in names:
+            refs = [(key, ref) for model in self.models for key, ref in self._companions(model, name)]
+            lengths = [
+                min(block, numels[key]) if math.prod(ref.shape) == numels[key] else math.prod(ref.shape)
+                for key, ref in refs
+            ]
+            widths = [DTYPE_BITS[ref.dtype] // 8 for _, ref in refs]
+            sizes.append((max(lengths, default=0), max(widths, default=0)))
+        return sizes
+
+    @staticmethod
+    def _companions(model: Model, name: str) -> Iterator[tuple[str, TensorRef]]:
+        sources = model.companions[name].sources if name in model.companions else {}
+        yield from ((key, source.tensors[0]) for key, source in sources.items())
+
+    def companion_bytes(self, names: Collection[str], parameter: Parameter) -> tuple[int, int]:
+        """Return (bytes, tensors) of the models' companions of these names for a parameter."""
+        refs = [
+            source.tensors[0]
+            for model in self.models
+            for name in names
+            if name in model.companions and (source := model.companions[name].sources.get(parameter.name))
+        ]
+        return sum(math.prod(ref.shape) * DTYPE_BITS[ref.dtype] // 8 for ref in refs), len(refs)
 
     def room_for_slices(self) -> int:
         """Return the bytes of a worker's cache that are left beside all factors."""

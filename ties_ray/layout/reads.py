@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from ties_ray.inputs.catalog import Model
 from ties_ray.layout.footprint import NEEDS, Footprint, Sources, cached_requests, requests_of, rounded_up
 from ties_ray.layout.shards import Layout, Segment, elements_in
-from ties_ray.methods import Member
+from ties_ray.methods import Member, Round
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS
 from ties_ray.stores import scheme_of
@@ -183,18 +183,16 @@ class Cost:
                 total = total.plus(self._read(walk, models, passes=1, base="nothing", only=own))
         return total
 
-    def gathering(self, block: int, run: int, passes: int, *, needs_base: bool = False) -> Reading:
-        """Return what a round reads that gathers a method's statistics."""
-        base: Literal["nothing", "slice"] = "slice" if needs_base else "nothing"
-        return self._read(self._ranges(block, run), self._sources.models, passes, base)
+    def gathering(self, block: int, run: int, passes: int, own: Round | None = None) -> Reading:
+        """Return what a round reads that gathers statistics. own: the method's round, which may need more."""
+        return self._read(self._ranges(block, run), self._sources.models, passes, _base(own), own=own)
 
-    def units(self, segments: Sequence[Segment], block: int, passes: int, *, needs_base: bool = False) -> Reading:
-        """Return what a round reads whose shards are single segments, each one block."""
-        base: Literal["nothing", "slice"] = "slice" if needs_base else "nothing"
+    def units(self, segments: Sequence[Segment], block: int, passes: int, own: Round) -> Reading:
+        """Return what the method's own round reads whose shards are single segments, each one block."""
         walk = _Walk(self._layout, self._sources, [[segment] for segment in segments], block)
-        return self._read(walk, self._sources.models, passes, base)
+        return self._read(walk, self._sources.models, passes, _base(own), own=own)
 
-    def condensing(self, block: int, passes: int) -> Reading:
+    def condensing(self, block: int, passes: int, own: Round) -> Reading:
         """Return what a round that condenses matrices reads: blocks as in the merge, or all factors once."""
         total = _NOTHING
         for index in self._layout.matrices:
@@ -203,14 +201,14 @@ class Cost:
                 more = Reading(*self._sources.footprint(parameter, self._sources.models).factors, 0)
             else:
                 walk = _Walk(self._layout, self._sources, [[Segment(index, 0, parameter.numel)]], block)
-                more = self._read(walk, self._sources.models, passes, "nothing")
+                more = self._read(walk, self._sources.models, passes, "nothing", own=own)
             total = total.plus(more)
         return total
 
-    def merging(self, block: int, run: int, passes: int, *, needs_base: bool = False, models: bool = True) -> Reading:
+    def merging(self, block: int, run: int, passes: int, own: Round | None) -> Reading:
         """Return what the merge reads: merged segments, and the base's bytes of what is copied.
 
-        models: whether the models are read, or their merged change lies in scratch.
+        own: the method's round, None where the merged change lies in scratch and no model is read.
         """
         shards, copied, copies = [], 0, 0
         for index in range(self._layout.num_merge_shards):
@@ -221,9 +219,9 @@ class Cost:
                     if placed.tensor.origin == "base":
                         copied += (stop - start) * DTYPE_BITS[placed.tensor.dtype] // 8
                         copies += stop > start
-        base: Literal["nothing", "slice"] = "slice" if self._recipe.output.reads_base or needs_base else "nothing"
         walk = _Walk(self._layout, self._sources, shards, block, run)
-        read = self._read(walk, self._sources.models if models else [], passes, base)
+        base: Literal["nothing", "slice"] = "slice" if self._recipe.output.reads_base else _base(own)
+        read = self._read(walk, self._sources.models if own else [], passes, base, own=own)
         return read.plus(Reading(copied, copies, 0))
 
     def _ranges(self, block: int, run: int) -> _Walk:
@@ -236,10 +234,11 @@ class Cost:
         passes: int,
         base: Literal["nothing", "slice"],
         only: Collection[int] | None = None,
+        own: Round | None = None,
     ) -> Reading:
         """Return what a walk reads of the models, and of the base where they need it.
 
-        only: indices of the parameters that count; all where it is None.
+        only: indices of the parameters that count; all where it is None. own: the method's round, if it is one.
         """
         num_bytes = requests = 0
         of_base = set()
@@ -252,6 +251,9 @@ class Cost:
             of_factors, reads = self._factors(footprint, segments, blocks, passes)
             num_bytes += of_factors
             requests += reads
+            of_companions, count = self._sources.companion_bytes(own.companions if own else (), parameter)
+            num_bytes += passes * of_companions
+            requests += passes * count * blocks
             need = max(base, footprint.base, key=NEEDS.index)
             if need != "nothing":
                 of_base.add(index)
@@ -278,6 +280,10 @@ class Cost:
         reads = passes * blocks * (footprint.requests - shared[1])
         times = segments if cached == "shared" else passes * blocks
         return own + times * shared[0], reads + times * shared[1]
+
+
+def _base(own: Round | None) -> Literal["nothing", "slice"]:
+    return "slice" if own and own.needs_base else "nothing"
 
 
 def _cuts(segments: Iterable[Segment], block: int) -> dict[int, tuple[int, int]]:

@@ -76,6 +76,18 @@ class Factored(NamedTuple):
     """The delta itself, 1-D fp32, where it is not stored as factors; a buffer that the next one overwrites."""
 
 
+class Companion(NamedTuple):
+    """A further tensor for each parameter of a model, which the recipe names: `models[].with: {<name>: <folder>}`."""
+
+    name: str
+    shape: Literal["same", "gram"] = "same"
+    """`same`: the parameter's, cut as it is. `gram`: (columns, columns) of a linear layer's inputs, always whole."""
+    every: bool = True
+    """Whether each changed parameter needs one. Otherwise it has one of all models or of none."""
+    negative: bool = False
+    """Whether its values may be negative."""
+
+
 class Deltas(ABC):
     """The models' deltas of one slice, in recipe order. A round may read them as often as its `passes` says."""
 
@@ -94,6 +106,13 @@ class Deltas(ABC):
     @abstractmethod
     def elect(self, op: Op, election: Election) -> "Tensor":
         """Return the merged delta of the election as `Kernels.elect` gives it, by a fused kernel if there is one."""
+
+    def companion(self, name: str) -> "Tensor | None":
+        """Return a companion (1-D fp32) of the model whose delta came last, None where it has none here.
+
+        A Gram matrix comes row by row. The round must name the companion.
+        """
+        raise LookupError(f"no companion {name!r} belongs to these deltas")
 
 
 class Computed(Deltas):
@@ -268,6 +287,8 @@ class Round:
 
     The slice, its base, the state of one op, the merged delta and one fp32 tensor are counted without it.
     """
+    companions: tuple[str, ...] = ()
+    """Names of the companions that `run` reads; Gram matrices only in units of matrices."""
     passes: int = 1
     """How often `run` reads the deltas. Blocks become small enough to hold all slices, or the plan reads them again."""
     finish: "Callable[[Tensor, Context], Tensor] | None" = None
@@ -312,6 +333,8 @@ class Method(BaseModel, ABC):
     paper: ClassVar[str]
     has_density: ClassVar[bool] = False
     """Whether models may have a density of their own."""
+    companions: ClassVar[tuple[Companion, ...]] = ()
+    """What each model must bring beside its weights."""
 
     @property
     def has_lambda(self) -> bool:

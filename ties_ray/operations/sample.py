@@ -134,7 +134,7 @@ def _worker(stores: Stores, plan: Plan, manifest: Manifest) -> Worker:
 
 
 def _folders(models: Sequence[Model]) -> list[str]:
-    return sorted({pin.uri.rpartition("/")[0] for model in models for pin in model.objects})
+    return sorted({pin.uri.rpartition("/")[0] for model in models for each in model.inputs for pin in each.objects})
 
 
 def _inputs(plan: Plan) -> list[Model]:

@@ -215,7 +215,8 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
         del rules["output"][key]
     inputs = [
         (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects], *_rules(model))
-        for model in (catalog.base, *catalog.models)
+        for each in (catalog.base, *catalog.models)
+        for model in each.inputs
     ]
     beside = [(small.name, tuple(small.pin)) for small in catalog.small_files]
     decisive = [SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs, beside, *catalog.lambdas]

@@ -97,6 +97,11 @@ class ModelEntry(Strict):
     """Patterns of paths that the glob leaves out."""
     at_least: int | None = Field(default=None, ge=1)
     """Smallest number of models that the glob or table must yield."""
+    with_: dict[str, Uri] = Field(default={}, alias="with")
+    """Folders with further tensors that the method needs, by their name, as `{fisher: "{path}/fisher"}`.
+
+    `{path}` stands for the model's path, `{name}` for its last part.
+    """
     settle: FiniteFloat = Field(default=0, ge=0)
     """Age in seconds that the newest file of a folder must have.
 
@@ -337,6 +342,16 @@ class Recipe(Strict):
             raise ValueError(f"the method {self.method.name} has no density, yet `coefficients` gives one")
         if not self.method.has_lambda and self.coefficients.lambda_ is not None:
             raise ValueError(f"the method {self.method.name} has no lambda, yet a table gives one")
+        return self
+
+    @model_validator(mode="after")
+    def _companions(self) -> "Recipe":
+        needed = {companion.name for companion in self.method.companions}
+        for number, entry in enumerate(self.models):
+            if missing := sorted(needed - entry.with_.keys()):
+                raise ValueError(f"models.{number}: the method {self.method.name} needs `with: {{{missing[0]}: ...}}`")
+            if more := sorted(entry.with_.keys() - needed):
+                raise ValueError(f"models.{number}: the method {self.method.name} takes no `with: {more[0]}`")
         return self
 
     @model_validator(mode="after")

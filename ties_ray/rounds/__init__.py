@@ -206,11 +206,13 @@ class Bench(Protocol):
         *,
         resident: bool = False,
         with_base: bool = False,
+        companions: Sequence[str] = (),
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; each is gone when the next comes.
 
         resident: keep the slices of a block for further passes. with_base: read the base even where no slice needs it.
-        Raises `InputError` for values that are not finite, or adds them to `zeroed` where the recipe allows it.
+        companions: names of what is read beside each slice. Raises `InputError` for values that are not finite, or adds
+        them to `zeroed` where the recipe allows it.
         """
 
     def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:

@@ -31,11 +31,12 @@ def cut(merge: Merge, position: int, *, beside: int) -> Cut:
     own, budget = merge.recipe.method.rounds()[position], merge.budget
     resident, together, passes = own.passes > 1, min(len(merge.models), merge.sizes.models_per_pass), 1
     slices = len(merge.models) if resident else together
-    holds = holds_of(merge, own)
+    holds = holds_of(merge, own) + budget.companions(own.companions, 1, resident=resident)
     block = budget.block(beside=beside, slices=slices, resident=resident, holds=holds)
     if resident and block < merge.sizes.min_resident_block:
         block, passes = budget.block(beside=beside, slices=together, holds=holds), own.passes
-    return Cut(block, 0 if own.passes > 1 else budget.run(block, len(merge.models)), passes)
+    alone = own.passes > 1 or bool(own.companions)
+    return Cut(block, 0 if alone else budget.run(block, len(merge.models)), passes)
 
 
 def holds_of(merge: Merge, own: Round) -> int:
@@ -61,8 +62,9 @@ def is_resident(merge: Merge, round_: PlannedRound) -> bool:
 
 def memory_of_blocks(merge: Merge, round_: PlannedRound) -> int:
     """Return the bytes that blocks of a method's round take."""
-    holds = holds_of(merge, merge.own_round(round_))
-    return merge.budget.blocks(round_.block, resident=is_resident(merge, round_), holds=holds)
+    own, resident = merge.own_round(round_), is_resident(merge, round_)
+    beside = merge.budget.companions(own.companions, round_.block, resident=resident)
+    return beside + merge.budget.blocks(round_.block, resident=resident, holds=holds_of(merge, own))
 
 
 def blocks_of(
@@ -77,8 +79,11 @@ def blocks_of(
     """Return the blocks of a method's round; see `Bench.blocks`."""
     round_ = bench.merge.rounds[index]
     resident = is_resident(bench.merge, round_)
-    with_base = with_base or bench.merge.own_round(round_).needs_base
-    return bench.blocks(round_, segments, members, zeroed, resident=resident, with_base=with_base)
+    own = bench.merge.own_round(round_)
+    with_base = with_base or own.needs_base
+    return bench.blocks(
+        round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=own.companions
+    )
 
 
 def context_of(bench: Bench, index: int, block: Block) -> Context:

@@ -69,7 +69,7 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
         if own.unit is not every_element:  # the method needs its matrix whole
             block = max(merge.layout.parameters[index].numel for index in merge.layout.matrices)
             run, passes = 0, own.passes
-        reading = cost.condensing(block, passes)
+        reading = cost.condensing(block, passes, own)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         yield PlannedRound(own.name, "condense", position, shards, passes, block, *reading[:2], again, run)
 

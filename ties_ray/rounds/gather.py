@@ -29,7 +29,7 @@ class GatherRound(RoundKind[Gathered, Gathered]):
             yield PlannedRound(own.name, "gather", position, *whole_units(merge, cost, position))
             return
         block, run, passes = cut(merge, position, beside=2 * merge.layout.part_size)
-        reading = cost.gathering(block, run, passes, needs_base=own.needs_base)
+        reading = cost.gathering(block, run, passes, own)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         shards = merge.layout.num_ranges
         yield PlannedRound(own.name, "gather", position, shards, passes, block, *reading[:2], again, run)
@@ -47,8 +47,9 @@ class GatherRound(RoundKind[Gathered, Gathered]):
         return 1.0
 
     def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> Trial | None:
-        """Return what runs the method's round on a sample, None where a sample is no unit."""
-        if merge.own_round(round_).unit is not every_element:
+        """Return what runs the method's round on a sample, None where a sample is no unit or lacks companions."""
+        own = merge.own_round(round_)
+        if own.companions or own.unit is not every_element:
             return None
         return Trial(partial(rehearse, merge, round_, sample), len(sample.context.members))
 

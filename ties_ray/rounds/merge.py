@@ -85,7 +85,7 @@ class MergeRound(RoundKind[Parts, None]):
             yield PlannedRound("assemble", "merge", position, shards, 1, condensing[-1].block, 0, 0)
             return
         block, run, passes = cut(merge, position, beside=2 * merge.layout.part_size)
-        reading = cost.merging(block, run, passes, needs_base=own.needs_base)
+        reading = cost.merging(block, run, passes, own)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         yield PlannedRound(own.name, "merge", position, shards, passes, block, *reading[:2], again, run)
 
@@ -107,9 +107,12 @@ class MergeRound(RoundKind[Parts, None]):
         """Return 1: about what counting takes."""
         return 1.0
 
-    def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> Trial:
-        """Return what merges a sample into values of the output."""
+    def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> Trial | None:
+        """Return what merges a sample into values of the output, None where it lacks companions."""
         import torch
+
+        if merge.own_round(round_).companions:
+            return None
 
         def run() -> None:
             delta = rehearse(merge, round_, sample).merged

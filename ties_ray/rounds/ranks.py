@@ -133,7 +133,7 @@ class RanksRound(RoundKind[Ranked, Ranked]):
                 yield PlannedRound(name, "ranks", position, *whole_units(merge, cost, position))
                 continue
             block, run, passes = cut(merge, position, beside=_bytes_of_tables(merge))
-            reading = cost.gathering(block, run, passes, needs_base=own.needs_base)
+            reading = cost.gathering(block, run, passes, own)
             again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
             shards = merge.layout.num_ranges
             yield PlannedRound(name, "ranks", position, shards, passes, block, *reading[:2], again, run)
@@ -152,7 +152,8 @@ class RanksRound(RoundKind[Ranked, Ranked]):
 
     def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> Trial | None:
         """Return what runs the method's round on a sample, None where a sample is no unit."""
-        if merge.own_round(round_).unit is not every_element:
+        own = merge.own_round(round_)
+        if own.companions or own.unit is not every_element:
             return None
         return Trial(partial(rehearse, merge, round_, sample), len(sample.context.members))
 

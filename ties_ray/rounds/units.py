@@ -70,7 +70,7 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
         yield PlannedRound(merge.recipe.method.rounds()[position].name, "units", position, *reading)
         assembled = merge.budget.block(beside=2 * merge.layout.part_size + 8 * reading.block, slices=1)
         run = merge.budget.run(assembled, 1)
-        of_base = cost.merging(assembled, run, 1, models=False)
+        of_base = cost.merging(assembled, run, 1, None)
         shards = merge.layout.num_merge_shards
         yield PlannedRound("assemble", "merge", position, shards, 1, assembled, *of_base[:2], 0, run)
 
@@ -207,17 +207,19 @@ def whole_units(merge: Merge, cost: Cost, position: int) -> UnitReading:
     """Return what a round of units reads, piece by piece."""
     own, segments = merge.recipe.method.rounds()[position], pieces(merge, position)
     block = max(1, max((segment.stop - segment.start for segment in segments), default=1))
-    fits = merge.budget.fits(block, resident=True, beside=_held(merge, position))
+    beside = _held(merge, position) + merge.budget.companions(own.companions, block, resident=True)
+    fits = merge.budget.fits(block, resident=True, beside=beside)
     passes = 1 if own.passes == 1 or fits else own.passes
-    reading = cost.units(segments, block, passes, needs_base=own.needs_base)
+    reading = cost.units(segments, block, passes, own)
     again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
     return UnitReading(len(segments), passes, block, *reading[:2], again)
 
 
 def memory_of_units(merge: Merge, round_: PlannedRound) -> int:
     """Return the bytes of the largest piece with its slices, and of what the method holds for the costliest one."""
-    resident = is_resident(merge, round_)
-    return merge.budget.blocks(round_.block, resident=resident) + _held(merge, round_.position)
+    own, resident = merge.own_round(round_), is_resident(merge, round_)
+    beside = merge.budget.companions(own.companions, round_.block, resident=resident)
+    return beside + merge.budget.blocks(round_.block, resident=resident) + _held(merge, round_.position)
 
 
 def unit_shard(merge: Merge, round_: PlannedRound, index: int) -> Shard:

@@ -16,7 +16,7 @@ from ties_ray.kernels import Kernels, load
 from ties_ray.kernels.definition import Definition
 from ties_ray.layers import depths
 from ties_ray.layout.budget import STATE_BYTES
-from ties_ray.methods import Computed, Context, Key, Member, Method, Result, Round, Slice, Stack, Threshold
+from ties_ray.methods import Companion, Computed, Context, Key, Member, Method, Result, Round, Slice, Stack, Threshold
 from ties_ray.rounds._kth_largest import kept_count
 from ties_ray.tensors import Parameter
 from ties_ray.testing.kernels import same_bits
@@ -159,15 +159,31 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Held(Computed):
     """Deltas in memory, which may be read as often as the round's `passes` says."""
 
-    def __init__(self, deltas: Sequence[torch.Tensor], kernels: Kernels, start: int, passes: int) -> None:
+    def __init__(
+        self,
+        deltas: Sequence[torch.Tensor],
+        kernels: Kernels,
+        start: int,
+        passes: int,
+        companions: Sequence[Mapping[str, torch.Tensor]] = (),
+    ) -> None:
+        """companions: of each model, by name (1-D)."""
         super().__init__(kernels, start, len(deltas[0]), self._pass)
         self._deltas = deltas
         self._left = passes
+        self._companions = companions
+        self._last = -1
+
+    def companion(self, name: str) -> torch.Tensor | None:
+        """Return a companion of the model whose delta came last."""
+        values = self._companions[self._last].get(name)
+        return None if values is None else values.clone()
 
     def _pass(self) -> Iterator[Slice]:
         assert self._left > 0, "the method goes through its models more often than its round's `passes` says"
         self._left -= 1
         for model, delta in enumerate(self._deltas):
+            self._last = model
             yield Slice(model, delta.clone())
 
 
@@ -207,6 +223,7 @@ class _Held:
         self._kernels = kernels
         self._members = held_members(len(next(iter(deltas.values()))))
         self._need = method.needs(self._members)
+        self._companions = method.companions
         self._statistics: Counter[str] = Counter()
         self._sums: Counter[tuple[str, Key]] = Counter()
         """Exact sums by (parameter or nothing, key)."""
@@ -232,7 +249,15 @@ class _Held:
             yield start, stop, self._run(round_, slices, context)
 
     def _run(self, round_: Round, slices: list[torch.Tensor], context: Context) -> Result:
-        deltas = Held(slices, self._kernels, context.start, round_.passes)
+        beside = [
+            {
+                each.name: _companion(each, context, model)
+                for each in self._companions
+                if each.shape == "same" or context.parameter.is_matrix
+            }
+            for model in range(len(slices))
+        ]
+        deltas = Held(slices, self._kernels, context.start, round_.passes, beside)
         with self.watched:
             result = round_.run(deltas, context)
         for key, value in result.sums.items():
@@ -280,6 +305,16 @@ class _Held:
             tie_ends=_tie_ends(self._need, self._deltas, name),
             depth=depths(self._deltas).get(name, 0.0),
         )
+
+
+def _companion(companion: Companion, context: Context, model: int) -> torch.Tensor:
+    """Return a companion of random values: squares of normal ones, or the Gram matrix of twice as many rows."""
+    parameter = context.parameter
+    generator = torch.Generator().manual_seed(parameter.numel + 7919 * model)
+    if companion.shape == "same":
+        return torch.randn(parameter.numel, generator=generator).square()[context.start : context.stop]
+    inputs = torch.randn(2 * parameter.columns, parameter.columns, generator=generator)
+    return (inputs.T @ inputs).div_(len(inputs)).reshape(-1)
 
 
 def _sorted_thresholds(

@@ -61,9 +61,12 @@ class WorkerBench:
         *,
         resident: bool = False,
         with_base: bool = False,
+        companions: Sequence[str] = (),
     ) -> Generator[Block, None, None]:
         """See `rounds.Bench.blocks`."""
-        return self._blocks.stream(round_, segments, members, zeroed, resident=resident, with_base=with_base)
+        return self._blocks.stream(
+            round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=companions
+        )
 
     def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
         """See `rounds.Bench.factors`."""

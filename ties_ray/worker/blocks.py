@@ -1,6 +1,7 @@
 """The blocks of a shard. Their slices are read, decoded, and checked for values that are not finite."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -44,6 +45,7 @@ class Blocks:
         *,
         resident: bool,
         with_base: bool,
+        companions: Sequence[str] = (),
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; see `rounds.Bench.blocks`."""
         merge, sources = self._merge, self._merge.sources
@@ -56,7 +58,7 @@ class Blocks:
         )
         neighbours = self._cached_with(segments if round_.run else (), members)
         requests = itertools.chain.from_iterable(
-            self._requests(round_, run, members, neighbours, with_base) for run in runs
+            self._requests(round_, run, members, neighbours, with_base, companions) for run in runs
         )
         room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
         with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
@@ -67,13 +69,15 @@ class Blocks:
                 rows = self._decoded(next(coming), parameters[index], stop - start)
                 base = rows[start - begin : stop - begin] if begin < end else rows
                 slices = StoredSlices(
-                    self._kernels, base, start, len(members), map(partial(self._completed, rows, base), coming),
+                    self._kernels, base, start, len(members), coming, partial(self._completed, rows, base),
                     passes=round_.passes, resident=resident, factor_room=merge.sizes.factor_room,
                     per_pass=sources.models_per_pass(self._footprint(index, members), round_.block),
+                    companions=[each for each in merge.recipe.method.companions if each.name in companions],
                 )  # fmt: skip
                 yield Block(index, start, stop, base, slices)
                 slices.close()
                 self._check_finite(slices.not_finite, members, parameters[index], zeroed)
+                self._check_companions(slices.unfit, members, parameters[index])
 
     def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
         """Yield the members' factors of whole parameters; see `rounds.Bench.factors`."""
@@ -97,12 +101,18 @@ class Blocks:
         members: Sequence[int],
         neighbours: Mapping[str, Sequence[Parameter]],
         with_base: bool,
+        companions: Sequence[str],
     ) -> Iterator[list[SliceRequest | None]]:
-        """Yield what is read for a run of blocks: the slices of the base, then those of each model."""
+        """Yield what is read for a run of blocks: the slices of the base, then those of each model and its companions.
+
+        A pass over slices that stay brings its companions again.
+        """
         yield [self._of_base(segment, members, with_base) for segment in run]
         for _ in range(round_.passes):
             for model in (self._merge.models[member] for member in members):
                 yield [self._of_model(model, segment, members, neighbours) for segment in run]
+                for name in (each.name for each in self._merge.recipe.method.companions if each.name in companions):
+                    yield [self._of_companion(model.companions[name], segment) for segment in run]
 
     def _of_base(self, segment: Segment, members: Sequence[int], with_base: bool) -> SliceRequest | None:
         name, base = self._merge.catalog.parameters[segment.parameter].name, self._merge.catalog.base
@@ -119,6 +129,15 @@ class Blocks:
         cached = sources.cached(self._footprint(segment.parameter, members))
         factors = sources.factors(model, neighbours.get(parameter.name, [parameter]))
         return SliceRequest(model, source, segment.start, segment.stop, cached, factors)
+
+    def _of_companion(self, companion: Model, segment: Segment) -> SliceRequest | None:
+        """Return what is read of a companion: the same slice, or all of it where its shape is its own."""
+        parameter = self._merge.catalog.parameters[segment.parameter]
+        source = companion.sources.get(parameter.name)
+        if source is None:
+            return None
+        shape = source.tensors[0].shape
+        return SliceRequest(companion, source, *(segment[1:] if shape == parameter.shape else (0, math.prod(shape))))
 
     def _cached_with(self, segments: Iterable[Segment], members: Sequence[int]) -> dict[str, list[Parameter]]:
         """Return, by parameter with factors, the parameters whose factors come into the cache with its own."""
@@ -192,6 +211,17 @@ class Blocks:
                 raise InputError(Problem(where, f"{total} values are NaN or Inf", remedy))
             if count:
                 zeroed[member, parameter.name] += count
+
+    def _check_companions(
+        self, counts: Mapping[tuple[int, str], int], members: Sequence[int], parameter: Parameter
+    ) -> None:
+        """Refuse companions with values that mean nothing: not finite, or negative where that can't be."""
+        for (member, name), count in counts.items():
+            if count:
+                model = self._merge.models[members[member]]
+                where = f"{model.companions[name].uri}: {parameter.name}"
+                message = f"{count} values of the {name} are NaN, Inf or below zero"
+                raise InputError(Problem(where, message, f"compute it anew; {FRESH_THEN}"))
 
     def _count_not_finite(self, member: int, parameter: Parameter) -> int:
         """Return how many values of a member's whole parameter are not finite."""

@@ -1,12 +1,12 @@
 """The models' slices of one block, as a merge method sees them (`Deltas`)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import Election, Factors, Kernels, Op, State, Stored
-from ties_ray.methods import Factored, Slice
+from ties_ray.kernels import Election, Encoded, Factors, Kernels, Op, State, Stored
+from ties_ray.methods import Companion, Factored, Slice
 from ties_ray.rounds import Slices
 
 
@@ -20,16 +20,19 @@ class StoredSlices(Slices):
         offset: int,
         num_models: int,
         coming: Iterator[Stored | None],
+        complete: Callable[[Stored | None], Stored | None] = lambda stored: stored,
         *,
         passes: int,
         resident: bool,
         per_pass: int,
         factor_room: int,
+        companions: Sequence[Companion] = (),
     ) -> None:
-        """coming: the models' slices, `passes` times over. resident: whether they are kept for further passes.
+        """coming: the models' slices, each followed by its companions, `passes` times over.
 
-        offset: the first element of the block. per_pass: the most slices of one kernel call. factor_room: the most
-        bytes of decoded factors in one kernel call.
+        complete: gives a slice of a model all that its change needs. resident: whether slices are kept for further
+        passes. offset: the first element of the block. per_pass: the most slices of one kernel call. factor_room: the
+        most bytes of decoded factors in one kernel call.
         """
         self.not_finite = [0] * num_models
         self._kernels = kernels
@@ -44,6 +47,14 @@ class StoredSlices(Slices):
         self._per_pass = per_pass
         self._factor_room = factor_room
         self._held: list[Stored | None] = []
+        self._complete = complete
+        self._companions = companions
+        self._last = -1
+        """The model whose slice came last."""
+        self._beside: list[list[Stored | None]] = []
+        """The companions of each model whose slice has come, in the order of their names."""
+        self.unfit: dict[tuple[int, str], int] = {}
+        """Values of a companion that are not finite or negative, by model and name."""
 
     def __iter__(self) -> Iterator[Slice]:
         delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
@@ -66,6 +77,22 @@ class StoredSlices(Slices):
                 delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
                 self._note([(model, stored)], [self._kernels.delta(stored, self._base, delta)])
                 yield Factored(model, delta=delta)
+
+    def companion(self, name: str) -> Tensor | None:
+        """Return a companion of the model whose slice came last (1-D fp32)."""
+        number = [companion.name for companion in self._companions].index(name)
+        stored = self._beside[self._last if self._resident else 0][number]
+        if stored is None:
+            return None
+        assert isinstance(stored, Encoded), "a companion is stored whole"
+        values = torch.empty(len(stored.data), device=self._base.device)
+        bad = self._kernels.decode(stored.data, values)
+        if bad:
+            values.nan_to_num_(0, 0, 0)  # the block is refused once the method is done with it
+        if not self._companions[number].negative and float(values.min()) < 0:
+            bad += int((values < 0).sum())
+        self.unfit[self._last, name] = bad
+        return values
 
     def fold(self, op: Op) -> State:
         """Return the op's state over all models. A model that lacks the parameter adds nothing."""
@@ -113,24 +140,20 @@ class StoredSlices(Slices):
         """Yield (model, slice) in recipe order. A slice keeps its memory as long as something refers to it."""
         self._pass += 1
         if self._resident and self._pass > 1:
-            yield from enumerate(self._held)
+            for model, held in enumerate(self._held):
+                self._last = model
+                yield model, held
             return
         if self._pass > self._passes:
             raise RuntimeError("the method goes through its models more often than its round's `passes` says")
         self._skip_to((self._pass - 1) * self._num_models)
         for model in range(self._num_models):
-            self._taken += 1
+            self._last = model
             if self._resident:
-                self._held.append(self._next(model))
+                self._held.append(self._next())
                 yield model, self._held[-1]
             else:
-                yield model, self._next(model)
-
-    def _next(self, model: int) -> Stored | None:
-        stored = next(self._coming)
-        if self.watch and stored and self._pass == 1:
-            self.watch(model, stored)
-        return stored
+                yield model, self._next()
 
     def close(self) -> None:
         """Drop all slices, and take those that the method has not asked for."""
@@ -138,9 +161,20 @@ class StoredSlices(Slices):
 
     def _skip_to(self, position: int) -> None:
         self._held.clear()
+        self._beside.clear()
         for _ in range(position - self._taken):
-            next(self._coming)
-        self._taken = position
+            self._next()
+
+    def _next(self) -> Stored | None:
+        """Return the next model's slice; its companions come with it, and stay where slices do."""
+        own = self._complete(next(self._coming))
+        if not self._resident:
+            self._beside.clear()
+        self._beside.append([next(self._coming) for _ in self._companions])
+        self._taken += 1
+        if self.watch and own and self._pass == 1:
+            self.watch(self._taken - 1, own)
+        return own
 
     def _note(self, group: Sequence[tuple[int, Stored]], counts: Sequence[int]) -> None:
         if self._pass == 1:

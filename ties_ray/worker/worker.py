@@ -187,7 +187,7 @@ class Worker:
             raise InputError(Problem("this worker's CPU", problem, "unset what asks for it (DAZ/FTZ)"))
         merge = self._plan.merges[0]
         for model in (merge.catalog.base, *merge.models):
-            for pin in model.objects[:1]:
+            for pin in (pin for each in model.inputs for pin in each.objects[:1]):
                 if scheme_of(pin.uri) == "local":
                     self._stores.of(pin.uri).read(pin, 0, memoryview(bytearray(8)))
 
