@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Companion, Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Companion, Context, Deltas, Key, Member, Method, Result, Round, bytes_each
 
 
 class Fisher(Method):
@@ -43,10 +43,10 @@ class Fisher(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms of the information, where it is normalised, and the merge."""
-        merge = Round("merge", self._merge, companions=("fisher",), holds=lambda num_models, parameter: 44)
+        merge = Round("merge", self._merge, companions=("fisher",), holds=bytes_each(44))
         if not self.normalize:
             return (merge,)
-        return Round("norms", self._norms, companions=("fisher",), holds=lambda num_models, parameter: 4), merge
+        return Round("norms", self._norms, companions=("fisher",), holds=bytes_each(4)), merge
 
     def _norms(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.exact_sums import dot

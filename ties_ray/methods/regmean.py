@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Companion, Context, Deltas, Member, Method, Result, Round, whole_matrices
-from ties_ray.tensors import Parameter
+from ties_ray.methods import Companion, Context, Deltas, Member, Method, Result, Round, Stack, whole_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +47,9 @@ class Regmean(Method):
         merge = Round("merge", self._merge, unit=whole_matrices, companions=("gram",), holds=self._holds)
         return (merge,)
 
-    def _holds(self, num_models: int, parameter: Parameter) -> int:
+    def _holds(self, stack: Stack) -> int:
         """Return the bytes of fp64 matrices, some of them as wide and as high as a row is long."""
+        parameter = stack.parameter
         return 8 * (5 + -(-6 * parameter.columns**2 // parameter.numel)) if parameter.is_matrix else 16
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
