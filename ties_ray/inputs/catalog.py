@@ -208,14 +208,16 @@ def _with_companions(
     ]
     fetched, problems = fetch(asked, stores, threads, [Companion()])
     base = {parameter.name: parameter for parameter in catalog.parameters}
-    contents = {id_: each.listed.format.read(each.folder, base, _rules(recipe)) for id_, each in fetched.items()}
-    wrong = [
-        *itertools.chain.from_iterable(problems.values()),
-        *(each for of in contents.values() for each in of.problems),
-    ]
-    if wrong:
-        raise InputError(wrong)
-    read = {id_: _model(fetched[id_], each, {}) for id_, each in contents.items()}
+    reads = {
+        id_: ReadModel(
+            each.listed.entry, each.listed.format, each.listed.format.read(each.folder, base, _rules(recipe))
+        )
+        for id_, each in fetched.items()
+    }
+    wrong = itertools.chain(*problems.values(), *(each.contents.problems for each in reads.values()))
+    if every := list(wrong):
+        raise InputError(every)
+    read = {id_: _model(fetched[id_], each, {}) for id_, each in reads.items()}
     models = tuple(
         replace(model, companions={each.name: read[f"{model.id}: {each.name}"] for each in recipe.method.companions})
         for model in catalog.models
