@@ -47,7 +47,9 @@ def test_short_forms_mean_the_long_ones() -> None:
 @pytest.mark.parametrize("unset", [True, False])
 def test_the_json_form_is_exact_for_every_method(name: str, unset: bool) -> None:
     method = plugins.load("methods", name, Method)()
-    recipe = validate(PLAIN | {"method": method.model_dump(mode="json"), "output": {"path": "o", "file_size": "1MiB"}})
+    models = [{"path": "m", "with": {companion.name: "{path}/beside" for companion in method.companions}}]
+    output = {"path": "o", "file_size": "1MiB"}
+    recipe = validate(PLAIN | {"models": models, "method": method.model_dump(mode="json"), "output": output})
     again = parse(recipe.model_dump_json(exclude_unset=unset))
     assert again == recipe
     assert type(again.method) is type(method)
