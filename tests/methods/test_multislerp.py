@@ -15,6 +15,17 @@ class TestMultiSlerp(MethodContract):
         return MultiSlerp()
 
 
+class TestMultiSlerpOfWeights(MethodContract):
+    @pytest.fixture
+    def method(self) -> MultiSlerp:
+        return MultiSlerp(vectors="weights")
+
+
+def test_a_merge_of_weights_is_the_oracles(tmp_path: Path) -> None:
+    oracle = held.of_weights(lambda family: multislerp(None, family.models))
+    held.check_stored({"name": "multislerp", "vectors": "weights"}, oracle, tmp_path)
+
+
 def test_the_merge_is_the_oracles() -> None:
     held.check(MultiSlerp(), lambda family: multislerp(family.base, family.models))
 

@@ -8,6 +8,8 @@ from tests.tools import oracle
 from tests.tools.families import Family
 from tests.tools.merging import merge, read_tensors
 from tests.tools.oracle import Rules
+from tests.tools.oracles import families, held
+from tests.tools.oracles.protocol import Merged
 from ties_ray.methods.task_arithmetic import TaskArithmetic
 from ties_ray.testing import MethodContract
 
@@ -18,6 +20,20 @@ class TestTaskArithmetic(MethodContract):
     @pytest.fixture
     def method(self) -> TaskArithmetic:
         return TaskArithmetic(lambda_=0.3)
+
+
+class TestSumOfWeights(MethodContract):
+    @pytest.fixture
+    def method(self) -> TaskArithmetic:
+        return TaskArithmetic(lambda_=0.2, vectors="weights")
+
+
+def test_whole_weights_are_summed_whatever_the_base(tmp_path: Path) -> None:
+    def oracle(family: families.Family) -> Merged:
+        total = {name: 0.5 * sum(model[name] for model in family.models) for name in family.base}
+        return Merged({name: value - family.base[name] for name, value in total.items()})
+
+    held.check_stored({"name": "task_arithmetic", "vectors": "weights", "lambda": 0.5}, oracle, tmp_path, count=3)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_the_log_tells_what_is_different(folder: Path, caplog: pytest.LogCapture
     ("text", "error", "message"),
     [
         (configuration(2), RecipeError, r"m\.yml, line 1: slices\.0: ends at layer 2, and the base has 3 layers"),
-        (configuration(), RecipeError, r"add `--set output\.path=FOLDER`"),
+        (configuration(), RecipeError, "add `-o FOLDER`"),
     ],
 )
 def test_what_a_configuration_lacks_is_said(text: str, error: type[MergeError], message: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ UNFOLLOWED = {
         "it may be one of those inside", "it holds no safetensors", "it is not a safetensors", "look for models",
         "move those aside", "rename ", "give the folders that hold", "narrow `exclude`", "repair or drop it",
         "drop the model", "a single file beside them", "remove it", "give the folder itself", "give the recipe's file",
-        "give mergekit's file", "--set output.path=FOLDER",
+        "give mergekit's file", "add `-o FOLDER`",
         "write that model into", "write to a local folder", "write to a shorter", "write s3://", "write hf://",
         "write file:///", "name the host", "known here", "at most {}", "levels, and no tags", "put it in quotes",
         "mend the YAML", "start from the example", "as in ", "a recipe has", "split it into", "see ", "give the plain",

@@ -81,6 +81,7 @@ CASES: dict[str, Case] = {
     "linear-plain": Case(
         models("0.25").replace("0.25", "0.5", 1) + "merge_method: linear\nparameters: {normalize: false}\n"
     ),
+    "linear-far": Case(models() + "merge_method: linear\nparameters: {normalize: false}\n"),
     "linear-parts": Case(PARTS + "merge_method: linear\n"),
     "ta": Case(sums("task_arithmetic", more="")),
     "ta-normalize": Case(sums("task_arithmetic", "normalize: true, lambda: 0.7", more="")),
@@ -116,6 +117,7 @@ CASES: dict[str, Case] = {
         "base_model: '@base'\nmerge_method: task_arithmetic\n"
     ),
     "multislerp": Case(models() + "base_model: '@base'\nmerge_method: multislerp\n"),
+    "multislerp-weights": Case(models() + "merge_method: multislerp\n"),
     "karcher": Case(models("none") + "merge_method: karcher\n"),
     "nearswap": Case(PAIR + "merge_method: nearswap\nparameters: {t: 0.004}\n"),
     "model-stock": Case(models("none") + "base_model: '@base'\nmerge_method: model_stock\n"),

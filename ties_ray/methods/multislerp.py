@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ties_ray.errors import Problem
+from ties_ray.kernels import ONE
 from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class MultiSlerp(Method):
     """
 
     name: Literal["multislerp"] = "multislerp"
+    vectors: Literal["weights", "task_vectors"] = "task_vectors"
+    """What has a direction and a length: what the models changed of the base, or their weights."""
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Goddard et al. 2024, Arcee's MergeKit (arXiv:2403.13257)"
 
@@ -33,22 +36,30 @@ class MultiSlerp(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the lengths, the length of the mean of unit vectors, and the merge."""
+        needs_base = self.vectors == "weights"
         return (
-            Round("norms", self._norms),
-            Round("direction", self._direction, holds=bytes_each(24)),
-            Round("merge", self._merge, holds=bytes_each(16)),
+            Round("norms", self._norms, needs_base=needs_base, holds=bytes_each(4)),
+            Round("direction", self._direction, needs_base=needs_base, holds=bytes_each(32)),
+            Round("merge", self._merge, needs_base=needs_base, holds=bytes_each(24)),
         )
 
     def _norms(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.exact_sums import dot
 
-        return Result(sums={Key("norm2", (model,)): dot(delta, delta) for model, delta in deltas})
+        if context.base is None:
+            return Result(sums={Key("norm2", (model,)): dot(delta, delta) for model, delta in deltas})
+        base = context.base.float().nan_to_num()  # an exact sum takes finite fp32 numbers
+        sums = {Key("base"): dot(base, base)}
+        for model, delta in deltas:
+            sums |= {Key("norm2", (model,)): dot(delta, delta), Key("base", (model,)): dot(base, delta)}
+        return Result(sums=sums)
 
     def _direction(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.exact_sums import dot
 
         shares, sizes = _shares_and_sizes(context)
-        mean = _weighted(deltas, context, _over(shares, sizes))
+        factors = _over(shares, sizes)
+        mean = _weighted(deltas, context, factors, sum(factors))
         high = mean.float()
         low = (mean - high).float()  # two fp32 numbers hold 48 bits of an fp64 number
         return Result(sums={Key("mean2"): dot(high, high) + 2 * dot(high, low) + dot(low, low)})
@@ -61,13 +72,18 @@ class MultiSlerp(Method):
         else:
             ratio = sum(share * size for share, size in zip(shares, sizes, strict=True)) / length
             factors = [ratio * factor for factor in _over(shares, sizes)]
-        return Result(merged=_weighted(deltas, context, factors).float())
+        moves = any(context.sums.get(Key("norm2", (model,))) for model in range(len(sizes)))
+        return Result(merged=_weighted(deltas, context, factors, sum(factors) - 1 if moves else 0.0).float())
 
 
 def _shares_and_sizes(context: Context) -> tuple[list[float], list[float]]:
-    """Return the weights over their sum, and the norm of each model's task vector of the parameter."""
-    whole = sum(context.weights) or 1.0
-    sizes = [math.sqrt(context.sum("norm2", model)) for model in range(len(context.members))]
+    """Return the weights over their sum, and the norm of each model's vector of the parameter."""
+    whole, sums = sum(context.weights) or 1.0, context.sums
+    squares = [
+        sums.get(Key("norm2", (model,)), 0) + 2 * sums.get(Key("base", (model,)), 0) + sums.get(Key("base"), 0)
+        for model in range(len(context.members))
+    ]
+    sizes = [math.sqrt(square / ONE) for square in squares]
     return [weight / whole for weight in context.weights], sizes
 
 
@@ -75,11 +91,13 @@ def _over(shares: Sequence[float], sizes: Sequence[float]) -> list[float]:
     return [share / size if size else 0.0 for share, size in zip(shares, sizes, strict=True)]
 
 
-def _weighted(deltas: Deltas, context: Context, factors: Sequence[float]) -> "Tensor":
-    """Return the sum of the deltas times their factors (fp64), in model order."""
+def _weighted(deltas: Deltas, context: Context, factors: Sequence[float], of_base: float) -> "Tensor":
+    """Return the sum of the deltas times their factors (fp64), in model order, and of the base where it counts."""
     import torch
 
     total = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
     for model, delta in deltas:
         total += delta.double().mul_(factors[model])
+    if context.base is not None and of_base:
+        total += context.base.double() * of_base
     return total

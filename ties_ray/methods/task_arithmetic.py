@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
 
 
 class TaskArithmetic(Method):
@@ -15,18 +15,27 @@ class TaskArithmetic(Method):
     name: Literal["task_arithmetic"] = "task_arithmetic"
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
     """Factor on the sum."""
+    vectors: Literal["weights", "task_vectors"] = "task_vectors"
+    """What is summed: what the models changed of the base, or their weights (mergekit's `linear`)."""
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Ilharco et al. 2023, Editing Models with Task Arithmetic (arXiv:2212.04089)"
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
+        if self.vectors == "weights":
+            return (Round("merge", self._merge, needs_base=True, holds=bytes_each(16)),)
         return (Round("merge", self._merge),)
 
     def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
-        """Return lambda times each weight."""
+        """Return lambda times each weight; None where whole weights are summed."""
+        if self.vectors == "weights":
+            return None
         return tuple(self.lambda_ * member.weight for member in members)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         total = deltas.fold(WeightedSum(tuple(Term(member.weight) for member in context.members)))["sum"]
-        return Result(merged=total.mul_(self.lambda_))
+        if context.base is None:
+            return Result(merged=total.mul_(self.lambda_))
+        of_base = self.lambda_ * sum(context.weights) - 1
+        return Result(merged=total.double().mul_(self.lambda_).add_(context.base.double() * of_base).float())

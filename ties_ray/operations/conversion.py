@@ -44,7 +44,7 @@ def load(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
         log.info("%s: %s", source, note)
     if "path" not in converted.recipe["output"]:
         message = "is of mergekit, which takes the output's folder from the command line"
-        raise RecipeError(Problem(source, message, "add `--set output.path=FOLDER`"))
+        raise RecipeError(Problem(source, message, "add `-o FOLDER`"))
     return validate(converted.recipe)
 
 

@@ -118,10 +118,7 @@ def _linear(asked: Asked) -> Converted:
     models = _weighted(asked, _as_inputs(asked, base))
     if asked.flag("normalize", default=True):
         return Converted(base, models, {"name": "average"})
-    weights = [model.get("weight", 1.0) for model in models]
-    if not all(isinstance(weight, float | int) for weight in weights) or abs(sum(weights) - 1) > 1e-9:
-        asked.wrong("linear without `normalize` needs weights that sum to 1 here", "make the weights sum to 1")
-    return Converted(base, models, {"name": "task_arithmetic"})
+    return Converted(base, models, {"name": "task_arithmetic", "vectors": "weights"})
 
 
 def _slerp(asked: Asked) -> Converted:
@@ -156,9 +153,9 @@ def _nuslerp(asked: Asked) -> Converted:
 
 
 def _multislerp(asked: Asked) -> Converted:
-    if asked.base is None:
-        asked.wrong("multislerp without base_model goes around zero, which ties_ray does not", "name a base_model")
-    models = _weighted(asked, asked.others)
+    base = _base_or_first(asked)
+    models = _weighted(asked, asked.others if asked.base is not None else _as_inputs(asked, base))
+    method: Json = {"name": "multislerp", **({} if asked.base is not None else {"vectors": "weights"})}
     weights = [model.get("weight", 1.0) for model in models]
     if not asked.flag("normalize_weights", default=True):
         numbers = [weight for weight in weights if isinstance(weight, float | int)]
@@ -166,7 +163,7 @@ def _multislerp(asked: Asked) -> Converted:
             asked.wrong("normalize_weights: false needs weights that sum to 1 here", "make the weights sum to 1")
     if asked.constant("eps", 1e-8) != 1e-8:
         asked.notes.append("eps has no counterpart: lengths are exact here")
-    return Converted(asked.base or "", models, {"name": "multislerp"})
+    return Converted(base, models, method)
 
 
 def _karcher(asked: Asked) -> Converted:

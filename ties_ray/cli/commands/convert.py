@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import click
 
 from ties_ray.cli import completion
-from ties_ray.cli.command import SET, command, name_of, text_of
+from ties_ray.cli.command import SET, command, name_of, often, text_of
 from ties_ray.cli.console import Console
 from ties_ray.errors import Problem, RecipeError
 
@@ -13,6 +13,7 @@ from ties_ray.errors import Problem, RecipeError
 @command
 @click.argument("configuration", shell_complete=completion.files)
 @SET
+@often
 def convert(console: Console, configuration: str, overrides: Sequence[str]) -> int:
     """Print the recipe of a mergekit CONFIGURATION, and what is different.
 
@@ -21,8 +22,8 @@ def convert(console: Console, configuration: str, overrides: Sequence[str]) -> i
 
     \b
     Examples:
-      ties-ray convert mergekit.yml --set output.path=merged > recipe.yaml
-      ties-ray merge mergekit.yml --set output.path=merged
+      ties-ray convert mergekit.yml -o merged > recipe.yaml
+      ties-ray merge mergekit.yml -o merged
     """
     text, source = text_of(configuration, overrides), name_of(configuration)
     from ties_ray.operations import conversion
