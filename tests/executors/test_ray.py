@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import site
 import socket
 import subprocess
@@ -7,12 +8,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import free_port, tool
 from ties_ray.errors import InputError, UnavailableError
 from ties_ray.executors import Answered, Lost, Needs, Ready, address_problem
 from ties_ray.executors.ray import RayExecutor, _digest, _facts, _short_folder
@@ -57,6 +59,16 @@ class TestRayExecutor(ExecutorContract):
         ):
             executor.start("ties_ray.testing.echo:EchoHost", "s", Needs(1, 2**20, gpus=64, deadline=1))
         assert time.monotonic() - begun < 10
+
+    def test_workers_for_which_a_cluster_has_no_room_are_told_at_once(self) -> None:
+        executor, lines = RayExecutor(), list[str]()
+        needs = Needs(6, 2**20, deadline=5, announce=lines.append)
+        assert executor.start("ties_ray.testing.echo:EchoHost", "s", needs) == 4
+        executor.stop()
+        assert lines == [
+            "6 workers are asked for, and the nodes have room for 4: the merge waits 5 s for more nodes (run.deadline)",
+            "the merge runs with 4 of 6 workers",
+        ]
 
     def test_a_lost_worker_for_which_there_is_no_place_any_more_is_lost_again(self) -> None:
         with self.started(2) as executor:
@@ -141,6 +153,64 @@ def test_an_address_where_no_cluster_is_gets_an_error_that_names_it(listening: b
         assert time.monotonic() - begun < 20
     assert done.stdout.startswith(f"UnavailableError Ray at {address}: no Ray cluster answers (")
     assert done.stderr == ""
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """Yield the ports of a cluster that wants a token: the head's, and the one of Ray Client."""
+    port, client = free_port(), 20_000 + free_port() % 10_000  # Ray's workers have the ports below
+    words = ["start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false", f"--port={port}"]
+    words += [f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1"]
+    agent = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
+    words += [f"--{name}={free_port()}" for name in (*agent, "metrics-export-port")]
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "HOME": str(tmp_path)}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [tool("ray"), *words], env=os.environ | own, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        for each in (port, client):
+            end = time.monotonic() + 60
+            while True:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < end, (tmp_path / "log").read_text()
+                with suppress(OSError), socket.create_connection(("127.0.0.1", each), 1):
+                    break
+                time.sleep(0.2)
+        yield port, client
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_missing_or_wrong_token_of_a_cluster_is_called_that(guarded: tuple[int, int], tmp_path: Path) -> None:
+    none = {"HOME": str(tmp_path / "nobody"), "RAY_AUTH_MODE": "disabled"}
+    environments = (
+        none,
+        none | {"RAY_AUTH_MODE": "token"},
+        none | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64},
+    )
+    for address in (f"127.0.0.1:{guarded[0]}", f"ray://127.0.0.1:{guarded[1]}"):
+        for environment in environments:
+            done = driver(start(f"1, 2**20, address={address!r}, deadline=20"), cwd=tmp_path, **environment)
+            assert done.stdout.startswith(
+                f"InputError Ray at {address}: the cluster's token is missing here, or is another; set RAY_AUTH_MODE"
+            )
+            assert done.stderr == ""
+
+
+def test_of_more_workers_than_the_machine_can_serve_a_few_start_and_it_is_said(tmp_path: Path) -> None:
+    done = driver(start("10_000, 2**60, announce=print"), cwd=tmp_path, RAY_ADDRESS="")
+    most = 4 * len(os.sched_getaffinity(0))
+    assert "starting Ray on this machine" in done.stdout
+    assert (
+        f"10000 workers are asked for, and this machine has {most // 4} cores: the merge runs with {most}"
+        in done.stdout
+    )
 
 
 @pytest.mark.parametrize(

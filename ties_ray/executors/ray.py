@@ -69,6 +69,8 @@ Ray adds `ray/session_<time>_<pid>/sockets/plasma_store.1`, and the path of a so
 """
 _SLICE = 0.2
 """Seconds that one call of Ray may delay a signal to the main thread."""
+_OF_TOKEN = re.compile("InvalidAuthToken|AuthenticationError|UNAUTHENTICATED|auth_token|RAY_AUTH_TOKEN")
+"""Words of Ray about the token of a cluster."""
 _MOST_PER_CORE = 4
 """The most workers for each core of this machine, where Ray is started here."""
 _GRACE = 30.0
@@ -299,6 +301,7 @@ class RayExecutor(Executor):
             self._check_room()
         else:
             self._needs.announce(f"connecting to Ray at {address}")
+            _demand_token(address)
             _reach(address, min(20.0, self._needs.deadline))
             self._init(address, options)
 
@@ -316,6 +319,7 @@ class RayExecutor(Executor):
                 remedy = f"pip install ray=={ray.__version__} there, or the cluster's versions here"
                 raise InputError(Problem(f"Ray at {address}", str(error), remedy)) from error
             message = f"{type(error).__name__}: {error}"
+            _judge_token(address, message)
             if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError):
                 remedy = "correct run.address, RAY_ADDRESS or RAY_TMPDIR"
                 raise InputError(Problem(f"Ray at {address}", message, remedy)) from error
@@ -564,6 +568,38 @@ def _describe(node: Mapping[str, Any]) -> str:
     return f"{node['NodeManagerAddress']} ({has.get('CPU', 0):g} CPU, {has.get('memory', 0) / 2**30:.2f} GiB{gpus})"
 
 
+def _judge_token(address: str, message: str) -> None:
+    """Raise `InputError` where a message of Ray says that the token of the cluster is missing or wrong."""
+    if _OF_TOKEN.search(message):
+        remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token that the cluster was started with"
+        raise InputError(Problem(f"Ray at {address}", "the cluster's token is missing here, or is another", remedy))
+
+
+def _demand_token(address: str) -> None:
+    """Raise `InputError` where this process should use a token and has none: Ray would end it without a word."""
+    own = Path.home() / ".ray" / "auth_token"
+    names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not own.exists() and not any(map(os.environ.get, names)):
+        _judge_token(address, "RAY_AUTH_TOKEN")
+
+
+def _refusal_of_client(place: str, timeout: float) -> str:
+    """Return why the server of Ray Client refuses a call; empty where it answers or can't be asked."""
+    import grpc  # Ray Client itself needs it
+
+    try:
+        from ray._private.grpc_utils import init_grpc_channel
+    except ImportError:  # another version of Ray
+        return ""
+    with init_grpc_channel(place) as channel:
+        call = channel.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")
+        try:
+            call(b"", timeout=timeout, metadata=(("client_id", "ties-ray"),))
+        except grpc.RpcError as error:
+            return str(error)
+    return ""
+
+
 def _reach(address: str, timeout: float) -> None:
     """Raise `UnavailableError` where no cluster answers; `ray.init` would try for minutes."""
     host, separator, port = address.rpartition("://")[2].rpartition(":")
@@ -581,9 +617,12 @@ def _reach(address: str, timeout: float) -> None:
     remedy = "start the cluster, or correct run.address or RAY_ADDRESS"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-        if not address.startswith("ray://"):  # Ray Client has no such check
-            subprocess.run(command, check=True, capture_output=True, timeout=timeout)
+        if address.startswith("ray://"):  # Ray Client has no such check
+            _judge_token(address, _refusal_of_client(f"{host}:{port}", timeout))
+        else:
+            subprocess.run(command, check=True, capture_output=True, timeout=timeout, text=True)
     except (OSError, subprocess.SubprocessError) as error:
+        _judge_token(address, str(getattr(error, "stderr", "") or ""))
         slow = "in time" if isinstance(error, subprocess.TimeoutExpired) else "as one"
         cause = error if isinstance(error, OSError) else f"what is there does not, {slow}"
         raise UnavailableError(Problem(f"Ray at {address}", f"no Ray cluster answers ({cause})", remedy)) from error
