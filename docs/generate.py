@@ -54,6 +54,12 @@ def pages() -> Iterator[tuple[Path, str]]:
         yield path, path.relative_to(ROOT / "docs").as_posix()
 
 
+def images() -> Iterator[tuple[Path, str]]:
+    """Yield every image that a page shows, with its place in the site."""
+    for path in sorted((ROOT / "docs").rglob("*.png")):
+        yield path, path.relative_to(ROOT / "docs").as_posix()
+
+
 def site_page(source: Path, place: str, places: Mapping[Path, str]) -> str:
     """Return the text of one page as the site shows it."""
     text = _MARKER.sub(lambda marker: PARTS[marker[1]](*filter(None, [marker[2]])), source.read_text())
@@ -70,7 +76,10 @@ def site_page(source: Path, place: str, places: Mapping[Path, str]) -> str:
 def write_site(folder: Path) -> None:
     """Write all pages into a folder, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
-    places = {source.resolve(): place for source, place in pages()}
+    places = {source.resolve(): place for source, place in (*pages(), *images())}
+    for source, place in images():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / place)
     for source, place in pages():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -176,14 +176,15 @@ def _places(report: MergeReport) -> Figure | None:
     caption = (
         "density: share of the models' elements that add a term. conflict: share of the elements with several terms "
         "whose signs differ. cancelled: share of the terms' magnitude that is lost in their sum. alone: share of the "
-        "changed elements whose merged sign one model alone has. The scale of each panel ends at its largest value."
+        "changed elements whose merged sign one model alone has. The scale of each panel ends at its largest values."
     )
     return _figure(drawing, "layers", "Where models agree, by layer and module", caption)
 
 
 def _matrix(axes: "Axes", values: Matrix, title: str) -> None:
     """Draw shares as an image, as opaque as they are large."""
-    top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    finite = values[np.isfinite(values)]  # a few cells of a norm's weights, with few elements, would hide all others
+    top = float(np.quantile(finite, 1.0 if values.size <= CELLS else 0.98)) if len(finite) else 0.0
     axes.imshow(_image(values / (top or 1.0)), aspect="auto", interpolation="none")
     axes.set_title(f"{title} (up to {top:.0%})" if top >= 0.01 else f"{title} (up to {top:.2%})")
     axes.grid(visible=False)
