@@ -72,7 +72,7 @@ def disagreements(recipe: Recipe, models: Sequence[ReadModel]) -> Iterator[tuple
     """Yield (model id, problem) where a model does not belong with the others, or needs a base that is not named."""
     allowed = recipe.allow.base_names
     yield from _base_names(() if isinstance(allowed, Mapping) else allowed, models)
-    if recipe.base is None:
+    if recipe.base is None and not recipe.first_is_base:
         yield from _needy(models)
         yield from _spellings(models)
         yield from _shapes(models)

@@ -188,7 +188,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
         *small_notes,
         *(_unopened(fetched[files_from].listed, library) if files_from and recipe.output.kind == "checkpoint" else ()),
     )
-    base_model, models = (inputs[0], inputs[1:]) if recipe.base else (Model("", BASE, "", (), {}), inputs)
+    base_model, models = (inputs[0], inputs[1:]) if BASE in fetched else (Model("", BASE, "", (), {}), inputs)
     waiting = expanded.waiting
     catalog = Catalog(base_model, tuple(models), parameters, small, notes, checked.refused, waiting, library)
     catalog = _with_coefficients(recipe, catalog, stores)
@@ -268,7 +268,7 @@ def _check(
             rules = _with_names(rules, of_base.folder, base)
     if not problems[BASE]:
         of_models = {id_: each for id_, each in fetched.items() if id_ != BASE}
-        contents, num_bytes = read_folders(of_models, of_base, base if recipe.base else None, rules, stores, threads)
+        contents, num_bytes = read_folders(of_models, of_base, base if of_base else None, rules, stores, threads)
         num_compared += num_bytes
         for id_, each in contents.items():
             inputs[id_] = ReadModel(fetched[id_].listed.entry, fetched[id_].listed.format, each)

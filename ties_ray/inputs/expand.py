@@ -100,7 +100,11 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
     if recipe.base:
         uri = recipe.base.path.rstrip("/") or "/"
         base.append(Entry(BASE, uri, BASE, file=recipe.base.file, variant=recipe.base.variant))
-    everything = [*base, *entries]
+    elif recipe.first_is_base and entries:
+        first = entries[0]
+        base.append(Entry(BASE, first.uri, BASE, file=first.file, variant=first.variant))
+        notes.append(f"no base is named, and none is needed: {first.uri} takes its place, and is merged too")
+    everything = [*([] if recipe.first_is_base else base), *entries]
     wrong += [*_repeated(everything), *_overlapping(recipe.output.path, everything)]
     named = [*base, *(replace(entry, id=entry.id or str(position)) for position, entry in enumerate(entries))]
     wrong += [

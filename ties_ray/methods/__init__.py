@@ -337,6 +337,11 @@ class Method(BaseModel, ABC):
     """What each model must bring beside its weights."""
 
     @property
+    def base_cancels(self) -> bool:
+        """Whether merges from any two bases are the same model, up to rounding. Then a recipe needs no base."""
+        return False
+
+    @property
     def has_lambda(self) -> bool:
         """Whether it has a lambda, which a recipe may give by parameter."""
         return "lambda_" in type(self).model_fields

@@ -11,7 +11,7 @@ from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
 
 
 class Average(Method):
-    """The mean of the task vectors, added to the base."""
+    """The mean of the task vectors, added to the base: the mean of the models' weights. It needs no base."""
 
     name: Literal["average"] = "average"
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
@@ -21,6 +21,11 @@ class Average(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Wortsman et al. 2022, Model Soups (arXiv:2203.05482)"
+
+    @property
+    def base_cancels(self) -> bool:
+        """Return whether it is the mean of the weights themselves."""
+        return self.lambda_ == 1
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights that sum to zero, since the mean divides by their sum."""

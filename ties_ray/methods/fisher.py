@@ -32,6 +32,11 @@ class Fisher(Method):
     paper: ClassVar[str] = "Matena and Raffel 2022, Merging Models with Fisher-Weighted Averaging (arXiv:2111.09832)"
     companions: ClassVar[tuple[Companion, ...]] = (Companion("fisher"),)
 
+    @property
+    def base_cancels(self) -> bool:
+        """Return whether it is the mean of the weights themselves."""
+        return self.lambda_ == 1
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights, since the mean divides by them."""
         return [

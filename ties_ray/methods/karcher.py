@@ -40,6 +40,11 @@ class Karcher(Method):
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Karcher mean, as in mergekit (arXiv:2603.04972)"
 
+    @property
+    def base_cancels(self) -> bool:
+        """Return whether it joins the weights themselves."""
+        return self.vectors == "weights"
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse too many models, and weights that pull nowhere."""
         if len(members) > MOST_MODELS:

@@ -28,6 +28,11 @@ class Slerp(Method):
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Shoemake 1985, Animating Rotation with Quaternion Curves (SIGGRAPH)"
 
+    @property
+    def base_cancels(self) -> bool:
+        """Return whether it joins the weights themselves."""
+        return self.vectors == "weights"
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse any number of models but two, and weights beside `t` or of no share."""
         if len(members) != 2:

@@ -284,6 +284,7 @@ class Recipe(Strict):
     """The model that all others were made from.
 
     Adapters need no base where the output is a change too (`kind: adapter` or `delta`); the factors give the shapes.
+    Whole models need none where it cancels out, as in an `average`: the first model takes its place.
     """
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     """The models to merge."""
@@ -300,6 +301,12 @@ class Recipe(Strict):
 
     def __repr__(self) -> str:
         return f"Recipe(method={self.method.name!r}, num_models={len(self.models)}, output={self.output.path!r})"
+
+    @property
+    def first_is_base(self) -> bool:
+        """Whether the first model takes the place of a base that the recipe does not name, as the base cancels out."""
+        cancels = self.method.base_cancels and self.coefficients.lambda_ is None
+        return self.base is None and self.output.kind == "checkpoint" and cancels
 
     @model_validator(mode="before")
     @classmethod
@@ -356,6 +363,6 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _has_base(self) -> "Recipe":
-        if self.base is None and self.output.reads_base:
+        if self.base is None and self.output.reads_base and not self.first_is_base:
             raise ValueError(f"`base` is missing, and an output of kind {self.output.kind} holds it")
         return self
