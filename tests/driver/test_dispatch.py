@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.scale import World, simulate
-from ties_ray.driver.dispatch import HUNG_FACTOR, HUNG_SECONDS
+from ties_ray.driver.dispatch import HUNG_FACTOR, HUNG_SECONDS, Stage
+from ties_ray.driver.schedule import Schedule
+from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
+from ties_ray.worker.messages import ANSWER, Answer, Order
 
 SMALL = World(workers=24, shards=600)
 
@@ -108,3 +111,47 @@ def test_the_same_seed_tells_the_same_story() -> None:
     world = SMALL._replace(slow=2, hang=1, lost_after=200.0)
     assert simulate(world, 7)[:7] == simulate(world, 7)[:7]
     assert simulate(world, 7).makespan != simulate(world, 8).makespan
+
+
+class Dying(Executor):
+    """Loses its worker over the first message, and handles all later ones."""
+
+    name = "dying"
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.submitted = 0
+
+    def start(self, factory: str, setup: str, needs: Needs) -> int:
+        return 1
+
+    def submit(self, worker: int, ticket: int, message: str) -> None:
+        self.submitted += 1
+        answer = ANSWER.dump_json(Answer()).decode()
+        lost = Lost(worker, ticket, "killed by the kernel")
+        self.events.append(lost if self.submitted == 1 else Answered(worker, ticket, answer))
+
+    def wait(self, timeout: float) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+    def give_up(self, worker: int) -> None:
+        """Nothing hangs."""
+
+    def revive(self, worker: int) -> None:
+        self.events = [Ready(worker)]
+
+    def stop(self) -> None:
+        """Nothing runs."""
+
+
+def test_a_lost_worker_is_one_line_for_the_user() -> None:
+    lines: list[str] = []
+    schedule = Schedule([1], 1, depth=2)
+    stage = Stage(
+        schedule, Dying(), lambda task: Order("shard", index=task), first_ticket=0, records=False, slow="wait",
+        patience=60.0, announce=lines.append,
+    )  # fmt: skip
+    while not schedule.finished:
+        stage.step()
+    assert lines == ["worker 0 was lost, and another takes its place: killed by the kernel"]

@@ -25,6 +25,16 @@ def test_the_dashboard_shows_just_what_workers_count() -> None:
     assert asked == {exported(name) for name in METRICS}
 
 
+def test_the_dashboard_tells_merges_apart_by_their_output() -> None:
+    dashboard = json.loads(DASHBOARD.read_bytes())
+    (variable,) = [each for each in dashboard["templating"]["list"] if each["name"] == "output"]
+    assert variable["query"] == f"label_values({exported('bytes_read')}, output)"
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            assert 'output=~"$output"' in target["expr"]
+            assert "{{output}}" in target["legendFormat"]
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_prometheus_finds_the_counts_of_a_merge_at_rays_nodes(family_of: Callable[..., Family], tmp_path: Path) -> None:
     import ray
@@ -41,13 +51,23 @@ def test_prometheus_finds_the_counts_of_a_merge_at_rays_nodes(family_of: Callabl
     assert values[done] - before.get(done, 0.0) == result.shards
     assert values[exported("requests"), ""] - before.get((exported("requests"), ""), 0.0) == result.requests
     assert {kind for name, kind in values if name == exported("seconds")} <= {"read", "write", "merge"}
+    with urllib.request.urlopen(metrics_of(ray.nodes()[0]), timeout=10) as answer:
+        (line,) = {
+            line.rpartition(" ")[0]
+            for line in answer.read().decode().splitlines()
+            if line.startswith(exported("bytes_read")) and f'run="{result.run_id}"' in line
+        }
+    assert f'output="{tmp_path}/out"' in line
+
+
+def metrics_of(node: dict[str, object]) -> str:
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def scrape(node: dict[str, object]) -> dict[tuple[str, str], float]:
     """Return the sums of our counters over all workers, by name and kind."""
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(metrics_of(node), timeout=10) as answer:
             text = answer.read().decode()
     except OSError:
         return {}  # the agent that answers starts after the node

@@ -61,6 +61,7 @@ class Crew:
             address=run.address,
             deadline=run.deadline,
             versions=tuple((package, importlib.metadata.version(package)) for package in PACKAGES),
+            labels=(("run", plan.run_id), ("output", plan.output)),
             announce=self._meters.announce,
         )
         factory = "ties_ray.worker.worker:make_worker"

@@ -58,6 +58,8 @@ class Needs:
     """Seconds to wait for workers before giving up."""
     versions: tuple[tuple[str, str], ...] = ()
     """(package, version) pairs that every worker must have; a local version may follow, as in `2.6.0+cu126`."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """(name, value) of labels that all metrics of the workers get, so that two merges can be told apart."""
     announce: Callable[[str], None] = print_nothing
     """Takes a line for the user, such as that fewer workers start than were asked for."""
 

@@ -125,9 +125,11 @@ class _Begun(TypedDict):
 class _Worker:
     """The actor. One thread handles messages in order, while the main thread only waits."""
 
-    def begin(self, expected: dict[str, str], plugins: str, factory: str, setup: str) -> tuple[str, _Begun]:
+    def begin(
+        self, expected: dict[str, str], plugins: str, factory: str, setup: str, labels: dict[str, str]
+    ) -> tuple[str, _Begun]:
         """Build the host if the versions are as expected; report the node, the differences and the host's refusal."""
-        self._dead = False
+        self._dead, self._labels = False, labels
         packages = [name for name in expected if name not in ("python", "ties_ray", "plugins")]
         facts = _facts(packages, plugins, expected.get("plugins", ""))
         differs = {name: facts[name] for name, version in expected.items() if not _fits(facts[name], version)}
@@ -164,8 +166,9 @@ class _Worker:
             more = total - self._counted.get(key, 0.0)
             if more > 0:
                 if name not in self._counters:
-                    self._counters[name] = ray.util.metrics.Counter(f"ties_ray_{name}", tag_keys=("kind",))
-                self._counters[name].inc(more, {"kind": label})
+                    tags = ("kind", *self._labels)
+                    self._counters[name] = ray.util.metrics.Counter(f"ties_ray_{name}", tag_keys=tags)
+                self._counters[name].inc(more, {"kind": label, **self._labels})
                 self._counted[key] = total
 
 
@@ -365,7 +368,7 @@ class RayExecutor(Executor):
         ).remote()
 
     def _begin(self, worker: int) -> None:
-        order = (self._expected, _plugin_folder(), self._factory, self._setup)
+        order = (self._expected, _plugin_folder(), self._factory, self._setup, dict(self._needs.labels))
         call = self._actors[worker].begin.remote(*order)
         self._open[call] = _Message(worker, None, time.monotonic())
 
