@@ -35,6 +35,8 @@ class Case(NamedTuple):
     text: str
     dtype: str = "float32"
     """The dtype of the models, of mergekit's arithmetic and of the output."""
+    inputs: str = ""
+    """Folder of the models."""
     differ: float = 0.0
     """Largest share of elements that are further off than roundings."""
 
@@ -69,11 +71,11 @@ PARTS = """slices:
       - {model: '@b', layer_range: [1, 3], parameters: {weight: 0.5}}
 """
 CASES: dict[str, Case] = {
-    "linear in bf16": Case(models() + "merge_method: linear\n", "bfloat16"),
-    "slerp in bf16": Case(PAIR + "merge_method: slerp\nparameters: {t: 0.3}\n", "bfloat16"),
-    "ta in bf16": Case(sums("task_arithmetic", more=""), "bfloat16", 0.001),
-    "ties in bf16": Case(sums("ties"), "bfloat16", 0.01),
-    "dare in bf16": Case(sums("dare_ties"), "bfloat16", 0.005),
+    "linear in bf16": Case(models() + "merge_method: linear\n", "bfloat16", "bf16"),
+    "slerp in bf16": Case(PAIR + "merge_method: slerp\nparameters: {t: 0.3}\n", "bfloat16", "bf16"),
+    "ta in bf16": Case(sums("task_arithmetic", more=""), "bfloat16", "bf16", 0.001),
+    "ties in bf16": Case(sums("ties"), "bfloat16", "bf16", 0.01),
+    "dare in bf16": Case(sums("dare_ties"), "bfloat16", "bf16", 0.005),
     "linear": Case(models() + "merge_method: linear\n"),
     "linear-base": Case(models(names="ab") + "base_model: '@a'\nmerge_method: linear\n"),
     "linear-gradient": Case(models(GRADIENT) + "merge_method: linear\n"),
@@ -123,6 +125,10 @@ CASES: dict[str, Case] = {
     "model-stock": Case(models("none") + "base_model: '@base'\nmerge_method: model_stock\n"),
     "sce": Case(models("none") + "base_model: '@base'\nmerge_method: sce\nparameters: {select_topk: 0.4}\n"),
     "sce-all": Case(models("none") + "base_model: '@base'\nmerge_method: sce\n"),
+    "model-stock of small changes": Case(
+        models("none") + "base_model: '@base'\nmerge_method: model_stock\n", inputs="small"
+    ),
+    "sce of small changes": Case(models("none") + "base_model: '@base'\nmerge_method: sce\n", inputs="small"),
     "ram": Case(models("none") + "base_model: '@base'\nmerge_method: ram\nparameters: {epsilon: 0.004}\n"),
     "ramplus": Case(models("none") + "base_model: '@base'\nmerge_method: ramplus_tl\nparameters: {epsilon: 0.004}\n"),
 }
@@ -149,6 +155,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {key: value + shared[key] + 0.005 * torch.randn_like(value) for key, value in base.items()}
         )
         model.save_pretrained(place / name)
+    model.load_state_dict(base)
+    model.save_pretrained(place / "small/base")
+    for name in WEIGHTS:
+        moves = {key: 0.002 * shared[key] + 1e-5 * torch.randn_like(value) for key, value in base.items()}
+        model.load_state_dict({key: value + moves[key] for key, value in base.items()})
+        model.save_pretrained(place / f"small/{name}")
+    model.load_state_dict(base)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "up_proj"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -158,9 +171,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapted.save_pretrained(place / "lora")
     for name in ("base", *WEIGHTS):
         half = transformers.LlamaForCausalLM.from_pretrained(place / name).to(torch.bfloat16)
-        half.save_pretrained(place / f"bfloat16/{name}")
+        half.save_pretrained(place / f"bf16/{name}")
     for name, case in CASES.items():
-        inputs = place if case.dtype == "float32" else place / case.dtype
+        inputs = place / case.inputs
         (place / f"{name}.yml").write_text(case.text.replace("@", f"{inputs}/") + f"dtype: {case.dtype}\n")
     command = [PYTHON, "-m", "tests.tools.mergekit_side", str(place)]
     done = subprocess.run(

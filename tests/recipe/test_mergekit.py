@@ -69,7 +69,7 @@ PLAIN = "models: [{model: /m/base}, {model: /m/a}, {model: /m/b}]\nbase_model: /
 @pytest.mark.parametrize(
     ("method", "parameters", "becomes"),
     [
-        ("model_stock", "", {"name": "model_stock"}),
+        ("model_stock", "", {"name": "model_stock", "profile": "mergekit"}),
         ("sce", "select_topk: 0.4", {"name": "sce", "select_topk": 0.4, "at_threshold": "exact", "least": 1e-6}),
         ("ram", "", {"name": "ram", "epsilon": 1e-5}),
         ("ramplus_tl", "r: 0.2", {"name": "ram", "plus": True, "epsilon": 1e-5, "r": 0.2, "alpha": 0.2}),
