@@ -144,18 +144,29 @@ def merge(
         return merging.merge(_as_recipe(recipe), fresh=fresh, watch=both)
 
 
-def inspect(uri: "str | os.PathLike[str]", *, norms: bool = False, storage: "Storage | None" = None) -> "Inspections":
+def inspect(
+    uri: "str | os.PathLike[str]",
+    *,
+    norms: bool = False,
+    compare: bool = False,
+    base: "str | os.PathLike[str] | None" = None,
+    storage: "Storage | None" = None,
+) -> "Inspections":
     """Return what a folder holds, or every folder that a glob means, and their counts as a pool; read headers only.
 
     norms: read adapters whole, for their norms, values that are not finite, and duplicates.
+    compare: read all models whole, and tell how they relate. base: the base of whole models, for `compare`.
     storage: options of the stores by scheme, as in a recipe.
     Raises `InputError` where a glob means no folder. A folder that can't be merged is no error: it has `problems`.
     """
     from ties_ray.operations import inspection
-    from ties_ray.stores import Stores
+    from ties_ray.operations.pool_comparison import compare_models
+    from ties_ray.stores import Stores, absolute
 
-    folders = inspection.inspect(Stores(storage or {}), os.fspath(uri), norms=norms)
-    return inspection.Inspections(folders=folders, pool=inspection.pool(folders))
+    stores, of_base = Stores(storage or {}), None if base is None else absolute(os.fspath(base))
+    folders = inspection.inspect(stores, os.fspath(uri), norms=norms)
+    comparison = compare_models(stores, [absolute(os.fspath(uri))], of_base) if compare else None
+    return inspection.Inspections(folders=folders, pool=inspection.pool(folders), comparison=comparison)
 
 
 def verify(

@@ -13,6 +13,7 @@ from tests.tools.adapters import make_pool
 from tests.tools.families import Family, make_family
 from tests.tools.merging import LOCAL, digests, merge, recipe_of
 from ties_ray.errors import InputError
+from ties_ray.measures.effects import NOTHING, Effects, ParameterSums
 from ties_ray.operations import merging
 from ties_ray.planning.plan import Plan
 from ties_ray.recipe.parse import validate
@@ -117,6 +118,7 @@ def plan(family_of: MakeFamily, tmp_path: Path) -> Plan:
 PART = Part(1, 100, "etag")
 
 
+INFINITE = ParameterSums(0, magnitude=math.inf)
 MATRIX = Matrix(0, "00000000", 1.0, {4: 0.5})
 
 
@@ -127,6 +129,9 @@ MATRIX = Matrix(0, "00000000", 1.0, {4: 0.5})
         (Record(0, (), (Counts(2, -1, "", ""),)), "a model"),
         (Record(0, (), (Counts(0, -2, "", ""),)), "a parameter"),
         (Record(0, (), (), ((0, "nothing", 1),)), "a zeroed parameter"),
+        (Record(0, (), (), (), (Effects(0, (), (NOTHING,)),)), "the effects of the models"),
+        (Record(0, (), (), (), (Effects(0, (ParameterSums(99),), (NOTHING,) * 2),)), "the effects on a parameter"),
+        (Record(0, (), (), (), (Effects(0, (INFINITE,), (NOTHING,) * 2),)), "a sum of effects"),
         (Record(0, (), (), ((2, "lm_head.weight", 1),)), "a model"),
         (Record(2, (), Parts((Written(0, PART, "00000000"),))), "a part"),
         (Record(2, (), Parts((Written(0, PART, "00000000"),), ((0, "x"),))), "a part"),

@@ -454,6 +454,6 @@ def _watched(
     begun = set[str]()
     for name, part in parts:
         if name not in begun:
-            watch(Progress("compare", len(begun), num_tensors, 0, 0))
+            watch(Progress("compare", len(begun), num_tensors, 0, 0, activity="tensors"))
             begun.add(name)
         yield name, part

@@ -74,7 +74,7 @@ def _sums(vectors: "TaskVectors", watch: Watch) -> tuple["Pairs", int]:
     pairs = Pairs(len(members))
     changed = [number for number, parameter in vectors.parameters.items() if parameter.changed]
     for done, number in enumerate(changed):
-        watch(Progress("compare", done, len(changed), vectors.bytes_read, 0))
+        watch(Progress("compare", done, len(changed), vectors.bytes_read, 0, activity="parameters"))
         if vectors.is_product(number):
             pairs.add_products(list(vectors.factors(number, members)))
         else:
