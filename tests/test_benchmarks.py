@@ -115,3 +115,13 @@ def test_peft_is_measured_beside_a_pool() -> None:
     *_, told, peft = output.split("\n\n")
     assert "PEFT, 8 adapters of rank 16, one matrix of 128 x 128" in told
     assert [row["PEFT"] for row in rows(peft)] == ["A and B, ties (something else)", "B @ A", "deltas, ties"]
+
+
+def test_methods_are_priced_for_checkpoints_and_for_adapters() -> None:
+    names = ("task_arithmetic", "iso_c", "slerp")
+    options = ("--size", "1M", "--models", "3", "--adapters", "3", "--rank", "4", "--shrink", "64")
+    family, pool = run("methods", *options, *(f"--method={name}" for name in names)).split("3 adapters of rank 4\n")
+    for table in (rows(family), rows(pool)):
+        assert [row["method"] for row in table] == list(names)
+        assert [row["models"] for row in table] == ["3", "3", "2"]
+        assert all(float(row["peak MB"]) < float(row["planned MB"]) for row in table)

@@ -19,9 +19,10 @@ from tests.tools.merging import LOCAL, digests, draw_sizes, merge, read_tensors,
 from tests.tools.oracles.iso import iso_c
 from tests.tools.oracles.model_stock import model_stock
 from tests.tools.oracles.protocol import Merged
-from ties_ray.errors import RecipeError
+from ties_ray.errors import Cancelled, InputError, RecipeError
 from ties_ray.kernels import ONE
 from ties_ray.kernels.exact_sums import dot, total
+from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.sizes import SIZES
 from ties_ray.operations import merging
 from ties_ray.operations.verify import verify
@@ -151,3 +152,29 @@ def test_values_that_count_as_zero_in_scratch_are_told(kind: str, tmp_path: Path
     result = merging.merge(validate({**given, "method": "iso_c"}))
     assert len(result.zeroed) == 1
     assert sum(result.zeroed.values()) > 0
+
+
+def test_a_worker_whose_lapack_computes_other_bits_is_refused(
+    family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of(num_models=2)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage in ("merge", "assemble"):
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, Cancelled)):
+        merging.merge(recipe_of(family, tmp_path / "out", "iso_c"), watch=stop)
+    monkeypatch.setattr("ties_ray.worker.worker.code_path", lambda device: "00000000")
+    with pytest.raises(InputError, match=r"LAPACK.*computes other bits than it does for the rest of this merge"):
+        merging.merge(recipe_of(family, tmp_path / "out", "iso_c"))
+    merging.merge(recipe_of(family, tmp_path / "out", "iso_c"), fresh=True)
+    monkeypatch.undo()
+    (problem,) = verify(Stores({}), str(tmp_path / "out"), sample=1.0).problems
+    assert "LAPACK" in problem.where
+    merge(family, tmp_path / "sum", "task_arithmetic")
+    assert not list(tmp_path.glob("sum/.ties-ray/**/lapack.json")), "a sum needs no LAPACK"
+
+
+def test_lapack_computes_the_same_bits_again() -> None:
+    assert code_path(torch.device("cpu")) == code_path(torch.device("cpu"))

@@ -331,6 +331,8 @@ class Method(BaseModel, ABC):
     scales: ClassVar[Literal["sum", "mean"]]
     """What lambda multiplies: equal lambdas of a sum and of a mean are not equal scales."""
     paper: ClassVar[str]
+    uses_lapack: ClassVar[bool] = False
+    """Whether it decomposes matrices: its bytes are those of one build of the library on one type of processor."""
     has_density: ClassVar[bool] = False
     """Whether models may have a density of their own."""
     companions: ClassVar[tuple[Companion, ...]] = ()

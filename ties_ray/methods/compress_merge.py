@@ -36,6 +36,7 @@ class CompressMerge(Inside):
     """The method that merges, with its lambda: a name, or a section with its fields."""
 
     paper: ClassVar[str] = "He et al. 2026, Compress-then-Merge (arXiv:2606.03723)"
+    uses_lapack: ClassVar[bool] = True
 
     def holds(self, stack: Stack) -> int:
         """Return the bytes of all factors (fp64), of their products with a basis, and of a turned matrix."""

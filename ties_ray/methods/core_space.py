@@ -22,6 +22,7 @@ class CoreSpace(Inside):
     """The method that merges, with its lambda: a name, or a section with its fields."""
 
     paper: ClassVar[str] = "Panariello et al. 2025, Low-Rank Model Merging in Core Space (arXiv:2509.17786)"
+    uses_lapack: ClassVar[bool] = True
 
     def holds(self, stack: Stack) -> int:
         """Return the bytes of all columns and all rows, their decompositions, and a turned matrix."""

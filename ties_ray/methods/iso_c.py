@@ -20,6 +20,7 @@ class IsoC(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging (arXiv:2502.04959)"
+    uses_lapack: ClassVar[bool] = True
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""

@@ -24,6 +24,7 @@ class Knots(Inside):
     """Singular values up to this one count as zero."""
 
     paper: ClassVar[str] = "Stoica et al. 2025, Model merging with SVD to tie the KnOTS (arXiv:2410.19735)"
+    uses_lapack: ClassVar[bool] = True
 
     def holds(self, stack: Stack) -> int:
         """Return the bytes of all columns or of a square matrix, their decomposition, and a turned matrix."""

@@ -36,6 +36,7 @@ class LoraLego(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Zhao et al. 2025, Merging LoRAs like Playing LEGO (arXiv:2409.16167)"
+    uses_lapack: ClassVar[bool] = True
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights: all units count alike."""

@@ -29,6 +29,7 @@ class Opcm(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Tang et al. 2025, Merging Models on the Fly Without Retraining (arXiv:2501.09522)"
+    uses_lapack: ClassVar[bool] = True
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights: the norms give the scale."""

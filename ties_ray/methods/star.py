@@ -26,6 +26,7 @@ class Star(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Lee et al. 2025, STAR: Spectral Truncation and Rescale for Model Merging (arXiv:2502.10339)"
+    uses_lapack: ClassVar[bool] = True
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights: the mean divides by weights."""

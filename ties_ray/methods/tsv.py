@@ -25,6 +25,7 @@ class Tsv(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Gargiulo et al. 2025, Task Singular Vectors (arXiv:2412.00081)"
+    uses_lapack: ClassVar[bool] = True
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""

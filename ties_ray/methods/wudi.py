@@ -34,6 +34,7 @@ class Wudi(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Cheng et al. 2025, Whoever Started the Interference Should End It (arXiv:2503.08099)"
+    uses_lapack: ClassVar[bool] = True
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""

@@ -54,6 +54,7 @@ def compare(
     inputs = _folders(_inputs(plan))
     announce(inputs)
     worker = _worker(stores, plan, manifest)
+    worker.check_lapack(lambda here: manifest.read_lapack())
     problems = []
     compared = 0
     for number, (pin, placed, slices) in enumerate(chosen):

@@ -2,6 +2,7 @@
 
     run.json            what a call must share with this run to continue it
     plan.json.gz        the plan, for workers, `status` and `verify`; plan-<n>.json.gz is a revision
+    lapack.json         how LAPACK computes on all workers, where a method or an output uses it
     uploads.json        the upload id of each weight file
     records/<round>/    what workers have finished, one object a batch, written after the data is durable
     folded/<round>/     the findings of a barrier: thresholds, a method's statistics
@@ -70,6 +71,7 @@ class Start(BaseModel):
 
 
 _START = TypeAdapter(Start)
+_CODE_PATH = TypeAdapter(Annotated[str, Field(pattern="^[0-9a-f]{8}$")])
 _UPLOADS = TypeAdapter(dict[str, Annotated[str, Field(max_length=2**12)]])
 _CHECKSUMS = TypeAdapter(tuple[RangeChecksums, ...])
 _PLAN_NAME = re.compile(r"plan-([1-9][0-9]{0,3})\.json\.gz")
@@ -132,6 +134,15 @@ class Manifest:
         names = (pin.uri.rpartition("/")[2] for pin in self._store.list(self.folder).files)
         revisions = [int(match[1]) for name in names if (match := _PLAN_NAME.fullmatch(name))]
         return self.read_plan(max(revisions, default=0))
+
+    def agree_on_lapack(self, code_path: str) -> str:
+        """Return how LAPACK computes in this run (`kernels.linalg.code_path`): the first worker's word holds."""
+        self._writer.swap(join(self.folder, "lapack.json"), _CODE_PATH.dump_json(code_path), "")
+        return self.read_lapack() or code_path
+
+    def read_lapack(self) -> str | None:
+        """Return how LAPACK computes in this run, None where nothing says it."""
+        return self._get("lapack.json", _CODE_PATH, SMALL, "how LAPACK computes")
 
     def write_uploads(self, uploads: dict[str, str]) -> None:
         """Store the upload id of each weight file."""

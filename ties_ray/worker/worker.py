@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -24,9 +24,10 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.executors import WorkerDied
 from ties_ray.kernels import Kernels, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
+from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.measures.effects import Effects
-from ties_ray.outputs import Placed
+from ties_ray.outputs import CondensingOutput, Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Folded, Merge, Record, Zeroed
 from ties_ray.rounds._effects import Observer
@@ -185,11 +186,25 @@ class Worker:
         if flushes_to_zero():
             problem = "flushes denormal numbers to zero, which changes results"
             raise InputError(Problem("this worker's CPU", problem, "unset what asks for it (DAZ/FTZ)"))
+        self.check_lapack(self._manifest.agree_on_lapack)
         merge = self._plan.merges[0]
         for model in (merge.catalog.base, *merge.models):
             for pin in (pin for each in model.inputs for pin in each.objects[:1]):
                 if scheme_of(pin.uri) == "local":
                     self._stores.of(pin.uri).read(pin, 0, memoryview(bytearray(8)))
+
+    def check_lapack(self, agree: Callable[[str], str | None]) -> None:
+        """Check that LAPACK computes here as it does for the whole run, where the run uses it.
+
+        agree: gets how it computes here; returns how it computes for the run, None where nobody knows.
+        """
+        recipe = self._plan.recipe
+        if recipe.method.uses_lapack or isinstance(recipe.output, CondensingOutput):
+            here = code_path(self._kernels.device)
+            if (agree(here) or here) != here:
+                problem = "computes other bits than it does for the rest of this merge"
+                remedy = "use one type of CPU and one version of torch for all of it, or merge again with --fresh"
+                raise InputError(Problem("this worker's LAPACK", problem, remedy))
 
     def _shard(self, order: Order) -> None:
         bench = self._bench(order.result)
