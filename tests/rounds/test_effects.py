@@ -40,7 +40,7 @@ def test_figures_of_a_small_merge_are_those_of_all_its_elements(tmp_path: Path) 
     assert told
     assert told.looked_at == told.elements
     thresholds = torch.tensor([trim.threshold for trim in result.trims], dtype=torch.float64)[:, None]
-    norms2, terms_of_all, aligned = torch.zeros(4).double(), torch.zeros(4).double(), torch.zeros(4).double()
+    norms2, terms_of_all, aligned, decided = (torch.zeros(4).double() for _ in range(4))
     for each in told.parameters:
         deltas, merged = dense(family, output, each.name)
         terms = torch.where(deltas.abs() >= thresholds, deltas, 0.0)
@@ -50,6 +50,8 @@ def test_figures_of_a_small_merge_are_those_of_all_its_elements(tmp_path: Path) 
         assert each.changed == pytest.approx(float(changed.double().mean()), abs=1e-5)
         both = (positive > 0) & (negative > 0)
         assert each.conflict == pytest.approx(float(both.sum() / several.sum().clamp(min=1)), abs=1e-5)
+        chance = (1 - 2.0 ** (1 - (positive + negative).clamp(min=1))).sum() / several.sum().clamp(min=1)
+        assert each.by_chance == pytest.approx(float(chance), abs=1e-5)
         lost = 1 - float(terms.sum(0).abs().sum() / terms.abs().sum().clamp(min=1e-300))
         assert each.cancellation == pytest.approx(lost if terms.any() else 0, abs=1e-5)
         assert each.norm == pytest.approx(float(merged.norm()), rel=1e-5, abs=1e-12)
@@ -58,9 +60,12 @@ def test_figures_of_a_small_merge_are_those_of_all_its_elements(tmp_path: Path) 
         norms2 += deltas.square().sum(1)
         terms_of_all += (terms != 0).sum(1)
         aligned += (terms * merged).sum(1)
+        sums = terms.sum(0)
+        decided += (((sums - terms).sign() != sums.sign()) & (terms != 0)).sum(1)
     for number, model in enumerate(told.models):
         assert model.norm == pytest.approx(float(norms2[number].sqrt()), rel=1e-5)
         assert model.density == pytest.approx(result.trims[number].kept / result.trims[number].size, rel=1e-4)
+        assert model.decides == pytest.approx(float(decided[number] / terms_of_all[number]), abs=1e-5)
         assert model.contribution == pytest.approx(float(aligned[number] / aligned.sum()), abs=1e-5)
     assert sum(model.contribution for model in told.models) == pytest.approx(1, abs=1e-5)
 

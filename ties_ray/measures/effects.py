@@ -29,6 +29,8 @@ class ParameterSums(NamedTuple):
     """Elements that have several such terms."""
     conflicts: int = 0
     """Elements that have terms of both signs."""
+    by_chance: float = 0.0
+    """Such elements if each term had its sign by chance: 1 - 2^(1 - k) of an element with k terms."""
     alone: int = 0
     """Elements whose merged sign only one model's term has."""
     magnitude: float = 0.0
@@ -53,6 +55,8 @@ class ModelSums(NamedTuple):
     """Terms that have the other sign."""
     aligned: float
     """Sum of the products of its term and the merged change."""
+    decides: float
+    """Elements whose sum of terms has another sign, or none, without the model's term."""
 
 
 class Effects(NamedTuple):
@@ -63,7 +67,7 @@ class Effects(NamedTuple):
     models: tuple[ModelSums, ...]
 
 
-NOTHING = ModelSums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NOTHING = ModelSums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def sums_of(
@@ -86,13 +90,13 @@ def sums_of(
     lowest = torch.tensor(thresholds, dtype=torch.int32)[:, None]
     factors = torch.tensor(weights, dtype=torch.float64)[:, None]
     size = max(1, CHUNK // max(1, len(deltas)))
-    of_parameter, columns = ParameterSums(parameter), torch.zeros(len(deltas), 5, dtype=torch.float64)
+    of_parameter, columns = ParameterSums(parameter), torch.zeros(len(deltas), 6, dtype=torch.float64)
     for part, of_merged in zip(torch.split(deltas, size, dim=1), torch.split(merged, size), strict=True):
         kept = part.abs().view(torch.int32) >= lowest
         terms = torch.where(kept, part, 0.0).double() * factors  # fp64 holds all products
         change = of_merged.double().nan_to_num(0.0, 0.0, 0.0)  # a merge refuses what overflows
-        added_up, of_models = _sums(parameter, terms, change)
-        of_parameter = _joined(of_parameter, added_up)
+        sums, of_models = _sums(parameter, terms, change)
+        of_parameter = _joined(of_parameter, sums)
         columns += torch.cat([part.double().square().sum(1, keepdim=True), of_models], 1)
     elements = deltas.shape[1] / share
     models = tuple(
@@ -103,14 +107,14 @@ def sums_of(
 
 
 def _sums(parameter: int, terms: "Tensor", change: "Tensor") -> "tuple[ParameterSums, Tensor]":
-    """Return the sums of terms, fp64 (models, elements), that make a change; and the last four of each model."""
+    """Return the sums of terms, fp64 (models, elements), that make a change; and the last five of each model."""
     import torch
 
     signs = terms.sign()
     positive, negative = (signs > 0).sum(0), (signs < 0).sum(0)
     signs *= change.sign()
     agree, against = signs > 0, signs < 0
-    count = positive + negative
+    count, total = positive + negative, terms.sum(0)
     of_parameter = ParameterSums(
         parameter=parameter,
         elements=len(change),
@@ -118,13 +122,15 @@ def _sums(parameter: int, terms: "Tensor", change: "Tensor") -> "tuple[Parameter
         changed=int((count > 0).sum()),
         shared=int((count > 1).sum()),
         conflicts=int(((positive > 0) & (negative > 0)).sum()),
+        by_chance=float((1 - 2.0 ** (1 - count.clamp(min=1))).sum()),
         alone=int((agree.sum(0) == 1).sum()),
         magnitude=float(terms.abs().sum()),
-        balance=float(terms.sum(0).abs().sum()),
+        balance=float(total.abs().sum()),
         merged2=float(change.square().sum()),
     )
-    counts = [(terms != 0).sum(1), agree.sum(1), against.sum(1)]
-    return of_parameter, torch.stack([*(each.double() for each in counts), (terms * change).sum(1)], 1)
+    decides = ((total - terms).sign() != total.sign()) & (terms != 0)
+    counts = [each.sum(1).double() for each in (terms != 0, agree, against)]
+    return of_parameter, torch.stack([*counts, (terms * change).sum(1), decides.sum(1).double()], 1)
 
 
 def added(first: ModelSums, second: ModelSums) -> ModelSums:
@@ -132,7 +138,7 @@ def added(first: ModelSums, second: ModelSums) -> ModelSums:
     return ModelSums(*(mine + other for mine, other in zip(first, second, strict=True)))
 
 
-def total(shards: Iterable[Effects]) -> tuple[dict[int, ParameterSums], tuple[ModelSums, ...]]:
+def added_up(shards: Iterable[Effects]) -> tuple[dict[int, ParameterSums], tuple[ModelSums, ...]]:
     """Return the sums of all shards, by parameter and by model. A shard that was done twice counts once."""
     by_shard: Mapping[int, Effects] = {each.shard: each for each in shards}
     parameters: dict[int, ParameterSums] = {}

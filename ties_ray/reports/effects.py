@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from ties_ray.measures.effects import Effects, ModelSums, ParameterSums, total
+from ties_ray.measures.effects import Effects, ModelSums, ParameterSums, added_up
 from ties_ray.rounds import Merge
 
 DIGITS = 6
@@ -26,6 +26,8 @@ class ParameterEffects(BaseModel):
     """Share of the elements to which any model adds a term."""
     conflict: float
     """Share of the elements with several terms that have terms of both signs."""
+    by_chance: float
+    """The same share if each term had its sign by chance."""
     alone: float
     """Share of the changed elements whose merged sign is that of one model's term alone."""
     cancellation: float
@@ -53,6 +55,8 @@ class ModelEffects(BaseModel):
     """Share of its terms that have the sign of the merged change."""
     against: float
     """Share of its terms that have the other sign."""
+    decides: float
+    """Share of its terms without which the sum of an element would have another sign, or none."""
     contribution: float
     """Share of the merged change's squared norm that its terms account for; the shares add up to 1."""
 
@@ -77,7 +81,7 @@ class MergeEffects(BaseModel):
 
 def effects_of(merge: Merge, shards: Iterable[Effects]) -> MergeEffects | None:
     """Return what a merge did, from the sums of its shards; None where nothing was looked at."""
-    parameters, models = total(shards)
+    parameters, models = added_up(shards)
     if not parameters:
         return None
     numels = {number: merge.catalog.parameters[number].numel for number in parameters}
@@ -102,6 +106,7 @@ def _parameter(merge: Merge, sums: ParameterSums, numel: int) -> ParameterEffect
         density=_share(sums.terms, sums.elements * changing),
         changed=_share(sums.changed, sums.elements),
         conflict=_share(sums.conflicts, sums.shared),
+        by_chance=_share(sums.by_chance, sums.shared),
         alone=_share(sums.alone, sums.changed),
         cancellation=_share(sums.magnitude - sums.balance, sums.magnitude),
         norm=_rounded(math.sqrt(sums.merged2 * numel / sums.elements)),
@@ -115,6 +120,7 @@ def _model(name: str, sums: ModelSums, aligned: float) -> ModelEffects:
         density=_share(sums.terms, sums.elements),
         agree=_share(sums.agree, sums.terms),
         against=_share(sums.against, sums.terms),
+        decides=_share(sums.decides, sums.terms),
         contribution=_share(sums.aligned, aligned),
     )
 

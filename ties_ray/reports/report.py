@@ -30,6 +30,8 @@ class Place(Report):
     density: float
     changed: float
     conflict: float
+    by_chance: float
+    """The conflict that signs by chance would have."""
     cancellation: float
     alone: float
     norm: float
@@ -122,6 +124,7 @@ def joined(name: str, parameters: Sequence[ParameterEffects]) -> Place:
         density=mean(each.density for each in parameters),
         changed=mean(each.changed for each in parameters),
         conflict=mean(each.conflict for each in parameters),
+        by_chance=mean(each.by_chance for each in parameters),
         cancellation=mean(each.cancellation for each in parameters),
         alone=mean(each.alone for each in parameters),
         norm=math.hypot(*(each.norm for each in parameters)),
