@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import ONE
+from ties_ray.kernels import ONE, Encoded, Kernels, Term, WeightedSum
 
 SMALLEST = 1e-7
 """A sum of magnitudes below this restores nothing, as in mergekit."""
@@ -46,6 +46,16 @@ def kept_of(delta: Tensor, drops: Tensor, *, rescales: bool) -> Tensor:
 
     kept = delta.masked_fill(drops, 0.0)
     return kept.double().mul_(l1_ratio(total(delta.abs()) / ONE, total(kept.abs()) / ONE) if rescales else 1.0)
+
+
+def magnitude(kernels: Kernels, term: Term, delta: Tensor, offset: int) -> int:
+    """Return the sum of a term's magnitudes, in units of 1 / `ONE`; offset: as in `Kernels.fold`."""
+    from ties_ray.kernels.exact_sums import total
+
+    op = WeightedSum((term,))
+    state = kernels.start(op, len(delta))
+    kernels.fold(op, state, delta, [(0, Encoded(delta, "delta"))], offset)
+    return total(state["sum"].abs_())
 
 
 def l1_ratio(before: float, after: float) -> float:

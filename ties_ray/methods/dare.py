@@ -81,15 +81,15 @@ class Dare(Method):
         return (self.merge or ("sum" if self.combine == "linear" else "mean")) == "mean"
 
     def _norms(self, deltas: Deltas, context: Context) -> Result:
-        from ties_ray.kernels.definition import term
         from ties_ray.kernels.exact_sums import total
+        from ties_ray.kernels.sides import magnitude
 
         sums = {}
         for model, delta in deltas:
             how = self._term(context, model, scale=1.0)._replace(weight=1.0)
             if how.dropout:
                 sums[Key("before", (model,))] = total(delta.abs())
-                sums[Key("after", (model,))] = total(term(how, delta.cpu(), context.start).abs())
+                sums[Key("after", (model,))] = magnitude(context.kernels, how, delta, context.start)
         return Result(sums=sums)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:

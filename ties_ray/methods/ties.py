@@ -137,13 +137,13 @@ class Ties(Method):
         return (*rounds, merge)
 
     def _norms(self, deltas: Deltas, context: Context) -> Result:
-        from ties_ray.kernels.definition import term
         from ties_ray.kernels.exact_sums import total
+        from ties_ray.kernels.sides import magnitude
 
         sums = {Key("before", (model,)): total(delta.abs()) for model, delta in deltas}
         terms = self._trims(context)
         for model, delta in self._trimmed(deltas, context):
-            sums[Key("after", (model,))] = total(term(terms[model], delta.cpu(), context.start).abs())
+            sums[Key("after", (model,))] = magnitude(context.kernels, terms[model], delta, context.start)
         return Result(sums=sums)
 
     def _terms(self, context: Context) -> tuple[Term, ...]:
