@@ -125,6 +125,8 @@ CASES: dict[str, Case] = {
     "model-stock": Case(models("none") + "base_model: '@base'\nmerge_method: model_stock\n"),
     "sce": Case(models("none") + "base_model: '@base'\nmerge_method: sce\nparameters: {select_topk: 0.4}\n"),
     "sce-all": Case(models("none") + "base_model: '@base'\nmerge_method: sce\n"),
+    "linear-parts of gpt2": Case(PARTS + "merge_method: linear\n", inputs="gpt2"),
+    "ties-gradients of gpt2": Case(sums("ties", "lambda: 0.8", more=f"density: {GRADIENT}"), inputs="gpt2"),
     "model-stock of small changes": Case(
         models("none") + "base_model: '@base'\nmerge_method: model_stock\n", inputs="small"
     ),
@@ -162,6 +164,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.load_state_dict({key: value + moves[key] for key, value in base.items()})
         model.save_pretrained(place / f"small/{name}")
     model.load_state_dict(base)
+    other = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=LAYERS, n_head=4)
+    )
+    start = {name: value.clone() for name, value in other.state_dict().items()}
+    for name in ("base", *WEIGHTS):
+        for key, parameter in other.named_parameters():
+            parameter.data = start[key] + (name != "base") * 0.005 * torch.randn_like(start[key])
+        other.save_pretrained(place / f"gpt2/{name}")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "up_proj"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -188,7 +198,7 @@ def test_a_configuration_gives_mergekits_numbers(name: str, folder: Path) -> Non
     overrides = [f"output.path={folder / name}.ours", "run.executor=local"]
     ties_ray.merge(ties_ray.load_recipe(folder / f"{name}.yml", overrides))
     ours, theirs = read_tensors(f"{folder / name}.ours"), read_tensors(f"{folder / name}.mergekit")
-    base, step = read_tensors(folder / "base"), STEPS[CASES[name].dtype]
+    base, step = read_tensors(folder / CASES[name].inputs / "base"), STEPS[CASES[name].dtype]
     assert ours.keys() == theirs.keys()
     unequal, far, total, worst = 0, 0, 0, 0.0
     for key, value in theirs.items():

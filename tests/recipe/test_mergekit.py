@@ -157,12 +157,12 @@ parameters: {weight: 0.8}
 
 
 def test_slices_become_numbers_by_layer() -> None:
-    recipe = recipe_of(SLICES, num_layers=4, name="h")
+    recipe = recipe_of(SLICES, num_layers=4, name="h", before=("*wte*",))
     assert recipe["models"][1]["weight"] == {
-        "*h.0.*": 0.8, "*h.1.*": 0.0, "*h.2.*": 0.5, "*h.3.*": 1.0, "*embed*": 0.8, "*": 0.0,
+        "*h.0.*": 0.8, "*h.1.*": 0.0, "*h.2.*": 0.5, "*h.3.*": 1.0, "*wte*": 0.8, "*": 0.0,
     }  # fmt: skip
     assert recipe["models"][0]["weight"] == {
-        "*h.0.*": 0.2, "*h.1.*": 0.8, "*h.2.*": 0.8, "*h.3.*": 0.8, "*embed*": 0.2, "*": 0.8,
+        "*h.0.*": 0.2, "*h.1.*": 0.8, "*h.2.*": 0.8, "*h.3.*": 0.8, "*wte*": 0.2, "*": 0.8,
     }  # fmt: skip
 
 

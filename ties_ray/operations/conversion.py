@@ -24,6 +24,8 @@ MOST_BYTES = 2**20
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 STACKS = {"gpt2": "h", "gpt_bigcode": "h", "gptj": "h", "bloom": "h", "falcon": "h", "mpt": "blocks", "bert": "layer"}
 """Modules that hold the layers, by model_type; other types call them `layers`."""
+BEFORE = {"gpt2": ("*wte*", "*wpe*"), "gpt_bigcode": ("*wte*", "*wpe*"), "gptj": ("*wte*",), "mpt": ("*wte*",)}
+"""Patterns of embeddings, by model_type; other types call them `embed` in some way."""
 
 
 class Converted(BaseModel):
@@ -87,7 +89,8 @@ def _stack(base: str, stores: Stores) -> Stack:
         return mergekit.UNKNOWN
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     counts = [part[key] for part in parts for key in LAYERS if isinstance(part.get(key), int)]
-    return Stack(counts[0] if counts else None, STACKS.get(str(config.get("model_type")), "layers"))
+    kind = str(config.get("model_type"))
+    return Stack(counts[0] if counts else None, STACKS.get(kind, "layers"), BEFORE.get(kind, ("*embed*",)))
 
 
 def _demand_one_vocabulary(models: Sequence[str], stores: Stores) -> None:

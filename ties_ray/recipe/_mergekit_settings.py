@@ -92,11 +92,12 @@ class Document:
 class Settings:
     """Looks up parameters: first where a source of a block says them, then its block, then the whole document."""
 
-    def __init__(self, document: Document, blocks: Sequence[Block], stack: str) -> None:
+    def __init__(self, document: Document, blocks: Sequence[Block], stack: str, before: Sequence[str]) -> None:
+        """stack: name of the module that holds the layers. before: patterns of parameters before the first one."""
         self._document = document
         self._blocks = blocks
         self._stack = stack
-        """Name of the module that holds the layers, such as `layers`."""
+        self._before = before
 
     def coefficient(self, name: str, sources: Sequence[Path] | None, default: float | None) -> Coefficient:
         """Return a number by parameter. sources: of each block, where the model in question stands in it.
@@ -198,7 +199,7 @@ class Settings:
             message = f"{name} has filters, and differs between the first slice and the last"
             self._document.wrong(("slices",), message, f"give both slices the same filters of {name}")
         if before != after:
-            yield "*embed*", before[0][1]
+            yield from ((pattern, before[0][1]) for pattern in self._before)
         yield from after
 
 

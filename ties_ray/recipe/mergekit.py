@@ -35,6 +35,8 @@ class Stack(NamedTuple):
     """None where it is not known."""
     name: str = "layers"
     """Module that holds them."""
+    before: tuple[str, ...] = ("*embed*",)
+    """Patterns of the parameters before the first layer."""
 
 
 class Conversion(NamedTuple):
@@ -121,7 +123,9 @@ class _Converter:
         document.raise_problems()
         self._count(spec, base, sources)
         document.raise_problems()
-        asked = Asked(Settings(document, blocks, self._stack.name), document, base, sources, self._notes)
+        asked = Asked(
+            Settings(document, blocks, self._stack.name, self._stack.before), document, base, sources, self._notes
+        )
         made = spec.convert(asked)
         output, tokenizers = self._output(made.base, sources)
         document.raise_problems()
