@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import free_port, tool
 from tests.tools.families import Family
+from ties_ray.cli.commands import commands
 from ties_ray_pipelines import jobs as client
 from ties_ray_pipelines.jobs import Job, Jobs, JobsError, exit_code_of, merge_command, record_in, visible
 
@@ -255,6 +257,38 @@ def test_a_merge_runs_as_a_job_once_and_again(
     assert (again.submission_id, again.exit_code) == ("merge-2", 0)
     assert again.record is not None
     assert again.record["reused"] is True
+
+
+def test_the_command_line_sends_a_recipe_and_shows_what_came_of_it(
+    cluster: Cluster, family_of: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of(num_models=2)
+    monkeypatch.chdir(Path(family.base).parent)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: base\nmodels: [model-0, model-1]\nmethod: average\noutput: {tmp_path}/sent\n")
+    words = ["submit", str(recipe), "--address", cluster.address, "--set", "run.workers=1"]
+    done = CliRunner().invoke(commands, words)
+    assert done.exit_code == 0, done.output
+    assert f"done: {tmp_path}/sent" in done.stdout
+    assert "merge: merging" in done.stderr
+    record = json.loads(CliRunner().invoke(commands, [*words, "--json", "--quiet"]).stdout)
+    assert record["reused"] is True
+
+
+def test_a_recipe_is_checked_before_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("bose: b\nmodels: [a]\nmethod: average\noutput: o\n")
+    words = ["submit", str(recipe), "--address", "http://127.0.0.1:9"]
+    done = CliRunner().invoke(commands, words)
+    assert done.exit_code == 2
+    assert "line 1: bose: unknown key; did you mean 'base'?" in done.stderr
+    recipe.write_text("base: b\nmodels: [a]\nmethod: average\noutput: o\n")
+    assert CliRunner().invoke(commands, words).exit_code == 5
+    monkeypatch.setitem(sys.modules, "ties_ray_pipelines", None)
+    refused = CliRunner().invoke(commands, words)
+    assert refused.exit_code == 3
+    assert "pip install ties-ray-pipelines" in refused.stderr
 
 
 def test_a_recipe_with_a_typo_ends_with_the_code_that_ray_job_submit_hides(cluster: Cluster) -> None:

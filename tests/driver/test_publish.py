@@ -44,7 +44,7 @@ def plant(folder: Path, *names: str) -> None:
 
 
 def unstarted(progress: Progress) -> None:
-    assert progress.stage == "start", "a worker has started"
+    assert progress.stage in ("plan", "start"), "a worker has started"
 
 
 def planting(folder: Path, stage: str, *names: str) -> Callable[[Progress], None]:

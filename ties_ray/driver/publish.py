@@ -18,11 +18,12 @@ from ties_ray.libraries.loaders import (
     strangers,
 )
 from ties_ray.planning.plan import Plan
+from ties_ray.recipe.parse import with_absolute_paths
 from ties_ray.recipe.recipe import Json
 from ties_ray.reports.model_card import card, plain_yaml
 from ties_ray.reports.records import MergeResult, WrittenFile
 from ties_ray.rounds.merge import Written
-from ties_ray.stores import Stores, absolute, crc32c, crc32c_joined, hub_uri, join, within
+from ties_ray.stores import Stores, absolute, crc32c, crc32c_joined, join, within
 
 FEW = 8
 """The most names in one message. Further names are counted."""
@@ -157,15 +158,7 @@ def _from_anywhere(plan: Plan) -> Json:
     files_from = absolute(plan.recipe.output.files_from).rstrip("/")
     if files_from in {model.uri for model in (plan.catalog.base, *plan.catalog.models)}:
         asked["output"]["files_from"] = files_from
-    if isinstance(asked.get("base"), str):
-        asked["base"] = absolute(hub_uri(asked["base"]))
-    keys = (("base", "path"), ("output", "path"), ("run", "pool_cache"), ("run", "disk_folder"))
-    places = [(asked.get(section), key) for section, key in keys]
-    places += [(entry, key) for entry in asked["models"] for key in ("path", "table", "adapter")]
-    for section, key in places:
-        if isinstance(section, dict) and section.get(key):
-            section[key] = absolute(hub_uri(section[key]))
-    return asked
+    return with_absolute_paths(asked)
 
 
 def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:

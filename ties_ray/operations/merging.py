@@ -23,18 +23,20 @@ from ties_ray.planning.plan import Plan
 from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import MergeResult, Progress, Watch
+from ties_ray.rounds import kind_of
 from ties_ray.state import lease
 from ties_ray.state.manifest import Manifest
 from ties_ray.stores import CAN_ONLY_BE_READ, WRITE_ELSEWHERE, Stores, WritableStore, absolute
 from ties_ray.worker.timing import Trace
 
+READING_HEADERS = Progress("plan", 0, 0, 0, 0, activity="reading headers")
+"""What is reported before the plan is made."""
 TRIES = 3
 """The most tries of a merge whose store forgets uploads."""
 
 
-def plan(recipe: Recipe, sizes: Sizes = SIZES, watch: Watch = lambda progress: None) -> Plan:
+def plan(recipe: Recipe, sizes: Sizes = SIZES) -> Plan:
     """Return the plan of a merge. It reads headers only. Raises `RecipeError` and `InputError` with all problems."""
-    watch(Progress("plan", 0, 0, 0, 0, activity="reading headers"))
     stores = Stores(recipe.storage)
     output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
     made = make_plan(recipe.model_copy(update={"output": output}), read_catalog(recipe, stores), sizes)
@@ -63,6 +65,14 @@ def forecast(made: Plan) -> Forecast | None:
     return Forecast(rates=measured, predictions=predictions)
 
 
+def unpredicted(made: Plan) -> str:
+    """Return why `forecast` predicts nothing; empty where it may."""
+    if made.recipe.run.device != "cpu":
+        return "how fast a worker's GPU is shows when the merge runs"
+    slow = [round_.name for round_ in made.merges[0].rounds if kind_of(round_).relative_cost(round_) is None]
+    return f"how long a whole matrix takes ({', '.join(slow)}) shows when the first are done" if slow else ""
+
+
 def merge(
     recipe: Recipe,
     *,
@@ -77,7 +87,8 @@ def merge(
     Chrome's trace event format. Raises a `MergeError`. Finished work is kept, and the next call continues from there.
     """
     started = time.monotonic()
-    return carry_out(plan(recipe, sizes, watch), started=started, fresh=fresh, watch=watch, profile=profile)
+    watch(READING_HEADERS)
+    return carry_out(plan(recipe, sizes), started=started, fresh=fresh, watch=watch, profile=profile)
 
 
 def carry_out(planned: Plan, *, started: float, fresh: bool, watch: Watch, profile: Path | None = None) -> MergeResult:

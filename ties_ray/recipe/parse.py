@@ -1,5 +1,6 @@
 """Reads a recipe: YAML within limits, overrides, and every problem with its place."""
 
+import copy
 import itertools
 import re
 import reprlib
@@ -16,6 +17,7 @@ from ties_ray.errors import Problem, RecipeError, holds_secret, shown
 from ties_ray.outputs import Output
 from ties_ray.recipe.problems import located, problems_of
 from ties_ray.recipe.recipe import Json, Recipe
+from ties_ray.stores import absolute, hub_uri
 
 MAX_CHARACTERS = 4 * 2**20
 """Characters of a recipe's text: room for 40,000 models, one a line. A table holds more."""
@@ -66,6 +68,20 @@ def validate(data: Json) -> Recipe:
     except ValidationError as error:
         problems = problems_of(error.errors(include_url=False), data)
         raise RecipeError(problems + list(_missing_base(data, problems))) from None
+
+
+def with_absolute_paths(asked: Json) -> Json:
+    """Return a recipe in JSON that means the same in every working directory of this machine."""
+    moved = copy.deepcopy(asked)
+    if isinstance(moved.get("base"), str):
+        moved["base"] = absolute(hub_uri(moved["base"]))
+    keys = (("base", "path"), ("output", "path"), ("run", "pool_cache"), ("run", "disk_folder"))
+    places = [(moved.get(section), key) for section, key in keys]
+    places += [(entry, key) for entry in moved["models"] for key in ("path", "table", "adapter")]
+    for section, key in places:
+        if isinstance(section, dict) and section.get(key):
+            section[key] = absolute(hub_uri(section[key]))
+    return moved
 
 
 def _missing_base(data: Json, problems: Sequence[Problem]) -> Iterator[Problem]:

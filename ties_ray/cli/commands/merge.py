@@ -60,7 +60,8 @@ def merge(
 
     # Ray and plugins print to standard output from any thread; only the record may stand there.
     with console.progress(json_lines=loaded.run.log == "json") as watch, contextlib.redirect_stdout(sys.stderr):
-        job.plan = merging.plan(loaded, watch=watch)
+        watch(merging.READING_HEADERS)
+        job.plan = merging.plan(loaded)
         watch, trace = job.watching(watch), Path(profile) if profile else None
         result = merging.carry_out(job.plan, started=console.started, fresh=fresh, watch=watch, profile=trace)
     console.on_failure = console.print_error  # the merge is done; only the delivery of its record can fail

@@ -40,6 +40,7 @@ def plan(console: Console, recipe: str, overrides: Sequence[str], full: bool, no
     if not no_rates:
         try:
             forecast = merging.forecast(plan)
+            problem = "" if forecast else merging.unpredicted(plan)
         except (InputError, UnavailableError) as error:
             problem = str(error)
     record = plan_record(plan, forecast)
