@@ -50,8 +50,8 @@ def submit(
     try:
         from ties_ray_pipelines import jobs
     except ImportError:
-        what = "the client of Ray's jobs is not installed"
-        raise InputError(Problem("ties-ray submit", what, "pip install ties-ray-pipelines")) from None
+        message = "the client of Ray's jobs is not installed"
+        raise InputError(Problem("ties-ray submit", message, "pip install ties-ray-pipelines")) from None
     from ties_ray.cli import text
     from ties_ray.recipe.parse import with_absolute_paths
     from ties_ray.reports.records import MergeResult
