@@ -1,13 +1,16 @@
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import Environment
 
 from tests.tools.families import Family
 from tests.tools.merging import INDEX, digests, merge, read_tensors
-from ties_ray.errors import InputError
+from ties_ray.errors import InputError, RecipeError
 from ties_ray.outputs.checkpoint import Checkpoint
 from ties_ray.testing import OutputContract
 
@@ -66,3 +69,30 @@ def test_files_come_from_the_input_that_the_recipe_names(family_of: MakeFamily, 
     copied = (Path(family.models[1]) / "tokenizer.json").read_bytes()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == copied
     assert digests(tmp_path / "out").keys() == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("template", ["chatml", "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_a_chat_template_goes_to_every_file_that_may_hold_one(
+    template: str, family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family, base = family_of(num_models=1), tmp_path / "base"
+    shutil.copytree(family.base, base)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    family = replace(family, base=str(base))
+    merge(family, {"path": str(tmp_path / "out"), "chat_template": template}, "average")
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    written = (tmp_path / "out/chat_template.jinja").read_text()
+    assert settings["chat_template"] == written
+    assert settings["eos_token"] == "<t1>"
+    message = {"role": "user", "content": "hello"}
+    said = Environment().from_string(written).render(messages=[message], add_generation_prompt=True)
+    chatml = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert said == (chatml if template == "chatml" else "hello")
+    (base / "tokenizer_config.json").unlink()
+    with pytest.raises(RecipeError, match=r"needs tokenizer_config\.json, which .*base has not"):
+        merge(family, {"path": str(tmp_path / "more"), "chat_template": template}, "average")
+
+
+def test_a_name_that_is_no_template_is_refused() -> None:
+    with pytest.raises(ValueError, match="give `chatml`, or a template in Jinja on one line"):
+        Checkpoint(path="/out", chat_template="alpaca")

@@ -203,6 +203,7 @@ def test_notes_say_what_is_different() -> None:
     assert conversion.recipe["output"] == {"dtype": "float32"}
     assert [note.split(" ", 1)[0] for note in conversion.notes] == ["int8_mask", "dtype", "chat_template"]
     assert conversion.tokenizers == ("/m/base", "/m/a", "/m/b")
+    assert converted(text + "chat_template: chatml\n").recipe["output"]["chat_template"] == "chatml"
     assert converted(text + "tokenizer: {source: /m/b}\n").recipe["output"]["files_from"] == "/m/b"
 
 
@@ -243,7 +244,7 @@ def test_notes_say_what_is_different() -> None:
         (f"{PLAIN}merge_method: sce\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n",
          ["line 4: tokenizer.pad_to_multiple_of: ties_ray changes no vocabulary"]),
         (f"{PLAIN}merge_method: sce\ndtype: int64\n", ["line 4: dtype: is int64, and ties_ray writes"]),
-        (f"{PLAIN}merge_method: sce\nchat_template: chatml\n", ["line 4: chat_template: ties_ray writes no template"]),
+        (f"{PLAIN}merge_method: sce\nchat_template: alpaca\n", ["line 4: chat_template: ties_ray takes `chatml`, or"]),
         ("- 1\n", ["m.yml: needs either `models` or `slices`", "merge_method"]),
     ],
 )  # fmt: skip

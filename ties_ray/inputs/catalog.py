@@ -166,6 +166,9 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
     pin_notes = _verify(checked, fetched, stores, threads)
     files_from = _files_from(recipe, checked) if recipe.output.reads_base else ""
     small, small_notes = _small_files(checked, fetched, files_from, stores, threads) if files_from else ((), ())
+    if missing := [name for name in recipe.output.required_files if name not in {file.name for file in small}]:
+        message = f"needs {missing[0]}, which {checked.inputs[files_from].entry.uri} has not"
+        raise RecipeError(Problem("output", message, "name the model that has it in output.files_from"))
     parameters, dtype_notes = checked.parameters, list[str]()
     if recipe.output.reads_base and recipe.output.dtype:
         base, asked = checked.inputs[BASE], DTYPES[recipe.output.dtype]

@@ -128,6 +128,11 @@ class Output(BaseModel, ABC):
     reads_base: ClassVar[bool] = True
     """Whether the output holds values of the base. If not, and no model needs it, a recipe may leave the base out."""
 
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """Return the small files that the input of `files_from` must have."""
+        return ()
+
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return why these parameters can't be written as this kind."""
         return []

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import field_validator
+
 from ties_ray.kernels import Kernels
 from ties_ray.libraries import bounded
 from ties_ray.libraries.library import Library
@@ -15,10 +17,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML, which sets each message between two tokens of its own."""
+TOKENIZER = "tokenizer_config.json"
+
+
 class Checkpoint(ElementwiseOutput):
     """All parameters of the base, merged or copied."""
 
     kind: Literal["checkpoint"] = "checkpoint"
+    chat_template: str | None = None
+    """`chatml`, or a template in Jinja on one line. None: the one of `files_from`."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is not None and value != "chatml" and "{" not in value:
+            raise ValueError("give `chatml`, or a template in Jinja on one line")
+        return value
+
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """Return the tokenizer's config where it gets a chat template."""
+        return (TOKENIZER,) if self.chat_template else ()
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return every base parameter; only merged ones change their dtype, where it can hold their values."""
@@ -49,7 +73,9 @@ class Checkpoint(ElementwiseOutput):
         return None if len(files) == 1 else (library.index, weight_map(files))
 
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
-        """Return the file unchanged, but for the dtype and the tie of embeddings in config.json."""
+        """Return the file unchanged, but for dtype and ties in config.json, and the chat template."""
+        if self.chat_template and (name == TOKENIZER or name.startswith("chat_template.")):
+            return self._with_template(name, data)
         unties = bool(facts.get("untied"))
         if name != "config.json" or (self.dtype is None and not unties):
             return data
@@ -62,6 +88,14 @@ class Checkpoint(ElementwiseOutput):
                 if isinstance(part, dict):
                     part["tie_word_embeddings"] = False
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _with_template(self, name: str, data: bytes) -> bytes:
+        """Return a file of the tokenizer with the recipe's chat template."""
+        template = CHATML if self.chat_template == "chatml" else str(self.chat_template)
+        if name.endswith(".jinja"):
+            return template.encode()
+        content = {**bounded.loads(data), "chat_template": template}
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
     def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index, or the config where there is one weight file."""

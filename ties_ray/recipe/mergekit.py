@@ -282,8 +282,11 @@ class _Converter:
         template = document.at(("chat_template",))
         if template == "auto":
             self._notes.append("chat_template auto: the base's stays, where mergekit takes the most frequent one")
+        elif template == "chatml" or (template and "{" in str(template) and "\n" not in str(template).strip()):
+            output["chat_template"] = str(template).strip()
         elif template is not None:
-            document.wrong(("chat_template",), "ties_ray writes no template of its own", "leave chat_template out")
+            message = "ties_ray takes `chatml`, or a template in Jinja on one line"
+            document.wrong(("chat_template",), message, "leave it out, and write chat_template.jinja afterwards")
         if asked in (None, "base"):
             return ()
         if asked != "union":
