@@ -6,7 +6,7 @@
 Each merge is a process of its own with one worker. CPU seconds and memory are those beyond a worker that has imported
 everything and does nothing. `read / inputs` counts the bytes of base and models once. The pool has one layer of
 Llama-3.1-8B's shapes (--layers), with fewer rows and columns (--shrink); its changes are written as a delta. Methods of
-two models get two. A method that refuses these inputs is told with its reason.
+one or two models get as many. A method that refuses these inputs is told with its reason.
 """
 
 import shutil
@@ -25,8 +25,8 @@ from ties_ray.errors import MergeError
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 
-TWO = frozenset({"slerp", "nuslerp", "nearswap"})
-"""Methods of two models."""
+MOST = {"slerp": 2, "nuslerp": 2, "nearswap": 1}
+"""How many models a method takes."""
 HEADS = ("method", "models", "CPU s", "ns per element, model", "read / inputs", "planned MB", "peak MB")
 
 
@@ -41,7 +41,7 @@ class Table:
 
     def add(self, name: str, base: str | None, models: Sequence[str], output: Mapping[str, object]) -> None:
         """Merge by a method, and print what it took."""
-        models = models[:2] if name in TWO else models
+        models = models[: MOST.get(name)]
         given = {"models": list(models), "method": name, "output": dict(output), "run": self._run}
         recipe = given | ({"base": base} if base else {})
         shutil.rmtree(str(output["path"]), ignore_errors=True)

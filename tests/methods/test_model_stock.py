@@ -40,7 +40,7 @@ def test_models_that_move_by_denormal_numbers_stay_at_the_base() -> None:
 
 def test_weights_are_refused() -> None:
     (problem,) = ModelStock().problems([Member("0", 1.0, None), Member("1", 0.5, None)])
-    assert "weight 0.5: model_stock has none" in str(problem)
+    assert "weight 0.5: model_stock uses no weights" in str(problem)
 
 
 def test_the_merge_is_the_oracles() -> None:

@@ -331,6 +331,8 @@ class Method(BaseModel, ABC):
     scales: ClassVar[Literal["sum", "mean"]]
     """What lambda multiplies: equal lambdas of a sum and of a mean are not equal scales."""
     paper: ClassVar[str]
+    uses_weights: ClassVar[bool] = True
+    """Whether weights of models count; else a weight is refused."""
     uses_lapack: ClassVar[bool] = False
     """Whether it decomposes matrices: its bytes are those of one build of the library on one type of processor."""
     has_density: ClassVar[bool] = False
@@ -353,7 +355,13 @@ class Method(BaseModel, ABC):
 
         It is asked for each kind of parameter where the recipe gives numbers by parameter.
         """
-        return []
+        weighted = () if self.uses_weights else (member for member in members if member.weight != 1)
+        return [
+            Problem(
+                f"model {member.id}", f"weight {member.weight}: {self.name} uses no weights", "leave the weight out"
+            )
+            for member in weighted
+        ]
 
     def needs(self, members: Sequence[Member]) -> Threshold | None:
         """Return the threshold that must be known before the first round, if any."""

@@ -1,13 +1,11 @@
 """EMR-Merging (Huang et al., NeurIPS 2024): elect one vector of all models."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
 from ties_ray.kernels import Election, Extremes, Term
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Method, Result, Round
 
 
 class Emr(Method):
@@ -25,14 +23,7 @@ class Emr(Method):
     paper: ClassVar[str] = (
         "Huang et al. 2024, EMR-Merging: Tuning-Free High-Performance Model Merging (arXiv:2405.17461)"
     )
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights, which the method does not use."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: emr uses no weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+    uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""

@@ -1,13 +1,11 @@
 """LoRA-LEGO (Zhao et al., ICLR 2025): the ranks of all adapters are units; clusters of units are the merged ranks."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, Stack, whole_matrices
+from ties_ray.methods import Context, Deltas, Method, Result, Round, Stack, whole_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +34,8 @@ class LoraLego(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Zhao et al. 2025, Merging LoRAs like Playing LEGO (arXiv:2409.16167)"
+    uses_weights: ClassVar[bool] = False
     uses_lapack: ClassVar[bool] = True
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights: all units count alike."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: lora_lego uses no weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""

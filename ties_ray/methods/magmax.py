@@ -1,12 +1,10 @@
 """MagMax (Marczak et al., ECCV 2024): keep the change of the largest magnitude, element by element."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
+from ties_ray.methods import Context, Deltas, Method, Result, Round, bytes_each
 
 
 class MagMax(Method):
@@ -24,14 +22,7 @@ class MagMax(Method):
     paper: ClassVar[str] = (
         "Marczak et al. 2024, MagMax: Leveraging Model Merging for Seamless Continual Learning (arXiv:2407.06322)"
     )
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights, which the method does not use."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: magmax uses no weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+    uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""

@@ -1,13 +1,11 @@
 """MetaGPT (Zhou et al., EMNLP 2024): weights in proportion to the squared norms of whole task vectors."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Method, Result, Round
 
 
 class MetaGpt(Method):
@@ -26,14 +24,7 @@ class MetaGpt(Method):
         "Zhou et al. 2024, MetaGPT: Merging Large Language Models Using Model Exclusive Task Arithmetic"
         " (arXiv:2406.11385)"
     )
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights, which the method computes itself."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: metagpt finds the weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+    uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms and the merge."""

@@ -34,17 +34,14 @@ class ModelStock(Method):
     paper: ClassVar[str] = (
         "Jang et al. 2024, Model Stock: All we need is just a few fine-tuned models (arXiv:2403.19522)"
     )
+    uses_weights: ClassVar[bool] = False
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights, as the angles between the models decide, and too many pairs of models."""
         if self.profile == "mergekit" and len(members) > MOST_MODELS:
             many = f"profile mergekit takes {MOST_MODELS} models at most, not {len(members)}"
             return [Problem("models", many, "drop the models beyond, or leave the profile out")]
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: model_stock has none", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+        return super().problems(members)
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms, the sum of unit vectors, and the merge."""

@@ -22,6 +22,7 @@ class NearSwap(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "NearSwap by alchemonaut, as in mergekit (arXiv:2403.13257)"
+    uses_weights: ClassVar[bool] = False
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse any number of models but one, and a weight."""
@@ -31,11 +32,7 @@ class NearSwap(Method):
                     "models", f"nearswap takes one model beside the base, not {len(members)}", "drop the models but one"
                 )
             ]
-        (member,) = members
-        if member.weight == 1:
-            return []
-        where = f"model {member.id}"
-        return [Problem(where, f"weight {member.weight}: nearswap uses no weights", "leave the weight out")]
+        return super().problems(members)
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""

@@ -1,13 +1,11 @@
 """NegMerge (Kim et al., ICML 2025): forget what fine-tunes agree on."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
 from ties_ray.kernels import SignedSums, Term
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
+from ties_ray.methods import Context, Deltas, Method, Result, Round, bytes_each
 
 
 class NegMerge(Method):
@@ -25,14 +23,7 @@ class NegMerge(Method):
     paper: ClassVar[str] = (
         "Kim et al. 2025, NegMerge: Sign-Consensual Weight Merging for Machine Unlearning (arXiv:2410.05583)"
     )
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights, which the method does not use."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: negmerge uses no weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+    uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""

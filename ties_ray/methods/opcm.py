@@ -1,13 +1,11 @@
 """OPCM (Tang et al. 2025): models one after the other, each with what lies beside the merge so far."""
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each, whole_matrices
+from ties_ray.methods import Context, Deltas, Key, Method, Result, Round, bytes_each, whole_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,15 +27,8 @@ class Opcm(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Tang et al. 2025, Merging Models on the Fly Without Retraining (arXiv:2501.09522)"
+    uses_weights: ClassVar[bool] = False
     uses_lapack: ClassVar[bool] = True
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights: the norms give the scale."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: opcm uses no weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms, and the merge of whole matrices, which is scaled in the end."""

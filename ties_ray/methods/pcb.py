@@ -1,12 +1,11 @@
 """PCB-Merging (Du et al., NeurIPS 2024): values weigh by how they compete within a model and between models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
+from ties_ray.methods import Context, Deltas, Key, Method, Result, Round, bytes_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +32,7 @@ class Pcb(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Du et al. 2024, Parameter Competition Balancing for Model Merging (arXiv:2410.02396)"
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights: the competition gives them."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: pcb uses no weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+    uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the clipping of magnitudes, the cut of scores, and the merge."""

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
 from ties_ray.kernels import ONE, SignedSums, Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
+from ties_ray.methods import Context, Deltas, Key, Method, Result, Round, bytes_each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +38,7 @@ class Ram(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Behavior Knowledge Merge in Reinforced Agentic Models, 2026 (arXiv:2601.13572)"
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights, which the method does not use."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: ram uses no weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+    uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after a count of shared elements where RAM+ needs it."""

@@ -1,13 +1,11 @@
 """SCE (FuseChat, Wan et al. 2024): select by variance, calculate weights, erase the minority."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
-from ties_ray.errors import Problem
 from ties_ray.kernels import ONE
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each, whole_parameters
+from ties_ray.methods import Context, Deltas, Method, Result, Round, bytes_each, whole_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +31,7 @@ class Sce(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Wan et al. 2024, FuseChat: Knowledge Fusion of Chat Models (arXiv:2408.07990)"
-
-    def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights: the method calculates its own."""
-        return [
-            Problem(f"model {member.id}", f"weight {member.weight}: sce calculates the weights", "leave the weight out")
-            for member in members
-            if member.weight != 1
-        ]
+    uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole parameters, which goes through its models three times."""
