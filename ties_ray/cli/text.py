@@ -207,6 +207,8 @@ def _next(result: MergeResult, recipe: str) -> Iterator[str]:
     output = shlex.quote(result.output)
     yield "next:"
     yield f"  ties-ray verify {output}"
+    if result.effects:
+        yield f"  ties-ray report {output}"
     yield from (f"  {line}" for line in (result.download_command, result.opened_by) if line)
     if result.provenance and "density" in result.provenance.method:
         other = "0.3" if result.provenance.method["density"] != 0.3 else "0.2"
