@@ -258,3 +258,75 @@ def test_what_has_no_counterpart_is_refused_with_its_line(text: str, problems: l
 def test_a_configuration_is_told_by_its_merge_method() -> None:
     assert is_mergekit(THREE + "merge_method: ties\n")
     assert not is_mergekit("base: b\nmodels: [a]\nmethod: ties\noutput: o\n")
+
+
+MENDED = {
+    "put it below `parameters`": ("{model: a, weight: 1}", "{model: a, parameters: {weight: 1}}"),
+    "move it to the `parameters` of the whole merge": (
+        "{model: a, parameters: {weight: 1, normalize: true}}]\nx: [",
+        "{model: a, parameters: {weight: 1}}]\nparameters: {normalize: true}\nx: [",
+    ),
+    "add a weight for all of them": ("{model: a}", "{model: a, parameters: {weight: 1}}"),
+    "give a number": ("{model: a, parameters: {weight: x}}", "{model: a, parameters: {weight: 1}}"),
+    "mend this entry": (
+        "{model: a, parameters: {weight: [{filter: x}, 1]}}",
+        "{model: a, parameters: {weight: [{filter: x, value: 2}, {value: 1}]}}",
+    ),
+    "write `model: PATH`": ("{parameters: {weight: 1}}", "{model: a, parameters: {weight: 1}}"),
+    "write PATH, PATH@REVISION or PATH+ADAPTER": (
+        "{model: a@b@c, parameters: {weight: 1}}", "{model: a@b, parameters: {weight: 1}}",
+    ),
+    "give it a weight of 0": (
+        "{model: a, parameters: {weight: 1, density: 0}}", "{model: a, parameters: {weight: 0, density: 1}}",
+    ),
+    "mend the YAML": ("{model: a, parameters: [weight, 1]}", "{model: a, parameters: {weight: 1}}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("remedy", MENDED)
+def test_a_configuration_that_follows_the_remedy_is_converted(remedy: str) -> None:
+    wrong, right = (
+        f"models: [{text}]\nbase_model: z\nmerge_method: ties\n".replace("\nx: []", "") for text in MENDED[remedy]
+    )
+    assert any(f"; {remedy}" in problem for problem in problems_of(wrong))
+    recipe_of(right)
+
+
+WHOLE = {
+    "add base_model": (PAIR + "merge_method: ties\n", PAIR + "merge_method: ties\nbase_model: z\n"),
+    "list it under `models`, or leave base_model out": (
+        PAIR + "merge_method: linear\nbase_model: z\n",
+        PAIR + "merge_method: linear\n",
+    ),
+    "leave it out, and write chat_template.jinja afterwards": (
+        PAIR + "merge_method: linear\nchat_template: alpaca\n",
+        PAIR + "merge_method: linear\n",
+    ),
+    "give all sources the same layer_range": (
+        SLICES.replace("b, layer_range: [1, 4]", "b, layer_range: [0, 3]"),
+        SLICES,
+    ),
+    "let slices follow one another": (SLICES.replace("[1, 4]", "[2, 4]"), SLICES),
+    "let the slices end at 4": (SLICES.replace("[1, 4]", "[1, 3]"), SLICES),
+    "list the same models in every slice": (
+        SLICES.replace("model: b, layer_range: [1", "model: c, layer_range: [1"),
+        SLICES,
+    ),
+    "write `layer_range: [0, 32]`": (SLICES.replace("layer_range: [0, 1]", "layer_range: 1", 1), SLICES),
+    "leave one of them out": (SLICES.replace("[0, 1]}}", "[{filter: layers.1, value: 2}, {value: 1}]}}"), SLICES),
+    "write true or false": (
+        PAIR + "merge_method: linear\nparameters: {normalize: 2}\n",
+        PAIR + "merge_method: linear\nparameters: {normalize: true}\n",
+    ),
+    "give one gamma": (
+        f"{THREE}merge_method: breadcrumbs\nparameters: {{gamma: [0, 1]}}\n",
+        f"{THREE}merge_method: breadcrumbs\nparameters: {{gamma: 0.1}}\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("remedy", WHOLE)
+def test_a_document_that_follows_the_remedy_is_converted(remedy: str) -> None:
+    wrong, right = WHOLE[remedy]
+    assert any(f"; {remedy}" in problem for problem in problems_of(wrong, num_layers=4))
+    recipe_of(right, num_layers=4)
