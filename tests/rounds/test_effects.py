@@ -6,13 +6,14 @@ import torch
 
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family, make_family
-from tests.tools.merging import draw_sizes, merge, read_tensors
+from tests.tools.merging import carried_out, draw_sizes, merge, read_tensors
 from ties_ray.kernels import Encoded, Factors, definition
 from ties_ray.measures import positions
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 from ties_ray.reports.effects import MergeEffects
 from ties_ray.rounds._effects import part_of
+from ties_ray.state.manifest import Manifest
 from ties_ray.stores import Stores
 
 STORE = Stores({}).of("/")
@@ -106,6 +107,11 @@ def test_adapters_have_effects_whatever_is_written(kind: str, tmp_path: Path) ->
     assert result.effects
     norms = [sum(float(delta.square().sum()) for delta in deltas.values()) ** 0.5 for deltas in pool.deltas]
     assert [model.norm for model in result.effects.models] == pytest.approx(norms, rel=1e-4)
+    if kind == "adapter":
+        plan = carried_out(result)
+        folder = Manifest.folder_of(result.output, result.run_id, 1)
+        folded = Manifest(Stores({}), folder).read_folded(plan.merges[0], len(plan.merges[0].rounds) - 2, [0])
+        assert [each.shard for each in folded[0].effects] == [0]
     by_name = {each.name: each for each in result.effects.parameters}
     assert set(by_name) == {name for deltas in pool.deltas for name in deltas}
 
@@ -148,3 +154,4 @@ def test_ranges_lie_in_the_parameter_one_in_each_stratum() -> None:
         assert len(ranges) == -(-numel // positions.STRATUM)
     assert positions.ranges_in(100, 200, 5000, 8) == [(0, 100)]
     assert positions.share_of(1000, 8) == 1
+    assert positions.ranges(10**6, positions.MOST_MODELS + 1) == ()

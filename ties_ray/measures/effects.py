@@ -152,6 +152,12 @@ def added_up(shards: Iterable[Effects]) -> tuple[dict[int, ParameterSums], tuple
     return parameters, tuple(ModelSums(*map(math.fsum, zip(*column, strict=True))) for column in columns)
 
 
+def joined(shards: Sequence[Effects]) -> tuple[Effects, ...]:
+    """Return the sums of some shards as those of one, shard 0; nothing of nothing."""
+    parameters, models = added_up(shards)
+    return (Effects(0, tuple(parameters.values()), models),) if shards else ()
+
+
 def _joined(first: ParameterSums, second: ParameterSums) -> ParameterSums:
     sums = {name: getattr(first, name) + getattr(second, name) for name in ParameterSums._fields[1:]}
     return ParameterSums(first.parameter, **sums)

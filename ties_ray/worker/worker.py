@@ -26,7 +26,7 @@ from ties_ray.kernels import Kernels, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.shards import Segment, Shard
-from ties_ray.measures.effects import Effects
+from ties_ray.measures.effects import Effects, joined
 from ties_ray.outputs import CondensingOutput, Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Folded, Merge, Record, Zeroed
@@ -271,7 +271,7 @@ class Worker:
             problem = f"a record is not what a worker writes: {error}"
             raise InputError(Problem(self._manifest.folder, problem, "merge again with --fresh")) from error
         self._manifest.write_folded(
-            bench.merge, order.round, order.index, Folded(finding, tuple(zeroed), tuple(effects))
+            bench.merge, order.round, order.index, Folded(finding, tuple(zeroed), joined(effects))
         )
 
     def _flush(self) -> None:
