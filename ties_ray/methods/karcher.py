@@ -9,6 +9,7 @@ from pydantic import Field, FiniteFloat
 from ties_ray.errors import Problem
 from ties_ray.kernels import ONE
 from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
+from ties_ray.methods._spherical import weighted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,15 +81,9 @@ class Karcher(Method):
         return Result(sums=sums)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
-        import torch
-
         factors = self._factors(context)
-        merged = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
-        for model, delta in deltas:
-            merged += delta.double().mul_(factors[model])
-        if context.base is not None and any(factors):
-            merged += context.base.double() * (sum(factors) - 1)
-        return Result(merged=merged.float())
+        of_base = sum(factors) - 1 if any(factors) else 0.0
+        return Result(merged=weighted(deltas, context, factors, of_base).float())
 
     def _factors(self, context: Context) -> list[float]:
         """Return what each model's vector is multiplied by; zeros where no model moves."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ties_ray.errors import Problem
 from ties_ray.kernels import ONE
 from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
+from ties_ray.methods._spherical import weighted
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 SHORTEST = 1e-8
 """A weighted sum of unit vectors that is shorter than this has no direction."""
@@ -59,7 +60,7 @@ class MultiSlerp(Method):
 
         shares, sizes = _shares_and_sizes(context)
         factors = _over(shares, sizes)
-        mean = _weighted(deltas, context, factors, sum(factors))
+        mean = weighted(deltas, context, factors, sum(factors))
         high = mean.float()
         low = (mean - high).float()  # two fp32 numbers hold 48 bits of an fp64 number
         return Result(sums={Key("mean2"): dot(high, high) + 2 * dot(high, low) + dot(low, low)})
@@ -73,7 +74,7 @@ class MultiSlerp(Method):
             ratio = sum(share * size for share, size in zip(shares, sizes, strict=True)) / length
             factors = [ratio * factor for factor in _over(shares, sizes)]
         moves = any(context.sums.get(Key("norm2", (model,))) for model in range(len(sizes)))
-        return Result(merged=_weighted(deltas, context, factors, sum(factors) - 1 if moves else 0.0).float())
+        return Result(merged=weighted(deltas, context, factors, sum(factors) - 1 if moves else 0.0).float())
 
 
 def _shares_and_sizes(context: Context) -> tuple[list[float], list[float]]:
@@ -89,15 +90,3 @@ def _shares_and_sizes(context: Context) -> tuple[list[float], list[float]]:
 
 def _over(shares: Sequence[float], sizes: Sequence[float]) -> list[float]:
     return [share / size if size else 0.0 for share, size in zip(shares, sizes, strict=True)]
-
-
-def _weighted(deltas: Deltas, context: Context, factors: Sequence[float], of_base: float) -> "Tensor":
-    """Return the sum of the deltas times their factors (fp64), in model order, and of the base where it counts."""
-    import torch
-
-    total = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
-    for model, delta in deltas:
-        total += delta.double().mul_(factors[model])
-    if context.base is not None and of_base:
-        total += context.base.double() * of_base
-    return total

@@ -7,7 +7,6 @@ from ties_ray.errors import Problem
 from ties_ray.methods import (
     Context,
     Deltas,
-    Key,
     Member,
     Method,
     Result,
@@ -15,6 +14,7 @@ from ties_ray.methods import (
     bytes_each,
     whole_rows,
 )
+from ties_ray.methods._spherical import pair_of, pair_sums, weighted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,41 +56,19 @@ class NuSlerp(Method):
                 Round("merge", self._rows, unit=whole_rows, needs_base=needs_base, holds=bytes_each(72)),
             )  # fmt: skip
         return (
-            Round("angles", self._angles, needs_base=needs_base, holds=bytes_each(8)),
+            Round("angles", pair_sums, needs_base=needs_base, holds=bytes_each(8)),
             Round("merge", self._merge, needs_base=needs_base, holds=bytes_each(16)),
         )
 
-    def _angles(self, deltas: Deltas, context: Context) -> Result:
-        from ties_ray.kernels.exact_sums import dot
-
-        first, second = (delta.clone() for _, delta in deltas)
-        sums = {Key("norm2", (0,)): dot(first, first), Key("norm2", (1,)): dot(second, second)}
-        sums[Key("dot")] = dot(first, second)
-        if context.base is not None:
-            base = context.base.float().nan_to_num()  # an exact sum takes finite fp32 numbers
-            sums |= {Key("base"): dot(base, base), Key("base", (0,)): dot(base, first)}
-            sums[Key("base", (1,))] = dot(base, second)
-        return Result(sums=sums)
-
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         import numpy as np
-        import torch
 
-        sums = context.sums
-        base, first, second = (sums.get(Key("base", of), 0) for of in ((), (0,), (1,)))
-        square, other = (sums.get(Key("norm2", (model,)), 0) + base for model in (0, 1))
-        square, other = square + 2 * first, other + 2 * second
-        dot = sums.get(Key("dot"), 0) + first + second + base
+        square, other, dot = pair_of(context)
         both = square * other  # these integers are exact, and so is the sine
         sine = np.array(((both - dot * dot) / both) ** 0.5 if both else 0.0)
         cosine = np.copysign((dot * dot / both) ** 0.5 if both else 1.0, float(dot > 0) - float(dot < 0))
         *factors, of_base = map(float, self._factors(context, sine, cosine))
-        merged = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
-        for model, delta in deltas:
-            merged += delta.double().mul_(factors[model])
-        if of_base and context.base is not None:
-            merged += context.base.double() * of_base
-        return Result(merged=merged.float())
+        return Result(merged=weighted(deltas, context, factors, of_base).float())
 
     def _rows(self, deltas: Deltas, context: Context) -> Result:
         import numpy as np

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
+from ties_ray.methods._spherical import pair_of, pair_sums, weighted
 
 
 class Slerp(Method):
@@ -55,40 +56,17 @@ class Slerp(Method):
         """Return the angles and the merge."""
         needs_base = self.vectors == "weights"
         return (
-            Round("angles", self._angles, needs_base=needs_base, holds=bytes_each(8)),
+            Round("angles", pair_sums, needs_base=needs_base, holds=bytes_each(8)),
             Round("merge", self._merge, needs_base=needs_base, holds=bytes_each(16)),
         )
 
-    def _angles(self, deltas: Deltas, context: Context) -> Result:
-        from ties_ray.kernels.exact_sums import dot
-
-        first, second = (delta.clone() for _, delta in deltas)
-        sums = {Key("norm2", (0,)): dot(first, first), Key("norm2", (1,)): dot(second, second)}
-        sums[Key("dot")] = dot(first, second)
-        if context.base is not None:
-            base = context.base.float().nan_to_num()  # an exact sum takes finite fp32 numbers
-            sums |= {Key("base"): dot(base, base), Key("base", (0,)): dot(base, first)}
-            sums[Key("base", (1,))] = dot(base, second)
-        return Result(sums=sums)
-
     def _merge(self, deltas: Deltas, context: Context) -> Result:
-        import torch
-
         *factors, of_base = self._factors(context)
-        merged = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
-        for model, delta in deltas:
-            merged += delta.double().mul_(factors[model])
-        if of_base and context.base is not None:
-            merged += context.base.double() * of_base
-        return Result(merged=merged.float())
+        return Result(merged=weighted(deltas, context, factors, of_base).float())
 
     def _factors(self, context: Context) -> tuple[float, float, float]:
         """Return what the two changes and the base are multiplied by. The sums are exact, and so is the sine."""
-        sums = context.sums
-        base, first, second = (sums.get(Key("base", of), 0) for of in ((), (0,), (1,)))
-        square, other = (sums.get(Key("norm2", (model,)), 0) + base for model in (0, 1))
-        square, other = square + 2 * first, other + 2 * second
-        dot = sums.get(Key("dot"), 0) + first + second + base
+        square, other, dot = pair_of(context)
         both = square * other
         cosine = math.copysign(math.sqrt(dot * dot / both), dot) if both else 1.0
         sine = math.sqrt((both - dot * dot) / both) if both else 0.0
