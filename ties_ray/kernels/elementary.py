@@ -1,6 +1,7 @@
 """Exponentials and logarithms made of basic IEEE operations: a library's own differ by vector width and processor."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,8 +14,28 @@ _MANTISSA = (1 << 52) - 1
 _ONE = 1023 << 52
 
 
+CHUNK = 2**14
+"""Values that are computed at a time, so that all steps stay in the cache."""
+
+
 def exp(values: Tensor) -> Tensor:
-    """Return e to the power of fp64 values up to 0, to about 1e-16 of itself; below -700 it is 0."""
+    """Return e to the power of fp64 values up to 0 (1-D), to about 1e-16 of itself; below -700 it is 0."""
+    return _in_chunks(_exp, values)
+
+
+def log_tanh(values: Tensor) -> Tensor:
+    """Return the logarithm of the hyperbolic tangent of positive normal fp64 values (1-D), to about 1e-12."""
+    return _in_chunks(_log_tanh, values)
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    out = torch.empty_like(values)
+    for part, into in zip(torch.split(values, CHUNK), torch.split(out, CHUNK), strict=True):
+        into.copy_(function(part))
+    return out
+
+
+def _exp(values: Tensor) -> Tensor:
     small = values.clamp(min=-700.0)
     power = (small * (1 / math.log(2))).round()
     rest = (small - power * _LN2_HIGH) - power * _LN2_LOW
@@ -40,9 +61,11 @@ def log(values: Tensor) -> Tensor:
     return result.mul_(ratio).mul_(2).add_(power * _LN2_LOW).add_(power * _LN2_HIGH)
 
 
-def log_tanh(values: Tensor) -> Tensor:
-    """Return the logarithm of the hyperbolic tangent of positive normal fp64 values, to about 1e-12."""
-    decay = exp(values.clamp(min=2.0**-10).mul_(-2))
-    ratio = (1 - decay).div_(1 + decay)
+def _log_tanh(values: Tensor) -> Tensor:
     square = values * values
-    return torch.where(values < 2.0**-10, log(values) - square / 3 + square * square * (7 / 90), log(ratio))
+    near_zero = log(values).sub_(square / 3).add_(square * square * (7 / 90))
+    large = values >= 2.0**-10
+    if not large.any():
+        return near_zero
+    decay = _exp(values.clamp(min=2.0**-10).mul_(-2))
+    return torch.where(large, log((1 - decay).div_(1 + decay)), near_zero)

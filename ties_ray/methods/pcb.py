@@ -43,9 +43,9 @@ class Pcb(Method):
                 self._scores,
                 ranks=self._cut,
                 passes=2,
-                holds=lambda stack: 100 + 4 * stack.num_models,
+                holds=lambda stack: 60 + 4 * stack.num_models,
             ),
-            Round("merge", self._merge, passes=2, holds=bytes_each(128)),
+            Round("merge", self._merge, passes=2, holds=bytes_each(76)),
         )
 
     def _magnitudes(self, deltas: Deltas, context: Context) -> Result:
