@@ -25,6 +25,7 @@ from ties_ray.inputs.pins import verify_pins, weak_pins
 from ties_ray.inputs.small_files import SmallFile
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import TRANSFORMERS, Library
+from ties_ray.methods import Member
 from ties_ray.outputs import DTYPES
 from ties_ray.recipe.coefficients import Rules as Lines
 from ties_ray.recipe.recipe import Recipe
@@ -99,6 +100,19 @@ def _read_models(plain: Any, read: ValidatorFunctionWrapHandler) -> tuple[Model,
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """The merge that is continued."""
+
+    output: str
+    run_id: str
+    members: tuple[Member, ...]
+    """The models that are merged there, in order."""
+    state: Model
+    """What is left of them; its sources hold `words` fp32 words of each element."""
+    words: int
+
+
+@dataclass(frozen=True)
 class Catalog:
     """All inputs of a merge, checked against each other."""
 
@@ -117,6 +131,8 @@ class Catalog:
     """Folders that wait for a later merge, each with the reason."""
     library: Library = TRANSFORMERS
     """The library of the input that `output.files_from` names; it decides the names of a whole model's files."""
+    earlier: Earlier | None = None
+    """The merge that is continued, if there is one."""
     lambdas: Lines = ()
     """The method's lambda by parameter; its own holds where no line matches."""
 
@@ -129,9 +145,10 @@ class Catalog:
         return {**shared, "base": hub_name(self.base.uri), **untied} if self.base.uri else shared
 
 
-def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
+def read_catalog(recipe: Recipe, stores: Stores, *, first: int = 0) -> Catalog:
     """Return all inputs of a recipe, pinned and checked against each other; no weight is read.
 
+    first: the number of the first model, from which those count that have no id.
     It costs a listing a folder, and a request for each weight file, index, config and README. A header above
     `fetch.HEAD_BYTES` takes a second request, and tokenizer files are read where their pins differ. Only a file that
     the recipe pins by `sha256` is read whole.
@@ -139,7 +156,7 @@ def read_catalog(recipe: Recipe, stores: Stores) -> Catalog:
     """
     threads = ThreadPoolExecutor(THREADS)
     try:
-        return _read_catalog(recipe, stores, threads)
+        return _read_catalog(recipe, stores, threads, first)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)  # after an error or a signal nobody waits for the rest
 
@@ -158,8 +175,8 @@ class _Checked(NamedTuple):
     """Bytes of weights that were read to answer the formats."""
 
 
-def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor) -> Catalog:
-    expanded = expand(recipe, stores, threads)
+def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int) -> Catalog:
+    expanded = expand(recipe, stores, threads, first)
     adapters = [entry.of_adapter for entry in expanded.entries if entry.adapter]
     fetched, problems = fetch([*expanded.entries, *adapters], stores, threads)
     checked = _check(recipe, expanded.entries, fetched, problems, stores, threads)

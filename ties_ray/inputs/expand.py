@@ -73,9 +73,10 @@ class Expanded(NamedTuple):
     """Folders that wait for a later merge, each with the reason."""
 
 
-def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
+def expand(recipe: Recipe, stores: Stores, threads: Executor, first: int = 0) -> Expanded:
     """Return the inputs of a recipe; a glob costs a listing a folder, `settle` two more a model.
 
+    first: the id of the first model if it has none of its own.
     Raises `RecipeError` for what the recipe contradicts, `InputError` for what is not there, with every problem.
     """
     entries: list[Entry] = []
@@ -101,12 +102,12 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor) -> Expanded:
         uri = recipe.base.path.rstrip("/") or "/"
         base.append(Entry(BASE, uri, BASE, file=recipe.base.file, variant=recipe.base.variant))
     elif recipe.first_is_base and entries:
-        first = entries[0]
-        base.append(Entry(BASE, first.uri, BASE, file=first.file, variant=first.variant))
-        notes.append(f"no base is named, and none is needed: {first.uri} takes its place, and is merged too")
+        model = entries[0]
+        base.append(Entry(BASE, model.uri, BASE, file=model.file, variant=model.variant))
+        notes.append(f"no base is named, and none is needed: {model.uri} takes its place, and is merged too")
     everything = [*([] if recipe.first_is_base else base), *entries]
     wrong += [*_repeated(everything), *_overlapping(recipe.output.path, everything)]
-    named = [*base, *(replace(entry, id=entry.id or str(position)) for position, entry in enumerate(entries))]
+    named = [*base, *(replace(entry, id=entry.id or str(position)) for position, entry in enumerate(entries, first))]
     wrong += [
         Problem("models", f"{count} models have the id {name!r}", "give each its own; by default it is the position")
         for name, count in Counter(entry.id for entry in named).items()

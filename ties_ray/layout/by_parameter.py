@@ -69,7 +69,8 @@ class ByParameter:
 
     def problems(self) -> Iterator[Problem]:
         """Yield what the method finds wrong with the members of any parameter, each problem once."""
-        combinations = dict.fromkeys(map(self.members, self._merged))
+        earlier = self._catalog.earlier.members if self._catalog.earlier else ()
+        combinations = dict.fromkeys((*earlier, *self.members(parameter)) for parameter in self._merged)
         yield from dict.fromkeys(problem for members in combinations for problem in self._method.problems(members))
         need = self.first_need()
         if need and need.scope == "global" and any(model.densities for model in self._models):

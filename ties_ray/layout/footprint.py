@@ -90,7 +90,8 @@ class Sources:
         self.catalog = catalog
         self.sizes = sizes
         self.models = [catalog.models[index] for index in merged]
-        self.formats = formats_of((catalog.base, *self.models))
+        earlier = [catalog.earlier.state] if catalog.earlier else []
+        self.formats = formats_of((catalog.base, *self.models, *earlier))
         self._cache = int(recipe.run.cache)
         self._footprints: dict[tuple[int, str], Footprint] = {}
         self._sums: dict[tuple[str, tuple[tuple[int, int], ...]], Footprint] = {}

@@ -252,6 +252,10 @@ class Cost:
             num_bytes += of_factors
             requests += reads
             of_companions, count = self._sources.companion_bytes(own.companions if own else (), parameter)
+            earlier = self._sources.catalog.earlier
+            if own and earlier and parameter.name in earlier.state.sources:
+                num_bytes += 4 * earlier.words * parameter.numel
+                requests += blocks
             num_bytes += passes * of_companions
             requests += passes * count * blocks
             need = max(base, footprint.base, key=NEEDS.index)

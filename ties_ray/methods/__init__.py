@@ -186,6 +186,8 @@ class Context:
 
     There is one for each member, or none: only an exact `Threshold` gives them.
     """
+    keeps_state: bool = False
+    """Whether the state of an op goes on from an earlier merge, or into a later one: it must then know all weights."""
     depth: float = 0.0
     """How deep the parameter lies in its stack of layers: 0 in the first and outside of layers, 1 in the last."""
 
@@ -339,6 +341,14 @@ class Method(BaseModel, ABC):
     """Whether models may have a density of their own."""
     companions: ClassVar[tuple[Companion, ...]] = ()
     """What each model must bring beside its weights."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether further models can be merged into an earlier merge, with the bytes of one merge of all.
+
+        So it is where each round folds the models by one op, in order, and knows nothing else of single models.
+        """
+        return False
 
     @property
     def base_cancels(self) -> bool:

@@ -27,6 +27,11 @@ class Average(Method):
         """Return whether it is the mean of the weights themselves."""
         return self.lambda_ == 1
 
+    @property
+    def continues(self) -> bool:
+        """Return whether the divisor knows nothing of single modules."""
+        return self.missing_module == "zero"
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights that sum to zero, since the mean divides by their sum."""
         if total_weight(members) == 0:

@@ -56,6 +56,11 @@ class Dare(Method):
     paper: ClassVar[str] = "Yu et al. 2024, Language Models are Super Mario (arXiv:2311.03099)"
     has_density: ClassVar[bool] = True
 
+    @property
+    def continues(self) -> bool:
+        """Return whether values are rescaled by the density alone and vote by weight."""
+        return self.rescale != "l1" and self.vote == "weighted"
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights where the mean divides by weights, or where the vote does without them."""
         apart = self.combine == "ties" and self.vote != "weighted"
@@ -100,7 +105,7 @@ class Dare(Method):
         election = Election(ZERO_SIGN[self.zero_sum], self.lambda_, "mean" if self._divides else "sum")
         if self.vote != "weighted":
             return Result(merged=elect_apart(deltas, terms, context, election, by_count=self.vote == "count"))
-        op = SignedSums(terms, weighted=any(term.weight != 1 for term in terms))
+        op = SignedSums(terms, weighted=context.keeps_state or any(term.weight != 1 for term in terms))
         return Result(merged=deltas.elect(op, election))
 
     def _scale(self, context: Context, model: int) -> float:

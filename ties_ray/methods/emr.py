@@ -25,6 +25,11 @@ class Emr(Method):
     )
     uses_weights: ClassVar[bool] = False
 
+    @property
+    def continues(self) -> bool:
+        """Return True: sums and extremes go on."""
+        return True
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
         return (Round("merge", self._merge),)

@@ -21,6 +21,11 @@ class TaskArithmetic(Method):
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Ilharco et al. 2023, Editing Models with Task Arithmetic (arXiv:2212.04089)"
 
+    @property
+    def continues(self) -> bool:
+        """Return True: a sum goes on."""
+        return True
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
         if self.vectors == "weights":

@@ -98,6 +98,16 @@ class Ties(Method):
             raise ValueError("merge: max goes with vote: weighted alone")
         return self
 
+    @property
+    def continues(self) -> bool:
+        """Return whether no number of a model depends on others, and no tie on its place."""
+        return (
+            self.rescale == "none"
+            and self.vote == "weighted"
+            and self.at_threshold != "exact"
+            and self.denominator == "adapter"
+        )
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights and densities with which the election or the mean has no meaning."""
         problems = []
@@ -191,7 +201,9 @@ class Ties(Method):
         return Computed(context.kernels, context.start, context.stop - context.start, slices)
 
     def _count_signs(self, deltas: Deltas, context: Context) -> Result:
-        total = self._trimmed(deltas, context).fold(SignedSums(self._terms(context)))["sum"]
+        total = self._trimmed(deltas, context).fold(SignedSums(self._terms(context), weighted=context.keeps_state))[
+            "sum"
+        ]
         return Result(statistics={"positive": int((total > 0).sum()), "negative": int((total < 0).sum())})
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
@@ -203,7 +215,7 @@ class Ties(Method):
         if self.merge == "max":
             op: SignedSums | Extremes = Extremes(terms)
         else:
-            op = SignedSums(terms, weighted=any(term.weight != 1 for term in terms))
+            op = SignedSums(terms, weighted=context.keeps_state or any(term.weight != 1 for term in terms))
         return Result(merged=self._trimmed(deltas, context).elect(op, election))
 
     def _zero_sign(self, context: Context) -> int:

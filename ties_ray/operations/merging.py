@@ -17,6 +17,7 @@ from ties_ray.executors import Executor
 from ties_ray.inputs.catalog import read_catalog
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.libraries.loaders import remarks, unloadable
+from ties_ray.operations.continuing import continued, find_earlier
 from ties_ray.planning.forecast import Forecast, predict, predictable
 from ties_ray.planning.placement import placed
 from ties_ray.planning.plan import Plan
@@ -39,7 +40,11 @@ def plan(recipe: Recipe, sizes: Sizes = SIZES) -> Plan:
     """Return the plan of a merge. It reads headers only. Raises `RecipeError` and `InputError` with all problems."""
     stores = Stores(recipe.storage)
     output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
-    made = make_plan(recipe.model_copy(update={"output": output}), read_catalog(recipe, stores), sizes)
+    earlier = find_earlier(recipe, stores)
+    catalog = read_catalog(recipe, stores, first=len(earlier[1].members) if earlier else 0)
+    if earlier:
+        catalog = continued(recipe, catalog, *earlier)
+    made = make_plan(recipe.model_copy(update={"output": output}), catalog, sizes)
     if not isinstance(stores.of(made.output), WritableStore):
         raise InputError(Problem("output.path", f"{made.output} {CAN_ONLY_BE_READ}", WRITE_ELSEWHERE))
     folder = as_loaded(made, read_documents(made, stores, texts=True))

@@ -117,6 +117,8 @@ class Output(BaseModel, ABC):
     """Largest weight file (a larger tensor gets a file of its own)."""
     part_size: PartSize = None
     """The size of an upload part, which changes no byte of the result. None: 64MiB, less for a small output."""
+    state: bool = False
+    """True: what later merges need to go on from this one stays beside the output, up to 20 bytes a merged element."""
     files_from: str = "base"
     """The input that gives config, tokenizer and chat template: `base`, or a model's id or path."""
 

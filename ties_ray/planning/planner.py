@@ -167,8 +167,22 @@ def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member], numbers:
         remedy = "narrow `exclude`" if recipe.exclude else "give the folders that hold the floating-point weights"
         problems.append(Problem("base", "no parameter is left to merge", remedy))
     problems += recipe.output.problems(catalog.parameters)
+    problems += _state_problems(recipe)
     if problems:
         raise RecipeError(problems)
+
+
+def _state_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield why no state of the merge can be kept, or taken up, where the recipe asks for it."""
+    asked = "output.state" if recipe.output.state else "continues"
+    if not (recipe.output.state or recipe.continues):
+        return
+    if not recipe.method.continues:
+        message = f"{recipe.method.name} with these settings needs all models at once"
+        yield Problem(asked, message, "leave it out, and merge all models in one recipe")
+    if isinstance(recipe.output, CondensingOutput):
+        message = f"an output of kind {recipe.output.kind} has no state by element"
+        yield Problem(asked, message, "use kind: checkpoint or kind: delta")
 
 
 def _cache(recipe: Recipe, merge: Merge) -> int:
@@ -213,13 +227,25 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
     rules = recipe.model_dump(mode="json", include={"method", "exclude", "allow", "bounds", "output"})
     for key in ("path", "part_size"):
         del rules["output"][key]
+    if not rules["output"]["state"]:
+        del rules["output"]["state"]
+    earlier = catalog.earlier
+    of_earlier = [earlier.run_id, [tuple(pin) for pin in earlier.state.objects]] if earlier else []
     inputs = [
         (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects], *_rules(model))
         for each in (catalog.base, *catalog.models)
         for model in each.inputs
     ]
     beside = [(small.name, tuple(small.pin)) for small in catalog.small_files]
-    decisive = [SCHEMA_VERSION, ARITHMETICS[recipe.run.arithmetic], rules, inputs, beside, *catalog.lambdas]
+    decisive = [
+        SCHEMA_VERSION,
+        ARITHMETICS[recipe.run.arithmetic],
+        rules,
+        inputs,
+        beside,
+        *catalog.lambdas,
+        *of_earlier,
+    ]
     text = json.dumps(decisive, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

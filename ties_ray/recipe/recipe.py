@@ -290,6 +290,11 @@ class Recipe(Strict):
     """The models to merge."""
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
     output: Annotated[SerializeAsAny[Output], BeforeValidator(_output)]
+    continues: Uri | None = None
+    """Output of an earlier merge with `output.state: true`, into which these models are merged.
+
+    The models of that merge are not read again. The result has the bytes of one merge of all.
+    """
     exclude: tuple[str, ...] = ()
     """Patterns of parameters that are taken from the base unchanged, such as `*.bias`."""
     coefficients: Coefficients = Coefficients()

@@ -148,6 +148,8 @@ class Merge:
 class Slices(Deltas):
     """The models' slices of one block, as they are stored; as `Deltas` they are what a method sees."""
 
+    state: "Tensor | None" = None
+    """The state after the last fold (1-D fp32, the words of an element side by side), where it is kept."""
     not_finite: list[int]
     """Values of each member that are NaN or Inf, as far as they were noticed."""
     watch: Callable[[int, Any], None] | None = None
@@ -207,11 +209,13 @@ class Bench(Protocol):
         resident: bool = False,
         with_base: bool = False,
         companions: Sequence[str] = (),
+        goes_on: bool = False,
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; each is gone when the next comes.
 
         resident: keep the slices of a block for further passes. with_base: read the base even where no slice needs it.
-        companions: names of what is read beside each slice. Raises `InputError` for values that are not finite, or adds
+        companions: names of what is read beside each slice. goes_on: whether folds begin with the state of an earlier
+        merge, and keep theirs where the recipe asks for it. Raises `InputError` for values that are not finite, or adds
         them to `zeroed` where the recipe allows it.
         """
 
@@ -241,6 +245,9 @@ class Bench(Protocol):
 
     def written(self) -> list[Any]:
         """Wait until all parts are durable, and return them (`merge.Written`)."""
+
+    def write_state(self, name: str, data: bytes) -> None:
+        """Keep a file of the merge's state for later merges."""
 
     def write_scratch(self, parameter: int, data: "Tensor") -> str:
         """Keep a tensor until the merge is done; return its CRC32C, 8 hex digits."""

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+STATE_HELD = 3 * 20
+"""Bytes of an element's state: as it is read, as it is kept, and as it waits to be written."""
+
+
 class Cut(NamedTuple):
     """How a method's round goes through its models."""
 
@@ -35,14 +39,15 @@ def cut(merge: Merge, position: int, *, beside: int) -> Cut:
     block = budget.block(beside=beside, slices=slices, resident=resident, holds=holds)
     if resident and block < merge.sizes.min_resident_block:
         block, passes = budget.block(beside=beside, slices=together, holds=holds), own.passes
-    alone = own.passes > 1 or bool(own.companions)
+    alone = own.passes > 1 or bool(own.companions) or merge.catalog.earlier is not None
     return Cut(block, 0 if alone else budget.run(block, len(merge.models)), passes)
 
 
 def holds_of(merge: Merge, own: Round) -> int:
     """Return the most bytes that a method's round holds for each element of a slice."""
     merged = (parameter for parameter in merge.layout.parameters if parameter.merged)
-    return max((own.holds(stack_of(merge, parameter)) for parameter in merged), default=0)
+    state = STATE_HELD if merge.recipe.output.state or merge.catalog.earlier else 0
+    return state + max((own.holds(stack_of(merge, parameter)) for parameter in merged), default=0)
 
 
 def stack_of(merge: Merge, parameter: Parameter) -> Stack:
@@ -82,27 +87,31 @@ def blocks_of(
     own = bench.merge.own_round(round_)
     with_base = with_base or own.needs_base
     return bench.blocks(
-        round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=own.companions
-    )
+        round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=own.companions,
+        goes_on=True,
+    )  # fmt: skip
 
 
 def context_of(bench: Bench, index: int, block: Block) -> Context:
     """Return what the method may know about a block."""
     merge = bench.merge
     parameter = merge.catalog.parameters[block.parameter]
+    earlier = merge.catalog.earlier.members if merge.catalog.earlier else ()
+    nothing, ends = (0,) * len(earlier), tie_ends(bench, block.parameter)
     return Context(
         parameter=parameter,
         start=block.start,
         stop=block.stop,
-        members=merge.by_parameter.members(block.parameter),
-        present=tuple(parameter.name in model.sources for model in merge.models),
-        thresholds=thresholds(bench, block.parameter),
+        members=(*earlier, *merge.by_parameter.members(block.parameter)),
+        present=(*map(bool, nothing), *(parameter.name in model.sources for model in merge.models)),
+        thresholds=(*nothing, *thresholds(bench, block.parameter)),
         statistics=statistics(bench, index),
         kernels=bench.kernels,
         sums=sums(bench, index, block.parameter),
         ranks=ranks(bench, index, block.parameter),
         base=block.base if merge.own_round(merge.rounds[index]).needs_base else None,
-        tie_ends=tie_ends(bench, block.parameter),
+        tie_ends=(*nothing, *ends) if ends else (),
+        keeps_state=merge.recipe.output.state or bool(earlier),
         depth=merge.by_parameter.depth(block.parameter),
     )
 
@@ -147,7 +156,10 @@ def merged_result(bench: Bench, index: int, block: Block) -> Result:
     import torch
 
     own = bench.merge.own_round(bench.merge.rounds[index], block.parameter)
-    context, observer = context_of(bench, index, block), None if own.finish else bench.observer
+    context, observer = (
+        context_of(bench, index, block),
+        None if own.finish or bench.merge.catalog.earlier else bench.observer,
+    )
     watched = observer.watch(block, context.parameter.numel, len(context.members)) if observer else None
     result = own.run(block.slices, context)
     delta = result.merged

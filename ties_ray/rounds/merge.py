@@ -15,6 +15,7 @@ from ties_ray.layout.shards import Segment, Shard, elements_in
 from ties_ray.outputs import CondensingOutput, ElementwiseOutput, Placed
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged, rehearse
+from ties_ray.rounds._state import StateFiles
 from ties_ray.rounds.condense import CondenseRound, condensing, copied_instead, scratch_of, smaller_lambda
 from ties_ray.rounds.units import Assembly, is_assembly
 from ties_ray.safetensors import DTYPE_BITS
@@ -138,7 +139,8 @@ class MergeRound(RoundKind[Parts, None]):
         header = len(file.header).to_bytes(8, "little") + file.header.encode("ascii")
         parts = {number: list(elements_in(layout, shard.file, number)) for number in range(*shard.parts)}
         segments, members = layout.segments(shard), range(*shard.models)
-        delta = self._delta(bench, index)
+        files = StateFiles(bench, shard) if merge.recipe.output.state else None
+        delta = files.keeping(self._delta(bench, index)) if files else self._delta(bench, index)
         with closing(self._blocks(bench, index, segments, members, zeroed)) as blocks:
             for number, pieces in parts.items():
                 start, stop = layout.part(shard.file, number)
@@ -151,6 +153,8 @@ class MergeRound(RoundKind[Parts, None]):
                     self._fill(bench, index, blocks, placed, first, last, out, delta)
                 bench.write_part(part, shard.file, number)
             next(blocks, None)  # a block is judged when the next is asked for
+        if files:
+            files.write()
         written = bench.written()
         tally.written += written
         tally.uploads |= {part.file: bench.upload(part.file) for part in written}

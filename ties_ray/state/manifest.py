@@ -79,6 +79,10 @@ _RECORD_NAME = re.compile(r"([0-9]{8}-[0-9a-f]{12}-[0-9]{6}|known-[0-9]{1,9})\.j
 FRESH = "merge again with --fresh"
 
 
+STATE = "state"
+"""The folder of the state that later merges go on from."""
+
+
 class Manifest:
     """One generation of one run."""
 
@@ -202,6 +206,10 @@ class Manifest:
     def read_checksums(self, shard: int) -> tuple[RangeChecksums, ...]:
         """Return the checksums of what a shard of the first round has read; empty until the shard is done."""
         return self._get(f"seen/{shard}.json", _CHECKSUMS, LARGE, "the checksums of what was read") or ()
+
+    def write_state(self, name: str, data: bytes) -> None:
+        """Store a file of the merge's state."""
+        self._writer.put(within(self.folder, f"{STATE}/{name}"), data)
 
     def write_scratch(self, parameter: int, data: memoryview) -> str:
         """Store the condensed matrix of a parameter; return its CRC32C, 8 hex digits."""

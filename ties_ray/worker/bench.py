@@ -62,11 +62,13 @@ class WorkerBench:
         resident: bool = False,
         with_base: bool = False,
         companions: Sequence[str] = (),
+        goes_on: bool = False,
     ) -> Generator[Block, None, None]:
         """See `rounds.Bench.blocks`."""
         return self._blocks.stream(
-            round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=companions
-        )
+            round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=companions,
+            goes_on=goes_on,
+        )  # fmt: skip
 
     def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
         """See `rounds.Bench.factors`."""
@@ -123,6 +125,10 @@ class WorkerBench:
     def written(self) -> list[Written]:
         """See `rounds.Bench.written`."""
         return self._writes.drain()
+
+    def write_state(self, name: str, data: bytes) -> None:
+        """See `rounds.Bench.write_state`."""
+        self._manifest.write_state(name, data)
 
     def write_scratch(self, parameter: int, data: Tensor) -> str:
         """See `rounds.Bench.write_scratch`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ties_ray.errors import FRESH_THEN, InputError, Problem
-from ties_ray.inputs.catalog import Model
+from ties_ray.inputs.catalog import Earlier, Model
 from ties_ray.kernels import Encoded, Factors, Kernels, Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.footprint import NEEDS, Footprint
@@ -34,6 +34,7 @@ class Blocks:
         self._reads = reads
         self._bases = bases
         self._on_gpu = kernels.device.type == "cuda"
+        self._num_earlier = len(merge.catalog.earlier.members) if merge.catalog.earlier else 0
         self._footprints: dict[tuple[int, tuple[int, ...]], Footprint] = {}
 
     def stream(
@@ -46,6 +47,7 @@ class Blocks:
         resident: bool,
         with_base: bool,
         companions: Sequence[str] = (),
+        goes_on: bool = False,
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; see `rounds.Bench.blocks`."""
         merge, sources = self._merge, self._merge.sources
@@ -58,7 +60,7 @@ class Blocks:
         )
         neighbours = self._cached_with(segments if round_.run else (), members)
         requests = itertools.chain.from_iterable(
-            self._requests(round_, run, members, neighbours, with_base, companions) for run in runs
+            self._requests(round_, run, members, neighbours, with_base, companions, goes_on=goes_on) for run in runs
         )
         room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
         with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
@@ -68,11 +70,14 @@ class Blocks:
                 begin, end = self._base_range(segment, members, with_base)
                 rows = self._decoded(next(coming), parameters[index], stop - start)
                 base = rows[start - begin : stop - begin] if begin < end else rows
+                earlier = next(coming) if goes_on and merge.catalog.earlier else None
                 slices = StoredSlices(
                     self._kernels, base, start, len(members), coming, partial(self._completed, rows, base),
                     passes=round_.passes, resident=resident, factor_room=merge.sizes.factor_room,
                     per_pass=sources.models_per_pass(self._footprint(index, members), round_.block),
                     companions=[each for each in merge.recipe.method.companions if each.name in companions],
+                    earlier=earlier, num_earlier=self._num_earlier if goes_on else 0,
+                    keeps=goes_on and merge.recipe.output.state,
                 )  # fmt: skip
                 yield Block(index, start, stop, base, slices)
                 slices.close()
@@ -102,12 +107,16 @@ class Blocks:
         neighbours: Mapping[str, Sequence[Parameter]],
         with_base: bool,
         companions: Sequence[str],
+        *,
+        goes_on: bool,
     ) -> Iterator[list[SliceRequest | None]]:
         """Yield what is read for a run of blocks: the slices of the base, then those of each model and its companions.
 
         A pass over slices that stay brings its companions again.
         """
         yield [self._of_base(segment, members, with_base) for segment in run]
+        if goes_on and self._merge.catalog.earlier:
+            yield [self._of_earlier(self._merge.catalog.earlier, segment) for segment in run]
         for _ in range(round_.passes):
             for model in (self._merge.models[member] for member in members):
                 yield [self._of_model(model, segment, members, neighbours) for segment in run]
@@ -129,6 +138,12 @@ class Blocks:
         cached = sources.cached(self._footprint(segment.parameter, members))
         factors = sources.factors(model, neighbours.get(parameter.name, [parameter]))
         return SliceRequest(model, source, segment.start, segment.stop, cached, factors)
+
+    def _of_earlier(self, earlier: Earlier, segment: Segment) -> SliceRequest | None:
+        source = earlier.state.sources.get(self._merge.catalog.parameters[segment.parameter].name)
+        if source is None:  # no earlier model has a change there
+            return None
+        return SliceRequest(earlier.state, source, segment.start * earlier.words, segment.stop * earlier.words)
 
     def _of_companion(self, companion: Model, segment: Segment) -> SliceRequest | None:
         """Return what is read of a companion: the same slice, or all of it where its shape is its own."""

@@ -27,12 +27,16 @@ class StoredSlices(Slices):
         per_pass: int,
         factor_room: int,
         companions: Sequence[Companion] = (),
+        earlier: Stored | None = None,
+        num_earlier: int = 0,
+        keeps: bool = False,
     ) -> None:
         """coming: the models' slices, each followed by its companions, `passes` times over.
 
         complete: gives a slice of a model all that its change needs. resident: whether slices are kept for further
         passes. offset: the first element of the block. per_pass: the most slices of one kernel call. factor_room: the
-        most bytes of decoded factors in one kernel call.
+        most bytes of decoded factors in one kernel call. earlier: the state of so many models that were merged before.
+        keeps: whether `state` is kept.
         """
         self.not_finite = [0] * num_models
         self._kernels = kernels
@@ -49,6 +53,9 @@ class StoredSlices(Slices):
         self._held: list[Stored | None] = []
         self._complete = complete
         self._companions = companions
+        self._earlier = earlier
+        self._before = num_earlier
+        self._keeps = keeps
         self._last = -1
         """The model whose slice came last."""
         self._beside: list[list[Stored | None]] = []
@@ -60,11 +67,11 @@ class StoredSlices(Slices):
         delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
         for model, encoded in self.models():
             if encoded:
-                self._note([(model, encoded)], [self._kernels.delta(encoded, self._base, delta)])
+                self._note([(self._before + model, encoded)], [self._kernels.delta(encoded, self._base, delta)])
             else:
                 delta.zero_()
             del encoded
-            yield Slice(model, delta)
+            yield Slice(self._before + model, delta)
 
     def factored(self) -> Iterator[Factored]:
         """Yield each model's delta as it is stored. Factors that are not finite are multiplied, so that it is told."""
@@ -75,7 +82,7 @@ class StoredSlices(Slices):
                 yield Factored(model, stored)
             else:
                 delta = torch.empty(len(self._base), dtype=torch.float32, device=self._base.device)
-                self._note([(model, stored)], [self._kernels.delta(stored, self._base, delta)])
+                self._note([(self._before + model, stored)], [self._kernels.delta(stored, self._base, delta)])
                 yield Factored(model, delta=delta)
 
     def companion(self, name: str) -> Tensor | None:
@@ -103,7 +110,7 @@ class StoredSlices(Slices):
         """Return the merged delta. Where one group holds all models, no state is written to memory."""
         models = self.models()
         group, last = self._group(models)
-        if not last:
+        if not last or self._earlier or self._keeps:
             return self._kernels.elect(op, self._folded(op, models, group, last), *election)
         merged, counts = self._kernels.merge(op, self._base, group, self._offset, election)
         self._note(group, counts)
@@ -114,11 +121,15 @@ class StoredSlices(Slices):
     ) -> State:
         """Return the state of a first group and, if it is not the last, of the groups after it."""
         state = self._kernels.start(op, len(self._base))
+        if self._earlier:
+            _unpack(self._earlier, state)
         while group:
             self._note(group, self._kernels.fold(op, state, self._base, group, self._offset))
             group.clear()  # its memory is for the slices to come
             if not last:
                 group, last = self._group(models)
+        if self._keeps:
+            self.state = torch.stack([state[name].view(torch.float32) for name in sorted(state)], 1).reshape(-1)
         return state
 
     def _group(self, models: Iterator[tuple[int, Stored | None]]) -> tuple[list[tuple[int, Stored]], bool]:
@@ -130,7 +141,7 @@ class StoredSlices(Slices):
         decoded = 0
         for model, stored in models:
             if stored:
-                group.append((model, stored))
+                group.append((self._before + model, stored))
                 decoded += stored.left.nbytes + stored.right.nbytes if isinstance(stored, Factors) else 0
             if model < self._num_models - 1 and (len(group) == self._per_pass or decoded > self._factor_room // 2):
                 return group, False
@@ -179,7 +190,15 @@ class StoredSlices(Slices):
     def _note(self, group: Sequence[tuple[int, Stored]], counts: Sequence[int]) -> None:
         if self._pass == 1:
             for (model, _), count in zip(group, counts, strict=True):
-                self.not_finite[model] += count
+                self.not_finite[model - self._before] += count
+
+
+def _unpack(earlier: Stored, state: State) -> None:
+    """Write the words of a stored state into one of the same op."""
+    assert isinstance(earlier, Encoded), "a state is stored whole"
+    words = earlier.data.view(-1, len(state))
+    for place, name in enumerate(sorted(state)):
+        state[name].view(torch.float32).copy_(words[:, place])
 
 
 def _is_finite(factors: Factors) -> bool:
