@@ -47,6 +47,9 @@ UNFOLLOWED = {
         "leave the hidden files", "delete it, and run the merge", "run the merge with --fresh",
         "merge again with --fresh", "leave --", "leave {} out", "bring the inputs back",
     ),
+    "the models of an earlier merge have to be there": (
+        "merge all models in one recipe, with", "name the output of one", "name {} as it was", "use its `{}`",
+    ),
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (
         "checkpoint", "an output of kind",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, Problem, RecipeError, enumerated
 from ties_ray.formats.companion import Companion
 from ties_ray.inputs.catalog import THREADS, Catalog, Earlier, Model
 from ties_ray.inputs.expand import Entry
@@ -54,7 +54,9 @@ def continued(recipe: Recipe, catalog: Catalog, plan: Plan, earlier: Earlier) ->
         raise RecipeError(problems)
     touched = {parameter.name for parameter in plan.catalog.parameters if parameter.changed}
     parameters = (each._replace(changed=each.changed or each.name in touched) for each in catalog.parameters)
-    return replace(catalog, parameters=tuple(parameters), earlier=earlier)
+    ids = enumerated(member.id for member in earlier.members)
+    note = f"goes on from {earlier.output}: its {len(earlier.members)} models ({ids}) are not read again"
+    return replace(catalog, parameters=tuple(parameters), earlier=earlier, notes=(*catalog.notes, note))
 
 
 def _differences(recipe: Recipe, catalog: Catalog, plan: Plan, earlier: Earlier) -> Iterator[Problem]:

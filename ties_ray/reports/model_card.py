@@ -48,6 +48,7 @@ def code(text: str) -> str:
 def card(plan: Plan, result: MergeResult) -> str:
     """Return the model card: the inputs, the method and the licences of a merge."""
     catalog, recipe = plan.catalog, plan.recipe
+    num_models = len(plan.merges[0].members) + (len(catalog.earlier.members) if catalog.earlier else 0)
     inputs = [catalog.base] * bool(catalog.base.uri) + list(catalog.models)
     names = model_names(inputs)
     rows = [_row(names[model.id], model) for model in inputs]
@@ -60,7 +61,7 @@ def card(plan: Plan, result: MergeResult) -> str:
         plain_yaml(_front(plan, inputs)).rstrip(),
         "---",
         "",
-        f"# Merge of {len(plan.merges[0].members)} models by `{recipe.method.name}`{_cut(result.truncation)}",
+        f"# Merge of {num_models} models by `{recipe.method.name}`{_cut(result.truncation)}",
         "",
         f"Merged by ties_ray, run `{plan.run_id}`, arithmetic `{plan.arithmetic}`. {recipe.method.paper}.",
         "",
