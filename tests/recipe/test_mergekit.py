@@ -240,6 +240,8 @@ def test_notes_say_what_is_different() -> None:
         (f"{PAIR}merge_method: multislerp\nparameters: {{normalize_weights: false}}\n",
          ["normalize_weights: false needs weights that sum to 1 here"]),
         (f"{PLAIN}merge_method: slerp\nparameters: {{t: 1}}\n", ["slerp takes 1 models beside the base_model, not 2"]),
+        (f"models: [{{model: z, parameters: {{weight: 1}}}}, {PAIR[9:]}base_model: z\nmerge_method: ties\n",
+         ["line 1: models.0.parameters: mergekit ignores those of the base_model; remove them"]),
         (f"{PLAIN}merge_method: sce\nmodules: {{}}\n", ["line 4: modules: ties_ray merges the parts of a model alike"]),
         (f"{PLAIN}merge_method: sce\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n",
          ["line 4: tokenizer.pad_to_multiple_of: ties_ray changes no vocabulary"]),

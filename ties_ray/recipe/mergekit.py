@@ -247,6 +247,9 @@ class _Converter:
 
     def _count(self, spec: Spec, base: str | None, sources: Sequence[Source]) -> None:
         document, name = self._document, self._document.at(("merge_method",))
+        for place in (place for source in sources if source.is_base for place in source.places):
+            if spec.base != "input" and document.at((*place, "parameters")):
+                document.wrong((*place, "parameters"), "mergekit ignores those of the base_model", "remove them")
         if spec.base == "required" and base is None:
             document.wrong((), f"{name} needs a base_model", "add base_model")
         if spec.base == "input" and base is not None and not any(source.is_base for source in sources):
