@@ -20,6 +20,16 @@ class TestModelStockOfMergekit(MethodContract):
         return ModelStock(profile="mergekit")
 
 
+class TestModelStockByRow(MethodContract):
+    @pytest.fixture(params=["paper", "mergekit"])
+    def method(self, request: pytest.FixtureRequest) -> ModelStock:
+        return ModelStock(scope="row", profile=request.param)
+
+
+def test_the_merge_by_row_is_the_oracles() -> None:
+    held.check(ModelStock(scope="row"), lambda family: model_stock(family.base, family.models, filter_wise=True))
+
+
 def test_the_profile_shrinks_cosines_of_small_changes_and_goes_past_the_base() -> None:
     near = {"p.weight": [torch.tensor([[1e-4, 0.0]]), torch.tensor([[1e-4, 1e-5]])]}
     mean = torch.tensor([[1e-4, 5e-6]])

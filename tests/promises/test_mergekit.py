@@ -123,6 +123,9 @@ CASES: dict[str, Case] = {
     "karcher": Case(models("none") + "merge_method: karcher\n"),
     "nearswap": Case(PAIR + "merge_method: nearswap\nparameters: {t: 0.004}\n"),
     "model-stock": Case(models("none") + "base_model: '@base'\nmerge_method: model_stock\n"),
+    "model-stock-rows": Case(
+        models("none") + "base_model: '@base'\nmerge_method: model_stock\nparameters: {filter_wise: true}\n"
+    ),
     "sce": Case(models("none") + "base_model: '@base'\nmerge_method: sce\nparameters: {select_topk: 0.4}\n"),
     "sce-all": Case(models("none") + "base_model: '@base'\nmerge_method: sce\n"),
     "linear-parts of gpt2": Case(PARTS + "merge_method: linear\n", inputs="gpt2"),

@@ -70,6 +70,7 @@ PLAIN = "models: [{model: /m/base}, {model: /m/a}, {model: /m/b}]\nbase_model: /
     ("method", "parameters", "becomes"),
     [
         ("model_stock", "", {"name": "model_stock", "profile": "mergekit"}),
+        ("model_stock", "filter_wise: true", {"name": "model_stock", "profile": "mergekit", "scope": "row"}),
         ("sce", "select_topk: 0.4", {"name": "sce", "select_topk": 0.4, "at_threshold": "exact", "least": 1e-6}),
         ("ram", "", {"name": "ram", "epsilon": 1e-5}),
         ("ramplus_tl", "r: 0.2", {"name": "ram", "plus": True, "epsilon": 1e-5, "r": 0.2, "alpha": 0.2}),

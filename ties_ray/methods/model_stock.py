@@ -3,11 +3,17 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, whole_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[np.float64]
 
 SMALLEST = 1e-6
 """mergekit divides by no product of two norms below this, nor by a denominator of t."""
@@ -24,6 +30,8 @@ class ModelStock(Method):
     """
 
     name: Literal["model_stock"] = "model_stock"
+    scope: Literal["tensor", "row"] = "tensor"
+    """What has a ratio t of its own: each parameter, or each row along the last axis (`filter_wise` of mergekit)."""
     profile: Literal["paper", "mergekit"] = "paper"
     """`mergekit`: a product of two norms counts as 1e-6 at least, and a negative t goes past the base.
 
@@ -45,10 +53,48 @@ class ModelStock(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms, the sum of unit vectors, and the merge."""
+        if self.scope == "row":
+            return (Round("merge", self._rows, unit=whole_rows, holds=lambda stack: 8 * stack.num_models + 64),)
         if self.profile == "mergekit":
             dots = Round("dots", self._dots, holds=lambda stack: 4 * stack.num_models)
             return dots, Round("merge", self._merge)
         return Round("norms", self._norms), Round("cosines", self._cosines), Round("merge", self._merge)
+
+    def _rows(self, deltas: Deltas, context: Context) -> Result:
+        import numpy as np
+        import torch
+
+        shape, count = context.parameter.shape, len(context.members)
+        width = shape[-1] if len(shape) > 1 else context.parameter.numel
+        rows = [delta.double().cpu().numpy().reshape(-1, width) for _, delta in deltas]
+        norms = [np.sqrt(np.square(own).sum(-1, keepdims=True)) for own in rows]  # numpy sums each row in one order
+        cosine = self._cosine_of_rows(rows, norms)
+        below = 1 + (count - 1) * cosine
+        stays = np.abs(below) < SMALLEST if self.profile == "mergekit" else cosine <= 0
+        ratio = np.where(stays, 0.0, count * cosine / np.where(stays, 1.0, below))
+        merged = sum(rows[1:], rows[0].copy()) * (ratio / count)
+        return Result(merged=torch.from_numpy(merged).reshape(-1).to(context.kernels.device).float())
+
+    def _cosine_of_rows(self, rows: "list[Numbers]", norms: "list[Numbers]") -> "Numbers":
+        """Return the mean cosine of all pairs of models, for each row (rows, 1)."""
+        import numpy as np
+
+        pairs = list(itertools.combinations(range(len(rows)), 2))
+        total = np.zeros_like(norms[0])
+        if not pairs:
+            return total + 1
+        if self.profile == "mergekit":
+            for model, other in pairs:
+                dot = (rows[model] * rows[other]).sum(-1, keepdims=True)
+                total += np.clip(dot / np.maximum(SMALLEST, norms[model] * norms[other]), -1, 1)
+            return total / len(pairs)
+        units = np.zeros_like(rows[0])
+        for own, norm in zip(rows, norms, strict=True):
+            moves = norm > STILL
+            units += np.where(moves, own / np.where(moves, norm, 1.0), 0.0)
+            total += moves
+        cosine: Numbers = (np.square(units).sum(-1, keepdims=True) - total) / (2 * len(pairs))
+        return cosine
 
     def _dots(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.exact_sums import dot

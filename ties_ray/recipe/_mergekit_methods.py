@@ -196,11 +196,9 @@ def _plain(name: str, fields: Mapping[str, tuple[str, float]], **more: Any) -> C
 
 
 def _model_stock(asked: Asked) -> Converted:
-    if asked.flag("filter_wise", default=False):
-        asked.wrong("filter_wise takes each row for itself, which ties_ray does not", "leave filter_wise out")
-    return Converted(
-        asked.base or "", [_entry(source) for source in asked.others], {"name": "model_stock", "profile": "mergekit"}
-    )
+    rows = {"scope": "row"} if asked.flag("filter_wise", default=False) else {}
+    method = {"name": "model_stock", "profile": "mergekit", **rows}
+    return Converted(asked.base or "", [_entry(source) for source in asked.others], method)
 
 
 def _sce(asked: Asked) -> Converted:
