@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -6,12 +7,14 @@ import torch
 
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family, make_family
-from tests.tools.merging import carried_out, draw_sizes, merge, read_tensors
+from tests.tools.merging import carried_out, draw_sizes, merge, read_tensors, recipe_of
 from ties_ray.kernels import Encoded, Factors, definition
+from ties_ray.layout.sizes import SIZES
 from ties_ray.measures import positions
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 from ties_ray.reports.effects import MergeEffects
+from ties_ray.reports.records import Progress
 from ties_ray.rounds._effects import part_of
 from ties_ray.state.manifest import Manifest
 from ties_ray.stores import Stores
@@ -81,6 +84,24 @@ def test_no_cut_of_the_work_changes_a_figure(seed: int, tmp_path: Path, monkeypa
     assert whole.looked_at < whole.elements
     assert effects(family, tmp_path / "cut", TIES, sizes=draw_sizes(Random(seed))) == whole
     positions.ranges.cache_clear()
+
+
+def test_a_merge_that_was_interrupted_tells_the_same_effects(tmp_path: Path) -> None:
+    family = make_family(STORE, str(tmp_path), num_models=4, hidden=32)
+    sizes = replace(SIZES, least_part=4096, most_part=4096, max_shard=4096, record_shards=2)
+    undisturbed = effects(family, tmp_path / "undisturbed", TIES, sizes=sizes)
+    recipe = recipe_of(family, tmp_path / "out", TIES)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "merge" and progress.done >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merging.merge(recipe, sizes=sizes, watch=stop)
+    continued = merging.merge(recipe, sizes=sizes)
+    assert continued.resumed
+    assert continued.shards_done_before
+    assert continued.effects == undisturbed
 
 
 def test_some_elements_stand_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
