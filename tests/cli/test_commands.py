@@ -249,6 +249,25 @@ def test_a_failure_past_the_plan_names_the_run(recipe: Path, tmp_path: Path) -> 
     assert "holds the result of another merge" in done.stderr
 
 
+def test_a_problem_of_an_input_tells_the_line_of_the_recipe(recipe: Path, tmp_path: Path) -> None:
+    base = json.loads(recipe.read_text())["base"]
+    path = tmp_path / "lines.yaml"
+    path.write_text(f"base: {base}\nmodels:\n  - {base}-not-there\nmethod: average\noutput: {tmp_path}/o\n")
+    done = run("plan", path)
+    assert done.exit_code == 3
+    assert f"error: {path}, line 3: models.0: {base}-not-there: there is nothing" in done.stderr
+
+
+def test_options_for_what_is_typed_most_are_overrides(recipe: Path, tmp_path: Path) -> None:
+    done = run("merge", recipe, "-o", tmp_path / "of mine", "--workers", 1, "--executor", "local", "--json", "--quiet")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "of mine")
+    assert "--workers" in run("merge", recipe, "--worker", 3).stderr
+    wrong = run("merge", recipe, "--executor", "slurm")
+    assert wrong.exit_code == 2
+    assert "unknown executor 'slurm'" in wrong.stderr
+
+
 def test_a_result_that_can_not_be_written_fails_the_command(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("merge", recipe, "--quiet", "--result", tmp_path / "file" / "record.json")

@@ -33,7 +33,7 @@ def test_paths_are_left_to_the_shell(words: str) -> None:
     assert completed(f"ties-ray {words}") == [f"file,{words.rpartition(' ')[2]}"]
 
 
-def test_bash_completes_files_at_the_press_of_a_key(tmp_path: Path) -> None:
+def test_bash_completes_files_fields_and_methods_at_the_press_of_a_key(tmp_path: Path) -> None:
     (tmp_path / "recipe-of-the-night.yaml").touch()
     environment = {"PATH": f"{Path(tool('ties-ray')).parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "PS1": "$ "}
     terminal, inside = pty.openpty()
@@ -47,7 +47,11 @@ def test_bash_completes_files_at_the_press_of_a_key(tmp_path: Path) -> None:
         _read_until(terminal, b"is ready")
         os.write(terminal, b"ties-ray merge rec\t")
         _read_until(terminal, b"ties-ray merge recipe-of-the-night.yaml ")
-        os.write(terminal, b"\x15exit\n")  # the key that deletes the line
+        os.write(terminal, b"\x15ties-ray merge r.yaml --set allow.miss\t")  # the first key deletes the line
+        _read_until(terminal, b"--set allow.missing=zero ")
+        os.write(terminal, b"\x15ties-ray methods breadc\t")
+        _read_until(terminal, b"ties-ray methods breadcrumbs ")
+        os.write(terminal, b"\x15exit\n")
         shell.wait(30)
     os.close(terminal)
 

@@ -26,10 +26,10 @@ from ties_ray.stores import Stores
 
 ROOT = Path(__file__).parents[2]
 PROVIDED_BY = {
-    "google_crc32c": "google-crc32c", "llvmlite": "numba", "pydantic_core": "pydantic", "re2": "google-re2",
-    "ruamel": "ruamel.yaml",
+    "google_crc32c": "google-crc32c", "grpc": "ray", "llvmlite": "numba", "pydantic_core": "pydantic", "re2": "google-re2",
+    "ruamel": "ruamel.yaml", "ties_ray_pipelines": "ties-ray-pipelines",
 }  # fmt: skip
-"""The distributions of modules with other names. numba and pydantic each pin the module that they are built on."""
+"""The distributions of modules with other names. numba, pydantic and Ray's client each need the module they bring."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 """What a user of the package has: no PYTHONPATH."""
 
@@ -119,10 +119,11 @@ def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> Non
     foreign = imported - set(sys.stdlib_module_names) - {"ties_ray"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["hub"], *extras["gpu"]]
+    optional = [requirement for name in extras if name != "dev" for requirement in extras[name]]
+    requirements = [*project["dependencies"], *optional]
     declared = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}
     found = {PROVIDED_BY.get(module, module).lower() for module in foreign}
-    assert found - declared <= {"pytest"}, "only the contract suites of ties_ray.testing need pytest"
+    assert found - declared <= {"pytest", "ipython"}, "ties_ray.testing needs pytest; a notebook has IPython"
 
 
 def test_the_installed_package_merges(installed: Path, tmp_path: Path) -> None:

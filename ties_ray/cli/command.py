@@ -88,6 +88,7 @@ def command(function: Callable[..., int]) -> click.Command:
         context: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, log_format: str, **options: Any
     ) -> None:
         console = Console(json=as_json, quiet=quiet, debug=debug, json_log=log_format == "json")
+        context.obj = console
         if _KEPT in context.meta:
             options["overrides"] = (*options["overrides"], *context.meta[_KEPT])
         context.exit(console.run(lambda: function(console, **options)))
@@ -110,8 +111,13 @@ def command(function: Callable[..., int]) -> click.Command:
 def load(source: str, overrides: Sequence[str]) -> "Recipe":
     """Return the recipe of a path, a URI or standard input."""
     from ties_ray.operations import recipes
+    from ties_ray.recipe.problems import located_input
 
-    return recipes.parsed(text_of(source, overrides), name_of(source), overrides)
+    text, name = text_of(source, overrides), name_of(source)
+    recipe = recipes.parsed(text, name, overrides)
+    console = click.get_current_context().obj
+    console.place = lambda problem: located_input(problem, text, name, overrides)
+    return recipe
 
 
 def name_of(source: str) -> str:

@@ -33,6 +33,8 @@ class Console:
         self.json, self.quiet, self.debug, self.json_log = json, quiet, debug, json_log
         self.started = time.monotonic()
         self.on_failure: Callable[[MergeError], None] = self.print_error
+        self.place: Callable[[Problem], Problem] = lambda problem: problem
+        """Adds file and line of the recipe to a problem of an input."""
 
     def run(self, command: Callable[[], int]) -> int:
         """Return the command's exit code; log every failure, one line a problem."""
@@ -46,7 +48,7 @@ class Console:
                 if self.debug:
                     traceback.print_exception(caught)
                 for problem in error.problems[:_ERRORS_SHOWN]:
-                    complain(problem)
+                    complain(self.place(problem))
                 if len(error.problems) > _ERRORS_SHOWN:
                     complain(Problem("", f"and {len(error.problems) - _ERRORS_SHOWN:,} more problems"))
                 self.on_failure(error)

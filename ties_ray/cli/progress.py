@@ -126,7 +126,8 @@ class _State:
         """Return the forecast of the merge; where there is none, the time of what is left to read at this rate."""
         progress = self.progress
         if progress.seconds_left is not None:
-            return max(0.0, progress.seconds_left - (now - self._reported))
+            overall = progress.seconds_left - (now - self._reported)
+            return overall if overall > 0 else None
         left = progress.bytes_planned - progress.bytes_read
         return left / self.rate if self.rate and left > 0 else None
 

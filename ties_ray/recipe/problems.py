@@ -93,6 +93,17 @@ def located(problem: Problem, text: str, source: str, overrides: Sequence[str]) 
     return problem._replace(where=f"{place}: {problem.where}".removesuffix(": "))
 
 
+def located_input(problem: Problem, text: str, source: str, overrides: Sequence[str]) -> Problem:
+    """Return a problem of an input, whose `where` may begin with a place of the recipe, with file and line before it.
+
+    text, source, overrides: as in `located`.
+    """
+    place, colon, rest = problem.where.partition(":")
+    moved = located(problem._replace(where=place), text, source, overrides).where
+    is_known = moved.startswith("--set: ") or moved.startswith(f"{source}, line ")
+    return problem._replace(where=f"{moved}{colon}{rest}") if is_known else problem
+
+
 def _line(node: Node | None, steps: Sequence[str]) -> int | None:
     """Return the line, from 1, of the deepest of these keys that the text holds; None where it holds none."""
     line = None
