@@ -26,7 +26,7 @@ from ties_ray.stores import Stores
 
 ROOT = Path(__file__).parents[2]
 PROVIDED_BY = {
-    "google_crc32c": "google-crc32c", "grpc": "ray", "llvmlite": "numba", "pydantic_core": "pydantic", "re2": "google-re2",
+"""The distributions of modules with other names. numba, pydantic and Ray each need the module that they bring."""
     "ruamel": "ruamel.yaml", "ties_ray_pipelines": "ties-ray-pipelines",
 }  # fmt: skip
 """The distributions of modules with other names. numba, pydantic and Ray's client each need the module they bring."""
