@@ -33,6 +33,11 @@ def test_the_kernels_are_measured_for_every_dtype_and_for_factors() -> None:
     assert all(float(row["merge"]) > 0 and float(row["fold"]) > 0 for row in rows(factors))
 
 
+def test_comparisons_are_measured_beside_torch() -> None:
+    told = rows(run("look", "--models", "3", "--hidden", "64", "--rank", "4", "--size", "1M"))
+    assert [row["what"] for row in told] == ["compare, 1M", "inspect --compare, 3 adapters"]
+
+
 @pytest.mark.parametrize("method", ["ties", "consensus"])
 def test_a_worker_takes_less_memory_than_planned(method: str) -> None:
     options = ("--size", "20M", "--models", "2", "--executor", "local", "--workers", "1", "--method", method)
