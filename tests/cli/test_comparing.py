@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from tests.tools.adapters import make_pool
-from tests.tools.families import write_checkpoint
+from tests.tools.families import make_family, write_checkpoint
+from tests.tools.merging import merge
 from ties_ray.cli import commands
 from ties_ray.cli.comparing import of_comparison, short
 from ties_ray.cli.screen import show
@@ -80,6 +81,28 @@ def test_inspect_compares_the_models_of_a_glob_in_one_page_of_80_columns(tmp_pat
     assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
     record = json.loads(CliRunner().invoke(commands.commands, [*words, "--json", "--quiet"]).stdout)
     assert len(record["comparison"]["cosines"]) == 31
+
+
+def test_report_writes_a_page_or_prints_the_record(tmp_path: Path) -> None:
+    family = make_family(STORES.of("/"), str(tmp_path), num_models=2)
+    merge(family, tmp_path / "out", "average")
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(commands.commands, ["report", str(tmp_path / "out"), "--to", str(page)])
+    assert result.exit_code == 0
+    assert f"wrote {page}" in result.stdout
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    page.unlink()
+    words = ["report", str(tmp_path / "out"), "--compare", "--json", "--quiet", "--to", str(page)]
+    record = json.loads(CliRunner().invoke(commands.commands, words).stdout)
+    assert [model["name"] for model in record["models"]] == ["model-0", "model-1"]
+    assert len(record["comparison"]["cosines"]) == 2
+    assert not page.exists()
+
+
+def test_report_of_a_folder_without_a_merge_exits_with_3(tmp_path: Path) -> None:
+    result = CliRunner().invoke(commands.commands, ["report", str(tmp_path)])
+    assert result.exit_code == 3
+    assert "no finished merge" in result.stderr
 
 
 def test_a_long_name_keeps_both_ends() -> None:

@@ -93,6 +93,7 @@ def test_models_that_a_merge_would_refuse_are_left_out_and_told(tmp_path: Path) 
     comparison = compare_models(STORES, [str(tmp_path / "adapter-*")])
     assert [model.name for model in comparison.models] == ["adapter-0000", "adapter-0002"]
     assert list(comparison.refused) == [str(tmp_path / "adapter-0001")]
+    assert not [note for note in comparison.notes if "adapter-0001" in note]
 
 
 def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def compare_models(
     entries = [each.model_copy(update={"not_": without_base}) if each.is_glob else each for each in entries]
     vectors, catalog = open_models(stores, base, [each.model_dump(by_alias=True) for each in entries], drop=True)
     refused = {each.uri: [str(problem) for problem in each.problems] for each in catalog.refused}
-    return compare_vectors(vectors, watch).model_copy(update={"refused": refused, "notes": list(catalog.notes)})
+    notes = [note for note in catalog.notes if not note.startswith("left out, as allowed")]  # `refused` has these
+    return compare_vectors(vectors, watch).model_copy(update={"refused": refused, "notes": notes})
 
 
 def compare_vectors(vectors: "TaskVectors", watch: Watch = lambda progress: None) -> PoolComparison:
