@@ -68,6 +68,19 @@ def test_the_rate_does_not_count_the_start(caplog: pytest.LogCaptureFixture, mon
     assert "9.0 s left" in state.facts()
 
 
+def test_a_long_start_says_that_kernels_are_compiled_where_none_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "COMPILES_AFTER", 0.0)
+    monkeypatch.setattr(progress, "COMPILED", tmp_path)
+    state = progress._State()
+    state.take(Progress("start", 0, 0, 0, 0, activity="starting"))
+    time.sleep(0.01)
+    assert state.title == "starting (the first start on a machine compiles kernels)"
+    (tmp_path / "cpu.fold-1.nbi").touch()
+    assert state.title == "starting"
+
+
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_a_terminal_shows_the_stage_in_two_lines_that_fit(columns: int) -> None:
     file = Terminal()

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Group, RenderableType
@@ -29,6 +30,8 @@ RATE_SECONDS = 15.0
 """Seconds over which the rate is averaged."""
 COMPILES_AFTER = 5.0
 """Seconds of the start after which it is said that the first start on a machine compiles."""
+COMPILED = Path(__file__).parents[1] / "kernels" / "__pycache__"
+"""Where numba usually stores compiled kernels."""
 NOTHING = Progress("", 0, 0, 0, 0, activity="starting")
 
 
@@ -93,8 +96,9 @@ class _State:
         """What is going on, in a word or two."""
         progress = self.progress
         text = printable(progress.activity or progress.stage)
-        if progress.stage == "start" and time.monotonic() - self._stage_since > COMPILES_AFTER:
-            text += " (the first start here compiles kernels)"
+        is_late = progress.stage == "start" and time.monotonic() - self._stage_since > COMPILES_AFTER
+        if is_late and not any(COMPILED.glob("cpu.*.nbi")):
+            text += " (the first start on a machine compiles kernels)"
         return text
 
     @property
