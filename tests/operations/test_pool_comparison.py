@@ -106,6 +106,20 @@ def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     assert [model.not_finite for model in comparison.models] == [0, 1]
 
 
+def test_factors_that_are_not_finite_are_no_change_and_counted(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        a, b = torch.randn(4, 32, generator=generator), torch.randn(32, 4, generator=generator)
+        broken = b.clone()
+        broken[0, :2] = torch.nan
+        modules = {f"model.layers.{n}.self_attn.q_proj": (a, b, 4.0) for n in range(2)}
+        modules |= {"model.layers.2.self_attn.q_proj": (a, broken if number == 1 else b, 4.0)}
+        write_adapter(STORE, str(tmp_path / f"team-{number}"), modules)
+    comparison = compare_models(STORES, [str(tmp_path / "team-*")])
+    assert [model.not_finite for model in comparison.models] == [0, 2, 0]
+    assert np.isfinite(cosine_matrix(comparison)).all()
+
+
 def test_whole_models_need_their_base(tmp_path: Path) -> None:
     make_family(STORE, str(tmp_path), num_models=2)
     with pytest.raises(InputError, match="base"):

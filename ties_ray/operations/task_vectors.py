@@ -79,9 +79,13 @@ class TaskVectors:
                 yield Segment(each.parameter, each.start, each.stop), (delta for _, delta in each.slices)
 
     def factors(self, parameter: int, members: Sequence[int]) -> Iterator[Factors | None]:
-        """Yield what members store as factors of a whole parameter, in order."""
+        """Yield what members store as factors of a whole parameter, in order; None also where they are not finite."""
         whole = self.merge.layout.parameters[parameter]
-        return self._blocks.factors((member, whole) for member in members)
+        stored = self._blocks.factors((member, whole) for member in members)
+        for member, each in zip(members, stored, strict=True):
+            wrong = sum(int((~part.isfinite()).sum()) for part in (each.left, each.right)) if each else 0
+            self.zeroed[member, whole.name] += wrong
+            yield None if wrong else each
 
     def is_product(self, parameter: int) -> bool:
         """Return whether all members that change a parameter store plain factors of it."""
