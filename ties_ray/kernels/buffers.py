@@ -1,6 +1,8 @@
 """Lends memory that is used again. A fresh page costs a fault, up to 2 us for 4 KiB: more than the work on its data."""
 
 import collections
+import contextlib
+import ctypes
 import mmap
 import threading
 import weakref
@@ -17,6 +19,20 @@ HUGE_PAGE = 2 * 2**20
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 """A 1-D array of bytes."""
+
+
+LARGE = 2**20
+"""Bytes of a tensor that `return_large_memory` is about, at least."""
+_M_MMAP_THRESHOLD = -3
+
+
+def return_large_memory() -> None:
+    """Have malloc return large tensors to the system at once, for the whole process.
+
+    Else matrices of fp64 between small tensors leave holes in a heap: star of 30 adapters took 242 MB, and takes 69 MB.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # a C library without mallopt
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 
 def zeros(length: int) -> Tensor:

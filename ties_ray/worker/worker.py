@@ -23,7 +23,7 @@ from ties_ray import kernels
 from ties_ray.errors import InputError, Problem
 from ties_ray.executors import WorkerDied
 from ties_ray.kernels import Kernels, flushes_to_zero
-from ties_ray.kernels.buffers import Buffers
+from ties_ray.kernels.buffers import Buffers, return_large_memory
 from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.measures.effects import Effects, joined
@@ -200,6 +200,7 @@ class Worker:
         """
         recipe = self._plan.recipe
         if recipe.method.uses_lapack or isinstance(recipe.output, CondensingOutput):
+            return_large_memory()
             here = code_path(self._kernels.device)
             if (agree(here) or here) != here:
                 problem = "computes other bits than it does for the rest of this merge"
