@@ -62,13 +62,14 @@ class TestRayExecutor(ExecutorContract):
 
     def test_workers_for_which_a_cluster_has_no_room_are_told_at_once(self) -> None:
         executor, lines = RayExecutor(), list[str]()
-        needs = Needs(6, 2**20, deadline=8, announce=lines.append)
+        needs = Needs(5, 2**20, deadline=20, announce=lines.append)
         started = executor.start("ties_ray.testing.echo:EchoHost", "s", needs)
         executor.stop()
         assert 1 <= started <= 4
+        told = "5 workers are asked for, and the nodes have room for 4"
         assert [line for line in lines if "Ray" not in line] == [
-            "6 workers are asked for, and the nodes have room for 4: the merge waits 8 s for more nodes (run.deadline)",
-            f"the merge runs with {started} of 6 workers",
+            f"{told}: the merge waits 20 s for more nodes (run.deadline)",
+            f"the merge runs with {started} of 5 workers",
         ]
 
     def test_a_lost_worker_for_which_there_is_no_place_any_more_is_lost_again(self) -> None:
