@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies
 	$(BIN)/python -m benchmarks.demo .demo
 
-SLOW := tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py
+SLOW := tests/promises/test_every_method.py tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py
 
 test: $(VENV)/installed  ## all tests but the slow ones, file by file on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines tests/packaging $(SLOW))
