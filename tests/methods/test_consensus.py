@@ -8,7 +8,12 @@ from tests.tools import oracle
 from tests.tools.families import Family
 from tests.tools.merging import merge, read_tensors
 from tests.tools.oracle import Rules
+from tests.tools.oracles import held
+from tests.tools.oracles.consensus import consensus
+from tests.tools.oracles.families import Family as Held
+from tests.tools.oracles.protocol import Merged
 from ties_ray.errors import RecipeError
+from ties_ray.methods import Member
 from ties_ray.methods.consensus import Consensus
 from ties_ray.testing import MethodContract
 
@@ -19,6 +24,24 @@ class TestConsensus(MethodContract):
     @pytest.fixture
     def method(self) -> Consensus:
         return Consensus(lambda_=0.3)
+
+
+class TestAPart(MethodContract):
+    @pytest.fixture
+    def method(self) -> Consensus:
+        return Consensus(part="1")
+
+
+def part(family: Held, model: int, **more: float) -> Merged:
+    return Merged(consensus(family.base, family.models, **more).products["reconstructed"][model])
+
+
+def test_a_part_is_the_model_that_the_oracle_rebuilds(tmp_path: Path) -> None:
+    held.check(Consensus(part="0"), lambda family: part(family, 0))
+    held.check(Consensus(part="4", bound=0.2), lambda family: part(family, 4, bound=0.2), counts=(5,))
+    held.check_stored({"name": "consensus", "part": "1"}, lambda family: part(family, 1), tmp_path)
+    (problem,) = Consensus(part="z").problems([Member("a", 1.0, None)])
+    assert str(problem) == "method.part: no model has the id 'z'; name one of them: a"
 
 
 @pytest.mark.parametrize(

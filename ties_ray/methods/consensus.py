@@ -7,13 +7,14 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Agreement, Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
 
 
 class Consensus(Method):
     """T = sum(w d); model i claims an element where |w d_i| > bound * |T - w d_i|; lambda * T where `agree` claim it.
 
-    Goes through the models twice: for T, then for the claims. Lambda scales a sum; the paper tunes it in 0..1.
+    With `part`, one model is rebuilt from T by its own claims, its TALL mask; the parts of all models are one merge
+    each. Goes through the models twice: for T, then for the claims. Lambda scales a sum; the paper tunes it in 0..1.
     """
 
     name: Literal["consensus"] = "consensus"
@@ -21,6 +22,8 @@ class Consensus(Method):
     """The paper's lambda_t, there chosen per task from 0.2..0.6 on validation data."""
     agree: int = Field(default=2, ge=0)
     """Fewest models that must claim an element; 2 removes what none or only one needs."""
+    part: str | None = None
+    """The `id` of a model: the result is T where that model claims it (its TALL mask), whatever the others claim."""
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
     """Factor on the sum."""
 
@@ -28,14 +31,28 @@ class Consensus(Method):
     paper: ClassVar[str] = "Wang et al. 2024, Localizing Task Information for Improved Model Merging (arXiv:2405.07813)"
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse an agreement that no element can reach."""
-        if self.agree > len(members):
+        """Refuse an agreement that no element can reach, and a part of a model that is not merged."""
+        ids = [member.id for member in members]
+        if self.part is None and self.agree > len(members):
             return [Problem("method.agree", f"asks for {self.agree} agreeing models of {len(members)}", "lower it")]
+        if self.part is not None and self.part not in ids:
+            remedy = f"name one of them: {', '.join(ids[:8])}"
+            return [Problem("method.part", f"no model has the id {self.part!r}", remedy)]
         return []
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round, which goes through its models twice."""
+        if self.part is not None:
+            return (Round("merge", self._part, passes=2, holds=bytes_each(24)),)
         return (Round("merge", self._merge, passes=2),)
+
+    def _part(self, deltas: Deltas, context: Context) -> Result:
+        """Return T where |w d_i| > bound * |T - w d_i| for the model of the part."""
+        total = deltas.fold(WeightedSum(tuple(Term(weight) for weight in context.weights)))["sum"]
+        ids = [member.id for member in context.members]
+        (own,) = [delta * context.weights[model] for model, delta in deltas if ids[model] == self.part]
+        claimed = own.abs() > (total - own).abs_().mul_(self.bound)
+        return Result(merged=total.mul_(self.lambda_).masked_fill_(~claimed, 0.0))
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         terms = tuple(Term(member.weight) for member in context.members)

@@ -1,23 +1,31 @@
-"""EMR-Merging (Huang et al., NeurIPS 2024): elect one vector of all models."""
+"""EMR-Merging (Huang et al., NeurIPS 2024): elect one vector of all models, and rebuild single ones from it."""
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
+from ties_ray.errors import Problem
 from ties_ray.kernels import Election, Extremes, Term
-from ties_ray.methods import Context, Deltas, Method, Result, Round
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Emr(Method):
-    """Elects the sign of the summed changes and keeps the largest change of that sign, element by element; one pass.
+    """Elects the sign of the summed changes and keeps the largest change of that sign, element by element.
 
-    This is the unified vector alone: each model's mask and rescaler, with which the paper rebuilds single models, are
-    not written. Without them the vector is larger than an average, so tune lambda: the paper has none.
+    This unified vector is larger than an average, so tune lambda: the paper has none. With `part`, the result is one
+    model as the paper rebuilds it: the unified vector where that model has its sign, rescaled to the model's size. The
+    parts of all models are one merge each. One pass over the models, and four for a part.
     """
 
     name: Literal["emr"] = "emr"
+    part: str | None = None
+    """The `id` of the model that is rebuilt. By default the result is the unified vector."""
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
-    """Factor on the unified vector."""
+    """Factor on the unified vector, or on the rebuilt change."""
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = (
@@ -27,13 +35,52 @@ class Emr(Method):
 
     @property
     def continues(self) -> bool:
-        """Return True: sums and extremes go on."""
-        return True
+        """Return whether it is the unified vector, whose sums and extremes go on."""
+        return self.part is None
+
+    def problems(self, members: Sequence[Member]) -> list[Problem]:
+        """Refuse weights, and a part of a model that is not merged."""
+        ids, problems = [member.id for member in members], super().problems(members)
+        if self.part is None or self.part in ids:
+            return problems
+        return [
+            *problems,
+            Problem("method.part", f"no model has the id {self.part!r}", f"name one of them: {', '.join(ids[:8])}"),
+        ]
 
     def rounds(self) -> tuple[Round, ...]:
-        """Return the one round."""
-        return (Round("merge", self._merge),)
+        """Return the merge; of a part, after the sizes on which its scale depends."""
+        if self.part is None:
+            return (Round("merge", self._merge),)
+        rebuild = Round("merge", self._rebuild, passes=2, holds=bytes_each(24))
+        return Round("sizes", self._sizes, passes=2, holds=bytes_each(32)), rebuild
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
+        return Result(merged=self._unified(deltas, context).mul_(self.lambda_))
+
+    def _sizes(self, deltas: Deltas, context: Context) -> Result:
+        """Return the sums over parameters of the mean magnitude: of the model, and of what its mask keeps."""
+        import torch
+
+        from ties_ray.kernels.exact_sums import dot
+
+        masked, own = self._masked(deltas, context)
+        share = torch.full_like(own, 1 / context.parameter.numel)
+        sums = {Key("own", whole=True): dot(own.abs(), share), Key("masked", whole=True): dot(masked.abs(), share)}
+        return Result(sums=sums)
+
+    def _rebuild(self, deltas: Deltas, context: Context) -> Result:
+        masked, _ = self._masked(deltas, context)
+        below = context.sum("masked", whole=True)
+        scale = context.sum("own", whole=True) / below if below else 0.0
+        return Result(merged=masked.mul_(scale * self.lambda_))
+
+    def _masked(self, deltas: Deltas, context: Context) -> "tuple[Tensor, Tensor]":
+        """Return the unified vector where the model has its sign, and the model's own delta."""
+        unified = self._unified(deltas, context)
+        (own,) = [delta.clone() for model, delta in deltas if context.members[model].id == self.part]
+        return unified.masked_fill_(own.sign() != unified.sign(), 0.0), own
+
+    def _unified(self, deltas: Deltas, context: Context) -> "Tensor":
         op = Extremes((Term(1.0),) * len(context.members))
-        return Result(merged=deltas.elect(op, Election(zero_sign=-1, factor=self.lambda_, merge="max")))
+        return deltas.elect(op, Election(zero_sign=-1, merge="max"))
