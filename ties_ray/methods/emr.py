@@ -17,8 +17,8 @@ class Emr(Method):
     """Elects the sign of the summed changes and keeps the largest change of that sign, element by element.
 
     This unified vector is larger than an average, so tune lambda: the paper has none. With `part`, the result is one
-    model as the paper rebuilds it: the unified vector where that model has its sign, rescaled to the model's size. The
-    parts of all models are one merge each. One pass over the models, and four for a part.
+    model as the paper rebuilds it. It is the unified vector where that model has its sign, rescaled to the model's
+    size. The parts of all models are one merge each. One pass over the models, and four for a part.
     """
 
     name: Literal["emr"] = "emr"
