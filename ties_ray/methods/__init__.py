@@ -305,6 +305,14 @@ class Round:
     """
 
 
+def unknown_part(part: str | None, members: Sequence[Member]) -> list[Problem]:
+    """Return the problem of a `part`, the id of one model, that is none of the members."""
+    ids = [member.id for member in members]
+    if part is None or part in ids:
+        return []
+    return [Problem("method.part", f"no model has the id {part!r}", f"name one of them: {', '.join(ids[:8])}")]
+
+
 def elect_apart(
     deltas: Deltas, terms: tuple[Term, ...], context: Context, election: Election, *, by_count: bool
 ) -> "Tensor":
