@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Agreement, Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each, unknown_part
 
 
 class Consensus(Method):
@@ -32,13 +32,9 @@ class Consensus(Method):
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse an agreement that no element can reach, and a part of a model that is not merged."""
-        ids = [member.id for member in members]
         if self.part is None and self.agree > len(members):
             return [Problem("method.agree", f"asks for {self.agree} agreeing models of {len(members)}", "lower it")]
-        if self.part is not None and self.part not in ids:
-            remedy = f"name one of them: {', '.join(ids[:8])}"
-            return [Problem("method.part", f"no model has the id {self.part!r}", remedy)]
-        return []
+        return unknown_part(self.part, members)
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round, which goes through its models twice."""

@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Election, Extremes, Term
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each, unknown_part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +40,7 @@ class Emr(Method):
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights, and a part of a model that is not merged."""
-        ids, problems = [member.id for member in members], super().problems(members)
-        if self.part is None or self.part in ids:
-            return problems
-        return [
-            *problems,
-            Problem("method.part", f"no model has the id {self.part!r}", f"name one of them: {', '.join(ids[:8])}"),
-        ]
+        return [*super().problems(members), *unknown_part(self.part, members)]
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge; of a part, after the sizes on which its scale depends."""

@@ -7,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each, whole_matrices
+from ties_ray.methods import Context, Deltas, Member, Method, Result, Round, bytes_each, unknown_part, whole_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +37,7 @@ class Twin(Method):
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse a part of a model that is not merged."""
-        ids = [member.id for member in members]
-        if self.part is None or self.part in ids:
-            return []
-        return [Problem("method.part", f"no model has the id {self.part!r}", f"name one of them: {', '.join(ids[:8])}")]
+        return unknown_part(self.part, members)
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the sum, or the part by whole matrices, which goes through the models twice."""
