@@ -1,20 +1,24 @@
 """Weights, densities and lambda that differ by parameter: each parameter is merged with its own numbers."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family
 from tests.tools.merging import LOCAL, carried_out, digests, merge, read_tensors, recipe_of, same_bits
+from ties_ray.cli.text import of_plan
 from ties_ray.errors import InputError, RecipeError
 from ties_ray.layers import depths
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import parse, validate
+from ties_ray.reports.records import plan_record
 from ties_ray.stores import Stores
 
 MakeFamily = Callable[..., Family]
@@ -170,6 +174,15 @@ def test_a_wrong_file_of_coefficients_is_refused_with_its_line(
     method, numbers_ = {"name": "ties", "trim": "tensor"}, {"file": str(tmp_path / "numbers.csv")}
     with pytest.raises((RecipeError, InputError), match=message):
         merge(family, tmp_path / "out", method, coefficients=numbers_)
+
+
+def test_a_plan_says_which_numbers_differ(family_of: MakeFamily, tmp_path: Path) -> None:
+    recipe = recipe_of(family_of(num_models=2), tmp_path / "out", "average", weights=[{"*norm*": 0.5}, 1.0])
+    record = plan_record(merging.plan(recipe))
+    assert [model.by_parameter for model in record.models] == [["weight"], []]
+    with io.StringIO() as screen:
+        Console(file=screen, width=200).print(*of_plan(record))
+        assert screen.getvalue().count("weight by parameter") == 1
 
 
 def test_a_recipe_with_tables_survives_its_json_form() -> None:

@@ -88,6 +88,7 @@ def _forecast(forecast: Forecast) -> Iterator[RenderableType]:
 def _input(model: PlannedInput) -> str:
     settings = [f"weight {model.weight:g}"] if model.weight != 1 else []
     settings += [f"density {model.density:g}"] if model.density is not None else []
+    settings += [f"{name} by parameter" for name in model.by_parameter]
     settings += [] if model.account.all_merged else [str(model.account)]
     return f"{model.uri}  ({', '.join([_content(model), *settings])})"
 

@@ -289,6 +289,8 @@ class PlannedInput(Report):
     """Bytes of its weight files."""
     account: Account = Account()
     """Counts of its stored elements by what will become of them."""
+    by_parameter: list[str] = []
+    """Which of `weight` and `density` differ by parameter; their numbers hold where no rule of the recipe does."""
 
 
 class PlannedFile(Report):
@@ -399,6 +401,7 @@ def _planned_input(model: Model) -> PlannedInput:
         dtypes=dtypes,
         size=sum(pin.size for pin in model.objects),
         account=model.account,
+        by_parameter=["weight"] * bool(model.weights) + ["density"] * bool(model.densities),
     )
 
 
