@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: demo test docs package slow engines differential pipelines chaos check audit format clean
+.PHONY: every demo test docs package slow engines differential pipelines chaos check audit format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -19,10 +19,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies
 	$(BIN)/python -m benchmarks.demo .demo
 
-SLOW := tests/promises/test_every_method.py tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py
+EVERY := tests/promises/test_every_method_on_ray.py
+SLOW := tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py
 
 test: $(VENV)/installed  ## all tests but the slow ones, file by file on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines tests/packaging $(SLOW))
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines tests/packaging $(EVERY) $(SLOW))
 
 $(UV):
 	$(PYTHON) -m venv $(ENGINES)/uv
@@ -45,6 +46,9 @@ package: $(VENV)/installed  ## wheels and sdists: what they hold, and that they 
 
 slow: $(VENV)/installed  ## the code of all pages and notebooks; all architectures; nodes that die; pools of adapters; 200 adapters from a bucket, on Ray; every benchmark, small; the GPU's kernels, interpreted
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(SLOW)
+
+every: $(VENV)/installed  ## each method on Ray, over checkpoints and adapters; on demand
+	$(BIN)/python -m pytest -q $(EVERY)
 
 MERGEKIT := .venv-mergekit
 

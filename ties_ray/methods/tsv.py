@@ -60,6 +60,8 @@ class Tsv(Method):
             elif delta is not None:
                 parts = svd(delta.view(shape).double().mul_(context.weights[model]), rank)
                 triplets.append(Svd(*(part.clone() for part in parts)))  # a view would keep the whole decomposition
+        if not triplets:  # no adapter changes this matrix
+            return Result(merged=torch.zeros(context.parameter.numel, device=context.kernels.device))
         left = polar(torch.cat([parts.left for parts in triplets], 1))
         left *= torch.cat([parts.values for parts in triplets])
         right = polar(torch.cat([parts.right for parts in triplets]))
