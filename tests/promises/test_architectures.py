@@ -14,7 +14,7 @@ from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.naming import matched
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
-REFUSED = ("Inkling2", "Kimi_K25", "MistralLarge4", "PI0", "Step3p7", "Tipsv2")
+REFUSED = ("Inkling", "Kimi_K25", "MistralLarge4", "PI0", "Step3p7", "Tipsv2")
 """How classes begin whose layouts are not read from each other: most conversions move rows, some names are unclear."""
 
 

@@ -214,7 +214,6 @@ def test_a_merge_is_made_on_a_service_without_checksums_and_conditions(
         )
         assert result.status == "done"
         assert [note for note in result.notes if "keeps no If-None-Match" in note]
-        assert b"keeps no If-None-Match" in opened({"endpoint_url": proxy.url}).get(f"{output}/README.md", 1 << 20)[1]
 
 
 # Lists.
