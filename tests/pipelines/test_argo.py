@@ -75,13 +75,14 @@ def test_the_role_allows_what_the_resources_do() -> None:
 
 
 @pytest.fixture
-def recipe(s3_bucket: Bucket, tmp_path: Path) -> Path:
-    """Return the file of a recipe whose inputs and output lie in a bucket."""
+def recipe(s3_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file of a recipe whose inputs and output lie in a bucket; the environment names the service."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_bucket.storage["s3"]["endpoint_url"])
     stores = Stores(s3_bucket.storage)
     pool = make_pool(stores.of(s3_bucket.uri), f"{s3_bucket.uri}/pool", num_adapters=2)
     output = {"path": f"{s3_bucket.uri}/out/{{run_id}}", "kind": "adapter", "rank": 8}
     models = [f"{s3_bucket.uri}/pool/adapter-*/"]
-    made = {"base": pool.base, "models": models, "method": "ties", "output": output, "storage": s3_bucket.storage}
+    made = {"base": pool.base, "models": models, "method": "ties", "output": output}
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(made))
     return file
