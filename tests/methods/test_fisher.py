@@ -65,7 +65,7 @@ def recipe_of(
 def test_a_merge_from_files_to_files_is_the_oracles(
     options: dict[str, object], dtype: torch.dtype, family_of: MakeFamily, tmp_path: Path
 ) -> None:
-    family = family_of(num_models=3, dtype="F32")
+    family = family_of(num_models=3, dtype="F32", smooth=True)
     information = informed(family, tmp_path, dtype=dtype)
     merging.merge(validate(recipe_of(family, tmp_path, {"name": "fisher", **options})))
     written = read_tensors(tmp_path / "out")
@@ -95,7 +95,7 @@ def test_any_sizes_give_the_same_bytes_and_a_sample_agrees(family_of: MakeFamily
 
 
 def test_a_delta_is_the_change_of_the_checkpoint(family_of: MakeFamily, tmp_path: Path) -> None:
-    family = family_of(num_models=3, dtype="F32")
+    family = family_of(num_models=3, dtype="F32", smooth=True)
     informed(family, tmp_path)
     recipe = recipe_of(family, tmp_path, "fisher")
     merging.merge(validate(recipe))

@@ -56,7 +56,7 @@ def recipe_of(family: Family, folder: Path, method: object) -> dict[str, object]
 def test_a_merge_from_files_to_files_is_the_oracles(
     rows: int, shrink: float, family_of: MakeFamily, tmp_path: Path
 ) -> None:
-    family = family_of(num_models=3, dtype="F32")
+    family = family_of(num_models=3, dtype="F32", smooth=True)
     grams = grams_of(family, tmp_path, rows=rows)
     merging.merge(validate(recipe_of(family, tmp_path, {"name": "regmean", "shrink": shrink})))
     written = read_tensors(tmp_path / "out")

@@ -64,7 +64,7 @@ def test_each_parameter_has_the_bits_of_a_merge_with_its_own_numbers(
 
 
 def test_gradients_and_tables_are_the_sums_that_they_say(family_of: MakeFamily, tmp_path: Path) -> None:
-    family = family_of(num_models=3, dtype="F32", layers=3)
+    family = family_of(num_models=3, dtype="F32", layers=3, smooth=True)
     method = {"name": "task_arithmetic", "lambda": {"*.layers.*": [0.2, 0.8], "*": 0.5}}
     merge(family, tmp_path / "out", method, weights=WEIGHTS)
     written, layered = read_tensors(tmp_path / "out"), depths(family.base_tensors)

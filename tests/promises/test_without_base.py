@@ -26,7 +26,7 @@ def recipe_of(models: Sequence[str], output: Path, method: object = "average", *
 
 
 def test_an_average_is_that_of_the_weights_themselves(family_of: MakeFamily, tmp_path: Path) -> None:
-    family = family_of(num_models=3, dtype="F32")
+    family = family_of(num_models=3, dtype="F32", smooth=True)
     result = merging.merge(validate(recipe_of(family.models, tmp_path / "out")))
     assert any("no base is named, and none is needed" in note for note in result.notes)
     written, first = read_tensors(tmp_path / "out"), family.model_tensors[0]
@@ -42,7 +42,7 @@ def test_an_average_is_that_of_the_weights_themselves(family_of: MakeFamily, tmp
 
 
 def test_it_is_the_average_around_any_base_up_to_rounding(family_of: MakeFamily, tmp_path: Path) -> None:
-    family = family_of(num_models=3, dtype="F32")
+    family = family_of(num_models=3, dtype="F32", smooth=True)
     merging.merge(validate(recipe_of(family.models, tmp_path / "out")))
     merge(family, tmp_path / "based", "average", weights=[1.0, 2.0, 0.5])
     written, based = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "based")
@@ -53,7 +53,7 @@ def test_it_is_the_average_around_any_base_up_to_rounding(family_of: MakeFamily,
 
 @pytest.mark.parametrize("method", ["karcher", "slerp"])
 def test_arcs_between_weights_need_none_either(method: str, family_of: MakeFamily, tmp_path: Path) -> None:
-    family = family_of(num_models=2, dtype="F32")
+    family = family_of(num_models=2, dtype="F32", smooth=True)
     how = {"name": method, "vectors": "weights"}
     merging.merge(validate(recipe_of(family.models, tmp_path / "out", how)))
     merge(family, tmp_path / "based", how, weights=[1.0, 2.0])
