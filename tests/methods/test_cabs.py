@@ -31,7 +31,7 @@ def test_a_checkpoint_is_what_the_oracle_gives(
     mixed: bool, weights: tuple[float, ...], family_of: Callable[..., Family], tmp_path: Path
 ) -> None:
     stored.check(
-        family_of(num_models=3, mixed=mixed),
+        family_of(num_models=3, mixed=mixed, dtype="F32", smooth=not mixed),
         tmp_path,
         {"name": "cabs", "n": 3, "m": 10},
         lambda base, models: cabs(base, models, n=3, m=10, weights=weights),

@@ -38,7 +38,7 @@ def test_a_checkpoint_is_what_the_oracle_gives(
     mixed: bool, at_threshold: str, family_of: Callable[..., Family], tmp_path: Path
 ) -> None:
     stored.check(
-        family_of(num_models=3, mixed=mixed),
+        family_of(num_models=3, mixed=mixed, dtype="F32", smooth=not mixed),
         tmp_path,
         {"name": "sce", "select_topk": 0.4, "at_threshold": at_threshold},
         lambda base, models: sce(base, models, select_topk=0.4, at_threshold=at_threshold),

@@ -117,7 +117,13 @@ def test_a_profile_gives_what_its_oracle_gives(rules: dict[str, Any], family_of:
     for density in (0.4, 1.0):
         method = {"name": "ties", "density": density, "lambda": 0.5, **rules}
         folder = tmp_path / str(density)
-        stored.check(family_of(num_models=3), folder, method, partial(oracle, density=density), weights=weights)
+        stored.check(
+            family_of(num_models=3, dtype="F32", smooth=True),
+            folder,
+            method,
+            partial(oracle, density=density),
+            weights=weights,
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
