@@ -457,9 +457,9 @@ def test_a_signal_while_the_heavy_imports_run_ends_the_command_as_well(slow: tup
     time.sleep(0.7)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert time.monotonic() - began < 3
-    assert process.returncode == 143
+    assert process.returncode == 143, errors
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
