@@ -79,3 +79,20 @@ def test_the_log_of_a_program_is_as_before_after_a_command() -> None:
     run(lambda console: merge(console, json_lines=True))
     assert (log.handlers, log.level, log.propagate) == before
     assert log.getEffectiveLevel() == logging.WARNING
+
+
+def test_a_signal_that_cuts_an_import_in_half_keeps_its_exit_code() -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    def broken() -> int:
+        raise InputError(Problem("a", "is missing"))
+
+    def half_imported(error: Exception) -> None:
+        raise ImportError("of a module that was half imported")
+
+    console = Console(json=False, quiet=True, debug=False)
+    console.on_failure = half_imported
+    assert console.run(interrupted) == 130
+    with pytest.raises(ImportError):
+        console.run(broken)

@@ -51,8 +51,16 @@ class Console:
                     complain(self.place(problem))
                 if len(error.problems) > _ERRORS_SHOWN:
                     complain(Problem("", f"and {len(error.problems) - _ERRORS_SHOWN:,} more problems"))
-                self.on_failure(error)
+                self._report_failure(error, cancelled=isinstance(caught, KeyboardInterrupt))
                 return error.exit_code
+
+    def _report_failure(self, error: MergeError, *, cancelled: bool) -> None:
+        """Call `on_failure`. A signal may have cut an import in half, and then there is nobody to tell."""
+        try:
+            self.on_failure(error)
+        except Exception:
+            if not cancelled:
+                raise
 
     def print_error(self, error: MergeError) -> None:
         """Print the error as a record, where JSON is asked for."""
