@@ -1,17 +1,18 @@
 """Weights, densities and lambda that differ by parameter: each parameter is merged with its own numbers."""
 
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tools.adapters import make_pool
-from tests.tools.families import Family
+from tests.tools.families import Family, Tensors
 from tests.tools.merging import LOCAL, carried_out, digests, merge, read_tensors, recipe_of, same_bits
 from ties_ray.cli.text import of_plan
 from ties_ray.errors import InputError, RecipeError
@@ -190,3 +191,179 @@ def test_a_recipe_with_tables_survives_its_json_form() -> None:
     recipe = parse(text + "method: {name: dare, lambda: [0.5, 1], density: {a*: 0.5}}")
     assert validate(recipe.model_dump(mode="json", by_alias=True)) == recipe
     assert recipe.coefficients.lambda_ == (0.5, 1.0)
+
+
+# -- files of safetensors
+
+NAN = float("nan")
+
+
+def write_numbers(
+    path: Path, models: Sequence[str], patterns: Sequence[str], tensors: Mapping[str, object], dtype: str = "float32"
+) -> dict[str, str]:
+    """Write a file of coefficients; return the recipe's section."""
+    metadata = {"models": json.dumps(models), "patterns": json.dumps(patterns)}
+    save_file({name: torch.tensor(each, dtype=getattr(torch, dtype)) for name, each in tensors.items()}, path, metadata)
+    return {"file": str(path)}
+
+
+def test_a_file_of_tensors_says_what_a_table_says(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=2, layers=2)
+    method = {"name": "ties", "trim": "tensor", "density": 0.5}
+    rows = ["model,pattern,weight,density,lambda", "1,*.mlp.*,0.25,,", ",*.mlp.*,2,0.75,", ",*,,,0.5", "0,*,4,,"]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    written = write_numbers(
+        tmp_path / "numbers.safetensors", ["", "1", "0"], ["*.mlp.*", "*"],
+        {
+            "weight": [[2.0, NAN], [0.25, NAN], [NAN, 4.0]],
+            "density": [[0.75, NAN], [NAN, NAN], [NAN, NAN]],
+            "lambda": [NAN, 0.5],
+        },
+        "float64",
+    )  # fmt: skip
+    merge(family, tmp_path / "tensors", method, coefficients=written)
+    merge(family, tmp_path / "table", method, coefficients={"file": str(tmp_path / "table.csv")})
+    assert digests(tmp_path / "tensors") == digests(tmp_path / "table")
+
+
+def pool_weighed_by_rank(tmp_path: Path, dtype: str) -> tuple[dict[str, object], list[Tensors], Tensors]:
+    """Return a recipe of two adapters, of rank 4 and 8, with weights by rank, and their exact changes."""
+    targets = [("q_proj", "v_proj", "down_proj", "embed_tokens"), ("q_proj", "down_proj")]
+    pool = make_pool(
+        Stores({}).of(str(tmp_path)), str(tmp_path / "pool"), num_adapters=2, ranks=(4, 8), targets=targets, dtype=dtype
+    )
+    ranks = torch.tensor(
+        [[[0.5, -1, 0, 2, NAN, NAN, NAN, NAN], [NAN] * 8], [[NAN] * 8, [3, 1, 0.25, 0, -2, 1, 1, 0.5]]]
+    )
+    numbers = write_numbers(tmp_path / "c.safetensors", ["0", "1"], ["*q_proj*", "*"], {"ranks": ranks.tolist()})
+    changes = []
+    for number, uri in enumerate(pool.adapters):
+        stored, scale = load_file(Path(uri) / "adapter_model.safetensors"), (16 / 4, 8 / 8)[number]
+        own: dict[str, torch.Tensor] = {}
+        for name in pool.deltas[number]:
+            key = "base_model.model." + name.removesuffix(".weight")
+            embedded = f"{key}.lora_embedding_A" in stored
+            a, b = (stored[f"{key}.lora_embedding_{x}" if embedded else f"{key}.lora_{x}.weight"] for x in "AB")
+            weights = [ranks[0, 0, :4], ranks[1, 1]][number].double()
+            if number == 0 and "q_proj" not in name:
+                weights = torch.ones(4).double()
+            product = scale * (b.double() * weights) @ a.double()
+            own[name] = product.T if embedded else product
+        changes.append(own)
+    recipe: dict[str, object] = {"base": pool.base, "models": list(pool.adapters), "run": LOCAL}
+    recipe["coefficients"] = numbers
+    return recipe, changes, pool.base_tensors
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_rank_components_of_adapters_have_weights_of_their_own(dtype: str, tmp_path: Path) -> None:
+    recipe, changes, base = pool_weighed_by_rank(tmp_path, dtype)
+    for method in ("task_arithmetic", "emr", "iso_c"):
+        merging.merge(validate({**recipe, "method": method, "output": {"path": str(tmp_path / method)}}))
+    output = {"path": str(tmp_path / "adapter"), "kind": "adapter", "rank": 16}
+    merging.merge(validate({**recipe, "method": "task_arithmetic", "output": output}))
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, value in base.items():
+        deltas = [own.get(name, torch.zeros(value.shape).double()) for own in changes]
+        total = torch.stack(deltas).sum(0)
+        wanted = {"task_arithmetic": total, "emr": largest_of_the_sign(deltas), "iso_c": flat(total)}
+        for method, change in wanted.items():
+            written = read_tensors(tmp_path / method)[name].double()
+            np.testing.assert_allclose(
+                written, value.double() + change, rtol=1e-5, atol=1e-6, err_msg=f"{method} {name}"
+            )
+        key = "base_model.model." + name.removesuffix(".weight")
+        if f"{key}.lora_A.weight" in factors:
+            product = factors[f"{key}.lora_B.weight"].double() @ factors[f"{key}.lora_A.weight"].double()
+            np.testing.assert_allclose(product, total, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert max(float(each.abs().max()) for own in changes for each in own.values()) > 0.02
+
+
+def largest_of_the_sign(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the largest change of the elected sign, element by element."""
+    stacked = torch.stack(list(deltas))
+    sign = torch.where(stacked.sum(0) > 0, 1.0, -1.0).double()
+    return sign * (stacked * sign).clamp(min=0).amax(0)
+
+
+def flat(total: torch.Tensor) -> torch.Tensor:
+    """Return a matrix with its singular values above noise replaced by their mean, and a vector as half of it."""
+    if total.ndim < 2 or not total.any():
+        return total / 2
+    left, values, right = torch.linalg.svd(total, full_matrices=False)
+    rank = int((values > values[0] * 1e-5).sum())
+    polar: torch.Tensor = left[:, :rank] @ right[:rank]
+    return float(values[:rank].mean()) * polar
+
+
+def test_a_merge_with_weights_by_rank_is_another_merge_and_says_so(tmp_path: Path) -> None:
+    recipe, _, _ = pool_weighed_by_rank(tmp_path, "F32")
+    given = {**recipe, "method": "average", "output": {"path": str(tmp_path / "out")}}
+    with_ranks, without = merging.plan(validate(given)), merging.plan(validate({**given, "coefficients": {}}))
+    assert with_ranks.run_id != without.run_id
+    assert [model.by_parameter for model in plan_record(with_ranks).models] == [["rank components"]] * 2
+    assert with_ranks.memory >= without.memory
+
+
+@pytest.mark.parametrize(
+    ("variants", "ranks", "message"),
+    [
+        (("plain",), [[[1.0, 2.0]]], "gives 2 weights by rank, and the rank is 4: .*q_proj"),
+        (("dora",), [[[1.0, 2.0, 3.0, 4.0]]], "gives 4 weights by rank, and the change is stored as no plain factors"),
+        (("plain",), [[[1.0, NAN, 3.0, 4.0]]], "NaN before a number"),
+    ],
+)
+def test_weights_by_rank_that_fit_no_factors_are_refused(
+    variants: Sequence[str], ranks: object, message: str, tmp_path: Path
+) -> None:
+    store = Stores({}).of(str(tmp_path))
+    pool = make_pool(store, str(tmp_path / "pool"), num_adapters=1, ranks=(4,), variants=variants)
+    numbers = write_numbers(tmp_path / "c.safetensors", ["0"], ["*q_proj*"], {"ranks": ranks})
+    recipe = {"base": pool.base, "models": list(pool.adapters), "method": "average", "coefficients": numbers}
+    with pytest.raises((RecipeError, InputError), match=message):
+        merging.plan(validate({**recipe, "output": str(tmp_path / "out")}))
+
+
+def test_whole_models_have_no_ranks(family_of: MakeFamily, tmp_path: Path) -> None:
+    numbers = write_numbers(tmp_path / "c.safetensors", [""], ["*norm*"], {"ranks": [[[1.0, 2.0]]]})
+    with pytest.raises(
+        RecipeError, match=r"model 0: coefficients\.file gives 2 weights by rank, and the change is stored"
+    ):
+        merge(family_of(num_models=2), tmp_path / "out", "average", coefficients=numbers)
+
+
+@pytest.mark.parametrize(
+    ("models", "patterns", "tensors", "message"),
+    [
+        (["0"], ["*"], {"weight": [[float("inf")]]}, "model '0', pattern '.': has an infinite number"),
+        (["7"], ["*"], {"weight": [[1.0]]}, "names a model that the recipe does not: '7'"),
+        (["0"], ["*"], {"weight": [[1.0, 2.0]]}, "weight has the shape .1, 2., and is .models, patterns."),
+        (["0"], ["*"], {"value": [[1.0]]}, "holds 'value' in F32, and may hold weight, density, lambda, ranks"),
+        (["0"], [""], {"weight": [[1.0]]}, "empty pattern"),
+        (["0"], ["*"], {"density": [[2.0]]}, "the density 2 is no share"),
+        ("0", ["*"], {"weight": [[1.0]]}, "no list `models`"),
+        (["0"], ["*nrom*"], {"weight": [[1.0]]}, "no merged parameter is called '.nrom.'"),
+        (["0"] * 300, ["*"] * 300, {"weight": [[1.0] * 300] * 300}, "300 models times 300 patterns, above 40,000"),
+    ],
+)
+def test_a_wrong_file_of_tensors_is_refused(
+    models: Sequence[str],
+    patterns: Sequence[str],
+    tensors: Mapping[str, object],
+    message: str,
+    family_of: MakeFamily,
+    tmp_path: Path,
+) -> None:
+    numbers = write_numbers(tmp_path / "c.safetensors", models, patterns, tensors)
+    with pytest.raises((RecipeError, InputError), match=message):
+        merge(family_of(num_models=2), tmp_path / "out", {"name": "ties", "trim": "tensor"}, coefficients=numbers)
+
+
+def test_a_file_that_is_no_safetensors_is_refused(family_of: MakeFamily, tmp_path: Path) -> None:
+    (tmp_path / "c.safetensors").write_bytes(b"not that")
+    for path, message in (
+        (tmp_path / "c.safetensors", "safetensors"),
+        (tmp_path / "d.safetensors", "there is no file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge(family_of(num_models=2), tmp_path / "out", "average", coefficients={"file": str(path)})

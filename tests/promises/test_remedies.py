@@ -452,6 +452,30 @@ def lines_written(*rows: str) -> Callable[[Recipe, Problem], None]:
     return by_hand
 
 
+def numbers_written(
+    models: Sequence[str], patterns: Sequence[str], name: str, values: object
+) -> Callable[[Recipe, Problem], None]:
+    """Return how to write a file of coefficients in safetensors, by the recipe's own path."""
+
+    def by_hand(recipe: Recipe, problem: Problem) -> None:
+        metadata = {"models": json.dumps(models), "patterns": json.dumps(patterns)}
+        save_file({name: torch.tensor(values)}, recipe["coefficients"]["file"], metadata)
+
+    return by_hand
+
+
+def numbers(models: Sequence[str], patterns: Sequence[str], name: str, values: object) -> Callable[[Path], Recipe]:
+    """Return how to give numbers of two adapters of rank 8 in a file of safetensors."""
+
+    def provoke(folder: Path) -> Recipe:
+        made = make_pool(STORE, str(folder), num_adapters=2, ranks=(8,))
+        recipe = recipe_for(made.base, made.adapters, folder, coefficients={"file": f"{folder}/c.safetensors"})
+        numbers_written(models, patterns, name, values)(recipe, Problem("", ""))
+        return recipe
+
+    return provoke
+
+
 def with_companions(name: str) -> Callable[[Path], Recipe]:
     """Return how to give a method what it needs beside the models, and one model a negative weight."""
 
@@ -650,6 +674,15 @@ CASES = (
          by_hand=lines_written("pattern,weight", "*,2")),
     Case("a row of coefficients names a model by its id", coefficients("model,pattern,weight", "model-1,*,2"),
          "write its id, by default its position from 0", by_hand=lines_written("model,pattern,weight", "1,*,2")),
+    Case("a file of tensors holds what it may hold", numbers(["0"], ["*"], "value", [[1.0]]),
+         "write the file as the guide on numbers by layer says",
+         by_hand=numbers_written(["0"], ["*"], "weight", [[1.0]])),
+    Case("many patterns become few", numbers(["0"] * 201, ["*"] * 200, "weight", [[1.0] * 200] * 201),
+         "use patterns that match several parameters",
+         by_hand=numbers_written(["0"], ["*"], "weight", [[1.0]])),
+    Case("weights by rank are as many as the rank", numbers(["0"], ["*q_proj*"], "ranks", [[[1.0, 2.0]]]),
+         "give one for each rank, or narrow the pattern",
+         by_hand=numbers_written(["0"], ["*q_proj*"], "ranks", [[[1.0, 2.0] * 4]])),
     # Memory.
     Case("a worker's memory is raised as the message says", plain(
         run={"executor": "local", "memory": "128MiB"}, output={"path": "{folder}/out", "part_size": "64MiB"}),

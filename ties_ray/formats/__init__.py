@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 __path__ = plugins.search_path("formats", list(__path__))
 
+BY_RANK = "by_rank"
+"""Number of a source of plain factors: the weight of a rank component. There is one for each rank, in order, or none.
+
+`Format.encoded` then gives left @ diag(weights) @ right, with left * fp32(weights) rounded to fp32.
+"""
+
 
 class Rules(NamedTuple):
     """The liberties that the recipe gives a model; each use of them becomes a note."""

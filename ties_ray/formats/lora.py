@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ties_ray.formats import Account, Contents, Folder, Format, Rules, account
+from ties_ray.formats import BY_RANK, Account, Contents, Folder, Format, Rules, account
 from ties_ray.formats._lora_config import config_of, settings_of
 from ties_ray.formats._lora_modules import TRAINING_ONLY, Adapter, shape_of, stored_modules
 from ties_ray.formats._lora_refusals import CONFIG as CONFIG
@@ -117,8 +117,9 @@ class Lora(Format):
         if "transposed" in numbers:
             left = torch.empty(last - first, rank).copy_(stored[0].reshape(rank, -1)[:, first:last].T)
             right = torch.empty(rank, columns).copy_(stored[1].reshape(columns, rank).T)
-            return Factors(left, right, scale, start - first * columns)
+            return Factors(_weighed(left, source), right, scale, start - first * columns)
         left, right = stored[1].float().reshape(-1, rank), stored[0].float().reshape(rank, -1)
+        left = _weighed(left, source)
         magnitude = stored[2].float() if len(stored) > 2 else None
         return Factors(left, right, scale, start - first * columns, magnitude)
 
@@ -138,10 +139,19 @@ class Lora(Format):
         return source.tensors[0].shape[0] if plain else 0
 
     def decoded_bytes(self, source: Source) -> int:
-        """Return the bytes of the factors as read, once more aligned, and decoded."""
+        """Return the bytes of the factors as read, once more aligned, decoded, and weighed by rank."""
         if source.encoding == "dense":
             return 0
-        return sum(2 * nbytes(ref.dtype, ref.shape) + 4 * math.prod(ref.shape) for ref in source.tensors)
+        weighed = 4 * math.prod(source.tensors[1].shape) if BY_RANK in dict(source.numbers) else 0
+        return weighed + sum(2 * nbytes(ref.dtype, ref.shape) + 4 * math.prod(ref.shape) for ref in source.tensors)
+
+
+def _weighed(left: "Tensor", source: Source) -> "Tensor":
+    """Return the left factor (rows, r) with each column times the weight of its rank, if there are weights."""
+    import torch
+
+    weights = [value for name, value in source.numbers if name == BY_RANK]
+    return left * torch.tensor(weights, dtype=torch.float32, device=left.device) if weights else left
 
 
 def _account(stored: Mapping[str, TensorInfo], adapter: Adapter) -> Account:

@@ -65,7 +65,8 @@ class Model:
     """Weights by parameter; `weight` holds where no line matches."""
     densities: Lines = ()
     """Densities by parameter; `density` holds where no line matches."""
-
+    ranks: Lines = ()
+    """Weights of the rank components of its factors, by parameter; its sources hold them too."""
     companions: "dict[str, Model]" = field(default_factory=dict)
     """Further tensors of this model by name; their sources go by base parameter too."""
 
@@ -254,7 +255,7 @@ def _with_coefficients(recipe: Recipe, catalog: Catalog, stores: Stores) -> Cata
     lambdas = coefficients.lambdas(recipe, lines)
     if problems := list(coefficients.problems(models, lambdas, catalog.parameters)):
         raise RecipeError(problems)
-    models = coefficients.without_idle_sources(models, catalog.parameters)
+    models = coefficients.without_idle_sources(coefficients.weighed_by_rank(models), catalog.parameters)
     if not lambdas and all(model is before for model, before in zip(models, catalog.models, strict=True)):
         return catalog
     changed = {name for model in models for name in model.sources}

@@ -251,4 +251,5 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
 
 
 def _rules(model: Model) -> list[Rules]:
-    return [model.weights, model.densities] if model.weights or model.densities else []
+    rules = [model.weights, model.densities] if model.weights or model.densities or model.ranks else []
+    return [*rules, model.ranks] if model.ranks else rules

@@ -149,10 +149,10 @@ class Coefficients(Strict):
     A model's own density comes first.
     """
     file: Uri | None = None
-    """CSV file with the columns model, pattern, and any of weight, density, lambda.
+    """CSV file with the columns model, pattern, and any of weight, density, lambda; or such a safetensors file.
 
     The first row that matches counts, and comes before all numbers of the recipe. A row without a model, by id, is for
-    all models; lambda is for all. An empty cell says nothing.
+    all models; lambda is for all. An empty cell says nothing. A safetensors file may weigh adapters by rank too.
     """
 
 

@@ -290,7 +290,10 @@ class PlannedInput(Report):
     account: Account = Account()
     """Counts of its stored elements by what will become of them."""
     by_parameter: list[str] = []
-    """Which of `weight` and `density` differ by parameter; their numbers hold where no rule of the recipe does."""
+    """Which of `weight` and `density` differ by parameter; their numbers hold where no rule of the recipe does.
+
+    `rank components` have weights of their own.
+    """
 
 
 class PlannedFile(Report):
@@ -401,7 +404,15 @@ def _planned_input(model: Model) -> PlannedInput:
         dtypes=dtypes,
         size=sum(pin.size for pin in model.objects),
         account=model.account,
-        by_parameter=["weight"] * bool(model.weights) + ["density"] * bool(model.densities),
+        by_parameter=[
+            name
+            for name, rules in (
+                ("weight", model.weights),
+                ("density", model.densities),
+                ("rank components", model.ranks),
+            )
+            if rules
+        ],
     )
 
 
