@@ -29,7 +29,7 @@ $(UV):
 	$(PYTHON) -m venv $(ENGINES)/uv
 	$(ENGINES)/uv/bin/python -m pip install --quiet uv==0.13.9
 
-$(ENGINES)/%/installed: pipelines/constraints-%.txt | $(UV)
+$(ENGINES)/%/installed: pipelines/%/constraints.txt | $(UV)
 	$(UV) venv --quiet --clear --python $(PYTHON) $(@D)
 	$(UV) pip install --quiet --python $(@D) --requirement $<
 	touch $@
@@ -61,10 +61,11 @@ differential: $(VENV)/installed $(MERGEKIT)/installed  ## mergekit, in an enviro
 	$(MERGEKIT)/bin/python -m tests.tools.oracles.differential
 	TIES_RAY_MERGEKIT=$(MERGEKIT)/bin/python $(BIN)/python -m pytest -q tests/promises/test_mergekit.py
 
-pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own, with ties-ray-pipelines installed in it
+pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own, with its package installed in it
 	for engine in airflow dagster kfp; do \
-		$(UV) pip install --quiet --no-deps --reinstall-package ties-ray-pipelines \
-			--python $(ENGINES)/$$engine ./pipelines || exit 1; done
+		$(UV) pip install --quiet --constraint pipelines/$$engine/constraints.txt --python $(ENGINES)/$$engine \
+			--reinstall-package ties-ray-pipelines --reinstall-package ties-ray-$$engine \
+			./pipelines/core ./pipelines/$$engine || exit 1; done
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/pipelines
 
 chaos: $(VENV)/installed  ## 300 merges under faults and kills (an hour), and the proof that it would notice

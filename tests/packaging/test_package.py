@@ -2,10 +2,12 @@
 
 They are built from copies of the tracked files, without the network. The environment of `ties-ray` is fresh. It borrows
 the dependencies of this one, but not its editable ties_ray, by a line in a .pth file. That of `ties-ray-pipelines` has
-the standard library alone. Whether pip can resolve the dependencies is shown by `make .venv/installed`.
+the standard library alone. Whether pip can resolve the dependencies is shown by `make .venv/installed`, and of the
+packages for workflow engines by `make pipelines`.
 """
 
 import ast
+import email
 import importlib.metadata
 import os
 import re
@@ -20,6 +22,7 @@ from typing import NamedTuple
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.tools.families import make_family
 from ties_ray.stores import Stores
@@ -32,6 +35,10 @@ PROVIDED_BY = {
 """The distributions of modules with other names. numba, pydantic and Ray's client each need the module they bring."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 """What a user of the package has: no PYTHONPATH."""
+
+
+MADE = ("PKG-INFO", "setup.cfg")
+"""Files of an sdist that setuptools makes."""
 
 
 class Built(NamedTuple):
@@ -78,6 +85,11 @@ def environment(folder: Path, wheel: Path, *borrowed: str) -> Path:
     return folder / "bin"
 
 
+def folders(files: set[str]) -> set[str]:
+    """Return the folders that hold files."""
+    return {str(folder) for name in files for folder in Path(name).parents} | {""}
+
+
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return build(ROOT, tmp_path_factory.mktemp("ties-ray"))
@@ -88,9 +100,15 @@ def installed(ours: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment(tmp_path_factory.mktemp("environment"), ours.wheel, sysconfig.get_path("purelib"))
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return build(ROOT / "pipelines", tmp_path_factory.mktemp("pipelines"))
+def of_engine(name: str, folder: Path) -> Built:
+    """Build one of the packages in `pipelines`, and look that it holds all that is its own."""
+    built = build(ROOT / "pipelines" / name, folder)
+    package = {file for file in tracked(ROOT / "pipelines" / name) if file.startswith("ties_ray_")}
+    beside = built.of_wheel() - package
+    assert package <= built.of_wheel() & built.of_sdist()
+    assert all(".dist-info/" in file for file in beside), beside
+    assert any(file.endswith("licenses/LICENSE") for file in beside)
+    return built
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(ours: Built) -> None:
@@ -102,10 +120,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(ours: Built) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in beside)
 
 
-def test_the_sdist_holds_what_builds_the_wheel(ours: Built) -> None:
-    files = ours.of_sdist()
-    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "ties_ray/py.typed"} <= files
-    assert not [name for name in files if name.startswith(("tests/", "pipelines/", "docs/"))]
+def test_the_sdist_holds_what_the_repository_holds(ours: Built) -> None:
+    files, repository = ours.of_sdist(), {name for name in tracked(ROOT) if name != ".gitignore"}
+    assert {"Makefile", "constraints.txt", "docs/guide/first-merge.md", "tests/conftest.py"} <= repository
+    assert not repository - files
+    assert all(name.startswith("ties_ray.egg-info/") for name in files - repository - folders(files) - {*MADE})
 
 
 def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
@@ -141,13 +160,25 @@ def test_the_installed_package_merges(installed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-def test_the_steps_of_workflow_engines_need_the_standard_library_alone(pipelines: Built, tmp_path: Path) -> None:
-    package = {name for name in tracked(ROOT / "pipelines") if name.startswith("ties_ray_pipelines/")}
-    beside = pipelines.of_wheel() - package
-    assert not package - pipelines.of_wheel()
-    assert all(".dist-info/" in name for name in beside), beside
-    assert any(name.endswith("licenses/LICENSE") for name in beside)
-    commands = environment(tmp_path / "environment", pipelines.wheel)
+def test_the_steps_of_workflow_engines_need_the_standard_library_alone(tmp_path: Path) -> None:
+    commands = environment(tmp_path / "environment", of_engine("core", tmp_path / "core").wheel)
     for module in ("step", "jobs"):
         subprocess.run([commands / "python", "-I", "-c", f"import ties_ray_pipelines.{module}"], check=True)
     assert "--address" in subprocess.check_output([commands / "ties-ray-job", "--help"], env=ENVIRONMENT, text=True)
+
+
+@pytest.mark.parametrize("engine", ["airflow", "dagster", "kfp"])
+def test_the_package_for_an_engine_takes_ranges_that_hold_what_is_tested(engine: str, tmp_path: Path) -> None:
+    wheel = of_engine(engine, tmp_path).wheel
+    with ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+        points = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt")]
+    needs = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    tested = dict(line.split("==") for line in (ROOT / f"pipelines/{engine}/constraints.txt").read_text().split("\n")
+                  if "==" in line)  # fmt: skip
+    core = tomllib.loads((ROOT / "pipelines/core/pyproject.toml").read_text())["project"]
+    tested[core["name"]] = core["version"]
+    assert all(need.specifier.contains(tested[need.name]) for need in needs)
+    assert {need.name for need in needs if not re.search(r"<\d+$", str(need.specifier))} <= {"setuptools"}
+    assert ("apache_airflow_provider" in "".join(points)) == (engine == "airflow")

@@ -138,7 +138,7 @@ class Conformance:
         code = "import sys, importlib, importlib.util; [importlib.import_module(name) for name in sys.argv[1:]]; "
         code += "heavy = ('ties_ray', 'torch', 'ray'); print([name for name in heavy if name in sys.modules]); "
         code += "sys.path.remove(''); print([name for name in heavy if importlib.util.find_spec(name)])"
-        modules = (f"ties_ray_pipelines.on_{self.engine}", f"ties_ray_pipelines.nightly_{self.engine}")
+        modules = (f"ties_ray_{self.engine}", f"ties_ray_{self.engine}.nightly")
         printed = subprocess.check_output([python(self.engine), "-c", code, *modules], cwd=ROOT, text=True)
         assert printed.splitlines()[-2:] == ["[]", "[]"], "imported; installed"
 

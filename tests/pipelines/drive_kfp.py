@@ -9,7 +9,7 @@ from typing import Any
 
 from kfp import local
 
-from ties_ray_pipelines.on_kfp import merge
+from ties_ray_kfp import merge
 
 
 def read(record: str | None) -> Any:
@@ -27,7 +27,7 @@ def main(told: str) -> None:
     for case in json.loads(Path(os.environ["CASES"]).read_text()):
         subprocess.run(case.get("before", ["true"]), check=True)
         if case.get("nightly"):
-            from ties_ray_pipelines.nightly_kfp import nightly
+            from ties_ray_kfp.nightly import nightly
 
             before = set(root.glob("*"))
             nightly()

@@ -1,4 +1,4 @@
-"""Three engines run one merge on a cluster of two nodes, each is killed once, and all end with the same bytes."""
+"""Three engines run one merge on a cluster that wants a token. Each is killed once, and all end with the same bytes."""
 
 import contextlib
 import json
@@ -24,6 +24,7 @@ from ties_ray_pipelines.jobs import Jobs, JobsError
 ENGINES = ("airflow", "dagster", "kfp")
 PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
 """Of each node; Ray's defaults are one for a machine, so that a second node or cluster there can take no jobs."""
+TOKEN = "a token of tests"
 PARAMETER = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -33,6 +34,8 @@ def environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("AWS_", "RAY_ADDRESS"))]:
             patch.delenv(name)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         for name, value in {
             "ACCESS_KEY_ID": "ties-ray",
             "SECRET_ACCESS_KEY": "a password",
@@ -41,7 +44,6 @@ def environment() -> Iterator[None]:
             patch.setenv(f"AWS_{name}", value)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         yield
 
@@ -108,9 +110,11 @@ def test_engines_that_are_killed_once_end_with_the_same_bytes(
                 "storage": storage,
                 "run": {"workers": 1},
             }
-            case = {"id": "killed", "recipe": recipe, "address": cluster, "retries": 2, "deferrable": True}
+            case = {"id": "killed", "recipe": recipe, "address": cluster, "token": TOKEN, "retries": 2}
             case["env"] = {"TIES_RAY_PLUGINS": str(PLUGINS), "OMP_NUM_THREADS": "1"}
-            running[engine] = stack.enter_context(engine_running(engine, tmp_path / engine, [case], {}))
+            variables = {"AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE": "True"}
+            variables |= {"RAY_AUTH_TOKEN": TOKEN if engine == "kfp" else ""}  # the others name it themselves
+            running[engine] = stack.enter_context(engine_running(engine, tmp_path / engine, [case], variables))
         for engine, process in running.items():
             wait_for((tmp_path / engine / "trouble" / "0").exists, (tmp_path / engine / "log").read_text, process)
             _driver_of(f"/merged/{engine}").send_signal(signal.SIGKILL)
@@ -121,6 +125,9 @@ def test_engines_that_are_killed_once_end_with_the_same_bytes(
         told = json.loads((tmp_path / engine / "told.json").read_text())["killed"]
         assert told["state"] == "success", (tmp_path / engine / "log").read_text()[-5000:]
         assert told["record"]["resumed"]
+        if engine == "airflow":
+            assert told["link"].startswith(f"{cluster}/#/jobs/case_killed-")
+            assert "task as DEFERRED" in (tmp_path / engine / "log").read_text(), "the configuration defers by default"
         key = f"merged/{engine}/adapter_model.safetensors"
         merged[engine] = s3.get_object(Bucket=name, Key=key)["Body"].read()
     assert len(merged["airflow"]) > 10_000

@@ -1,8 +1,9 @@
-import json
+import os
 import subprocess
 from pathlib import Path
 
 import psutil
+import yaml
 
 from tests.pipelines.conformance import ROOT, Conformance, python
 
@@ -18,16 +19,23 @@ class TestKubeflow(Conformance):
             each.terminate()
 
     def test_the_nightly_pipeline_compiles_and_carries_its_code_along(self, tmp_path: Path) -> None:
-        file = tmp_path / "nightly.json"
-        code = "import sys; from kfp import compiler; from ties_ray_pipelines.nightly_kfp import nightly; "
+        file = tmp_path / "nightly.yaml"
+        code = "import sys; from kfp import compiler; from ties_ray_kfp.nightly import nightly; "
         code += "compiler.Compiler().compile(nightly, sys.argv[1])"
-        subprocess.run([python("kfp"), "-W", "ignore", "-c", code, str(file)], cwd=ROOT, check=True)
-        spec = json.loads(file.read_text())
+        secret = {"TIES_RAY_TOKEN_SECRET": "ray-token"}
+        command = [python("kfp"), "-W", "ignore", "-c", code, str(file)]
+        subprocess.run(command, cwd=ROOT, env=os.environ | secret, check=True)
+        spec, platform = yaml.safe_load_all(file.read_text())
         assert list(spec["components"]["comp-merge"]["outputDefinitions"]["artifacts"]) == ["model"]
         assert spec["root"]["dag"]["tasks"]["promote"]["dependentTasks"] == ["merge"]
         assert not spec["root"]["dag"]["tasks"]["merge"].get("cachingOptions", {}).get("enableCache")
         container = spec["deploymentSpec"]["executors"]["exec-merge"]["container"]
         assert "from ties_ray_pipelines.step import" in " ".join(container["command"])
+        tasks = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        for name in ("exec-merge", "exec-promote"):
+            (token,) = tasks[name]["secretAsEnv"]
+            assert token["secretName"] == "ray-token"
+            assert token["keyToEnv"] == [{"envVar": "RAY_AUTH_TOKEN", "secretKey": "token"}]
 
 
 def _is_component(process: psutil.Process) -> bool:

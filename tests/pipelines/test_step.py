@@ -107,7 +107,7 @@ def test_a_cancelled_step_ends_within_three_seconds_even_if_it_does_not_listen(p
 def test_sigterm_to_the_caller_ends_the_step(program: Callable[[str], Site], tmp_path: Path) -> None:
     site = program(f"trap 'touch {tmp_path}/ended; exit 143' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done")
     code = "import sys; from ties_ray_pipelines.step import *; run(Site(program=sys.argv[1]), Merge('r'), 'n')"
-    with subprocess.Popen([sys.executable, "-S", "-c", code, site.program], cwd=ROOT / "pipelines") as caller:
+    with subprocess.Popen([sys.executable, "-S", "-c", code, site.program], cwd=ROOT / "pipelines" / "core") as caller:
         assert_comes(tmp_path / "up")
         caller.terminate()
         assert caller.wait(10) == 143

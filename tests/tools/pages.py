@@ -8,7 +8,7 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "pipelines" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipelines").glob("*/README.md")])
 NOT_RUN = re.compile(r"<!-- not run: (?P<why>.+?) -->")
 """Stands before a block that no test runs, and says why."""
 _MARKDOWN = MarkdownIt("commonmark").enable("table")

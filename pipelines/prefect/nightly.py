@@ -1,7 +1,7 @@
 """Prefect 3: every night, merge what is new in a bucket, and promote it if the evaluation approves.
 
-    python -m ties_ray_pipelines.nightly_prefect          # serves the flow, with its schedule
-    python -m ties_ray_pipelines.nightly_prefect --once   # runs it now
+    python nightly.py          # serves the flow, with its schedule
+    python nightly.py --once   # runs it now
 
 Variables of the environment say what to merge: TIES_RAY_RECIPE, TIES_RAY_POINTER, TIES_RAY_EVALUATE. TIES_RAY_ADDRESS
 is the dashboard of a cluster. Without it, TIES_RAY_PROGRAM is a command line of this machine.

@@ -5,8 +5,9 @@ Workflow engines import it. By hand it runs a merge on a cluster that exists alr
     ties-ray-job --address http://head:8265 --id nightly -- ties-ray merge s3://recipes/nightly.yaml --json
 
 `python jobs.py` does the same where only this file lies. It prints the job's log as it grows and exits with the code of
-the command, which `ray job submit` turns into 0 or 1. SIGINT and SIGTERM stop the job. RAY_API_SERVER_ADDRESS and
-RAY_AUTH_TOKEN stand in for `--address` and the token.
+the command, which `ray job submit` turns into 0 or 1. SIGINT and SIGTERM stop the job. RAY_API_SERVER_ADDRESS stands in
+for `--address`. The token is RAY_AUTH_TOKEN, or stands in the file that RAY_AUTH_TOKEN_PATH names, or in
+`~/.ray/auth_token`, where Ray keeps it.
 """
 
 import argparse
@@ -96,6 +97,8 @@ class Outcome:
     message: str
     record: Json | None
     """The result record, where the command printed it (`--json`)."""
+    ran: bool = True
+    """Whether the exit code is the command's; False: it could not be started or followed."""
 
     @property
     def retryable(self) -> bool:
@@ -115,8 +118,16 @@ class Jobs:
         self.address = (place if "://" in place else f"http://{place}").rstrip("/")
         if urllib.parse.urlsplit(self.address).scheme not in ("http", "https"):
             raise JobsError(f"{self.address} is no http address: the dashboard's is meant, usually :8265", BAD_RECIPE)
-        self._token = token or os.environ.get("RAY_AUTH_TOKEN") or _token_file()
+        self.token = token or os.environ.get("RAY_AUTH_TOKEN") or _token_file()
         self._timeout = timeout
+
+    def version(self) -> str:
+        """Return the version of Ray that the cluster has."""
+        return str(self._call("GET", "/api/version")["ray_version"])
+
+    def url_of(self, submission_id: str) -> str:
+        """Return the page of a job in the dashboard."""
+        return f"{self.address}/#/jobs/{submission_id}"
 
     def submit(
         self,
@@ -202,8 +213,8 @@ class Jobs:
 
     def _call(self, method: str, path: str, body: Json | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, headers, method=method)
         try:
@@ -222,18 +233,26 @@ class Jobs:
             raise JobsError(f"{self.address} does not answer as Ray does: {error}", UNAVAILABLE) from None
 
 
+def recipe_text(recipe: str | Mapping[str, Any]) -> str | None:
+    """Return the text of a recipe that is given itself: a mapping, or its YAML or JSON. None: it is a path or URI."""
+    if isinstance(recipe, str):
+        return recipe if "\n" in recipe or recipe.lstrip().startswith("{") else None
+    return json.dumps(recipe, separators=(",", ":"))
+
+
 def merge_command(recipe: str | Mapping[str, Any], *, overrides: Sequence[str] = (), result: str | None = None) -> str:
     """Return the command that merges a recipe on the cluster it runs on and prints the result record last.
 
-    recipe: a path or URI that the cluster can read, or the recipe itself, which then travels in the command.
+    recipe: a path or URI that the cluster can read, or the recipe itself, which then travels in the command: a mapping,
+    or its YAML or JSON.
     """
+    text = recipe_text(recipe)
     words = ["ties-ray", "merge", "--json"]
     words += [word for override in (*overrides, "run.address=auto") for word in ("--set", override)]
     words += ["--result", result] if result else []
-    command = shlex.join([*words, "--", "-" if isinstance(recipe, Mapping) else recipe])
-    if isinstance(recipe, str):
+    command = shlex.join([*words, "--", "-" if text is not None else str(recipe)])
+    if text is None:
         return command
-    text = json.dumps(recipe, separators=(",", ":"))
     if len(text) > INLINE_BYTES:
         raise JobsError(f"a recipe of {len(text):,} characters: put it where the cluster reads it", BAD_RECIPE)
     return f"printf %s {shlex.quote(text)} | {command}"
@@ -309,8 +328,9 @@ def _code_of(status: int) -> int:
 
 
 def _token_file() -> str | None:
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(path).read_text().strip() if path else None
+    named, own = os.environ.get("RAY_AUTH_TOKEN_PATH"), Path("~/.ray/auth_token").expanduser()
+    path = Path(named) if named else own if own.is_file() else None
+    return path.read_text().strip() if path else None
 
 
 def _environment(pairs: Sequence[str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Kubeflow Pipelines v2: components that merge and promote, on a Ray cluster by its jobs API or by a command line.
 
-    kfp dsl compile --py nightly_kfp.py --output nightly.yaml
+    kfp dsl compile --py nightly.py --output nightly.yaml
 
-The components carry step.py and jobs.py with them. So any image with Python and a shell will do for merges on a
+The components carry `ties_ray_pipelines` with them. So any image with Python and a shell will do for merges on a
 cluster. Merges in the component's own pod need the image with ties_ray in it.
 
 Kubeflow can't tell errors that are worth another try from others, so the component itself tries again. Leave
@@ -15,19 +15,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl
+from kfp import dsl, kubernetes
+
+import ties_ray_pipelines
 
 IMAGE = "python:3.11"
 
 
 def _component(function: Callable[..., Any]) -> Any:
-    """Return a component that has step.py and jobs.py in it, as the package they are."""
+    """Return a component that has `ties_ray_pipelines` in it."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "ties_ray_pipelines"
         package.mkdir()
         for name in ("__init__.py", "jobs.py", "step.py"):
-            shutil.copy(Path(__file__).with_name(name), package)
+            shutil.copy(Path(ties_ray_pipelines.__file__).with_name(name), package)
         return dsl.component(function, base_image=IMAGE, embedded_artifact_path=folder)
+
+
+def with_token(task: dsl.PipelineTask, secret: str, key: str = "token") -> dsl.PipelineTask:
+    """Give a task the token of its Ray cluster from a secret of Kubernetes; return the task."""
+    return kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: "RAY_AUTH_TOKEN"})
 
 
 def _merge(

@@ -36,6 +36,7 @@ from ties_ray_pipelines.jobs import (
     Json,
     Outcome,
     merge_command,
+    recipe_text,
     record_in,
     visible,
 )
@@ -67,7 +68,9 @@ class Site:
     """Where commands run."""
 
     address: str | None = None
-    """The dashboard of a Ray cluster, `http://head:8265`; its token comes from RAY_AUTH_TOKEN. None: this machine."""
+    """The dashboard of a Ray cluster, `http://head:8265`. None: this machine."""
+    token: str | None = field(default=None, repr=False, kw_only=True)
+    """The token of that cluster. None: RAY_AUTH_TOKEN has it, where the cluster wants one."""
     program: str = "ties-ray"
     """The command line on this machine: `/opt/ties-ray/bin/ties-ray` of another environment, for one. Clusters have
     `ties-ray` on their PATH."""
@@ -95,7 +98,7 @@ class Merge:
     """`ties-ray merge`."""
 
     recipe: str | Mapping[str, Any]
-    """A path or URI where the command runs, or the recipe itself."""
+    """A path or URI where the command runs, or the recipe itself: a mapping, or its YAML or JSON."""
     overrides: tuple[str, ...] = ()
     """`method.density=0.3`"""
     result: str | None = None
@@ -105,11 +108,12 @@ class Merge:
         """Return the arguments of the command line."""
         options = [word for override in self.overrides for word in ("--set", override)]
         options += ["--result", self.result] if self.result else []
-        return ["merge", "--json", *options, "--", self.recipe if isinstance(self.recipe, str) else "-"]
+        source = str(self.recipe) if recipe_text(self.recipe) is None else "-"
+        return ["merge", "--json", *options, "--", source]
 
     def stdin(self) -> str:
         """Return the recipe, unless it is read from elsewhere."""
-        return "" if isinstance(self.recipe, str) else json.dumps(self.recipe)
+        return recipe_text(self.recipe) or ""
 
     def entrypoint(self) -> str:
         """Return the whole as a job of a cluster."""
@@ -144,6 +148,32 @@ class Promote:
         return shlex.join(["ties-ray", *self.words()])
 
 
+@dataclass(frozen=True)
+class Verify:
+    """`ties-ray verify`: read a finished merge again and report damage."""
+
+    output: str
+    """The folder, as the merge's record names it."""
+    sample: float = 0.0
+    """The share of the elements that is merged again and compared."""
+    overrides: tuple[str, ...] = ()
+    """Overrides of `storage`; others have no meaning here."""
+
+    def words(self) -> list[str]:
+        """Return the arguments of the command line."""
+        options = [word for override in self.overrides for word in ("--set", override)]
+        options += ["--sample", str(self.sample)] if self.sample else []
+        return ["verify", "--json", *options, "--", self.output]
+
+    def stdin(self) -> str:
+        """Return nothing: it reads none."""
+        return ""
+
+    def entrypoint(self) -> str:
+        """Return the whole as a job of a cluster."""
+        return shlex.join(["ties-ray", *self.words()])
+
+
 class Running(Protocol):
     """A step at work."""
 
@@ -159,9 +189,11 @@ class Job:
 
     def __init__(self, site: Site, command: Command, name: str) -> None:
         """Submit it; `JobsError` where the cluster does not take it."""
-        self._jobs, self._poll = Jobs(site.address), site.poll
+        self._jobs, self._poll = Jobs(site.address, site.token), site.poll
         self.attempt = self._jobs.submit(command.entrypoint(), name, runtime_env={"env_vars": dict(site.env)})
         """Its id on the cluster."""
+        self.url = self._jobs.url_of(self.attempt)
+        """Its page in the dashboard."""
 
     def wait(self, show: Show) -> Outcome:
         """Show the log as it grows and return the outcome."""
@@ -265,7 +297,7 @@ def run(
                 step = start(site, command, name)
                 outcome = _watched(step, name, show)
             except JobsError as error:
-                outcome = Outcome(name, error.exit_code, str(error), None)
+                outcome = Outcome(name, error.exit_code, str(error), None, ran=False)
             if verdict(outcome.exit_code) != "again" or number == tries:
                 break
             show(f"{explain(outcome)}; again in {pause:g} s")

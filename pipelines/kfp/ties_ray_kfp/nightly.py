@@ -1,13 +1,16 @@
 """Kubeflow Pipelines v2: every night, merge what is new in a bucket, and promote it if the evaluation approves.
 
 Compile it, upload it, and let a recurring run start it. `create_recurring_run` of the client takes a cron expression.
+If TIES_RAY_TOKEN_SECRET names a secret of Kubernetes when it is compiled, the key `token` of it is the cluster's token.
 """
 
 from os import environ
 
 from kfp import dsl
 
-from ties_ray_pipelines.on_kfp import merge, promote
+from ties_ray_kfp import merge, promote, with_token
+
+TOKEN_SECRET = environ.get("TIES_RAY_TOKEN_SECRET", "")
 
 
 @dsl.pipeline(name="nightly-merge")
@@ -20,12 +23,16 @@ def nightly(
 ) -> None:
     """Merge, evaluate, promote; the id of the run names the job, so that a step that is started again joins it."""
     run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    merged = merge(recipe=recipe, address=address, program=program, name=f"merge-{run}").set_caching_options(False)
-    promote(
+    merged = merge(recipe=recipe, address=address, program=program, name=f"merge-{run}")
+    promoted = promote(
         record=merged.outputs["record"],
         pointer=pointer,
         evaluate=evaluate,
         address=address,
         program=program,
         name=f"promote-{run}",
-    ).set_caching_options(False)
+    )
+    for task in (merged, promoted):
+        task.set_caching_options(False)
+        if TOKEN_SECRET:
+            with_token(task, TOKEN_SECRET)

@@ -1,8 +1,8 @@
 """Airflow: every night, merge what is new in a bucket, and promote it if the evaluation approves.
 
 Copy this file into the folder of DAGs. Variables of the environment of Airflow's components say what to merge:
-TIES_RAY_RECIPE, TIES_RAY_POINTER, TIES_RAY_EVALUATE. TIES_RAY_ADDRESS is the dashboard of a cluster. Without it,
-TIES_RAY_PROGRAM is a command line of this machine.
+TIES_RAY_RECIPE, TIES_RAY_POINTER, TIES_RAY_EVALUATE. It runs on the cluster that the connection `ties_ray_default`
+names. If TIES_RAY_PROGRAM is set, it runs by that command line of this machine.
 """
 
 from datetime import datetime, timedelta
@@ -11,13 +11,12 @@ from typing import Any
 
 from airflow.sdk import DAG, dag, get_current_context, task
 
-from ties_ray_pipelines.on_airflow import MergeOperator, PromoteOperator, judged
+from ties_ray_airflow.hook import TiesRayHook
+from ties_ray_airflow.operators import MergeOperator, PromoteOperator, judged
 from ties_ray_pipelines.step import Merge, Site, name_of, run
 
-WHERE: dict[str, Any] = {
-    "address": environ.get("TIES_RAY_ADDRESS"),
-    "program": environ.get("TIES_RAY_PROGRAM", "ties-ray"),
-}
+PROGRAM = environ.get("TIES_RAY_PROGRAM", "")
+WHERE: dict[str, Any] = {"program": PROGRAM} if PROGRAM else {"conn_id": TiesRayHook.default_conn_name}
 RECIPE = environ.get("TIES_RAY_RECIPE", "s3://recipes/nightly.yaml")
 
 nightly = DAG(
@@ -32,12 +31,11 @@ with nightly:
     merge = MergeOperator(task_id="merge", recipe=RECIPE, deferrable=True, **WHERE)
     promote = PromoteOperator(
         task_id="promote",
-        merge="merge",
+        merge=merge.output,
         pointer=environ.get("TIES_RAY_POINTER", "s3://merged/current.json"),
         evaluate=environ.get("TIES_RAY_EVALUATE", "python /opt/evaluate.py"),
         **WHERE,
     )
-    merge >> promote
 
 
 @dag(schedule=None, start_date=datetime(2026, 1, 1))
@@ -47,8 +45,10 @@ def merge_in_a_task() -> None:
     @task(retries=5, retry_delay=timedelta(minutes=2))
     def merge_adapters() -> Any:
         context = get_current_context()
+        jobs = None if PROGRAM else TiesRayHook().get_conn()
+        site = Site(jobs.address, token=jobs.token) if jobs else Site(program=PROGRAM)
         name = name_of(context["ti"].dag_id, context["ti"].run_id, context["ti"].task_id)
-        return judged(run(Site(**WHERE), Merge(RECIPE), name), context)
+        return judged(run(site, Merge(RECIPE), name), context)
 
     merge_adapters()
 
