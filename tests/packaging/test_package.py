@@ -85,6 +85,19 @@ def environment(folder: Path, wheel: Path, *borrowed: str) -> Path:
     return folder / "bin"
 
 
+def of_dist_info(wheel: Path, name: str) -> str:
+    """Return a file of a wheel's metadata; empty where it has none."""
+    with ZipFile(wheel) as archive:
+        return "".join(
+            archive.read(file).decode() for file in archive.namelist() if file.endswith(f".dist-info/{name}")
+        )
+
+
+def requirements_of(wheel: Path) -> list[Requirement]:
+    metadata = email.message_from_string(of_dist_info(wheel, "METADATA"))
+    return [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+
+
 def folders(files: set[str]) -> set[str]:
     """Return the folders that hold files."""
     return {str(folder) for name in files for folder in Path(name).parents} | {""}
@@ -125,6 +138,16 @@ def test_the_sdist_holds_what_the_repository_holds(ours: Built) -> None:
     assert {"Makefile", "constraints.txt", "docs/guide/first-merge.md", "tests/conftest.py"} <= repository
     assert not repository - files
     assert all(name.startswith("ties_ray.egg-info/") for name in files - repository - folders(files) - {*MADE})
+
+
+def test_the_extras_are_there_and_take_the_versions_that_are_tested(ours: Built) -> None:
+    extras = email.message_from_string(of_dist_info(ours.wheel, "METADATA")).get_all("Provides-Extra", [])
+    assert {"hf", "gcs", "azure", "gpu", "report"} <= set(extras)
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    tested = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    needs = [(need.name.lower().replace("_", "-"), need.specifier) for need in requirements_of(ours.wheel)]
+    assert not [(name, tested[name]) for name, range_ in needs if name in tested and tested[name] not in range_]
+    assert {name for name, _ in needs if name not in tested} <= {"adlfs", "gcsfs", "ties-ray-pipelines"}, "never tested"
 
 
 def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
@@ -170,15 +193,11 @@ def test_the_steps_of_workflow_engines_need_the_standard_library_alone(tmp_path:
 @pytest.mark.parametrize("engine", ["airflow", "dagster", "kfp"])
 def test_the_package_for_an_engine_takes_ranges_that_hold_what_is_tested(engine: str, tmp_path: Path) -> None:
     wheel = of_engine(engine, tmp_path).wheel
-    with ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
-        metadata = email.message_from_bytes(archive.read(name))
-        points = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt")]
-    needs = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    needs, points = requirements_of(wheel), of_dist_info(wheel, "entry_points.txt")
     tested = dict(line.split("==") for line in (ROOT / f"pipelines/{engine}/constraints.txt").read_text().split("\n")
                   if "==" in line)  # fmt: skip
     core = tomllib.loads((ROOT / "pipelines/core/pyproject.toml").read_text())["project"]
     tested[core["name"]] = core["version"]
     assert all(need.specifier.contains(tested[need.name]) for need in needs)
-    assert {need.name for need in needs if not re.search(r"<\d+$", str(need.specifier))} <= {"setuptools"}
-    assert ("apache_airflow_provider" in "".join(points)) == (engine == "airflow")
+    assert {need.name for need in needs if "<" not in str(need.specifier)} <= {"setuptools"}
+    assert ("apache_airflow_provider" in points) == (engine == "airflow")

@@ -243,8 +243,8 @@ def recipe_text(recipe: str | Mapping[str, Any]) -> str | None:
 def merge_command(recipe: str | Mapping[str, Any], *, overrides: Sequence[str] = (), result: str | None = None) -> str:
     """Return the command that merges a recipe on the cluster it runs on and prints the result record last.
 
-    recipe: a path or URI that the cluster can read, or the recipe itself, which then travels in the command: a mapping,
-    or its YAML or JSON.
+    recipe: a path or URI that the cluster can read. Or the recipe itself, a mapping or its YAML or JSON, which then
+    travels in the command.
     """
     text = recipe_text(recipe)
     words = ["ties-ray", "merge", "--json"]
