@@ -1,11 +1,14 @@
 """Tensors by name and place: the base's parameters, what a model stores for one, and the byte ranges to read."""
 
+import itertools
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from glob import escape
 from typing import Literal, NamedTuple
 
@@ -63,6 +66,26 @@ Encoding = Literal["dense", "factors"]
 """How a change is stored: element by element, or as the factors of a product."""
 
 
+class Run(NamedTuple):
+    """Consecutive rows of a parameter."""
+
+    num_rows: int
+    places: tuple[tuple[int, int], ...]
+    """(index among the source's tensors, first row). Rows of several places are averaged; without places they are 0."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a parameter in order, each with the place that it comes from."""
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first row of each run, and the number of rows as the last entry."""
+        return [0, *itertools.accumulate(run.num_rows for run in self.runs)]
+
+
 class Source(NamedTuple):
     """What one model stores for one base parameter."""
 
@@ -71,6 +94,8 @@ class Source(NamedTuple):
     numbers: tuple[tuple[str, float], ...] = ()
     """Named constants that belong to it (a scale)."""
     encoding: Encoding = "dense"
+    rows: Rows | None = None
+    """None: the tensors are the parameter's, end to end. Else it is put together of their rows."""
 
 
 class Read(NamedTuple):

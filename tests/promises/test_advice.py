@@ -9,7 +9,7 @@ UNFOLLOWED = {
         "merge-weights", "zero_to_fp32", "fuse it with its base", "export it for PEFT", "let torchtune save",
         "load it with PEFT where", "put it on its pipeline", "convert it to safetensors", "give the adapters that",
         "keep one of them", "name its tensors as", "store it as F32", "drop that tensor", "compute it ",
-        "merge_and_unload", "init_lora_weights: true into",
+        "merge_and_unload", "init_lora_weights: true into", "add it: ", "add tokenizer.json", "with AutoTokenizer",
     ),
     "the files have to be fetched or uploaded anew": (
         "upload it", "upload the file", "complete the download", "finish the download", "in the clone fetches",
@@ -26,7 +26,8 @@ UNFOLLOWED = {
         "write file:///", "name the host", "known here", "at most {}", "levels, and no tags", "put it in quotes",
         "mend the YAML", "start from the example", "as in ", "a recipe has", "split it into", "see ", "give the plain",
         "remove the link", "remove them, and run", "put it back", "the configs of the inputs back", "modules.json",
-        "name the base of both",
+        "name the base of both", "leave it out, where", "leave out either", "name another model",
+        "without further tokens",
     ),
     "somebody has to give a permission, room, credentials or a service": (
         "accept them at", "free s", "give the user", "credentials", "HF_TOKEN", "AWS_", "log in again", "anonymous",

@@ -17,6 +17,7 @@ import torch
 import ties_ray
 from tests.tools.merging import read_tensors
 from tests.tools.pages import ROOT
+from tests.tools.vocabularies import BY_TOKEN, LETTERS, write_model
 
 PYTHON = os.environ.get("TIES_RAY_MERGEKIT", "")
 pytestmark = [
@@ -27,6 +28,9 @@ LAYERS = 3
 WEIGHTS = {"a": 0.5, "b": 1.25, "c": 0.25}
 STEPS = {"float32": 2.0**-21, "bfloat16": 2.0**-7}
 """What may be rounded, relative to the largest value of a tensor: mergekit rounds after every step."""
+
+
+Tensors = dict[str, torch.Tensor]
 
 
 class Case(NamedTuple):
@@ -70,6 +74,22 @@ PARTS = """slices:
       - {model: '@a', layer_range: [1, 3], parameters: {weight: [0, 1]}}
       - {model: '@b', layer_range: [1, 3], parameters: {weight: 0.5}}
 """
+ROWS = """tokenizer:
+  source: union
+  tokens:
+    b: {source: {kind: zero}, force: true}
+    <x>: {source: '@b', force: true}
+    <only-a>: {source: {kind: model_token, model: '@base', token: a}}
+    <new>: {source: {kind: model_token, model: '@a', token_id: 3}}
+  pad_to_multiple_of: 16
+"""
+WORDS = {
+    "base": ([*LETTERS, "ab", "cd"], ["<s>", "</s>"], 36),
+    "a": ([*LETTERS, "ab", "cd"], ["<s>", "</s>", "<x>", "<only-a>"], 32),
+    "b": ([*reversed(LETTERS[2:]), "ef", "cd", "a"], ["</s>", "<x>"], 29),
+    "c": ([*LETTERS, "ab", "cd"], ["<s>", "</s>"], 30),
+}
+"""Ordinary tokens, added ones, and rows of the embedding."""
 CASES: dict[str, Case] = {
     "linear in bf16": Case(models() + "merge_method: linear\n", "bfloat16", "bf16"),
     "slerp in bf16": Case(PAIR + "merge_method: slerp\nparameters: {t: 0.3}\n", "bfloat16", "bf16"),
@@ -128,6 +148,11 @@ CASES: dict[str, Case] = {
     ),
     "sce": Case(models("none") + "base_model: '@base'\nmerge_method: sce\nparameters: {select_topk: 0.4}\n"),
     "sce-all": Case(models("none") + "base_model: '@base'\nmerge_method: sce\n"),
+    "union": Case(sums("ties", "lambda: 0.8", more="density: 0.4") + "tokenizer_source: union\n", inputs="words"),
+    "union without a base": Case(models() + "merge_method: linear\ntokenizer_source: union\n", inputs="words"),
+    "tokens of the base": Case(sums("task_arithmetic", more="") + "tokenizer_source: base\n", inputs="words"),
+    "tokens of a model": Case(sums("task_arithmetic", more="") + "tokenizer_source: '@b'\n", inputs="words"),
+    "rows of tokens": Case(sums("task_arithmetic", more="") + ROWS, inputs="words"),
     "linear-parts of gpt2": Case(PARTS + "merge_method: linear\n", inputs="gpt2"),
     "ties-gradients of gpt2": Case(sums("ties", "lambda: 0.8", more=f"density: {GRADIENT}"), inputs="gpt2"),
     "model-stock of small changes": Case(
@@ -182,6 +207,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter += 0.02 * torch.randn_like(parameter)
     adapted.peft_config["default"].base_model_name_or_path = str(place / "base")
     adapted.save_pretrained(place / "lora")
+    for seed, (name, vocabulary) in enumerate(WORDS.items()):
+        write_model(place / "words" / name, *vocabulary, seed=seed, layers=LAYERS)
     for name in ("base", *WEIGHTS):
         half = transformers.LlamaForCausalLM.from_pretrained(place / name).to(torch.bfloat16)
         half.save_pretrained(place / f"bf16/{name}")
@@ -203,6 +230,8 @@ def test_a_configuration_gives_mergekits_numbers(name: str, folder: Path) -> Non
     ours, theirs = read_tensors(f"{folder / name}.ours"), read_tensors(f"{folder / name}.mergekit")
     base, step = read_tensors(folder / CASES[name].inputs / "base"), STEPS[CASES[name].dtype]
     assert ours.keys() == theirs.keys()
+    if CASES[name].inputs == "words":
+        by_token(ours, theirs, base, *(f"{folder / name}.{whose}" for whose in ("ours", "mergekit")))
     unequal, far, total, worst = 0, 0, 0, 0.0
     for key, value in theirs.items():
         size = max(float((value - base[key]).abs().max()), float(base[key].abs().max()))
@@ -213,3 +242,16 @@ def test_a_configuration_gives_mergekits_numbers(name: str, folder: Path) -> Non
         worst = max(worst, float(apart.max()))
     print(json.dumps({"case": name, "unequal": unequal, "differ": far, "of": total, "largest": worst}))
     assert far <= CASES[name].differ * total, f"{far} of {total} elements differ, by {worst:.1e} at most"
+
+
+def by_token(ours: Tensors, theirs: Tensors, base: Tensors, *folders: str) -> None:
+    """Put the rows of both outputs into one order: mergekit gives the tokens of a union ids in no order."""
+    import transformers
+
+    vocabularies = [transformers.AutoTokenizer.from_pretrained(folder).get_vocab() for folder in folders]
+    assert vocabularies[0].keys() == vocabularies[1].keys()
+    for key in BY_TOKEN:
+        assert ours[key].shape == theirs[key].shape
+        for tensors, vocabulary in zip((ours, theirs), vocabularies, strict=True):
+            tensors[key] = tensors[key][[vocabulary[token] for token in sorted(vocabulary)]]
+        base[key] = base[key].abs().amax().expand_as(ours[key])

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.tools.adapters import Module, make_pool, write_adapter
-from tests.tools.families import CONFIG, Family, Tensors, file_bytes, make_family, write_checkpoint
+from tests.tools.families import CONFIG, Family, Tensors, file_bytes, make_family, tokenizer_json, write_checkpoint
 from ties_ray.errors import FRESH_THEN, MergeError, Problem
 from ties_ray.formats.lora import REASONS
 from ties_ray.operations import merging
@@ -410,6 +410,12 @@ def linked_out(folder: Path) -> None:
     file.symlink_to(folder.parent / "elsewhere" / file.name)
 
 
+def other_tokens(folder: Path) -> Recipe:
+    recipe = changed(resized(46), config={"vocab_size": 46})(folder)
+    (folder / "model-1/tokenizer.json").write_bytes(tokenizer_json(46, prefix="u"))
+    return {**recipe, "allow": {"missing": "zero"}}
+
+
 def tokenizer_added(folder: Path, remedy: str) -> None:
     shutil.copy(folder.parent / "base" / "tokenizer.json", folder)
 
@@ -523,6 +529,10 @@ CASES = (
          "where these are no weights, {}", "exclude", lost=2 * 4),
     Case("rows beyond the base's are left aside", changed(resized(50), config={"vocab_size": 50}),
          "`allow: {extra_rows: drop}` leaves them aside", "allow", lost=2 * ROWS),
+    Case("rows beyond the base's are kept by their tokens", changed(resized(50), config={"vocab_size": 50}),
+         "`vocabulary: union` keeps them", "vocabulary"),
+    Case("rows of other tokens are matched by token", other_tokens, "`vocabulary: base` matches the rows by token",
+         "vocabulary", lost=46 * 2 * 16),
     Case("rows that a model lacks have no change", changed(resized(46), config={"vocab_size": 46}),
          "`allow: {missing: zero}` takes the change of the other rows as zero", "allow"),
     # Folders.
@@ -796,8 +806,8 @@ def pasted(recipe: Recipe, snippet: str, problem: Problem) -> None:
     if key in ("allow", "exclude"):
         old = recipe.get(key)
         recipe[key] = {**(old or {}), **value} if key == "allow" else [*(old or []), *value]
-    elif key == "storage":
-        recipe["storage"] = value
+    elif key in ("storage", "vocabulary"):
+        recipe[key] = value
     elif key in ("kind", "files_from"):
         recipe["output"][key] = value
     else:

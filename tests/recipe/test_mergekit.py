@@ -203,9 +203,41 @@ def test_notes_say_what_is_different() -> None:
     conversion = converted(text + "chat_template: auto\ntokenizer_source: union\n")
     assert conversion.recipe["output"] == {"dtype": "float32"}
     assert [note.split(" ", 1)[0] for note in conversion.notes] == ["int8_mask", "dtype", "chat_template"]
-    assert conversion.tokenizers == ("/m/base", "/m/a", "/m/b")
     assert converted(text + "chat_template: chatml\n").recipe["output"]["chat_template"] == "chatml"
-    assert converted(text + "tokenizer: {source: /m/b}\n").recipe["output"]["files_from"] == "/m/b"
+
+
+def test_tokenizers_become_a_vocabulary() -> None:
+    text = f"{THREE}merge_method: ties\n"
+    conversion = converted(text + "tokenizer_source: union\n")
+    assert conversion.compared == ("/m/base", "/m/a", "/m/b")
+    assert "vocabulary" not in conversion.recipe
+    assert conversion.vocabulary == {"tokens": "union", "pad_to_multiple_of": 1}
+    assert converted(text).compared == ()
+    of_model = converted(text + "tokenizer: {source: /m/b, pad_to_multiple_of: 64}\n")
+    assert of_model.recipe["vocabulary"] == {"tokens": "/m/b", "pad_to_multiple_of": 64}
+    assert of_model.compared == ()
+    linear = "models: [{model: x, parameters: {weight: 1}}]\nmerge_method: linear\n"
+    assert converted(linear + "tokenizer_source: union\n").vocabulary == {
+        "tokens": "union", "missing": "mean", "pad_to_multiple_of": 1,
+    }  # fmt: skip
+
+
+def test_rows_of_tokens_are_converted() -> None:
+    tokens = """tokenizer:
+  tokens:
+    <a>: {source: /m/a, force: true}
+    <b>: {source: {kind: zero}}
+    <c>: {source: {kind: model_token, model: /m/b, token: x}}
+    <d>: {source: {kind: model_token, model: /m/b, token_id: 7}}
+"""
+    vocabulary = converted(f"{THREE}merge_method: ties\n{tokens}").recipe["vocabulary"]
+    assert vocabulary["tokens"] == "union"
+    assert vocabulary["rows"] == {
+        "<a>": {"from": "/m/a", "everywhere": True},
+        "<b>": {"from": "zero"},
+        "<c>": {"from": "/m/b", "token": "x"},
+        "<d>": {"from": "/m/b", "row": 7},
+    }
 
 
 @pytest.mark.parametrize(
@@ -244,8 +276,15 @@ def test_notes_say_what_is_different() -> None:
         (f"models: [{{model: z, parameters: {{weight: 1}}}}, {PAIR[9:]}base_model: z\nmerge_method: ties\n",
          ["line 1: models.0.parameters: mergekit ignores those of the base_model; remove them"]),
         (f"{PLAIN}merge_method: sce\nmodules: {{}}\n", ["line 4: modules: ties_ray merges the parts of a model alike"]),
-        (f"{PLAIN}merge_method: sce\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n",
-         ["line 4: tokenizer.pad_to_multiple_of: ties_ray changes no vocabulary"]),
+        (f"{PLAIN}merge_method: sce\ntokenizer: {{source: union, pad_to_multiple_of: 0.5}}\n",
+         ["line 4: tokenizer.pad_to_multiple_of: is 0.5, and no number from 1 to 65,536"]),
+        (f"{PLAIN}merge_method: sce\ntokenizer: {{tokens: {{x: {{force: true}}, y: {{source: {{kind: odd}}}}}}}}\n",
+         ["line 4: tokenizer.tokens.x: has no source", "line 4: tokenizer.tokens.y: 'odd' is no kind of source"]),
+        (f"{PLAIN}merge_method: sce\ntokenizer: {{tokens: {{x: {{source: {{kind: model_token, model: a}}}}}}}}\n",
+         ["line 4: tokenizer.tokens.x.source: needs `model`, and either `token` or `token_id`"]),
+        (f"{PLAIN}merge_method: sce\ntokenizer: {{tokens: [x]}}\ntokenizer_source: base\n",
+         ["line 5: tokenizer_source: mergekit ignores it beside `tokenizer`",
+          "line 4: tokenizer.tokens: is not a mapping of tokens"]),
         (f"{PLAIN}merge_method: sce\ndtype: int64\n", ["line 4: dtype: is int64, and ties_ray writes"]),
         (f"{PLAIN}merge_method: sce\nchat_template: alpaca\n", ["line 4: chat_template: ties_ray takes `chatml`, or"]),
         ("- 1\n", ["m.yml: needs either `models` or `slices`", "merge_method"]),

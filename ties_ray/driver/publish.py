@@ -5,9 +5,11 @@ Every step may be done twice, so the same command mends a kill anywhere.
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from ties_ray.errors import InputError, InterruptedMerge, Problem, UnavailableError, printable
 from ties_ray.inputs.fetch import TEXT_BYTES
+from ties_ray.inputs.small_files import SmallFile
 from ties_ray.libraries.loaders import (
     CARD_NAME,
     LOADED_FOLDERS,
@@ -66,7 +68,7 @@ def read_documents(plan: Plan, stores: Stores, *, texts: bool = False) -> dict[s
     for small in plan.catalog.small_files:
         if texts and not (small.name in TEXTS and small.pin.size <= TEXT_BYTES):
             continue
-        content = _without(small.without, stores.of(small.pin.uri).get_pinned(small.pin))
+        content = _changed(small, stores.of(small.pin.uri).get_pinned(small.pin))
         data = output.rewrite(small.name, content, plan.catalog.facts)
         if data is not None:
             contents[small.name] = data
@@ -167,18 +169,25 @@ def publish_result(plan: Plan, stores: Stores, result: MergeResult) -> None:
     stores.writer(plan.output).put(join(plan.output, RESULT_NAME), text.encode())
 
 
-def _without(keys: Sequence[str], data: bytes) -> bytes:
-    """Return a JSON object without some of its keys. `part.key` names a key of a part."""
-    if not keys:
+def _changed(small: SmallFile, data: bytes) -> bytes:
+    """Return a JSON object without some of its keys, and with others. `part.key` names a key of a part."""
+    if not (small.without or small.amended):
         return data
     whole = json.loads(data)
-    for key in keys:
+    for key in small.without:
         *parents, last = key.split(".")
         part = whole
         for parent in parents:
             part = part[parent]
         del part[last]
-    return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_amended(whole, small.amended), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _amended(value: Any, more: Any) -> Any:
+    """Return a JSON value with more: objects are merged, lists grow at their end, and other values are replaced."""
+    if isinstance(value, dict) and isinstance(more, dict):
+        return {**value, **{key: _amended(value.get(key), part) for key, part in more.items()}}
+    return [*value, *more] if isinstance(value, list) and isinstance(more, list) else more
 
 
 def listed(names: Sequence[str]) -> str:

@@ -49,6 +49,8 @@ class Rules(NamedTuple):
     """The names that the base's config gives its architecture (`conversions.kinds_of`)."""
     tied: tuple[Tie, ...] = ()
     """Parameters that the base does not store, because they share the tensors of others."""
+    by_token: tuple[str, ...] = ()
+    """Parameters with a row for each token, where models may have other rows than the base."""
 
     def excludes(self, name: str) -> bool:
         """Return whether the recipe takes the parameter from the base unchanged."""

@@ -169,10 +169,14 @@ class _ModelCheck:
     def _check_shapes(self) -> tuple[list[str], list[str]]:
         """Return the parameters with (more, fewer) vocabulary rows than the base's."""
         single = {name: refs[0] for name, refs in self._kept.items() if len(refs) == 1}
+        by_token = [name for name in self._rules.by_token if name in single]
+        free = [name for name in by_token if _has_the_bases_width(single[name], self._merged[name])]
+        single = {name: ref for name, ref in single.items() if name not in free}
         longer, shorter, wrong = _compare_shapes(single, self._merged, self._config)
         if longer and not self._rules.extra_rows:
             message = f"has more embedding rows than the base: {self._shapes(longer)}"
-            remedy = "`allow: {extra_rows: drop}` leaves them aside where the tokenizers agree on the common ids"
+            remedy = "`allow: {extra_rows: drop}` leaves them aside where the tokenizers agree on the common ids, and"
+            remedy += " `vocabulary: union` keeps them"
             self._problems.append((message, remedy))
         elif longer:
             self._notes.append(f"rows beyond the base's are left aside: {self._shapes(longer)}")
@@ -281,6 +285,11 @@ def _compare_shapes(
     longer = [name for name in resized if kept[name].shape > base[name].shape]
     shorter = [name for name in resized if name not in longer]
     return longer, shorter, [name for name in differ if name not in resized]
+
+
+def _has_the_bases_width(ref: TensorRef, parameter: Parameter) -> bool:
+    """Return whether a tensor differs from the base's in the number of its rows at most."""
+    return len(ref.shape) == len(parameter.shape) > 0 and ref.shape[1:] == parameter.shape[1:]
 
 
 def refused_dtypes(tensors: Mapping[str, TensorRef], others: Collection[str]) -> Iterator[Wrong]:

@@ -15,14 +15,15 @@ from ties_ray.formats import Account, Folder, Rules
 from ties_ray.formats._checkpoint_names import tied
 from ties_ray.formats.adapted import Adapted, combined
 from ties_ray.formats.companion import Companion
-from ties_ray.inputs import agreement, coefficients, companions, configs, small_files, tokenizers
+from ties_ray.inputs import agreement, coefficients, companions, configs, small_files, tokenizers, vocabulary
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
 from ties_ray.inputs.expand import BASE, Entry, expand
 from ties_ray.inputs.fetch import README, FetchedInput, ListedInput, Problems, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.pins import verify_pins, weak_pins
-from ties_ray.inputs.small_files import SmallFile
+from ties_ray.inputs.small_files import SmallFile, Taken
+from ties_ray.inputs.vocabulary import Aligned
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.methods import Member
@@ -174,6 +175,8 @@ class _Checked(NamedTuple):
     refused: tuple[RefusedModel, ...]
     num_compared: int
     """Bytes of weights that were read to answer the formats."""
+    aligned: Aligned | None = None
+    """The vocabularies, where the recipe brings them together."""
 
 
 def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int) -> Catalog:
@@ -202,6 +205,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int)
         *_idle_patterns(recipe.exclude, parameters, checked.models),
         *(_config_notes(fetched, checked.models, files_from) if BASE in fetched else ()),
         *dtype_notes,
+        *(checked.aligned.notes if checked.aligned else ()),
         *weak_pins(pin for model in inputs for pin in model.objects),
         *pin_notes,
         *_comparing(checked.num_compared),
@@ -287,6 +291,9 @@ def _check(
         if not problems[BASE]:
             base = {name: _parameter(name, source, rules) for name, source in contents[BASE].sources.items()}
             rules = _with_names(rules, of_base.folder, base)
+            if recipe.vocabulary:
+                text = of_base.folder.texts.get(configs.CONFIG, b"")
+                rules = rules._replace(by_token=vocabulary.by_token(base, text, rules.tied))
     if not problems[BASE]:
         of_models = {id_: each for id_, each in fetched.items() if id_ != BASE}
         contents, num_bytes = read_folders(of_models, of_base, base if of_base else None, rules, stores, threads)
@@ -297,12 +304,20 @@ def _check(
     _add_adapters(entries, inputs, problems)
     base = agreement.untie(base, inputs)
     inputs = agreement.named(recipe, inputs)
+    aligned = None
+    if recipe.vocabulary and base:
+        sound = {id_: each for id_, each in inputs.items() if not problems[id_]}
+        files = {id_: fetched[id_].listed.tokenizer for id_ in sound}
+        aligned = vocabulary.align(recipe.vocabulary, base, sound, entries, files, rules, stores, threads)
+        base, inputs = aligned.base, {**inputs, **aligned.inputs}
+        for id_, problem in aligned.problems:
+            problems[id_].append(problem)
     models = [each for each in inputs.values() if each.entry.id != BASE]
     for id_, problem in (*agreement.disagreements(recipe, models), *agreement.unmerged(base, models)):
         problems[id_].append(problem)
     left, refused = agreement.drop(recipe, entries, problems)
     models = [inputs[entry.id] for entry in left if entry.id != BASE]
-    return _Checked(left, inputs, models, agreement.parameters(base, models), refused, num_compared)
+    return _Checked(left, inputs, models, agreement.parameters(base, models), refused, num_compared, aligned)
 
 
 def _add_adapters(entries: Sequence[Entry], inputs: dict[str, ReadModel], problems: Problems) -> None:
@@ -406,15 +421,26 @@ def _small_files(
 ) -> tuple[tuple[SmallFile, ...], tuple[str, ...]]:
     """Return what the output takes over from an input beside its weights, and notes on it."""
     base_config, config = (fetched[id_].folder.texts.get(configs.CONFIG, b"") for id_ in (BASE, files_from))
-    _check_rows(files_from, base_config, config, {each.shape[0] for each in checked.parameters if len(each.shape) == 2})
-    listed = fetched[files_from].listed
-    listing = Listing(tuple(listed.files.values()), listed.listing.folders)
-    carried = small_files.take(listed.entry.uri, listing, stores, threads)
+    aligned = checked.aligned
+    if not aligned:
+        rows = {each.shape[0] for each in checked.parameters if len(each.shape) == 2}
+        _check_rows(files_from, base_config, config, rows)
+    carried = _taken(fetched[files_from], stores, threads)
+    if aligned:
+        owner = fetched[aligned.owner]
+        texts = [json.loads(text or b"{}") for text in (config, owner.folder.texts.get(configs.CONFIG, b""))]
+        carried = vocabulary.with_tokenizer(aligned, carried, _taken(owner, stores, threads), *texts)
     whole = [model.entry for model in checked.models if model.entry.id != files_from and model.format.whole]
     differing = small_files.differing_modules(carried.files, {entry.id: entry.uri for entry in whole}, stores, threads)
     leftovers = checked.inputs[files_from].contents.leftovers
     files = (replace(file, without=leftovers) if file.name == configs.CONFIG else file for file in carried.files)
     return tuple(files), (*carried.notes, *differing)
+
+
+def _taken(fetched: FetchedInput, stores: Stores, threads: Executor) -> Taken:
+    listed = fetched.listed
+    listing = Listing(tuple(listed.files.values()), listed.listing.folders)
+    return small_files.take(listed.entry.uri, listing, stores, threads)
 
 
 def _check_rows(files_from: str, base: bytes, chosen: bytes, rows: Collection[int]) -> None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from ties_ray.errors import InputError, Problem, printable
 from ties_ray.libraries.downloads import SNIFFED, mistaken, pointer
@@ -35,6 +35,8 @@ class SmallFile:
     pin: Pin
     without: tuple[str, ...] = ()
     """Keys of a JSON object that the output's file lacks; keys of its parts are written `part.key`."""
+    amended: dict[str, Any] = field(default_factory=dict)
+    """What the output's JSON object has besides: parts are merged, lists grow at their end, other values replace."""
 
 
 class Taken(NamedTuple):

@@ -36,6 +36,16 @@ class Tokenizer(NamedTuple):
     files: Files
 
 
+class Tokens(NamedTuple):
+    """The tokens of one input."""
+
+    ids: dict[str, int]
+    added: dict[str, dict[str, Any]]
+    """Entries of `added_tokens` in tokenizer.json, by token; empty ones where it is not there."""
+    num_ordinary: int
+    """Tokens of the model itself, which added ones follow."""
+
+
 def notes(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads: Executor) -> list[str]:
     """Return notes on vocabularies, special tokens and chat templates that differ from the base's."""
     read_base = lru_cache(maxsize=None)(partial(_fetch, stores))
@@ -68,26 +78,22 @@ def check_common_ids(base: Tokenizer, model: Tokenizer, rows: int, stores: Store
         f"has another number of embedding rows than the base, and {len(differ)} of the common ids mean other tokens"
     )
     message += f" (id {first}: {theirs[first]!r} where the base has {ours[first]!r})"
-    return [Problem(model.uri, message, "its embedding does not line up with the base's: drop the model")]
+    return [Problem(model.uri, message, "`vocabulary: base` matches the rows by token; else drop the model")]
 
 
-def differing(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads: Executor) -> list[Problem]:
-    """Return which models have another vocabulary than the base, by tokens and ids; one without files has none."""
+def differ(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads: Executor) -> bool:
+    """Return whether any model has another vocabulary than the base, by tokens and ids; one without files has none."""
     fetch = partial(_fetch, stores)
     ours = _tokens(base.files, fetch)
 
-    def problem(model: Tokenizer) -> Problem | None:
+    def differs(model: Tokenizer) -> bool:
         names = [name for name in VOCABULARY if name in model.files]
         if not names or all(name in base.files and _same(base.files[name], model.files[name]) for name in names):
-            return None
+            return False
         theirs = _tokens(model.files, fetch)
-        if ours is not None and ours == theirs:
-            return None
-        count = len(set(ours.items()) ^ set(theirs.items())) if ours is not None and theirs is not None else 0
-        message = f"has another vocabulary than {base.uri}" + (f": {count:,} tokens or ids differ" if count else "")
-        return Problem(model.uri, message, "drop the model: ties_ray unites no vocabularies")
+        return ours is None or ours != theirs
 
-    return [wrong for wrong in threads.map(problem, models) if wrong]
+    return any(threads.map(differs, models))
 
 
 def _differences(base: Files, read_base: Fetch, model: Files, *, fetch: Fetch) -> list[str]:
@@ -122,31 +128,48 @@ def _settings(files: Files, fetch: Fetch) -> dict[str, object]:
     return {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
 
 
-def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
-    """Return the token of every id; None where the files hold none."""
+def read(stores: Stores, tokenizer: Tokenizer) -> Tokens | None:
+    """Return the tokens of an input; None where its files hold none that can be read."""
+    return _read(tokenizer.files, partial(_fetch, stores))
+
+
+def _read(files: Files, fetch: Fetch) -> Tokens | None:
     try:
         if "tokenizer.json" in files:
             whole = bounded.loads(fetch(files["tokenizer.json"]), bounded.DENSE)
             vocabulary = whole["model"]["vocab"]
             if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the place
                 vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-            added = {token["content"]: token["id"] for token in whole.get("added_tokens") or ()}
+            entries = {str(token["content"]): token for token in whole.get("added_tokens") or ()}
+            added = {token: entry["id"] for token, entry in entries.items()}
         else:
-            if "vocab.json" in files:
-                vocabulary = bounded.loads(fetch(files["vocab.json"]), bounded.DENSE)
-            else:
-                raw = fetch(files["vocab.txt"])
-                if raw.count(b"\n") > MOST_TOKENS:
-                    return None
-                text = raw.decode(errors="replace").replace("\r\n", "\n")
-                lines = text.removesuffix("\n").split("\n")  # splitlines would split at tokens like U+2028
-                vocabulary = {token: number for number, token in enumerate(lines)}
-            added = (
-                bounded.loads(fetch(files["added_tokens.json"]), bounded.DENSE) if "added_tokens.json" in files else {}
-            )
-        return {int(number): str(token) for token, number in (*vocabulary.items(), *added.items())}
+            vocabulary, added = _of_text_files(files, fetch)
+            entries = {token: {} for token in added}
+        ids = {str(token): int(number) for token, number in (*vocabulary.items(), *added.items())}
+        return Tokens(ids, entries, len(vocabulary))
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def _of_text_files(files: Files, fetch: Fetch) -> tuple[dict[str, int], dict[str, int]]:
+    """Return (ids of ordinary tokens, ids of added ones) of a tokenizer without tokenizer.json."""
+    if "vocab.json" in files:
+        vocabulary = bounded.loads(fetch(files["vocab.json"]), bounded.DENSE)
+    else:
+        raw = fetch(files["vocab.txt"])
+        if raw.count(b"\n") > MOST_TOKENS:
+            raise ValueError("too many lines")
+        text = raw.decode(errors="replace").replace("\r\n", "\n")
+        lines = text.removesuffix("\n").split("\n")  # splitlines would split at tokens like U+2028
+        vocabulary = {token: number for number, token in enumerate(lines)}
+    listed = "added_tokens.json" in files
+    return vocabulary, bounded.loads(fetch(files["added_tokens.json"]), bounded.DENSE) if listed else {}
+
+
+def _tokens(files: Files, fetch: Fetch) -> dict[int, str] | None:
+    """Return the token of every id; None where the files hold none."""
+    tokens = _read(files, fetch)
+    return tokens and {number: token for token, number in tokens.ids.items()}
 
 
 def _same(pin: Pin, other: Pin) -> bool:

@@ -114,7 +114,8 @@ class Sources:
         return frozenset(
             name
             for name, source, factors in self._stored()
-            if not factors and (len(source.tensors) > 1 or math.prod(source.tensors[0].shape) < numels.get(name, 0))
+            if not factors
+            and (len(source.tensors) > 1 or source.rows or math.prod(source.tensors[0].shape) < numels.get(name, 0))
         )
 
     @cached_property
@@ -122,15 +123,17 @@ class Sources:
         """The parameters whose blocks are read by themselves: those with factors, and the divided ones."""
         return self.factored | self.divided
 
-    def dense_requests(self, parameter: Parameter, models: Sequence[Model], start: int, stop: int) -> int:
-        """Return how many requests bring elements [start, stop) of the models' whole tensors."""
+    def dense(self, parameter: Parameter, models: Sequence[Model], start: int, stop: int) -> tuple[int, int]:
+        """Return (bytes, requests) that bring elements [start, stop) of the models' whole tensors."""
         counts, kinds = self.alike(models)
-        requests = 0
+        size = requests = 0
         for (_, count), model in zip(counts, kinds, strict=True):
             form, source = self.formats[model.format], model.sources.get(parameter.name)
             if source and source.encoding == "dense":
-                requests += count * len(form.reads(source, start, stop))
-        return requests
+                reads = form.reads(source, start, stop)
+                size += count * sum(read.stop - read.start for read in reads)
+                requests += count * len(reads)
+        return size, requests
 
     def _stored(self) -> Iterator[tuple[str, Source, bool]]:
         """Yield (parameter, source, whether it holds factors) for each kind of model."""

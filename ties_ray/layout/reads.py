@@ -109,13 +109,17 @@ class _Walk:
             self._changes[key] = Reading(gaps, requests, gaps)
         return self._changes[key]
 
-    def dense_requests(self, index: int, models: Sequence[Model], of_each: int) -> int:
-        """Return how many requests bring a parameter's blocks; of_each: requests of a block that is not divided."""
+    def dense(self, index: int, models: Sequence[Model], whole: tuple[int, int]) -> tuple[int, int]:
+        """Return (bytes, requests) that bring a parameter's blocks.
+
+        whole: those that bring it at once. A block that is not divided takes as many requests.
+        """
         parameter = self._parameters[index]
         if parameter.name not in self._sources.divided:
-            return of_each * self.cuts[index][1]
+            return whole[0], whole[1] * self.cuts[index][1]
         blocks = [block for block in self._divided if block.parameter == index]
-        return sum(self._sources.dense_requests(parameter, models, block.start, block.stop) for block in blocks)
+        parts = [self._sources.dense(parameter, models, block.start, block.stop) for block in blocks]
+        return sum(size for size, _ in parts), sum(requests for _, requests in parts)
 
     def requests_saved(self, models: Sequence[Model]) -> int:
         """Return how many requests are saved because cached factors of neighbours are read at once."""
@@ -246,8 +250,9 @@ class Cost:
             segments, blocks = walk.cuts[index]
             parameter = self._layout.parameters[index]
             footprint = self._sources.footprint(parameter, models)
-            num_bytes += passes * footprint.dense[0]
-            requests += passes * walk.dense_requests(index, models, footprint.dense[1])
+            of_dense, count = walk.dense(index, models, footprint.dense)
+            num_bytes += passes * of_dense
+            requests += passes * count
             of_factors, reads = self._factors(footprint, segments, blocks, passes)
             num_bytes += of_factors
             requests += reads
@@ -261,9 +266,9 @@ class Cost:
             need = max(base, footprint.base, key=NEEDS.index)
             if need != "nothing":
                 of_base.add(index)
-                size, reads = self._sources.of_base(parameter).dense
+                size, count = walk.dense(index, [self._sources.catalog.base], self._sources.of_base(parameter).dense)
                 num_bytes += size
-                requests += reads * blocks
+                requests += count
                 if need == "rows":  # the rows in which a block begins and ends are read whole
                     num_bytes += 2 * blocks * size // max(1, parameter.shape[0])
         total = Reading(num_bytes, requests - walk.requests_saved(models), 0)

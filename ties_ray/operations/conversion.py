@@ -53,8 +53,8 @@ def load(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
 def convert(text: str, source: str, overrides: Sequence[str] = ()) -> Converted:
     """Return what a mergekit configuration becomes, with fields overridden.
 
-    Reads the config of the base where `slices` name layers, and the tokenizers where the configuration needs them to
-    agree. Raises `RecipeError` for the configuration, `InputError` for models that can't be read or do not agree.
+    Reads the config of the base where `slices` name layers, and the tokenizers where the configuration chooses one.
+    Raises `RecipeError` for the configuration, `InputError` for models that can't be read.
     """
     stores = Stores({})
     base = mergekit.base_of(text, source)
@@ -63,9 +63,13 @@ def convert(text: str, source: str, overrides: Sequence[str] = ()) -> Converted:
     override(recipe, overrides)
     if isinstance(recipe["output"], str):
         recipe["output"] = {**output, "path": recipe["output"]}
-    if conversion.tokenizers:
-        _demand_one_vocabulary(conversion.tokenizers, Stores(recipe.get("storage", {})))
-    return Converted(recipe=recipe, notes=list(conversion.notes))
+    notes = list(conversion.notes)
+    if conversion.compared and _differ(conversion.compared, Stores(recipe.get("storage", {}))):
+        recipe.setdefault("vocabulary", conversion.vocabulary)
+        notes.append("vocabularies differ: rows are matched by token, and rows without a token are left out")
+    elif conversion.compared:
+        notes.append("all models have one vocabulary, which stays")
+    return Converted(recipe=recipe, notes=notes)
 
 
 def to_yaml(recipe: dict[str, Any], notes: Sequence[str], source: str) -> str:
@@ -93,13 +97,11 @@ def _stack(base: str, stores: Stores) -> Stack:
     return Stack(counts[0] if counts else None, STACKS.get(kind, "layers"), BEFORE.get(kind, ("*embed*",)))
 
 
-def _demand_one_vocabulary(models: Sequence[str], stores: Stores) -> None:
-    """Raise `InputError` for models whose vocabularies differ from the first one's."""
+def _differ(models: Sequence[str], stores: Stores) -> bool:
+    """Return whether any model has another vocabulary than the first one. A model without a tokenizer has none."""
     inputs = []
     for uri in map(hub_uri, models):
         files = {pin.uri.rpartition("/")[2]: pin for pin in stores.of(uri).list(uri).files}
         inputs.append(tokenizers.Tokenizer(uri, uri, files))
     with ThreadPoolExecutor() as threads:
-        problems = tokenizers.differing(inputs[0], inputs[1:], stores, threads)
-    if problems:
-        raise InputError(problems)
+        return tokenizers.differ(inputs[0], inputs[1:], stores, threads)

@@ -232,11 +232,13 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
     earlier = catalog.earlier
     of_earlier = [earlier.run_id, [tuple(pin) for pin in earlier.state.objects]] if earlier else []
     inputs = [
-        (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects], *_rules(model))
+        (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects], *_rules(model), *_rows(model))
         for each in (catalog.base, *catalog.models)
         for model in each.inputs
     ]
-    beside = [(small.name, tuple(small.pin)) for small in catalog.small_files]
+    beside = [
+        (small.name, tuple(small.pin), *([small.amended] if small.amended else ())) for small in catalog.small_files
+    ]
     decisive = [
         SCHEMA_VERSION,
         ARITHMETICS[recipe.run.arithmetic],
@@ -253,3 +255,8 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
 def _rules(model: Model) -> list[Rules]:
     rules = [model.weights, model.densities] if model.weights or model.densities or model.ranks else []
     return [*rules, model.ranks] if model.ranks else rules
+
+
+def _rows(model: Model) -> list[list[object]]:
+    """Return the places of rows, by parameter, where a vocabulary decides them."""
+    return [[name, source.rows.runs] for name, source in sorted(model.sources.items()) if source.rows]

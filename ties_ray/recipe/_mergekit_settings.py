@@ -18,6 +18,7 @@ Value = float | list[float]
 """A number, or a gradient over the layers."""
 Coefficient = Value | dict[str, Value]
 """What a recipe takes for a number that may differ by parameter."""
+_ARCHITECTURE = ("names of tensors decide in ties_ray", "leave it out")
 MOST_KEYS = 12
 """Keys that a message lists."""
 
@@ -87,6 +88,32 @@ class Document:
             if key not in allowed:
                 remedy = f"known here: {', '.join(sorted(allowed)[:MOST_KEYS])}"
                 self.wrong((*path, key), *(others or {}).get(str(key), ("mergekit ignores this key", remedy)))
+
+
+class Reference(NamedTuple):
+    """A model as mergekit names it: `path@revision+adapter`."""
+
+    path: str
+    adapter: str | None
+
+    @classmethod
+    def of(cls, document: Document, place: Path, value: Any) -> "Reference":
+        """Return the model of a text or a mapping."""
+        if isinstance(value, Mapping):
+            document.check_keys(place, ("model", "lora"), {"override_architecture": _ARCHITECTURE})
+            parts = [_path_of(value.get(key)) for key in ("model", "lora")]
+        else:
+            parts = [*str(value).split("+"), None][:2] if str(value).count("+") < 2 else [None, None]
+        if not parts[0] or (parts[0] or "").count("@") > 1:
+            document.wrong(place, f"{value!r} names no model", "write PATH, PATH@REVISION or PATH+ADAPTER")
+        return cls(parts[0] or "", parts[1])
+
+
+def _path_of(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        revision = value.get("revision")
+        return f"{value.get('path', '')}" + (f"@{revision}" if revision else "")
+    return None if value is None else str(value)
 
 
 class Settings:

@@ -5,12 +5,13 @@ mergekit takes it from the command line.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ties_ray import plugins
 from ties_ray.recipe._mergekit_methods import METHODS, REFUSED, Asked, Source, Spec
-from ties_ray.recipe._mergekit_settings import Block, Document, Path, Settings
+from ties_ray.recipe._mergekit_settings import Block, Document, Path, Reference, Settings
+from ties_ray.recipe._mergekit_vocabulary import VocabularyKeys
 
 Json = dict[str, Any]
 TOP = (
@@ -23,8 +24,6 @@ _BELOW = (_IGNORED, "put it below `parameters`")
 _UPWARDS = (_IGNORED, "move it to the `parameters` of the whole merge")
 _MODULES = ("ties_ray merges the parts of a model alike", "leave `modules` out, and list the models under `models`")
 _BASE = ("ties_ray has one base for all layers", "put base_model at the top level")
-_ARCHITECTURE = ("names of tensors decide in ties_ray", "leave it out")
-_VOCABULARY = ("ties_ray changes no vocabulary", "leave it out")
 _DECLARES = re.compile(r"^[\"']?merge_method[\"']?\s*:", re.MULTILINE)
 
 
@@ -45,8 +44,10 @@ class Conversion(NamedTuple):
     recipe: Json
     notes: tuple[str, ...]
     """What is different from mergekit, for the reader."""
-    tokenizers: tuple[str, ...]
-    """Models whose vocabularies must agree, as the configuration asks for their union or for one of them."""
+    vocabulary: Json | None = None
+    """What the configuration asks of the recipe's `vocabulary`."""
+    compared: tuple[str, ...] = ()
+    """Models that need it if their vocabularies differ, the base first. It stands in the recipe where none is here."""
 
 
 def is_mergekit(text: str) -> bool:
@@ -63,7 +64,7 @@ def base_of(text: str, source: str) -> str | None:
     ]
     if document.at(("slices",)):
         candidates.append(document.at(("slices", 0, "sources", 0, "model")))
-    references = [_Reference.of(document, (), value) for value in candidates if value is not None]
+    references = [Reference.of(document, (), value) for value in candidates if value is not None]
     return references[0].path if references and not document.problems else None
 
 
@@ -73,32 +74,6 @@ UNKNOWN = Stack()
 def convert(text: str, source: str, stack: Stack = UNKNOWN) -> Conversion:
     """Return the recipe of a configuration. Raises `RecipeError` with every problem, its file and its line."""
     return _Converter(Document(text, source), stack).converted()
-
-
-class _Reference(NamedTuple):
-    """A model as mergekit names it: `path@revision+adapter`."""
-
-    path: str
-    adapter: str | None
-
-    @classmethod
-    def of(cls, document: Document, place: Path, value: Any) -> "_Reference":
-        """Return the model of a text or a mapping."""
-        if isinstance(value, Mapping):
-            document.check_keys(place, ("model", "lora"), {"override_architecture": _ARCHITECTURE})
-            parts = [_path_of(value.get(key)) for key in ("model", "lora")]
-        else:
-            parts = [*str(value).split("+"), None][:2] if str(value).count("+") < 2 else [None, None]
-        if not parts[0] or (parts[0] or "").count("@") > 1:
-            document.wrong(place, f"{value!r} names no model", "write PATH, PATH@REVISION or PATH+ADAPTER")
-        return cls(parts[0] or "", parts[1])
-
-
-def _path_of(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        revision = value.get("revision")
-        return f"{value.get('path', '')}" + (f"@{revision}" if revision else "")
-    return None if value is None else str(value)
 
 
 class _Converter:
@@ -127,10 +102,14 @@ class _Converter:
             Settings(document, blocks, self._stack.name, self._stack.before), document, base, sources, self._notes
         )
         made = spec.convert(asked)
-        output, tokenizers = self._output(made.base, sources)
+        output = self._output()
+        vocabulary = VocabularyKeys(document, base).converted()
         document.raise_problems()
-        recipe = {"base": made.base, "models": made.models, "method": made.method, "output": output}
-        return Conversion(recipe, tuple(self._notes), tokenizers)
+        recipe: Json = {"base": made.base, "models": made.models, "method": made.method, "output": output}
+        others = (made.base, *(str(source.entry["path"]) for source in sources))
+        if vocabulary and (document.at(("tokenizer",)) or vocabulary["tokens"] not in ("base", "union")):
+            recipe["vocabulary"], others = vocabulary, ()
+        return Conversion(recipe, tuple(self._notes), vocabulary, tuple(dict.fromkeys(others if vocabulary else ())))
 
     def _spec(self) -> Spec | None:
         name = self._document.at(("merge_method",))
@@ -217,14 +196,14 @@ class _Converter:
         """Return the base, and the models with their places in each block, which must be the same models."""
         document = self._document
         named = document.at(("base_model",))
-        base = None if named is None else _Reference.of(document, ("base_model",), named)
+        base = None if named is None else Reference.of(document, ("base_model",), named)
         if base and base.adapter:
             document.wrong(
                 ("base_model",), "has an adapter, and a base has none here", "merge the adapter into it first"
             )
-        by_model: dict[_Reference, list[Path]] = {}
+        by_model: dict[Reference, list[Path]] = {}
         for places in rows:
-            references = [_Reference.of(document, place, document.at((*place, "model"))) for place in places]
+            references = [Reference.of(document, place, document.at((*place, "model"))) for place in places]
             for reference, place in zip(references, places, strict=True):
                 by_model.setdefault(reference, []).append(place)
         for reference, positions in by_model.items():
@@ -261,8 +240,8 @@ class _Converter:
             which = "models" if spec.base == "input" else "models beside the base_model"
             document.wrong((), f"{name} takes {number} {which}, not {count}", "list other models")
 
-    def _output(self, base: str, sources: Sequence[Source]) -> tuple[Json, tuple[str, ...]]:
-        """Return the output but for its folder, and the models whose vocabularies must agree."""
+    def _output(self) -> Json:
+        """Return the output but for its folder."""
         output: Json = {}
         document, dtype = self._document, self._document.at(("dtype",))
         for key in ("dtype", "out_dtype"):
@@ -273,15 +252,11 @@ class _Converter:
                 output["dtype"] = value
         if dtype is not None:
             self._notes.append(f"dtype {dtype} is that of the output: ties_ray computes in fp32, and rounds once")
-        return output, self._tokenizers(output, base, sources)
+        self._chat_template(output)
+        return output
 
-    def _tokenizers(self, output: Json, base: str, sources: Sequence[Source]) -> tuple[str, ...]:
-        document, key = self._document, "tokenizer_source"
-        asked = document.at((key,))
-        if document.at(("tokenizer",)) is not None:
-            key = "tokenizer"
-            document.check_keys((key,), ("source",), dict.fromkeys(("tokens", "pad_to_multiple_of"), _VOCABULARY))
-            asked = document.at((key, "source"))
+    def _chat_template(self, output: Json) -> None:
+        document = self._document
         template = document.at(("chat_template",))
         if template == "auto":
             self._notes.append("chat_template auto: the base's stays, where mergekit takes the most frequent one")
@@ -290,15 +265,9 @@ class _Converter:
         elif template is not None:
             message = "ties_ray takes `chatml`, or a template in Jinja on one line"
             document.wrong(("chat_template",), message, "leave it out, and write chat_template.jinja afterwards")
-        if asked in (None, "base"):
-            return ()
-        if asked != "union":
-            output["files_from"] = _Reference.of(document, (key,), asked).path
-            self._notes.append("config and tokenizer come from that model")
-        return tuple(dict.fromkeys((base, *(str(source.entry["path"]) for source in sources))))
 
 
-def _source(reference: _Reference, base: str, places: tuple[Path, ...]) -> Source:
+def _source(reference: Reference, base: str, places: tuple[Path, ...]) -> Source:
     """Return a model; an adapter of the base is a model by itself."""
     if reference.adapter is None:
         return Source({"path": reference.path}, reference.path == base, places)

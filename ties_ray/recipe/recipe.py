@@ -26,6 +26,7 @@ from ties_ray.executors import address_problem
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
 from ties_ray.recipe.coefficients import Coefficient, Share
+from ties_ray.recipe.vocabulary import Vocabulary
 from ties_ray.stores import Uri, store_class
 
 Json = dict[str, Any]
@@ -297,6 +298,8 @@ class Recipe(Strict):
     """
     exclude: tuple[str, ...] = ()
     """Patterns of parameters that are taken from the base unchanged, such as `*.bias`."""
+    vocabulary: Vocabulary | None = None
+    """How embedding rows of different vocabularies are matched. Default: all inputs have the base's vocabulary."""
     coefficients: Coefficients = Coefficients()
     allow: Allow = Allow()
     bounds: Bounds = Bounds()
@@ -364,6 +367,22 @@ class Recipe(Strict):
                 raise ValueError(f"models.{number}: the method {self.method.name} needs `with: {{{missing[0]}: ...}}`")
             if more := sorted(entry.with_.keys() - needed):
                 raise ValueError(f"models.{number}: the method {self.method.name} takes no `with: {more[0]}`")
+        return self
+
+    @model_validator(mode="after")
+    def _vocabulary(self) -> "Recipe":
+        if self.vocabulary is None:
+            return self
+        if self.output.kind != "checkpoint":
+            raise ValueError(
+                f"`vocabulary` needs an output of kind checkpoint, and {self.output.kind} has no tokenizer"
+            )
+        for key, asked in (("continues", self.continues), ("output.state", self.output.state)):
+            if asked:
+                raise ValueError(f"`vocabulary` and `{key}` exclude each other: leave one of them out")
+        if self.method.companions:
+            name = self.method.companions[0].name
+            raise ValueError(f"`vocabulary` does not reorder the {name} of the method {self.method.name}: leave it out")
         return self
 
     @model_validator(mode="after")
