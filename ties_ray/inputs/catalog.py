@@ -310,10 +310,9 @@ def _check(
         files = {id_: fetched[id_].listed.tokenizer for id_ in sound}
         aligned = vocabulary.align(recipe.vocabulary, base, sound, entries, files, rules, stores, threads)
         base, inputs = aligned.base, {**inputs, **aligned.inputs}
-        for id_, problem in aligned.problems:
-            problems[id_].append(problem)
     models = [each for each in inputs.values() if each.entry.id != BASE]
-    for id_, problem in (*agreement.disagreements(recipe, models), *agreement.unmerged(base, models)):
+    of_rows = aligned.problems if aligned else []
+    for id_, problem in (*of_rows, *agreement.disagreements(recipe, models), *agreement.unmerged(base, models)):
         problems[id_].append(problem)
     left, refused = agreement.drop(recipe, entries, problems)
     models = [inputs[entry.id] for entry in left if entry.id != BASE]
