@@ -14,7 +14,7 @@ from ties_ray.libraries import quantised
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import CONFIGS, library_of
 from ties_ray.libraries.ties import ties_of
-from ties_ray.libraries.weight_files import ADAPTER, STEMS, candidates, is_index, is_weights, usual
+from ties_ray.libraries.weight_files import ADAPTER, STEMS, candidates, is_index, is_vector, is_weights, usual
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 from ties_ray.stores import last_part
 from ties_ray.tensors import COPIES, Parameter, Read, Source, TensorRef, exclusion
@@ -34,8 +34,11 @@ class Checkpoint(Format):
     def recognises(self, names: Sequence[str]) -> bool:
         """Return whether there are safetensors files that are not an adapter's.
 
-        A whole model stays one beside an `adapter_config.json` that somebody left there.
+        A whole model stays one beside an `adapter_config.json` that somebody left there. Masks with their vector are
+        none.
         """
+        if any(map(is_vector, names)):
+            return False
         stems = {candidate.stem for candidate in candidates(names)} - {ADAPTER}
         adapter = "adapter_config.json" in names
         return f"{ADAPTER}.safetensors" not in names and bool(stems & set(STEMS) if adapter else stems)

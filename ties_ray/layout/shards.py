@@ -5,15 +5,19 @@ Shards are computed from their number, not stored: a plan of 100,000 of them is 
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ties_ray.inputs.catalog import Catalog
 from ties_ray.layout.sizes import SIZES, Sizes
+from ties_ray.methods import Member
 from ties_ray.outputs import PART_ALIGNMENT, OutputFile, OutputTensor, Placed
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, build, canonical_order
 from ties_ray.tensors import Parameter
+
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
 class Segment(NamedTuple):
@@ -151,8 +155,11 @@ def part_size(recipe: Recipe, files: Sequence[OutputFile], sizes: Sizes = SIZES)
     return min(sizes.most_part, max(sizes.least_part, fitting - fitting % PART_ALIGNMENT))
 
 
-def plan_files(recipe: Recipe, catalog: Catalog) -> tuple[OutputFile, ...]:
-    """Return the weight files. Tensors fill them in catalog order, up to `file_size`; a file has canonical order."""
+def plan_files(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> tuple[OutputFile, ...]:
+    """Return the weight files. Tensors fill them in catalog order, up to `file_size`; a file has canonical order.
+
+    The output's products come after them, each in a file of its own.
+    """
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
     library = recipe.output.library(catalog.library)
@@ -163,14 +170,17 @@ def plan_files(recipe: Recipe, catalog: Catalog) -> tuple[OutputFile, ...]:
             filled = 0
         groups[-1].append(tensor)
         filled += size
-    return tuple(
-        _plan_file(library.file_name(number, len(groups)), group) for number, group in enumerate(groups, start=1)
+    products = recipe.output.products(catalog.parameters, [member.id for member in members])
+    return (
+        *(_plan_file(library.file_name(number, len(groups)), group) for number, group in enumerate(groups, start=1)),
+        *(_plan_file(product.name, product.tensors, product.metadata) for product in products),
     )
 
 
-def _plan_file(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
+def _plan_file(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, str] = NO_METADATA) -> OutputFile:
     ordered = sorted(tensors, key=lambda tensor: canonical_order(tensor.dtype, tensor.name))
-    header = build([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered], {"format": "pt"})
+    specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered]
+    header = build(specs, {"format": "pt", **metadata})
     position = len(header)
     placed = []
     for tensor in ordered:

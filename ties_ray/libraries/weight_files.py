@@ -13,6 +13,8 @@ STEMS = (
 )  # fmt: skip
 """Libraries' names of a whole model's weights; where a folder has several, the first is read."""
 
+VECTOR = "unified_vector"
+"""The stem of a vector that the masks of several models share. It is none of them, so it is never left aside."""
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(?:-(?P<number>\d+)-of-(?P<count>\d+)(?:\.(?P<late>[^.]+))?)?\.safetensors")
 _INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?:\.(?P<late>[^.]+))?\.json")
 
@@ -55,6 +57,12 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors") and not name.startswith(".")
 
 
+def is_vector(name: str) -> bool:
+    """Return whether a file holds a vector that several models share, by its name."""
+    match = _WEIGHTS.fullmatch(name)
+    return match is not None and match["stem"] == VECTOR
+
+
 def is_index(name: str) -> bool:
     """Return whether a file is an index of weight files, by its name."""
     return _INDEX.fullmatch(name) is not None and not name.startswith(".")
@@ -62,7 +70,8 @@ def is_index(name: str) -> bool:
 
 def candidates(names: Collection[str]) -> tuple[Candidate, ...]:
     """Return the models of a folder; those that libraries look for come first."""
-    weights = [match for name in sorted(names) if is_weights(name) and (match := _WEIGHTS.fullmatch(name))]
+    named = [name for name in sorted(names) if is_weights(name) and not is_vector(name)]
+    weights = [match for name in named if (match := _WEIGHTS.fullmatch(name))]
     indices = [match for name in sorted(names) if is_index(name) and (match := _INDEX.fullmatch(name))]
     plain = {*STEMS, ADAPTER, *(match["stem"] for match in (*weights, *indices))}
     groups: dict[tuple[str, str, int], list[str]] = {}

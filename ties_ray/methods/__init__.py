@@ -220,6 +220,8 @@ class Result:
 
     The round is run twice, so they must depend on nothing but the elements.
     """
+    masks: "tuple[Tensor, ...]" = ()
+    """The mask of each member in packed bits (`kernels.bits.packed`), from a last round of `Method.gives_masks`."""
 
 
 def every_element(parameter: Parameter) -> Unit:
@@ -313,6 +315,13 @@ def unknown_part(part: str | None, members: Sequence[Member]) -> list[Problem]:
     return [Problem("method.part", f"no model has the id {part!r}", f"name one of them: {', '.join(ids[:8])}")]
 
 
+def part_and_masks(part: str | None, masks: bool) -> list[Problem]:
+    """Return the problem of a recipe that asks for one model and for the masks of all."""
+    if part is None or not masks:
+        return []
+    return [Problem("method.part", "one model, and the masks of all, are two results", "leave one of them out")]
+
+
 def elect_apart(
     deltas: Deltas, terms: tuple[Term, ...], context: Context, election: Election, *, by_count: bool
 ) -> "Tensor":
@@ -362,6 +371,18 @@ class Method(BaseModel, ABC):
     def base_cancels(self) -> bool:
         """Whether merges from any two bases are the same model, up to rounding. Then a recipe needs no base."""
         return False
+
+    @property
+    def gives_masks(self) -> bool:
+        """Whether the result is a vector for all models, and a mask for each, which an output of masks holds.
+
+        Its last round then works on elements, and gives `Result.masks` beside the vector as `Result.merged`.
+        """
+        return False
+
+    def mask_factor(self, member: int, sums: Mapping[Key, int]) -> float:
+        """Return what multiplies the masked vector of a member. sums: those of whole task vectors that rounds gave."""
+        return 1.0
 
     @property
     def has_lambda(self) -> bool:

@@ -1,13 +1,24 @@
 """EMR-Merging (Huang et al., NeurIPS 2024): elect one vector of all models, and rebuild single ones from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
 from ties_ray.errors import Problem
-from ties_ray.kernels import Election, Extremes, Term
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each, unknown_part
+from ties_ray.kernels import ONE, Election, Extremes, Term
+from ties_ray.methods import (
+    Context,
+    Deltas,
+    Key,
+    Member,
+    Method,
+    Result,
+    Round,
+    bytes_each,
+    part_and_masks,
+    unknown_part,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +29,15 @@ class Emr(Method):
 
     This unified vector is larger than an average, so tune lambda: the paper has none. With `part`, the result is one
     model as the paper rebuilds it. It is the unified vector where that model has its sign, rescaled to the model's
-    size. The parts of all models are one merge each. One pass over the models, and four for a part.
+    size. With `masks`, one merge writes the unified vector, and for each model its mask and its rescaler. One pass over
+    the models, two with masks, and four for a part.
     """
 
     name: Literal["emr"] = "emr"
     part: str | None = None
     """The `id` of the model that is rebuilt. By default the result is the unified vector."""
+    masks: bool = False
+    """True: the result is the unified vector, and a mask for each model (`output.kind: masks`)."""
     lambda_: FiniteFloat = Field(default=1.0, alias="lambda")
     """Factor on the unified vector, or on the rebuilt change."""
 
@@ -36,32 +50,60 @@ class Emr(Method):
     @property
     def continues(self) -> bool:
         """Return whether it is the unified vector, whose sums and extremes go on."""
-        return self.part is None
+        return self.part is None and not self.masks
+
+    @property
+    def gives_masks(self) -> bool:
+        """Return whether the recipe asks for masks."""
+        return self.masks
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
-        """Refuse weights, and a part of a model that is not merged."""
-        return [*super().problems(members), *unknown_part(self.part, members)]
+        """Refuse weights, a part of a model that is not merged, and a part with masks."""
+        return [*super().problems(members), *unknown_part(self.part, members), *part_and_masks(self.part, self.masks)]
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge; of a part, after the sizes on which its scale depends."""
+        if self.masks:
+            return (Round("merge", self._masks, passes=2, holds=bytes_each(40)),)
         if self.part is None:
             return (Round("merge", self._merge),)
         rebuild = Round("merge", self._rebuild, passes=2, holds=bytes_each(24))
         return Round("sizes", self._sizes, passes=2, holds=bytes_each(32)), rebuild
+
+    def mask_factor(self, member: int, sums: Mapping[Key, int]) -> float:
+        """Return the model's rescaler, times lambda."""
+        own, masked = (sums.get(Key(name, (member,), whole=True), 0) / ONE for name in ("own", "masked"))
+        return (own / masked if masked else 0.0) * self.lambda_
+
+    def _masks(self, deltas: Deltas, context: Context) -> Result:
+        """Return the unified vector, and the masks of the models with the sums for their rescalers."""
+        from ties_ray.kernels.bits import packed
+
+        unified = self._unified(deltas, context)
+        sums: dict[Key, int] = {}
+        masks = []
+        for model, own in deltas:
+            outside = own.sign() != unified.sign()
+            sums |= self._size(unified.masked_fill(outside, 0.0), own, context, model)
+            masks.append(packed(~outside & (unified != 0)))
+        return Result(merged=unified, sums=sums, masks=tuple(masks))
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         return Result(merged=self._unified(deltas, context).mul_(self.lambda_))
 
     def _sizes(self, deltas: Deltas, context: Context) -> Result:
         """Return the sums over parameters of the mean magnitude: of the model, and of what its mask keeps."""
+        return Result(sums=self._size(*self._masked(deltas, context), context))
+
+    @staticmethod
+    def _size(masked: "Tensor", own: "Tensor", context: Context, *model: int) -> dict[Key, int]:
         import torch
 
         from ties_ray.kernels.exact_sums import dot
 
-        masked, own = self._masked(deltas, context)
         share = torch.full_like(own, 1 / context.parameter.numel)
-        sums = {Key("own", whole=True): dot(own.abs(), share), Key("masked", whole=True): dot(masked.abs(), share)}
-        return Result(sums=sums)
+        named = {"own": own, "masked": masked}
+        return {Key(name, model, whole=True): dot(values.abs(), share) for name, values in named.items()}
 
     def _rebuild(self, deltas: Deltas, context: Context) -> Result:
         masked, _ = self._masked(deltas, context)

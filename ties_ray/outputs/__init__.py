@@ -55,8 +55,22 @@ class OutputTensor(NamedTuple):
     shape: tuple[int, ...]
     parameter: str
     """The base parameter it comes from. Unless it comes from scratch, it has the same elements in the same order."""
-    origin: Literal["merged", "base", "scratch"] = "merged"
-    """merged: the last round computes it. base: the base's bytes are copied. scratch: an earlier round left it."""
+    origin: Literal["merged", "base", "scratch", "mask", "factor"] = "merged"
+    """merged: the last round computes it. base: the base's bytes are copied. scratch: an earlier round left it.
+
+    mask: a member's mask in packed bits, a byte for 8 elements. factor: what multiplies the vector for a member.
+    """
+    member: int = 0
+    """Index of the member whose mask or factor it is."""
+
+
+class Product(NamedTuple):
+    """A file of one member beside the merged tensors."""
+
+    name: str
+    metadata: Mapping[str, str]
+    """What its header says beside the tensors."""
+    tensors: tuple[OutputTensor, ...]
 
 
 class Placed(NamedTuple):
@@ -129,6 +143,8 @@ class Output(BaseModel, ABC):
 
     reads_base: ClassVar[bool] = True
     """Whether the output holds values of the base. If not, and no model needs it, a recipe may leave the base out."""
+    holds_masks: ClassVar[bool] = False
+    """Whether it takes a method's vector with a mask for each model (`Method.gives_masks`), and nothing else."""
 
     @property
     def required_files(self) -> tuple[str, ...]:
@@ -142,6 +158,10 @@ class Output(BaseModel, ABC):
     @abstractmethod
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return the tensors to write, in the order in which files are filled."""
+
+    def products(self, parameters: Sequence[Parameter], ids: Sequence[str]) -> tuple[Product, ...]:
+        """Return the files beside those of `tensors`, one for each member. ids: those of the members."""
+        return ()
 
     @abstractmethod
     def library(self, inputs: Library) -> Library:

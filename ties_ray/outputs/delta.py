@@ -29,19 +29,12 @@ class Delta(ElementwiseOutput):
         """Return every parameter that is merged and changed."""
         return tuple(
             OutputTensor(parameter.name, DTYPES[self.dtype], parameter.shape, parameter.name)
-            for parameter in parameters
-            if parameter.merged and parameter.changed
+            for parameter in changed(parameters)
         )
 
     def values(self, base: "Tensor", merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
         """Write the change, rounded once, as added to a base of zeros: no change is +0."""
-        size = max(TILE, len(merged)) if merged.is_cuda else TILE  # a GPU gains by one launch and one copy
-        zeros = merged.new_zeros(min(size, len(merged)))
-        overflow = 0
-        for start in range(0, len(merged), size):
-            tile = merged[start : start + size]
-            overflow += kernels.apply(zeros[: len(tile)], tile, out[start : start + size])
-        return overflow
+        return write_change(merged, out, kernels)
 
     def library(self, inputs: Library) -> Library:
         """Return names that no loader takes for a model's."""
@@ -60,3 +53,19 @@ class Delta(ElementwiseOutput):
     def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index."""
         return library.index
+
+
+def changed(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Return every parameter that is merged and changed."""
+    return [parameter for parameter in parameters if parameter.merged and parameter.changed]
+
+
+def write_change(merged: "Tensor", out: "Tensor", kernels: Kernels) -> int:
+    """Write a change (1-D fp32) into `out`, rounded once; return how many values overflow. No change is +0."""
+    size = max(TILE, len(merged)) if merged.is_cuda else TILE  # a GPU gains by one launch and one copy
+    zeros = merged.new_zeros(min(size, len(merged)))
+    overflow = 0
+    for start in range(0, len(merged), size):
+        tile = merged[start : start + size]
+        overflow += kernels.apply(zeros[: len(tile)], tile, out[start : start + size])
+    return overflow

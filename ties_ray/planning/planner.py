@@ -92,7 +92,7 @@ def concluded(plan: Plan, result: int, conclusion: Conclusion) -> Plan:
 def _with_output(plan: Plan, result: int, output: Output) -> Plan:
     """Return the plan with the output's settled rank; files and merge shards follow from it."""
     recipe = plan.recipe.model_copy(update={"output": output})
-    files = plan_files(recipe, plan.catalog)
+    files = plan_files(recipe, plan.catalog, plan.results[result].members)
     *earlier, last = plan.results[result].rounds
     last = last._replace(num_shards=Layout(recipe, plan.catalog, files, plan.sizes).num_merge_shards)
     settled = replace(plan.results[result], files=files, rounds=(*earlier, last))
@@ -132,7 +132,7 @@ def _planned_merge(recipe: Recipe, catalog: Catalog, sizes: Sizes) -> Merge:
     members = tuple(Member(model.id, model.weight, model.density) for model in models)
     numbers = ByParameter(recipe.method, catalog, members, models)
     _check(recipe, catalog, members, numbers)
-    files = plan_files(recipe, catalog)
+    files = plan_files(recipe, catalog, members)
     layout = Layout(recipe, catalog, files, sizes)
     result = PlannedResult(members, tuple(kept), _task_vectors(numbers, models, layout), files, ())
     merge = Merge(recipe, catalog, result, sizes, ARITHMETICS[recipe.run.arithmetic])
@@ -155,7 +155,7 @@ def _kind(merge: Merge, round_: Round, *, last: bool) -> str:
     if not last:
         return "ranks" if round_.ranks else "gather"
     condenses = isinstance(merge.recipe.output, CondensingOutput)
-    through_scratch = round_.unit is not every_element or round_.finish
+    through_scratch = round_.unit is not every_element or round_.finish or merge.recipe.output.holds_masks
     return "units" if through_scratch and not condenses else "merge"
 
 
@@ -168,6 +168,7 @@ def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member], numbers:
         problems.append(Problem("base", "no parameter is left to merge", remedy))
     problems += recipe.output.problems(catalog.parameters)
     problems += _state_problems(recipe)
+    problems += _mask_problems(recipe, catalog)
     if problems:
         raise RecipeError(problems)
 
@@ -183,6 +184,18 @@ def _state_problems(recipe: Recipe) -> Iterator[Problem]:
     if isinstance(recipe.output, CondensingOutput):
         message = f"an output of kind {recipe.output.kind} has no state by element"
         yield Problem(asked, message, "use kind: checkpoint or kind: delta")
+
+
+def _mask_problems(recipe: Recipe, catalog: Catalog) -> Iterator[Problem]:
+    """Yield why method and output do not agree on masks."""
+    if recipe.output.holds_masks and not recipe.method.gives_masks:
+        remedy = "use `masks: true` of emr or consensus, or another kind of output"
+        yield Problem("output.kind", f"{recipe.method.name} with these settings gives no masks", remedy)
+    if recipe.method.gives_masks and not recipe.output.holds_masks:
+        message = f"an output of kind {recipe.output.kind} holds no masks"
+        yield Problem("method.masks", message, "write `kind: masks`, or leave `masks` out")
+    if recipe.method.gives_masks and catalog.lambdas:
+        yield Problem("method.lambda", "a mask has one factor, and lambda differs by parameter", "give one lambda")
 
 
 def _cache(recipe: Recipe, merge: Merge) -> int:
@@ -227,8 +240,9 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
     rules = recipe.model_dump(mode="json", include={"method", "exclude", "allow", "bounds", "output"})
     for key in ("path", "part_size"):
         del rules["output"][key]
-    if not rules["output"]["state"]:
-        del rules["output"]["state"]
+    for section, key in (("output", "state"), ("method", "masks")):
+        if not rules[section].get(key, True):
+            del rules[section][key]
     earlier = catalog.earlier
     of_earlier = [earlier.run_id, [tuple(pin) for pin in earlier.state.objects]] if earlier else []
     inputs = [

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Delta = Callable[[Block], "Tensor"]
+PRODUCTS = frozenset({"mask", "factor"})
+"""Origins of tensors that a round of units leaves beside the merged change."""
 _CRC32C = re.compile("[0-9a-f]{8}")
 
 
@@ -140,7 +142,9 @@ class MergeRound(RoundKind[Parts, None]):
         parts = {number: list(elements_in(layout, shard.file, number)) for number in range(*shard.parts)}
         segments, members = layout.segments(shard), range(*shard.models)
         files = StateFiles(bench, shard) if merge.recipe.output.state else None
-        delta = files.keeping(self._delta(bench, index)) if files else self._delta(bench, index)
+        assembly = self._assembly(bench, index)
+        delta: Delta = assembly.delta if assembly else partial(merged, bench, index)
+        delta = files.keeping(delta) if files else delta
         with closing(self._blocks(bench, index, segments, members, zeroed)) as blocks:
             for number, pieces in parts.items():
                 start, stop = layout.part(shard.file, number)
@@ -150,7 +154,10 @@ class MergeRound(RoundKind[Parts, None]):
                 for placed, first, last in pieces:
                     begin, size = placed.start - start, DTYPE_BITS[placed.tensor.dtype] // 8
                     out = part[begin + first * size : begin + last * size]
-                    self._fill(bench, index, blocks, placed, first, last, out, delta)
+                    if assembly and placed.tensor.origin in PRODUCTS:
+                        assembly.fill(placed.tensor, first, last, out)
+                    else:
+                        self._fill(bench, index, blocks, placed, first, last, out, delta)
                 bench.write_part(part, shard.file, number)
             next(blocks, None)  # a block is judged when the next is asked for
         if files:
@@ -171,11 +178,15 @@ class MergeRound(RoundKind[Parts, None]):
         of_models = placed.tensor.origin == "merged"
         segments = [Segment(parameter, first, last) for first, last in runs] if of_models else []
         everyone = range(len(merge.models))
-        delta = self._delta(bench, index, anew=True)
+        assembly = self._assembly(bench, index, anew=True)
+        delta = assembly.delta if assembly else partial(merged, bench, index)
         with closing(self._blocks(bench, index, segments, everyone, Counter())) as blocks:
             for first, last in runs:
                 out = torch.empty((last - first) * DTYPE_BITS[placed.tensor.dtype] // 8, dtype=torch.uint8)
-                self._fill(bench, index, blocks, placed, first, last, out, delta)
+                if assembly and placed.tensor.origin in PRODUCTS:
+                    assembly.fill(placed.tensor, first, last, out)
+                else:
+                    self._fill(bench, index, blocks, placed, first, last, out, delta)
                 yield out
             next(blocks, None)  # a block is judged when the next is asked for
 
@@ -192,11 +203,9 @@ class MergeRound(RoundKind[Parts, None]):
             return bench.blocks(bench.merge.rounds[index], segments, (), zeroed, with_base=with_base)
         return blocks_of(bench, index, segments, members, zeroed, with_base=with_base)
 
-    def _delta(self, bench: Bench, index: int, *, anew: bool = False) -> Delta:
-        """Return what gives the merged change of a block (1-D fp32). anew: compute what a merge takes from scratch."""
-        if is_assembly(bench.merge, index):
-            return Assembly(bench, index - 1, anew=anew).delta
-        return partial(merged, bench, index)
+    def _assembly(self, bench: Bench, index: int, *, anew: bool = False) -> Assembly | None:
+        """Return what gives the merged change where a round of units has merged it. anew: compute it once more."""
+        return Assembly(bench, index - 1, anew=anew) if is_assembly(bench.merge, index) else None
 
     def _fill(
         self,

@@ -4,6 +4,7 @@ A shard is one piece: a whole matrix, or a run of whole rows. The round that wri
 """
 
 import bisect
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -13,9 +14,10 @@ from weakref import WeakKeyDictionary
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.methods import Key, Result, Unit
+from ties_ray.outputs import OutputTensor
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally
 from ties_ray.rounds._gathered import Gathered, Sums, by_parameter_of, misfit_gathered, sums_for
-from ties_ray.rounds._method_round import blocks_of, context_of, is_resident, merged_result, stack_of
+from ties_ray.rounds._method_round import blocks_of, context_of, is_resident, merged_result, stack_of, sums
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ class Piece(NamedTuple):
     """Number of the shard, and of the piece in `pieces`."""
     crc32c: str
     """CRC32C of its scratch, 8 hex digits: fp32 values of the merged change."""
+    masks: tuple[str, ...] = ()
+    """CRC32C of the scratch of each member's mask, where the method gives masks: packed bits."""
 
 
 class Pieces(NamedTuple):
@@ -76,11 +80,11 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
 
     def memory(self, merge: Merge, round_: PlannedRound) -> int:
         """Return the bytes of the largest piece with its slices, and of its scratch."""
-        return memory_of_units(merge, round_) + 8 * round_.block
+        return memory_of_units(merge, round_) + 8 * round_.block + -(-round_.block // 8) * _num_masks(merge)
 
     def scratch(self, merge: Merge, round_: PlannedRound) -> int:
-        """Return the bytes of all merged parameters in fp32."""
-        return 4 * merge.layout.num_elements
+        """Return the bytes of all merged parameters in fp32, and of all masks."""
+        return 4 * merge.layout.num_elements + -(-merge.layout.num_elements // 8) * _num_masks(merge)
 
     def shard(self, merge: Merge, round_: PlannedRound, index: int) -> Shard:
         """Return one piece of all models."""
@@ -100,7 +104,12 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
         result = self.result(bench, index, segment, zeroed)
         assert result.merged is not None, "it was looked at"
         tally.sums.add(segment.parameter, result)
-        tally.pieces.append(Piece(number, bench.write_scratch(_scratch(bench.merge, number), result.merged)))
+        merged = bench.write_scratch(_scratch(bench.merge, index, number), result.merged)
+        masks = [
+            bench.write_scratch(_scratch(bench.merge, index, number, member), mask)
+            for member, mask in enumerate(result.masks)
+        ]
+        tally.pieces.append(Piece(number, merged, tuple(masks)))
 
     def result(self, bench: Bench, index: int, segment: Segment, zeroed: Counter[tuple[int, str]]) -> Result:
         """Return what the method's round makes of a piece, with its merged change (1-D fp32)."""
@@ -108,6 +117,8 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
         with closing(blocks_of(bench, index, [segment], members, zeroed)) as blocks:
             result = merged_result(bench, index, next(blocks))
             next(blocks, None)  # a block is judged when the next is asked for
+        if len(result.masks) != _num_masks(bench.merge):
+            raise TypeError(f"method {bench.merge.recipe.method.name}: the last round owes a mask for each model")
         return result
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Pieces]) -> Pieces:
@@ -122,6 +133,8 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
         """Yield what is out of range."""
         if any(piece.number not in range(merge.rounds[index].num_shards) for piece in finding.pieces):
             yield "a piece"
+        if any(len(piece.masks) != _num_masks(merge) for piece in finding.pieces):
+            yield "a mask"
         yield from misfit_gathered(merge, finding.gathered)
 
     misfit_folded = misfit
@@ -141,7 +154,7 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
 
 
 class Assembly:
-    """The merged change of blocks, from scratch or computed anew."""
+    """The merged change of blocks, and the masks of members, from scratch or computed anew."""
 
     def __init__(self, bench: Bench, index: int, *, anew: bool = False) -> None:
         """index: of the round of units. anew: compute every piece, as scratch is gone once the merge is done."""
@@ -150,6 +163,7 @@ class Assembly:
         self._anew = anew
         self._pieces = pieces(bench.merge, bench.merge.rounds[index].position)
         self._last: tuple[int, Any] = (-1, None)
+        """The piece that was read or made last, since blocks come in order."""
 
     def delta(self, block: Block) -> "Tensor":
         """Return the merged change of a block (1-D fp32)."""
@@ -167,24 +181,53 @@ class Assembly:
         own = self._bench.merge.own_round(self._bench.merge.rounds[self._index], block.parameter)
         return own.finish(merged, context_of(self._bench, self._index + 1, block)) if own.finish else merged
 
-    def _piece(self, number: int) -> "Tensor":
-        """Return a whole piece; the last one is kept, as blocks come in order."""
-        if self._last[0] != number:
-            self._last = (-1, None)
-            self._last = number, self._made(number) if self._anew else self._stored(number)
-        piece: Tensor = self._last[1]
-        return piece
-
-    def _made(self, number: int) -> "Tensor":
-        merged = UnitsRound().result(self._bench, self._index, self._pieces[number], Counter()).merged
-        assert merged is not None, "it was looked at"
-        return merged
-
-    def _stored(self, number: int) -> "Tensor":
+    def fill(self, tensor: OutputTensor, first: int, last: int, out: "Tensor") -> None:
+        """Write elements [first, last) of a mask or a factor into `out` (1-D uint8)."""
         import torch
 
-        crc = self._bench.derived(self._index, 0, _crc_by_piece)[number]
-        return torch.frombuffer(self._bench.read_scratch(_scratch(self._bench.merge, number), crc), dtype=torch.float32)
+        merge = self._bench.merge
+        parameter = merge.layout.by_name[tensor.parameter]
+        if tensor.origin == "factor":
+            factor = merge.recipe.method.mask_factor(tensor.member, sums(self._bench, self._index + 1, parameter))
+            out.copy_(torch.tensor([factor], dtype=torch.float64)[first:last].view(torch.uint8))
+            return
+        number = bisect.bisect_right(self._pieces, (parameter, 8 * first, math.inf)) - 1
+        while first < last:
+            begins = self._pieces[number].start // 8
+            bits = self._bits(number, tensor.member)[first - begins : last - begins]
+            out[: len(bits)].copy_(bits)
+            out, first, number = out[len(bits) :], first + len(bits), number + 1
+
+    def _piece(self, number: int) -> "Tensor":
+        """Return the merged change of a whole piece."""
+        import torch
+
+        if self._anew:
+            merged = self._made(number).merged
+            assert merged is not None, "it was looked at"
+            return merged
+        if self._last[0] != number:
+            self._last = (-1, None)
+            crc = self._bench.derived(self._index, 0, _by_number)[number].crc32c
+            self._last = number, self._bench.read_scratch(_scratch(self._bench.merge, self._index, number), crc)
+        return torch.frombuffer(self._last[1], dtype=torch.float32)
+
+    def _bits(self, number: int, member: int) -> "Tensor":
+        """Return the mask of a member in a whole piece, in packed bits."""
+        import torch
+
+        if self._anew:
+            return self._made(number).masks[member]
+        crc = self._bench.derived(self._index, 0, _by_number)[number].masks[member]
+        stored = self._bench.read_scratch(_scratch(self._bench.merge, self._index, number, member), crc)
+        return torch.frombuffer(stored, dtype=torch.uint8)
+
+    def _made(self, number: int) -> Result:
+        if self._last[0] != number:
+            self._last = (-1, None)
+            self._last = number, UnitsRound().result(self._bench, self._index, self._pieces[number], Counter())
+        made: Result = self._last[1]
+        return made
 
 
 def is_assembly(merge: Merge, index: int) -> bool:
@@ -260,17 +303,24 @@ def _cut(index: int, parameter: Parameter, unit: Unit, most: int) -> Iterator[Se
     """Yield the pieces of one parameter, of at most so many elements unless one unit has more."""
     width = {"element": 1, "row": parameter.shape[-1] if parameter.shape else 1, "matrix": parameter.numel}[unit]
     step = max(1, most // max(1, width)) * max(1, width)
+    if unit == "element":
+        step = max(8, step - step % 8)  # so that no byte of a mask is cut
     for start in range(0, parameter.numel, step):
         yield Segment(index, start, min(start + step, parameter.numel))
 
 
-def _scratch(merge: Merge, number: int) -> int:
-    """Return the number of a piece in scratch, where parameters may have theirs."""
-    return len(merge.catalog.parameters) + number
+def _num_masks(merge: Merge) -> int:
+    """Return how many masks each piece has."""
+    return len(merge.members) if merge.recipe.method.gives_masks else 0
 
 
-def _crc_by_piece(merged: Pieces) -> dict[int, str]:
-    return {piece.number: piece.crc32c for piece in merged.pieces}
+def _scratch(merge: Merge, index: int, number: int, member: int = -1) -> int:
+    """Return the number of a piece, or of a member's mask in it, in scratch, where parameters may have theirs."""
+    return len(merge.catalog.parameters) + merge.rounds[index].num_shards * (1 + member) + number
+
+
+def _by_number(merged: Pieces) -> dict[int, Piece]:
+    return {piece.number: piece for piece in merged.pieces}
 
 
 def _sums_of(merged: Pieces) -> dict[int, dict[Key, int]]:
