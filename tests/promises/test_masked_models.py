@@ -23,6 +23,7 @@ from ties_ray.reports.records import Progress
 from ties_ray.stores import Stores
 
 MakeFamily = Callable[..., Family]
+INDEX = "unified_vector.safetensors.index.json"
 EMR = {"name": "emr", "lambda": 0.7}
 CONSENSUS = {"name": "consensus", "bound": 0.3, "lambda": 0.6}
 
@@ -33,7 +34,7 @@ def masks_in(folder: Path, **more: Any) -> dict[str, Any]:
 
 def written_in(folder: Path) -> dict[str, bytes]:
     """Return the vector, the masks and their index."""
-    paths = [*folder.glob("*.safetensors"), folder / "masks.json"]
+    paths = [*folder.glob("*.safetensors"), folder / INDEX]
     return {path.name: path.read_bytes() for path in paths}
 
 
@@ -82,7 +83,7 @@ def test_vector_masks_and_factors_are_what_the_guide_reads(family_of: MakeFamily
     entries = [{"path": uri, "id": id_} for uri, id_ in zip(family.models, ("code", "math"), strict=True)]
     data = {"base": family.base, "models": entries, "method": {**EMR, "masks": True}, "run": LOCAL}
     merging.merge(validate(data | masks_in(tmp_path / "masks")))
-    index = json.loads((tmp_path / "masks" / "masks.json").read_text())
+    index = json.loads((tmp_path / "masks" / INDEX).read_text())
     assert index["models"] == {"code": "mask-00000.safetensors", "math": "mask-00001.safetensors"}
     assert set(index["weight_map"].values()) == {"unified_vector.safetensors"}
     vector = load_file(tmp_path / "masks" / "unified_vector.safetensors")
@@ -117,7 +118,7 @@ def test_no_cut_and_no_worker_changes_a_bit_of_a_mask(
         interrupted(recipe, sizes, draw.randint(1, 40))
         merging.merge(recipe, sizes=sizes)
         assert written_in(folder) == written_in(tmp_path / "usual")
-    report = verify.verify(Stores({}), str(tmp_path / "2"), sample=1.0)
+    report = verify.verify(Stores({}), str(tmp_path / "usual"), sample=1.0)
     assert not report.problems
     assert report.sample
     assert report.sample.elements == report.sample.of > 0

@@ -8,7 +8,7 @@ from ties_ray.errors import Problem
 from ties_ray.formats import Contents, Folder, Format, Rules, account
 from ties_ray.formats import _checkpoint_files as files_of
 from ties_ray.kernels import Encoded
-from ties_ray.libraries.weight_files import candidates, is_vector
+from ties_ray.libraries.weight_files import candidates, is_vector, is_weights
 from ties_ray.safetensors import Header
 from ties_ray.stores import last_part
 from ties_ray.tensors import Parameter, Read, Source, TensorRef
@@ -34,7 +34,8 @@ class Masked(Format):
     def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the vector's files, and the mask that the recipe chooses; none of several masks."""
         masks = _masks(names)
-        return tuple(filter(is_vector, names)) + (tuple(masks) if len(masks) == 1 else ()), ()
+        vectors = (name for name in names if is_vector(name) and is_weights(name))
+        return (*vectors, *(masks if len(masks) == 1 else ())), ()
 
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
         """Return a source for each parameter of which the model has a mask, checked against vector and base."""

@@ -15,6 +15,8 @@ STEMS = (
 
 VECTOR = "unified_vector"
 """The stem of a vector that the masks of several models share. It is none of them, so it is never left aside."""
+BITS = "bits"
+"""Key in the metadata of a mask's file: how the bits of a mask are packed."""
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(?:-(?P<number>\d+)-of-(?P<count>\d+)(?:\.(?P<late>[^.]+))?)?\.safetensors")
 _INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?:\.(?P<late>[^.]+))?\.json")
 
@@ -58,8 +60,8 @@ def is_weights(name: str) -> bool:
 
 
 def is_vector(name: str) -> bool:
-    """Return whether a file holds a vector that several models share, by its name."""
-    match = _WEIGHTS.fullmatch(name)
+    """Return whether a file holds a vector that several models share, or is its index, by its name."""
+    match = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
     return match is not None and match["stem"] == VECTOR
 
 
@@ -72,7 +74,9 @@ def candidates(names: Collection[str]) -> tuple[Candidate, ...]:
     """Return the models of a folder; those that libraries look for come first."""
     named = [name for name in sorted(names) if is_weights(name) and not is_vector(name)]
     weights = [match for name in named if (match := _WEIGHTS.fullmatch(name))]
-    indices = [match for name in sorted(names) if is_index(name) and (match := _INDEX.fullmatch(name))]
+    indices = [
+        match for name in sorted(names) if is_index(name) and not is_vector(name) and (match := _INDEX.fullmatch(name))
+    ]
     plain = {*STEMS, ADAPTER, *(match["stem"] for match in (*weights, *indices))}
     groups: dict[tuple[str, str, int], list[str]] = {}
     for match in weights:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter
 from ties_ray.driver.publish import foreign_files
 from ties_ray.errors import InputError, Problem
 from ties_ray.libraries.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
+from ties_ray.libraries.weight_files import BITS
 from ties_ray.outputs import DEFAULT_PART, OutputFile
 from ties_ray.planning.plan import Plan
 from ties_ray.planning.planner import believable
@@ -292,7 +293,8 @@ def _planned_head(file: OutputFile) -> bytes:
 
 
 def _against_index(stores: Stores, output: str, files: Sequence[_Weights]) -> list[Problem]:
-    """Compare the index, where there is one, with the headers."""
+    """Compare the index, where there is one, with the headers. Masks stand in no index."""
+    files = [file for file in files if BITS not in file.header.metadata]
     names = [pin.uri.rpartition("/")[2] for pin in stores.of(output).list(output).files]
     indices = [name for name in names if name.endswith(".safetensors.index.json")]
     if not indices:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from ties_ray.errors import Problem
 from ties_ray.kernels import Kernels
 from ties_ray.libraries.library import LOAD_FILE, Library
+from ties_ray.libraries.weight_files import BITS, VECTOR
 from ties_ray.outputs import ElementwiseOutput, OutputFile, OutputTensor, Product, weight_map
 from ties_ray.outputs.delta import changed, write_change
 from ties_ray.tensors import Parameter
@@ -14,9 +15,7 @@ from ties_ray.tensors import Parameter
 if TYPE_CHECKING:
     from torch import Tensor
 
-VECTOR = "unified_vector"
 LIBRARY = Library("safetensors", VECTOR, opened_by=LOAD_FILE.format(name=f"{VECTOR}.safetensors"))
-INDEX = "masks.json"
 FACTOR = "factor"
 """Name of the tensor that holds a model's factor."""
 
@@ -50,7 +49,7 @@ class Masks(ElementwiseOutput):
         return tuple(
             Product(
                 f"mask-{member:05d}.safetensors",
-                {"model": id_, "bits": "numpy.packbits"},
+                {"model": id_, BITS: "numpy.packbits"},
                 (
                     *(OutputTensor(FACTOR, "F64", (1,), each.name, "factor", member) for each in own[:1]),
                     *(OutputTensor(each.name, "U8", (-(-each.numel // 8),), each.name, "mask", member) for each in own),
@@ -78,7 +77,7 @@ class Masks(ElementwiseOutput):
         }
         of_vector = [file for file in files if file.name not in models.values()]
         content = {**json.loads(weight_map(of_vector)), "models": models}
-        return INDEX, (json.dumps(content, indent=2) + "\n").encode()
+        return library.index, (json.dumps(content, indent=2) + "\n").encode()
 
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
         """Leave out all small files: they belong to a whole model."""
@@ -86,4 +85,4 @@ class Masks(ElementwiseOutput):
 
     def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index."""
-        return INDEX
+        return library.index
