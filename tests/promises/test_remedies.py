@@ -35,6 +35,9 @@ SAYS_LOSS = re.compile(
 """What a remedy must say where something trained is left aside."""
 
 
+MASKS = {"path": "{folder}/out", "kind": "masks"}
+
+
 class Case(NamedTuple):
     sentence: str
     provoke: Callable[[Path], Recipe]
@@ -693,6 +696,16 @@ CASES = (
     Case("weights by rank are as many as the rank", numbers(["0"], ["*q_proj*"], "ranks", [[[1.0, 2.0]]]),
          "give one for each rank, or narrow the pattern",
          by_hand=numbers_written(["0"], ["*q_proj*"], "ranks", [[[1.0, 2.0] * 4]])),
+    # Masks.
+    Case("masks come from a method that gives them", plain(method="emr", output=dict(MASKS)),
+         "use `masks: true` of emr or consensus, or another kind of output",
+         by_hand=setting(method={"name": "emr", "masks": True})),
+    Case("masks need an output that holds them", plain(method={"name": "emr", "masks": True}),
+         "write `kind: masks`, or leave `masks` out", by_hand=setting(method__masks=False)),
+    Case("a mask has one factor", plain(method={"name": "emr", "masks": True, "lambda": {"*norm*": 2}}, output=dict(MASKS)),
+         "give one lambda", by_hand=setting(method__lambda=2)),
+    Case("a merge gives a part or masks", plain(method={"name": "emr", "masks": True, "part": "0"}, output=dict(MASKS)),
+         "leave one of them out", by_hand=setting(method__part=None)),
     # Memory.
     Case("a worker's memory is raised as the message says", plain(
         run={"executor": "local", "memory": "128MiB"}, output={"path": "{folder}/out", "part_size": "64MiB"}),

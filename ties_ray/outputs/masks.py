@@ -10,7 +10,7 @@ from ties_ray.libraries.library import LOAD_FILE, Library
 from ties_ray.libraries.weight_files import BITS, VECTOR
 from ties_ray.outputs import ElementwiseOutput, OutputFile, OutputTensor, Product, weight_map
 from ties_ray.outputs.delta import changed, write_change
-from ties_ray.tensors import Parameter
+from ties_ray.tensors import COPIES, Parameter, exclusion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +35,11 @@ class Masks(ElementwiseOutput):
 
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return that a parameter has the name of the factor."""
-        if not any(each.name == FACTOR for each in parameters):
+        if not any(each.name == FACTOR for each in changed(parameters)):
             return []
-        return [Problem("output.kind", f"a parameter is called {FACTOR!r}, as a mask's factor is", "exclude it")]
+        message = f"a parameter is called {FACTOR!r}, as the factor of a mask is"
+        remedy = exclusion([FACTOR], [each.name for each in parameters], COPIES)
+        return [Problem("output.kind", message, remedy)]
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return every parameter that is merged and changed."""
