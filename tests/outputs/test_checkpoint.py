@@ -93,6 +93,29 @@ def test_a_chat_template_goes_to_every_file_that_may_hold_one(
         merge(family, {"path": str(tmp_path / "more"), "chat_template": template}, "average")
 
 
+def test_auto_takes_the_chat_template_that_most_inputs_have(family_of: MakeFamily, tmp_path: Path) -> None:
+    family, base = family_of(num_models=3), tmp_path / "base"
+    shutil.copytree(family.base, base)
+    models = [tmp_path / f"model-{number}" for number in range(3)]
+    for uri, folder in zip(family.models, models, strict=True):
+        shutil.copytree(uri, folder)
+    usual = "{{ messages }}\n{# of two #}"
+    (models[1] / "chat_template.jinja").write_text(usual + "\n")
+    settings = {"chat_template": [{"name": "tools", "template": "{{ 1 }}"}, {"name": "default", "template": usual}]}
+    (models[2] / "tokenizer_config.json").write_text(json.dumps(settings))
+    (models[0] / "tokenizer_config.json").write_text("{}")
+    family = replace(family, base=str(base), models=tuple(map(str, models)))
+    result = merge(family, {"path": str(tmp_path / "out"), "chat_template": "auto"}, "average")
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert written == {"eos_token": "<t1>", "chat_template": usual}
+    assert f"chat template: that of {models[1]}, which 2 of 4 inputs have" in result.notes
+    for folder in (base, *models):
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            (folder / name).unlink(missing_ok=True)
+    result = merge(family, {"path": str(tmp_path / "none"), "chat_template": "auto"}, "average")
+    assert "chat template: no input has one" in result.notes
+
+
 def test_a_name_that_is_no_template_is_refused() -> None:
-    with pytest.raises(ValueError, match="give `chatml`, or a template in Jinja on one line"):
-        Checkpoint(path="/out", chat_template="alpaca")
+    with pytest.raises(ValueError, match="give `auto`, one of alpaca, .* or a template in Jinja"):
+        Checkpoint(path="/out", chat_template="vicuna")

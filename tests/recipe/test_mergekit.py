@@ -201,9 +201,10 @@ def test_an_adapter_of_the_base_is_a_model_and_one_of_another_model_goes_with_it
 def test_notes_say_what_is_different() -> None:
     text = f"{THREE}merge_method: ties\nparameters: {{int8_mask: true}}\ndtype: bfloat16\nout_dtype: float32\n"
     conversion = converted(text + "chat_template: auto\ntokenizer_source: union\n")
-    assert conversion.recipe["output"] == {"dtype": "float32"}
-    assert [note.split(" ", 1)[0] for note in conversion.notes] == ["int8_mask", "dtype", "chat_template"]
-    assert converted(text + "chat_template: chatml\n").recipe["output"]["chat_template"] == "chatml"
+    assert conversion.recipe["output"] == {"dtype": "float32", "chat_template": "auto"}
+    assert [note.split(" ", 1)[0] for note in conversion.notes] == ["int8_mask", "dtype"]
+    for template in ("chatml", "llama3", "mistral", "alpaca", "exaone", "{{ messages }}"):
+        assert converted(text + f"chat_template: '{template}'\n").recipe["output"]["chat_template"] == template
 
 
 def test_tokenizers_become_a_vocabulary() -> None:
@@ -286,7 +287,7 @@ def test_rows_of_tokens_are_converted() -> None:
          ["line 5: tokenizer_source: mergekit ignores it beside `tokenizer`",
           "line 4: tokenizer.tokens: is not a mapping of tokens"]),
         (f"{PLAIN}merge_method: sce\ndtype: int64\n", ["line 4: dtype: is int64, and ties_ray writes"]),
-        (f"{PLAIN}merge_method: sce\nchat_template: alpaca\n", ["line 4: chat_template: ties_ray takes `chatml`, or"]),
+        (f"{PLAIN}merge_method: sce\nchat_template: vicuna\n", ["line 4: chat_template: 'vicuna' is no template"]),
         ("- 1\n", ["m.yml: needs either `models` or `slices`", "merge_method"]),
     ],
 )  # fmt: skip
@@ -340,9 +341,9 @@ WHOLE = {
         PAIR + "merge_method: linear\nbase_model: z\n",
         PAIR + "merge_method: linear\n",
     ),
-    "leave it out, and write chat_template.jinja afterwards": (
+    "write auto, alpaca, chatml, exaone, llama3, mistral, or Jinja": (
+        PAIR + "merge_method: linear\nchat_template: vicuna\n",
         PAIR + "merge_method: linear\nchat_template: alpaca\n",
-        PAIR + "merge_method: linear\n",
     ),
     "give all sources the same layer_range": (
         SLICES.replace("b, layer_range: [1, 4]", "b, layer_range: [0, 3]"),

@@ -3,6 +3,7 @@
 import fnmatch
 import itertools
 import json
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from ties_ray.inputs.vocabulary import Aligned
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.methods import Member
-from ties_ray.outputs import DTYPES
+from ties_ray.outputs import CHAT_TEMPLATE, DTYPES
 from ties_ray.recipe.coefficients import Rules as Lines
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE
@@ -140,11 +141,14 @@ class Catalog:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return the facts that all models share, with `base`, the base's URI, and `untied`, its untied parameters."""
+        """Return the facts that all models share, with `base`, the base's URI, and `untied`, its untied parameters.
+
+        An output that asks for the chat template which most inputs have finds it as `chat_template`.
+        """
         first, *others = (model.facts for model in self.models)
         shared = {key: value for key, value in first.items() if all(facts.get(key) == value for facts in others)}
-        untied = {key: value for key, value in self.base.facts.items() if key == "untied"}
-        return {**shared, "base": hub_name(self.base.uri), **untied} if self.base.uri else shared
+        own = {key: value for key, value in self.base.facts.items() if key in ("untied", CHAT_TEMPLATE)}
+        return {**shared, "base": hub_name(self.base.uri), **own} if self.base.uri else shared
 
 
 def read_catalog(recipe: Recipe, stores: Stores, *, first: int = 0) -> Catalog:
@@ -187,7 +191,9 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int)
     pin_notes = _verify(checked, fetched, stores, threads)
     files_from = _files_from(recipe, checked) if recipe.output.reads_base else ""
     small, small_notes = _small_files(checked, fetched, files_from, stores, threads) if files_from else ((), ())
-    if missing := [name for name in recipe.output.required_files if name not in {file.name for file in small}]:
+    template, template_notes = _chat_template(recipe, checked.entries, fetched, stores, threads)
+    needed = recipe.output.required_files if template or not recipe.output.most_frequent_template else ()
+    if missing := [name for name in needed if name not in {file.name for file in small}]:
         message = f"needs {missing[0]}, which {checked.inputs[files_from].entry.uri} has not"
         raise RecipeError(Problem("output", message, "name the model that has it in output.files_from"))
     parameters, dtype_notes = checked.parameters, list[str]()
@@ -211,9 +217,11 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int)
         *_comparing(checked.num_compared),
         *(_tokenizer_notes(fetched, checked.models, stores, threads) if BASE in fetched else ()),
         *small_notes,
+        *template_notes,
         *(_unopened(fetched[files_from].listed, library) if files_from and recipe.output.kind == "checkpoint" else ()),
     )
     base_model, models = (inputs[0], inputs[1:]) if BASE in fetched else (Model("", BASE, "", (), {}), inputs)
+    base_model.facts.update(template)
     waiting = expanded.waiting
     catalog = Catalog(base_model, tuple(models), parameters, small, notes, checked.refused, waiting, library)
     catalog = _with_coefficients(recipe, catalog, stores)
@@ -434,6 +442,22 @@ def _small_files(
     leftovers = checked.inputs[files_from].contents.leftovers
     files = (replace(file, without=leftovers) if file.name == configs.CONFIG else file for file in carried.files)
     return tuple(files), (*carried.notes, *differing)
+
+
+def _chat_template(
+    recipe: Recipe, entries: Sequence[Entry], fetched: Mapping[str, FetchedInput], stores: Stores, threads: Executor
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return (the chat template that most inputs have, as a fact, and a note on it) where the output asks for it."""
+    if not recipe.output.most_frequent_template:
+        return {}, ()
+    inputs = {entry.uri: fetched[entry.id].listed.tokenizer for entry in reversed(entries)}  # the base stays, if twice
+    first = list(reversed(inputs.values()))
+    templates = tokenizers.templates(first, stores, threads)
+    if not any(templates):
+        return {}, ("chat template: no input has one",)
+    ((template, count),) = Counter(filter(None, templates)).most_common(1)
+    whose = first[templates.index(template)].uri
+    return {CHAT_TEMPLATE: template}, (f"chat template: that of {whose}, which {count} of {len(first)} inputs have",)
 
 
 def _taken(fetched: FetchedInput, stores: Stores, threads: Executor) -> Taken:

@@ -96,6 +96,19 @@ def differ(base: Tokenizer, models: Sequence[Tokenizer], stores: Stores, threads
     return any(threads.map(differs, models))
 
 
+def templates(inputs: Sequence[Tokenizer], stores: Stores, threads: Executor) -> list[str]:
+    """Return the chat template of each input, empty where it has none. Of several named ones it is the default."""
+
+    def template(tokenizer: Tokenizer) -> str:
+        value = _settings(tokenizer.files, partial(_fetch, stores)).get("chat_template")
+        if isinstance(value, list):  # older files list {name, template}
+            named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
+            value = named.get("default")
+        return value.strip() if isinstance(value, str) else ""
+
+    return list(threads.map(template, inputs))
+
+
 def _differences(base: Files, read_base: Fetch, model: Files, *, fetch: Fetch) -> list[str]:
     """Return the differences between two inputs; files that a fine-tune left out are none."""
     differences = []

@@ -33,6 +33,8 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 """The dtypes that a recipe may ask for, with their names in safetensors."""
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Short names of dtypes, which a recipe may use too."""
+CHAT_TEMPLATE = "chat_template"
+"""The fact that holds the chat template which most inputs have."""
 
 
 def _part_size(value: ByteSize | None) -> ByteSize | None:
@@ -151,6 +153,11 @@ class Output(BaseModel, ABC):
         """Return the small files that the input of `files_from` must have."""
         return ()
 
+    @property
+    def most_frequent_template(self) -> bool:
+        """Return whether the output takes the chat template that most inputs have: the fact `chat_template`."""
+        return False
+
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return why these parameters can't be written as this kind."""
         return []
@@ -184,7 +191,8 @@ class Output(BaseModel, ABC):
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
         """Return the content of a small file of `files_from` in the output; None leaves it out.
 
-        facts: those of `index`, and `untied`: parameters of the output that the base's config ties.
+        facts: those of `index`, `untied`, the parameters of the output that the base's config ties, and
+        `chat_template`, the template that most inputs have.
         """
 
     @abstractmethod

@@ -8,21 +8,19 @@ from pydantic import field_validator
 
 from ties_ray.kernels import Kernels
 from ties_ray.libraries import bounded
+from ties_ray.libraries.chat_templates import TEMPLATES
 from ties_ray.libraries.library import Library
 from ties_ray.libraries.ties import ties_only_the_head
-from ties_ray.outputs import DTYPES, ElementwiseOutput, OutputFile, OutputTensor, weight_map
+from ties_ray.outputs import CHAT_TEMPLATE, DTYPES, ElementwiseOutput, OutputFile, OutputTensor, weight_map
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""ChatML, which sets each message between two tokens of its own."""
 TOKENIZER = "tokenizer_config.json"
+AUTO = "auto"
+"""Stands for the chat template that most inputs have."""
 
 
 class Checkpoint(ElementwiseOutput):
@@ -30,19 +28,28 @@ class Checkpoint(ElementwiseOutput):
 
     kind: Literal["checkpoint"] = "checkpoint"
     chat_template: str | None = None
-    """`chatml`, or a template in Jinja on one line. None: the one of `files_from`."""
+    """`auto`, the name of a template, or a template in Jinja. None: the one of `files_from`.
+
+    `auto`: the template that most inputs have, of equally many the first input's. Names: `alpaca`, `chatml`, `exaone`,
+    `llama3`, `mistral`.
+    """
 
     @field_validator("chat_template")
     @classmethod
     def _template(cls, value: str | None) -> str | None:
-        if value is not None and value != "chatml" and "{" not in value:
-            raise ValueError("give `chatml`, or a template in Jinja on one line")
+        if value is not None and value not in (AUTO, *TEMPLATES) and "{" not in value:
+            raise ValueError(f"give `auto`, one of {', '.join(TEMPLATES)}, or a template in Jinja")
         return value
 
     @property
     def required_files(self) -> tuple[str, ...]:
         """Return the tokenizer's config where it gets a chat template."""
         return (TOKENIZER,) if self.chat_template else ()
+
+    @property
+    def most_frequent_template(self) -> bool:
+        """Return whether the recipe asks for the template that most inputs have."""
+        return self.chat_template == AUTO
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
         """Return every base parameter; only merged ones change their dtype, where it can hold their values."""
@@ -74,8 +81,9 @@ class Checkpoint(ElementwiseOutput):
 
     def rewrite(self, name: str, data: bytes, facts: Mapping[str, str]) -> bytes | None:
         """Return the file unchanged, but for dtype and ties in config.json, and the chat template."""
-        if self.chat_template and (name == TOKENIZER or name.startswith("chat_template.")):
-            return self._with_template(name, data)
+        template = facts.get(CHAT_TEMPLATE) if self.chat_template == AUTO else self.chat_template
+        if template and (name == TOKENIZER or name.startswith("chat_template.")):
+            return _with_template(name, data, TEMPLATES.get(template, template))
         unties = bool(facts.get("untied"))
         if name != "config.json" or (self.dtype is None and not unties):
             return data
@@ -89,14 +97,14 @@ class Checkpoint(ElementwiseOutput):
                     part["tie_word_embeddings"] = False
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def _with_template(self, name: str, data: bytes) -> bytes:
-        """Return a file of the tokenizer with the recipe's chat template."""
-        template = CHATML if self.chat_template == "chatml" else str(self.chat_template)
-        if name.endswith(".jinja"):
-            return template.encode()
-        content = {**bounded.loads(data), "chat_template": template}
-        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
     def entry_point_file(self, files: Sequence[OutputFile], library: Library) -> str:
         """Return the index, or the config where there is one weight file."""
         return library.config if len(files) == 1 else library.index
+
+
+def _with_template(name: str, data: bytes, template: str) -> bytes:
+    """Return a file of the tokenizer with a chat template."""
+    if name.endswith(".jinja"):
+        return template.encode()
+    content = {**bounded.loads(data), "chat_template": template}
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

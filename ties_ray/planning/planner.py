@@ -19,7 +19,7 @@ from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Layout, plan_files
 from ties_ray.layout.sizes import SIZES, Sizes, comparable
 from ties_ray.methods import Member, Round, every_element
-from ties_ray.outputs import CondensingOutput, Output
+from ties_ray.outputs import CHAT_TEMPLATE, CondensingOutput, Output
 from ties_ray.planning.plan import SCHEMA_VERSION, Plan
 from ties_ray.recipe.coefficients import Rules
 from ties_ray.recipe.recipe import Recipe, Run
@@ -261,6 +261,7 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
         beside,
         *catalog.lambdas,
         *of_earlier,
+        *(catalog.facts[key] for key in (CHAT_TEMPLATE,) if key in catalog.facts),
     ]
     text = json.dumps(decisive, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

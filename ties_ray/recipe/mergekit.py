@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ties_ray import plugins
+from ties_ray.libraries.chat_templates import TEMPLATES
+from ties_ray.outputs.checkpoint import AUTO
 from ties_ray.recipe._mergekit_methods import METHODS, REFUSED, Asked, Source, Spec
 from ties_ray.recipe._mergekit_settings import Block, Document, Path, Reference, Settings
 from ties_ray.recipe._mergekit_vocabulary import VocabularyKeys
@@ -258,13 +260,12 @@ class _Converter:
     def _chat_template(self, output: Json) -> None:
         document = self._document
         template = document.at(("chat_template",))
-        if template == "auto":
-            self._notes.append("chat_template auto: the base's stays, where mergekit takes the most frequent one")
-        elif template == "chatml" or (template and "{" in str(template) and "\n" not in str(template).strip()):
-            output["chat_template"] = str(template).strip()
+        text = str(template).strip()
+        if template is not None and text != AUTO and text not in TEMPLATES and "{" not in text:
+            names = ", ".join(TEMPLATES)
+            document.wrong(("chat_template",), f"{text!r} is no template", f"write auto, {names}, or Jinja")
         elif template is not None:
-            message = "ties_ray takes `chatml`, or a template in Jinja on one line"
-            document.wrong(("chat_template",), message, "leave it out, and write chat_template.jinja afterwards")
+            output["chat_template"] = text
 
 
 def _source(reference: Reference, base: str, places: tuple[Path, ...]) -> Source:
