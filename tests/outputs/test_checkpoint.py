@@ -117,5 +117,5 @@ def test_auto_takes_the_chat_template_that_most_inputs_have(family_of: MakeFamil
 
 
 def test_a_name_that_is_no_template_is_refused() -> None:
-    with pytest.raises(ValueError, match="give `auto`, one of alpaca, .* or a template in Jinja"):
+    with pytest.raises(ValueError, match=r"give `auto`, one of alpaca, .* or a template in Jinja"):
         Checkpoint(path="/out", chat_template="vicuna")
