@@ -50,6 +50,7 @@ UNFOLLOWED = {
     ),
     "the models of an earlier merge have to be there": (
         "merge all models in one recipe, with", "name the output of one", "name {} as it was", "use its `{}`",
+        "use its type of CPU",
     ),
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (

@@ -1,10 +1,12 @@
 """A merge that keeps its state can take in further models, with the bytes of one merge of all."""
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tools.adapters import make_pool
@@ -29,6 +31,31 @@ METHODS: list[dict[str, object]] = [
     {"name": "dare", "density": 0.5, "combine": "ties"},
     {"name": "emr"},
 ]
+ALL_STATES: list[dict[str, object]] = [
+    {"name": "task_arithmetic", "vectors": "weights"},
+    {"name": "ties", "density": 0.3, "at_threshold": "exact"},
+    {"name": "ties", "density": 0.3, "at_threshold": "exact", "vote": "plain", "rescale": "l1"},
+    {"name": "ties", "density": 0.3, "vote": "count", "zero_sum": "majority"},
+    {"name": "ties", "density": 0.3, "merge": "max", "zero_sum": "majority"},
+    {"name": "ties", "density": 0.3, "profile": "mergekit", "rescale": "l1"},
+    {"name": "dare", "rescale": "l1", "combine": "ties", "vote": "count"},
+    {"name": "breadcrumbs", "gamma": 0.1, "scope": "row", "merge": "mean"},
+    {"name": "breadcrumbs", "gamma": 0.1, "combine": "ties", "merge": "mean", "rescale": "l1"},
+    {"name": "della"},
+    {"name": "della", "combine": "linear", "rescale": "l1"},
+    {"name": "fisher"},
+    {"name": "fisher", "normalize": False, "floored": "all"},
+    {"name": "iso_c"},
+    {"name": "model_stock"},
+    {"name": "model_stock", "scope": "row"},
+    {"name": "opcm"},
+    {"name": "wudi", "steps": 5},
+    {"name": "wudi", "solver": "minimum"},
+]
+"""Settings of methods that are tried on one kind of family."""
+UNWEIGHTED = ("emr", "model_stock", "opcm")
+BF16: dict[str, object] = {"dtype": "BF16"}
+MIXED: dict[str, object] = {"mixed": True, "shards": 2}
 
 
 def recipe_of(base: str, models: list[object], output: Path, method: object, **more: object) -> dict[str, object]:
@@ -37,17 +64,42 @@ def recipe_of(base: str, models: list[object], output: Path, method: object, **m
 
 
 def weighted(uris: tuple[str, ...], method: dict[str, object]) -> list[object]:
-    weights = [1] * 6 if method["name"] == "emr" else [1, 2, 0.5, 1, 3, 1]
+    weights = [1] * 6 if method["name"] in UNWEIGHTED else [1, 2, 0.5, 1, 3, 1]
     return [{"path": uri, "weight": weight} for uri, weight in zip(uris, weights, strict=True)]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
-@pytest.mark.parametrize("how", [{"dtype": "BF16"}, {"mixed": True, "shards": 2}], ids=str)
+def informed(models: list[object], family: Family, folder: Path) -> list[object]:
+    """Return models with random Fisher information, some of it zero."""
+    generator, made = torch.Generator().manual_seed(5), []
+    for number, model in enumerate(models):
+        tensors = {
+            name: (torch.randn(value.shape, generator=generator).square() * 2.0**-number).clamp_(min=0.01) - 0.01
+            for name, value in family.base_tensors.items()
+            if value.is_floating_point()
+        }
+        (folder / f"fisher-{number}").mkdir()
+        save_file(tensors, folder / f"fisher-{number}" / "values.safetensors")
+        assert isinstance(model, dict)
+        made.append({**model, "with": {"fisher": str(folder / f"fisher-{number}")}})
+    return made
+
+
+def name_of(value: object) -> str:
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [*itertools.product(METHODS, (BF16, MIXED)), *zip(ALL_STATES, itertools.cycle((MIXED, BF16)), strict=False)],
+    ids=name_of,
+)
 def test_three_models_then_one_then_two_are_six_at_once(
     method: dict[str, object], how: dict[str, object], family_of: MakeFamily, tmp_path: Path
 ) -> None:
     family = family_of(num_models=6, **how)
     models = weighted(family.models, method)
+    if method["name"] == "fisher":
+        models = informed(models, family, tmp_path)
     merging.merge(validate(recipe_of(family.base, models, tmp_path / "whole", method)))
     steps = [("a", models[:3], None), ("b", models[3:4], "a"), ("c", models[4:], "b")]
     for seed, (name, own, before) in enumerate(steps):
@@ -81,16 +133,28 @@ def test_another_lambda_is_another_output_of_the_same_state(family_of: MakeFamil
     assert digests(tmp_path / "b") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "delta"])
-def test_a_pool_of_adapters_grows(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ({"name": "ties", "density": 0.4}, "checkpoint"),
+        ({"name": "ties", "density": 0.4}, "delta"),
+        ({"name": "breadcrumbs", "gamma": 0.1}, "delta"),
+        ({"name": "della", "rescale": "l1"}, "delta"),
+        ({"name": "iso_c"}, "checkpoint"),
+        ({"name": "model_stock"}, "checkpoint"),
+        ({"name": "model_stock", "scope": "row"}, "delta"),
+        ({"name": "opcm"}, "checkpoint"),
+        ({"name": "wudi", "steps": 3}, "checkpoint"),
+    ],
+    ids=name_of,
+)
+def test_a_pool_of_adapters_grows_into_modules_that_none_has_changed(method: object, kind: str, tmp_path: Path) -> None:
     pool = make_pool(Stores({}).of(str(tmp_path)), str(tmp_path / "pool"), num_adapters=5)
-    method = {"name": "ties", "density": 0.4}
-    merging.merge(validate(recipe_of(pool.base, list(pool.adapters), tmp_path / "whole", method, kind=kind)))
-    first = recipe_of(pool.base, list(pool.adapters[:3]), tmp_path / "a", method, kind=kind, state=True)
+    adapters = [pool.adapters[number] for number in (1, 3, 0, 2, 4)]  # the first two change few modules
+    merging.merge(validate(recipe_of(pool.base, adapters, tmp_path / "whole", method, kind=kind)))
+    first = recipe_of(pool.base, adapters[:2], tmp_path / "a", method, kind=kind, state=True)
     merging.merge(validate(first))
-    more = recipe_of(
-        pool.base, list(pool.adapters[3:]), tmp_path / "b", method, kind=kind, continues=str(tmp_path / "a")
-    )
+    more = recipe_of(pool.base, adapters[2:], tmp_path / "b", method, kind=kind, continues=str(tmp_path / "a"))
     merging.merge(validate(more))
     files = [
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")} for name in ("b", "whole")
@@ -98,9 +162,34 @@ def test_a_pool_of_adapters_grows(kind: str, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("last", range(1, 12, 2))
-def test_a_merge_that_was_killed_keeps_the_whole_state(last: int, family_of: MakeFamily, tmp_path: Path) -> None:
-    family, method = family_of(num_models=4, shards=2), {"name": "ties", "density": 0.3}
+def test_models_are_numbered_on_from_all_that_are_listed(family_of: MakeFamily, tmp_path: Path) -> None:
+    family, method = family_of(num_models=4), {"name": "dare", "density": 0.5}
+    models = [{"path": uri, "weight": weight} for uri, weight in zip(family.models, (1, 0, 2, 1), strict=True)]
+    merging.merge(validate(recipe_of(family.base, models, tmp_path / "whole", method)))
+    merging.merge(validate(recipe_of(family.base, models[:3], tmp_path / "a", method, state=True)))
+    merging.merge(validate(recipe_of(family.base, models[3:], tmp_path / "b", method, continues=str(tmp_path / "a"))))
+    assert digests(tmp_path / "b") == digests(tmp_path / "whole")
+
+
+def test_information_of_modules_that_no_earlier_adapter_changes_is_missed(tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of(str(tmp_path)), str(tmp_path / "pool"), num_adapters=2)
+    (tmp_path / "fisher").mkdir()
+    save_file({name: value.square() for name, value in pool.base_tensors.items()}, tmp_path / "fisher/all.safetensors")
+    models: list[object] = [{"path": uri, "with": {"fisher": str(tmp_path / "fisher")}} for uri in pool.adapters]
+    first = recipe_of(pool.base, models[1:], tmp_path / "a", "fisher", kind="delta", state=True)
+    merging.merge(validate(first))
+    more = recipe_of(pool.base, models[:1], tmp_path / "b", "fisher", kind="delta", continues=str(tmp_path / "a"))
+    with pytest.raises(RecipeError, match="down_proj.weight, which none of its models changes"):
+        merging.plan(validate(more))
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [*(("ties", last) for last in range(1, 12, 2)), ("opcm", 4), ("model_stock", 5), ("opcm", 7)]
+)
+def test_a_merge_that_was_killed_keeps_the_whole_state(
+    name: str, last: int, family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family, method = family_of(num_models=4, shards=2), {"name": name}
     first = validate(recipe_of(family.base, list(family.models[:3]), tmp_path / "a", method, state=True))
     sizes, seen = draw_sizes(random.Random(7)), 0
 
@@ -137,14 +226,51 @@ def test_what_does_not_go_on_is_refused(family_of: MakeFamily, tmp_path: Path) -
         recipe = recipe_of(family.base, models[2:], tmp_path / "b", method, continues=str(tmp_path / "a"))
         with pytest.raises((InputError, RecipeError), match=message):
             merging.plan(validate({**recipe, **change}))
-    for refused in ({"name": "consensus"}, {"name": "ties", "at_threshold": "exact"}, {"name": "iso_c"}):
+    for refused in (
+        {"name": "consensus"},
+        {"name": "ties", "denominator": "union"},
+        {"name": "average", "missing_module": "skip"},
+        {"name": "emr", "part": "0"},
+        {"name": "model_stock", "profile": "mergekit"},
+    ):
         with pytest.raises(RecipeError, match="needs all models at once"):
             merging.plan(validate(recipe_of(family.base, models, tmp_path / "c", refused, state=True)))
+    recipe = validate(recipe_of(family.base, models[2:], tmp_path / "b", method, continues=str(tmp_path / "a")))
+    for path in (tmp_path / "a").rglob("state/*.safetensors"):
+        save_file({name: words[:, :3].contiguous() for name, words in load_file(path).items()}, path)
+    with pytest.raises(InputError, match="holds 3 words of an element"):
+        merging.merge(recipe)
     for path in (tmp_path / "a").rglob("state/*.safetensors"):
         tensors = load_file(path)
         del tensors[next(iter(tensors))]
         save_file(tensors, path)
     with pytest.raises(InputError, match="is not the state of that merge, or not all of it"):
-        merging.plan(
-            validate(recipe_of(family.base, models[2:], tmp_path / "b", method, continues=str(tmp_path / "a")))
-        )
+        merging.plan(recipe)
+
+
+def test_a_state_is_taken_up_where_lapack_computes_as_it_did(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3)
+    for name in ("opcm", "iso_c"):
+        first = recipe_of(family.base, list(family.models[:2]), tmp_path / name, name, state=True)
+        merging.merge(validate(first))
+        (path,) = (tmp_path / name).rglob("lapack.json")
+        path.write_text('"01234567"')
+    more = recipe_of(family.base, list(family.models[2:]), tmp_path / "b", "opcm", continues=str(tmp_path / "opcm"))
+    with pytest.raises(InputError, match="computes other bits than it did for "):
+        merging.merge(validate(more))
+    more = recipe_of(family.base, list(family.models[2:]), tmp_path / "c", "iso_c", continues=str(tmp_path / "iso_c"))
+    merging.merge(validate(more))  # its state is a sum, and needs no LAPACK
+
+
+def test_a_state_that_is_not_whole_is_refused(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=3)
+    merging.merge(validate(recipe_of(family.base, list(family.models[:2]), tmp_path / "a", "opcm", state=True)))
+    more = recipe_of(family.base, list(family.models[2:]), tmp_path / "b", "opcm", continues=str(tmp_path / "a"))
+    planned = merging.plan(validate(more))
+    (path,) = (tmp_path / "a").rglob("folded/0/0.json")
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(InputError, match="changed"):
+        merging.carry_out(planned, started=0.0, fresh=False, watch=lambda progress: None)
+    next((tmp_path / "a").rglob("state/*.safetensors")).unlink()
+    with pytest.raises(InputError, match="is not the state of that merge, or not all of it"):
+        merging.plan(validate(more))

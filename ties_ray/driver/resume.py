@@ -176,7 +176,7 @@ def _pins(plan: Plan) -> Iterator[Pin]:
     for model in (plan.catalog.base, *plan.catalog.models):
         for each in model.inputs:
             yield from each.objects
-    yield from plan.catalog.earlier.state.objects if plan.catalog.earlier else ()
+    yield from plan.catalog.earlier.pins if plan.catalog.earlier else ()
     for small in plan.catalog.small_files:
         yield small.pin
 

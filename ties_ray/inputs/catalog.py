@@ -110,9 +110,23 @@ class Earlier:
     run_id: str
     members: tuple[Member, ...]
     """The models that are merged there, in order."""
+    listed: int
+    """How many models its recipe and those before it list, whatever their weight."""
     state: Model
-    """What is left of them; its sources hold `words` fp32 words of each element."""
-    words: int
+    """What is left of them. Its sources hold fp32 words of each element, by `<name of a state>:<parameter>`."""
+    sums: dict[int, Pin]
+    """Where exact sums of single models lie, by the position of the method's round that gathered them."""
+    lapack: str = ""
+    """How LAPACK must compute, where that decided the state."""
+
+    @property
+    def pins(self) -> tuple[Pin, ...]:
+        """Return all that is read of it."""
+        return (*self.state.objects, *self.sums.values())
+
+    def source(self, state: str, parameter: str) -> Source | None:
+        """Return where a round's state of a parameter lies; None where no earlier model changes the parameter."""
+        return self.state.sources.get(f"{state}:{parameter}") if state else None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,10 @@
 """The sums of a merge in fp64, with an election of signs, for methods whose terms no kernel makes."""
 
+import itertools
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
 import torch
 from torch import Tensor
 
@@ -15,24 +20,27 @@ class Sides:
     def __init__(self, length: int, device: torch.device, *, apart: bool) -> None:
         self._total = torch.zeros(length, dtype=torch.float64, device=device)
         self._sides = [(self._total.clone(), self._total.clone()) for _ in range(2)] if apart else []
-        self._weight = 0.0
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums as they are, each fp64 and as long as the slice."""
+        return [self._total, *itertools.chain.from_iterable(self._sides)]
 
     def add(self, term: Tensor, weight: float) -> None:
         """Add a model's term (fp64), which its weight is part of."""
         self._total += term
-        self._weight += weight
         for (values, weights), agrees in zip(self._sides, (term > 0, term < 0), strict=False):
             values += term.masked_fill(~agrees, 0.0)
             weights += agrees.double().mul_(weight)
 
-    def merged(self, *, divides: bool, zero_is_positive: bool = False) -> Tensor:
-        """Return the sum of all terms, or of those that have the elected sign (fp64); it uses the state up.
+    def merged(self, *, divides_by: Sequence[float] | None, zero_is_positive: bool = False) -> Tensor:
+        """Return the sum of all terms, or of those that have the elected sign (fp64); it uses the sums up.
 
-        divides: by the weights of the models that are summed; a weight of 0 counts as 1.
+        divides_by: the weights of all models; the sum is divided by those that are summed. A weight of 0 counts as 1.
         """
         if not self._sides:
-            return self._total.div_(self._weight or 1.0) if divides else self._total
-        if divides:
+            return self._total if divides_by is None else self._total.div_(reduce(add, divides_by, 0.0) or 1.0)
+        if divides_by is not None:
             for values, weights in self._sides:
                 values.div_(weights.masked_fill_(weights == 0, 1.0))
         (positive, _), (negative, _) = self._sides

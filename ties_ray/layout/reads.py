@@ -258,8 +258,9 @@ class Cost:
             requests += reads
             of_companions, count = self._sources.companion_bytes(own.companions if own else (), parameter)
             earlier = self._sources.catalog.earlier
-            if own and earlier and parameter.name in earlier.state.sources:
-                num_bytes += 4 * earlier.words * parameter.numel
+            kept = earlier.source(own.state, parameter.name) if own and earlier else None
+            if kept:
+                num_bytes += 4 * kept.tensors[0].shape[1] * parameter.numel
                 requests += blocks
             num_bytes += passes * of_companions
             requests += passes * count * blocks

@@ -114,16 +114,37 @@ class Deltas(ABC):
         """
         raise LookupError(f"no companion {name!r} belongs to these deltas")
 
+    def resume(self, *sums: "Tensor") -> None:  # noqa: B027
+        """Write into zeros what an earlier merge has kept of these sums; nothing without one.
+
+        A sum has one value for each element of the slice, or rows of them. That of a whole parameter has any shape.
+        The round must name its `state`. It resumes and keeps the same sums, in the same order; `fold` does so itself.
+        """
+
+    def keep(self, *sums: "Tensor") -> None:  # noqa: B027
+        """Keep a copy of sums over all models for later merges, where the recipe asks for it."""
+
 
 class Computed(Deltas):
     """Deltas that a method makes of others, in a slice that begins at element `start` of the parameter."""
 
-    def __init__(self, kernels: Kernels, start: int, length: int, slices: Callable[[], Iterable[Slice]]) -> None:
-        """slices: gives all deltas (fp32, of this length) in recipe order, as often as a round reads them."""
+    def __init__(
+        self,
+        kernels: Kernels,
+        start: int,
+        length: int,
+        slices: Callable[[], Iterable[Slice]],
+        of: Deltas | None = None,
+    ) -> None:
+        """slices: gives all deltas (fp32, of this length) in recipe order, as often as a round reads them.
+
+        of: the deltas of which they are made, element by element, with the state that these resume and keep.
+        """
         self._kernels = kernels
         self._start = start
         self._length = length
         self._slices = slices
+        self._of = of
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield each model's delta."""
@@ -134,14 +155,31 @@ class Computed(Deltas):
         import torch
 
         state = self._kernels.start(op, self._length)
+        self.resume(*words_of(state))
         base = torch.zeros(1, device=self._kernels.device).expand(self._length)
         for model, delta in self:
             self._kernels.fold(op, state, base, [(model, Encoded(delta, "delta"))], self._start)
+        self.keep(*words_of(state))
         return state
 
     def elect(self, op: Op, election: Election) -> "Tensor":
         """Return the merged delta of the election."""
         return self._kernels.elect(op, self.fold(op), *election)
+
+    def resume(self, *sums: "Tensor") -> None:
+        """Write into zeros what an earlier merge has kept of these sums."""
+        if self._of:
+            self._of.resume(*sums)
+
+    def keep(self, *sums: "Tensor") -> None:
+        """Keep a copy of sums over all models."""
+        if self._of:
+            self._of.keep(*sums)
+
+
+def words_of(state: State) -> "list[Tensor]":
+    """Return the tensors of an op's state in the order in which merges keep them."""
+    return [state[name] for name in sorted(state)]
 
 
 Unit = Literal["element", "row", "matrix"]
@@ -270,6 +308,11 @@ def bytes_each(number: int) -> Callable[[Stack], int]:
     return lambda stack: number
 
 
+def words_of_an_op(parameter: Parameter) -> int:
+    """Return 5: the words that an element's state of any op has at most."""
+    return 5
+
+
 @dataclass(frozen=True)
 class Round:
     """One reading of the models."""
@@ -305,6 +348,13 @@ class Round:
 
     The smallest value has rank 0. Only a round before the last has ranks; its models are read twice as often.
     """
+    state: str = ""
+    """Name of the state that it resumes from an earlier merge and keeps for later ones; empty for none.
+
+    Rounds of one name resume the same state, and the last of them keeps it.
+    """
+    words: Callable[[Parameter], int] = words_of_an_op
+    """The most fp32 words of that state for each element of a parameter."""
 
 
 def unknown_part(part: str | None, members: Sequence[Member]) -> list[Problem]:
@@ -339,6 +389,16 @@ def elect_apart(
     return context.kernels.elect(op, state, *election)
 
 
+def words_apart(parameter: Parameter) -> int:
+    """Return the words that `elect_apart` keeps of an element: the sums of two folds."""
+    return 8
+
+
+def words_of_sides(*, apart: bool) -> Callable[[Parameter], int]:
+    """Return what tells the words of `kernels.sides.Sides`: fp64 sums, of each sign apart where signs are elected."""
+    return lambda parameter: 10 if apart else 2
+
+
 class Method(BaseModel, ABC):
     """A merge method with its parameters. Subclasses add fields, among them `name: Literal["..."]`."""
 
@@ -354,18 +414,21 @@ class Method(BaseModel, ABC):
     """Whether weights of models count; else a weight is refused."""
     uses_lapack: ClassVar[bool] = False
     """Whether it decomposes matrices: its bytes are those of one build of the library on one type of processor."""
+    state_uses_lapack: ClassVar[bool] = False
+    """Whether its state does so too. Then a merge goes on from it on that type of processor alone."""
     has_density: ClassVar[bool] = False
     """Whether models may have a density of their own."""
     companions: ClassVar[tuple[Companion, ...]] = ()
     """What each model must bring beside its weights."""
 
     @property
-    def continues(self) -> bool:
-        """Whether further models can be merged into an earlier merge, with the bytes of one merge of all.
+    def all_at_once(self) -> str:
+        """Why no further models can be merged into an earlier merge; empty where they can, with the same bytes.
 
-        So it is where each round folds the models by one op, in order, and knows nothing else of single models.
+        They can where rounds go through the models once, in order, and all that is left of a model lies in sums. Such
+        rounds name their `state`. Exact sums of single models are known of earlier ones, too.
         """
-        return False
+        return "what it makes of a model depends on the others"
 
     @property
     def base_cancels(self) -> bool:

@@ -28,9 +28,9 @@ class Average(Method):
         return self.lambda_ == 1
 
     @property
-    def continues(self) -> bool:
-        """Return whether the divisor knows nothing of single modules."""
-        return self.missing_module == "zero"
+    def all_at_once(self) -> str:
+        """Return why a divisor that differs by module is not known of earlier models."""
+        return "missing_module: skip divides by the models that have a module" if self.missing_module == "skip" else ""
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights that sum to zero, since the mean divides by their sum."""
@@ -43,7 +43,7 @@ class Average(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
-        return (Round("merge", self._merge),)
+        return (Round("merge", self._merge, state="sum"),)
 
     def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
         """Return each model's share."""

@@ -16,6 +16,7 @@ from ties_ray.methods import (
     bytes_each,
     whole_parameters,
     whole_rows,
+    words_of_sides,
 )
 
 if TYPE_CHECKING:
@@ -64,11 +65,17 @@ class Breadcrumbs(Method):
             if member.weight < 0 and self.merge == "mean"
         ]
 
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: what stays of a model depends on no other, and the sums go on."""
+        return ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole parameters or rows."""
         unit = whole_rows if self.scope == "row" and self.rescale == "none" else whole_parameters
         holds = 40 if self.combine == "linear" and self.rescale == "none" else 88
-        return (Round("merge", self._merge, unit=unit, holds=bytes_each(holds)),)
+        words = words_of_sides(apart=self.combine == "ties")
+        return (Round("merge", self._merge, unit=unit, holds=bytes_each(holds), state="sums", words=words),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.sides import Sides, kept_of
@@ -76,6 +83,7 @@ class Breadcrumbs(Method):
         shape, size = context.parameter.shape, context.stop - context.start
         width = shape[-1] if self.scope == "row" and len(shape) > 1 else size
         sides = Sides(size, context.kernels.device, apart=self.combine == "ties")
+        deltas.resume(*sides.sums)
         for model, delta in deltas:
             own, term = context.members[model].density, delta
             density = self.density if own is None else own
@@ -84,7 +92,9 @@ class Breadcrumbs(Method):
                 term = kept_of(delta, drops, rescales=self.rescale == "l1")
             weight = context.weights[model]
             sides.add(term.double().mul_(weight), weight)
-        merged = sides.merged(divides=self.merge == "mean", zero_is_positive=self.zero_sum == "positive")
+        deltas.keep(*sides.sums)
+        weights = context.weights if self.merge == "mean" else None
+        merged = sides.merged(divides_by=weights, zero_is_positive=self.zero_sum == "positive")
         return Result(merged=merged.mul_(self.lambda_).float())
 
     def _kept(self, magnitudes: "Tensor", density: float) -> "Tensor":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
@@ -19,6 +20,7 @@ from ties_ray.methods import (
     Round,
     bytes_each,
     elect_apart,
+    words_apart,
 )
 
 ZERO_SIGN = {"none": 0, "positive": 1}
@@ -57,9 +59,9 @@ class Dare(Method):
     has_density: ClassVar[bool] = True
 
     @property
-    def continues(self) -> bool:
-        """Return whether values are rescaled by the density alone and vote by weight."""
-        return self.rescale != "l1" and self.vote == "weighted"
+    def all_at_once(self) -> str:
+        """Return nothing: what is dropped of a model depends on no other, and the sums go on."""
+        return ""
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights where the mean divides by weights, or where the vote does without them."""
@@ -77,8 +79,9 @@ class Dare(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after L1 norms where they count."""
         apart = self.combine == "ties" and self.vote != "weighted"
-        merge = Round("merge", self._merge, passes=2, holds=bytes_each(32)) if apart else (
-            Round("merge", self._merge))  # fmt: skip
+        merge = Round("merge", self._merge, state="sums")
+        if apart:
+            merge = replace(merge, passes=2, holds=bytes_each(32), words=words_apart)
         return (Round("norms", self._norms, holds=bytes_each(48)), merge) if self.rescale == "l1" else (merge,)
 
     @property

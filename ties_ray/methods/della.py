@@ -17,6 +17,7 @@ from ties_ray.methods import (
     bytes_each,
     whole_parameters,
     whole_rows,
+    words_of_sides,
 )
 
 if TYPE_CHECKING:
@@ -64,10 +65,16 @@ class Della(Method):
                 problems.append(Problem(f"model {member.id}", trouble, "use merge: sum, or a positive weight"))
         return problems
 
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: what is dropped of a model depends on no other, and the sums go on."""
+        return ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole rows, or of whole parameters where L1 norms count."""
         unit = whole_parameters if self.rescale == "l1" else whole_rows
-        return (Round("merge", self._merge, unit=unit, holds=bytes_each(136)),)
+        words = words_of_sides(apart=self.combine == "ties")
+        return (Round("merge", self._merge, unit=unit, holds=bytes_each(136), state="sums", words=words),)
 
     @property
     def _divides(self) -> bool:
@@ -80,10 +87,13 @@ class Della(Method):
         from ties_ray.kernels.sides import Sides
 
         sides = Sides(context.stop - context.start, context.kernels.device, apart=self.combine == "ties")
+        deltas.resume(*sides.sums)
         for model, delta in deltas:
             weight = context.weights[model]
             sides.add(self._kept(delta, context.members[model], context).mul_(weight), weight)
-        merged = sides.merged(divides=self._divides, zero_is_positive=self.zero_sum == "positive")
+        deltas.keep(*sides.sums)
+        weights = context.weights if self._divides else None
+        merged = sides.merged(divides_by=weights, zero_is_positive=self.zero_sum == "positive")
         return Result(merged=merged.mul_(self.lambda_).float())
 
     def _kept(self, delta: "Tensor", member: Member, context: Context) -> "Tensor":

@@ -48,9 +48,11 @@ class Emr(Method):
     uses_weights: ClassVar[bool] = False
 
     @property
-    def continues(self) -> bool:
-        """Return whether it is the unified vector, whose sums and extremes go on."""
-        return self.part is None and not self.masks
+    def all_at_once(self) -> str:
+        """Return why parts and masks need their models again; the unified vector's sums and extremes go on."""
+        if self.masks:
+            return "masks: true compares each model with the finished vector"
+        return "" if self.part is None else "a part takes its model's signs from the finished vector"
 
     @property
     def gives_masks(self) -> bool:
@@ -66,7 +68,7 @@ class Emr(Method):
         if self.masks:
             return (Round("merge", self._masks, passes=2, holds=bytes_each(40)),)
         if self.part is None:
-            return (Round("merge", self._merge),)
+            return (Round("merge", self._merge, state="extremes"),)
         rebuild = Round("merge", self._rebuild, passes=2, holds=bytes_each(24))
         return Round("sizes", self._sizes, passes=2, holds=bytes_each(32)), rebuild
 

@@ -46,9 +46,16 @@ class Fisher(Method):
             if member.weight < 0
         ]  # fmt: skip
 
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: norm and floor of a model's information depend on no other, and the sums go on."""
+        return ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms of the information, where it is normalised, and the merge."""
-        merge = Round("merge", self._merge, companions=("fisher",), holds=bytes_each(44))
+        merge = Round(
+            "merge", self._merge, companions=("fisher",), holds=bytes_each(44), state="sums", words=lambda parameter: 6
+        )
         if not self.normalize:
             return (merge,)
         return Round("norms", self._norms, companions=("fisher",), holds=bytes_each(4)), merge
@@ -68,6 +75,7 @@ class Fisher(Method):
 
         above = torch.zeros(context.stop - context.start, dtype=torch.float64, device=context.kernels.device)
         below, plain = above.clone(), above.clone()
+        deltas.resume(above, below, plain)
         for model, delta in deltas:
             weight, information = context.weights[model], deltas.companion("fisher")
             plain += delta.double().mul_(weight)
@@ -77,6 +85,7 @@ class Fisher(Method):
                 share = information.double().mul_(weight / self._norm(context, model))
                 below += share
                 above += share.mul_(delta)
+        deltas.keep(above, below, plain)
         plain /= sum(context.weights) or 1.0
         merged = torch.where(below > 0, above.div_(below), plain)
         return Result(merged=merged.mul_(self.lambda_).float())

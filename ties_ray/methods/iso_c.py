@@ -22,9 +22,14 @@ class IsoC(Method):
     paper: ClassVar[str] = "Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging (arXiv:2502.04959)"
     uses_lapack: ClassVar[bool] = True
 
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: it needs the sum of the models alone."""
+        return ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""
-        return (Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(60)),)
+        return (Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(60), state="sum"),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         terms = tuple(Term(weight) for weight in context.weights)

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ties_ray.errors import Problem
 from ties_ray.kernels import Term, WeightedSum
-from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, whole_rows
+from ties_ray.methods import Context, Deltas, Key, Member, Method, Result, Round, bytes_each, whole_rows
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     Numbers = NDArray[np.float64]
 
@@ -51,50 +53,64 @@ class ModelStock(Method):
             return [Problem("models", many, "drop the models beyond, or leave the profile out")]
         return super().problems(members)
 
+    @property
+    def all_at_once(self) -> str:
+        """Return why each pair of models needs both of them; the sums of vectors and of unit vectors go on."""
+        return "profile: mergekit compares each pair of models" if self.profile == "mergekit" else ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms, the sum of unit vectors, and the merge."""
+        if self.scope == "row" and self.profile == "mergekit":
+            return (
+                Round("merge", self._rows_in_pairs, unit=whole_rows, holds=lambda stack: 8 * stack.num_models + 64),
+            )
         if self.scope == "row":
-            return (Round("merge", self._rows, unit=whole_rows, holds=lambda stack: 8 * stack.num_models + 64),)
+            merge = Round("merge", self._rows, unit=whole_rows, holds=bytes_each(72), state="sums", words=_words_by_row)
+            return (merge,)
         if self.profile == "mergekit":
             dots = Round("dots", self._dots, holds=lambda stack: 4 * stack.num_models)
             return dots, Round("merge", self._merge)
-        return Round("norms", self._norms), Round("cosines", self._cosines), Round("merge", self._merge)
+        return (
+            Round("norms", self._norms),
+            Round("cosines", self._cosines, state="units"),
+            Round("merge", self._merge, state="sum"),
+        )
 
     def _rows(self, deltas: Deltas, context: Context) -> Result:
         import numpy as np
         import torch
 
-        shape, count = context.parameter.shape, len(context.members)
-        width = shape[-1] if len(shape) > 1 else context.parameter.numel
-        rows = [delta.double().cpu().numpy().reshape(-1, width) for _, delta in deltas]
-        norms = [np.sqrt(np.square(own).sum(-1, keepdims=True)) for own in rows]  # numpy sums each row in one order
-        cosine = self._cosine_of_rows(rows, norms)
-        below = 1 + (count - 1) * cosine
-        stays = np.abs(below) < SMALLEST if self.profile == "mergekit" else cosine <= 0
-        ratio = np.where(stays, 0.0, count * cosine / np.where(stays, 1.0, below))
-        merged = sum(rows[1:], rows[0].copy()) * (ratio / count)
-        return Result(merged=torch.from_numpy(merged).reshape(-1).to(context.kernels.device).float())
-
-    def _cosine_of_rows(self, rows: "list[Numbers]", norms: "list[Numbers]") -> "Numbers":
-        """Return the mean cosine of all pairs of models, for each row (rows, 1)."""
-        import numpy as np
-
-        pairs = list(itertools.combinations(range(len(rows)), 2))
-        total = np.zeros_like(norms[0])
-        if not pairs:
-            return total + 1
-        if self.profile == "mergekit":
-            for model, other in pairs:
-                dot = (rows[model] * rows[other]).sum(-1, keepdims=True)
-                total += np.clip(dot / np.maximum(SMALLEST, norms[model] * norms[other]), -1, 1)
-            return total / len(pairs)
-        units = np.zeros_like(rows[0])
-        for own, norm in zip(rows, norms, strict=True):
+        count = len(context.members)
+        sums = [torch.zeros(context.stop - context.start, dtype=torch.float64) for _ in range(3)]
+        deltas.resume(*sums)
+        total, units, moved = (_as_rows(each, context) for each in sums)
+        for model, delta in deltas:
+            own = _as_rows(delta, context)
+            norm = np.sqrt(np.square(own).sum(-1, keepdims=True))  # numpy sums each row in one order
             moves = norm > STILL
             units += np.where(moves, own / np.where(moves, norm, 1.0), 0.0)
-            total += moves
-        cosine: Numbers = (np.square(units).sum(-1, keepdims=True) - total) / (2 * len(pairs))
-        return cosine
+            moved += moves
+            total[:] = total + own if model else own
+        deltas.keep(*sums)
+        pairs = count * (count - 1)
+        square = np.square(units).sum(-1, keepdims=True)
+        cosine = (square - moved[:, :1]) / pairs if pairs else np.ones_like(square)
+        return _scaled_rows(total, cosine, cosine <= 0, context)
+
+    def _rows_in_pairs(self, deltas: Deltas, context: Context) -> Result:
+        """Merge rows as mergekit does, by the mean of the cosines of all pairs."""
+        import numpy as np
+
+        rows = [_as_rows(delta, context) for _, delta in deltas]
+        norms = [np.sqrt(np.square(own).sum(-1, keepdims=True)) for own in rows]
+        pairs = list(itertools.combinations(range(len(rows)), 2))
+        cosine = np.zeros_like(norms[0]) if pairs else np.ones_like(norms[0])
+        for model, other in pairs:
+            dot = (rows[model] * rows[other]).sum(-1, keepdims=True)
+            cosine += np.clip(dot / np.maximum(SMALLEST, norms[model] * norms[other]), -1, 1)
+        cosine /= max(1, len(pairs))
+        stays = np.abs(1 + (len(rows) - 1) * cosine) < SMALLEST
+        return _scaled_rows(sum(rows[1:], rows[0].copy()), cosine, stays, context)
 
     def _dots(self, deltas: Deltas, context: Context) -> Result:
         from ties_ray.kernels.exact_sums import dot
@@ -149,3 +165,26 @@ class ModelStock(Method):
         ratio = max(0.0, count * cosine / (1 + (count - 1) * cosine)) if cosine > 0 else 0.0
         total = deltas.fold(WeightedSum((Term(1.0),) * count))["sum"]
         return Result(merged=total.mul_(ratio / count))
+
+
+def _words_by_row(parameter: Parameter) -> int:
+    """Return the words of an element's sum, unit vectors' sum, and number of models that move its row, in fp64."""
+    return 6
+
+
+def _as_rows(values: "Tensor", context: Context) -> "Numbers":
+    """Return a slice as fp64 rows (rows, width); fp64 values on the CPU are not copied."""
+    shape = context.parameter.shape
+    rows: Numbers = values.double().cpu().numpy().reshape(-1, shape[-1] if len(shape) > 1 else context.parameter.numel)
+    return rows
+
+
+def _scaled_rows(total: "Numbers", cosine: "Numbers", stays: "NDArray[np.bool_]", context: Context) -> Result:
+    """Return the mean of each row times its ratio t, 0 where it stays at the base. total: the sum of all models."""
+    import numpy as np
+    import torch
+
+    count = len(context.members)
+    ratio = np.where(stays, 0.0, count * cosine / np.where(stays, 1.0, 1 + (count - 1) * cosine))
+    merged = torch.from_numpy(total * (ratio / count))
+    return Result(merged=merged.reshape(-1).to(context.kernels.device).float())

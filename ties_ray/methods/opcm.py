@@ -29,10 +29,16 @@ class Opcm(Method):
     paper: ClassVar[str] = "Tang et al. 2025, Merging Models on the Fly Without Retraining (arXiv:2501.09522)"
     uses_weights: ClassVar[bool] = False
     uses_lapack: ClassVar[bool] = True
+    state_uses_lapack: ClassVar[bool] = True
+
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: a model needs the merge of those before it, and the scale their norms."""
+        return ""
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the norms, and the merge of whole matrices, which is scaled in the end."""
-        merge = Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(92), finish=self._scaled)
+        merge = Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(92), finish=self._scaled, state="sum")
         return Round("norms", self._norms), merge
 
     def _norms(self, deltas: Deltas, context: Context) -> Result:
@@ -46,6 +52,7 @@ class Opcm(Method):
         from ties_ray.kernels.exact_sums import dot
 
         total = torch.zeros(context.stop - context.start, device=context.kernels.device)
+        deltas.resume(total)
         shape = context.parameter.shape
         for model, delta in deltas:
             if model and context.parameter.is_matrix:
@@ -53,6 +60,7 @@ class Opcm(Method):
                 total = (before + self._beside(delta.view(shape).double(), before)).float().reshape(-1)
             else:
                 total += delta
+        deltas.keep(total)
         return Result(merged=total, sums={Key("size2", whole=True): dot(total, total)})
 
     def _beside(self, tau: "Tensor", before: "Tensor") -> "Tensor":

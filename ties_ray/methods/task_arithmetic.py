@@ -22,15 +22,15 @@ class TaskArithmetic(Method):
     paper: ClassVar[str] = "Ilharco et al. 2023, Editing Models with Task Arithmetic (arXiv:2212.04089)"
 
     @property
-    def continues(self) -> bool:
-        """Return True: a sum goes on."""
-        return True
+    def all_at_once(self) -> str:
+        """Return nothing: a sum goes on."""
+        return ""
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
         if self.vectors == "weights":
-            return (Round("merge", self._merge, needs_base=True, holds=bytes_each(16)),)
-        return (Round("merge", self._merge),)
+            return (Round("merge", self._merge, needs_base=True, holds=bytes_each(16), state="sum"),)
+        return (Round("merge", self._merge, state="sum"),)
 
     def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
         """Return lambda times each weight; None where whole weights are summed."""

@@ -20,6 +20,7 @@ from ties_ray.methods import (
     Threshold,
     bytes_each,
     elect_apart,
+    words_apart,
 )
 
 ZERO_SIGN = {"none": 0, "positive": 1}
@@ -99,14 +100,9 @@ class Ties(Method):
         return self
 
     @property
-    def continues(self) -> bool:
-        """Return whether no number of a model depends on others, and no tie on its place."""
-        return (
-            self.rescale == "none"
-            and self.vote == "weighted"
-            and self.at_threshold != "exact"
-            and self.denominator == "adapter"
-        )
+    def all_at_once(self) -> str:
+        """Return why the threshold of an adapter may depend on others."""
+        return "denominator: union counts what any adapter changes" if self.denominator == "union" else ""
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights and densities with which the election or the mean has no meaning."""
@@ -140,10 +136,11 @@ class Ties(Method):
         """Return the merge, after L1 norms where they count, and signs where zero sums go with the majority."""
         rounds = [Round("norms", self._norms, passes=2, holds=bytes_each(12))] if self.rescale == "l1" else []
         if self.zero_sum == "majority":
-            rounds.append(Round("majority", self._count_signs))
-        apart = self.vote != "weighted"
-        merge = Round("merge", self._merge, passes=2, holds=bytes_each(32)) if apart else (
-            Round("merge", self._merge))  # fmt: skip
+            rounds.append(Round("majority", self._count_signs, state="sums"))
+        if self.vote != "weighted":
+            merge = Round("merge", self._merge, passes=2, holds=bytes_each(32), state="votes", words=words_apart)
+        else:
+            merge = Round("merge", self._merge, state="extremes" if self.merge == "max" else "sums")
         return (*rounds, merge)
 
     def _norms(self, deltas: Deltas, context: Context) -> Result:
@@ -198,7 +195,7 @@ class Ties(Method):
 
         import torch
 
-        return Computed(context.kernels, context.start, context.stop - context.start, slices)
+        return Computed(context.kernels, context.start, context.stop - context.start, slices, of=deltas)
 
     def _count_signs(self, deltas: Deltas, context: Context) -> Result:
         total = self._trimmed(deltas, context).fold(SignedSums(self._terms(context), weighted=context.keeps_state))[

@@ -6,6 +6,7 @@ from pydantic import Field, FiniteFloat
 
 from ties_ray.kernels import Term, WeightedSum
 from ties_ray.methods import Context, Deltas, Method, Result, Round, Stack, whole_matrices
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +36,16 @@ class Wudi(Method):
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Cheng et al. 2025, Whoever Started the Interference Should End It (arXiv:2503.08099)"
     uses_lapack: ClassVar[bool] = True
+    state_uses_lapack: ClassVar[bool] = True
+
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: both solvers need three sums over the models, which go on."""
+        return ""
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""
-        return (Round("merge", self._merge, unit=whole_matrices, holds=self._holds),)
+        return (Round("merge", self._merge, unit=whole_matrices, holds=self._holds, state="sums", words=_words),)
 
     def _holds(self, stack: Stack) -> int:
         """Return the bytes of fp64 matrices, some of them as wide and as high as a row is long."""
@@ -57,6 +64,7 @@ class Wudi(Method):
 
         total = torch.zeros(shape, dtype=torch.float64, device=context.kernels.device)
         left, gram = total.clone(), total.new_zeros((shape[1],) * 2)
+        deltas.resume(total, left, gram)
         for model, delta in deltas:
             tau = delta.view(shape).double().mul_(context.weights[model])
             size = float(tau.square().sum())
@@ -66,6 +74,7 @@ class Wudi(Method):
                 left += tau @ own
                 total += tau
                 del own
+        deltas.keep(total, left, gram)
         merged = self._adam(total, left, gram) if self.solver == "adam" else _minimum(left, gram)
         return Result(merged=merged.mul_(self.lambda_).float().reshape(-1))
 
@@ -82,6 +91,11 @@ class Wudi(Method):
             corrected = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
             tau -= (first / corrected).mul_(self.rate / (1 - 0.9**step))
         return tau
+
+
+def _words(parameter: Parameter) -> int:
+    """Return the words of two fp64 matrices like the parameter and one as wide and as high as a row is long."""
+    return 2 * (2 + -(-parameter.shape[1] // parameter.shape[0])) if parameter.is_matrix else 1
 
 
 def _minimum(left: "Tensor", gram: "Tensor") -> "Tensor":

@@ -14,13 +14,14 @@ from ties_ray.kernels import ARITHMETICS
 from ties_ray.planning.plan import Plan
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import find_result
+from ties_ray.rounds import Merge
+from ties_ray.state.documents import LARGE
 from ties_ray.state.manifest import STATE, Manifest, find_runs
 from ties_ray.stores import Pin, Stores, absolute, join, last_part
 from ties_ray.tensors import Source, TensorRef
 
 AGAIN = "merge all models in one recipe, with `output.state: true`"
-WORDS = 5
-"""The most words of an element's state."""
+INCOMPLETE = "is not the state of that merge, or not all of it"
 
 
 def find_earlier(recipe: Recipe, stores: Stores) -> tuple[Plan, Earlier] | None:
@@ -36,13 +37,21 @@ def find_earlier(recipe: Recipe, stores: Stores) -> tuple[Plan, Earlier] | None:
         raise InputError(Problem("continues", f"{output} holds no finished merge", "name the output of one"))
     generation = max((number for run, number in find_runs(stores, output) if run == result.run_id), default=1)
     folder = Manifest.folder_of(output, result.run_id, generation)
-    plan = Manifest(stores, folder).read_last_plan()
+    manifest = Manifest(stores, folder)
+    plan = manifest.read_last_plan()
     if plan is None or not plan.recipe.output.state:
         raise InputError(Problem("continues", f"{output} kept no state", AGAIN))
-    before = plan.catalog.earlier.members if plan.catalog.earlier else ()
-    sources, objects, words = _stored(join(folder, STATE), plan, stores)
-    state = Model(output, "state", Companion.name, objects, sources)
-    return plan, Earlier(output, result.run_id, (*before, *plan.merges[0].members), state, words)
+    merge, before = plan.merges[0], plan.catalog.earlier
+    sources, objects = _stored(join(folder, STATE), plan, stores)
+    return plan, Earlier(
+        output,
+        result.run_id,
+        members=(*merge.earlier, *merge.members),
+        listed=(before.listed if before else 0) + len(plan.catalog.models) + len(plan.catalog.refused),
+        state=Model(output, "state", Companion.name, objects, sources),
+        sums=_sums(folder, merge, stores),
+        lapack=(manifest.read_lapack() or "") if plan.recipe.method.state_uses_lapack else "",
+    )
 
 
 def continued(recipe: Recipe, catalog: Catalog, plan: Plan, earlier: Earlier) -> Catalog:
@@ -78,13 +87,35 @@ def _differences(recipe: Recipe, catalog: Catalog, plan: Plan, earlier: Earlier)
     ours = [(each.name, each.shape, each.merged) for each in catalog.parameters]
     if ours != [(each.name, each.shape, each.merged) for each in plan.catalog.parameters]:
         yield Problem("base", f"other parameters are merged than in {earlier.output}", AGAIN)
+    states = {round_.state for round_ in recipe.method.rounds() if round_.companions and round_.state}
+    unknown = [
+        each.name
+        for each in catalog.parameters
+        if each.merged and each.changed and each.numel and not all(earlier.source(state, each.name) for state in states)
+    ]
+    if states and unknown:
+        message = f"{earlier.output} kept nothing of {unknown[0]}, which none of its models changes"
+        yield Problem("continues", message, AGAIN)
     ids = {member.id for member in earlier.members}
     if twice := sorted(model.id for model in catalog.models if model.id in ids):
         yield Problem("models", f"{earlier.output} has a model of the id {twice[0]!r}", "give each its own")
 
 
-def _stored(folder: str, plan: Plan, stores: Stores) -> tuple[dict[str, Source], tuple[Pin, ...], int]:
-    """Return the state's sources by parameter, the files that hold them, and the words of an element."""
+def _sums(folder: str, merge: Merge, stores: Stores) -> dict[int, Pin]:
+    """Return where the barriers of an earlier merge have stored exact sums, by position of the method's round."""
+    gathers = {index: round_.position for index, round_ in enumerate(merge.rounds) if round_.kind == "gather"}
+    files = {index: f"{folder}/folded/{index}/0.json" for index in gathers}
+    try:
+        pins = {gathers[index]: stores.of(uri).head(uri, 1)[0] for index, uri in files.items()}
+    except FileNotFoundError as error:
+        raise InputError(Problem(folder, INCOMPLETE, AGAIN)) from error
+    if any(pin.size > LARGE.stored for pin in pins.values()):
+        raise InputError(Problem(folder, INCOMPLETE, AGAIN))
+    return pins
+
+
+def _stored(folder: str, plan: Plan, stores: Stores) -> tuple[dict[str, Source], tuple[Pin, ...]]:
+    """Return the state's sources by `<name of a state>:<parameter>`, and the files that hold them."""
     threads = ThreadPoolExecutor(THREADS)
     try:
         fetched, problems = fetch([Entry("continues", folder, "state")], stores, threads, [Companion()])
@@ -94,22 +125,20 @@ def _stored(folder: str, plan: Plan, stores: Stores) -> tuple[dict[str, Source],
         raise InputError(wrong)
     pieces = _pieces(fetched["state"])
     files = fetched["state"].folder.files
-    words = {ref.shape[1] for refs in pieces.values() for _, ref in refs}
-    merged = {each.tensor.parameter for file in plan.files for each in file.tensors if each.tensor.origin == "merged"}
-    numels = {each.name: each.numel for each in plan.catalog.parameters if each.name in merged and each.numel}
-    if (
-        len(words) != 1
-        or max(words) > WORDS
-        or pieces.keys() != numels.keys()
-        or any(not _is_whole(pieces[name], numel) for name, numel in numels.items())
+    states = {round_.state for round_ in plan.recipe.method.rounds() if round_.state}
+    written = {each.tensor.parameter for file in plan.files for each in file.tensors if each.tensor.origin == "merged"}
+    merged = [each for each in plan.catalog.parameters if each.merged and each.numel]
+    numels = {f"{state}:{each.name}": each.numel for each in merged for state in states}
+    needed = {f"{state}:{each.name}" for each in merged if each.name in written for state in states}
+    if not needed <= pieces.keys() <= numels.keys() or not all(
+        _is_whole(of_name, numels[name]) for name, of_name in pieces.items()
     ):
-        raise InputError(Problem(folder, "is not the state of that merge, or not all of it", AGAIN))
-    sources = {name: Source(tuple(ref for _, ref in refs)) for name, refs in pieces.items()}
-    return sources, files, words.pop()
+        raise InputError(Problem(folder, INCOMPLETE, AGAIN))
+    return {name: Source(tuple(ref for _, ref in refs)) for name, refs in pieces.items()}, files
 
 
 def _pieces(fetched: FetchedInput) -> dict[str, list[tuple[int, TensorRef]]]:
-    """Return (first element, tensor) by parameter, in order; a block that was merged twice counts once."""
+    """Return (first element, tensor) by state and parameter, in order; a block that was merged twice counts once."""
     pieces: dict[str, dict[int, TensorRef]] = {}
     for number, pin in enumerate(fetched.folder.files):
         header = fetched.folder.headers.get(last_part(pin.uri))
@@ -121,6 +150,7 @@ def _pieces(fetched: FetchedInput) -> dict[str, list[tuple[int, TensorRef]]]:
 
 
 def _is_whole(pieces: Sequence[tuple[int, TensorRef]], numel: int) -> bool:
-    """Return whether pieces cover all elements of a parameter, each once."""
+    """Return whether pieces of so many words cover all elements of a parameter, each once."""
     ends = list(itertools.accumulate((ref.shape[0] for _, ref in pieces), initial=0))
-    return [start for start, _ in pieces] == ends[:-1] and ends[-1] == numel
+    widths = {ref.shape[1] for _, ref in pieces}
+    return len(widths) == 1 and [start for start, _ in pieces] == ends[:-1] and ends[-1] == numel

@@ -41,7 +41,7 @@ def plan(recipe: Recipe, sizes: Sizes = SIZES) -> Plan:
     stores = Stores(recipe.storage)
     output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
     earlier = find_earlier(recipe, stores)
-    catalog = read_catalog(recipe, stores, first=len(earlier[1].members) if earlier else 0)
+    catalog = read_catalog(recipe, stores, first=earlier[1].listed if earlier else 0)
     if earlier:
         catalog = continued(recipe, catalog, *earlier)
     made = make_plan(recipe.model_copy(update={"output": output}), catalog, sizes)

@@ -178,8 +178,8 @@ def _state_problems(recipe: Recipe) -> Iterator[Problem]:
     asked = "output.state" if recipe.output.state else "continues"
     if not (recipe.output.state or recipe.continues):
         return
-    if not recipe.method.continues:
-        message = f"{recipe.method.name} with these settings needs all models at once"
+    if recipe.method.all_at_once:
+        message = f"{recipe.method.name} needs all models at once: {recipe.method.all_at_once}"
         yield Problem(asked, message, "leave it out, and merge all models in one recipe")
     if isinstance(recipe.output, CondensingOutput):
         message = f"an output of kind {recipe.output.kind} has no state by element"
@@ -244,7 +244,7 @@ def _run_id(recipe: Recipe, catalog: Catalog) -> str:
         if not rules[section].get(key, True):
             del rules[section][key]
     earlier = catalog.earlier
-    of_earlier = [earlier.run_id, [tuple(pin) for pin in earlier.state.objects]] if earlier else []
+    of_earlier = [earlier.run_id, [tuple(pin) for pin in earlier.pins]] if earlier else []
     inputs = [
         (model.id, model.weight, model.density, [tuple(pin) for pin in model.objects], *_rules(model), *_rows(model))
         for each in (catalog.base, *catalog.models)

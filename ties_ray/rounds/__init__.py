@@ -106,6 +106,11 @@ class Merge:
         """Return the models that are merged, as a method sees them."""
         return self.result.members
 
+    @property
+    def earlier(self) -> tuple[Member, ...]:
+        """Return the models that an earlier merge has left a state of; a method counts them before the others."""
+        return self.catalog.earlier.members if self.catalog.earlier else ()
+
     @cached_property
     def models(self) -> list[Model]:
         """Return the models that are merged, in the members' order."""
@@ -148,8 +153,8 @@ class Merge:
 class Slices(Deltas):
     """The models' slices of one block, as they are stored; as `Deltas` they are what a method sees."""
 
-    state: "Tensor | None" = None
-    """The state after the last fold (1-D fp32, the words of an element side by side), where it is kept."""
+    kept: "Sequence[Tensor]" = ()
+    """What the round has kept for later merges: words (elements, any number), fp32, to be put side by side."""
     not_finite: list[int]
     """Values of each member that are NaN or Inf, as far as they were noticed."""
     watch: Callable[[int, Any], None] | None = None
@@ -208,15 +213,14 @@ class Bench(Protocol):
         *,
         resident: bool = False,
         with_base: bool = False,
-        companions: Sequence[str] = (),
-        goes_on: bool = False,
+        own: Round | None = None,
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; each is gone when the next comes.
 
         resident: keep the slices of a block for further passes. with_base: read the base even where no slice needs it.
-        companions: names of what is read beside each slice. goes_on: whether folds begin with the state of an earlier
-        merge, and keep theirs where the recipe asks for it. Raises `InputError` for values that are not finite, or adds
-        them to `zeroed` where the recipe allows it.
+        own: the method's round that goes through them, with its companions and state. Its models are numbered on from
+        earlier ones. Raises `InputError` for values that are not finite, or adds them to `zeroed` where the recipe
+        allows it.
         """
 
     def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
@@ -227,6 +231,9 @@ class Bench(Protocol):
 
     def derived(self, index: int, group: int, make: Callable[[Any], Any]) -> Any:
         """Return what `make` makes of a barrier's finding, which is kept: blocks ask for it again and again."""
+
+    def of_earlier(self, index: int) -> Any:
+        """Return what an earlier merge's barrier has stored after round `index`; None without such a merge."""
 
     def remember(self, index: int, group: int, finding: Any) -> None:
         """Take a finding for what the barrier has stored, for this process alone."""

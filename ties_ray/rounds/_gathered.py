@@ -39,6 +39,10 @@ class Sums(Tally[Gathered]):
         for name, members, parameter, value in gathered.sums:
             self.sums[name, members, parameter] += value
 
+    def add_earlier(self, gathered: Gathered) -> None:
+        """Add the sums of single models that an earlier merge has left. Those over all models are computed anew."""
+        self.add_gathered(Gathered({}, tuple(each for each in gathered.sums if each[1])))
+
     def absorb(self, shard: "Sums") -> None:
         """Add the sums of one finished shard."""
         self.statistics.update(shard.statistics)
@@ -51,7 +55,8 @@ class Sums(Tally[Gathered]):
 
 def misfit_gathered(merge: Merge, gathered: Gathered) -> Iterator[str]:
     """Yield what is out of range."""
-    members, parameters = range(len(merge.members)), range(WHOLE, len(merge.catalog.parameters))
+    members = range(len(merge.earlier) + len(merge.members))
+    parameters = range(WHOLE, len(merge.catalog.parameters))
     if any(member not in members for _, of_members, _, _ in gathered.sums for member in of_members):
         yield "a model"
     if any(parameter not in parameters for _, _, parameter, _ in gathered.sums):

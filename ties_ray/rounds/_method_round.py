@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from ties_ray.layout.shards import Segment
 from ties_ray.methods import Context, Key, Result, Round, Stack
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, Sample
+from ties_ray.rounds._state import files_bytes, state_bytes
 from ties_ray.rounds.threshold import thresholds
 from ties_ray.rounds.tied import tie_ends
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-STATE_HELD = 3 * 20
-"""Bytes of an element's state: as it is read, as it is kept, and as it waits to be written."""
 
 
 class Cut(NamedTuple):
@@ -35,19 +32,24 @@ def cut(merge: Merge, position: int, *, beside: int) -> Cut:
     own, budget = merge.recipe.method.rounds()[position], merge.budget
     resident, together, passes = own.passes > 1, min(len(merge.models), merge.sizes.models_per_pass), 1
     slices = len(merge.models) if resident else together
+    beside += files_bytes(merge, own)
     holds = holds_of(merge, own) + budget.companions(own.companions, 1, resident=resident)
     block = budget.block(beside=beside, slices=slices, resident=resident, holds=holds)
     if resident and block < merge.sizes.min_resident_block:
         block, passes = budget.block(beside=beside, slices=together, holds=holds), own.passes
-    alone = own.passes > 1 or bool(own.companions) or merge.catalog.earlier is not None
+    alone = own.passes > 1 or bool(own.companions) or (own.state and merge.catalog.earlier is not None)
     return Cut(block, 0 if alone else budget.run(block, len(merge.models)), passes)
 
 
 def holds_of(merge: Merge, own: Round) -> int:
     """Return the most bytes that a method's round holds for each element of a slice."""
     merged = (parameter for parameter in merge.layout.parameters if parameter.merged)
-    state = STATE_HELD if merge.recipe.output.state or merge.catalog.earlier else 0
-    return state + max((own.holds(stack_of(merge, parameter)) for parameter in merged), default=0)
+    return max((held_by(merge, own, parameter) for parameter in merged), default=0)
+
+
+def held_by(merge: Merge, own: Round, parameter: Parameter) -> int:
+    """Return the bytes that a method's round holds for each element of a parameter, with its state."""
+    return own.holds(stack_of(merge, parameter)) + state_bytes(merge, own, parameter)
 
 
 def stack_of(merge: Merge, parameter: Parameter) -> Stack:
@@ -68,7 +70,7 @@ def is_resident(merge: Merge, round_: PlannedRound) -> bool:
 def memory_of_blocks(merge: Merge, round_: PlannedRound) -> int:
     """Return the bytes that blocks of a method's round take."""
     own, resident = merge.own_round(round_), is_resident(merge, round_)
-    beside = merge.budget.companions(own.companions, round_.block, resident=resident)
+    beside = merge.budget.companions(own.companions, round_.block, resident=resident) + files_bytes(merge, own)
     return beside + merge.budget.blocks(round_.block, resident=resident, holds=holds_of(merge, own))
 
 
@@ -86,23 +88,19 @@ def blocks_of(
     resident = is_resident(bench.merge, round_)
     own = bench.merge.own_round(round_)
     with_base = with_base or own.needs_base
-    return bench.blocks(
-        round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=own.companions,
-        goes_on=True,
-    )  # fmt: skip
+    return bench.blocks(round_, segments, members, zeroed, resident=resident, with_base=with_base, own=own)
 
 
 def context_of(bench: Bench, index: int, block: Block) -> Context:
     """Return what the method may know about a block."""
     merge = bench.merge
     parameter = merge.catalog.parameters[block.parameter]
-    earlier = merge.catalog.earlier.members if merge.catalog.earlier else ()
-    nothing, ends = (0,) * len(earlier), tie_ends(bench, block.parameter)
+    nothing, ends = (0,) * len(merge.earlier), tie_ends(bench, block.parameter)
     return Context(
         parameter=parameter,
         start=block.start,
         stop=block.stop,
-        members=(*earlier, *merge.by_parameter.members(block.parameter)),
+        members=(*merge.earlier, *merge.by_parameter.members(block.parameter)),
         present=(*map(bool, nothing), *(parameter.name in model.sources for model in merge.models)),
         thresholds=(*nothing, *thresholds(bench, block.parameter)),
         statistics=statistics(bench, index),
@@ -111,7 +109,7 @@ def context_of(bench: Bench, index: int, block: Block) -> Context:
         ranks=ranks(bench, index, block.parameter),
         base=block.base if merge.own_round(merge.rounds[index]).needs_base else None,
         tie_ends=(*nothing, *ends) if ends else (),
-        keeps_state=merge.recipe.output.state or bool(earlier),
+        keeps_state=merge.recipe.output.state or bool(merge.earlier),
         depth=merge.by_parameter.depth(block.parameter),
     )
 

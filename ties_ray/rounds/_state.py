@@ -1,26 +1,35 @@
-"""The state that a merge keeps for later ones: files of whole blocks, named by the parts that they were merged for."""
+"""The state that a merge keeps for later ones: files of whole blocks, named by the shards that they were merged in."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ties_ray.layout.shards import Shard
-from ties_ray.rounds import Bench, Block
+from ties_ray.methods import Round
+from ties_ray.rounds import Bench, Block, Merge
 from ties_ray.safetensors import build
+from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE_BYTES = 32 * 2**20
-"""A file is written once it holds so much."""
+"""A file is written once it holds so much. More than that of one block is divided."""
 
 
 class StateFiles:
-    """Collects the state of a shard's blocks. A tensor is called `<first element>:<parameter>`, (elements, words)."""
+    """Collects the state of a shard's blocks, if its round leaves one.
 
-    def __init__(self, bench: Bench, shard: Shard) -> None:
+    A tensor is called `<first element>:<name of the state>:<parameter>`, (elements, words).
+    """
+
+    def __init__(self, bench: Bench, index: int, shard: Shard) -> None:
+        """index: of the round that merges the shard."""
         self._bench = bench
-        self._place = f"{shard.file:05}-{shard.parts[0]:06}"
-        self._waiting: list[tuple[str, Tensor, int]] = []
+        self._state = _left_by(bench.merge, index)
+        parameter, start = shard.segments[0][:2] if shard.segments else (0, 0)
+        places = (shard.file, shard.parts[0]) if shard.parts[1] else (parameter, start)
+        self._place = f"{index}-{places[0]:05}-{places[1]:06}"
+        self._waiting: list[tuple[str, Tensor]] = []
         self._bytes = 0
         self._number = 0
 
@@ -29,28 +38,52 @@ class StateFiles:
 
         def kept(block: Block) -> "Tensor":
             change = delta(block)
-            self._add(block)
+            self.add(block)
             return change
 
         return kept
 
-    def _add(self, block: Block) -> None:
-        """Add the state of a block, as its fold has left it."""
-        state = block.slices.state
-        assert state is not None, "a method that continues folds in its last round"
+    def add(self, block: Block) -> None:
+        """Add the state of a block, as its round has left it."""
+        import torch
+
+        if not self._state:
+            return
+        assert block.slices.kept, "a round with a state keeps it"
         parameter = self._bench.merge.catalog.parameters[block.parameter]
-        self._waiting.append((f"{block.start}:{parameter.name}", state.cpu(), block.stop - block.start))
-        self._bytes += state.nbytes
-        if self._bytes >= FILE_BYTES:
-            self.write()
+        words = torch.cat([each.flatten(1) for each in block.slices.kept], 1).cpu()
+        block.slices.kept = ()
+        step = max(1, FILE_BYTES // (4 * words.shape[1]))
+        for start in range(0, len(words), step):
+            piece = words[start : start + step]
+            self._waiting.append((f"{block.start + start}:{self._state}:{parameter.name}", piece))
+            self._bytes += piece.nbytes
+            if self._bytes >= FILE_BYTES:
+                self.write()
 
     def write(self) -> None:
         """Write what waits, if anything does."""
         if not self._waiting:
             return
-        shapes = [(name, "F32", (length, len(words) // length)) for name, words, length in self._waiting]
-        data = bytearray(build(shapes, {}))
-        for _, words, _ in self._waiting:
-            data += words.numpy().tobytes()
-        self._bench.write_state(f"{self._place}-{self._number:04}.safetensors", bytes(data))
+        header = build([(name, "F32", tuple(words.shape)) for name, words in self._waiting], {})
+        data = b"".join([header, *(words.numpy().data for _, words in self._waiting)])
+        self._bench.write_state(f"{self._place}-{self._number:04}.safetensors", data)
         self._waiting, self._bytes, self._number = [], 0, self._number + 1
+
+
+def files_bytes(merge: Merge, own: Round) -> int:
+    """Return the bytes of what waits to be written, and of the file made of it."""
+    return 2 * FILE_BYTES if own.state and merge.recipe.output.state else 0
+
+
+def state_bytes(merge: Merge, own: Round, parameter: Parameter) -> int:
+    """Return the bytes that a round's state takes for each element: as it is read, kept, and put together."""
+    times = (1 if merge.catalog.earlier else 0) + (2 if merge.recipe.output.state else 0)
+    return 4 * own.words(parameter) * times if own.state else 0
+
+
+def _left_by(merge: Merge, index: int) -> str:
+    """Return the name of the state that a round leaves, empty where it leaves none: the last round of a name does."""
+    position = merge.rounds[index].position
+    own, *later = merge.recipe.method.rounds()[position:]
+    return own.state if merge.recipe.output.state and own.state not in {each.state for each in later} else ""

@@ -11,6 +11,7 @@ from ties_ray.methods import Key, every_element
 from ties_ray.rounds import Bench, Merge, PlannedRound, RoundKind, Sample, Trial
 from ties_ray.rounds._gathered import Gathered, Sums, by_parameter_of, misfit_gathered, sums_for
 from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, rehearse, result_of
+from ties_ray.rounds._state import StateFiles
 from ties_ray.rounds.units import memory_of_units, unit_shard, whole_units
 
 
@@ -59,13 +60,18 @@ class GatherRound(RoundKind[Gathered, Gathered]):
 
     def work(self, bench: Bench, index: int, shard: Shard, tally: Sums, zeroed: Counter[tuple[int, str]]) -> None:
         """Run the method's round on every block, and add up its statistics."""
+        files = StateFiles(bench, index, shard)
         with closing(blocks_of(bench, index, shard.segments, range(*shard.models), zeroed)) as blocks:
             for block in blocks:
                 tally.add(block.parameter, result_of(bench, index, block))
+                files.add(block)
+        files.write()
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Gathered]) -> Gathered:
-        """Return the sums over all records."""
+        """Return the sums over all records, with those of single models that an earlier merge has left."""
         total = Sums()
+        if earlier := bench.of_earlier(index):
+            total.add_earlier(earlier)
         for finding in findings:
             total.add_gathered(finding)
         return total.finding()

@@ -141,10 +141,8 @@ class MergeRound(RoundKind[Parts, None]):
         header = len(file.header).to_bytes(8, "little") + file.header.encode("ascii")
         parts = {number: list(elements_in(layout, shard.file, number)) for number in range(*shard.parts)}
         segments, members = layout.segments(shard), range(*shard.models)
-        files = StateFiles(bench, shard) if merge.recipe.output.state else None
-        assembly = self._assembly(bench, index)
-        delta: Delta = assembly.delta if assembly else partial(merged, bench, index)
-        delta = files.keeping(delta) if files else delta
+        files, assembly = StateFiles(bench, index, shard), self._assembly(bench, index)
+        delta: Delta = assembly.delta if assembly else files.keeping(partial(merged, bench, index))
         with closing(self._blocks(bench, index, segments, members, zeroed)) as blocks:
             for number, pieces in parts.items():
                 start, stop = layout.part(shard.file, number)
@@ -160,8 +158,7 @@ class MergeRound(RoundKind[Parts, None]):
                         self._fill(bench, index, blocks, placed, first, last, out, delta)
                 bench.write_part(part, shard.file, number)
             next(blocks, None)  # a block is judged when the next is asked for
-        if files:
-            files.write()
+        files.write()
         written = bench.written()
         tally.written += written
         tally.uploads |= {part.file: bench.upload(part.file) for part in written}

@@ -17,7 +17,8 @@ from ties_ray.methods import Key, Result, Unit
 from ties_ray.outputs import OutputTensor
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally
 from ties_ray.rounds._gathered import Gathered, Sums, by_parameter_of, misfit_gathered, sums_for
-from ties_ray.rounds._method_round import blocks_of, context_of, is_resident, merged_result, stack_of, sums
+from ties_ray.rounds._method_round import blocks_of, context_of, held_by, is_resident, merged_result, sums
+from ties_ray.rounds._state import StateFiles, files_bytes
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
         """Merge one piece and keep it."""
         (segment,) = shard.segments
         number = bisect.bisect_left(pieces(bench.merge, bench.merge.rounds[index].position), segment)
-        result = self.result(bench, index, segment, zeroed)
+        result = self.result(bench, index, segment, zeroed, StateFiles(bench, index, shard))
         assert result.merged is not None, "it was looked at"
         tally.sums.add(segment.parameter, result)
         merged = bench.write_scratch(_scratch(bench.merge, index, number), result.merged)
@@ -111,14 +112,26 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
         ]
         tally.pieces.append(Piece(number, merged, tuple(masks)))
 
-    def result(self, bench: Bench, index: int, segment: Segment, zeroed: Counter[tuple[int, str]]) -> Result:
-        """Return what the method's round makes of a piece, with its merged change (1-D fp32)."""
+    def result(
+        self,
+        bench: Bench,
+        index: int,
+        segment: Segment,
+        zeroed: Counter[tuple[int, str]],
+        files: StateFiles | None = None,
+    ) -> Result:
+        """Return what the method's round makes of a piece, with its merged change (1-D fp32); keep its state."""
         members = range(len(bench.merge.models))
         with closing(blocks_of(bench, index, [segment], members, zeroed)) as blocks:
-            result = merged_result(bench, index, next(blocks))
+            block = next(blocks)
+            result = merged_result(bench, index, block)
+            if files:
+                files.add(block)
             next(blocks, None)  # a block is judged when the next is asked for
         if len(result.masks) != _num_masks(bench.merge):
             raise TypeError(f"method {bench.merge.recipe.method.name}: the last round owes a mask for each model")
+        if files:
+            files.write()
         return result
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Pieces]) -> Pieces:
@@ -251,6 +264,7 @@ def whole_units(merge: Merge, cost: Cost, position: int) -> UnitReading:
     own, segments = merge.recipe.method.rounds()[position], pieces(merge, position)
     block = max(1, max((segment.stop - segment.start for segment in segments), default=1))
     beside = _held(merge, position) + merge.budget.companions(own.companions, block, resident=True)
+    beside += files_bytes(merge, own)
     fits = merge.budget.fits(block, resident=True, beside=beside)
     passes = 1 if own.passes == 1 or fits else own.passes
     reading = cost.units(segments, block, passes, own)
@@ -261,7 +275,7 @@ def whole_units(merge: Merge, cost: Cost, position: int) -> UnitReading:
 def memory_of_units(merge: Merge, round_: PlannedRound) -> int:
     """Return the bytes of the largest piece with its slices, and of what the method holds for the costliest one."""
     own, resident = merge.own_round(round_), is_resident(merge, round_)
-    beside = merge.budget.companions(own.companions, round_.block, resident=resident)
+    beside = merge.budget.companions(own.companions, round_.block, resident=resident) + files_bytes(merge, own)
     return beside + merge.budget.blocks(round_.block, resident=resident) + _held(merge, round_.position)
 
 
@@ -281,8 +295,7 @@ def _held(merge: Merge, position: int) -> int:
     largest: dict[int, int] = {}
     for index, start, stop in pieces(merge, position):
         largest[index] = max(largest.get(index, 0), stop - start)
-    held = (size * own.holds(stack_of(merge, parameters[index])) for index, size in largest.items())
-    return max(held, default=0)
+    return max((size * held_by(merge, own, parameters[index]) for index, size in largest.items()), default=0)
 
 
 def pieces(merge: Merge, position: int) -> list[Segment]:

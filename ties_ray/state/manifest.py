@@ -34,7 +34,7 @@ from ties_ray.planning.plan import PLAN_FORM, Plan
 from ties_ray.rounds import Folded, Merge, Record, Zeroed
 from ties_ray.state import documents
 from ties_ray.state.documents import LARGE, PLAN, SMALL, Bounds
-from ties_ray.stores import Stores, WritableStore, crc32c, join, within
+from ties_ray.stores import Pin, Stores, WritableStore, crc32c, join, within
 
 T = TypeVar("T")
 
@@ -77,6 +77,7 @@ _CHECKSUMS = TypeAdapter(tuple[RangeChecksums, ...])
 _PLAN_NAME = re.compile(r"plan-([1-9][0-9]{0,3})\.json\.gz")
 _RECORD_NAME = re.compile(r"([0-9]{8}-[0-9a-f]{12}-[0-9]{6}|known-[0-9]{1,9})\.json")
 FRESH = "merge again with --fresh"
+_ANEW = "merge all models in one recipe, with `output.state: true`"
 
 
 STATE = "state"
@@ -198,6 +199,18 @@ class Manifest:
                 _demand_fit(misfit_folded(folded, merge, round_), within(self.folder, name))
                 stored[group] = folded
         return stored
+
+    def read_of_earlier(self, merge: Merge, round_: int, pin: Pin) -> Any:
+        """Return what the barrier of an earlier merge has found after the same round of the method.
+
+        Raises `InputError` where it has changed since it was pinned.
+        """
+        form, kind = _folded_form(merge.rounds[round_].kind), merge.kind(round_)
+        data = self._stores.of(pin.uri).get_pinned(pin)
+        folded = documents.parse(data, form, LARGE, pin.uri, "what a barrier of the earlier merge has stored", _ANEW)
+        if wrong := list(kind.misfit_folded(merge, round_, folded.finding)):
+            raise InputError(Problem(pin.uri, f"is not of this merge: {wrong[0]} is out of range", _ANEW))
+        return folded.finding
 
     def write_checksums(self, shard: int, checksums: Sequence[RangeChecksums]) -> None:
         """Store the checksums of what a shard of the first round has read."""

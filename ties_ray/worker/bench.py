@@ -11,6 +11,7 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.kernels import Factors, Kernels
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.shards import Segment
+from ties_ray.methods import Round
 from ties_ray.rounds import Block, Merge, PlannedRound, Pool
 from ties_ray.rounds._effects import Observer
 from ties_ray.rounds.merge import Written
@@ -61,14 +62,10 @@ class WorkerBench:
         *,
         resident: bool = False,
         with_base: bool = False,
-        companions: Sequence[str] = (),
-        goes_on: bool = False,
+        own: Round | None = None,
     ) -> Generator[Block, None, None]:
         """See `rounds.Bench.blocks`."""
-        return self._blocks.stream(
-            round_, segments, members, zeroed, resident=resident, with_base=with_base, companions=companions,
-            goes_on=goes_on,
-        )  # fmt: skip
+        return self._blocks.stream(round_, segments, members, zeroed, resident=resident, with_base=with_base, own=own)
 
     def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
         """See `rounds.Bench.factors`."""
@@ -91,6 +88,12 @@ class WorkerBench:
         if (index, group, make) not in self._derived:
             self._derived[index, group, make] = make(self.barrier(index, group))
         return self._derived[index, group, make]
+
+    def of_earlier(self, index: int) -> Any:
+        """See `rounds.Bench.of_earlier`."""
+        earlier = self.merge.catalog.earlier
+        pin = earlier.sums.get(self.merge.rounds[index].position) if earlier else None
+        return self._manifest.read_of_earlier(self.merge, index, pin) if pin else None
 
     def remember(self, index: int, group: int, finding: Any) -> None:
         """See `rounds.Bench.remember`."""

@@ -17,6 +17,7 @@ from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.footprint import NEEDS, Footprint
 from ties_ray.layout.reads import runs_of
 from ties_ray.layout.shards import Segment
+from ties_ray.methods import Companion, Round
 from ties_ray.rounds import Block, Merge, PlannedRound
 from ties_ray.rounds.condense import copied_instead
 from ties_ray.tensors import Parameter
@@ -34,7 +35,6 @@ class Blocks:
         self._reads = reads
         self._bases = bases
         self._on_gpu = kernels.device.type == "cuda"
-        self._num_earlier = len(merge.catalog.earlier.members) if merge.catalog.earlier else 0
         self._footprints: dict[tuple[int, tuple[int, ...]], Footprint] = {}
 
     def stream(
@@ -46,8 +46,7 @@ class Blocks:
         *,
         resident: bool,
         with_base: bool,
-        companions: Sequence[str] = (),
-        goes_on: bool = False,
+        own: Round | None = None,
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; see `rounds.Bench.blocks`."""
         merge, sources = self._merge, self._merge.sources
@@ -60,7 +59,7 @@ class Blocks:
         )
         neighbours = self._cached_with(segments if round_.run else (), members)
         requests = itertools.chain.from_iterable(
-            self._requests(round_, run, members, neighbours, with_base, companions, goes_on=goes_on) for run in runs
+            self._requests(round_, run, members, neighbours, with_base, own) for run in runs
         )
         room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
         with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
@@ -70,14 +69,14 @@ class Blocks:
                 begin, end = self._base_range(segment, members, with_base)
                 rows = self._decoded(next(coming), parameters[index], stop - start)
                 base = rows[start - begin : stop - begin] if begin < end else rows
-                earlier = next(coming) if goes_on and merge.catalog.earlier else None
+                earlier = next(coming) if own and own.state and merge.catalog.earlier else None
                 slices = StoredSlices(
                     self._kernels, base, start, len(members), coming, partial(self._completed, rows, base),
                     passes=round_.passes, resident=resident, factor_room=merge.sizes.factor_room,
                     per_pass=sources.models_per_pass(self._footprint(index, members), round_.block),
-                    companions=[each for each in merge.recipe.method.companions if each.name in companions],
-                    earlier=earlier, num_earlier=self._num_earlier if goes_on else 0,
-                    keeps=goes_on and merge.recipe.output.state,
+                    companions=self._companions(own),
+                    earlier=earlier, num_earlier=len(merge.earlier) if own else 0,
+                    keeps=own is not None and bool(own.state) and merge.recipe.output.state,
                 )  # fmt: skip
                 yield Block(index, start, stop, base, slices)
                 slices.close()
@@ -106,22 +105,20 @@ class Blocks:
         members: Sequence[int],
         neighbours: Mapping[str, Sequence[Parameter]],
         with_base: bool,
-        companions: Sequence[str],
-        *,
-        goes_on: bool,
+        own: Round | None,
     ) -> Iterator[list[SliceRequest | None]]:
         """Yield what is read for a run of blocks: the slices of the base, then those of each model and its companions.
 
         A pass over slices that stay brings its companions again.
         """
         yield [self._of_base(segment, members, with_base) for segment in run]
-        if goes_on and self._merge.catalog.earlier:
-            yield [self._of_earlier(self._merge.catalog.earlier, segment) for segment in run]
+        if own and own.state and self._merge.catalog.earlier:
+            yield [self._of_earlier(self._merge.catalog.earlier, own.state, segment) for segment in run]
         for _ in range(round_.passes):
             for model in (self._merge.models[member] for member in members):
                 yield [self._of_model(model, segment, members, neighbours) for segment in run]
-                for name in (each.name for each in self._merge.recipe.method.companions if each.name in companions):
-                    yield [self._of_companion(model.companions[name], segment) for segment in run]
+                for each in self._companions(own):
+                    yield [self._of_companion(model.companions[each.name], segment) for segment in run]
 
     def _of_base(self, segment: Segment, members: Sequence[int], with_base: bool) -> SliceRequest | None:
         name, base = self._merge.catalog.parameters[segment.parameter].name, self._merge.catalog.base
@@ -139,11 +136,16 @@ class Blocks:
         factors = sources.factors(model, neighbours.get(parameter.name, [parameter]))
         return SliceRequest(model, source, segment.start, segment.stop, cached, factors)
 
-    def _of_earlier(self, earlier: Earlier, segment: Segment) -> SliceRequest | None:
-        source = earlier.state.sources.get(self._merge.catalog.parameters[segment.parameter].name)
-        if source is None:  # no earlier model has a change there
+    def _of_earlier(self, earlier: Earlier, state: str, segment: Segment) -> SliceRequest | None:
+        source = earlier.source(state, self._merge.catalog.parameters[segment.parameter].name)
+        if source is None:
             return None
-        return SliceRequest(earlier.state, source, segment.start * earlier.words, segment.stop * earlier.words)
+        words = source.tensors[0].shape[1]
+        return SliceRequest(earlier.state, source, segment.start * words, segment.stop * words)
+
+    def _companions(self, own: Round | None) -> list[Companion]:
+        """Return the companions that a round of the method reads, in the method's order."""
+        return [each for each in self._merge.recipe.method.companions if own and each.name in own.companions]
 
     def _of_companion(self, companion: Model, segment: Segment) -> SliceRequest | None:
         """Return what is read of a companion: the same slice, or all of it where its shape is its own."""

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ties_ray.errors import InputError, Problem
 from ties_ray.kernels import Election, Encoded, Factors, Kernels, Op, State, Stored
-from ties_ray.methods import Companion, Factored, Slice
+from ties_ray.methods import Companion, Factored, Slice, words_of
 from ties_ray.rounds import Slices
 
 
@@ -35,8 +36,8 @@ class StoredSlices(Slices):
 
         complete: gives a slice of a model all that its change needs. resident: whether slices are kept for further
         passes. offset: the first element of the block. per_pass: the most slices of one kernel call. factor_room: the
-        most bytes of decoded factors in one kernel call. earlier: the state of so many models that were merged before.
-        keeps: whether `state` is kept.
+        most bytes of decoded factors in one kernel call. earlier: the state that earlier models have left here.
+        num_earlier: their number, from which models are counted on. keeps: whether the method's sums are kept.
         """
         self.not_finite = [0] * num_models
         self._kernels = kernels
@@ -56,8 +57,9 @@ class StoredSlices(Slices):
         self._earlier = earlier
         self._before = num_earlier
         self._keeps = keeps
-        self._last = -1
-        """The model whose slice came last."""
+        self._resumed = 0  # words of an element that the method has taken up
+        self.kept: list[Tensor] = []
+        self._last = -1  # the model whose slice came last
         self._beside: list[list[Stored | None]] = []
         """The companions of each model whose slice has come, in the order of their names."""
         self.unfit: dict[tuple[int, str], int] = {}
@@ -121,16 +123,41 @@ class StoredSlices(Slices):
     ) -> State:
         """Return the state of a first group and, if it is not the last, of the groups after it."""
         state = self._kernels.start(op, len(self._base))
-        if self._earlier:
-            _unpack(self._earlier, state)
+        self.resume(*words_of(state))
         while group:
             self._note(group, self._kernels.fold(op, state, self._base, group, self._offset))
             group.clear()  # its memory is for the slices to come
             if not last:
                 group, last = self._group(models)
-        if self._keeps:
-            self.state = torch.stack([state[name].view(torch.float32) for name in sorted(state)], 1).reshape(-1)
+        self.keep(*words_of(state))
         return state
+
+    def resume(self, *sums: Tensor) -> None:
+        """Write into zeros what an earlier merge has kept of these sums."""
+        if self._earlier is None:
+            return
+        assert isinstance(self._earlier, Encoded), "a state is stored whole"
+        words = self._earlier.data.view(len(self._base), -1)
+        for total in sums:
+            rows, width = _rows_of(total, len(self._base)), total.element_size() // 4
+            stop = self._resumed + rows * width
+            if stop > words.shape[1]:
+                problem = f"holds {words.shape[1]} words of an element, and this version of ties_ray needs more"
+                raise InputError(Problem("continues", f"the state {problem}", "merge all models in one recipe"))
+            own = words[:, self._resumed : stop].reshape(-1, rows, width).transpose(0, 1).contiguous()
+            total.copy_(own.view(total.dtype).reshape(-1)[: total.numel()].view(total.shape))
+            self._resumed = stop
+
+    def keep(self, *sums: Tensor) -> None:
+        """Keep a copy of sums over all models."""
+        for total in sums if self._keeps else ():
+            length, width = len(self._base), total.element_size() // 4
+            rows = _rows_of(total, length)
+            values = total.reshape(-1)
+            if len(values) < rows * length:
+                values = torch.cat((values, values.new_zeros(rows * length - len(values))))
+            words = torch.empty(length, rows, width, device=total.device)
+            self.kept.append(words.copy_(values.view(torch.float32).view(rows, length, width).transpose(0, 1)))
 
     def _group(self, models: Iterator[tuple[int, Stored | None]]) -> tuple[list[tuple[int, Stored]], bool]:
         """Return the slices of the next models that change the parameter, and whether no model follows.
@@ -193,12 +220,9 @@ class StoredSlices(Slices):
                 self.not_finite[model - self._before] += count
 
 
-def _unpack(earlier: Stored, state: State) -> None:
-    """Write the words of a stored state into one of the same op."""
-    assert isinstance(earlier, Encoded), "a state is stored whole"
-    words = earlier.data.view(-1, len(state))
-    for place, name in enumerate(sorted(state)):
-        state[name].view(torch.float32).copy_(words[:, place])
+def _rows_of(total: Tensor, length: int) -> int:
+    """Return how many values of a sum belong to each element; that of a whole parameter is filled up."""
+    return -(-total.numel() // length)
 
 
 def _is_finite(factors: Factors) -> bool:

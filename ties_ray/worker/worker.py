@@ -22,6 +22,7 @@ from torch import Tensor
 from ties_ray import kernels
 from ties_ray.errors import InputError, Problem
 from ties_ray.executors import WorkerDied
+from ties_ray.inputs.catalog import Earlier
 from ties_ray.kernels import Kernels, flushes_to_zero
 from ties_ray.kernels.buffers import Buffers, return_large_memory
 from ties_ray.kernels.linalg import code_path
@@ -202,6 +203,7 @@ class Worker:
         if recipe.method.uses_lapack or isinstance(recipe.output, CondensingOutput):
             return_large_memory()
             here = code_path(self._kernels.device)
+            _demand_lapack_of(self._plan.catalog.earlier, here)
             if (agree(here) or here) != here:
                 problem = "computes other bits than it does for the rest of this merge"
                 remedy = "use one type of CPU and one version of torch for all of it, or merge again with --fresh"
@@ -351,3 +353,11 @@ class Worker:
         seconds, spans = self._times.take()
         since, self._traffic = traffic.since(self._traffic), traffic
         return replace(answer, traffic=since, seconds=seconds, worker=self._name, spans=spans)
+
+
+def _demand_lapack_of(earlier: Earlier | None, here: str) -> None:
+    """Raise `InputError` where LAPACK has decided the state of an earlier merge, and computes other bits here."""
+    if earlier and earlier.lapack not in ("", here):
+        problem = f"computes other bits than it did for {earlier.output}"
+        remedy = "use its type of CPU and version of torch, or merge all models in one recipe"
+        raise InputError(Problem("this worker's LAPACK", problem, remedy))
