@@ -26,6 +26,7 @@ import ties_ray
 from ties_ray import errors, plugins
 from ties_ray.cli.commands import commands
 from ties_ray.cli.method_docs import method_doc
+from ties_ray.cli.text import growth_of
 from ties_ray.methods import Method
 from ties_ray.recipe.json_schema import recipe_schema
 
@@ -165,7 +166,8 @@ def merge_methods() -> str:
         ]
         facts = f"Lambda scales a {doc.scales}. {density}".strip()
         parameters = table(("parameter", "value", "default", "meaning"), rows) if rows else ""
-        sections.append(f"## {name}\n\n{doc.description}\n\n{facts} Paper: {doc.paper}.\n\n{parameters}")
+        facts = f"{facts} Paper: {doc.paper}.\n\n{growth_of(doc)}"
+        sections.append(f"## {name}\n\n{doc.description}\n\n{facts}\n\n{parameters}")
     return "\n\n".join(sections)
 
 

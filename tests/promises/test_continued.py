@@ -179,7 +179,7 @@ def test_information_of_modules_that_no_earlier_adapter_changes_is_missed(tmp_pa
     first = recipe_of(pool.base, models[1:], tmp_path / "a", "fisher", kind="delta", state=True)
     merging.merge(validate(first))
     more = recipe_of(pool.base, models[:1], tmp_path / "b", "fisher", kind="delta", continues=str(tmp_path / "a"))
-    with pytest.raises(RecipeError, match="down_proj.weight, which none of its models changes"):
+    with pytest.raises(RecipeError, match="which none of its models changes"):
         merging.plan(validate(more))
 
 

@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,6 +36,10 @@ class MethodDoc(_Doc):
     paper: str
     has_density: bool
     """Whether models may have a density of their own."""
+    continues: bool
+    """Whether further models can be merged into an earlier merge, with the default settings."""
+    all_at_once: list[str]
+    """Why it needs all models at once: always, or with some settings."""
     parameters: list[ParameterDoc]
 
 
@@ -47,12 +52,15 @@ class MethodDocs(_Doc):
 def method_doc(name: str, method: type[Method]) -> MethodDoc:
     """Return the description of a method; name: its name in a recipe."""
     schema: dict[str, Any] = method.model_json_schema(by_alias=True)
+    reasons = list(_reasons(method))
     return MethodDoc(
         name=name,
         description=inspect.cleandoc(method.__doc__ or ""),
         scales=method.scales,
         paper=method.paper,
         has_density=method.has_density,
+        continues=not reasons[0],
+        all_at_once=list(dict.fromkeys(filter(None, reasons))),
         parameters=[
             ParameterDoc(
                 name=field,
@@ -64,6 +72,16 @@ def method_doc(name: str, method: type[Method]) -> MethodDoc:
             if field != "name"
         ],
     )
+
+
+def _reasons(method: type[Method]) -> Iterator[str]:
+    """Yield why the method needs all models at once: with its defaults, then with every other choice of a field."""
+    yield method.model_construct().all_at_once
+    for name, field in method.model_fields.items():
+        choices = get_args(field.annotation)
+        for choice in ("a model", *choices) if type(None) in choices else choices:
+            if isinstance(choice, str) and name != "name":
+                yield method.model_construct(**{name: choice}).all_at_once
 
 
 def _allowed(field: dict[str, Any]) -> str:

@@ -363,10 +363,19 @@ def of_method(method: MethodDoc) -> Iterator[RenderableType]:
     for paragraph in method.description.split("\n\n"):
         yield " ".join(paragraph.split())
     yield f"{method.paper}. Lambda scales a {method.scales}."
+    yield growth_of(method)
     table = new_table("parameter", "default", "allowed", "meaning")
     for parameter in method.parameters:
         table.add_row(parameter.name, parameter.default, parameter.allowed, parameter.description)
     yield table
+
+
+def growth_of(method: MethodDoc) -> str:
+    """Return whether a merge by a method takes in further models later."""
+    if not method.continues:
+        return f"It needs all models at once: {method.all_at_once[0]}."
+    exceptions = (f"One setting needs all models at once: {reason}." for reason in method.all_at_once)
+    return " ".join(["Further models can be merged into an earlier merge.", *exceptions])
 
 
 # -- parts
