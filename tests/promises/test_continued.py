@@ -44,7 +44,7 @@ ALL_STATES: list[dict[str, object]] = [
     {"name": "della"},
     {"name": "della", "combine": "linear", "rescale": "l1"},
     {"name": "fisher"},
-    {"name": "fisher", "normalize": False, "floored": "all"},
+    {"name": "fisher", "normalize": False, "floor": 0},
     {"name": "iso_c"},
     {"name": "model_stock"},
     {"name": "model_stock", "scope": "row"},
@@ -73,7 +73,7 @@ def informed(models: list[object], family: Family, folder: Path) -> list[object]
     generator, made = torch.Generator().manual_seed(5), []
     for number, model in enumerate(models):
         tensors = {
-            name: (torch.randn(value.shape, generator=generator).square() * 2.0**-number).clamp_(min=0.01) - 0.01
+            name: (torch.randn(value.shape, generator=generator).square().clamp_(min=1) - 1) * 2.0**number
             for name, value in family.base_tensors.items()
             if value.is_floating_point()
         }
