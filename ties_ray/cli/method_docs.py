@@ -81,7 +81,7 @@ def _reasons(method: type[Method]) -> Iterator[str]:
         choices = get_args(field.annotation)
         for choice in ("a model", *choices) if type(None) in choices else choices:
             if isinstance(choice, str) and name != "name":
-                yield method.model_construct(**{name: choice}).all_at_once
+                yield method.model_construct(None, **{name: choice}).all_at_once
 
 
 def _allowed(field: dict[str, Any]) -> str:

@@ -117,7 +117,7 @@ class Deltas(ABC):
     def resume(self, *sums: "Tensor") -> None:  # noqa: B027
         """Write into zeros what an earlier merge has kept of these sums; nothing without one.
 
-        A sum has one value for each element of the slice, or rows of them. That of a whole parameter has any shape.
+        A sum has one value for each element of the slice. That of a whole parameter may have any number of them.
         The round must name its `state`. It resumes and keeps the same sums, in the same order; `fold` does so itself.
         """
 

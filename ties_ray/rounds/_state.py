@@ -51,7 +51,7 @@ class StateFiles:
             return
         assert block.slices.kept, "a round with a state keeps it"
         parameter = self._bench.merge.catalog.parameters[block.parameter]
-        words = torch.cat([each.flatten(1) for each in block.slices.kept], 1).cpu()
+        words = torch.cat(list(block.slices.kept), 1).cpu()
         block.slices.kept = ()
         step = max(1, FILE_BYTES // (4 * words.shape[1]))
         for start in range(0, len(words), step):

@@ -139,25 +139,20 @@ class StoredSlices(Slices):
         assert isinstance(self._earlier, Encoded), "a state is stored whole"
         words = self._earlier.data.view(len(self._base), -1)
         for total in sums:
-            rows, width = _rows_of(total, len(self._base)), total.element_size() // 4
-            stop = self._resumed + rows * width
+            stop = self._resumed + _words_of(total, len(self._base))
             if stop > words.shape[1]:
                 problem = f"holds {words.shape[1]} words of an element, and this version of ties_ray needs more"
                 raise InputError(Problem("continues", f"the state {problem}", "merge all models in one recipe"))
-            own = words[:, self._resumed : stop].reshape(-1, rows, width).transpose(0, 1).contiguous()
-            total.copy_(own.view(total.dtype).reshape(-1)[: total.numel()].view(total.shape))
+            values = total.view(-1).view(torch.float32)
+            values.copy_(words[:, self._resumed : stop].reshape(-1)[: len(values)])
             self._resumed = stop
 
     def keep(self, *sums: Tensor) -> None:
         """Keep a copy of sums over all models."""
         for total in sums if self._keeps else ():
-            length, width = len(self._base), total.element_size() // 4
-            rows = _rows_of(total, length)
-            values = total.reshape(-1)
-            if len(values) < rows * length:
-                values = torch.cat((values, values.new_zeros(rows * length - len(values))))
-            words = torch.empty(length, rows, width, device=total.device)
-            self.kept.append(words.copy_(values.view(torch.float32).view(rows, length, width).transpose(0, 1)))
+            words = torch.zeros(len(self._base), _words_of(total, len(self._base)), device=total.device)
+            words.view(-1).view(total.dtype)[: total.numel()].copy_(total.reshape(-1))
+            self.kept.append(words)
 
     def _group(self, models: Iterator[tuple[int, Stored | None]]) -> tuple[list[tuple[int, Stored]], bool]:
         """Return the slices of the next models that change the parameter, and whether no model follows.
@@ -220,9 +215,9 @@ class StoredSlices(Slices):
                 self.not_finite[model - self._before] += count
 
 
-def _rows_of(total: Tensor, length: int) -> int:
-    """Return how many values of a sum belong to each element; that of a whole parameter is filled up."""
-    return -(-total.numel() // length)
+def _words_of(total: Tensor, length: int) -> int:
+    """Return how many fp32 words of a sum belong to each element; that of a whole parameter is filled up."""
+    return -(-total.numel() // length) * (total.element_size() // 4)
 
 
 def _is_finite(factors: Factors) -> bool:
