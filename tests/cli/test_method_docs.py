@@ -21,5 +21,8 @@ def test_it_is_said_whether_a_merge_takes_in_further_models() -> None:
     assert [docs[name].continues for name in methods] == [True, True, True, False]
     assert not docs["opcm"].all_at_once
     assert docs["ties"].all_at_once == ["denominator: union counts what any adapter changes"]
-    assert docs["emr"].all_at_once == ["a part takes its model's signs from the finished vector"]
+    assert docs["emr"].all_at_once == [
+        "a part takes its model's signs from the finished vector",
+        "masks: true compares each model with the finished vector",
+    ]
     assert docs["consensus"].all_at_once == ["what it makes of a model depends on the others"]

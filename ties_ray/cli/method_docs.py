@@ -78,9 +78,9 @@ def _reasons(method: type[Method]) -> Iterator[str]:
     """Yield why the method needs all models at once: with its defaults, then with every other choice of a field."""
     yield method.model_construct().all_at_once
     for name, field in method.model_fields.items():
-        choices = get_args(field.annotation)
+        choices = (True, False) if field.annotation is bool else get_args(field.annotation)
         for choice in ("a model", *choices) if type(None) in choices else choices:
-            if isinstance(choice, str) and name != "name":
+            if isinstance(choice, str | bool) and name != "name":
                 yield method.model_construct(None, **{name: choice}).all_at_once
 
 
