@@ -151,21 +151,24 @@ def inspect(
     compare: bool = False,
     base: "str | os.PathLike[str] | None" = None,
     storage: "Storage | None" = None,
+    progress: bool | None = None,
 ) -> "Inspections":
     """Return what a folder holds, or every folder that a glob means, and their counts as a pool; read headers only.
 
     norms: read adapters whole, for their norms, values that are not finite, and duplicates.
     compare: read all models whole, and tell how they relate. base: the base of whole models, for `compare`.
-    storage: options of the stores by scheme, as in a recipe.
+    storage: options of the stores by scheme, as in a recipe. progress: as in `merge`, of a comparison.
     Raises `InputError` where a glob means no folder. A folder that can't be merged is no error: it has `problems`.
     """
+    from ties_ray.cli.console import showing
     from ties_ray.operations import inspection
     from ties_ray.operations.pool_comparison import compare_models
     from ties_ray.stores import Stores, absolute
 
     stores, of_base = Stores(storage or {}), None if base is None else absolute(os.fspath(base))
     folders = inspection.inspect(stores, os.fspath(uri), norms=norms)
-    comparison = compare_models(stores, [absolute(os.fspath(uri))], of_base) if compare else None
+    with showing(progress if compare else False) as watch:
+        comparison = compare_models(stores, [absolute(os.fspath(uri))], of_base, watch) if compare else None
     return inspection.Inspections(folders=folders, pool=inspection.pool(folders), comparison=comparison)
 
 
@@ -257,35 +260,46 @@ def compare(
     *,
     base: "str | os.PathLike[str] | None" = None,
     storage: "Storage | None" = None,
+    progress: bool | None = None,
 ) -> "Comparison":
     """Return how model B differs from model A, tensor by tensor and in sum; both are streamed.
 
     a, b: folders of checkpoints, adapters, deltas or merges, as paths or URIs. base: compare what both add to it.
-    storage: options of the stores by scheme, as in a recipe. Raises `InputError` where a folder is no model.
+    storage: options of the stores by scheme, as in a recipe. progress: as in `merge`.
+    Raises `InputError` where a folder is no model.
     """
+    from ties_ray.cli.console import showing
     from ties_ray.operations import compare as comparing
     from ties_ray.stores import Stores, absolute
 
     of_base = None if base is None else absolute(os.fspath(base))
-    return comparing.compare(Stores(storage or {}), absolute(os.fspath(a)), absolute(os.fspath(b)), base=of_base)
+    sides = (absolute(os.fspath(side)) for side in (a, b))
+    with showing(progress) as watch:
+        return comparing.compare(Stores(storage or {}), *sides, base=of_base, watch=watch)
 
 
 def report(
     output: "str | os.PathLike[str]",
     *,
     compare: bool = False,
+    controls: bool = False,
     storage: "Storage | None" = None,
+    progress: bool | None = None,
 ) -> "MergeReport":
     """Return the report of a finished merge; its `html()` is a page that needs no network.
 
     output: the folder, as a path or URI. compare: read all models that were merged, and tell how they relate.
-    storage: options of the stores by scheme, as in a recipe. It needs `pip install 'ties-ray[report]'`.
-    Raises `InputError` where there is no finished merge.
+    controls: merge some elements again, without each model and with signs drawn by chance.
+    storage: options of the stores by scheme, as in a recipe. progress: as in `merge`.
+    It needs `pip install 'ties-ray[report]'`. Raises `InputError` where there is no finished merge.
     """
+    from ties_ray.cli.console import showing
     from ties_ray.operations import report as reporting
     from ties_ray.stores import Stores, absolute
 
-    return reporting.report(Stores(storage or {}), absolute(os.fspath(output)).rstrip("/"), compare=compare)
+    folder = absolute(os.fspath(output)).rstrip("/")
+    with showing(progress) as watch:
+        return reporting.report(Stores(storage or {}), folder, compare=compare, controls=controls, watch=watch)
 
 
 def _as_recipe(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]") -> "Recipe":

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from ties_ray.errors import InputError, Problem
 from ties_ray.libraries.loaders import RESULT_NAME
 from ties_ray.operations.pool_comparison import compare_vectors
+from ties_ray.planning.plan import Plan
 from ties_ray.planning.planner import believable
+from ties_ray.reports.controls import Controls
 from ties_ray.reports.pool import PoolComparison
 from ties_ray.reports.records import MergeResult, Watch, find_result
 from ties_ray.reports.report import MergeReport, make_report
@@ -22,12 +24,14 @@ def report(
     output: str,
     *,
     compare: bool = False,
+    controls: bool = False,
     watch: Watch = lambda progress: None,
     announce: Callable[[Sequence[str]], None] = lambda folders: None,
 ) -> MergeReport:
-    """Return the report of a finished merge. It reads the result record, and no weights unless they are compared.
+    """Return the report of a finished merge. It reads the result record, and no weights unless that is asked for.
 
-    compare: read all models that were merged, and tell how they relate.
+    compare: read all models that were merged, and tell how they relate. controls: merge some elements of all models
+    again, without each model and with signs drawn by chance.
     announce: gets the folders of the inputs before they are read, since the stored plan names them.
     Raises `InputError` where there is no finished merge, or where the extra `report` is not installed.
     """
@@ -39,27 +43,42 @@ def report(
     result = find_result(stores, output)
     if result is None:
         raise InputError(Problem(output, f"holds no {RESULT_NAME}: no finished merge", "see `ties-ray status`"))
-    comparison = _compared(stores, result, output, watch, announce) if compare else None
+    plan, manifest = _plan_of(stores, result, output, announce) if compare or controls else (None, None)
+    comparison = _compared(stores, plan, watch) if plan and compare else None
+    beside = _controls(stores, plan, manifest, watch) if plan and manifest and controls else None
     clusters = clusters_of(comparison.cosines) if comparison else []
     names = [model.name for model in comparison.models] if comparison else []
-    return make_report(result, comparison, [[names[number] for number in group] for group in clusters])
+    groups = [[names[number] for number in group] for group in clusters]
+    return make_report(result, comparison, groups, beside)
 
 
-def _compared(
-    stores: Stores, result: MergeResult, output: str, watch: Watch, announce: Callable[[Sequence[str]], None]
-) -> PoolComparison:
-    """Return how the models of a merge relate; its stored plan names them."""
-    from ties_ray.operations.task_vectors import TaskVectors
-
+def _plan_of(
+    stores: Stores, result: MergeResult, output: str, announce: Callable[[Sequence[str]], None]
+) -> tuple[Plan, Manifest]:
+    """Return the stored plan of a merge, which names its models, and the manifest that holds it."""
     generations = [generation for run_id, generation in find_runs(stores, output) if run_id == result.run_id]
     for generation in reversed(generations):
-        plan = Manifest(stores, Manifest.folder_of(output, result.run_id, generation)).read_last_plan()
-        if plan:
-            merge = believable(plan).merges[0]
-            models = [merge.catalog.base, *merge.models]
+        manifest = Manifest(stores, Manifest.folder_of(output, result.run_id, generation))
+        if plan := manifest.read_last_plan():
+            plan = believable(plan)
+            models = [plan.catalog.base, *plan.merges[0].models]
             announce(sorted({pin.uri.rpartition("/")[0] for model in models for pin in model.objects}))
-            return compare_vectors(TaskVectors(stores, merge), watch)
-    raise InputError(Problem(output, "the plan of the merge has gone, which names its models", "leave --compare out"))
+            return plan, manifest
+    message = "the plan of the merge has gone, which names its models"
+    raise InputError(Problem(output, message, "leave --compare and --controls out"))
+
+
+def _compared(stores: Stores, plan: Plan, watch: Watch) -> PoolComparison:
+    """Return how the models of a merge relate."""
+    from ties_ray.operations.task_vectors import TaskVectors
+
+    return compare_vectors(TaskVectors(stores, plan.merges[0]), watch)
+
+
+def _controls(stores: Stores, plan: Plan, manifest: Manifest, watch: Watch) -> Controls:
+    from ties_ray.operations.controls import controls
+
+    return controls(stores, plan, manifest, watch)
 
 
 def write(stores: Stores, made: MergeReport, target: str) -> str:

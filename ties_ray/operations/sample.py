@@ -53,7 +53,7 @@ def compare(
     total = sum(_num_bytes(placed, slices) for _, placed, slices in chosen)
     inputs = _folders(_inputs(plan))
     announce(inputs)
-    worker = _worker(stores, plan, manifest)
+    worker = worker_of(stores, plan, manifest)
     worker.check_lapack(lambda here: manifest.read_lapack())
     problems = []
     compared = 0
@@ -99,7 +99,7 @@ def recount(
     size = plan.sizes.model_group
     folded = manifest.read_folded(merge, low[-1], sorted({member // size for member in chosen}))
     announce(_folders([plan.catalog.base, *(merge.models[member] for member in chosen)]))
-    worker = _worker(stores, plan, manifest)
+    worker = worker_of(stores, plan, manifest)
     problems = []
     for number, member in enumerate(chosen):
         watch(Progress("recount", number, len(chosen), 0, 0))
@@ -129,7 +129,8 @@ def _require_arithmetic(plan: Plan, option: str) -> None:
         raise InputError(Problem(option, message, f"use the version that merged, or leave {option} out"))
 
 
-def _worker(stores: Stores, plan: Plan, manifest: Manifest) -> Worker:
+def worker_of(stores: Stores, plan: Plan, manifest: Manifest) -> Worker:
+    """Return a worker in this process that merges parts of a finished merge, and writes nothing."""
     storage = {scheme: dict(options) for scheme, options in stores.options.items()}
     return Worker(Setup(manifest.folder, storage, "", device=plan.recipe.run.device), plan)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ties_ray.measures.findings import findings
+from ties_ray.reports.controls import Controls
 from ties_ray.reports.effects import MergeEffects, ModelEffects, ParameterEffects
 from ties_ray.reports.names import model_names
 from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, text_of
@@ -70,6 +71,8 @@ class MergeReport(Report):
     clusters: list[list[str]] = []
     """Names of models in groups of similar directions, in the order of the figure; empty without a comparison."""
     comparison: PoolComparison | None = None
+    controls: Controls | None = None
+    """Merges without each model, and with signs drawn by chance; None where nobody asked for them."""
     result: MergeResult
 
     def html(self) -> str:
@@ -79,8 +82,13 @@ class MergeReport(Report):
         return page_of(self)
 
 
-def make_report(result: MergeResult, comparison: PoolComparison | None, clusters: list[list[str]]) -> MergeReport:
-    """Return the report of a merge. comparison: how its models relate, where that was asked for."""
+def make_report(
+    result: MergeResult,
+    comparison: PoolComparison | None,
+    clusters: list[list[str]],
+    controls: Controls | None = None,
+) -> MergeReport:
+    """Return the report of a merge. comparison, controls: what was asked for beside the result record."""
     provenance, effects = result.provenance, result.effects
     inputs = provenance.models if provenance else []
     models = _models(inputs, result, comparison)
@@ -88,12 +96,13 @@ def make_report(result: MergeResult, comparison: PoolComparison | None, clusters
     return MergeReport(
         output=result.output,
         title=f"{method} of {len(inputs):,} model{'s' * (len(inputs) != 1)}",
-        remarks=list(_remarks(result, models, comparison)),
+        remarks=[*_remarks(result, models, comparison), *_of_controls(controls)],
         models=models,
         layers=sorted(_places(effects, layer_of), key=lambda each: int(each.name)) if effects else [],
         modules=_places(effects, module_of) if effects else [],
         clusters=clusters,
         comparison=comparison,
+        controls=controls,
         result=result,
     )
 
@@ -223,6 +232,19 @@ def _alike(models: Sequence[ReportedModel]) -> Iterator[Remark]:
             listed = " = ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             text = f"{listed}: all figures are the same, so these may be the same model; --compare tells"
             yield Remark(kind="alike", models=names, value=1.0, text=text)
+
+
+def _of_controls(controls: Controls | None) -> Iterator[Remark]:
+    """Yield the model without which the merge changes most, and a merge that is no larger than one by chance."""
+    if controls is None:
+        return
+    for first in controls.left_out[:1]:
+        text = f"{first.name}: without it the merged change differs by {first.change:.0%} of its norm"
+        yield Remark(kind="left one out", models=[first.name], value=first.change, text=text)
+    chance = controls.by_chance
+    if chance.most >= 1:
+        text = f"with signs drawn by chance the merged change has {chance.norm:.0%} of its norm: models share little"
+        yield Remark(kind="by chance", models=[], value=chance.norm, text=text)
 
 
 def _cancelled(effects: MergeEffects | None) -> float:

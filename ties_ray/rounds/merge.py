@@ -12,9 +12,10 @@ from ties_ray.errors import FRESH_THEN, InputError, Problem
 from ties_ray.inputs.constants import OVERFLOWS
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard, elements_in
+from ties_ray.methods import Context
 from ties_ray.outputs import CondensingOutput, ElementwiseOutput, Placed
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally, Trial
-from ties_ray.rounds._method_round import blocks_of, cut, memory_of_blocks, merged, rehearse
+from ties_ray.rounds._method_round import blocks_of, context_of, cut, memory_of_blocks, merged, rehearse
 from ties_ray.rounds._state import StateFiles
 from ties_ray.rounds.condense import CondenseRound, condensing, copied_instead, scratch_of, smaller_lambda
 from ties_ray.rounds.units import Assembly, is_assembly
@@ -186,6 +187,17 @@ class MergeRound(RoundKind[Parts, None]):
                     self._fill(bench, index, blocks, placed, first, last, out, delta)
                 yield out
             next(blocks, None)  # a block is judged when the next is asked for
+
+    def look(
+        self, bench: Bench, parameter: int, ranges: Sequence[tuple[int, int]]
+    ) -> "Iterator[tuple[Tensor, Context]]":
+        """Yield the deltas of all models (fp32, (models, elements)) in ranges of a parameter, and their context."""
+        import torch
+
+        index, segments = len(bench.merge.rounds) - 1, [Segment(parameter, *range_) for range_ in ranges]
+        with closing(blocks_of(bench, index, segments, range(len(bench.merge.models)), Counter())) as blocks:
+            for block in blocks:
+                yield torch.stack([delta.clone() for _, delta in block.slices]), context_of(bench, index, block)
 
     def _blocks(
         self,

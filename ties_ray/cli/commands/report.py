@@ -15,6 +15,12 @@ from ties_ray.errors import printable
 @SET
 @click.option("--compare", "compared", is_flag=True, help="Read all models too: add cosines, clusters and spectra.")
 @click.option(
+    "--controls",
+    "controlled",
+    is_flag=True,
+    help="Merge some elements again, without each model and with signs drawn by chance.",
+)
+@click.option(
     "--to",
     "target",
     metavar="PATH|URI",
@@ -23,18 +29,21 @@ from ties_ray.errors import printable
     shell_complete=completion.files,
     help="Write the page here.",
 )
-def report(console: Console, output: str, overrides: Sequence[str], compared: bool, target: str) -> int:
+def report(
+    console: Console, output: str, overrides: Sequence[str], compared: bool, controlled: bool, target: str
+) -> int:
     """Write a page about a finished merge in OUTPUT.
 
     The page is one HTML file that needs no network. It shows what stands out, what each model added, where models agree
-    by layer and module, and the ledger of what was merged. It reads the result record alone, unless models are
-    compared. OUTPUT is the folder, or the recipe file that names it. With --json, the same figures are printed, and no
-    page is written. The command needs `pip install 'ties-ray[report]'`.
+    by layer and module, and the ledger of what was merged. It reads the result record alone, unless models are compared
+    or controls are made. OUTPUT is the folder, or the recipe file that names it. With --json, the same figures are
+    printed, and no page is written. The command needs `pip install 'ties-ray[report]'`.
 
     \b
     Examples:
       ties-ray report ./merged
       ties-ray report s3://merged/team --compare --to s3://merged/team-report.html
+      ties-ray report ./merged --controls
       ties-ray report ./merged --json | jq .remarks
     """
     stores, folder = place(output, overrides)
@@ -43,10 +52,10 @@ def report(console: Console, output: str, overrides: Sequence[str], compared: bo
 
     def announce(inputs: Sequence[str]) -> None:
         more = f" and {len(inputs) - 5} more" if len(inputs) > 5 else ""
-        log.info("compare: reads the inputs that the folder's plan names: %s%s", printable(", ".join(inputs[:5])), more)
+        log.info("report: reads the inputs that the folder's plan names: %s%s", printable(", ".join(inputs[:5])), more)
 
     with console.progress() as watch:
-        record = report(stores, folder, compare=compared, watch=watch, announce=announce)
+        record = report(stores, folder, compare=compared, controls=controlled, watch=watch, announce=announce)
     written = None if console.json else write(stores, record, target)
     console.show(record, *of_report(record, written or ""))
     return 0
