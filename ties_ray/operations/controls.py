@@ -14,8 +14,10 @@ from ties_ray.reports.controls import ByChance, Controls, LeftOut
 from ties_ray.reports.names import model_names
 from ties_ray.reports.records import Progress, Watch
 from ties_ray.rounds import Merge
+from ties_ray.rounds.merge import MergeRound
 from ties_ray.state.manifest import Manifest
 from ties_ray.stores import Stores
+from ties_ray.worker.worker import Worker
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -26,6 +28,14 @@ SEED = 0
 DIGITS = 6
 """Significant digits of a figure."""
 LEAVE_OUT = "leave --controls out"
+
+
+class _Looker(Worker):
+    """A worker that hands out what it reads."""
+
+    def look(self, parameter: int, ranges: Sequence[tuple[int, int]]) -> "Iterator[tuple[Tensor, Context]]":
+        """Yield the deltas of all models (fp32, (models, elements)) in ranges of a parameter, and their context."""
+        return MergeRound().look(self._bench(), parameter, ranges)
 
 
 def controls(stores: Stores, plan: Plan, manifest: Manifest, watch: Watch = lambda progress: None) -> Controls:
@@ -39,7 +49,7 @@ def controls(stores: Stores, plan: Plan, manifest: Manifest, watch: Watch = lamb
     merge = plan.merges[0]
     if problem := _problem(merge):
         raise InputError(Problem("--controls", problem, LEAVE_OUT))
-    worker, generator = worker_of(stores, plan, manifest), torch.Generator().manual_seed(SEED)
+    worker, generator = worker_of(stores, plan, manifest, _Looker), torch.Generator().manual_seed(SEED)
     count = len(merge.members)
     names = list(model_names(merge.models).values())
     sums = torch.zeros(count, 3, dtype=torch.float64)

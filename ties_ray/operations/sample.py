@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +20,7 @@ from ties_ray.stores import Pin, Stores
 from ties_ray.worker.messages import Setup
 from ties_ray.worker.worker import Worker
 
+W = TypeVar("W", bound=Worker)
 SLICE = 2**18
 """Elements of a slice, the unit of a sample: 512 KiB of bf16 from every model."""
 LEAVE_OUT = "or leave --sample out"
@@ -53,7 +55,7 @@ def compare(
     total = sum(_num_bytes(placed, slices) for _, placed, slices in chosen)
     inputs = _folders(_inputs(plan))
     announce(inputs)
-    worker = worker_of(stores, plan, manifest)
+    worker = worker_of(stores, plan, manifest, Worker)
     worker.check_lapack(lambda here: manifest.read_lapack())
     problems = []
     compared = 0
@@ -99,7 +101,7 @@ def recount(
     size = plan.sizes.model_group
     folded = manifest.read_folded(merge, low[-1], sorted({member // size for member in chosen}))
     announce(_folders([plan.catalog.base, *(merge.models[member] for member in chosen)]))
-    worker = worker_of(stores, plan, manifest)
+    worker = worker_of(stores, plan, manifest, Worker)
     problems = []
     for number, member in enumerate(chosen):
         watch(Progress("recount", number, len(chosen), 0, 0))
@@ -129,10 +131,10 @@ def _require_arithmetic(plan: Plan, option: str) -> None:
         raise InputError(Problem(option, message, f"use the version that merged, or leave {option} out"))
 
 
-def worker_of(stores: Stores, plan: Plan, manifest: Manifest) -> Worker:
+def worker_of(stores: Stores, plan: Plan, manifest: Manifest, kind: type[W]) -> W:
     """Return a worker in this process that merges parts of a finished merge, and writes nothing."""
     storage = {scheme: dict(options) for scheme, options in stores.options.items()}
-    return Worker(Setup(manifest.folder, storage, "", device=plan.recipe.run.device), plan)
+    return kind(Setup(manifest.folder, storage, "", device=plan.recipe.run.device), plan)
 
 
 def _folders(models: Sequence[Model]) -> list[str]:

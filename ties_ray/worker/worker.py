@@ -28,7 +28,6 @@ from ties_ray.kernels.buffers import Buffers, return_large_memory
 from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.measures.effects import Effects, joined
-from ties_ray.methods import Context
 from ties_ray.outputs import CondensingOutput, Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Folded, Merge, Record, Zeroed
@@ -306,11 +305,6 @@ class Worker:
             earlier = self._earlier_reads(merge, last, Shard(models=(0, len(merge.models)), segments=segments))
         self._reads.checksums = Checksums(earlier)
         yield from MergeRound().sample(bench, placed, runs)
-
-    def look(self, parameter: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Context]]:
-        """Yield the deltas of all models (fp32, (models, elements)) in ranges of a parameter, and their context."""
-        self._reads.checksums = Checksums()
-        yield from MergeRound().look(self._bench(), parameter, ranges)
 
     def recounted(self, member: int) -> list[Pick]:
         """Return the picks of a member, counted from its values alone. It writes nothing."""
