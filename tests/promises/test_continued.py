@@ -46,6 +46,12 @@ ALL_STATES: list[dict[str, object]] = [
     {"name": "fisher"},
     {"name": "fisher", "normalize": False, "floor": 0},
     {"name": "iso_c"},
+    {"name": "star"},
+    {"name": "twin"},
+    {"name": "lines"},
+    {"name": "magmax"},
+    {"name": "ram"},
+    {"name": "negmerge"},
     {"name": "model_stock"},
     {"name": "model_stock", "scope": "row"},
     {"name": "opcm"},
@@ -53,7 +59,8 @@ ALL_STATES: list[dict[str, object]] = [
     {"name": "wudi", "solver": "minimum"},
 ]
 """Settings of methods that are tried on one kind of family."""
-UNWEIGHTED = ("emr", "model_stock", "opcm")
+UNWEIGHTED = ("emr", "magmax", "model_stock", "negmerge", "opcm", "ram")
+WITHOUT_LAMBDA = ("lines", "model_stock")
 BF16: dict[str, object] = {"dtype": "BF16"}
 MIXED: dict[str, object] = {"mixed": True, "shards": 2}
 
@@ -102,9 +109,11 @@ def test_three_models_then_one_then_two_are_six_at_once(
         models = informed(models, family, tmp_path)
     merging.merge(validate(recipe_of(family.base, models, tmp_path / "whole", method)))
     steps = [("a", models[:3], None), ("b", models[3:4], "a"), ("c", models[4:], "b")]
+    other = method if method["name"] in WITHOUT_LAMBDA else {**method, "lambda": 0.625}
     for seed, (name, own, before) in enumerate(steps):
         more = {"continues": str(tmp_path / before)} if before else {}
-        recipe = recipe_of(family.base, own, tmp_path / name, method, state=name != "c", **more)
+        rules = method if name == "c" else other
+        recipe = recipe_of(family.base, own, tmp_path / name, rules, state=name != "c", **more)
         merging.merge(validate(recipe), sizes=SIZES if name == "c" else draw_sizes(random.Random(seed)))
     assert digests(tmp_path / "c") == digests(tmp_path / "whole")
     assert verify(Stores({}), str(tmp_path / "c"), sample=1.0).problems == []

@@ -27,12 +27,17 @@ class Lines(Method):
         " (arXiv:2410.17146)"
     )
 
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: both sums go on."""
+        return ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after the magnitudes on which a default alpha depends."""
-        merge = Round("merge", self._merge)
+        merge = Round("merge", self._merge, state="sum")
         if self.alpha is not None:
             return (merge,)
-        return Round("sizes", self._sizes, holds=bytes_each(12)), merge
+        return Round("sizes", self._sizes, holds=bytes_each(12), state="sizes"), merge
 
     def _sizes(self, deltas: Deltas, context: Context) -> Result:
         """Return the magnitudes of the sum and of the weighted sum, where they may differ."""
@@ -40,13 +45,15 @@ class Lines(Method):
 
         from ties_ray.kernels.exact_sums import total
 
-        if all(weight == 1 for weight in context.weights):
+        if not context.keeps_state and all(weight == 1 for weight in context.weights):
             return Result()
         plain = torch.zeros(context.stop - context.start, device=context.kernels.device)
         weighted = torch.zeros_like(plain)
+        deltas.resume(plain, weighted)
         for model, delta in deltas:
             plain += delta
             weighted += delta * context.weights[model]
+        deltas.keep(plain, weighted)
         return Result(
             sums={
                 Key("plain", whole=True): total(plain.nan_to_num_().abs_()),

@@ -24,14 +24,21 @@ class MagMax(Method):
     )
     uses_weights: ClassVar[bool] = False
 
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: the largest change so far goes on."""
+        return ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
-        return (Round("merge", self._merge, holds=bytes_each(12)),)
+        return (Round("merge", self._merge, holds=bytes_each(12), state="largest"),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         import torch
 
         largest = torch.zeros(context.stop - context.start, device=context.kernels.device)
+        deltas.resume(largest)
         for _, delta in deltas:
             largest = torch.where(delta.abs() >= largest.abs(), delta, largest)
+        deltas.keep(largest)
         return Result(merged=largest.mul_(self.lambda_))

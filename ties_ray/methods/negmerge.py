@@ -25,9 +25,14 @@ class NegMerge(Method):
     )
     uses_weights: ClassVar[bool] = False
 
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: sums and counts go on."""
+        return ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the one round."""
-        return (Round("merge", self._merge, holds=bytes_each(4)),)
+        return (Round("merge", self._merge, holds=bytes_each(4), state="sums"),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         count = len(context.members)

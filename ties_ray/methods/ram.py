@@ -40,10 +40,15 @@ class Ram(Method):
     paper: ClassVar[str] = "Behavior Knowledge Merge in Reinforced Agentic Models, 2026 (arXiv:2601.13572)"
     uses_weights: ClassVar[bool] = False
 
+    @property
+    def all_at_once(self) -> str:
+        """Return why RAM+ needs its models again; sums and counts go on."""
+        return "plus: true counts what each model alone changes" if self.plus else ""
+
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge, after a count of shared elements where RAM+ needs it."""
         if not self.plus:
-            return (Round("merge", self._merge, holds=bytes_each(16)),)
+            return (Round("merge", self._merge, holds=bytes_each(16), state="sums"),)
         count = Round("count", self._count, holds=bytes_each(24), passes=2)
         return count, Round("merge", self._merge_plus, holds=bytes_each(24), passes=2)
 

@@ -33,6 +33,11 @@ class Regmean(Method):
     )
     companions: ClassVar[tuple[Companion, ...]] = (Companion("gram", "gram", every=False, negative=True),)
 
+    @property
+    def all_at_once(self) -> str:
+        """Return why no merge goes on."""
+        return "it keeps no sums of Gram matrices"
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights, since the closed form divides by them."""
         return [

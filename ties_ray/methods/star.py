@@ -27,6 +27,12 @@ class Star(Method):
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Lee et al. 2025, STAR: Spectral Truncation and Rescale for Model Merging (arXiv:2502.10339)"
     uses_lapack: ClassVar[bool] = True
+    state_uses_lapack: ClassVar[bool] = True
+
+    @property
+    def all_at_once(self) -> str:
+        """Return nothing: what is left of a model depends on no other, and the sum goes on."""
+        return ""
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights: the mean divides by weights."""
@@ -42,7 +48,7 @@ class Star(Method):
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the merge of whole matrices."""
-        return (Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(96)),)
+        return (Round("merge", self._merge, unit=whole_matrices, holds=bytes_each(96), state="sum"),)
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         shape, factor = context.parameter.shape, self.lambda_ / sum(context.weights)
@@ -54,6 +60,7 @@ class Star(Method):
         from ties_ray.kernels.linalg import svd
 
         total = torch.zeros(shape, dtype=torch.float64, device=context.kernels.device)
+        deltas.resume(total)
         for model, delta in deltas:
             left, spectrum, right = svd(delta.view(shape))
             if not len(spectrum):
@@ -62,4 +69,5 @@ class Star(Method):
             rank = 1 + min(int((spectrum.cumsum(0) < nuclear * self.eta / 100).sum()), len(spectrum) - 1)
             grown = spectrum[:rank] * (context.weights[model] * nuclear / float(spectrum[:rank].sum()))
             total += (left[:, :rank] * grown) @ right[:rank]
+        deltas.keep(total)
         return Result(merged=total.mul_(factor).float().reshape(-1))

@@ -35,6 +35,11 @@ class Twin(Method):
     paper: ClassVar[str] = "Lu et al. 2024, Twin-Merging (arXiv:2406.15479)"
     uses_lapack: ClassVar[bool] = True
 
+    @property
+    def all_at_once(self) -> str:
+        """Return why a part needs its model again; the shared sum goes on."""
+        return "" if self.part is None else "a part is what lies between a model and the finished sum"
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse a part of a model that is not merged."""
         return unknown_part(self.part, members)
@@ -42,7 +47,7 @@ class Twin(Method):
     def rounds(self) -> tuple[Round, ...]:
         """Return the sum, or the part by whole matrices, which goes through the models twice."""
         if self.part is None:
-            return (Round("merge", self._shared),)
+            return (Round("merge", self._shared, state="sum"),)
         return (Round("merge", self._exclusive, unit=whole_matrices, passes=2, holds=bytes_each(96)),)
 
     def coefficients(self, members: Sequence[Member], present: Sequence[bool]) -> tuple[float, ...] | None:
