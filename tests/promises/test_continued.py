@@ -72,6 +72,8 @@ def recipe_of(base: str, models: list[object], output: Path, method: object, **m
 
 def weighted(uris: tuple[str, ...], method: dict[str, object]) -> list[object]:
     weights = [1] * 6 if method["name"] in UNWEIGHTED else [1, 2, 0.5, 1, 3, 1]
+    if method["name"] == "lines":  # only the last models differ in weight
+        weights = [1, 1, 1, 1, 3, 1]
     return [{"path": uri, "weight": weight} for uri, weight in zip(uris, weights, strict=True)]
 
 
