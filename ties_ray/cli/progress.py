@@ -65,6 +65,8 @@ class _State:
         self._started = self._reported = self._stage_since = time.monotonic()
         self._samples: deque[tuple[float, int]] = deque()
         """Times and bytes read; the first sample is the one before reading began."""
+        self._compiles = not any(COMPILED.glob("cpu.*.nbi"))
+        """Whether no kernel was compiled when this began; the first files appear long before the last."""
 
     def take(self, progress: Progress) -> bool:
         """Take a report; return whether a stage begins with it."""
@@ -97,7 +99,7 @@ class _State:
         progress = self.progress
         text = printable(progress.activity or progress.stage)
         is_late = progress.stage == "start" and time.monotonic() - self._stage_since > COMPILES_AFTER
-        if is_late and not any(COMPILED.glob("cpu.*.nbi")):
+        if is_late and self._compiles:
             text += " (the first start on a machine compiles kernels)"
         return text
 
