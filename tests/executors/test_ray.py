@@ -157,6 +157,16 @@ def test_an_address_where_no_cluster_is_gets_an_error_that_names_it(listening: b
     assert done.stderr == ""
 
 
+def test_a_head_that_is_gone_and_left_its_address_is_named(tmp_path: Path) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(place)
+    no_others = "    import functools, ray._private.services as s; s.find_gcs_addresses = functools.cache(set)"
+    code = no_others + start("1, 2**20, address='auto', deadline=4")
+    done = driver(code, cwd=tmp_path, RAY_TMPDIR=str(tmp_path), RAY_ADDRESS="")
+    assert done.stdout.startswith(f"UnavailableError Ray at {place}: no Ray cluster answers (")
+
+
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[tuple[int, int]]:
     """Yield the ports of a cluster that wants a token: the head's, and the one of Ray Client."""

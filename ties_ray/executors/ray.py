@@ -305,7 +305,7 @@ class RayExecutor(Executor):
         else:
             self._needs.announce(f"connecting to Ray at {address}")
             _demand_token(address)
-            _reach(address, min(20.0, self._needs.deadline))
+            _reach(_place_of(address), min(20.0, self._needs.deadline))
             self._init(address, options)
 
     def _init(self, address: str, options: Mapping[str, object]) -> None:
@@ -603,11 +603,23 @@ def _refusal_of_client(place: str, timeout: float) -> str:
     return ""
 
 
+def _place_of(address: str) -> str:
+    """Return where `auto` leads: to the head of this machine, or to one that is gone and has left its address."""
+    if address != "auto":
+        return address
+    try:
+        from ray._private.services import get_ray_address_from_environment
+
+        return get_ray_address_from_environment(address, None) or address
+    except (ImportError, TypeError, ConnectionError):  # another version of Ray, or no cluster: Ray says so
+        return address
+
+
 def _reach(address: str, timeout: float) -> None:
     """Raise `UnavailableError` where no cluster answers; `ray.init` would try for minutes."""
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if not (separator and port.isdigit()):
-        return  # "auto", or an address that only Ray can judge
+        return  # an address that only Ray can judge
     command = [
         sys.executable,
         "-m",
