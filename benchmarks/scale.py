@@ -326,7 +326,7 @@ def whole_merge(num_models: int, workers: int) -> tuple[Plan, float]:
     executor = Simulated(World(workers=workers), 0, folds=(manifest, plan))
     crew = Crew(executor, meters, plan.recipe.run.patience)
     began = time.process_time()
-    crew.start(plan, run.setup(profiled=False), None)
+    crew.start(plan, [run.setup(profiled=False)], None)
     run.execute(crew)
     return plan, time.process_time() - began - executor.cpu
 

@@ -15,6 +15,7 @@ from tests.tools.words import faults_of
 from ties_ray import plugins
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Allow, ModelEntry, Recipe, Run
+from ties_ray.recipe.settings import is_sweep, sweep_of
 
 LONGEST, MEDIAN = 25, 17
 """Words of a sentence."""
@@ -34,7 +35,14 @@ def test_every_code_block_is_run_by_a_test_or_says_why_not(page: Path) -> None:
         if block.language == "python":
             ast.parse(block.code)
         elif block.language == "yaml" and not block.why_not:
-            validate(whole(plain(block.code)))
+            data = whole(plain(block.code))
+            if is_sweep(data):
+                sweep = sweep_of(data)
+                for setting in sweep.named():
+                    sweep.recipe(setting)
+                    sweep.choice(setting)
+            else:
+                validate(data)
 
 
 def plain(text: str) -> Any:

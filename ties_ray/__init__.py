@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from ties_ray.operations.verify import Verification
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.recipe import Recipe
+    from ties_ray.recipe.settings import Sweep
     from ties_ray.reports.records import MergeResult, Progress
     from ties_ray.reports.report import MergeReport
+    from ties_ray.reports.sweep import SweepResult
 
     Storage = Mapping[str, Mapping[str, object]]
 
@@ -63,6 +65,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Status",
+    "Sweep",
+    "SweepResult",
     "UnavailableError",
     "Verification",
     "__version__",
@@ -75,6 +79,7 @@ __all__ = [
     "promote",
     "report",
     "status",
+    "sweep",
     "verify",
 ]
 
@@ -89,6 +94,8 @@ _LAZY = {
     "Inspections": "ties_ray.operations.inspection",
     "Promotion": "ties_ray.operations.promote",
     "Status": "ties_ray.operations.status",
+    "Sweep": "ties_ray.recipe.settings",
+    "SweepResult": "ties_ray.reports.sweep",
     "Verification": "ties_ray.operations.verify",
 }
 
@@ -142,6 +149,30 @@ def merge(
             watch(progress)
 
         return merging.merge(_as_recipe(recipe), fresh=fresh, watch=both)
+
+
+def sweep(
+    recipe: "Sweep | Mapping[str, object] | str | os.PathLike[str]",
+    *,
+    fresh: bool = False,
+    watch: "Callable[[Progress], None]" = lambda progress: None,
+    progress: bool | None = None,
+) -> "SweepResult":
+    """Merge all settings of a sweep from one reading, or continue it; return the table of their results.
+
+    recipe: a `Sweep`, the mapping that a recipe's file with `settings`, `grid` or `controls` holds, or that file.
+    The other arguments are those of `merge`. Raises a `MergeError`. Finished work is kept, and the same call continues.
+    """
+    from ties_ray.cli.console import showing
+    from ties_ray.operations import sweeping
+
+    with showing(progress) as show:
+
+        def both(progress: "Progress") -> None:
+            show(progress)
+            watch(progress)
+
+        return sweeping.sweep(_as_sweep(recipe), fresh=fresh, watch=both)
 
 
 def inspect(
@@ -309,6 +340,19 @@ def _as_recipe(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]")
     if isinstance(recipe, Recipe):
         return recipe
     return validate(dict(recipe)) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def _as_sweep(recipe: "Sweep | Mapping[str, object] | str | os.PathLike[str]") -> "Sweep":
+    from ties_ray.operations import recipes
+    from ties_ray.recipe.settings import Sweep, sweep_of
+    from ties_ray.stores import shown
+
+    if isinstance(recipe, Sweep):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return sweep_of(dict(recipe))
+    uri = os.fspath(recipe)
+    return recipes.parsed_sweep(recipes.text_of(uri), shown(uri))
 
 
 def __getattr__(name: str) -> object:

@@ -52,6 +52,11 @@ UNFOLLOWED = {
         "merge all models in one recipe, with", "name the output of one", "name {} as it was", "use its `{}`",
         "use its type of CPU",
     ),
+    "only its reader knows which settings a sweep should have": (
+        "name more models", "give it another output.path", "add the setting's name: ", "add `settings` for a sweep",
+        "split them into several recipes", "`ties-ray sweep` does them all", "out of the settings",
+        "leave fewer models out", "give the folder above the outputs", "merge it in a recipe of its own", "{setting}",
+    ),
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (
         "checkpoint", "an output of kind",

@@ -17,11 +17,12 @@ from safetensors import safe_open
 
 from tests.tools.families import Family
 from ties_ray.layout.sizes import SIZES, Sizes
-from ties_ray.operations import merging
+from ties_ray.operations import merging, sweeping
 from ties_ray.planning.plan import Plan
 from ties_ray.plugins import PLUGIN_FOLDER, search_path
 from ties_ray.recipe.parse import parse, validate
 from ties_ray.recipe.recipe import Recipe
+from ties_ray.recipe.settings import is_sweep, sweep_of
 from ties_ray.reports.records import MergeResult
 from ties_ray.state.manifest import Manifest, find_runs
 from ties_ray.stores import Stores
@@ -139,11 +140,17 @@ def fp32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def merge_and_die(recipe: Recipe, plugin_folder: Path) -> int:
-    """Merge in a process of its own, with the plugins of a folder; return its exit code (-9: killed)."""
+def merge_and_die(recipe: Recipe | Mapping[str, object], plugin_folder: Path) -> int:
+    """Merge, or sweep by plain data, in a process of its own, with the plugins of a folder; return its exit code.
+
+    It is -9 where the process was killed.
+    """
     context = multiprocessing.get_context("forkserver")  # imports once, where a new interpreter takes seconds a merge
     context.set_forkserver_preload(["tests.tools.merging", "ties_ray.worker.worker", "ties_ray.kernels.cpu"])
-    text = recipe.model_dump_json(exclude_unset=True, by_alias=True)
+    if isinstance(recipe, Recipe):
+        text = recipe.model_dump_json(exclude_unset=True, by_alias=True)
+    else:
+        text = json.dumps(recipe)
     process = context.Process(target=_merge_plugged, args=(text, str(plugin_folder)))
     process.start()
     process.join(120)
@@ -161,4 +168,7 @@ def plug(folder: Path, setattr: Callable[[object, str, object], None] = setattr)
 def _merge_plugged(text: str, folder: str) -> None:
     os.environ[PLUGIN_FOLDER] = folder
     plug(Path(folder))
-    merging.merge(parse(text))
+    if is_sweep(json.loads(text)):
+        sweeping.sweep(sweep_of(json.loads(text)))
+    else:
+        merging.merge(parse(text))

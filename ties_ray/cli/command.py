@@ -14,6 +14,7 @@ from ties_ray.errors import InputError, Problem, RecipeError, shown
 
 if TYPE_CHECKING:
     from ties_ray.recipe.recipe import Recipe
+    from ties_ray.recipe.settings import Sweep
     from ties_ray.reports.records import ReportedProblem
     from ties_ray.stores import Stores
 
@@ -118,6 +119,13 @@ def load(source: str, overrides: Sequence[str]) -> "Recipe":
     console = click.get_current_context().obj
     console.place = lambda problem: located_input(problem, text, name, overrides)
     return recipe
+
+
+def load_sweep(source: str, overrides: Sequence[str]) -> "Sweep":
+    """Return the sweep of a path, a URI or standard input."""
+    from ties_ray.operations import recipes
+
+    return recipes.parsed_sweep(text_of(source, overrides), name_of(source), overrides)
 
 
 def name_of(source: str) -> str:

@@ -2,22 +2,46 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from ties_ray.driver.dispatch import Stage
 from ties_ray.driver.meters import Meters
 from ties_ray.driver.schedule import Failure, Schedule
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Executor, Needs
+from ties_ray.planning.forecast import ProgressForecast
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Slow
-from ties_ray.worker.messages import SETUP, Order, Setup
+from ties_ray.worker.messages import SETUP, SETUPS, Order, Setup, Together
 
 PACKAGES = ("ties-ray", "torch", "numpy", "numba")
 """Packages that must have one version on all workers, since the arithmetic rests on them."""
 DEPTH = 2
 """Shards that a worker has at a time: one under way, and one that follows at once."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The orders of a stage: one for each of its costs."""
+
+    name: str
+    order: Callable[[int], Order | Together]
+    costs: tuple[int, ...]
+    done: frozenset[int] = frozenset()
+    """Orders that are finished already."""
+    records: bool = False
+    """Whether an order is finished when a record holds it; by default as soon as it is answered."""
+    slow: Slow = "wait"
+    prefer: tuple[int | None, ...] | None = None
+    """The worker that each order should go to."""
+    activity: str = ""
+    """What the stage does, in a word or two."""
+    writes: bool = False
+    """Whether it writes the parts of the result."""
+    forecast: ProgressForecast | None = None
+    """What its answers say about the end of the run."""
 
 
 class Done(NamedTuple):
@@ -45,18 +69,20 @@ class Crew:
         self._patience = patience
         self._quarantined: frozenset[int] = frozenset()
         self._stages = 0
+        self._num_merges = 1
         self._began: tuple[float, float] | None = None
         """When the workers had started, by the monotonic clock, and their seconds of work until then."""
 
-    def start(self, plan: Plan, setup: Setup, num_workers: int | None) -> None:
+    def start(self, plan: Plan, setups: Sequence[Setup], num_workers: int | None, *, beside: int = 0) -> None:
         """Start the workers. Raises a `MergeError` where none starts.
 
-        num_workers: None for as many as the executor has room for.
+        setups: one for each merge that the workers carry out together. num_workers: None for as many as the executor
+        has room for. beside: bytes that a worker takes beside what the plan says.
         """
         run = plan.recipe.run
         needs = Needs(
             num_workers=num_workers,
-            memory=plan.memory,
+            memory=plan.memory + beside,
             gpus=run.gpus,
             address=run.address,
             deadline=run.deadline,
@@ -64,12 +90,22 @@ class Crew:
             labels=(("run", plan.run_id), ("output", plan.output)),
             announce=self._meters.announce,
         )
-        factory = "ties_ray.worker.worker:make_worker"
-        self.size = self._executor.start(factory, SETUP.dump_json(setup).decode(), needs)
+        self._num_merges = len(setups)
+        if self._num_merges == 1:
+            factory, setup = "ties_ray.worker.worker:make_worker", SETUP.dump_json(setups[0])
+        else:
+            factory, setup = "ties_ray.worker.together:make_worker", SETUPS.dump_json(tuple(setups))
+        self.size = self._executor.start(factory, setup.decode(), needs)
         self._quarantined = frozenset()
         self._began = time.monotonic(), self._meters.seconds["work"]
         self._meters.workers = self.size
-        self.work("start", lambda _: Order("hello"), costs=[1] * self.size, activity="starting")
+        self.work(Orders("start", lambda _: self._to_all("hello"), costs=(1,) * self.size, activity="starting"))
+
+    def _to_all(self, action: Literal["hello", "flush"]) -> Order | Together:
+        """Return the message that all merges of a worker get."""
+        if self._num_merges == 1:
+            return Order(action)
+        return Together(tuple((number, Order(action)) for number in range(self._num_merges)))
 
     def stop(self) -> None:
         """Stop all workers, and add up their idle seconds."""
@@ -80,35 +116,23 @@ class Crew:
             self._began = None
         self._executor.stop()
 
-    def work(
-        self,
-        name: str,
-        order: Callable[[int], Order],
-        *,
-        costs: Sequence[int],
-        done: Collection[int] = (),
-        records: bool = False,
-        slow: Slow = "wait",
-        prefer: Sequence[int | None] | None = None,
-        activity: str = "",
-    ) -> Done:
-        """Have one order carried out for each of the costs. Raises the error that a worker's failure stands for.
-
-        records: an order is finished when a record holds it; by default as soon as it is answered. done: orders that
-        are finished already. prefer: the worker that each order should go to.
-        activity: what the stage does, in a word or two.
-        """
-        schedule = Schedule(costs, self.size, done=done, lost=self._quarantined, prefer=prefer, depth=DEPTH)
+    def work(self, orders: Orders) -> Done:
+        """Carry out the orders of a stage. Raises the error that a worker's failure stands for."""
+        name, activity = orders.name, orders.activity
+        schedule = Schedule(
+            orders.costs, self.size, done=orders.done, lost=self._quarantined, prefer=orders.prefer, depth=DEPTH
+        )
         self._stages += 1
         stage = Stage(
             schedule,
             self._executor,
-            order,
+            orders.order,
             first_ticket=self._stages << 40,
-            records=records,
-            slow=slow,
+            records=orders.records,
+            slow=orders.slow,
             patience=self._patience,
             announce=self._meters.announce,
+            flush=self._to_all("flush"),
         )
         with self._meters.times.spent("work", name):
             while not schedule.finished:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused, print_nothing
 from ties_ray.rounds import Slow
-from ties_ray.worker.messages import ANSWER, ORDER, Answer, Order
+from ties_ray.worker.messages import ANSWER, Answer, Order, Together, message_of
 
 SLOW_FACTOR, SLOW_SECONDS = 3.0, 5.0
 """A shard is repeated elsewhere if it takes this many times the median, and this many seconds more."""
@@ -17,6 +17,7 @@ HUNG_FACTOR, HUNG_SECONDS = 10.0, 60.0
 """The worker of a shard is replaced if the shard takes this many times the median, and this many seconds more."""
 RECENT = 1000
 """Number of the last orders whose median counts."""
+FLUSH = Order("flush")
 
 
 class Stage:
@@ -26,7 +27,7 @@ class Stage:
         self,
         schedule: Schedule,
         executor: Executor,
-        order: Callable[[int], Order],
+        order: Callable[[int], Order | Together],
         *,
         first_ticket: int,
         records: bool,
@@ -34,11 +35,13 @@ class Stage:
         patience: float,
         announce: Callable[[str], None] = print_nothing,
         clock: Callable[[], float] = time.monotonic,
+        flush: Order | Together = FLUSH,
     ) -> None:
         """Begin with nothing submitted.
 
         order: gives the order of a task. records: a task is finished when a record holds it; otherwise as soon as it is
         answered. patience: seconds until a worker without an answer is given up. announce: takes a line for the user.
+        flush: has a worker write a record.
         """
         self.shards_by_record: dict[str, tuple[int, ...]] = {}
         self._schedule = schedule
@@ -50,6 +53,7 @@ class Stage:
         self._patience = patience
         self._announce = announce
         self._clock = clock
+        self._flush = flush
         self._since: OrderedDict[int, tuple[int, float]] = OrderedDict()
         """Worker and time of submission of every open ticket, oldest first."""
         self._signs: dict[int, float] = {}
@@ -68,7 +72,7 @@ class Stage:
         for worker in self._schedule.holding() if self._records else ():
             if worker not in self._flushing:
                 self._flushing[worker] = self._next_flush
-                self._submit(worker, self._next_flush, Order("flush"))
+                self._submit(worker, self._next_flush, self._flush)
                 self._next_flush -= 1
         self._overtake()
         self._give_up_hung()
@@ -114,9 +118,9 @@ class Stage:
         self._schedule.lost(worker, reason)
         self._executor.revive(worker)
 
-    def _submit(self, worker: int, ticket: int, order: Order) -> None:
+    def _submit(self, worker: int, ticket: int, order: Order | Together) -> None:
         self._since[ticket] = (worker, self._clock())
-        self._executor.submit(worker, self._first + ticket, ORDER.dump_json(order).decode())
+        self._executor.submit(worker, self._first + ticket, message_of(order))
 
     def _take(self, event: Event) -> Answer | None:
         schedule = self._schedule

@@ -1,10 +1,11 @@
 """Runs the rounds of a result in order, each with its barrier. A kill leaves its records to the next run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-from ties_ray.driver.crew import Crew
+from ties_ray.driver.crew import Crew, Done, Orders
 from ties_ray.driver.meters import Meters
 from ties_ray.driver.uploads import Uploads
 from ties_ray.errors import InputError, Problem
@@ -16,6 +17,9 @@ from ties_ray.state.manifest import FRESH, Manifest
 from ties_ray.state.pool_cache import PoolCache
 from ties_ray.stores import Stores
 from ties_ray.worker.messages import Order, Setup
+
+Stages = Generator[Orders, Done, None]
+"""The orders of each stage of a run; it is sent their outcome."""
 
 
 class MergeRun:
@@ -64,11 +68,20 @@ class MergeRun:
 
     def execute(self, crew: Crew) -> None:
         """Do all rounds. A second try does what is not done yet, and what the store has forgotten."""
+        stages = self.stages(crew.size)
+        with suppress(StopIteration):
+            orders = next(stages)
+            while True:
+                self._meters.begin(orders.forecast)
+                orders = stages.send(crew.work(orders))
+
+    def stages(self, num_workers: int) -> Stages:
+        """Yield the orders of each stage of all rounds, and take their outcome."""
         for index in range(len(self.merge.rounds)):
             kind = self.merge.kind(index)
             if kind.writes:
                 self.uploads.begin(self.merge, self._left_records(index).values())
-            self._round(index, kind, crew)
+            yield from self._round(index, kind, num_workers)
             if kind.folded is not None:
                 findings = self._findings(index)
                 self._follow(concluded(self.plan, self._result, kind.conclude(self.merge, index, findings)))
@@ -110,7 +123,7 @@ class MergeRun:
         self.plan = plan
         self._meters.bytes_planned = plan.bytes_read
 
-    def _round(self, index: int, kind: RoundKind[Any, Any], crew: Crew) -> None:
+    def _round(self, index: int, kind: RoundKind[Any, Any], num_workers: int) -> Stages:
         merge, round_ = self.merge, self.merge.rounds[index]
         groups = range(kind.num_groups(merge))
         if kind.folded is not None and len(self.barrier(index)) == len(groups):
@@ -127,23 +140,22 @@ class MergeRun:
             group = kind.group(merge, shard)
             return self._order("shard", index, shard, recalled=recalled.get(group, ()))
 
+        forecast = None
         if predictable(self.plan) and kind.relative_cost(round_):
-            left = round_.num_shards - len(done)
-            self._meters.begin(ProgressForecast(self.plan, index, crew.size, left))
-        ranges = self._ranges(index, kind, crew)
-        costs = [max(1, round_.bytes_read // max(1, round_.num_shards))] * round_.num_shards
-        prefer = [self._reader(range_, crew) for range_ in ranges]
-        finished = crew.work(
+            forecast = ProgressForecast(self.plan, index, num_workers, round_.num_shards - len(done))
+        ranges = self._ranges(index, kind, num_workers)
+        finished = yield Orders(
             round_.name,
             order,
-            costs=costs,
-            done=done,
+            costs=(max(1, round_.bytes_read // max(1, round_.num_shards)),) * round_.num_shards,
+            done=frozenset(done),
             records=True,
             slow=kind.slow,
-            prefer=prefer,
+            prefer=tuple(self._reader(range_, num_workers) for range_ in ranges),
             activity=kind.activity,
+            writes=kind.writes,
+            forecast=forecast,
         )
-        self._meters.begin(None)
         self._readers |= {
             range_: owner
             for range_, owner in zip(ranges, finished.owners, strict=True)
@@ -153,16 +165,15 @@ class MergeRun:
         if kind.folded is None:
             self._written = records, [name for name in shards if name not in records]
         else:
-            self._fold(index, kind, crew, shards, recalled)
+            yield from self._fold(index, kind, shards, recalled)
 
     def _fold(
         self,
         index: int,
         kind: RoundKind[Any, Any],
-        crew: Crew,
         shards: Mapping[str, tuple[int, ...]],
         recalled: Mapping[int, tuple[int, ...]],
-    ) -> None:
+    ) -> Stages:
         """Have the records of each group folded. shards: the shards of each record, by its name."""
         folds = []
         for group in range(kind.num_groups(self.merge)):
@@ -170,7 +181,7 @@ class MergeRun:
             names += [name for name, own in shards.items() if not own and name.endswith(f"-{group}.json")]
             folds.append(self._order("fold", index, group, tuple(names), recalled.get(group, ())))
         name = self.merge.rounds[index].name
-        crew.work(f"{name}: barrier", folds.__getitem__, costs=[1] * len(folds), activity=kind.activity)
+        yield Orders(f"{name}: barrier", folds.__getitem__, costs=(1,) * len(folds), activity=kind.activity)
 
     def _order(
         self,
@@ -184,21 +195,21 @@ class MergeRun:
 
     # -- the reader of each range
 
-    def _ranges(self, index: int, kind: RoundKind[Any, Any], crew: Crew) -> Sequence[int | None]:
+    def _ranges(self, index: int, kind: RoundKind[Any, Any], num_workers: int) -> Sequence[int | None]:
         """Return the first range of the merged parameters that each shard of a round reads."""
         round_ = self.merge.rounds[index]
-        if crew.size == 1:
+        if num_workers == 1:
             return [None] * round_.num_shards
         return [kind.first_range(self.merge, round_, shard) for shard in range(round_.num_shards)]
 
-    def _reader(self, range_: int | None, crew: Crew) -> int | None:
+    def _reader(self, range_: int | None, num_workers: int) -> int | None:
         """Return the worker that a shard should go to: the one that has read its range, or that will read it.
 
         A range goes to one worker for all groups of models, since the merge reads the range of all models.
         """
         if range_ is None:
             return None
-        return self._readers.get(range_, range_ * crew.size // self.merge.layout.num_ranges)
+        return self._readers.get(range_, range_ * num_workers // self.merge.layout.num_ranges)
 
     # -- records of earlier runs
 

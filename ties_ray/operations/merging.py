@@ -44,7 +44,11 @@ def plan(recipe: Recipe, sizes: Sizes = SIZES) -> Plan:
     catalog = read_catalog(recipe, stores, first=earlier[1].listed if earlier else 0)
     if earlier:
         catalog = continued(recipe, catalog, *earlier)
-    made = make_plan(recipe.model_copy(update={"output": output}), catalog, sizes)
+    return checked(make_plan(recipe.model_copy(update={"output": output}), catalog, sizes), stores)
+
+
+def checked(made: Plan, stores: Stores) -> Plan:
+    """Return a plan with remarks on its output. Raises `InputError` where nothing can be written, or would not load."""
     if not isinstance(stores.of(made.output), WritableStore):
         raise InputError(Problem("output.path", f"{made.output} {CAN_ONLY_BE_READ}", WRITE_ELSEWHERE))
     folder = as_loaded(made, read_documents(made, stores, texts=True))
@@ -140,7 +144,7 @@ def _run(
         crew = Crew(executor(), meters, opened.recipe.run.patience)
         try:
             try:
-                crew.start(opened, run.setup(profiled=meters.profiled), place.workers)
+                crew.start(opened, [run.setup(profiled=meters.profiled)], place.workers)
                 run.execute(crew)
             finally:
                 crew.stop()

@@ -6,8 +6,9 @@ from typing import Any
 
 from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.recipe.mergekit import is_mergekit
-from ties_ray.recipe.parse import override, parse
+from ties_ray.recipe.parse import override, parse, plain
 from ties_ray.recipe.recipe import Recipe
+from ties_ray.recipe.settings import Sweep, is_sweep, sweep_of
 from ties_ray.stores import Stores, shown
 
 RECIPE_BYTES = 16 * 2**20
@@ -37,3 +38,13 @@ def parsed(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
 
         return conversion.load(text, source, overrides)
     return parse(text, source, overrides)
+
+
+def parsed_sweep(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
+    """Return the sweep of a text. Raises `RecipeError`, also where the recipe is one merge."""
+    data = plain(text, source)
+    if not is_sweep(data):
+        message = "has no `settings`, `grid` or `controls`, so it is one merge"
+        raise RecipeError(Problem(source, message, "`ties-ray merge` merges it; add `settings` for a sweep"))
+    override(data, overrides)
+    return sweep_of(data)

@@ -32,6 +32,8 @@ MAX_DEPTH = 32
 """Levels of nesting."""
 MAX_UNFIT = 8
 """Unfit texts that an error lists."""
+SWEEP_KEYS = ("settings", "grid", "controls")
+"""The keys of a recipe that make it a sweep (`recipe.settings`)."""
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and halves of characters, which JSON can't hold."""
 
@@ -61,6 +63,8 @@ def override(data: Json, overrides: Sequence[str]) -> None:
 def validate(data: Json) -> Recipe:
     """Return the recipe of plain data; raise `RecipeError` with every problem and its place (`models.3.weight`)."""
     problems = list(itertools.islice(unfit(data), MAX_UNFIT))
+    if key := next((key for key in SWEEP_KEYS if key in data), None):
+        problems.append(Problem(key, "makes the recipe a sweep of many merges", "`ties-ray sweep` does them all"))
     if problems:
         raise RecipeError(problems)
     try:
@@ -177,6 +181,14 @@ def _assign(data: Json, assignment: str) -> None:
         raise RecipeError(
             Problem("--set", f"{shown(path)!r} is not of the form field=value", "as in method.density=0.3")
         )
+    assign(data, path, plain(text, "--set"), "--set")
+
+
+def assign(data: Json, path: str, value: Any, where: str) -> None:
+    """Set the field of plain data that `a.b` names. Raises `RecipeError` where there is no such place.
+
+    where: who asks for it, for the message.
+    """
     *parents, last = path.split(".")
     target: Any = data
     try:
@@ -187,13 +199,12 @@ def _assign(data: Json, assignment: str) -> None:
             if isinstance(target[key], str):  # `method: ties` is short for `method: {name: ties}`
                 target[key] = {{"method": "name"}.get(step, "path"): target[key]}
             target = target[key]
-        value = plain(text, "--set")
         if isinstance(target, list):
             target[int(last)] = value
         else:
             target[last] = value
     except (ValueError, IndexError, AttributeError, TypeError):
-        raise RecipeError(Problem("--set", f"the recipe has no place {path!r}, or its value can't be read")) from None
+        raise RecipeError(Problem(where, f"the recipe has no place {path!r}, or its value can't be read")) from None
 
 
 # -- values

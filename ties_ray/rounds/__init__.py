@@ -7,9 +7,10 @@ Importing a kind takes no torch.
 A new kind defines `planned`, `shard`, `tally` and `work`; with a barrier also `fold`. The other methods have defaults.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -115,6 +116,21 @@ class Merge:
     def models(self) -> list[Model]:
         """Return the models that are merged, in the members' order."""
         return [self.catalog.models[index] for index in self.result.models]
+
+    @cached_property
+    def identities(self) -> tuple[Hashable, ...]:
+        """Return what the base and each merged model are, as values: models of other merges may be equal.
+
+        Equal ones have the same slices.
+        """
+        digests: dict[int, str] = {}  # models that are stored alike share their sources
+        identities = []
+        for model in (self.catalog.base, *self.models):
+            key = id(model.sources)
+            if key not in digests:
+                digests[key] = hashlib.sha256(repr(sorted(model.sources.items())).encode()).hexdigest()
+            identities.append((model.uri, model.objects, digests[key]))
+        return tuple(identities)
 
     @cached_property
     def by_parameter(self) -> ByParameter:
@@ -357,6 +373,8 @@ class RoundKind(ABC, Generic[F, B]):
     """Whether it reads models as later rounds do, so that their reads can be compared with its own."""
     final: ClassVar[bool] = False
     """Whether it goes through the slices of which the result is made: values that it zeroes are told."""
+    blocks_are_slices: ClassVar[bool] = True
+    """Whether `PlannedRound.block` only says how finely slices are cut; else whole matrices must fit."""
     writes: ClassVar[bool] = False
     """Whether its shards write parts of weight files."""
 
@@ -429,6 +447,10 @@ class RoundKind(ABC, Generic[F, B]):
     @abstractmethod
     def work(self, bench: Bench, index: int, shard: Shard, tally: Any, zeroed: Counter[tuple[int, str]]) -> None:
         """Do one shard of round `index`, and put what it finds into the tally."""
+
+    def work_key(self, bench: Bench, index: int, shard: Shard) -> Hashable:
+        """Return what the outcome of a shard rests on: merges of equal keys have the same. None where it is its own."""
+        return None
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[F]) -> B:
         """Return what the records of one group of round `index` come to; they are read as they are asked for."""

@@ -55,6 +55,7 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
     activity = "condensing"
     finding = Matrices
     folded = Matrices
+    blocks_are_slices = False
     final = True
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:

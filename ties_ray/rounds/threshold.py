@@ -5,7 +5,7 @@ The first round counts the high bits of all magnitudes, the second the low bits 
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -208,6 +208,18 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
         for members, segments in itertools.groupby(shard.segments, lambda segment: counted(segment.parameter)):
             if members:  # else the base is not read either, as the plan says
                 self._count(bench, index, list(segments), members, tally, zeroed)
+
+    def work_key(self, bench: Bench, index: int, shard: Shard) -> Hashable:
+        """Return what is counted: which models where, and of low bits under which high ones."""
+        merge, counted = bench.merge, self._counted(bench, index, shard)
+        picks = picks_of(bench, index - 1, self.group_of(merge, shard)) if _is_low(merge, index) else {}
+        return (
+            merge.rounds[index].position,
+            need_of(merge).scope,
+            tuple((segment, counted(segment.parameter)) for segment in shard.segments),
+            (merge.identities[0], *merge.identities[1:][slice(*shard.models)]),
+            tuple(sorted((scope, pick.high) for scope, pick in picks.items() if not pick.settled)),
+        )
 
     def _counted(self, bench: Bench, index: int, shard: Shard) -> Callable[[int], tuple[int, ...]]:
         """Return what tells of a parameter which members are counted there: those with a threshold yet to be found."""

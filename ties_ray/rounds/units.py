@@ -67,6 +67,7 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
     activity = "merging matrices"
     finding = Pieces
     folded = Pieces
+    blocks_are_slices = False
     final = True
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:

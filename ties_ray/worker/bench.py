@@ -19,6 +19,7 @@ from ties_ray.state.manifest import Manifest
 from ties_ray.stores import join
 from ties_ray.tensors import Parameter
 from ties_ray.worker.blocks import Blocks
+from ties_ray.worker.held import Held
 from ties_ray.worker.read_ahead import ReadAhead
 from ties_ray.worker.write_behind import WriteBehind
 
@@ -36,8 +37,9 @@ class WorkerBench:
         writes: WriteBehind,
         pool: Pool | None,
         bases: Buffers,
+        held: Held | None = None,
     ) -> None:
-        """output: URI of the output's folder. bases: memory for decoded slices of the base."""
+        """output: URI of the output's folder. bases: memory for decoded slices of the base. held: see `Blocks`."""
         self.merge = merge
         self.kernels = kernels
         self.pool: Pool | None = pool
@@ -47,7 +49,7 @@ class WorkerBench:
         self._manifest = manifest
         self._reads = reads
         self._writes = writes
-        self._blocks = Blocks(merge, kernels, reads, bases)
+        self._blocks = Blocks(merge, kernels, reads, bases, held)
         self._stored: dict[tuple[int, int], Any] = {}
         self._derived: dict[tuple[int, int, Callable[[Any], Any]], Any] = {}
         self._scratch: tuple[int, bytearray] = (-1, bytearray())
@@ -107,7 +109,7 @@ class WorkerBench:
         base = self.merge.catalog.base
         form = self.merge.sources.formats[base.format]
         for read in form.reads(base.sources[parameter], first, last):  # none where there are no elements
-            self._reads.read(base.objects[read.object], read.start, out)
+            self._reads.read_once(base.objects[read.object], read.start, out)
 
     def part(self, size: int) -> Tensor:
         """See `rounds.Bench.part`."""

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -21,6 +21,7 @@ from ties_ray.methods import Companion, Round
 from ties_ray.rounds import Block, Merge, PlannedRound
 from ties_ray.rounds.condense import copied_instead
 from ties_ray.tensors import Parameter
+from ties_ray.worker.held import Folds, Held
 from ties_ray.worker.read_ahead import BufferBudget, ReadAhead, SliceRequest, split_streams
 from ties_ray.worker.slices import StoredSlices
 
@@ -28,12 +29,15 @@ from ties_ray.worker.slices import StoredSlices
 class Blocks:
     """Reads the blocks of one merge."""
 
-    def __init__(self, merge: Merge, kernels: Kernels, reads: ReadAhead, bases: Buffers) -> None:
-        """bases: memory for decoded slices of the base."""
+    def __init__(
+        self, merge: Merge, kernels: Kernels, reads: ReadAhead, bases: Buffers, held: Held | None = None
+    ) -> None:
+        """bases: memory for decoded slices of the base. held: holds states of folds for other merges."""
         self._merge = merge
         self._kernels = kernels
         self._reads = reads
         self._bases = bases
+        self._held = held if held and held.is_on else None
         self._on_gpu = kernels.device.type == "cuda"
         self._footprints: dict[tuple[int, tuple[int, ...]], Footprint] = {}
 
@@ -77,6 +81,7 @@ class Blocks:
                     companions=self._companions(own),
                     earlier=earlier, num_earlier=len(merge.earlier) if own else 0,
                     keeps=own is not None and bool(own.state) and merge.recipe.output.state,
+                    folds=Folds(self._held, self._identity(segment, members)) if self._held else None,
                 )  # fmt: skip
                 yield Block(index, start, stop, base, slices)
                 slices.close()
@@ -88,6 +93,12 @@ class Blocks:
         with closing(self._reads.stream([self._whole(*request)] for request in requests)) as coming:
             for (stored,) in coming:
                 yield stored if isinstance(stored, Factors) else None
+
+    def _identity(self, segment: Segment, members: Sequence[int]) -> Hashable:
+        """Return what the slices of a block are, as a value: plans of several merges hold equal models."""
+        base, *models = self._merge.identities
+        name = self._merge.catalog.parameters[segment.parameter].name
+        return name, segment.start, segment.stop, base, tuple(models[member] for member in members)
 
     def _whole(self, member: int, parameter: Parameter) -> SliceRequest | None:
         model = self._merge.models[member]

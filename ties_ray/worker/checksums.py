@@ -57,9 +57,13 @@ class Checksums:
         """Bytes that were read again and were the same."""
         self.new: list[RangeChecksums] = []
         """The ranges that were read here first."""
-        self._keeps = keeps
         self._lock = threading.Lock()
         self._ranges: collections.defaultdict[str, _Ranges] = collections.defaultdict(_Ranges)
+        self.expect(earlier, keeps=keeps)
+
+    def expect(self, earlier: Iterable[RangeChecksums], *, keeps: bool) -> None:
+        """Expect further bytes to be those of earlier reads. keeps: whether to note new reads from here on."""
+        self._keeps = keeps
         for uri, start, stop, crc32cs in earlier:
             sums = _sums(uri, start, stop, crc32cs)
             if self._ranges[uri].add(start, stop, sums) != sums:  # two groups have each read the base

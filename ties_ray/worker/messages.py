@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
+from ties_ray.planning.together import NOTHING, Room
 from ties_ray.worker.timing import Span
 
 
@@ -47,6 +48,16 @@ class Setup:
     """Whether answers tell each span of time."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the worker computes."""
+    held: Room = NOTHING
+    """Memory for what a worker holds for further merges of the same shard."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """The orders of several merges for the same shard or group, which a worker carries out one after the other."""
+
+    orders: tuple[tuple[int, "Order"], ...]
+    """(index of the merge, its order); all orders have the same action."""
 
 
 @dataclass(frozen=True)
@@ -102,5 +113,13 @@ METRICS = {
 """The metrics that a worker counts, with their descriptions. `shards` and `seconds` also have a label."""
 
 ORDER = TypeAdapter(Order)
+TOGETHER = TypeAdapter(Together)
 ANSWER = TypeAdapter(Answer)
 SETUP = TypeAdapter(Setup)
+SETUPS = TypeAdapter(tuple[Setup, ...])
+
+
+def message_of(order: Order | Together) -> str:
+    """Return a message in JSON."""
+    data = TOGETHER.dump_json(order) if isinstance(order, Together) else ORDER.dump_json(order)
+    return data.decode()

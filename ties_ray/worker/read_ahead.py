@@ -3,7 +3,7 @@
 import collections
 import itertools
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
@@ -20,6 +20,7 @@ from ties_ray.stores import Pin, Stores, scheme_of
 from ties_ray.tensors import Read, Source
 from ties_ray.worker.cache import Cache, RangeCache
 from ties_ray.worker.checksums import Checksums, differs
+from ties_ray.worker.held import Held
 from ties_ray.worker.timing import Times
 
 T = TypeVar("T")
@@ -64,9 +65,12 @@ class ReadAhead:
         gap: int,
         cache: Cache,
         range_cache: RangeCache,
+        held: Held | None = None,
         pinned: bool = False,
     ) -> None:
         """cache: keeps whole factors. range_cache: keeps ranges that a later round reads again.
+
+        held: holds the slices of a shard for further merges.
 
         gap: the most bytes between two reads that one request may bring along. pinned: whether slices go on to a GPU.
         """
@@ -79,6 +83,7 @@ class ReadAhead:
         self._pinned = pinned
         self._cache = cache
         self._range_cache = range_cache
+        self._held = held or Held()
         self._lock = threading.Lock()
         self._reading: dict[str, threading.Lock] = {}
         """A lock for each model whose factors are cached, by URI."""
@@ -136,6 +141,8 @@ class ReadAhead:
         byte of the run: the system reads a little ahead itself. Threads always copy for a GPU.
         """
         last = next((request for request in reversed(run) if request), None)
+        if self._kept(run) is not None:
+            return True
         if last is None or self._pinned:
             return not last
         if not (reads := self._formats[last.model.format].reads(last.source, last.start, last.stop)):
@@ -144,6 +151,15 @@ class ReadAhead:
         if pin.uri not in page_cached:
             page_cached[pin.uri] = self._stores.of(pin.uri).is_in_page_cache(pin, reads[-1].stop - 1)
         return page_cached[pin.uri]
+
+    def read_once(self, pin: Pin, start: int, into: Tensor) -> None:
+        """Fill `into` as `read` does, once for all merges of a shard."""
+        held = self._held.bytes_at(pin, start, len(into))
+        if held is not None:
+            into.copy_(held)
+            return
+        self.read(pin, start, into)
+        self._held.keep_bytes(pin, start, into)
 
     def read(
         self, pin: Pin, start: int, into: Tensor, *, again: bool = False, needed: Sequence[tuple[int, int]] = ()
@@ -182,44 +198,55 @@ class ReadAhead:
     def _fetch(
         self, run: Sequence[SliceRequest | None], budget: BufferBudget, take: Callable[[Stored], Stored]
     ) -> list[Stored | None]:
-        present = [request for request in run if request]
-        views = iter(self._joined(present, budget) if present and len(run) > 1 else map(self._alone, present))
+        if (slices := self._kept(run)) is not None:
+            return slices
+        present, memory = [request for request in run if request], _Memory(self._buffers, self._held)
+        joins = present and len(run) > 1
+        views = iter(
+            self._joined(present, budget, memory) if joins else (self._alone(request, memory) for request in present)
+        )
 
         def encoded(request: SliceRequest) -> Stored:
             form = self._formats[request.model.format]
             return take(form.encoded(request.source, request.start, request.stop, next(views)))
 
-        return [request and encoded(request) for request in run]
+        slices = [request and encoded(request) for request in run]
+        if self._held.is_on and memory.stays and all(map(self._held.has_room_for_factors, slices)):
+            self._held.keep(_identity(run), slices)
+        return slices
 
-    def _joined(self, run: Sequence[SliceRequest], budget: BufferBudget) -> list[list[Tensor]]:
+    def _kept(self, run: Sequence[SliceRequest | None]) -> list[Stored | None] | None:
+        return self._held.kept(_identity(run)) if self._held.is_on else None
+
+    def _joined(self, run: Sequence[SliceRequest], budget: BufferBudget, memory: "_Memory") -> list[list[Tensor]]:
         """Return the bytes of each slice of a run of one model, read by as few requests as the plan says."""
         model, slices = run[0].model, [(request.source, request.start, request.stop) for request in run]
         needed, groups = requests_of(self._formats[model.format], slices, budget.run, self._gap)
         views: dict[Read, Tensor] = {}
         for group in groups:
             start, size = group[0].start, group[-1].stop - group[0].start
-            data = self._buffers.piece(rounded_up(size), budget.buffer)[:size]
+            data = memory.piece(rounded_up(size), budget.buffer)[:size]
             self.read(model.objects[group[0].object], start, data, needed=[read[1:3] for read in group])
             views |= {read: data[read.start - start : read.stop - start] for read in group}
         return [[views[read] for read in reads] for reads in needed]
 
-    def _alone(self, request: SliceRequest) -> list[Tensor]:
+    def _alone(self, request: SliceRequest, memory: "_Memory") -> list[Tensor]:
         form = self._formats[request.model.format]
         reads = form.reads(request.source, request.start, request.stop)
         if request.cached == "all" and request.source.encoding == "factors":
             return self._cut_from_cached(request, reads)
         if len(reads) > 1 and request.source.encoding == "dense":
-            return [self._end_to_end(request.model.objects, reads)]
+            return [self._end_to_end(request.model.objects, reads, memory)]
         return [
             self._cached(request.model.objects[read.object], read)
             if read.shared and request.cached == "shared"
-            else self._buffered(request, read, again=request.source.encoding == "factors")
+            else self._buffered(request, read, memory, again=request.source.encoding == "factors")
             for read in reads
         ]
 
-    def _end_to_end(self, pins: Sequence[Pin], reads: Sequence[Read]) -> Tensor:
+    def _end_to_end(self, pins: Sequence[Pin], reads: Sequence[Read], memory: "_Memory") -> Tensor:
         """Return the bytes of several tensors in one buffer."""
-        whole = self._buffers.empty(sum(read.stop - read.start for read in reads), torch.uint8)
+        whole = memory.empty(sum(read.stop - read.start for read in reads))
         start = 0
         for read in reads:
             stop = start + read.stop - read.start
@@ -227,8 +254,8 @@ class ReadAhead:
             start = stop
         return whole
 
-    def _buffered(self, request: SliceRequest, read: Read, *, again: bool) -> Tensor:
-        view = self._buffers.empty(read.stop - read.start, torch.uint8)
+    def _buffered(self, request: SliceRequest, read: Read, memory: "_Memory", *, again: bool) -> Tensor:
+        view = memory.empty(read.stop - read.start)
         self.read(request.model.objects[read.object], read.start, view, again=again)
         return view
 
@@ -267,6 +294,38 @@ class ReadAhead:
     def _cached(self, pin: Pin, read: Read) -> Tensor:
         ((_, data),) = self._cached_group([pin], [read._replace(object=0)])
         return data
+
+
+class _Memory:
+    """The memory of the slices of one run: held if there is room, else of buffers that are used again."""
+
+    def __init__(self, buffers: Buffers, held: Held) -> None:
+        self._buffers, self._held = buffers, held
+        self.stays = True
+        """Whether all of it is held."""
+
+    def empty(self, size: int) -> Tensor:
+        """Return so many bytes (1-D uint8) of any content."""
+        return self._taken(size, lambda: self._buffers.empty(size, torch.uint8))
+
+    def piece(self, size: int, of: int) -> Tensor:
+        """Return so many bytes, else a piece of a buffer of `of` bytes."""
+        return self._taken(size, lambda: self._buffers.piece(size, of))
+
+    def _taken(self, size: int, lend: Callable[[], Tensor]) -> Tensor:
+        held = self._held.take(size)
+        if held is None:
+            self.stays = False
+            return lend()
+        return held
+
+
+def _identity(run: Sequence[SliceRequest | None]) -> Hashable:
+    """Return what a run reads, as a value: plans of several merges hold equal models."""
+    return tuple(
+        request and (request.model.uri, request.model.objects, request.source, request.start, request.stop)
+        for request in run
+    )
 
 
 def split_streams(stream: Iterator[Sequence[T]], count: int) -> list[Iterator[T]]:

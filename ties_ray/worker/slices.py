@@ -9,6 +9,7 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.kernels import Election, Encoded, Factors, Kernels, Op, State, Stored
 from ties_ray.methods import Companion, Factored, Slice, words_of
 from ties_ray.rounds import Slices
+from ties_ray.worker.held import Folds
 
 
 class StoredSlices(Slices):
@@ -31,6 +32,7 @@ class StoredSlices(Slices):
         earlier: Stored | None = None,
         num_earlier: int = 0,
         keeps: bool = False,
+        folds: Folds | None = None,
     ) -> None:
         """coming: the models' slices, each followed by its companions, `passes` times over.
 
@@ -38,16 +40,14 @@ class StoredSlices(Slices):
         passes. offset: the first element of the block. per_pass: the most slices of one kernel call. factor_room: the
         most bytes of decoded factors in one kernel call. earlier: the state that earlier models have left here.
         num_earlier: their number, from which models are counted on. keeps: whether the method's sums are kept.
+        folds: holds states for other merges of the same slices.
         """
         self.not_finite = [0] * num_models
-        self._kernels = kernels
-        self._base = base
-        self._offset = offset
+        self._kernels, self._base, self._offset = kernels, base, offset
         self._num_models = num_models
         self._coming = coming
         self._passes = passes
-        self._pass = 0
-        self._taken = 0
+        self._pass = self._taken = 0
         self._resident = resident
         self._per_pass = per_pass
         self._factor_room = factor_room
@@ -59,6 +59,7 @@ class StoredSlices(Slices):
         self._keeps = keeps
         self._resumed = 0  # words of an element that the method has taken up
         self.kept: list[Tensor] = []
+        self._folds = None if earlier or keeps else folds
         self._last = -1  # the model whose slice came last
         self._beside: list[list[Stored | None]] = []
         """The companions of each model whose slice has come, in the order of their names."""
@@ -105,11 +106,15 @@ class StoredSlices(Slices):
 
     def fold(self, op: Op) -> State:
         """Return the op's state over all models. A model that lacks the parameter adds nothing."""
+        if self._folds:
+            return {name: values.clone() for name, values in self._shared(op, self._folds).items()}
         models = self.models()
         return self._folded(op, models, *self._group(models))
 
     def elect(self, op: Op, election: Election) -> Tensor:
         """Return the merged delta. Where one group holds all models, no state is written to memory."""
+        if self._folds:
+            return self._kernels.elect(op, self._shared(op, self._folds), *election)
         models = self.models()
         group, last = self._group(models)
         if not last or self._earlier or self._keeps:
@@ -117,6 +122,24 @@ class StoredSlices(Slices):
         merged, counts = self._kernels.merge(op, self._base, group, self._offset, election)
         self._note(group, counts)
         return merged
+
+    def _shared(self, op: Op, folds: Folds) -> State:
+        """Return the op's state, as another merge has left it or for others to take. Nobody may write to it."""
+        fold = folds.kept(op)
+        if fold is None:
+            counted, models = list(self.not_finite), self.models()
+            state = self._folded(op, models, *self._group(models))
+            counts = [after - before for after, before in zip(self.not_finite, counted, strict=True)]
+            folds.keep(op, state, counts)
+            return state
+        if self.watch and not self._pass:
+            for _ in self.models():
+                pass  # who watches looks at every slice
+        else:
+            self._pass += 1
+        if self._pass == 1:
+            self.not_finite = list(fold.not_finite)
+        return fold.state
 
     def _folded(
         self, op: Op, models: Iterator[tuple[int, Stored | None]], group: list[tuple[int, Stored]], last: bool

@@ -10,27 +10,24 @@ import socket
 import sys
 import time
 import uuid
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ties_ray import kernels
 from ties_ray.errors import InputError, Problem
-from ties_ray.executors import WorkerDied
 from ties_ray.inputs.catalog import Earlier
-from ties_ray.kernels import Kernels, flushes_to_zero
-from ties_ray.kernels.buffers import Buffers, return_large_memory
+from ties_ray.kernels import flushes_to_zero
+from ties_ray.kernels.buffers import return_large_memory
 from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.measures.effects import Effects, joined
 from ties_ray.outputs import CondensingOutput, Placed
 from ties_ray.planning.plan import Plan
-from ties_ray.rounds import Folded, Merge, Record, Zeroed
+from ties_ray.rounds import Folded, Merge, Record, Tally, Zeroed
 from ties_ray.rounds._effects import Observer
 from ties_ray.rounds._kth_largest import Pick
 from ties_ray.rounds.merge import MergeRound
@@ -40,12 +37,20 @@ from ties_ray.state.pool_cache import PoolCache
 from ties_ray.stores import Stores, scheme_of
 from ties_ray.worker.batch import Batch
 from ties_ray.worker.bench import WorkerBench
-from ties_ray.worker.cache import Cache, RangeCache
 from ties_ray.worker.checksums import Checksums
 from ties_ray.worker.messages import ANSWER, ORDER, SETUP, Answer, Order, Setup, Traffic
-from ties_ray.worker.read_ahead import ReadAhead
-from ties_ray.worker.timing import Times
-from ties_ray.worker.write_behind import WriteBehind
+from ties_ray.worker.tools import Tools, gpu_watched, make_tools
+from ties_ray.worker.totals import Totals
+
+
+class Finished(NamedTuple):
+    """A shard that is done, and not yet in a batch."""
+
+    tally: Tally[Any]
+    zeroed: Counter[tuple[int, str]]
+    effects: tuple[Effects, ...]
+    checksums: Checksums
+    """Those of what was read."""
 
 
 def make_worker(setup: str) -> "Worker":
@@ -56,29 +61,25 @@ def make_worker(setup: str) -> "Worker":
 class Worker:
     """Handles orders, one at a time. It keeps clients, buffers and findings between them."""
 
-    def __init__(self, setup: Setup, plan: Plan | None = None) -> None:
-        """plan: the plan to follow; by default the stored plan with the setup's digest."""
+    def __init__(self, setup: Setup, plan: Plan | None = None, tools: Tools | None = None) -> None:
+        """plan: the plan to follow; by default the stored plan with the setup's digest. tools: by default its own."""
         torch.set_num_threads(1)  # two threads that spin can be 20 times slower than one
-        self._stores = Stores(setup.storage)
+        self._stores = tools.stores if tools else Stores(setup.storage)
         self._manifest = Manifest(self._stores, setup.folder)
         self._plan = plan or self._stored_plan(setup)
-        self._times = Times(profiled=setup.profiled)
-        self._kernels = self._loaded(setup.device)
-        self._bases = Buffers()
-        self._reads = self._reader()
-        self._writes = WriteBehind(self._stores, self._times, pinned=self._on_gpu)
+        self.tools = tools or make_tools(setup, self._plan, self._stores)
+        self._times, self._kernels, self._bases = self.tools.times, self.tools.kernels, self.tools.bases
+        self._reads, self._writes = self.tools.reads, self.tools.writes
         self._benches: dict[int, WorkerBench] = {}
         self._read_first: dict[int, tuple[RangeChecksums, ...]] = {}
         self._token = uuid.uuid4().hex[:12]
         self._name = f"{socket.gethostname()} {os.getpid()} {self._token[:4]}" if setup.profiled else ""
         self._num_records = 0
-        self._block = 0
         self._batch: Batch | None = None
         self._recorded = Answer()
         """The last record, until an answer tells of it: the order that wrote it may still fail."""
-        self._bytes_compared = 0
         self._traffic = Traffic()
-        self._totals: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._totals = Totals()
 
     def _stored_plan(self, setup: Setup) -> Plan:
         plan = self._manifest.read_plan(0, setup.digest)
@@ -87,27 +88,10 @@ class Worker:
             raise InputError(Problem(setup.folder, "this worker does not see the output folder", remedy))
         return plan
 
-    def _reader(self) -> ReadAhead:
-        run, merge = self._plan.recipe.run, self._plan.merges[0]
-        room = merge.sources.room_for_slices()
-        return ReadAhead(
-            self._stores,
-            merge.sources.formats,
-            self._times,
-            ahead=self._plan.ahead,
-            gap=self._plan.sizes.gap,
-            cache=Cache(int(run.cache)),
-            range_cache=RangeCache(room, int(run.disk_cache), run.disk_folder),
-            pinned=self._on_gpu,
-        )
-
-    def _loaded(self, device: Literal["cpu", "cuda"]) -> Kernels:
-        try:
-            return kernels.load(device, self._plan.recipe.run.arithmetic)
-        except LookupError as error:
-            where = f"run.device: {device} ({socket.gethostname()})"
-            remedy = "pip install 'ties-ray[gpu]' where there is a GPU and its driver, or choose run.device: cpu"
-            raise InputError(Problem(where, str(error), remedy)) from None
+    @property
+    def output(self) -> str:
+        """Return the URI of the output's folder."""
+        return self._plan.output
 
     @property
     def _on_gpu(self) -> bool:
@@ -119,8 +103,9 @@ class Worker:
             formats = merge.sources.formats
             pool = PoolCache(self._stores, folder, formats, self._plan.arithmetic) if folder else None
             self._benches[result] = WorkerBench(
-                merge, self._plan.output, self._manifest, self._kernels, self._reads, self._writes, pool, self._bases
-            )
+                merge, self._plan.output, self._manifest, self._kernels, self._reads, self._writes, pool, self._bases,
+                self.tools.held,
+            )  # fmt: skip
         return self._benches[result]
 
     # -- orders
@@ -128,36 +113,27 @@ class Worker:
     def run(self, message: str) -> str:
         """Handle an order in JSON and return the answer in JSON."""
         order = ORDER.validate_json(message)
+        return self.answered(order, lambda: self.handle(order))
+
+    def answered(self, order: Order, handle: Callable[[], Answer]) -> str:
+        """Return the answer in JSON, with what it has cost. handle: carries out the order."""
         started = time.monotonic()
         try:
             name = self._plan.merges[order.result].rounds[order.round].name
-            with self._times.spent("work", f"{name}: {order.action} {order.index}"), self._gpu_watched():
-                answer = self._handle(order)
+            with self._times.spent("work", f"{name}: {order.action} {order.index}"), gpu_watched(on_gpu=self._on_gpu):
+                answer = handle()
         except BaseException:
             self._log(order, "refused", time.monotonic() - started)
             raise
         metered = self._metered(answer)
-        self._count(metered)
+        self._totals.add(metered)
         self._log(order, "done", time.monotonic() - started)
         return ANSWER.dump_json(metered).decode()
 
-    @contextmanager
-    def _gpu_watched(self) -> Iterator[None]:
-        """Turn a GPU's errors into ours. Most of them cost its context, and so the process."""
-        try:
-            yield
-        except torch.cuda.OutOfMemoryError as error:
-            problem = f"the GPU has too little memory: {str(error).partition('. ')[0]}"
-            remedy = "lower run.memory, or have fewer workers share a GPU (run.gpus_per_worker)"
-            raise InputError(Problem("run.memory", problem, remedy)) from error
-        except RuntimeError as error:
-            if self._on_gpu and "CUDA" in str(error):
-                raise WorkerDied(f"its GPU is of no use any more: {error}") from error
-            raise
-
-    def _handle(self, order: Order) -> Answer:
+    def handle(self, order: Order) -> Answer:
+        """Carry out an order."""
         if order.action in ("shard", "fold"):
-            self._follow(order)
+            self.follow(order)
         if order.action == "hello":
             self._check_sight()
         elif order.action == "fold":
@@ -166,14 +142,14 @@ class Worker:
             try:
                 self._flush()
             except BaseException:
-                self._batch = None  # the driver takes it for lost, and has it done again
+                self.forget()  # the driver takes it for lost, and has it done again
                 raise
         else:
             self._shard(order)
         answer, self._recorded = self._recorded, Answer()
         return answer
 
-    def _follow(self, order: Order) -> None:
+    def follow(self, order: Order) -> None:
         """Read the order's revision of the plan, where it differs from the one at hand."""
         if order.revision != self._plan.revision:
             plan = self._manifest.read_plan(order.revision, order.digest)
@@ -210,37 +186,76 @@ class Worker:
                 raise InputError(Problem("this worker's LAPACK", problem, remedy))
 
     def _shard(self, order: Order) -> None:
+        if self.is_record_due(order):
+            self._flush()  # where this fails, the batch stays and only the shard is tried again
+        self.keep(order, self.work(order))
+
+    def is_record_due(self, order: Order) -> bool:
+        """Return whether what is finished must go into a record before a shard is done."""
+        merge = self._plan.merges[order.result]
+        place = order.result, order.round, merge.kind(order.round).group(merge, order.index)
+        return bool(self._batch and (self._batch.place != place or self._batch.is_full(merge.sizes.record_shards)))
+
+    def work(self, order: Order, checksums: Checksums | None = None, twin: "Finished | None" = None) -> "Finished":
+        """Do a shard. It counts once it is kept.
+
+        checksums: those of what another merge has read for this shard. twin: another merge's outcome, which is this
+        one's too.
+        """
         bench = self._bench(order.result)
         merge, index = bench.merge, order.round
         round_, kind = merge.rounds[index], merge.kind(index)
-        place = order.result, index, kind.group(merge, order.index)
-        if self._batch and (self._batch.place != place or self._batch.is_full(merge.sizes.record_shards)):
-            self._flush()  # where this fails, the batch stays and only the shard is tried again
-        if round_.block != self._block:
+        if round_.block != self.tools.block:
             self._reads.forget()  # a buffer is as large as the largest block
             self._bases.forget()
-            self._block = round_.block
+            self.tools.block = round_.block
         bench.recalled = frozenset(order.recalled)
-        shard, tally, zeroed = kind.shard(merge, round_, order.index), kind.tally(bench), Counter[tuple[int, str]]()
+        shard, zeroed = kind.shard(merge, round_, order.index), Counter[tuple[int, str]]()
         first = index == merge.first_read() and len(merge.rounds) > index + 1
         earlier = self._manifest.read_checksums(order.index) if first else self._earlier_reads(merge, index, shard)
-        self._reads.checksums = Checksums(earlier, keeps=first or round_.passes > 1)
-        self._reads.keeps = any(later.bytes_again for later in merge.rounds[index + 1 :])
+        checksums = checksums or Checksums()
+        checksums.expect(earlier, keeps=first or round_.passes > 1)
+        finished = twin or Finished(kind.tally(bench), zeroed, (), checksums)
+        if not twin:
+            self._reads.checksums = checksums
+            self._reads.keeps = any(later.bytes_again for later in merge.rounds[index + 1 :])
+            finished = finished._replace(effects=self._observed(bench, order, shard, finished))
+        if first and checksums.new:
+            self._manifest.write_checksums(order.index, (*earlier, *checksums.new))
+        return finished
+
+    def work_key(self, order: Order) -> Hashable:
+        """Return what a shard's outcome rests on (`RoundKind.work_key`)."""
+        bench = self._bench(order.result)
+        bench.recalled = frozenset(order.recalled)
+        kind = bench.merge.kind(order.round)
+        shard = kind.shard(bench.merge, bench.merge.rounds[order.round], order.index)
+        return kind.work_key(bench, order.round, shard)
+
+    def _observed(self, bench: WorkerBench, order: Order, shard: Shard, finished: "Finished") -> tuple[Effects, ...]:
+        """Do a shard's work; return its effects."""
         observer = Observer(self._kernels)
         bench.observer = None if self._on_gpu else observer
+        before = finished.checksums.compared
         try:
-            kind.work(bench, index, shard, tally, zeroed)
+            bench.merge.kind(order.round).work(bench, order.round, shard, finished.tally, finished.zeroed)
         except BaseException:
             self._writes.abandon()
             raise
         finally:
             bench.observer = None
-        if first and self._reads.checksums.new:
-            self._manifest.write_checksums(order.index, (*earlier, *self._reads.checksums.new))
-        self._bytes_compared += self._reads.checksums.compared
+        self.tools.bytes_compared += finished.checksums.compared - before
+        return observer.effects(order.index)
+
+    def keep(self, order: Order, finished: "Finished") -> None:
+        """Add a finished shard to those that a record will hold."""
+        bench = self._bench(order.result)
+        kind = bench.merge.kind(order.round)
         if self._batch is None:
-            self._batch = Batch(*place[1:], kind.tally(bench), result=order.result)
-        self._batch.absorb(order.index, tally, zeroed, observer.effects(order.index))
+            self._batch = Batch(
+                order.round, kind.group(bench.merge, order.index), kind.tally(bench), result=order.result
+            )
+        self._batch.absorb(order.index, finished.tally, finished.zeroed, finished.effects)
 
     def _earlier_reads(self, merge: Merge, index: int, shard: Shard) -> tuple[RangeChecksums, ...]:
         """Return the checksums that the first round has stored of what a shard of a later round reads."""
@@ -273,20 +288,27 @@ class Worker:
         except ValueError as error:
             problem = f"a record is not what a worker writes: {error}"
             raise InputError(Problem(self._manifest.folder, problem, "merge again with --fresh")) from error
-        self._manifest.write_folded(
-            bench.merge, order.round, order.index, Folded(finding, tuple(zeroed), joined(effects))
-        )
+        folded = Folded(finding, tuple(zeroed), joined(effects))
+        self._manifest.write_folded(bench.merge, order.round, order.index, folded)
 
     def _flush(self) -> None:
         """Write the finished shards into a record. The batch stays where that fails."""
-        batch = self._batch
-        if batch is None:
+        if self._batch is None:
             return
-        name = f"{batch.shards[0]:08d}-{self._token}-{self._num_records:06d}.json"
+        name, shards = record_name(self._batch.shards, self._token, self._num_records), tuple(self._batch.shards)
         self._num_records += 1
-        record: Record[object] = batch.record()
-        self._manifest.write_record(self._plan.merges[batch.place[0]], name, record)
-        self._recorded = Answer(record=name, round=batch.round, shards=tuple(batch.shards))
+        self.write_record(name)
+        self._recorded = Answer(record=name, round=self._batch.round, shards=shards)
+        self.forget()
+
+    def write_record(self, name: str) -> None:
+        """Write the finished shards into a record of this name, if there are any."""
+        if self._batch is not None:
+            record: Record[object] = self._batch.record()
+            self._manifest.write_record(self._plan.merges[self._batch.place[0]], name, record)
+
+    def forget(self) -> None:
+        """Forget the finished shards."""
         self._batch = None
 
     # -- for `verify`
@@ -317,28 +339,14 @@ class Worker:
 
     def totals(self) -> Mapping[tuple[str, str], float]:
         """Return all counts by metric (`messages.METRICS`) and label."""
-        return self._totals
-
-    def _count(self, answer: Answer) -> None:
-        totals = self._totals
-        for metric in ("bytes_read", "bytes_written", "requests", "retries"):
-            totals[metric, ""] += getattr(answer.traffic, metric)
-        read, write = answer.seconds["wait_read"], answer.seconds["wait_write"]
-        totals["seconds", "read"] += read
-        totals["seconds", "write"] += write
-        totals["seconds", "merge"] += max(0.0, answer.seconds["work"] - read - write)
+        return self._totals.by_metric
 
     def _log(self, order: Order, outcome: str, seconds: float) -> None:
         """Count a shard, and log the order where the recipe asks for it."""
         if order.action == "shard":
-            self._totals["shards", outcome] += 1
+            self._totals.by_metric["shards", outcome] += 1
         if self._plan.recipe.run.log == "json":
-            line = {
-                "time": round(time.time(), 3), "run_id": self._plan.run_id, "process": os.getpid(),
-                "action": order.action, "round": self._plan.merges[order.result].rounds[order.round].name,
-                "shard": order.index, "outcome": outcome, "seconds": round(seconds, 3),
-            }  # fmt: skip
-            print(json.dumps(line), file=sys.stderr, flush=True)
+            print(_log_line(self._plan, order, outcome, seconds), file=sys.stderr, flush=True)
 
     def _metered(self, answer: Answer) -> Answer:
         meters = [store.meter for store in self._stores.opened()]
@@ -346,7 +354,7 @@ class Worker:
             bytes_read=self._reads.bytes_read,
             requests=self._reads.requests,
             bytes_kept=self._reads.bytes_kept,
-            bytes_compared=self._bytes_compared,
+            bytes_compared=self.tools.bytes_compared,
             bytes_written=sum(meter.bytes_written for meter in meters),
             retries=sum(meter.retries for meter in meters),
         )
@@ -361,3 +369,17 @@ def _demand_lapack_of(earlier: Earlier | None, here: str) -> None:
         problem = f"computes other bits than it did for {earlier.output}"
         remedy = "use its type of CPU and version of torch, or merge all models in one recipe"
         raise InputError(Problem("this worker's LAPACK", problem, remedy))
+
+
+def record_name(shards: Sequence[int], token: str, number: int) -> str:
+    """Return a record's name, which no other worker gives. number: records that this worker has written."""
+    return f"{shards[0]:08d}-{token}-{number:06d}.json"
+
+
+def _log_line(plan: Plan, order: Order, outcome: str, seconds: float) -> str:
+    line = {
+        "time": round(time.time(), 3), "run_id": plan.run_id, "process": os.getpid(), "action": order.action,
+        "round": plan.merges[order.result].rounds[order.round].name, "shard": order.index, "outcome": outcome,
+        "seconds": round(seconds, 3),
+    }  # fmt: skip
+    return json.dumps(line)
