@@ -73,6 +73,7 @@ class Worker:
         self._benches: dict[int, WorkerBench] = {}
         self._read_first: dict[int, tuple[RangeChecksums, ...]] = {}
         self._token = uuid.uuid4().hex[:12]
+        self.output = self._plan.output
         self._name = f"{socket.gethostname()} {os.getpid()} {self._token[:4]}" if setup.profiled else ""
         self._num_records = 0
         self._batch: Batch | None = None
@@ -87,11 +88,6 @@ class Worker:
             remedy = "use a folder that all nodes share, or a bucket"
             raise InputError(Problem(setup.folder, "this worker does not see the output folder", remedy))
         return plan
-
-    @property
-    def output(self) -> str:
-        """Return the URI of the output's folder."""
-        return self._plan.output
 
     @property
     def _on_gpu(self) -> bool:
@@ -217,8 +213,8 @@ class Worker:
         checksums.expect(earlier, keeps=first or round_.passes > 1)
         finished = twin or Finished(kind.tally(bench), zeroed, (), checksums)
         if not twin:
-            self._reads.checksums = checksums
-            self._reads.keeps = any(later.bytes_again for later in merge.rounds[index + 1 :])
+            self._reads.checksums, later = checksums, merge.rounds[index + 1 :]
+            self._reads.keeps = any(each.bytes_again for each in later)
             finished = finished._replace(effects=self._observed(bench, order, shard, finished))
         if first and checksums.new:
             self._manifest.write_checksums(order.index, (*earlier, *checksums.new))
@@ -252,9 +248,8 @@ class Worker:
         bench = self._bench(order.result)
         kind = bench.merge.kind(order.round)
         if self._batch is None:
-            self._batch = Batch(
-                order.round, kind.group(bench.merge, order.index), kind.tally(bench), result=order.result
-            )
+            group = kind.group(bench.merge, order.index)
+            self._batch = Batch(order.round, group, kind.tally(bench), result=order.result)
         self._batch.absorb(order.index, finished.tally, finished.zeroed, finished.effects)
 
     def _earlier_reads(self, merge: Merge, index: int, shard: Shard) -> tuple[RangeChecksums, ...]:
