@@ -97,14 +97,18 @@ def test_a_worker_finds_the_plugins_where_they_were_shipped(tmp_path: Path, monk
     assert _facts((), "/driver/mine", "another digest")["plugins"] == "nothing"
 
 
-def driver(code: str, *, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that is no part of this session's cluster."""
+NO_OTHERS = "    import functools, ray._private.services as s; s.find_gcs_addresses = functools.cache(set)"
+"""Begins a program that sees no cluster of other tests on this machine."""
+
+
+def driver(code: str, *, cwd: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Run a program that is no part of this session's cluster. environment: None takes a variable away."""
     program = "from ties_ray.executors import *\nfrom ties_ray.executors.ray import RayExecutor\n" + textwrap.dedent(
         code
     )
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
-        env=os.environ | environment,
+        env={name: value for name, value in (os.environ | environment).items() if value is not None},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -161,8 +165,7 @@ def test_a_head_that_is_gone_and_left_its_address_is_named(tmp_path: Path) -> No
     place = f"127.0.0.1:{free_port()}"
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(place)
-    no_others = "    import functools, ray._private.services as s; s.find_gcs_addresses = functools.cache(set)"
-    code = no_others + start("1, 2**20, address='auto', deadline=4")
+    code = NO_OTHERS + start("1, 2**20, address='auto', deadline=4")
     done = driver(code, cwd=tmp_path, RAY_TMPDIR=str(tmp_path), RAY_ADDRESS="")
     assert done.stdout.startswith(f"UnavailableError Ray at {place}: no Ray cluster answers (")
 
@@ -213,6 +216,17 @@ def test_a_missing_or_wrong_token_of_a_cluster_is_called_that(guarded: tuple[int
                 f"InputError Ray at {address}: the cluster's token is missing here, or is another; set RAY_AUTH_MODE"
             )
             assert done.stderr == ""
+
+
+def test_auto_uses_the_token_that_the_head_has_left_on_this_machine(guarded: tuple[int, int], tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir(exist_ok=True)
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{guarded[0]}")
+    (tmp_path / ".ray").mkdir(exist_ok=True)
+    (tmp_path / ".ray" / "auth_token").write_text("a" * 64)
+    here = {"HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "", "RAY_AUTH_MODE": None}
+    done = driver(NO_OTHERS + start("1, 2**20, address='auto', deadline=5"), cwd=tmp_path, **here)
+    assert "UnavailableError" in done.stdout, "it has no CPU"
+    assert "token" not in done.stdout + done.stderr
 
 
 def test_of_more_workers_than_the_machine_can_serve_a_few_start_and_it_is_said(tmp_path: Path) -> None:

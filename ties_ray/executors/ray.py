@@ -304,6 +304,8 @@ class RayExecutor(Executor):
             self._check_room()
         else:
             self._needs.announce(f"connecting to Ray at {address}")
+            if address == "auto":
+                _use_token_of_this_machine()
             _demand_token(address)
             _reach(_place_of(address), min(20.0, self._needs.deadline))
             self._init(address, options)
@@ -576,6 +578,16 @@ def _judge_token(address: str, message: str) -> None:
     if _OF_TOKEN.search(message):
         remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token that the cluster was started with"
         raise InputError(Problem(f"Ray at {address}", "the cluster's token is missing here, or is another", remedy))
+
+
+def _use_token_of_this_machine() -> None:
+    """Use the token that lies here, unless RAY_AUTH_MODE says otherwise. `ray.init` does so, `ray health-check` not."""
+    try:
+        from ray._private.authentication import authentication_token_setup as setup
+    except ImportError:  # an older Ray
+        return
+    logging.getLogger(setup.__name__).setLevel(logging.ERROR)  # it would warn that the cluster wants a token
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _demand_token(address: str) -> None:

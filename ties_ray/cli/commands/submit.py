@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from ties_ray.cli import completion
-from ties_ray.cli.command import RECIPE, SET, command, load
+from ties_ray.cli.command import RECIPE, SET, command, load, often
 from ties_ray.cli.console import Console, print_json
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, RecipeError, UnavailableError
 
@@ -19,6 +19,7 @@ ERRORS = {error.exit_code: error for error in (RecipeError, InputError, Interrup
 @command
 @RECIPE
 @SET
+@often
 @click.option(
     "--address",
     envvar="RAY_API_SERVER_ADDRESS",
