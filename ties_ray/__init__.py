@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ties_ray.operations.in_memory import MergedAdapter
     from ties_ray.operations.inspection import Inspections
     from ties_ray.operations.promote import Promotion
+    from ties_ray.operations.push import Push
     from ties_ray.operations.status import Status
     from ties_ray.operations.verify import Verification
     from ties_ray.planning.plan import Plan
@@ -77,6 +78,7 @@ __all__ = [
     "merge_adapters",
     "plan",
     "promote",
+    "push",
     "report",
     "status",
     "sweep",
@@ -93,6 +95,7 @@ _LAZY = {
     "Progress": "ties_ray.reports.records",
     "Inspections": "ties_ray.operations.inspection",
     "Promotion": "ties_ray.operations.promote",
+    "Push": "ties_ray.operations.push",
     "Status": "ties_ray.operations.status",
     "Sweep": "ties_ray.recipe.settings",
     "SweepResult": "ties_ray.reports.sweep",
@@ -265,6 +268,29 @@ def promote(
     stores, folder = Stores(storage or {}), absolute(os.fspath(output)).rstrip("/")
     check = functools.partial(verifying.verify, stores, folder) if verify else None
     return promoting.promote(stores, folder, absolute(os.fspath(pointer)), list(evaluate), check)
+
+
+def push(
+    output: "str | os.PathLike[str]",
+    repository: str,
+    *,
+    private: bool = False,
+    storage: "Storage | None" = None,
+    progress: bool | None = None,
+) -> "Push":
+    """Publish a finished merge on the Hugging Face hub in one commit: weights, config, tokenizer and card.
+
+    output: the folder, as a path or URI. repository: `hf://org/name` or `hf://org/name@branch`. private: of a new
+    repository. storage: options of the stores by scheme, as in a recipe. progress: as in `merge`.
+    Raises `InputError` where there is no finished merge, or where the token of the environment may not write.
+    """
+    from ties_ray.cli.console import showing
+    from ties_ray.operations import push as pushing
+    from ties_ray.stores import Stores, absolute
+
+    folder = absolute(os.fspath(output)).rstrip("/")
+    with showing(progress) as watch:
+        return pushing.push(Stores(storage or {}), folder, repository, private=private, watch=watch)
 
 
 def merge_adapters(

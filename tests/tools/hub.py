@@ -1,6 +1,7 @@
-"""A stand-in of the Hugging Face hub on loopback: the endpoints that reading a model needs, and a second server that
-large files are redirected to, as the hub does."""
+"""A stand-in of the Hugging Face hub on loopback: the endpoints that reading and writing a model needs, and a second
+server that large files are redirected to, as the hub does."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_standInTokenThatNobodyShouldSee"
@@ -34,6 +36,8 @@ class Hub:
     ignores_ranges: bool = False
     broken: int = 0
     """So many requests are answered with 500."""
+    uploaded: dict[str, bytes] = field(default_factory=dict)
+    """Large files that were sent, by SHA-256."""
 
     def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Add a commit with these files, and let the branch stand for it."""
@@ -89,6 +93,81 @@ def _handler(hub: Hub, name: str) -> type[BaseHTTPRequestHandler]:
                 self.refuse(404, "")
 
         do_HEAD = do_GET
+
+        def do_PUT(self) -> None:
+            data = self.body()
+            hub.uploaded[self.path.rpartition("/")[2]] = data
+            self.answer(200, {"ETag": '"x"'}, b"")
+
+        def do_POST(self) -> None:
+            path, data = unquote(urlsplit(self.path).path), self.body()
+            headers = {key.lower(): value for key, value in self.headers.items()}
+            hub.asked.append((self.command, path, headers))
+            if hub.broken:
+                hub.broken -= 1
+                self.answer(500, {}, b"")
+            elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self.refuse(401, "RepoNotFound")
+            elif path == "/api/validate-yaml":
+                self.answer(200, {}, b'{"errors": [], "warnings": []}')
+            elif path == "/api/repos/create":
+                asked = json.loads(data)
+                repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+                if repo in hub.repos:
+                    self.answer(409, {}, json.dumps({"url": f"{hub.url}/{repo}"}).encode())
+                    return
+                hub.commit(repo, {".gitattributes": b""})
+                if asked.get("private") or asked.get("visibility") == "private":
+                    hub.private.add(repo)
+                self.answer(200, {}, json.dumps({"url": f"{hub.url}/{repo}", "name": repo}).encode())
+            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
+                hub.branches.setdefault((found[1], found[2]), hub.branches[found[1], "main"])
+                self.answer(200, {}, b"{}")
+            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
+                files = [
+                    {**file, "uploadMode": "lfs" if file["size"] > LARGE else "regular", "shouldIgnore": False}
+                    for file in json.loads(data)["files"]
+                ]
+                self.answer(200, {}, json.dumps({"files": files}).encode())
+            elif path.endswith(".git/info/lfs/objects/batch"):
+                objects = [
+                    {**each, "actions": {"upload": {"href": f"{hub.cdn}/upload/{each['oid']}"}}}
+                    for each in json.loads(data)["objects"]
+                ]
+                body = json.dumps({"transfer": "basic", "objects": objects}).encode()
+                self.answer(200, {"Content-Type": "application/vnd.git-lfs+json"}, body)
+            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
+                self.commit_files(found[1], found[2], [json.loads(line) for line in data.splitlines()])
+            else:
+                self.refuse(404, "")
+
+        def commit_files(self, repo: str, branch: str, lines: list[dict[str, Any]]) -> None:
+            before = hub.branches[repo, branch]
+            if lines[0]["value"].get("parentCommit") not in (None, before):
+                self.refuse(412, "")
+                return
+            files = dict(hub.repos[repo][before])
+            for line in lines[1:]:
+                path = line["value"]["path"]
+                if line["key"] == "deletedFile":
+                    del files[path]
+                elif line["key"] == "lfsFile":
+                    files[path] = hub.uploaded[line["value"]["oid"]]
+                else:
+                    files[path] = base64.b64decode(line["value"]["content"])
+            sha = hub.commit(repo, files, branch)
+            answer = {"success": True, "commitOid": sha, "commitUrl": f"{hub.url}/{repo}/commit/{sha}"}
+            self.answer(200, {}, json.dumps(answer).encode())
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            pieces = []
+            while size := int(self.rfile.readline(), 16):
+                pieces.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(pieces)
 
         def commit(self, repo: str, revision: str) -> str | None:
             """Return the commit of a revision, or None after a refusal."""

@@ -11,6 +11,7 @@ from ties_ray.cli.screen import duration, fact_table, new_table, num, num_bytes
 from ties_ray.errors import printable
 from ties_ray.operations.inspection import Inspection, Inspections, Pool
 from ties_ray.operations.promote import Promotion
+from ties_ray.operations.push import Push
 from ties_ray.operations.status import RunStatus, Status
 from ties_ray.operations.verify import Verification
 from ties_ray.planning.forecast import Forecast
@@ -221,6 +222,13 @@ def of_promotion(promotion: Promotion) -> Iterator[str]:
     """Yield the outputs that a pointer names."""
     yield f"{promotion.pointer} {'names now' if promotion.changed else 'named already'} {promotion.current.output}"
     yield f"  before: {promotion.previous.output}" if promotion.previous else "  nothing before it"
+
+
+def of_push(push: Push) -> Iterator[str]:
+    """Yield what was published."""
+    yield f"{len(push.files):,} files, {num_bytes(push.num_bytes)}: {push.uri}"
+    if push.removed:
+        yield f"  removed from the repository: {printable(', '.join(push.removed))}"
 
 
 # -- folders

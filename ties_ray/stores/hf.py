@@ -13,13 +13,15 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import Listing, Pin, Store, Transient, changed, entry_uri, persist, shown
+from ties_ray.stores._hub_commit import StoredFile as StoredFile
+from ties_ray.stores._hub_commit import commit
 
 T = TypeVar("T")
 
@@ -30,6 +32,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _OTHERS = ("datasets", "spaces", "buckets")
 _TIMEOUT = 60.0
 """Seconds without a byte after which a request is sent again."""
+_WRITABLE = "set HF_TOKEN to a token that may write it"
 _ATTEMPTS = 6
 """The most tries to reach the hub, which take some ten seconds."""
 _SMALL = 2**20
@@ -116,6 +119,35 @@ class Hf(Store):
             self._fill(pin.uri, at._replace(revision=pin.version or at.revision), start, into.cast("B"), keep=True)
         except FileNotFoundError:
             raise changed(pin, "the file is gone") from None
+
+    def publish(
+        self, uri: str, files: Mapping[str, StoredFile], own: Callable[[Sequence[str]], Sequence[str]], *, private: bool
+    ) -> str:
+        """Make a model repository, if there is none, and commit files to it at once; return its URI at that commit.
+
+        own: gets the names in the repository, and returns those that go because they belong to another model.
+        Raises `InputError` where the token of the environment may not write.
+        """
+        at = _at(uri)
+        if at.path or _COMMIT.fullmatch(at.revision):
+            raise InputError(
+                Problem(shown(uri), "is no branch of a model", "write hf://org/name or hf://org/name@branch")
+            )
+
+        def once() -> str:
+            self._api.create_repo(at.repo, private=private or None, exist_ok=True)
+            if at.revision != "main":
+                self._api.create_branch(at.repo, branch=at.revision, exist_ok=True)
+            names = self._api.list_repo_files(at.repo, revision=at.revision)
+            return commit(self._api, at.repo, at.revision, files, own(names), "Merged by ties_ray")
+
+        try:
+            sha = self._repeat(at, "committing to it", once)
+        except InputError as error:
+            if error.problems[0].code != "not_found":  # a problem of a file that is published
+                raise
+            raise InputError(Problem(shown(uri), "this token can't write it, or there is none", _WRITABLE)) from error
+        return _join(at._replace(revision=sha))
 
     def _pin(self, uri: str, file: _File, commit: str) -> Pin:
         return Pin(uri, file.size, file.mark, commit)
