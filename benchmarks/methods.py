@@ -6,7 +6,8 @@
 Each merge is a process of its own with one worker. CPU seconds and memory are those beyond a worker that has imported
 everything and does nothing. `read / inputs` counts the bytes of base and models once. The pool has one layer of
 Llama-3.1-8B's shapes (--layers), with fewer rows and columns (--shrink); its changes are written as a delta. Methods of
-one or two models get as many. A method that refuses these inputs is told with its reason.
+one or two models get as many. All models share one file of Fisher information, and one of Gram matrices. A method that
+refuses these inputs is told with its reason.
 """
 
 import shutil
@@ -15,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
+import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import measure
 from benchmarks.family import SHAPES
@@ -22,9 +25,12 @@ from benchmarks.memory import IDLE
 from benchmarks.pool import MODULES, Adapter, Shape, pool_in
 from ties_ray import plugins
 from ties_ray.errors import MergeError
+from ties_ray.methods import Method
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 
+ENOUGH = {"cabs": {"n": 1, "m": 128}}
+"""Fields of methods whose defaults leave nothing to the last of many models."""
 MOST = {"slerp": 2, "nuslerp": 2, "nearswap": 1}
 """How many models a method takes."""
 HEADS = ("method", "models", "CPU s", "ns per element, model", "read / inputs", "planned MB", "peak MB")
@@ -39,11 +45,18 @@ class Table:
         click.echo(f"\n{title}")
         measure.table(HEADS)
 
-    def add(self, name: str, base: str | None, models: Sequence[str], output: Mapping[str, object]) -> None:
-        """Merge by a method, and print what it took."""
-        models = models[: MOST.get(name)]
-        given = {"models": list(models), "method": name, "output": dict(output), "run": self._run}
-        recipe = given | ({"base": base} if base else {})
+    def add(self, name: str, base: str, models: Sequence[str], output: Mapping[str, object]) -> None:
+        """Merge by a method, and print what it took. The companions lie beside the base."""
+        models, folder = models[: MOST.get(name)], Path(base).parent
+        needed = [companion.name for companion in plugins.load("methods", name, Method).companions]
+        beside = {key: str(folder / key) for key in needed}
+        recipe = {
+            "base": base,
+            "models": [{"path": model, "with": beside} for model in models],
+            "method": {"name": name, **ENOUGH.get(name, {})},
+            "output": dict(output),
+            "run": self._run,
+        }
         shutil.rmtree(str(output["path"]), ignore_errors=True)
         try:
             plan = merging.plan(validate(recipe))
@@ -58,6 +71,19 @@ class Table:
         inputs = sum(pin.size for model in (plan.catalog.base, *merge.models) for pin in model.objects)
         measure.row((name, len(models), cpu, cpu / elements * 1e9, int(str(result["bytes_read"])) / inputs,
                      f"{plan.memory / 1e6:,.0f}", f"{peak / 1e6:,.0f}"))  # fmt: skip
+
+
+def write_companions(base: Path) -> None:
+    """Write Fisher information of all parameters, and Gram matrices of all linear layers, beside a base."""
+    fisher, gram = {}, {}
+    for path in sorted(base.glob("*.safetensors")):
+        for name, value in load_file(path).items():
+            fisher[name] = value.square()
+            if value.ndim == 2 and "_proj" in name:
+                gram[name] = torch.eye(value.shape[1])
+    for key, tensors in (("fisher", fisher), ("gram", gram)):
+        (base.parent / key).mkdir(exist_ok=True)
+        save_file(tensors, base.parent / key / f"{key}.safetensors")
 
 
 @click.command()
@@ -75,10 +101,12 @@ def main(
     folder: Path | None,
 ) -> None:  # fmt: skip
     """Merge a family and a pool by each method."""
-    (idle,) = measure.run(["-c", IDLE, "local"], ray=False).workers
+    for _ in range(2):  # the first one may compile
+        (idle,) = measure.run(["-c", IDLE, "local"], ray=False).workers
     names = method or tuple(plugins.names("methods"))
     if models:
         with measure.family_in(folder, size, models) as place:
+            write_companions(place / "base")
             table = Table(f"{models} checkpoints of {size} parameters", idle, memory)
             for name in names:
                 own = [str(place / f"model-{number}") for number in range(models)]
@@ -88,6 +116,7 @@ def main(
         shape = Shape(layers, {path: (rows // shrink, columns // shrink) for path, (rows, columns) in MODULES.items()})
         dealt = [Adapter(rank, tuple(MODULES), 1.0)] * adapters
         with pool_in(None, shape, dealt, "BF16", base=True) as (place, _):
+            write_companions(place / "base")
             table = Table(f"{adapters} adapters of rank {rank}", idle, memory)
             for name in names:
                 own = [str(place / f"adapter-{number:04d}") for number in range(adapters)]
