@@ -51,14 +51,21 @@ every: $(VENV)/installed  ## each method on Ray, over checkpoints and adapters; 
 	$(BIN)/python -m pytest -q $(EVERY)
 
 MERGEKIT := .venv-mergekit
+FUSION := .venv-fusion
 
 $(MERGEKIT)/installed:
 	$(PYTHON) -m venv $(MERGEKIT)
 	$(MERGEKIT)/bin/python -m pip install --quiet torch mergekit==0.1.5
 	touch $@
 
-differential: $(VENV)/installed $(MERGEKIT)/installed  ## mergekit, in an environment of its own, beside the oracles and beside our merges
+$(FUSION)/installed:
+	$(PYTHON) -m venv $(FUSION)
+	$(FUSION)/bin/python -m pip install --quiet torch==2.13.0 fusion-bench==0.2.33
+	touch $@
+
+differential: $(VENV)/installed $(MERGEKIT)/installed $(FUSION)/installed  ## mergekit and fusion_bench, each in an environment of its own, beside the oracles, and mergekit beside our merges
 	$(MERGEKIT)/bin/python -m tests.tools.oracles.differential
+	$(FUSION)/bin/python -m tests.tools.oracles.differential
 	TIES_RAY_MERGEKIT=$(MERGEKIT)/bin/python $(BIN)/python -m pytest -q tests/promises/test_mergekit.py
 
 pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own, with its package installed in it
@@ -87,4 +94,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(MERGEKIT) .demo build dist *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(MERGEKIT) $(FUSION) .demo build dist *.egg-info

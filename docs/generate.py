@@ -159,15 +159,15 @@ def merge_methods() -> str:
     sections = []
     for name in plugins.names("methods"):
         doc = method_doc(name, plugins.load("methods", name, Method))
-        density = "A model may have a density of its own." if doc.has_density else ""
         rows = [
             (f"`{parameter.name}`", parameter.allowed, f"`{parameter.default}`", parameter.description)
             for parameter in doc.parameters
         ]
-        facts = f"Lambda scales a {doc.scales}. {density}".strip()
+        facts = (f"Lambda scales a {doc.scales}.", *doc.facts, growth_of(doc), f"Paper: {doc.paper}.")
+        listed = "\n".join(f"* {fact}" for fact in facts)
+        caveat = f"**When it goes wrong.** {doc.caveat}\n\n" if doc.caveat else ""
         parameters = table(("parameter", "value", "default", "meaning"), rows) if rows else ""
-        facts = f"{facts} Paper: {doc.paper}.\n\n{growth_of(doc)}"
-        sections.append(f"## {name}\n\n{doc.description}\n\n{facts}\n\n{parameters}")
+        sections.append(f"## {name}\n\n{doc.description}\n\n{caveat}{listed}\n\n{parameters}")
     return "\n\n".join(sections)
 
 

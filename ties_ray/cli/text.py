@@ -360,9 +360,10 @@ def _inspection(folder: Inspection) -> Table:
 
 def of_methods(methods: Sequence[MethodDoc]) -> Iterator[RenderableType]:
     """Yield one line a method."""
-    table = new_table("method", "lambda scales", "does", "paper")
+    table = new_table("method", "lambda scales", "works on", "does", "paper")
     for method in methods:
-        table.add_row(method.name, f"a {method.scales}", method.description.partition("\n")[0], method.paper)
+        first = method.description.partition("\n")[0]
+        table.add_row(method.name, f"a {method.scales}", method.works_on, first, method.paper)
     yield table
 
 
@@ -370,8 +371,10 @@ def of_method(method: MethodDoc) -> Iterator[RenderableType]:
     """Yield one method's description and parameters."""
     for paragraph in method.description.split("\n\n"):
         yield " ".join(paragraph.split())
-    yield f"{method.paper}. Lambda scales a {method.scales}."
-    yield growth_of(method)
+    if method.caveat:
+        yield f"When it goes wrong: {method.caveat}"
+    yield " ".join((f"Lambda scales a {method.scales}.", *method.facts, growth_of(method)))
+    yield f"{method.paper}."
     table = new_table("parameter", "default", "allowed", "meaning")
     for parameter in method.parameters:
         table.add_row(parameter.name, parameter.default, parameter.allowed, parameter.description)

@@ -410,6 +410,8 @@ class Method(BaseModel, ABC):
     scales: ClassVar[Literal["sum", "mean"]]
     """What lambda multiplies: equal lambdas of a sum and of a mean are not equal scales."""
     paper: ClassVar[str]
+    caveat: ClassVar[str] = ""
+    """When it goes wrong, in one or two sentences."""
     uses_weights: ClassVar[bool] = True
     """Whether weights of models count; else a weight is refused."""
     uses_lapack: ClassVar[bool] = False

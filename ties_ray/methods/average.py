@@ -21,6 +21,7 @@ class Average(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Wortsman et al. 2022, Model Soups (arXiv:2203.05482)"
+    caveat: ClassVar[str] = "Each change shrinks to 1 / N, and opposite changes cancel out."
 
     @property
     def base_cancels(self) -> bool:

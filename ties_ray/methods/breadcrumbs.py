@@ -51,6 +51,9 @@ class Breadcrumbs(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Davari and Belilovsky 2024, Model Breadcrumbs (arXiv:2312.06795)"
+    caveat: ClassVar[str] = (
+        "Below 1 / gamma values no outlier goes. A density near 1 leaves nothing to drop but outliers."
+    )
     has_density: ClassVar[bool] = True
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:

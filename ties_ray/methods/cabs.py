@@ -27,6 +27,7 @@ class Cabs(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Yang et al. 2025, CABS: Conflict-Aware and Balanced Sparsification (arXiv:2503.01874)"
+    caveat: ClassVar[str] = "The order decides who gets the large values. More than m / n models are refused."
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse blocks that have no place for all models."""

@@ -36,6 +36,7 @@ class CompressMerge(Inside):
     """The method that merges, with its lambda: a name, or a section with its fields."""
 
     paper: ClassVar[str] = "He et al. 2026, Compress-then-Merge (arXiv:2606.03723)"
+    caveat: ClassVar[str] = "A flat spectrum loses most of itself, since only `rank` directions stay."
     uses_lapack: ClassVar[bool] = True
 
     def holds(self, stack: Stack) -> int:

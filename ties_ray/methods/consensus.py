@@ -46,6 +46,9 @@ class Consensus(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Wang et al. 2024, Localizing Task Information for Improved Model Merging (arXiv:2405.07813)"
+    caveat: ClassVar[str] = (
+        "T grows with the models, so a bound that fits few models lets hardly any claim an element among many."
+    )
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse an agreement that no element can reach, and a part of a model that is not merged."""

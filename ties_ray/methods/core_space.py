@@ -22,6 +22,9 @@ class CoreSpace(Inside):
     """The method that merges, with its lambda: a name, or a section with its fields."""
 
     paper: ClassVar[str] = "Panariello et al. 2025, Low-Rank Model Merging in Core Space (arXiv:2509.17786)"
+    caveat: ClassVar[str] = (
+        "The sum of ranks may reach the width of a matrix, as 64 adapters of rank 16 do at 1024. Then nothing is saved."
+    )
     uses_lapack: ClassVar[bool] = True
 
     def holds(self, stack: Stack) -> int:

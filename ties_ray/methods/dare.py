@@ -56,6 +56,7 @@ class Dare(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Yu et al. 2024, Language Models are Super Mario (arXiv:2311.03099)"
+    caveat: ClassVar[str] = "At a low density each kept value is many times as large, and its noise with it."
     has_density: ClassVar[bool] = True
 
     @property

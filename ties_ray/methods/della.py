@@ -50,6 +50,9 @@ class Della(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Deep et al. 2024, DELLA-Merging (arXiv:2406.11617)"
+    caveat: ClassVar[str] = (
+        "At a low density each kept value is many times as large. In short rows the ranks are coarse."
+    )
     has_density: ClassVar[bool] = True
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:

@@ -45,6 +45,7 @@ class Emr(Method):
     paper: ClassVar[str] = (
         "Huang et al. 2024, EMR-Merging: Tuning-Free High-Performance Model Merging (arXiv:2405.17461)"
     )
+    caveat: ClassVar[str] = "The unified vector grows with the number of models, so at lambda 1 it overshoots."
     uses_weights: ClassVar[bool] = False
 
     @property

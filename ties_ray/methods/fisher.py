@@ -30,6 +30,7 @@ class Fisher(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Matena and Raffel 2022, Merging Models with Fisher-Weighted Averaging (arXiv:2111.09832)"
+    caveat: ClassVar[str] = "Information from few samples is noise. Where all of it is 0, the first model wins."
     companions: ClassVar[tuple[Companion, ...]] = (Companion("fisher"),)
 
     @property

@@ -20,6 +20,9 @@ class IsoC(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging (arXiv:2502.04959)"
+    caveat: ClassVar[str] = (
+        "It raises weak directions, noise with them. The flat spectrum does not fit an adapter of a lower rank."
+    )
     uses_lapack: ClassVar[bool] = True
 
     @property

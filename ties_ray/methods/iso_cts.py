@@ -24,6 +24,7 @@ class IsoCts(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging (arXiv:2502.04959)"
+    caveat: ClassVar[str] = "Many models leave each few directions of its own, and with more than the width none."
     uses_lapack: ClassVar[bool] = True
 
     def rounds(self) -> tuple[Round, ...]:

@@ -40,6 +40,7 @@ class Karcher(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Karcher mean, as in mergekit (arXiv:2603.04972)"
+    caveat: ClassVar[str] = "More than 40 models are refused. Opposite directions have no mean."
 
     @property
     def base_cancels(self) -> bool:

@@ -24,6 +24,10 @@ class Knots(Inside):
     """Singular values up to this one count as zero."""
 
     paper: ClassVar[str] = "Stoica et al. 2025, Model merging with SVD to tie the KnOTS (arXiv:2410.19735)"
+    caveat: ClassVar[str] = (
+        "Equal singular values make an elected sign arbitrary. With many adapters the columns are as many as in "
+        "the model."
+    )
     uses_lapack: ClassVar[bool] = True
 
     def holds(self, stack: Stack) -> int:

@@ -26,6 +26,7 @@ class Lines(Method):
         "Wang et al. 2025, LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging"
         " (arXiv:2410.17146)"
     )
+    caveat: ClassVar[str] = "Names without a known word for layers get alpha everywhere."
 
     @property
     def all_at_once(self) -> str:

@@ -34,6 +34,7 @@ class LoraLego(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Zhao et al. 2025, Merging LoRAs like Playing LEGO (arXiv:2409.16167)"
+    caveat: ClassVar[str] = "Other factors of the same change give another result."
     uses_weights: ClassVar[bool] = False
     uses_lapack: ClassVar[bool] = True
 

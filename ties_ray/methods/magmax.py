@@ -22,6 +22,7 @@ class MagMax(Method):
     paper: ClassVar[str] = (
         "Marczak et al. 2024, MagMax: Leveraging Model Merging for Seamless Continual Learning (arXiv:2407.06322)"
     )
+    caveat: ClassVar[str] = "Nearly every element takes an extreme once there are many models."
     uses_weights: ClassVar[bool] = False
 
     @property

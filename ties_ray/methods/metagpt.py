@@ -24,6 +24,7 @@ class MetaGpt(Method):
         "Zhou et al. 2024, MetaGPT: Merging Large Language Models Using Model Exclusive Task Arithmetic"
         " (arXiv:2406.11385)"
     )
+    caveat: ClassVar[str] = "A model that moved ten times as far has a hundred times the weight."
     uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:

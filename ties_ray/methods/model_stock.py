@@ -44,6 +44,7 @@ class ModelStock(Method):
     paper: ClassVar[str] = (
         "Jang et al. 2024, Model Stock: All we need is just a few fine-tuned models (arXiv:2403.19522)"
     )
+    caveat: ClassVar[str] = "Task vectors at right angles, as those of unlike tasks are, leave nearly the base."
     uses_weights: ClassVar[bool] = False
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:

@@ -28,6 +28,7 @@ class MultiSlerp(Method):
     """What has a direction and a length: what the models changed of the base, or their weights."""
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Goddard et al. 2024, Arcee's MergeKit (arXiv:2403.13257)"
+    caveat: ClassVar[str] = "Directions that cancel out have no mean; the plain mean takes its place."
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights that can't be made to sum to 1."""

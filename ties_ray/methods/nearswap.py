@@ -22,6 +22,7 @@ class NearSwap(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "NearSwap by alchemonaut, as in mergekit (arXiv:2403.13257)"
+    caveat: ClassVar[str] = "A `t` above the largest change gives the model itself."
     uses_weights: ClassVar[bool] = False
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:

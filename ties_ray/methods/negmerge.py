@@ -23,6 +23,7 @@ class NegMerge(Method):
     paper: ClassVar[str] = (
         "Kim et al. 2025, NegMerge: Sign-Consensual Weight Merging for Machine Unlearning (arXiv:2410.05583)"
     )
+    caveat: ClassVar[str] = "A single zero breaks the agreement, so adapters of unlike targets leave nothing."
     uses_weights: ClassVar[bool] = False
 
     @property

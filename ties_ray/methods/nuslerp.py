@@ -41,6 +41,7 @@ class NuSlerp(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Goddard et al. 2024, Arcee's MergeKit (arXiv:2403.13257)"
+    caveat: ClassVar[str] = "Nearly opposite vectors of unlike lengths give a result many times as long as either."
 
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse any number of models but two."""

@@ -27,6 +27,7 @@ class Opcm(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Tang et al. 2025, Merging Models on the Fly Without Retraining (arXiv:2501.09522)"
+    caveat: ClassVar[str] = "Another order of the models is another merge, and later models lose more."
     uses_weights: ClassVar[bool] = False
     uses_lapack: ClassVar[bool] = True
     state_uses_lapack: ClassVar[bool] = True

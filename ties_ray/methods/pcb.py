@@ -32,6 +32,7 @@ class Pcb(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Du et al. 2024, Parameter Competition Balancing for Model Merging (arXiv:2410.02396)"
+    caveat: ClassVar[str] = "The exponent grows with the models, so among many only the largest values of each count."
     uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:

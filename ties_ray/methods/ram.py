@@ -38,6 +38,7 @@ class Ram(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Behavior Knowledge Merge in Reinforced Agentic Models, 2026 (arXiv:2601.13572)"
+    caveat: ClassVar[str] = "Epsilon is absolute. Small changes, as of long training at a low rate, are all dropped."
     uses_weights: ClassVar[bool] = False
 
     @property

@@ -31,6 +31,7 @@ class Sce(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Wan et al. 2024, FuseChat: Knowledge Fusion of Chat Models (arXiv:2408.07990)"
+    caveat: ClassVar[str] = "Duplicates vary nowhere, so everything is selected and all weigh the same."
     uses_weights: ClassVar[bool] = False
 
     def rounds(self) -> tuple[Round, ...]:

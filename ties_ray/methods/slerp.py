@@ -28,6 +28,7 @@ class Slerp(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Shoemake 1985, Animating Rotation with Quaternion Curves (SIGGRAPH)"
+    caveat: ClassVar[str] = "Two fine-tunes of one base are nearly parallel, so it is a plain average."
 
     @property
     def base_cancels(self) -> bool:

@@ -26,6 +26,7 @@ class Star(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Lee et al. 2025, STAR: Spectral Truncation and Rescale for Model Merging (arXiv:2502.10339)"
+    caveat: ClassVar[str] = "On a flat spectrum most triplets are needed, and a rounding error decides the last one."
     uses_lapack: ClassVar[bool] = True
     state_uses_lapack: ClassVar[bool] = True
 

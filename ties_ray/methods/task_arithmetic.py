@@ -20,6 +20,7 @@ class TaskArithmetic(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Ilharco et al. 2023, Editing Models with Task Arithmetic (arXiv:2212.04089)"
+    caveat: ClassVar[str] = "At lambda 1 the sum of many models overshoots."
 
     @property
     def all_at_once(self) -> str:

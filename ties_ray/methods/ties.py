@@ -77,6 +77,10 @@ class Ties(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "mean"
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging (arXiv:2306.01708)"
+    caveat: ClassVar[str] = (
+        "In 16-bit models many changes are zero or equal: `at_threshold` and `zero_sum` then decide every tenth "
+        "element."
+    )
     has_density: ClassVar[bool] = True
 
     @model_validator(mode="before")

@@ -25,6 +25,9 @@ class Tsv(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Gargiulo et al. 2025, Task Singular Vectors (arXiv:2412.00081)"
+    caveat: ClassVar[str] = (
+        "More models than a matrix is wide can't be orthogonal. Duplicates come out weaker than their sum."
+    )
     uses_lapack: ClassVar[bool] = True
 
     def rounds(self) -> tuple[Round, ...]:

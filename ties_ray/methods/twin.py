@@ -33,6 +33,7 @@ class Twin(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Lu et al. 2024, Twin-Merging (arXiv:2406.15479)"
+    caveat: ClassVar[str] = "A part of too low a rank loses what makes its model good, and nothing here says so."
     uses_lapack: ClassVar[bool] = True
 
     @property

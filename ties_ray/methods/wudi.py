@@ -35,6 +35,7 @@ class Wudi(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
     paper: ClassVar[str] = "Cheng et al. 2025, Whoever Started the Interference Should End It (arXiv:2503.08099)"
+    caveat: ClassVar[str] = "Few steps and the minimum are two different models. Wide matrices take hours."
     uses_lapack: ClassVar[bool] = True
     state_uses_lapack: ClassVar[bool] = True
 

@@ -159,6 +159,8 @@ class Worker:
         if flushes_to_zero():
             problem = "flushes denormal numbers to zero, which changes results"
             raise InputError(Problem("this worker's CPU", problem, "unset what asks for it (DAZ/FTZ)"))
+        if any(round_.kind == "units" for merge in self._plan.merges for round_ in merge.rounds):
+            return_large_memory()
         self.check_lapack(self._manifest.agree_on_lapack)
         merge = self._plan.merges[0]
         for model in (merge.catalog.base, *merge.models):

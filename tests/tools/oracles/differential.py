@@ -1,6 +1,7 @@
 """The oracles against published implementations, in an environment that has them.
 
-    python -m venv venv && venv/bin/pip install numpy torch mergekit==0.1.5 fusion-bench
+    make differential
+    python -m venv venv && venv/bin/pip install torch==2.13.0 fusion-bench==0.2.33
     venv/bin/python -m tests.tools.oracles.differential
 
 Every case runs both on the same families, in fp64 where the other side lets it. A parameter for which a case gives a
