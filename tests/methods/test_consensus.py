@@ -32,6 +32,12 @@ class TestAPart(MethodContract):
         return Consensus(part="1")
 
 
+class TestMasks(MethodContract):
+    @pytest.fixture
+    def method(self) -> Consensus:
+        return Consensus(masks=True)
+
+
 def part(family: Held, model: int, **more: float) -> Merged:
     return Merged(consensus(family.base, family.models, **more).products["reconstructed"][model])
 

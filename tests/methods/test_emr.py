@@ -31,6 +31,12 @@ class TestAPart(MethodContract):
         return Emr(part="1")
 
 
+class TestMasks(MethodContract):
+    @pytest.fixture
+    def method(self) -> Emr:
+        return Emr(masks=True)
+
+
 def part(family: Family, model: int) -> Merged:
     return Merged(emr(family.base, family.models).products["reconstructed"][model])
 

@@ -1,13 +1,20 @@
 """What a method says that it holds is measured by the contract suite."""
 
+import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 import torch
 
+from tests.tools.families import Family
+from tests.tools.merging import merge
+from ties_ray import plugins
 from ties_ray.methods import Context, Deltas, Method, Result, Round, Stack, nothing_more
 from ties_ray.testing import MethodContract
+from ties_ray.worker import worker
 
 Holds = Callable[[Stack], int]
 
@@ -24,6 +31,22 @@ class Hoarder(Method):
 
     def _merge(self, deltas: Deltas, context: Context) -> Result:
         return Result(merged=torch.stack([delta.double() for _, delta in deltas]).mean(0).float())
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_a_method_that_decomposes_matrices_says_so(name: str) -> None:
+    method = plugins.load("methods", name, Method)
+    assert method.uses_lapack == ("kernels.linalg" in inspect.getsource(sys.modules[method.__module__]))
+
+
+@pytest.mark.parametrize(("name", "returns"), [("average", False), ("ties", False), ("sce", True), ("star", True)])
+def test_workers_of_methods_that_hold_tensors_return_large_memory(
+    name: str, returns: bool, family_of: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(worker, "return_large_memory", lambda: calls.append(name))
+    merge(family_of(num_models=2), tmp_path / "out", name)
+    assert bool(calls) == returns
 
 
 def test_a_method_that_holds_more_than_it_says_fails() -> None:

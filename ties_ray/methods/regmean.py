@@ -32,6 +32,7 @@ class Regmean(Method):
         "Jin et al. 2023, Dataless Knowledge Fusion by Merging Weights of Language Models (arXiv:2212.09849)"
     )
     caveat: ClassVar[str] = "Gram matrices of few inputs do not span a layer. What they do not reach stays at the base."
+    uses_lapack: ClassVar[bool] = True
     companions: ClassVar[tuple[Companion, ...]] = (Companion("gram", "gram", every=False, negative=True),)
 
     @property
