@@ -1,0 +1,91 @@
+"""The kernels compiled anew: without a writable folder, and for another processor. Each takes half a minute."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ties_ray
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Compile a copy of the kernels where neither package nor home can be written to; return what it says of itself.
+
+    A file stands where each folder should be: modes would prove nothing to root, who may write anywhere.
+    """
+    root = tmp_path_factory.mktemp("fresh")
+    package = root / "site" / "ties_ray"
+    (package / "kernels").mkdir(parents=True)
+    for file in (Path(ties_ray.__file__).parent / "kernels").glob("*.py"):
+        (package / "kernels" / file.name).write_bytes(file.read_bytes())
+    (package / "__init__.py").touch()
+    (package / "kernels" / "__pycache__").touch()
+    (root / "home").touch()
+    (root / "tmp").mkdir()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(root / "site"),
+        "HOME": str(root / "home"),
+        "TMPDIR": str(root / "tmp"),
+    }
+    done = subprocess.run([sys.executable, "-c", REPORT], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {"root": str(root), **json.loads(done.stdout)}
+
+
+REPORT = """
+import json, numba
+from ties_ray.kernels import cpu
+loops = [value for value in vars(cpu).values() if hasattr(value, "inspect_asm") and value.stats.cache_path]
+assembly = {loop.__name__: "".join(loop.inspect_asm().values()) for loop in loops}
+print(json.dumps({"file": cpu.__file__, "cache": numba.config.CACHE_DIR, "assembly": assembly}))
+"""
+
+
+def test_kernels_work_where_neither_package_nor_home_is_writable(fresh: dict[str, Any]) -> None:
+    assert fresh["file"].startswith(f"{fresh['root']}/site/")
+    assert Path(fresh["cache"]).parent == Path(fresh["root"], "tmp")
+    assert list(Path(fresh["cache"]).rglob("*.nbc"))
+
+
+def test_no_compiled_loop_but_the_product_holds_a_fused_multiply_add(fresh: dict[str, Any]) -> None:
+    """It may be spelled fmadd, fmsub, fmla or fmls, or be a call of fmaf where the processor has none.
+
+    The loops that contain the product hold its own and no more.
+    """
+    fused = re.compile(r"\bv?fn?m(?:add|sub|la|ls)\w*|\bfmaf?\b")
+    held = {name: len(fused.findall(text)) for name, text in fresh["assembly"].items()}
+    assert {name for name, count in held.items() if count} == {"_product", "_walk", "_add_squares"}
+    assert held["_walk"] == held["_product"]
+    assert held["_add_squares"] == 2 * held["_product"], "with both kinds of base"
+
+
+BITS = """
+import hashlib, torch
+from ties_ray.kernels import load
+from ties_ray.testing import some_factors
+
+whole = torch.randn(37 * 1009, generator=torch.Generator().manual_seed(1))
+for rank, dora in ((1, False), (17, True), (200, False)):
+    source = some_factors(37, 1009, rank, 0, dora)
+    delta = torch.empty(len(whole))
+    others = load("cpu").delta(source, whole, delta)
+    print(rank, others, hashlib.sha256(delta.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_the_product_has_the_same_bits_without_the_instructions_of_this_processor(tmp_path: Path) -> None:
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run([sys.executable, "-c", BITS], env=os.environ | extra, capture_output=True, text=True)
+        for extra in ({}, generic)
+    ]
+    assert [done.returncode for done in runs] == [0, 0], runs[1].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert runs[0].stdout.count("\n") == 3
