@@ -1,4 +1,4 @@
-"""The folders that a recipe means: globs, tables and plain paths become a list of models, in recipe order."""
+"""The folders that a recipe means: globs, tables, runs and plain paths become a list of models, in recipe order."""
 
 import math
 import os
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ties_ray.errors import InputError, Problem, RecipeError, printable
 from ties_ray.inputs.tables import Table, read_table
+from ties_ray.inputs.windows import picked, steps_of
 from ties_ray.recipe.coefficients import Rules, number_of, place_of, rules_of
 from ties_ray.recipe.recipe import ModelEntry, Recipe
 from ties_ray.stores import Stores, leads_from, scheme_of, shown
@@ -88,6 +89,8 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor, first: int = 0) ->
         place = f"models.{number}"
         try:
             models = _settled(list(entries_of(asked, place, stores, threads, notes)), stores, threads, waiting)
+            if asked.run is not None:
+                models = _window(asked, place, models, notes)
         except RecipeError as error:
             wrong += error.problems
         except InputError as error:
@@ -95,7 +98,7 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor, first: int = 0) ->
         else:
             entries += models
             if len(models) < (asked.at_least or 0):
-                message = f"{asked.path or asked.table} yields {len(models)} models, at_least is {asked.at_least}"
+                message = f"{asked.path or asked.table or asked.run} yields {len(models)} models, at_least is {asked.at_least}"
                 missing.append(Problem(place, message, "look for models that were not written"))
     base = []
     if recipe.base:
@@ -133,15 +136,22 @@ def _real(uri: str) -> str:
 
 
 def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor, notes: list[str]) -> Iterator[Entry]:
-    """Yield the models that one line of `models` means; remarks for the reader are added to `notes`."""
+    """Yield the models that one line of `models` means; remarks for the reader are added to `notes`.
+
+    Of a run these are all checkpoints between `from` and `to`.
+    """
+    if asked.run is not None:
+        steps = steps_of(asked, place, stores, notes)
+        found = [_with_numbers(asked, place, step.uri) for step in steps if asked.links or not _is_link(step.uri)]
+        yield from (replace(model, settle=asked.settle) for model in found)
+        return
     if asked.table is not None:
         rows = _table(asked, place, stores)
         gone = _left_out([entry.uri for entry in rows], asked.not_)
         yield from (entry for entry in rows if entry.uri not in gone)
         return
     path = asked.path or ""
-    model = _numbers(Entry(place, path.rstrip("/") or "/"), asked)
-    model = replace(model, file=asked.file, variant=asked.variant)
+    model = _with_numbers(asked, place, path.rstrip("/") or "/")
     if not asked.is_glob or _exists(path, stores):
         model = replace(model, adapter=(asked.adapter or "").rstrip("/"), settle=asked.settle)
         yield replace(model, id=asked.id or "", sha256=asked.sha256, version_id=asked.version_id)
@@ -166,6 +176,17 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
         notes.append(f"{path}: {len(followed)} folders are links ({_few(followed)}); `links: false` leaves them out")
     for uri in folders:
         yield replace(model, uri=uri, settle=asked.settle)
+
+
+def _window(asked: ModelEntry, place: str, models: Sequence[Entry], notes: list[str]) -> list[Entry]:
+    """Return the checkpoints of a run that the recipe asks for, in the order of their steps."""
+    window = [models[number] for number in picked(asked, place, len(models))]
+    notes.append(f"{asked.run}: {len(window)} checkpoints are merged, from {window[0].uri} to {window[-1].uri}")
+    return window
+
+
+def _with_numbers(asked: ModelEntry, place: str, uri: str) -> Entry:
+    return replace(_numbers(Entry(place, uri), asked), file=asked.file, variant=asked.variant)
 
 
 def _numbers(entry: Entry, asked: ModelEntry) -> Entry:

@@ -438,7 +438,7 @@ def _own_addresses(recipe: Recipe, options: Options) -> Iterator[Problem]:
 
 def _paths(recipe: Recipe, options: Options) -> Iterator[tuple[str, str]]:
     for number, entry in enumerate(recipe.models):
-        yield f"models.{number}", entry.path or entry.table or ""
+        yield f"models.{number}", entry.path or entry.table or entry.run or ""
     for place, path in (
         ("base", recipe.base and recipe.base.path),
         ("output.path", recipe.output.path),

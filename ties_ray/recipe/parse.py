@@ -81,7 +81,7 @@ def with_absolute_paths(asked: Json) -> Json:
         moved["base"] = absolute(hub_uri(moved["base"]))
     keys = (("base", "path"), ("output", "path"), ("run", "pool_cache"), ("run", "disk_folder"))
     places = [(moved.get(section), key) for section, key in keys]
-    places += [(entry, key) for entry in moved["models"] for key in ("path", "table", "adapter")]
+    places += [(entry, key) for entry in moved["models"] for key in ("path", "table", "run", "adapter")]
     for section, key in places:
         if isinstance(section, dict) and section.get(key):
             section[key] = absolute(hub_uri(section[key]))

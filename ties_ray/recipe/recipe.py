@@ -33,6 +33,8 @@ Json = dict[str, Any]
 
 TABLES = frozenset({"lambda", "density"})
 """Numbers of a method that may differ by parameter."""
+STEP = "{step}"
+"""Stands for the step in the name of a checkpoint's folder."""
 MAX_WORKERS = 100_000
 """Largest number of workers. A larger one is a typing error: Ray clusters have some thousand nodes."""
 
@@ -66,7 +68,7 @@ class Base(Strict):
 
 
 class ModelEntry(Strict):
-    """One line of `models`: a path, a glob, or a table of paths. A bare string is a path."""
+    """One line of `models`: a path, a glob, a table of paths, or a training run. A bare string is a path."""
 
     path: Uri | None = None
     """Folder, or a glob of folders. The folders are sorted by the bytes of their paths."""
@@ -78,6 +80,19 @@ class ModelEntry(Strict):
     """Folder of a LoRA adapter that is added to this model, which then counts as one model."""
     table: Uri | None = None
     """CSV file with the columns path, weight, density, file, variant. Only `path` is required."""
+    run: Uri | None = None
+    """Folder of a training run. Its models are the checkpoints in it, in the order of the steps in their names.
+
+    `{step}` stands for the number where names do not tell, or where the model lies deeper: `runs/a/{step}/hf`.
+    """
+    last: int | None = Field(default=None, ge=1)
+    """Number of the run's checkpoints that are merged: the last ones. Default: all."""
+    every: int | None = Field(default=None, ge=1)
+    """2 takes each second checkpoint of the run, counted back from the last. Default: 1."""
+    from_: int | None = Field(default=None, alias="from", ge=0)
+    """First step of the run that counts."""
+    to: int | None = Field(default=None, ge=0)
+    """Last step of the run that counts."""
     file: str | None = None
     """Weight file or index that chooses among several models in a folder."""
     variant: str | None = None
@@ -95,9 +110,9 @@ class ModelEntry(Strict):
     Default: the density of the method.
     """
     not_: tuple[str, ...] = Field(default=(), alias="not")
-    """Patterns of paths that the glob leaves out."""
+    """Patterns of paths that the glob leaves out, or of the names of a run's folders."""
     at_least: int | None = Field(default=None, ge=1)
-    """Smallest number of models that the glob or table must yield."""
+    """Smallest number of models that the glob, the table or the run must yield."""
     with_: dict[str, Uri] = Field(default={}, alias="with")
     """Folders with further tensors that the method needs, by their name, as `{fisher: "{path}/fisher"}`.
 
@@ -106,7 +121,7 @@ class ModelEntry(Strict):
     settle: FiniteFloat = Field(default=0, ge=0)
     """Age in seconds that the newest file of a folder must have.
 
-    The glob leaves younger folders, and those without weights, for a later merge.
+    The glob or the run leaves younger folders, and those without weights, for a later merge.
     """
     sha256: dict[str, str] = {}
     """SHA-256 by file name. The files are read once more to verify them before the run."""
@@ -120,14 +135,25 @@ class ModelEntry(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelEntry":
-        if (self.path is None) == (self.table is None):
-            raise ValueError("give either `path` or `table`")
-        many = self.table is not None or self.is_glob
+        if [self.path, self.table, self.run].count(None) != 2:
+            raise ValueError("give either `path` or `table` or `run`")
+        many = self.path is None or self.is_glob
         if not many and (self.not_ or self.at_least or self.settle or not self.links):
-            raise ValueError("`not`, `at_least`, `settle` and `links` belong to a glob or a table")
+            raise ValueError("`not`, `at_least`, `settle` and `links` belong to a glob or a table or a run")
         if many and (self.id or self.sha256 or self.version_id or self.adapter):
             hint = " (`glob: false` takes `*`, `?` and `[` as they are)" if self.is_glob else ""
-            raise ValueError(f"`id`, `adapter`, `sha256` and `version_id` name one model, not a glob or a table{hint}")
+            message = "`id`, `adapter`, `sha256` and `version_id` name one model, not a glob or a table or a run"
+            raise ValueError(message + hint)
+        return self
+
+    @model_validator(mode="after")
+    def _window(self) -> "ModelEntry":
+        if self.run is None and [self.last, self.every, self.from_, self.to].count(None) != 4:
+            raise ValueError("`last`, `every`, `from` and `to` belong to a `run`")
+        if self.run is not None and self.run.count(STEP) > 1:
+            raise ValueError(f"`run` holds {STEP} twice: write `*` for the other number")
+        if self.from_ is not None and self.to is not None and self.from_ > self.to:
+            raise ValueError("`from` is above `to`")
         return self
 
     @property
