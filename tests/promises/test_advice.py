@@ -16,6 +16,8 @@ UNFOLLOWED = {
         "`hf download`", "/resolve/", "unpack it", "cache verify", "restore it and wait", "restore that version",
     ),
     "only its reader knows what was meant": (
+        "give the folder that holds the run's", "write {} where the number stands", "change `from` or `to`",
+        "or add coefficients",
         "check th", "are they of one base?", "name the model that", "name one of them", "name the bucket",
         "is it a fine-tune of this base? `ties-ray inspect`", "give the folder with", "do not trust", "choose another",
         "it may be one of those inside", "it holds no safetensors", "it is not a safetensors", "look for models",

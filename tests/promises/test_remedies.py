@@ -329,6 +329,24 @@ def states(folder: Path) -> None:
         (folder / f"model-{number}").rename(folder / f"checkpoint-{number}")
 
 
+def run_of(*names: str, **window: Any) -> Callable[[Path], Recipe]:
+    """Return how to make a run whose checkpoints have these names, two at most, and to ask for a window of it."""
+
+    def provoke(folder: Path) -> Recipe:
+        made = family(folder)
+        for uri, name in zip(made.models, names, strict=True):
+            (folder / "run").mkdir(exist_ok=True)
+            Path(uri).rename(folder / "run" / name)
+        return recipe_for(made.base, [{"run": str(folder / "run"), **window}], folder)
+
+    return provoke
+
+
+def window_mended(recipe: Recipe, problem: Problem) -> None:
+    (snippet,) = re.findall(r"`(\w+: [^`]*)`", problem.remedy)
+    recipe["models"][0] |= yaml.safe_load(snippet)
+
+
 def bracketed(folder: Path) -> None:
     (folder / "run[1]").mkdir()
     for number in (0, 1):
@@ -564,6 +582,14 @@ CASES = (
     Case("checkpoints of a training are named", globbed(states, "{folder}/*-?"), "name them: {}/checkpoint-*",
          by_hand=lambda recipe, problem: recipe["models"].__setitem__(
              0, f"{Path(recipe['base']).parent}/checkpoint-*")),
+    Case("one naming of a run's checkpoints is chosen", run_of("step-1", "checkpoint-2"), "choose one: `run: {}/{}`",
+         by_hand=window_mended),
+    Case("a window takes all checkpoints that there are", run_of("step-1", "step-2", last=3),
+         "`last: {}` takes all of them", by_hand=window_mended),
+    Case("one of two folders of a step is left out", run_of("step-1", "step-01"), "leave one out: `not: [{}]`",
+         by_hand=window_mended),
+    Case("a window takes as many checkpoints as it has coefficients", run_of("step-1", "step-2", schedule=[1]),
+         "`last: {}` takes as many", by_hand=window_mended),
     Case("a bracket in a glob is quoted", globbed(bracketed, "{folder}/run[1]/model-*"),
          "; `[` begins a set of characters: `glob: false` or `[[]` takes it as it is",
          by_hand=lambda recipe, problem: recipe["models"].__setitem__(0, recipe["models"][0].replace("[", "[[]"))),

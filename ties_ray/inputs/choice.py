@@ -49,6 +49,8 @@ def _entry(recipe: Recipe, entry: Entry, choice: Choice) -> ModelEntry:
     numbers = {"weight": asked.weight, "density": asked.density}
     if asked.table is not None:
         numbers = {"weight": entry.weight, "density": entry.density}
+    elif asked.schedule is not None:
+        numbers["weight"] = entry.weight
     if (weight := next(weights, None)) is not None:
         numbers["weight"] = weight
     fields = {"id": entry.id, "path": entry.uri, "adapter": entry.adapter or None, "glob": False, "file": entry.file,

@@ -18,6 +18,7 @@ from ties_ray.inputs.tables import Table, read_table
 from ties_ray.inputs.windows import picked, steps_of
 from ties_ray.recipe.coefficients import Rules, number_of, place_of, rules_of
 from ties_ray.recipe.recipe import ModelEntry, Recipe
+from ties_ray.recipe.schedules import weights_of
 from ties_ray.stores import Stores, leads_from, scheme_of, shown
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor, first: int = 0) ->
         place = f"models.{number}"
         try:
             models = _settled(list(entries_of(asked, place, stores, threads, notes)), stores, threads, waiting)
-            if asked.run is not None:
-                models = _window(asked, place, models, notes)
+            models = models if asked.run is None else _window(asked, place, models, notes)
         except RecipeError as error:
             wrong += error.problems
         except InputError as error:
@@ -98,7 +98,8 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor, first: int = 0) ->
         else:
             entries += models
             if len(models) < (asked.at_least or 0):
-                message = f"{asked.path or asked.table or asked.run} yields {len(models)} models, at_least is {asked.at_least}"
+                path = asked.path or asked.table or asked.run
+                message = f"{path} yields {len(models)} models, at_least is {asked.at_least}"
                 missing.append(Problem(place, message, "look for models that were not written"))
     base = []
     if recipe.base:
@@ -142,8 +143,8 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
     """
     if asked.run is not None:
         steps = steps_of(asked, place, stores, notes)
-        found = [_with_numbers(asked, place, step.uri) for step in steps if asked.links or not _is_link(step.uri)]
-        yield from (replace(model, settle=asked.settle) for model in found)
+        uris = [step.uri for step in steps if asked.links or not _is_link(step.uri)]
+        yield from (replace(_with_numbers(asked, place, uri), settle=asked.settle) for uri in uris)
         return
     if asked.table is not None:
         rows = _table(asked, place, stores)
@@ -182,7 +183,13 @@ def _window(asked: ModelEntry, place: str, models: Sequence[Entry], notes: list[
     """Return the checkpoints of a run that the recipe asks for, in the order of their steps."""
     window = [models[number] for number in picked(asked, place, len(models))]
     notes.append(f"{asked.run}: {len(window)} checkpoints are merged, from {window[0].uri} to {window[-1].uri}")
-    return window
+    if asked.schedule is None:
+        return window
+    if isinstance(asked.schedule, tuple) and len(asked.schedule) != len(window):
+        message = f"`schedule` has {len(asked.schedule)} coefficients, and the window {len(window)} checkpoints"
+        raise RecipeError(Problem(place, message, f"`last: {len(asked.schedule)}` takes as many, or add coefficients"))
+    shares = weights_of(asked.schedule, len(window))
+    return [replace(entry, weight=entry.weight * share) for entry, share in zip(window, shares, strict=True)]
 
 
 def _with_numbers(asked: ModelEntry, place: str, uri: str) -> Entry:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import Discriminator, Field, FiniteFloat, Tag
 
-TAGS = frozenset({"a number", "a gradient", "a table"})
-"""Forms of a coefficient, as pydantic names them in the places of its errors."""
+TAGS = frozenset({"a number", "a gradient", "a table", "a name", "a decay", "a list"})
+"""Forms of a coefficient and of a schedule, as pydantic names them in the places of its errors."""
 
 
 def _form(value: Any) -> str:

@@ -171,7 +171,8 @@ def _likely(place: tuple[int | str, ...], data: Json) -> str:
     if synonym.rpartition(".")[2] in keys or "." in synonym:
         close = [synonym.rpartition(".")[2] if synonym.rpartition(".")[2] in keys else synonym]
     else:
-        close = elsewhere[:1] or difflib.get_close_matches(key, keys, n=1)
+        swapped = [other for other in keys if sorted(other) == sorted(key)]
+        close = elsewhere[:1] or swapped or difflib.get_close_matches(key, keys, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(keys)}"
 
 

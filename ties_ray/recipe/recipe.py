@@ -26,6 +26,7 @@ from ties_ray.executors import address_problem
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
 from ties_ray.recipe.coefficients import Coefficient, Share
+from ties_ray.recipe.schedules import Schedule
 from ties_ray.recipe.vocabulary import Vocabulary
 from ties_ray.stores import Uri, store_class
 
@@ -93,6 +94,12 @@ class ModelEntry(Strict):
     """First step of the run that counts."""
     to: int | None = Field(default=None, ge=0)
     """Last step of the run that counts."""
+    schedule: Schedule | None = None
+    """Weights of the run's checkpoints by their order, which sum to 1; `weight` multiplies them.
+
+    `linear` rises with the order. `minus_sqrt` and `cosine` stand for such a decay of the learning rate. `{ema: decay}`
+    is a moving average. A list has a coefficient for each checkpoint. Default: each has `weight`.
+    """
     file: str | None = None
     """Weight file or index that chooses among several models in a folder."""
     variant: str | None = None
@@ -148,8 +155,10 @@ class ModelEntry(Strict):
 
     @model_validator(mode="after")
     def _window(self) -> "ModelEntry":
-        if self.run is None and [self.last, self.every, self.from_, self.to].count(None) != 4:
-            raise ValueError("`last`, `every`, `from` and `to` belong to a `run`")
+        if self.run is None and [self.last, self.every, self.from_, self.to, self.schedule].count(None) != 5:
+            raise ValueError("`last`, `every`, `from`, `to` and `schedule` belong to a `run`")
+        if self.schedule is not None and not isinstance(self.weight, int | float):
+            raise ValueError("`schedule` multiplies a weight that is one number: leave out the gradient or table")
         if self.run is not None and self.run.count(STEP) > 1:
             raise ValueError(f"`run` holds {STEP} twice: write `*` for the other number")
         if self.from_ is not None and self.to is not None and self.from_ > self.to:

@@ -5,6 +5,7 @@ decay scales the updates between N checkpoints by f(1/N), f(2/N), ... with f fal
 checkpoint j of N, counted from 0, is f(j/N) - f((j + 1)/N).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -32,7 +33,7 @@ Decay = Annotated[FiniteFloat, Field(gt=0, lt=1)]
 Schedule = Annotated[
     Annotated[Name, Tag("a name")]
     | Annotated[dict[Literal["ema"], Decay], Tag("a decay"), Field(min_length=1)]
-    | Annotated[tuple[FiniteFloat, ...], Tag("a list"), AfterValidator(_has_a_sum)],
+    | Annotated[tuple[FiniteFloat, ...], AfterValidator(_has_a_sum), Tag("a list")],
     Discriminator(_form),
 ]
 """A name, `{ema: decay}` with a decay between 0 and 1, or a coefficient for each checkpoint."""
@@ -57,4 +58,4 @@ def weights_of(schedule: Schedule, count: int) -> tuple[float, ...]:
 
 def _of_decay(scales: Sequence[float]) -> tuple[float, ...]:
     """Return the weights that stand for a decay. scales: f(0) = 1, f(1/N), ..., f(1) = 0."""
-    return tuple(before - after for before, after in zip(scales[:-1], scales[1:], strict=True))
+    return tuple(before - after for before, after in itertools.pairwise(scales))

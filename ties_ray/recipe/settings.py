@@ -133,6 +133,10 @@ class Sweep(Strict):
         """Return the recipe of a setting, with all models. Raises `RecipeError` with every problem and its place."""
         data = copy.deepcopy(self.common)
         where = f"settings.{setting.name}"
+        of_models = [place for place in setting.set if place.startswith("models.")]
+        if of_models and "models" in setting.set:
+            message = f"chooses among the recipe's models, and sets `{of_models[0]}` too"
+            raise RecipeError(Problem(where, message, "leave out either of them"))
         for place, value in setting.set.items():
             if (section := place.partition(".")[0]) in SHARED:
                 message = f"sets `{section}`, which all settings share"
