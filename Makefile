@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes import the package: co
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: every demo test docs package slow engines differential pipelines chaos check audit format clean
+.PHONY: every demo test docs package slow engines differential clouds pipelines chaos check audit format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -68,6 +68,18 @@ differential: $(VENV)/installed $(MERGEKIT)/installed $(FUSION)/installed  ## me
 	$(MERGEKIT)/bin/python -m tests.tools.oracles.differential
 	$(FUSION)/bin/python -m tests.tools.oracles.differential
 	TIES_RAY_MERGEKIT=$(MERGEKIT)/bin/python $(BIN)/python -m pytest -q tests/promises/test_mergekit.py
+
+CLOUDS := .venv-clouds
+
+$(CLOUDS)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(CLOUDS)
+	$(CLOUDS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(CLOUDS)/bin/python -m pip install --quiet adlfs==2026.8.0 gcsfs==2026.10.1 gcp-storage-emulator==2026.7.19
+	npm install --silent --no-audit --no-fund --prefix $(CLOUDS)/azurite azurite@3.35.0
+	touch $@
+
+clouds: $(CLOUDS)/installed  ## gs:// and az:// beside emulators, in an environment of their own; needs npm
+	TIES_RAY_AZURITE=$(CLOUDS)/azurite/node_modules/.bin/azurite-blob $(CLOUDS)/bin/python -m pytest -q tests/stores/test_clouds.py
 
 pipelines: $(VENV)/installed engines  ## each engine, in an environment of its own, with its package installed in it
 	for engine in airflow dagster kfp; do \

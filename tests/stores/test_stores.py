@@ -37,11 +37,11 @@ def test_the_scheme_chooses_the_store_and_each_is_opened_once() -> None:
 
 def test_a_store_that_only_reads_has_no_method_that_writes() -> None:
     stores = Stores({})
-    reader = stores.of("gs://bucket/folder")
+    reader = stores.of("https://host/folder")
     assert not isinstance(reader, WritableStore)
     assert not hasattr(reader, "put")
-    with pytest.raises(InputError, match=r"gs://bucket/folder: can only be read; write to a local folder"):
-        stores.writer("gs://bucket/folder")
+    with pytest.raises(InputError, match=r"https://host/folder: can only be read; write to a local folder"):
+        stores.writer("https://host/folder")
     assert stores.writer("memory://x") is stores.of("memory://y")
 
 

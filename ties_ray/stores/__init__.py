@@ -86,7 +86,9 @@ class Space(NamedTuple):
 KEEP = "keep inputs unchanged while they are planned and merged, and run it again"
 
 CAN_ONLY_BE_READ = "can only be read"
-WRITE_ELSEWHERE = "write to a local folder or an s3:// bucket; `ties-ray push` publishes a finished merge on the hub"
+WRITE_ELSEWHERE = (
+    "write to a local folder, s3://, gs:// or az://; `ties-ray push` publishes a finished merge on the hub"
+)
 
 
 class NoOptions(BaseModel):
