@@ -33,6 +33,7 @@ from ties_ray.errors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ties_ray.operations.candidates import Candidate, Candidates
     from ties_ray.operations.compare import Comparison
     from ties_ray.operations.in_memory import MergedAdapter
     from ties_ray.operations.inspection import Inspections
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cancelled",
+    "Candidate",
+    "Candidates",
     "Comparison",
     "InputError",
     "Inspections",
@@ -71,6 +74,7 @@ __all__ = [
     "UnavailableError",
     "Verification",
     "__version__",
+    "candidates",
     "compare",
     "inspect",
     "load_recipe",
@@ -86,6 +90,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Candidate": "ties_ray.operations.candidates",
+    "Candidates": "ties_ray.operations.candidates",
     "Comparison": "ties_ray.operations.compare",
     "MergedAdapter": "ties_ray.operations.in_memory",
     "Plan": "ties_ray.planning.plan",
@@ -176,6 +182,19 @@ def sweep(
             watch(progress)
 
         return sweeping.sweep(_as_sweep(recipe), fresh=fresh, watch=both)
+
+
+def candidates(recipe: "Recipe | Mapping[str, object]", *, memory: int | None = None) -> "Candidates":
+    """Return a recipe whose models stay in memory, so that merged models come in a fraction of a merge.
+
+        with ties_ray.candidates(recipe) as pool:
+            tensors = pool.merge({"method.lambda": 0.5}).state_dict()
+
+    memory: the most bytes for the models; half of the machine's by default. Raises a `MergeError`.
+    """
+    from ties_ray.operations.candidates import Candidates
+
+    return Candidates(recipe, memory=memory)
 
 
 def inspect(

@@ -31,12 +31,12 @@ AT_ONCE = 4
 """Threads that read and compare blocks."""
 _DIGEST = re.compile("[0-9a-f]{32}|[0-9a-f]{64}")
 """An ETag that is the content's MD5 or SHA-256."""
-_TORCH = {
+TORCH = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-"""The dtypes whose values are compared. Other tensors are compared byte by byte."""
+"""The names in torch of dtypes whose values are compared. Other tensors are compared byte by byte."""
 
 Order = Literal["stored", "name", "difference", "relative", "cosine", "changed"]
 """An order of tensors: as A stores them, by name, or the largest differences first."""
@@ -207,10 +207,10 @@ class _Weights:
         import torch
 
         place, dtype = self.stored(name), self.tensors[name].dtype
-        width = DTYPE_BITS[dtype] // 8 if dtype in _TORCH else 1
+        width = DTYPE_BITS[dtype] // 8 if dtype in TORCH else 1
         data = torch.empty((stop - start) * width, dtype=torch.uint8)
         self._stores.of(place.pin.uri).read(place.pin, place.start + start * width, data.numpy().data)
-        return data.view(getattr(torch, _TORCH[dtype])) if dtype in _TORCH else data
+        return data.view(getattr(torch, TORCH[dtype])) if dtype in TORCH else data
 
     def blocks(self, names: Sequence[str]) -> "Iterator[tuple[str, Tensor]]":
         """Yield some tensors in blocks."""
@@ -221,7 +221,7 @@ class _Weights:
     def length(self, name: str) -> int:
         """Return the elements of a tensor, or its bytes where it holds no numbers."""
         dtype, place = self.tensors[name].dtype, self.stored(name)
-        return place.size // (DTYPE_BITS[dtype] // 8) if dtype in _TORCH else place.size
+        return place.size // (DTYPE_BITS[dtype] // 8) if dtype in TORCH else place.size
 
 
 class _Changes:
@@ -378,7 +378,7 @@ class _Pair:
             dtype_a=a.dtype,
             dtype_b=b.dtype,
             shape=list(a.shape),
-            **_figures(difference, read=a.dtype in _TORCH),
+            **_figures(difference, read=a.dtype in TORCH),
         )
 
     def _parts(self, *, missing: bool) -> "Iterator[tuple[str, Difference]]":
@@ -406,7 +406,7 @@ class _Pair:
 
 
 def _are_alike(a: Tensors, b: Tensors) -> bool:
-    return a.shape == b.shape and (a.dtype == b.dtype or {a.dtype, b.dtype} <= _TORCH.keys())
+    return a.shape == b.shape and (a.dtype == b.dtype or {a.dtype, b.dtype} <= TORCH.keys())
 
 
 def _shown(tensor: Tensors) -> str:

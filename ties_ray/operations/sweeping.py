@@ -79,7 +79,7 @@ def plan(sweep: Sweep, sizes: Sizes = SIZES) -> SweepPlan:
     catalogs: dict[Hashable, Catalog] = {}
     asked = []
     for recipe in recipes:
-        key = _reading_of(recipe)
+        key = reading_of(recipe)
         if key not in catalogs:
             catalogs[key] = read_catalog(recipe, Stores(recipe.storage))
         asked.append((recipe, catalogs[key]))
@@ -223,7 +223,7 @@ def _not_shared(made: Sequence[tuple[Setting, Recipe]]) -> list[Problem]:
     return problems
 
 
-def _reading_of(recipe: Recipe) -> Hashable:
+def reading_of(recipe: Recipe) -> Hashable:
     """Return what of a recipe decides its catalog."""
     rules = recipe.model_dump(mode="json", exclude={"run": True, "method": True, "output": {"path", "part_size"}})
     method = recipe.method

@@ -14,6 +14,7 @@ from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.rounds import Merge, PlannedRound, kind_of
 from ties_ray.safetensors import DTYPE_BITS
+from ties_ray.tensors import Parameter
 
 STATE = 20
 """Bytes of the state of an op for each element, at most."""
@@ -93,6 +94,21 @@ def room_for(plans: Sequence[Plan]) -> tuple[Room, int]:
         return NOTHING, needed.slices if len(plans) > 1 else 0
     slices = min(needed.slices, free)
     return Room(slices, max(0, min(needed.states, free - slices))), needed.slices - slices
+
+
+def whole(plan: Plan) -> Room:
+    """Return what all slices of all models take, and the states of one op over all elements."""
+    merge = plan.merges[0]
+    slices = sum(_stored(merge, parameter) for parameter in merge.layout.parameters)
+    return Room(slices + slices // 20 + ENDS, STATE * merge.layout.num_elements + ENDS)
+
+
+def _stored(merge: Merge, parameter: Parameter) -> int:
+    """Return the bytes of a parameter in the base and in all models, as they are held."""
+    of_base, of_models = merge.sources.widths
+    num_dense = sum(merge.sources.formats[model.format].whole for model in merge.models)
+    factors = merge.sources.footprint(parameter, merge.models).decoded_bytes[0]
+    return parameter.numel * (max(of_base, 8) + num_dense * of_models) + 4 * factors
 
 
 def _finer(sizes: Sizes) -> Sizes:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ties_ray.kernels import Factors, Op, State, Stored
+from ties_ray.kernels import Factors, State, Stored
+from ties_ray.kernels.buffers import Buffers
 from ties_ray.planning.together import NOTHING, Room
 from ties_ray.stores import Pin
 
@@ -56,6 +57,7 @@ class Held:
 
     def __init__(self, room: Room = NOTHING) -> None:
         self.is_on = room != NOTHING
+        self.buffers = Buffers()
         self._slices = _Arena(room.slices)
         self._states = _Arena(room.states)
         self._runs: dict[Hashable, list[Stored | None]] = {}
@@ -137,10 +139,15 @@ class Folds:
         """block: what its slices are, as a value."""
         self._held, self._block = held, block
 
-    def kept(self, op: Op) -> Fold | None:
-        """Return what is held of an op's fold; see `Held.fold_of`."""
-        return self._held.fold_of((op, self._block))
+    def kept(self, key: Hashable) -> Fold | None:
+        """Return what is held under a key, such as the op; see `Held.fold_of`."""
+        return self._held.fold_of((key, self._block))
 
-    def keep(self, op: Op, state: State, not_finite: Sequence[int]) -> None:
-        """Hold a copy of an op's state, where there is room."""
-        self._held.keep_fold((op, self._block), state, not_finite)
+    def keep(self, key: Hashable, state: State, not_finite: Sequence[int]) -> None:
+        """Hold a copy of a state, where there is room."""
+        self._held.keep_fold((key, self._block), state, not_finite)
+
+    def scaled(self, merged: Tensor, factor: float) -> Tensor:
+        """Return a merged delta (1-D fp32) times a factor that is rounded to fp32."""
+        out = self._held.buffers.empty(len(merged), torch.float32)
+        return torch.mul(merged, torch.tensor(factor, dtype=torch.float32), out=out)

@@ -1,6 +1,6 @@
 """The models' slices of one block, as a merge method sees them (`Deltas`)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -107,14 +107,23 @@ class StoredSlices(Slices):
     def fold(self, op: Op) -> State:
         """Return the op's state over all models. A model that lacks the parameter adds nothing."""
         if self._folds:
-            return {name: values.clone() for name, values in self._shared(op, self._folds).items()}
-        models = self.models()
-        return self._folded(op, models, *self._group(models))
+            state = self._shared(self._folds, op, lambda: self._fold(op))
+            return {name: values.clone() for name, values in state.items()}
+        return self._fold(op)
 
     def elect(self, op: Op, election: Election) -> Tensor:
         """Return the merged delta. Where one group holds all models, no state is written to memory."""
-        if self._folds:
-            return self._kernels.elect(op, self._shared(op, self._folds), *election)
+        if self._folds:  # factor 1 is exact, and merges that differ in their factors alone share the rest
+            unscaled = election._replace(factor=1.0)
+            state = self._shared(self._folds, (op, unscaled), lambda: {"merged": self._elect(op, unscaled)})
+            return self._folds.scaled(state["merged"], election.factor)
+        return self._elect(op, election)
+
+    def _fold(self, op: Op) -> State:
+        models = self.models()
+        return self._folded(op, models, *self._group(models))
+
+    def _elect(self, op: Op, election: Election) -> Tensor:
         models = self.models()
         group, last = self._group(models)
         if not last or self._earlier or self._keeps:
@@ -123,14 +132,13 @@ class StoredSlices(Slices):
         self._note(group, counts)
         return merged
 
-    def _shared(self, op: Op, folds: Folds) -> State:
-        """Return the op's state, as another merge has left it or for others to take. Nobody may write to it."""
-        fold = folds.kept(op)
+    def _shared(self, folds: Folds, key: Hashable, make: Callable[[], State]) -> State:
+        """Return what another merge has made of these slices, or make it. Nobody may write to it."""
+        fold = folds.kept(key)
         if fold is None:
-            counted, models = list(self.not_finite), self.models()
-            state = self._folded(op, models, *self._group(models))
+            counted, state = list(self.not_finite), make()
             counts = [after - before for after, before in zip(self.not_finite, counted, strict=True)]
-            folds.keep(op, state, counts)
+            folds.keep(key, state, counts)
             return state
         if self.watch and not self._pass:
             for _ in self.models():
