@@ -58,6 +58,7 @@ UNFOLLOWED = {
         "name more models", "give it another output.path", "add the setting's name: ", "add `settings` for a sweep",
         "split them into several recipes", "`ties-ray sweep` does them all", "out of the settings",
         "leave fewer models out", "give the folder above the outputs", "merge it in a recipe of its own", "{setting}",
+        "allow more, or merge with", "save the candidate",
     ),
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (
