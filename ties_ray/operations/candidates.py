@@ -197,16 +197,16 @@ class Candidate:
         cuts = [kind.shard(merge, merge.rounds[index], number) for number in shards]
         keys = tuple(kind.work_key(bench, index, shard) for shard in cuts)
         tallies = {group: kind.tally(bench) for group in range(kind.num_groups(merge))}
-        found = self._outcomes.get(keys) if None not in keys else None
-        if found is None:
+        findings = self._outcomes.get(keys) if None not in keys else None
+        if findings is None:
             for number, shard in zip(shards, cuts, strict=True):
                 tally = kind.tally(bench)
                 kind.work(bench, index, shard, tally, Counter())
                 tallies[kind.group(merge, number)].absorb(tally)
-            found = {group: tally.finding() for group, tally in tallies.items()}
+            findings = {group: tally.finding() for group, tally in tallies.items()}
             if None not in keys:
-                self._outcomes[keys] = found
-        return {group: kind.fold(bench, index, group, [finding]) for group, finding in found.items()}
+                self._outcomes[keys] = findings
+        return {group: kind.fold(bench, index, group, [finding]) for group, finding in findings.items()}
 
 
 def _numel(shape: tuple[int, ...]) -> int:
