@@ -21,7 +21,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 """A 1-D array of bytes."""
 
 
-LARGE = 2**20
+LARGE = 2**17
 """Bytes of a tensor that `return_large_memory` is about, at least."""
 _M_MMAP_THRESHOLD = -3
 
