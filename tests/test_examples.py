@@ -5,10 +5,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 import ties_ray
+from tests.tools.families import make_family
+from tests.tools.merging import read_tensors
+from ties_ray.layers import layer_of
 from ties_ray.recipe.recipe import Recipe
+from ties_ray.stores import Stores
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -17,6 +22,29 @@ FOLDER = Path(__file__).parents[1] / "examples"
 def test_a_recipe_is_one(path: Path) -> None:
     assert isinstance(ties_ray.load_recipe(path), Recipe)
     assert path.name in (FOLDER / "README.md").read_text()
+
+
+def test_layer_swapping_swaps_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = make_family(Stores({}).of("/"), str(tmp_path / "models"), num_models=2, layers=32, hidden=4, dtype="F32")
+    (tmp_path / "models" / "model-0").rename(tmp_path / "models" / "math")
+    (tmp_path / "models" / "model-1").rename(tmp_path / "models" / "japanese")
+    monkeypatch.chdir(tmp_path)
+    recipe = ties_ray.load_recipe(FOLDER / "layer_swapping.yaml").model_dump(mode="json", by_alias=True)
+    recipe["output"]["dtype"] = "float32"
+    ties_ray.merge({**recipe, "run": {"executor": "local"}})
+    written, (math, language) = read_tensors(tmp_path / "merged" / "math-in-japanese"), family.model_tensors
+    halves = set()
+    for name, base in family.base_tensors.items():
+        layer = layer_of(name)
+        if not base.is_floating_point() or not base.numel() or name not in math:
+            continue
+        if layer and layer.number in (5, 29):
+            wanted = (math[name].double() + language[name].double()) / 2
+            halves.add(layer.number)
+        else:
+            wanted = (math if layer and 5 < layer.number < 29 else language)[name].double()
+        torch.testing.assert_close(written[name].double(), wanted, rtol=1e-6, atol=1e-6, msg=name)
+    assert halves == {5, 29}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.name)
