@@ -220,7 +220,7 @@ def _next(result: MergeResult, recipe: str) -> Iterator[str]:
 
 def of_promotion(promotion: Promotion) -> Iterator[str]:
     """Yield the outputs that a pointer names."""
-    yield f"{promotion.pointer} {'names now' if promotion.changed else 'named already'} {promotion.current.output}"
+    yield f"{promotion.pointer} {'now names' if promotion.changed else 'already names'} {promotion.current.output}"
     yield f"  before: {promotion.previous.output}" if promotion.previous else "  nothing before it"
 
 
