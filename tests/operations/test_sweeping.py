@@ -84,9 +84,15 @@ def test_every_setting_has_the_bytes_and_the_findings_that_it_has_alone(
 
 def test_a_sweep_of_one_method_reads_as_much_as_its_densest_merge(family_of: MakeFamily, tmp_path: Path) -> None:
     family = family_of(num_models=4, hidden=48, dtype="F32", smooth=True)
-    data = sweep_data(family, tmp_path / "swept", grid={"method.lambda": [0.1, 0.3, 1.0]})
+    grid = {"method.lambda": [0.1, 0.3, 1.0]}
+    settings = [
+        {"name": "sum", "set": {"method": {"name": "task_arithmetic"}}},
+        {"name": "few", "set": {"models": {"not": ["0"]}}},
+    ]
+    data = sweep_data(family, tmp_path / "swept", settings=settings, grid=grid)
     result = sweeping.sweep(sweep_of(data))
-    alone = merging.merge(sweeping.plan(sweep_of({**data, "output": f"{tmp_path}/alone/{{setting}}"})).plans[0].recipe)
+    assert [row.setting for row in result.rows] == ["sum", "few", "lambda-0.1", "lambda-0.3", "lambda-1.0"]
+    alone = merging.merge(sweeping.plan(sweep_of({**data, "output": f"{tmp_path}/alone/{{setting}}"})).plans[-1].recipe)
     assert result.bytes_read == alone.bytes_read > 0
 
 

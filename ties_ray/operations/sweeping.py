@@ -42,7 +42,7 @@ class SweepPlan:
     """The path of the outputs, with `{setting}` in it."""
     settings: tuple[Setting, ...]
     plans: tuple[Plan, ...]
-    """One for each setting, in an order in which alike merges stand beside each other."""
+    """One for each setting."""
     missing: int
     """Bytes of a shard's slices for which workers have no room, so that each setting reads them again."""
 
@@ -83,13 +83,11 @@ def plan(sweep: Sweep, sizes: Sizes = SIZES) -> SweepPlan:
         if key not in catalogs:
             catalogs[key] = read_catalog(recipe, Stores(recipe.storage))
         asked.append((recipe, catalogs[key]))
-    order = sorted(range(len(asked)), key=lambda index: (_op_of(asked[index][0]), index))
-    shared = share([asked[index] for index in order], sizes)
+    shared = share(asked, sizes)
     stores = Stores(recipes[0].storage)
     plans = tuple(merging.checked(made, stores) for made in shared.plans)
-    own = tuple(settings[index] for index in order)
     memory = max(made.memory for made in plans) + shared.room.size
-    return SweepPlan(absolute(sweep.output), own, plans, shared.missing, memory)
+    return SweepPlan(absolute(sweep.output), tuple(settings), plans, shared.missing, memory)
 
 
 def sweep(
@@ -152,6 +150,7 @@ def _run(left: Sequence[_Opened], meters: Meters, stores: Stores, started: float
     """Do all rounds of all merges, and publish them. Try again where the store has forgotten an upload."""
     if not left:
         return {}
+    left = sorted(left, key=lambda each: (_op_of(each.plan.recipe), each.number))  # alike merges follow each other
     plans = aligned([each.plan for each in left])
     room, _ = room_for(plans)
     note = f"merged together with {len(left) - 1} other settings of a sweep: traffic and seconds are those of all"

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from ties_ray.planning.plan import Plan
 from ties_ray.stores import Stores
 from ties_ray.worker.cache import Cache, RangeCache
 from ties_ray.worker.held import Held
-from ties_ray.worker.messages import Setup
+from ties_ray.worker.messages import Setup, Traffic
 from ties_ray.worker.read_ahead import ReadAhead
 from ties_ray.worker.timing import Times
 from ties_ray.worker.write_behind import WriteBehind
@@ -39,6 +39,8 @@ class Tools:
     """Elements of the blocks that the memory is for."""
     bytes_compared: int = 0
     """Bytes that were read again and were the same."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """What was read and written until the last answer."""
 
 
 def make_tools(setup: Setup, plan: Plan, stores: Stores) -> Tools:

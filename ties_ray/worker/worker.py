@@ -80,7 +80,6 @@ class Worker:
         self._batch: Batch | None = None
         self._recorded = Answer()
         """The last record, until an answer tells of it: the order that wrote it may still fail."""
-        self._traffic = Traffic()
         self._totals = Totals()
 
     def _stored_plan(self, setup: Setup) -> Plan:
@@ -357,7 +356,7 @@ class Worker:
             retries=sum(meter.retries for meter in meters),
         )
         seconds, spans = self._times.take()
-        since, self._traffic = traffic.since(self._traffic), traffic
+        since, self.tools.traffic = traffic.since(self.tools.traffic), traffic
         return replace(answer, traffic=since, seconds=seconds, worker=self._name, spans=spans)
 
 
