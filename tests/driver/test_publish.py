@@ -129,10 +129,13 @@ def test_the_published_recipe_means_the_same_merge_in_every_working_directory(
     monkeypatch.chdir(Path(family.base).parent)
     table = tmp_path / "pool.csv"
     table.write_text(f"path\n{family.models[2]}\n")
+    (tmp_path / "numbers.csv").write_text("pattern,weight\n*norm*,0.5\n")
     asked = {
         "base": "base", "models": ["model-0", {"path": "./model-1", "weight": 0.5}, {"table": os.path.relpath(table)}],
         "method": AVERAGE, "output": {"path": os.path.relpath(tmp_path / "out"), "files_from": "model-1"},
         "run": {"executor": "local", "pool_cache": os.path.relpath(tmp_path / "cache")},
+        "coefficients": {"file": os.path.relpath(tmp_path / "numbers.csv")},
+        "vocabulary": {"tokens": "./model-1", "rows": {"<t1>": {"from": "model-0", "everywhere": True}}},
     }  # fmt: skip
     merging.merge(validate(asked))
     monkeypatch.chdir("/")

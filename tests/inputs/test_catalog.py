@@ -156,7 +156,7 @@ def test_tokenizers_of_different_sizes_differ_without_a_look_into_them(
     write_small(store, root, "base", **{"tokenizer.json": tokenizer_json(4)})
     write_small(store, root, "m", **{"tokenizer.json": shorter})
     monkeypatch.setattr(tokenizers, "_fetch", lambda stores, pin: b"the same" if "tokenizer.json" in pin.uri else b"{}")
-    assert "model 0: tokenizer.json differs from the base's" in read_catalog(recipe_of(root, "m"), stores).notes
+    assert "model m: tokenizer.json differs from the base's" in read_catalog(recipe_of(root, "m"), stores).notes
 
 
 def test_relative_globs_work_in_the_current_folder(
@@ -331,9 +331,9 @@ def test_what_differs_in_the_tokenizers_is_noted(stores: Stores, store: Store, r
     write_small(store, root, "ids", **{"tokenizer.json": tokenizer_json(4, "u")})
     catalog = read_catalog(recipe_of(root, "same", "eos", "chat", "chat2", "ids"), stores)
     assert catalog.notes == (
-        "model 1: eos_token differs from the base's",
-        "models 2, 3: the chat template differs from the base's",
-        "model 4: tokenizer.json differs from the base's",
+        "model eos: eos_token differs from the base's",
+        "models chat, chat2: the chat template differs from the base's",
+        "model ids: tokenizer.json differs from the base's",
     )
 
 

@@ -75,7 +75,8 @@ def test_files_of_a_module_that_a_model_has_otherwise_are_named(tmp_path: Path) 
         write(Path(place), "2_Dense/model.safetensors", data=data)
     notes = merging.plan(recipe_of(family, tmp_path / "out", TIES)).notes
     assert [note for note in notes if "2_Dense" in note] == [
-        "model 1: 2_Dense/model.safetensors differs, and is not merged: the output has the one of `output.files_from`"
+        "model model-1: 2_Dense/model.safetensors differs, and is not merged: the output has the one of"
+        " `output.files_from`"
     ]
 
 

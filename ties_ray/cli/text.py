@@ -9,13 +9,13 @@ from rich.table import Table
 from ties_ray.cli.method_docs import MethodDoc
 from ties_ray.cli.screen import duration, fact_table, new_table, num, num_bytes
 from ties_ray.errors import printable
+from ties_ray.inputs.names import model_names
 from ties_ray.operations.inspection import Inspection, Inspections, Pool
 from ties_ray.operations.promote import Promotion
 from ties_ray.operations.push import Push
 from ties_ray.operations.status import RunStatus, Status
 from ties_ray.operations.verify import Verification
 from ties_ray.planning.forecast import Forecast
-from ties_ray.reports.names import model_names
 from ties_ray.reports.records import Cleaning, MergeResult, PlannedInput, PlanRecord
 from ties_ray.rounds.condense import Truncation
 from ties_ray.rounds.threshold import TrimReport

@@ -157,7 +157,7 @@ def publish_documents(
 def _from_anywhere(plan: Plan) -> Json:
     """Return what the recipe asks, with absolute paths, so that it means the same in every working directory."""
     asked: Json = plan.recipe.model_dump(mode="json", exclude_unset=True)
-    files_from = absolute(plan.recipe.output.files_from).rstrip("/")
+    files_from = absolute(plan.recipe.output.files_from).rstrip("/")  # a glob may list it
     if files_from in {model.uri for model in (plan.catalog.base, *plan.catalog.models)}:
         asked["output"]["files_from"] = files_from
     return with_absolute_paths(asked)

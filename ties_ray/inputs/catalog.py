@@ -22,6 +22,7 @@ from ties_ray.inputs.constants import keep_dtypes
 from ties_ray.inputs.expand import BASE, Entry, expand
 from ties_ray.inputs.fetch import README, FetchedInput, ListedInput, Problems, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
+from ties_ray.inputs.names import model_names
 from ties_ray.inputs.pins import verify_pins, weak_pins
 from ties_ray.inputs.small_files import SmallFile, Taken
 from ties_ray.inputs.vocabulary import Aligned
@@ -196,6 +197,11 @@ class _Checked(NamedTuple):
     aligned: Aligned | None = None
     """The vocabularies, where the recipe brings them together."""
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Return what notes call each input, by id."""
+        return {BASE: BASE, **model_names([model.entry for model in self.models])}
+
 
 def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int) -> Catalog:
     expanded = expand(recipe, stores, threads, first)
@@ -221,15 +227,15 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int)
         *expanded.notes,
         *(note for entry in checked.entries for note in _choice(fetched[entry.id].listed)),
         *(f"left out, as allowed: {problem}" for model in checked.refused for problem in model.problems),
-        *_notes_of_formats([checked.inputs[entry.id] for entry in checked.entries]),
+        *_notes_of_formats([checked.inputs[entry.id] for entry in checked.entries], checked.names),
         *_idle_patterns(recipe.exclude, parameters, checked.models),
-        *(_config_notes(fetched, checked.models, files_from) if BASE in fetched else ()),
+        *(_config_notes(fetched, checked.names, files_from) if BASE in fetched else ()),
         *dtype_notes,
         *(checked.aligned.notes if checked.aligned else ()),
         *weak_pins(pin for model in inputs for pin in model.objects),
         *pin_notes,
         *_comparing(checked.num_compared),
-        *(_tokenizer_notes(fetched, checked.models, stores, threads) if BASE in fetched else ()),
+        *(_tokenizer_notes(fetched, checked.names, stores, threads) if BASE in fetched else ()),
         *small_notes,
         *template_notes,
         *(_unopened(fetched[files_from].listed, library) if files_from and recipe.output.kind == "checkpoint" else ()),
@@ -452,7 +458,8 @@ def _small_files(
         texts = [json.loads(text or b"{}") for text in (config, owner.folder.texts.get(configs.CONFIG, b""))]
         carried = vocabulary.with_tokenizer(aligned, carried, _taken(owner, stores, threads), *texts)
     whole = [model.entry for model in checked.models if model.entry.id != files_from and model.format.whole]
-    differing = small_files.differing_modules(carried.files, {entry.id: entry.uri for entry in whole}, stores, threads)
+    others = {checked.names[entry.id]: entry.uri for entry in whole}
+    differing = small_files.differing_modules(carried.files, others, stores, threads)
     leftovers = checked.inputs[files_from].contents.leftovers
     files = (replace(file, without=leftovers) if file.name == configs.CONFIG else file for file in carried.files)
     return tuple(files), (*carried.notes, *differing)
@@ -505,14 +512,14 @@ def _choice(listed: ListedInput) -> list[str]:
     return [f"{listed.entry.uri}: the recipe chooses {listed.chosen}{aside}"]
 
 
-def _notes_of_formats(inputs: Sequence[ReadModel]) -> list[str]:
+def _notes_of_formats(inputs: Sequence[ReadModel], names: Mapping[str, str]) -> list[str]:
     """Return what formats note of their folders; inputs with the same note share it."""
     who: dict[str, list[Entry]] = {}
     for each in inputs:
         for note in each.contents.notes:
             who.setdefault(note.removeprefix(f"{each.entry.uri}: "), []).append(each.entry)
     return [
-        f"{configs.named([entry.id for entry in entries]) if len(entries) > 1 else entries[0].uri}: {note}"
+        f"{configs.named([names[entry.id] for entry in entries]) if len(entries) > 1 else entries[0].uri}: {note}"
         for note, entries in who.items()
     ]
 
@@ -524,18 +531,18 @@ def _idle_patterns(patterns: Sequence[str], parameters: Sequence[Parameter], mod
     return [f"no tensor of base or models is called {pattern!r} (exclude)" for pattern in idle]
 
 
-def _config_notes(fetched: Mapping[str, FetchedInput], models: Sequence[ReadModel], files_from: str) -> list[str]:
-    ids = [model.entry.id for model in models]
-    texts = {id_: fetched[id_].folder.texts.get(configs.CONFIG, b"") for id_ in (BASE, *ids)}
-    whose = "the base's" if files_from in ("", BASE) else f"that of model {files_from}"
-    return configs.notes(texts[BASE], [(id_, texts[id_]) for id_ in ids if texts[id_]], whose) if texts[BASE] else []
+def _config_notes(fetched: Mapping[str, FetchedInput], names: Mapping[str, str], files_from: str) -> list[str]:
+    texts = {name: fetched[id_].folder.texts.get(configs.CONFIG, b"") for id_, name in names.items()}
+    whose = "the base's" if files_from in ("", BASE) else f"that of model {names[files_from]}"
+    base = texts.pop(BASE)
+    return configs.notes(base, [(name, text) for name, text in texts.items() if text], whose) if base else []
 
 
 def _tokenizer_notes(
-    fetched: Mapping[str, FetchedInput], models: Sequence[ReadModel], stores: Stores, threads: Executor
+    fetched: Mapping[str, FetchedInput], names: Mapping[str, str], stores: Stores, threads: Executor
 ) -> list[str]:
-    others = [fetched[model.entry.id].listed.tokenizer for model in models]
-    return tokenizers.notes(fetched[BASE].listed.tokenizer, others, stores, threads)
+    named = {id_: fetched[id_].listed.tokenizer._replace(id=name) for id_, name in names.items()}
+    return tokenizers.notes(named.pop(BASE), list(named.values()), stores, threads)
 
 
 def _comparing(num_bytes: int) -> list[str]:

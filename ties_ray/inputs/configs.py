@@ -54,7 +54,7 @@ _FEW = 8
 
 
 def notes(base: bytes, models: Sequence[tuple[str, bytes]], kept: str) -> list[str]:
-    """Return notes on models whose configs (id, text) differ from the base's; equal differences share a note.
+    """Return notes on models whose configs (name, text) differ from the base's; equal differences share a note.
 
     kept: the owner of the output's config, as the note names it. Spellings and versions are no difference.
     """
@@ -72,10 +72,10 @@ def notes(base: bytes, models: Sequence[tuple[str, bytes]], kept: str) -> list[s
     ]
 
 
-def named(ids: Sequence[str]) -> str:
-    """Return the models a note is about: `model 1`, `models 0, 2 and 40 more`."""
-    more = f" and {len(ids) - _FEW} more" if len(ids) > _FEW else ""
-    return f"model{'s' * (len(ids) > 1)} {', '.join(ids[:_FEW])}{more}"
+def named(names: Sequence[str]) -> str:
+    """Return the models a note is about: `model math`, `models math, code and 40 more`."""
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return f"model{'s' * (len(names) > 1)} {', '.join(names[:_FEW])}{more}"
 
 
 def rows(config: bytes) -> int | None:

@@ -32,6 +32,7 @@ class Tokenizer(NamedTuple):
     """The files of one input that may be a tokenizer's."""
 
     id: str
+    """What notes call it."""
     uri: str
     files: Files
 

@@ -15,6 +15,7 @@ from ties_ray.formats.by_token import ByToken
 from ties_ray.inputs import configs, tokenizers
 from ties_ray.inputs.agreement import ReadModel
 from ties_ray.inputs.expand import BASE, Entry
+from ties_ray.inputs.names import model_names
 from ties_ray.inputs.small_files import Taken
 from ties_ray.inputs.tokenizers import MOST_TOKENS, SETTINGS, VOCABULARY, Tokenizer, Tokens
 from ties_ray.libraries.ties import Tie
@@ -323,11 +324,12 @@ class _Alignment:
         own_tokens = len(self._tokens) - len(self.added)
         yield f"vocabulary: {self.num_rows:,} rows, for the {own_tokens:,} tokens of {owner}{more}"
         tokens = set(self._tokens.values())
+        names = model_names([self._inputs[id_].read.entry for id_ in self._models])
         for id_, own in self._inputs.items():
             lacking = sum(own.row(token) is None for token in tokens)
             unused = sum(row < own.num_rows and token not in tokens for token, row in own.tokens.ids.items())
             if lacking or unused:
-                whose = "the base" if id_ == BASE else f"model {id_}"
+                whose = "the base" if id_ == BASE else f"model {names[id_]}"
                 yield f"vocabulary: {whose} lacks {lacking:,} of these tokens, and {unused:,} of its own are left aside"
         if self.without_row:
             yield f"vocabulary: zeros, since no input has a row for {enumerated(sorted(self.without_row))}"

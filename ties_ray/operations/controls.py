@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ties_ray.errors import InputError, Problem
+from ties_ray.inputs.names import model_names
 from ties_ray.measures.positions import MOST_MODELS, ranges, share_of
 from ties_ray.methods import Computed, Context, Slice
 from ties_ray.operations.sample import worker_of
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.controls import ByChance, Controls, LeftOut
-from ties_ray.reports.names import model_names
 from ties_ray.reports.records import Progress, Watch
 from ties_ray.rounds import Merge
 from ties_ray.rounds.merge import MergeRound

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ties_ray.inputs.catalog import Model
+from ties_ray.inputs.names import model_names
 from ties_ray.recipe.recipe import ModelEntry
-from ties_ray.reports.names import model_names
 from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, text_of
 from ties_ray.reports.records import Progress, Watch
 from ties_ray.stores import Stores

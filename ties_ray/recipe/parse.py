@@ -79,13 +79,38 @@ def with_absolute_paths(asked: Json) -> Json:
     moved = copy.deepcopy(asked)
     if isinstance(moved.get("base"), str):
         moved["base"] = absolute(hub_uri(moved["base"]))
-    keys = (("base", "path"), ("output", "path"), ("run", "pool_cache"), ("run", "disk_folder"))
+    keys = (
+        ("base", "path"),
+        ("output", "path"),
+        ("run", "pool_cache"),
+        ("run", "disk_folder"),
+        ("coefficients", "file"),
+    )
     places = [(moved.get(section), key) for section, key in keys]
     places += [(entry, key) for entry in moved["models"] for key in ("path", "table", "run", "adapter")]
+    places += [(moved, "continues")]
+    companions = [entry["with"] for entry in moved["models"] if isinstance(entry, dict) and entry.get("with")]
+    places += [(beside, name) for beside in companions for name in beside if not beside[name].startswith("{")]
     for section, key in places:
         if isinstance(section, dict) and section.get(key):
             section[key] = absolute(hub_uri(section[key]))
+    _move_references(moved)
     return moved
+
+
+def _move_references(moved: Json) -> None:
+    """Make the paths absolute by which a recipe names an input that it lists; an id stays as it is."""
+    base = moved.get("base")
+    listed = [base.get("path") if isinstance(base, dict) else base]
+    listed += [entry.get("path") if isinstance(entry, dict) else absolute(entry) for entry in moved["models"]]
+    vocabulary = moved.get("vocabulary")
+    places = [(moved["output"], "files_from")]
+    if isinstance(vocabulary, dict):
+        places += [(vocabulary, "tokens"), *((row, "from") for row in (vocabulary.get("rows") or {}).values())]
+    for section, key in places:
+        path = absolute(hub_uri(str(section.get(key) or ""))).rstrip("/") if isinstance(section, dict) else ""
+        if path in {str(uri).rstrip("/") for uri in listed if uri}:
+            section[key] = path
 
 
 def _missing_base(data: Json, problems: Sequence[Problem]) -> Iterator[Problem]:

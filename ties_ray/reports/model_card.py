@@ -13,8 +13,8 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from ties_ray.errors import printable
 from ties_ray.inputs.catalog import Model
+from ties_ray.inputs.names import model_names
 from ties_ray.planning.plan import Plan
-from ties_ray.reports.names import model_names
 from ties_ray.reports.records import MergeResult
 from ties_ray.rounds.condense import Truncation
 from ties_ray.stores import hub_name

@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ties_ray.errors import ErrorKind, MergeError, Problem
 from ties_ray.formats import Account
 from ties_ray.inputs.catalog import Model
+from ties_ray.inputs.names import model_names
 from ties_ray.libraries.loaders import RECIPE_NAME as RECIPE_NAME
 from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME
 from ties_ray.libraries.loaders import SUMS_NAME as SUMS_NAME
 from ties_ray.planning.forecast import Forecast
 from ties_ray.planning.plan import Plan
 from ties_ray.reports.effects import MergeEffects
-from ties_ray.reports.names import model_names
 from ties_ray.rounds import kind_of
 from ties_ray.rounds.condense import Truncation
 from ties_ray.rounds.threshold import TrimReport

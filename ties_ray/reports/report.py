@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ties_ray.inputs.names import model_names
 from ties_ray.measures.findings import findings
 from ties_ray.reports.controls import Controls
 from ties_ray.reports.effects import MergeEffects, ModelEffects, ParameterEffects
-from ties_ray.reports.names import model_names
 from ties_ray.reports.pool import ComparedModel, PoolComparison, Remark, text_of
 from ties_ray.reports.records import InputProvenance, MergeResult, Report
 from ties_ray.rounds.threshold import TrimReport

@@ -2,7 +2,7 @@ from typing import NamedTuple
 
 import pytest
 
-from ties_ray.reports.names import model_names, short_names
+from ties_ray.inputs.names import model_names, short_names
 
 
 class Model(NamedTuple):
