@@ -1,6 +1,7 @@
 """The step contract itself, in this process; the engines' tests drive it through each of them."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from ties_ray_pipelines import step
-from ties_ray_pipelines.jobs import JobsError, Outcome
+from ties_ray_pipelines.jobs import Jobs, JobsError, Outcome
 from ties_ray_pipelines.step import (
     Merge,
     Promote,
     Site,
+    Verify,
     compact,
     explain,
     is_new,
@@ -61,6 +63,46 @@ def test_a_step_hands_on_the_record_and_shows_the_log(program: Callable[[str], S
     assert json.loads((tmp_path / "given").read_text()) == {"base": "b"}
     called = "merge --json --set method.density=0.3 --result r.json -- -"
     assert (tmp_path / "calls").read_text().strip() == called
+
+
+@pytest.mark.parametrize("recipe", [{"base": "b"}, "base: b\nmodels: [m]", ' {"base": "b"}'])
+def test_a_recipe_itself_is_given_as_input_and_travels_with_a_job(recipe: str | dict[str, str]) -> None:
+    merge = Merge(recipe)
+    text = merge.stdin()
+    assert text == (recipe if isinstance(recipe, str) else '{"base":"b"}')
+    assert merge.words()[-2:] == ["--", "-"]
+    sent, command = shlex.split(merge.entrypoint())[2:4]
+    assert (sent, command) == (text, "|")
+
+
+def test_a_place_is_read_where_the_command_runs() -> None:
+    merge = Merge("s3://recipes/a.yaml", ("run.workers=2",))
+    assert (merge.words()[-1], merge.stdin()) == ("s3://recipes/a.yaml", "")
+    assert merge.entrypoint().endswith(" -- s3://recipes/a.yaml")
+
+
+def test_a_verification_names_its_output_last() -> None:
+    assert Verify("s3://merged/a", 0.25).words() == ["verify", "--json", "--sample", "0.25", "--", "s3://merged/a"]
+    assert Verify("--help").entrypoint() == "ties-ray verify --json -- --help"
+
+
+def test_the_token_of_a_site_is_not_shown() -> None:
+    assert "secret" not in repr(Site("http://head:8265", token="secret"))
+
+
+def test_a_client_takes_the_token_that_is_given_before_that_of_the_environment_and_of_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Jobs("http://head:8265").token is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("ray's\n")
+    assert Jobs("http://head:8265").token == "ray's"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "environment's")
+    assert Jobs("http://head:8265").token == "environment's"
+    assert Jobs("http://head:8265", "given").token == "given"
 
 
 @pytest.mark.parametrize(("ending", "calls"), [("exit 2", 1), ("exit 1", 1), ("exit 4", 3), ("exit 5", 3)])

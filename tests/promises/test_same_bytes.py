@@ -220,7 +220,7 @@ def peak_of(recipe_file: Path) -> int:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Return 64 models of 25 MB over one base; their files are links to three, since only their number matters."""
+    """Return 32 models of 25 MB over one base; their files are links to three, since only their number matters."""
     root = tmp_path_factory.mktemp("many")
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 6_000_000, generator=generator).to(torch.bfloat16)
@@ -229,11 +229,11 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Family:
         noise = torch.randint(-2, 3, values.shape, generator=generator, dtype=torch.int16)
         changed = (values.view(torch.int16) + noise * (number > 0)).view(torch.bfloat16)
         write_checkpoint(store, str(root / str(number)), {"a.weight": changed[0], "b.weight": changed[1]})
-    for number in range(4, 65):
+    for number in range(4, 33):
         (root / str(number)).mkdir()
         for file in (root / str(number % 3 + 1)).iterdir():
             os.link(file, root / str(number) / file.name)
-    return Family(str(root / "0"), tuple(str(root / str(number)) for number in range(1, 65)), {}, ())
+    return Family(str(root / "0"), tuple(str(root / str(number)) for number in range(1, 33)), {}, ())
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_the_peak_is_the_planned_one_and_does_not_grow_with_models(
     method: str, memory: str, many: Family, tmp_path: Path
 ) -> None:
     peaks, planned = [], []
-    for count in (4, 64):
+    for count in (4, 32):
         family = replace(many, models=many.models[:count])
         run = {**LOCAL, "workers": 1, "memory": memory}
         recipe = recipe_of(family, tmp_path / f"out-{count}", method, run=run)
