@@ -1,5 +1,6 @@
 """Windows of a training run: exact averages by schedule, and many windows and schedules from one reading."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+import ties_ray
 from tests.conftest import Bucket
 from tests.operations.test_sweeping import digests
 from tests.tools.families import Tensors, write_checkpoint
 from tests.tools.merging import merge_and_die, read_tensors
+from tests.tools.sharded import write_sharded
+from ties_ray.errors import InputError
+from ties_ray.layout.sizes import Sizes
 from ties_ray.operations import merging, sweeping
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.settings import sweep_of
 from ties_ray.stores import Stores
 
 LOCAL = {"executor": "local", "workers": 2}
+SMALL = Sizes(least_part=2**12, most_part=2**12, max_shard=2**13, max_range=2**12, min_range=2**10, max_block=211,
+              least_block=97, max_local_block=211, least_local_block=97)  # fmt: skip
 LASTS = [4, 8, 12, 16, 20]
 SCHEDULES: list[Any] = ["mean", {"ema": 0.7}, "minus_sqrt", "cosine"]
 SHAPES = {
@@ -26,7 +33,9 @@ SHAPES = {
 }
 
 
-def write_run(folder: str, count: int, storage: dict[str, Any] | None = None) -> list[Tensors]:
+def write_run(
+    folder: str, count: int, storage: dict[str, Any] | None = None, more: Tensors | None = None
+) -> list[Tensors]:
     """Write a run of so many checkpoints: a random walk in fp32, whose steps 90, 180, ... are written backwards."""
     generator = torch.Generator().manual_seed(3)
     moved = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
@@ -35,7 +44,7 @@ def write_run(folder: str, count: int, storage: dict[str, Any] | None = None) ->
         moved = {
             name: value + 0.3 * torch.randn(value.shape, generator=generator).double() for name, value in moved.items()
         }
-        run.append({name: value.float() for name, value in moved.items()})
+        run.append({name: value.float() for name, value in moved.items()} | (more or {}))
     store = Stores(storage or {}).of(folder)
     for number in reversed(range(count)):
         write_checkpoint(store, f"{folder}/step-{90 * (number + 1)}", run[number])
@@ -128,3 +137,61 @@ def test_windows_in_a_bucket_are_killed_and_go_on(s3_bucket: Bucket, tmp_path: P
     whole = sweeping.sweep(sweep_of(windows(tmp_path / "whole", str(tmp_path / "run"), grid=grid)))
     for row, other in zip(result.rows, whole.rows, strict=True):
         assert digests(tmp_path / "swept" / row.setting) == digests(other.output)
+
+
+def sharded_run(whole: Path, sharded: Path, run: list[Tensors]) -> None:
+    """Write a run again in parts, cut otherwise at each step, with the small files of the whole checkpoints."""
+    for number, tensors in enumerate(run):
+        name = f"step-{90 * (number + 1)}"
+        cuts = {"model.layers.0.mlp.up_proj.weight": [[20][: number % 2], [5, 6 + number]], "model.ids": [[], [2]]}
+        cuts["model.embed_tokens.weight"] = [[16, 32, 40]]
+        (sharded / name).mkdir(parents=True)
+        write_sharded(sharded / name, tensors, cuts)
+        for path in (whole / name).iterdir():
+            if path.suffix != ".safetensors":
+                shutil.copy(path, sharded / name)
+
+
+@pytest.mark.parametrize("more", [{}, {"exclude": ["*up_proj*"], "output.dtype": "bfloat16"}, {"vocabulary": {}}])
+def test_checkpoints_in_parts_give_the_bytes_of_whole_ones(more: dict[str, Any], tmp_path: Path) -> None:
+    ids = {"model.ids": torch.arange(12).reshape(3, 4)}
+    run = write_run(str(tmp_path / "run"), 4, more=ids)
+    sharded_run(tmp_path / "run", tmp_path / "parts", run)
+    for folder in ("run", "parts"):
+        window = {"run": str(tmp_path / folder), "schedule": "minus_sqrt"}
+        output = {"path": str(tmp_path / f"{folder}-out")}
+        if "output.dtype" in more:
+            output["dtype"] = more["output.dtype"]
+        data = {"models": [window], "method": "average", "output": output, "run": LOCAL}
+        recipe = validate({**data, **{key: value for key, value in more.items() if "." not in key}})
+        if folder == "parts" and "vocabulary" in more:
+            with pytest.raises(InputError, match=r"in several tensors"):
+                merging.merge(recipe, sizes=SMALL)
+            return
+        merging.merge(recipe, sizes=SMALL)
+    assert digests(tmp_path / "parts-out") == digests(tmp_path / "run-out")
+
+
+@pytest.mark.parametrize("method", ["ties", "iso_c", "model_stock"])
+def test_methods_read_parts_beside_whole_models(method: str, tmp_path: Path) -> None:
+    run = write_run(str(tmp_path / "run"), 4)
+    sharded_run(tmp_path / "run", tmp_path / "parts", run)
+    for folder in ("run", "parts"):
+        models = [{"run": str(tmp_path / folder), "from": 180, "to": 270}, f"{tmp_path}/run/step-360"]
+        data = {"base": f"{tmp_path}/{folder}/step-90", "models": models, "method": method, "run": LOCAL}
+        merging.merge(validate({**data, "output": f"{tmp_path}/{folder}-out"}), sizes=SMALL)
+    assert digests(tmp_path / "parts-out") == digests(tmp_path / "run-out")
+
+
+def test_parts_are_inspected_and_compared_by_their_changes(tmp_path: Path) -> None:
+    run = write_run(str(tmp_path / "run"), 2)
+    sharded_run(tmp_path / "run", tmp_path / "parts", run)
+    sides = f"{tmp_path}/parts/step-180", f"{tmp_path}/run/step-180"
+    with pytest.raises(InputError, match="is stored in parts, of which only changes"):
+        ties_ray.compare(*sides)
+    same = ties_ray.compare(*sides, base=f"{tmp_path}/parts/step-90")
+    assert same.equal
+    assert len(same.tensors) == len(SHAPES)
+    (shown,) = ties_ray.inspect(sides[0]).folders
+    assert shown.format == "dcp"
+    assert not shown.problems

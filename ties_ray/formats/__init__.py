@@ -16,7 +16,7 @@ from ties_ray.formats._account import Aside as Aside
 from ties_ray.formats._account import account as account
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.libraries.ties import Tie
-from ties_ray.safetensors import Header
+from ties_ray.safetensors import Header, TensorInfo
 from ties_ray.stores import Pin
 from ties_ray.tensors import Kind, Parameter, Read, Source
 
@@ -139,6 +139,11 @@ class Format(ABC):
     def weight_files(self, folder: Folder) -> tuple[str, ...]:
         """Return the files whose tensors are the model's, so that a name in them means one tensor."""
         return tuple(folder.headers)
+
+    def places(self, folder: Folder) -> dict[str, tuple[str, TensorInfo]]:
+        """Return (file, place in it) of each tensor, by the name that questions give it."""
+        files = self.weight_files(folder)
+        return {name: (file, info) for file in files for name, info in folder.headers[file].tensors.items()}
 
     def questions(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> tuple[Question, ...]:
         """Return questions that only the bytes answer; `read` finds the answers in the folder.

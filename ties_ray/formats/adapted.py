@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ties_ray.errors import Problem, enumerated
 from ties_ray.formats import Account, Contents, Folder, Format, Rules
-from ties_ray.formats.checkpoint import Checkpoint
+from ties_ray.formats.dcp import Dcp
 from ties_ray.formats.lora import Lora
 from ties_ray.kernels import Encoded, Factors, Kernels, load
 from ties_ray.tensors import Parameter, Read, Source
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense_tensors"
 """Number of a source: how many of its tensors are the checkpoint's. Those of the adapter come after them."""
-_CHECKPOINT, _LORA = Checkpoint(), Lora()
+_CHECKPOINT, _LORA = Dcp(), Lora()
 
 
 class Adapted(Format):
@@ -121,7 +121,9 @@ def _problems(checkpoint: Contents, adapter: Contents, uri: str) -> Iterator[Pro
         for name, source in adapter.sources.items()
         if name not in checkpoint.sources or not _fits(checkpoint.sources[name], source)
     ]
+    aside = [name for name in adapter.sources if checkpoint.sources.get(name, Source(())).numbers]
     for names, message in (
+        (aside, "changes tensors that its model stores in parts"),
         ([*whole, *adapter.untied], "saves whole tensors"),
         (scaled, "is DoRA, which scales the rows of its model"),
         (lacking, "changes tensors that its model lacks, or that have other rows there"),

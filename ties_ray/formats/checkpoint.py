@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint: `model.safetensors`, or shards under an index, with names as in its `config.json`."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ties_ray.errors import Problem, enumerated
 from ties_ray.formats import Contents, Folder, Format, Question, Rules, account
@@ -14,7 +14,7 @@ from ties_ray.libraries import quantised
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import CONFIGS, library_of
 from ties_ray.libraries.ties import ties_of
-from ties_ray.libraries.weight_files import ADAPTER, STEMS, candidates, is_index, is_vector, is_weights, usual
+from ties_ray.libraries.weight_files import ADAPTER, STEMS, candidates, is_index, is_shard, is_vector, is_weights, usual
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
 from ties_ray.stores import last_part
 from ties_ray.tensors import COPIES, Parameter, Read, Source, TensorRef, exclusion
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+CONSOLIDATE = "save it with enable_consolidation=True (HuggingFaceStorageWriter)"
+"""The remedy where parts of tensors can't be read."""
+
+
+class StoredTensors(NamedTuple):
+    """The tensors of a folder's model."""
+
+    files: tuple[str, ...]
+    """The weight files, to which the objects of places are indices."""
+    tensors: Mapping[str, TensorRef]
+    source: Callable[[tuple[TensorRef, ...]], Source | None] = Source
+    """Makes the source of elements that lie end to end at places of `tensors`, or at parts of them."""
+    aside: tuple[tuple[str, int], ...] = ()
+    """(reason, elements) of each tensor that does not belong to the model."""
 
 
 class Checkpoint(Format):
@@ -39,7 +55,8 @@ class Checkpoint(Format):
         """
         if any(map(is_vector, names)):
             return False
-        stems = {candidate.stem for candidate in candidates(names)} - {ADAPTER}
+        whole = [name for name in names if not is_shard(name)]
+        stems = {candidate.stem for candidate in candidates(whole)} - {ADAPTER}
         adapter = "adapter_config.json" in names
         return f"{ADAPTER}.safetensors" not in names and bool(stems & set(STEMS) if adapter else stems)
 
@@ -62,7 +79,7 @@ class Checkpoint(Format):
         """Ask whether tensors that a config may tie are one value or two, and whether integers are the base's."""
         problems: list[Problem] = []
         config = files_of.json_object(folder, CONFIG, problems)
-        stored = files_of.stored_tensors(folder, files_of.weight_files(folder, problems, []), problems)
+        stored = self.stored(folder, problems, []).tensors
         if problems:
             return ()
         if base is None:
@@ -73,39 +90,54 @@ class Checkpoint(Format):
             *(Question(mine, name, "base") for name, mine in names.copied(base, rules).items()),
         )
 
+    def stored(self, folder: Folder, problems: list[Problem], notes: list[str]) -> StoredTensors:
+        """Return the model's tensors; problems and notes are added to the lists."""
+        files = files_of.weight_files(folder, problems, notes)
+        return StoredTensors(tuple(files), files_of.stored_tensors(folder, files, problems))
+
+    def same(self, folder: Folder) -> set[tuple[str, str]]:
+        """Return the pairs of names whose tensors have the same bytes, as the answers say."""
+        return {(question.mine, question.other) for question, same in folder.answers.items() if same}
+
     def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
         """Return every tensor of the base, or one source for each merged parameter that the model stores."""
         problems: list[Problem] = []
         notes: list[str] = []
         config = files_of.json_object(folder, CONFIG, problems)
-        names = files_of.weight_files(folder, problems, notes)
-        library = library_of([last_part(pin.uri) for pin in folder.files], names, config)
+        own = self.stored(folder, problems, notes)
+        stored = own.tensors
+        library = library_of([last_part(pin.uri) for pin in folder.files], own.files, config)
         pins = {last_part(pin.uri): pin for pin in folder.files}
-        objects = tuple(pins[name] for name in names)
-        stored = files_of.stored_tensors(folder, names, problems)
         leftovers, wrong = _quantised(stored, config, list(pins), rules)
         problems += [Problem(folder.uri, message, remedy, "quantised") for message, remedy in wrong]
         if problems:
             return Contents(problems=tuple(problems))
-        same = {(question.mine, question.other) for question, same in folder.answers.items() if same}
+        same = self.same(folder)
         if base is None:
             checked = _check_base(stored, config, rules, same)
         else:
             checked = check_model(stored, config, base, rules, same)
         problems += [Problem(folder.uri, message, remedy) for message, remedy in checked.problems]
+        sources = {name: own.source(refs) for name, refs in checked.tensors.items()}
+        if divided := [name for name, source in sources.items() if source is None]:
+            message = f"stores {enumerated(divided)} in parts that divide rows of a fused tensor"
+            problems.append(Problem(folder.uri, message, CONSOLIDATE))
         if problems:
             return Contents(problems=tuple(problems))
         if leftovers:
             notes.append(f"{', '.join(leftovers)} in {CONFIG} is left over: no weight is quantised")
         return Contents(
-            objects,
-            {name: Source(refs) for name, refs in checked.tensors.items()},
+            tuple(pins[name] for name in own.files),
+            {name: source for name, source in sources.items() if source},
             notes=tuple(f"{folder.uri}: {note}" for note in (*notes, *checked.notes)),
             extra_rows=checked.extra_rows,
             untied=checked.untied,
             excluded=checked.excluded,
             library=library,
-            account=account(sum(math.prod(ref.shape) for ref in stored.values()), checked.fates),
+            account=account(
+                sum(math.prod(ref.shape) for ref in stored.values()) + sum(elements for _, elements in own.aside),
+                (*checked.fates, *own.aside),
+            ),
             leftovers=leftovers,
         )
 
@@ -131,10 +163,21 @@ class Checkpoint(Format):
         dtype: torch.dtype = getattr(torch, _TORCH_NAMES[source.tensors[0].dtype])
         if not buffers:  # an empty slice, or one of rows that the model lacks
             return Encoded(torch.empty(0, dtype=dtype))
-        buffer = buffers[0] if len(buffers) == 1 else torch.cat(list(buffers))
-        if buffer.storage_offset() % dtype.itemsize or buffer.data_ptr() % dtype.itemsize:
-            buffer = buffer.clone()
-        return Encoded(buffer.view(dtype))
+        return Encoded(viewed(buffers, source.tensors[0].dtype))
+
+
+def viewed(buffers: Sequence["Tensor"], dtype: str) -> "Tensor":
+    """Return bytes (1-D uint8 each, end to end) as numbers, without a copy where one buffer holds them aligned.
+
+    What is not merged is given as integers of the same width.
+    """
+    import torch  # here, so that planning does not wait for it
+
+    torch_dtype: torch.dtype = getattr(torch, _TORCH_NAMES.get(dtype, f"int{DTYPE_BITS[dtype]}"))
+    buffer = buffers[0] if len(buffers) == 1 else torch.cat(list(buffers))
+    if buffer.storage_offset() % torch_dtype.itemsize or buffer.data_ptr() % torch_dtype.itemsize:
+        buffer = buffer.clone()
+    return buffer.view(torch_dtype)
 
 
 def _check_base(

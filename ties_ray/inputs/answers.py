@@ -66,8 +66,7 @@ def stored(folder: Folder, form: Format) -> dict[str, Stored]:
     pins = {pin.uri.rpartition("/")[2]: pin for pin in folder.files}
     return {
         name: Stored(pins[file], info.start, info.stop - info.start)
-        for file in form.weight_files(folder)
-        for name, info in folder.headers[file].tensors.items()
+        for name, (file, info) in form.places(folder).items()
     }
 
 

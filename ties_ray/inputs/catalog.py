@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
 from ties_ray.errors import InputError, Problem, RecipeError
-from ties_ray.formats import Account, Folder, Rules
+from ties_ray.formats import Account, Folder, Format, Rules
 from ties_ray.formats._checkpoint_names import tied
 from ties_ray.formats.adapted import Adapted, combined
 from ties_ray.formats.companion import Companion
@@ -317,7 +317,7 @@ def _check(
         inputs[BASE] = ReadModel(of_base.listed.entry, of_base.listed.format, contents[BASE])
         problems[BASE] += [*contents[BASE].problems, *_not_whole(of_base.listed)]
         if not problems[BASE]:
-            base = {name: _parameter(name, source, rules) for name, source in contents[BASE].sources.items()}
+            base = _parameters(contents[BASE].sources, of_base.listed.format, rules)
             rules = _with_names(rules, of_base.folder, base)
             if recipe.vocabulary:
                 text = of_base.folder.texts.get(configs.CONFIG, b"")
@@ -404,9 +404,12 @@ def _with_names(rules: Rules, folder: Folder, base: Collection[str]) -> Rules:
     return rules._replace(kinds=kinds_of(config), tied=tuple(tied(base, config)))
 
 
-def _parameter(name: str, source: Source, rules: Rules) -> Parameter:
-    tensor = source.tensors[0]
-    return Parameter(name, tensor.shape, tensor.dtype, tensor.dtype in MERGEABLE and not rules.excludes(name))
+def _parameters(sources: Mapping[str, Source], form: Format, rules: Rules) -> dict[str, Parameter]:
+    dtypes = {name: source.tensors[0].dtype for name, source in sources.items()}
+    return {
+        name: Parameter(name, form.shape(sources[name]), dtype, dtype in MERGEABLE and not rules.excludes(name))
+        for name, dtype in dtypes.items()
+    }
 
 
 def _model(fetched: FetchedInput, read: ReadModel, shared: dict[Hashable, dict[str, Source]]) -> Model:

@@ -31,12 +31,14 @@ def keep_dtypes(
     suspects = [parameter for parameter in parameters if _may_overflow(parameter, asked)]
 
     def overflows(parameter: Parameter) -> bool:
-        (read,) = form.reads(base.sources[parameter.name], 0, parameter.numel)
-        data = bytearray(read.stop - read.start)
-        pin = base.objects[read.object]
-        stores.of(pin.uri).read(pin, read.start, memoryview(data))
-        values = np.abs(_decoded(data, parameter.dtype))
-        return bool((np.isfinite(values) & (values >= OVERFLOWS[asked])).any())
+        for read in form.reads(base.sources[parameter.name], 0, parameter.numel):
+            data = bytearray(read.stop - read.start)
+            pin = base.objects[read.object]
+            stores.of(pin.uri).read(pin, read.start, memoryview(data))
+            values = np.abs(_decoded(data, parameter.dtype))
+            if (np.isfinite(values) & (values >= OVERFLOWS[asked])).any():
+                return True
+        return False
 
     answers = zip(suspects, threads.map(overflows, suspects), strict=True)
     marked = {parameter.name for parameter, too_large in answers if too_large}

@@ -26,8 +26,8 @@ TRAINING_STATES = {
         "`accelerate merge-weights FOLDER OUTPUT` makes safetensors of it",
     ),
     "*.distcp": (
-        "holds the sharded state of a distributed training",
-        "`accelerate merge-weights FOLDER OUTPUT` makes safetensors of it",
+        "holds the sharded state of a distributed training, whose metadata is a pickle",
+        "`accelerate merge-weights FOLDER OUTPUT` or torchtitan's convert_to_hf.py makes safetensors of it",
     ),
     "global_step*": (
         "holds the state of a training with DeepSpeed",

@@ -18,6 +18,7 @@ VECTOR = "unified_vector"
 BITS = "bits"
 """Key in the metadata of a mask's file: how the bits of a mask are packed."""
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(?:-(?P<number>\d+)-of-(?P<count>\d+)(?:\.(?P<late>[^.]+))?)?\.safetensors")
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?:\.(?P<late>[^.]+))?\.json")
 
 
@@ -57,6 +58,11 @@ class Candidate:
 def is_weights(name: str) -> bool:
     """Return whether a file holds tensors, by its name."""
     return name.endswith(".safetensors") and not name.startswith(".")
+
+
+def is_shard(name: str) -> bool:
+    """Return whether a file holds one rank's parts of tensors, by the name that torch gives it."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def is_vector(name: str) -> bool:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from ties_ray.errors import InputError, Problem
+from ties_ray.formats.dcp import Dcp
 from ties_ray.inputs.answers import Stored
 from ties_ray.inputs.catalog import THREADS
 from ties_ray.inputs.expand import Entry
@@ -265,6 +266,9 @@ def _is_change(fetched: FetchedInput, base: str | None) -> bool:
 
 
 def _side(stores: Stores, fetched: FetchedInput, base: str | None, *, changes: bool) -> _Side:
+    if not changes and isinstance(fetched.listed.format, Dcp):
+        message = "is stored in parts, of which only changes can be compared"
+        raise InputError(Problem(fetched.folder.uri, message, "name the base of both: --base"))
     if not changes or _is_delta(fetched):
         return _Weights(stores, fetched)
     from ties_ray.operations.task_vectors import open_models

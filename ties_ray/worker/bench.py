@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ties_ray.errors import InputError, Problem
-from ties_ray.kernels import Factors, Kernels
+from ties_ray.kernels import Encoded, Factors, Kernels
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.shards import Segment
 from ties_ray.methods import Round
@@ -108,8 +108,17 @@ class WorkerBench:
         """See `rounds.Bench.copy_base`."""
         base = self.merge.catalog.base
         form = self.merge.sources.formats[base.format]
-        for read in form.reads(base.sources[parameter], first, last):  # none where there are no elements
-            self._reads.read_once(base.objects[read.object], read.start, out)
+        source = base.sources[parameter]
+        reads = form.reads(source, first, last)  # none where there are no elements
+        if len(reads) == 1:
+            self._reads.read_once(base.objects[reads[0].object], reads[0].start, out)
+        elif reads:
+            views = [torch.empty(read.stop - read.start, dtype=torch.uint8) for read in reads]
+            for read, view in zip(reads, views, strict=True):
+                self._reads.read_once(base.objects[read.object], read.start, view)
+            stored = form.encoded(source, first, last, views)
+            assert isinstance(stored, Encoded), "a base is stored whole"
+            out.copy_(stored.data.view(torch.uint8))
 
     def part(self, size: int) -> Tensor:
         """See `rounds.Bench.part`."""
