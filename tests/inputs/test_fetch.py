@@ -273,7 +273,7 @@ def test_a_path_that_exists_wins_over_a_pattern(stores: Stores, tmp_path: Path) 
     assert uris({"path": f"{root}/p/[la]*", "not": ["lr[[]*", "a?b"]}) == ["lr1"]
     with pytest.raises(InputError, match=r"no folder matches .*`\[` begins a set of characters: `glob: false`"):
         read(root, stores, f"{root}/p/gone[1]")
-    with pytest.raises(RecipeError, match=r"name one model, not a glob or a table \(`glob: false` takes"):
+    with pytest.raises(RecipeError, match=r"name one model, not a glob or a table or a run \(`glob: false` takes"):
         recipe_of(root, {"path": "a[b]", "id": "x"})
 
 
