@@ -38,7 +38,7 @@ PAGES_OF_THE_ROOT = {
     "SECURITY.md": "security.md",
 }
 """Pages beside the folder docs/, and what the site calls them."""
-SECTIONS = ("coefficients", "allow", "bounds", "run")
+SECTIONS = ("vocabulary", "coefficients", "allow", "bounds", "run")
 """Sections of a recipe whose keys do not depend on a name in it."""
 _MARKER = re.compile(r"<!-- generated: (\S+)(?: (\S+))? -->")
 _LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -97,6 +97,7 @@ def recipe_keys() -> str:
     sections = [("Top level", "", schema)]
     sections += [("`base`", "base.", definitions["Base"]), ("`models[]`", "models[].", definitions["ModelEntry"])]
     sections += [(f"`{name}`", f"{name}.", definitions[name.capitalize()]) for name in SECTIONS]
+    sections.append(("`vocabulary.rows`", "vocabulary.rows.", definitions["TokenRow"]))
     for kind in schema["properties"]["output"]["oneOf"][1:]:
         section = definitions[_name_of(kind)]
         sections.append((f"`output` of kind `{section['properties']['kind']['const']}`", "output.", section))

@@ -62,6 +62,8 @@ def test_every_method_is_in_the_schema_short_and_long(validator: Any, name: str)
         ("method.lambda", 0.5),
         ("storage.s3.endpoint_url", "https://minio:9000"),
         ("run.executor", "local"),
+        ("vocabulary", "union"),
+        ("vocabulary", {"tokens": "base", "rows": {"<x>": "zero", "<y>": {"from": "m", "row": 3}}}),
     ],
 )
 def test_what_a_recipe_takes_the_schema_takes(validator: Any, place: str, value: object) -> None:
@@ -83,6 +85,7 @@ def test_what_a_recipe_takes_the_schema_takes(validator: Any, place: str, value:
         ("output.kind", "nothing"),
         ("storage.s3.endpoint", "https://minio:9000"),
         ("run.worker", 4),
+        ("vocabulary.missing", "first"),
     ],
 )
 def test_what_a_recipe_refuses_the_schema_refuses(validator: Any, place: str, value: object) -> None:

@@ -51,6 +51,11 @@ def recipe_schema() -> Json:
     path = {"type": "string", "description": "A folder, or a glob that means folders."}
     fields["models"]["items"] = {"oneOf": [path, fields["models"]["items"]]}
     fields["base"]["anyOf"].insert(0, {"type": "string", "description": "A folder."})
+    tokens = {"type": "string", "description": "The tokens of the output; the rest is default."}
+    fields["vocabulary"]["anyOf"].insert(0, tokens)
+    rows = definitions["Vocabulary"]["properties"]["rows"]
+    source = {"type": "string", "description": "The input whose row it is, or zero."}
+    rows["additionalProperties"] = {"anyOf": [source, rows["additionalProperties"]]}
     fields["storage"]["properties"] = {name: reference(model) for name, model in options.items()}
     for unused in ("Method", "Output"):
         definitions.pop(unused, None)
