@@ -1,6 +1,7 @@
 """A merge that keeps its state can take in further models, with the bytes of one merge of all."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -251,6 +252,10 @@ def test_what_does_not_go_on_is_refused(family_of: MakeFamily, tmp_path: Path) -
         save_file({name: words[:, :3].contiguous() for name, words in load_file(path).items()}, path)
     with pytest.raises(InputError, match="holds 3 words of an element"):
         merging.merge(recipe)
+    for path in (tmp_path / "a").rglob("state/*.safetensors"):
+        save_file({name: torch.full((len(words), 5), math.nan) for name, words in load_file(path).items()}, path)
+    with pytest.raises(InputError, match="holds values that are NaN or Inf"):
+        merging.merge(recipe, fresh=True)
     for path in (tmp_path / "a").rglob("state/*.safetensors"):
         tensors = load_file(path)
         del tensors[next(iter(tensors))]

@@ -172,10 +172,11 @@ class StoredSlices(Slices):
         for total in sums:
             stop = self._resumed + _words_of(total, len(self._base))
             if stop > words.shape[1]:
-                problem = f"holds {words.shape[1]} words of an element, and this version of ties_ray needs more"
-                raise InputError(Problem("continues", f"the state {problem}", "merge all models in one recipe"))
+                raise _misfit(f"holds {words.shape[1]} words of an element, and this version of ties_ray needs more")
             values = total.view(-1).view(torch.float32)
             values.copy_(words[:, self._resumed : stop].reshape(-1)[: len(values)])
+            if total.is_floating_point() and not total.isfinite().all():
+                raise _misfit("holds values that are NaN or Inf")
             self._resumed = stop
 
     def keep(self, *sums: Tensor) -> None:
@@ -249,6 +250,10 @@ class StoredSlices(Slices):
 def _words_of(total: Tensor, length: int) -> int:
     """Return how many fp32 words of a sum belong to each element; that of a whole parameter is filled up."""
     return -(-total.numel() // length) * (total.element_size() // 4)
+
+
+def _misfit(problem: str) -> InputError:
+    return InputError(Problem("continues", f"the state {problem}", "merge all models in one recipe"))
 
 
 def _is_finite(factors: Factors) -> bool:
