@@ -35,6 +35,8 @@ class Budget:
         entries = sum(layouts.values()) + sum(len(model.objects) for model in models)
         self.overhead = self._sizes.overhead + self._sizes.entry * entries
         """Bytes that every round needs for clients, records and the plan."""
+        kept = catalog.earlier.state.sources.values() if catalog.earlier else ()
+        self._of_state = 4 * max((source.tensors[0].shape[1] for source in kept), default=0)
 
     def block(self, *, beside: int, slices: int, resident: bool = False, holds: int = 0) -> int:
         """Return the elements of a block, so that a worker can hold all its slices.
@@ -91,7 +93,7 @@ class Budget:
         """
         if are_local((self._sources.catalog.base, *self._sources.models)):
             return ReadAhead(0, 0)
-        slice_ = self._sources.filled(block) * max(self._sources.widths)
+        slice_ = self._sources.filled(block) * max(*self._sources.widths, self._of_state)
         largest = max(slice_, self._sources.largest_decoded)
         fitting = (int(self._recipe.run.memory) - memory) // largest if largest else 0
         slices = max(0, min(self._sizes.most_ahead - self._sizes.ahead, fitting))

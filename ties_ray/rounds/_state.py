@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ties_ray.layout.shards import Shard
-from ties_ray.methods import Round
+from ties_ray.methods import Round, every_element
 from ties_ray.rounds import Bench, Block, Merge
 from ties_ray.safetensors import build
 from ties_ray.tensors import Parameter
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE_BYTES = 32 * 2**20
-"""A file is written once it holds so much. More than that of one block is divided."""
+"""The most bytes of a file's tensors. A block whose state takes more is divided."""
 
 
 class StateFiles:
@@ -26,6 +26,10 @@ class StateFiles:
         """index: of the round that merges the shard."""
         self._bench = bench
         self._state = _left_by(bench.merge, index)
+        if self._state:
+            from ties_ray.kernels.buffers import return_large_memory
+
+            return_large_memory()
         parameter, start = shard.segments[0][:2] if shard.segments else (0, 0)
         places = (shard.file, shard.parts[0]) if shard.parts[1] else (parameter, start)
         self._place = f"{index}-{places[0]:05}-{places[1]:06}"
@@ -56,10 +60,10 @@ class StateFiles:
         step = max(1, FILE_BYTES // (4 * words.shape[1]))
         for start in range(0, len(words), step):
             piece = words[start : start + step]
+            if self._bytes + piece.nbytes > FILE_BYTES:
+                self.write()
             self._waiting.append((f"{block.start + start}:{self._state}:{parameter.name}", piece))
             self._bytes += piece.nbytes
-            if self._bytes >= FILE_BYTES:
-                self.write()
 
     def write(self) -> None:
         """Write what waits, if anything does."""
@@ -78,8 +82,11 @@ def files_bytes(merge: Merge, own: Round) -> int:
 
 def state_bytes(merge: Merge, own: Round, parameter: Parameter) -> int:
     """Return the bytes that a round's state takes for each element: as it is read, kept, and put together."""
-    times = (1 if merge.catalog.earlier else 0) + (2 if merge.recipe.output.state else 0)
-    return 4 * own.words(parameter) * times if own.state else 0
+    read = 0
+    if merge.catalog.earlier:  # a whole unit is read alone; other blocks come ahead, each with base, state and models
+        in_flight = -(-merge.sizes.ahead // (2 + len(merge.models)))
+        read = 1 + (in_flight if own.unit is every_element else 0)
+    return 4 * own.words(parameter) * (read + 2 * merge.recipe.output.state) if own.state else 0
 
 
 def _left_by(merge: Merge, index: int) -> str:

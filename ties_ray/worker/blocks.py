@@ -152,7 +152,7 @@ class Blocks:
         if source is None:
             return None
         words = source.tensors[0].shape[1]
-        return SliceRequest(earlier.state, source, segment.start * words, segment.stop * words)
+        return SliceRequest(earlier.state, source, segment.start * words, segment.stop * words, is_state=True)
 
     def _companions(self, own: Round | None) -> list[Companion]:
         """Return the companions that a round of the method reads, in the method's order."""

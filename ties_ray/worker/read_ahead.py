@@ -37,6 +37,8 @@ class SliceRequest(NamedTuple):
     """Which of its factors are cached: none, those that every slice needs, or all."""
     neighbours: Sequence[tuple[Source, int, int]] = ()
     """Whole sources that are read with it where all factors are cached, its own included, as (source, 0, elements)."""
+    is_state: bool = False
+    """Whether it is what an earlier merge has left: it is larger than slices of models, and has buffers of its own."""
 
 
 class BufferBudget(NamedTuple):
@@ -79,7 +81,7 @@ class ReadAhead:
         self._ahead = ahead
         self._gap = gap
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
-        self._buffers = Buffers(pinned=pinned)
+        self._buffers, self._of_states = Buffers(pinned=pinned), Buffers(pinned=pinned)
         self._pinned = pinned
         self._cache = cache
         self._range_cache = range_cache
@@ -101,6 +103,7 @@ class ReadAhead:
     def forget(self) -> None:
         """Give the memory of slices back: the next slices have another size."""
         self._buffers.forget()
+        self._of_states.forget()
 
     def each(self, function: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
         """Return the function's results in order, several calls at a time."""
@@ -200,7 +203,9 @@ class ReadAhead:
     ) -> list[Stored | None]:
         if (slices := self._kept(run)) is not None:
             return slices
-        present, memory = [request for request in run if request], _Memory(self._buffers, self._held)
+        present = [request for request in run if request]
+        of_state = any(request.is_state for request in present)
+        memory = _Memory(self._of_states if of_state else self._buffers, self._held)
         joins = present and len(run) > 1
         views = iter(
             self._joined(present, budget, memory) if joins else (self._alone(request, memory) for request in present)
@@ -250,7 +255,7 @@ class ReadAhead:
         start = 0
         for read in reads:
             stop = start + read.stop - read.start
-            self.read(pins[read.object], read.start, whole[start:stop])
+            self.read(request.model.objects[read.object], read.start, whole[start:stop])
             start = stop
         return whole
 
