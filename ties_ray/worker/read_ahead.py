@@ -255,7 +255,7 @@ class ReadAhead:
         start = 0
         for read in reads:
             stop = start + read.stop - read.start
-            self.read(request.model.objects[read.object], read.start, whole[start:stop])
+            self.read(pins[read.object], read.start, whole[start:stop])
             start = stop
         return whole
 
