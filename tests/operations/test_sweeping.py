@@ -110,6 +110,21 @@ def test_random_settings_under_random_cuts(seed: int, family_of: MakeFamily, tmp
     demand_as_alone(data, tmp_path / "swept", tmp_path / "alone")
 
 
+def test_values_that_are_not_finite_count_in_every_setting(tmp_path: Path) -> None:
+    family = make_family(Stores({}).of("/"), str(tmp_path / "family"), num_models=3)
+    path = Path(family.models[1]) / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in family.model_tensors[1].items()}
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel() > 4)
+    tensors[name].view(-1)[:3] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    grid = {"method.lambda": [0.3, 1.0], "method.density": [0.1, 1.0]}
+    data = sweep_data(family, tmp_path / "swept", grid=grid, allow={"nan": "zero"}, settings=[SETTINGS[1]])
+    sweeping.sweep(sweep_of(data))
+    demand_as_alone(data, tmp_path / "swept", tmp_path / "alone")
+    result = merging.merge(sweeping.plan(sweep_of(data)).plans[-1].recipe)
+    assert list(result.zeroed.values()) == [3]
+
+
 def test_controls_leave_models_out_and_draw_subsets_by_seed(family_of: MakeFamily, tmp_path: Path) -> None:
     family = family_of(num_models=4, hidden=32)
     controls = {"leave_one_out": True, "subsets": {"k": 2, "n": 2, "seed": 7}}
