@@ -203,19 +203,24 @@ def test_a_killed_sweep_goes_on_and_has_the_same_bytes(
     assert all(row.reused for row in sweeping.sweep(sweep_of(frail)).rows)
 
 
+@pytest.mark.parametrize(
+    "point", [{"what": "complete_upload"}, {"when": "after", "what": "put", "uri": "*/records/0/*"}]
+)
 def test_a_setting_that_was_begun_alone_is_finished_by_the_sweep(
-    family_of: MakeFamily, tmp_path: Path, plugged: Path
+    point: dict[str, object], family_of: MakeFamily, tmp_path: Path, plugged: Path
 ) -> None:
-    family = family_of(num_models=3, hidden=48)
-    data = sweep_data(family, f"frail://{tmp_path}/swept", grid={"method.lambda": [0.3, 1.0]})
-    point = {"what": "complete_upload", "marker": str(tmp_path / "died")}
-    frail = {**data, "storage": {"frail": point}}
+    family = family_of(hidden=724, shards=3, dtype="F32", smooth=True)
+    grid = {"method.lambda": [0.3, 1.0]}
+    data = sweep_data(family, f"frail://{tmp_path}/swept", grid=grid)
+    frail = {**data, "storage": {"frail": {**point, "marker": str(tmp_path / "died")}}}
     first = sweeping.plan(sweep_of(frail)).plans[0]
     assert merge_and_die(first.recipe, plugged) == -9
     result = sweeping.sweep(sweep_of(frail))
-    whole = sweeping.sweep(sweep_of(sweep_data(family, tmp_path / "whole", grid={"method.lambda": [0.3, 1.0]})))
+    whole = sweeping.sweep(sweep_of(sweep_data(family, tmp_path / "whole", grid=grid)))
     for row, other in zip(result.rows, whole.rows, strict=True):
         assert digests(tmp_path / "swept" / row.setting) == digests(other.output)
+    records = [merging.merge(plan.recipe) for plan in sweeping.plan(sweep_of(frail)).plans]
+    assert [record.trims for record in records][0] == [record.trims for record in records][1]
 
 
 def test_too_little_memory_to_hold_slices_changes_no_byte_and_is_said(family_of: MakeFamily, tmp_path: Path) -> None:
