@@ -220,7 +220,7 @@ def test_a_setting_that_was_begun_alone_is_finished_by_the_sweep(
     for row, other in zip(result.rows, whole.rows, strict=True):
         assert digests(tmp_path / "swept" / row.setting) == digests(other.output)
     records = [merging.merge(plan.recipe) for plan in sweeping.plan(sweep_of(frail)).plans]
-    assert [record.trims for record in records][0] == [record.trims for record in records][1]
+    assert records[0].trims == records[1].trims
 
 
 def test_too_little_memory_to_hold_slices_changes_no_byte_and_is_said(family_of: MakeFamily, tmp_path: Path) -> None:
