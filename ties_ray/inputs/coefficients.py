@@ -102,8 +102,9 @@ def problems(models: Sequence["Model"], lambdas: Rules, parameters: Sequence[Par
     for model in models:
         where |= {rule: f"model {model.id}" for rule in (*model.weights, *model.densities, *model.ranks)}
     by_rank = {rule for model in models for rule in model.ranks}
+    by_pattern = {pattern: fnmatch.filter(names, pattern) for pattern in {rule.pattern for rule in where}}
     for rule, place in where.items():
-        matched, pattern = fnmatch.filter(names, rule.pattern), repr(printable(rule.pattern))
+        matched, pattern = by_pattern[rule.pattern], repr(printable(rule.pattern))
         if not matched:
             yield Problem(place, f"no merged parameter is called {pattern}", "mend the pattern, or leave it out")
         elif len(rule.values) > 1 and rule not in by_rank and not any(name in layered for name in matched):
