@@ -39,8 +39,10 @@ def test_a_method_that_decomposes_matrices_says_so(name: str) -> None:
     assert method.uses_lapack == ("kernels.linalg" in inspect.getsource(sys.modules[method.__module__]))
 
 
-@pytest.mark.parametrize(("name", "returns"), [("average", False), ("ties", False), ("sce", True), ("star", True)])
-def test_workers_of_methods_that_hold_tensors_return_large_memory(
+@pytest.mark.parametrize(
+    ("name", "returns"), [("average", False), ("magmax", False), ("sce", True), ("pcb", True), ("star", True)]
+)
+def test_workers_return_large_memory_where_large_tensors_come_and_go(
     name: str, returns: bool, family_of: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []

@@ -25,7 +25,6 @@ from ties_ray.kernels.buffers import return_large_memory
 from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.measures.effects import Effects, joined
-from ties_ray.methods import nothing_more
 from ties_ray.outputs import CondensingOutput, Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Folded, Merge, Record, Tally, Zeroed
@@ -52,6 +51,10 @@ class Finished(NamedTuple):
     effects: tuple[Effects, ...]
     checksums: Checksums
     """Those of what was read."""
+
+
+WITH_LARGE_TENSORS = frozenset({"units", "ranks"})
+"""Kinds of rounds in which tensors of whole parameters, or of all models, come and go."""
 
 
 def make_worker(setup: str) -> "Worker":
@@ -159,7 +162,8 @@ class Worker:
         if flushes_to_zero():
             problem = "flushes denormal numbers to zero, which changes results"
             raise InputError(Problem("this worker's CPU", problem, "unset what asks for it (DAZ/FTZ)"))
-        if any(round_.holds is not nothing_more for round_ in self._plan.recipe.method.rounds()):
+        kinds = {round_.kind for merge in self._plan.merges for round_ in merge.rounds}
+        if kinds & WITH_LARGE_TENSORS or self._plan.recipe.method.companions:
             return_large_memory()
         self.check_lapack(self._manifest.agree_on_lapack)
         merge = self._plan.merges[0]
