@@ -5,6 +5,7 @@ from random import Random
 import pytest
 import torch
 
+import ties_ray
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family, make_family
 from tests.tools.merging import carried_out, draw_sizes, merge, read_tensors, recipe_of
@@ -175,4 +176,17 @@ def test_ranges_lie_in_the_parameter_one_in_each_stratum() -> None:
         assert len(ranges) == -(-numel // positions.STRATUM)
     assert positions.ranges_in(100, 200, 5000, 8) == [(0, 100)]
     assert positions.share_of(1000, 8) == 1
-    assert positions.ranges(10**6, positions.MOST_MODELS + 1) == ()
+    assert len(positions.ranges(10**6, 10**5)) == 1
+
+
+def test_of_very_many_models_the_parameters_have_effects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = make_family(STORE, str(tmp_path), num_models=3, dtype="F32")
+    few = effects(family, tmp_path / "few", "task_arithmetic")
+    monkeypatch.setattr(positions, "MOST_MODELS", 2)
+    many = effects(family, tmp_path / "many", "task_arithmetic")
+    assert (len(few.models), many.models) == (3, [])
+    assert many.parameters == few.parameters
+    report = ties_ray.report(tmp_path / "many")
+    assert [model.effects for model in report.models] == [None] * 3
+    assert report.modules
+    assert "What was merged" in report.html()

@@ -14,7 +14,7 @@ ROOM = 2**20
 SHORTEST = 64
 """Elements of such a range at least, however many models there are."""
 MOST_MODELS = 1000
-"""Nothing is looked at where there are more models: their sums would be more than a record may hold."""
+"""Sums of single models are kept up to so many models: a record may hold no more."""
 WHOLE = 2
 """A parameter is looked at whole if it has at most so many times the elements of a range."""
 
@@ -22,8 +22,6 @@ WHOLE = 2
 @functools.lru_cache(4096)
 def ranges(numel: int, num_models: int) -> tuple[tuple[int, int], ...]:
     """Return the elements [start, stop) of a parameter that are looked at, in order."""
-    if num_models > MOST_MODELS:
-        return ()
     most = max(SHORTEST, min(LONGEST, ROOM // max(1, num_models)))
     if numel <= WHOLE * most:
         return ((0, numel),) if numel else ()

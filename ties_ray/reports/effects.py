@@ -77,6 +77,7 @@ class MergeEffects(BaseModel):
     """Norm of the merged change."""
     parameters: list[ParameterEffects]
     models: list[ModelEffects]
+    """Empty where more than 1,000 models are merged."""
 
 
 def effects_of(merge: Merge, shards: Iterable[Effects]) -> MergeEffects | None:
@@ -92,7 +93,7 @@ def effects_of(merge: Merge, shards: Iterable[Effects]) -> MergeEffects | None:
         elements=sum(each.elements for each in figures),
         norm=_rounded(math.hypot(*(each.norm for each in figures))),
         parameters=figures,
-        models=[_model(member.id, sums, aligned) for member, sums in zip(merge.members, models, strict=True)],
+        models=[_model(member.id, sums, aligned) for member, sums in zip(merge.members, models, strict=bool(models))],
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ties_ray.kernels import Encoded, Factors, Kernels, Stored
+from ties_ray.measures import positions
 from ties_ray.measures.effects import NOTHING, Effects, ModelSums, ParameterSums, added, sums_of
 from ties_ray.measures.positions import ranges_in, share_of
 from ties_ray.methods import Context
@@ -43,7 +44,8 @@ class Observer:
             share=share_of(context.parameter.numel, num_models),
         )
         self._parameters.append(of_parameter)
-        self._models = tuple(map(added, self._models or (NOTHING,) * num_models, models))
+        if num_models <= positions.MOST_MODELS:
+            self._models = tuple(map(added, self._models or (NOTHING,) * num_models, models))
 
     def effects(self, shard: int) -> tuple[Effects, ...]:
         """Return what the shard has done; nothing where nothing was looked at."""

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from ties_ray import rounds
 from ties_ray.errors import InputError, Problem
 from ties_ray.layout.sizes import SIZES, Sizes
+from ties_ray.measures import positions
 from ties_ray.measures.effects import Effects
 from ties_ray.outputs import PartSize
 from ties_ray.planning.plan import PLAN_FORM, Plan
@@ -287,7 +288,7 @@ def _misfit_zeroed(zeroed: Iterable[Zeroed], merge: Merge) -> Iterator[str]:
 
 def _misfit_effects(effects: Iterable[Effects], merge: Merge) -> Iterator[str]:
     for each in effects:
-        if len(each.models) != len(merge.members):
+        if len(each.models) != (len(merge.members) if len(merge.members) <= positions.MOST_MODELS else 0):
             yield "the effects of the models"
         if any(sums.parameter not in range(len(merge.catalog.parameters)) for sums in each.parameters):
             yield "the effects on a parameter"
