@@ -112,6 +112,8 @@ def test_what_cannot_be_is_said(family_of: MakeFamily, tmp_path: Path) -> None:
     family = family_of(num_models=3)
     with pytest.raises(InputError, match="are allowed; allow more"):
         ties_ray.candidates(recipe_of(family), memory=1000)
+    with pytest.raises(RecipeError, match="candidates are merged from their models alone"):
+        ties_ray.candidates({**recipe_of(family), "continues": str(tmp_path / "earlier")})
     with ties_ray.candidates(recipe_of(family)) as pool:
         with pytest.raises(RecipeError, match=r"method\.densty"):
             pool.merge({"method.densty": 1})

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ties_ray.errors import InputError, Problem
+from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.inputs.catalog import THREADS, Catalog, read_catalog
 from ties_ray.inputs.choice import chosen
 from ties_ray.inputs.expand import Entry, expand
@@ -88,6 +88,9 @@ class Candidates:
 
     def _plan(self, recipe: Recipe) -> Plan:
         """Return the plan of a candidate. Models are read again only where other ones are asked for."""
+        if recipe.continues:
+            remedy = "leave it out, and merge all models in one recipe"
+            raise RecipeError(Problem("continues", "candidates are merged from their models alone", remedy))
         output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
         recipe, key = recipe.model_copy(update={"output": output}), reading_of(recipe)
         if key not in self._catalogs:
