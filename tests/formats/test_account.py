@@ -161,4 +161,4 @@ def test_an_output_does_not_announce_quantised_weights_that_there_are_not(tmp_pa
         "text_config": {"a": 1},
     }
     keys = "quantization_config, quantization, text_config.quantization_config"
-    assert result.notes[0] == f"models base, 0: {keys} in config.json is left over: no weight is quantised"
+    assert result.notes[0] == f"models base, model: {keys} in config.json is left over: no weight is quantised"

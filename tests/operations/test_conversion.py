@@ -64,7 +64,7 @@ def test_the_record_of_a_conversion_holds_recipe_and_notes(folder: Path) -> None
 
 
 def test_the_log_tells_what_is_different(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Path("m.yml").write_text(configuration(more="chat_template: auto\n"))
+    Path("m.yml").write_text(configuration(more="dtype: bfloat16\n"))
     with caplog.at_level(logging.INFO):
         ties_ray.load_recipe("m.yml", ["output.path=out"])
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["m.yml"]

@@ -29,10 +29,10 @@ from ties_ray.stores import Stores
 
 ROOT = Path(__file__).parents[2]
 PROVIDED_BY = {
-    "google_crc32c": "google-crc32c", "grpc": "ray", "llvmlite": "numba", "pydantic_core": "pydantic",
+    "azure": "adlfs", "google_crc32c": "google-crc32c", "grpc": "ray", "llvmlite": "numba", "pydantic_core": "pydantic",
     "re2": "google-re2", "ruamel": "ruamel.yaml", "ties_ray_pipelines": "ties-ray-pipelines",
 }  # fmt: skip
-"""The distributions of modules with other names. numba, pydantic and Ray's client each need the module they bring."""
+"""The distributions of modules with other names. numba, pydantic, adlfs and Ray's client need what they bring."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 """What a user of the package has: no PYTHONPATH."""
 

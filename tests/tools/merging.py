@@ -151,7 +151,7 @@ def merge_and_die(recipe: Recipe | Mapping[str, object], plugin_folder: Path) ->
         text = recipe.model_dump_json(exclude_unset=True, by_alias=True)
     else:
         text = json.dumps(recipe)
-    process = context.Process(target=_merge_plugged, args=(text, str(plugin_folder)))
+    process = context.Process(target=_merge_plugged, args=(text, str(plugin_folder), dict(os.environ)))
     process.start()
     process.join(120)
     assert process.exitcode is not None, "the merge hangs"
@@ -165,7 +165,9 @@ def plug(folder: Path, setattr: Callable[[object, str, object], None] = setattr)
         setattr(package, "__path__", search_path(name, list(package.__path__)))
 
 
-def _merge_plugged(text: str, folder: str) -> None:
+def _merge_plugged(text: str, folder: str, environment: Mapping[str, str]) -> None:
+    os.environ.clear()  # the server of forks has that of its first caller
+    os.environ.update(environment)
     os.environ[PLUGIN_FOLDER] = folder
     plug(Path(folder))
     if is_sweep(json.loads(text)):
