@@ -202,7 +202,7 @@ def _name(values: Mapping[str, Any]) -> str:
 
 
 def _fit(text: str) -> str:
-    return _UNFIT.sub("-", text).strip("-") or "x"
+    return _UNFIT.sub("-", text).rstrip("-") or "x"
 
 
 def _literal(text: str) -> str:
