@@ -202,7 +202,8 @@ def _name(values: Mapping[str, Any]) -> str:
 
 
 def _fit(text: str) -> str:
-    return _UNFIT.sub("-", text).rstrip("-") or "x"
+    sign = "-" if text.startswith("-") else ""
+    return sign + (_UNFIT.sub("-", text).strip("-") or "x")
 
 
 def _literal(text: str) -> str:
