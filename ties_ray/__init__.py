@@ -364,8 +364,9 @@ def report(
 ) -> "MergeReport":
     """Return the report of a finished merge; its `html()` is a page that needs no network.
 
-    output: the folder, as a path or URI. compare: read all models that were merged, and tell how they relate.
-    controls: merge some elements again, without each model and with signs drawn by chance.
+    output: the folder, as a path or URI.
+    compare: read all models that were merged. The report then tells how they relate.
+    controls: merge some elements again, without each model, and with random signs.
     storage: options of the stores by scheme, as in a recipe. progress: as in `merge`.
     It needs `pip install 'ties-ray[report]'`. Raises `InputError` where there is no finished merge.
     """

@@ -32,7 +32,7 @@ class Orders:
     done: frozenset[int] = frozenset()
     """Orders that are finished already."""
     records: bool = False
-    """Whether an order is finished when a record holds it; by default as soon as it is answered."""
+    """True: an order is finished when a record holds it. False: it is finished when it is answered."""
     slow: Slow = "wait"
     prefer: tuple[int | None, ...] | None = None
     """The worker that each order should go to."""

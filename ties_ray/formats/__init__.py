@@ -192,3 +192,19 @@ class Format(ABC):
     def widened(self, source: Source) -> int:
         """Return the bytes that `encoded` holds for each element of a dense source beside what was read."""
         return 0
+
+
+class Composed(Format):
+    """A format of more than a folder. The catalog composes it of what other formats have read."""
+
+    def recognises(self, names: Sequence[str]) -> bool:
+        """Return False."""
+        return False
+
+    def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return nothing: the folders' own formats say what they want."""
+        return (), ()
+
+    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
+        """Return an empty model."""
+        return Contents()

@@ -5,16 +5,16 @@ No folder is of this format. The recipe names both, and `combined` makes one mod
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ties_ray.errors import Problem, enumerated
-from ties_ray.formats import Account, Contents, Folder, Format, Rules
+from ties_ray.formats import Account, Composed, Contents
 from ties_ray.formats.dcp import Dcp
 from ties_ray.formats.lora import Lora
 from ties_ray.kernels import Encoded, Factors, Kernels, load
-from ties_ray.tensors import Parameter, Read, Source
+from ties_ray.tensors import Read, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,22 +24,10 @@ DENSE = "dense_tensors"
 _CHECKPOINT, _LORA = Dcp(), Lora()
 
 
-class Adapted(Format):
+class Adapted(Composed):
     """A model whose values are those of a checkpoint plus scale * B @ A, rounded once to fp32."""
 
     name = "adapted"
-
-    def recognises(self, names: Sequence[str]) -> bool:
-        """Return False: it takes two folders."""
-        return False
-
-    def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return nothing: the formats of both folders say what they want."""
-        return (), ()
-
-    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
-        """Return an empty model: `combined` takes what the formats of both folders read."""
-        return Contents()
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
         """Return the ranges of the checkpoint's values, then those of the factors."""

@@ -5,14 +5,14 @@ No folder is of this format. The catalog gives the rows of a source their places
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ties_ray.formats import Contents, Folder, Format, Rules
+from ties_ray.formats import Composed
 from ties_ray.formats.adapted import Adapted
 from ties_ray.kernels import Encoded
 from ties_ray.safetensors import DTYPE_BITS
-from ties_ray.tensors import Parameter, Read, Rows, Source
+from ties_ray.tensors import Read, Rows, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,22 +31,10 @@ class _Piece(NamedTuple):
     """The bytes of the same elements in each of these tensors."""
 
 
-class ByToken(Format):
+class ByToken(Composed):
     """A checkpoint, with an adapter or without, whose rows of tokens have the order of the output."""
 
     name = "by_token"
-
-    def recognises(self, names: Sequence[str]) -> bool:
-        """Return False: it takes a vocabulary besides the folder."""
-        return False
-
-    def wanted(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return nothing: the folder's own format says what it wants."""
-        return (), ()
-
-    def read(self, folder: Folder, base: Mapping[str, Parameter] | None, rules: Rules) -> Contents:
-        """Return an empty model: the catalog takes what the folder's own format reads."""
-        return Contents()
 
     def reads(self, source: Source, start: int, stop: int) -> tuple[Read, ...]:
         """Return each range once, in the order in which the slice needs it first."""

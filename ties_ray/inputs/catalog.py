@@ -116,7 +116,7 @@ class Earlier:
     state: Model
     """What is left of them. Its sources hold fp32 words of each element, by `<name of a state>:<parameter>`."""
     sums: dict[int, Pin]
-    """Where exact sums of single models lie, by the position of the method's round that gathered them."""
+    """The places of exact sums of single models, by the position of the method's round that gathered them."""
     lapack: str = ""
     """How LAPACK must compute, where that decided the state."""
 

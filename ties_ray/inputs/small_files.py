@@ -36,7 +36,7 @@ class SmallFile:
     without: tuple[str, ...] = ()
     """Keys of a JSON object that the output's file lacks; keys of its parts are written `part.key`."""
     amended: dict[str, Any] = field(default_factory=dict)
-    """What the output's JSON object has besides: parts are merged, lists grow at their end, other values replace."""
+    """Values that the output's JSON object gets. They replace its own, but lists grow, and parts are merged."""
 
 
 class Taken(NamedTuple):

@@ -439,7 +439,7 @@ class Method(BaseModel, ABC):
 
     @property
     def gives_masks(self) -> bool:
-        """Whether the result is a vector for all models, and a mask for each, which an output of masks holds.
+        """Whether the result is one vector, and a mask for each model. An output of masks holds them.
 
         Its last round then works on elements, and gives `Result.masks` beside the vector as `Result.merged`.
         """

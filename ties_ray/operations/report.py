@@ -30,8 +30,8 @@ def report(
 ) -> MergeReport:
     """Return the report of a finished merge. It reads the result record, and no weights unless that is asked for.
 
-    compare: read all models that were merged, and tell how they relate. controls: merge some elements of all models
-    again, without each model and with signs drawn by chance.
+    compare: read all models that were merged. The report then tells how they relate.
+    controls: merge some elements again, without each model, and with random signs.
     announce: gets the folders of the inputs before they are read, since the stored plan names them.
     Raises `InputError` where there is no finished merge, or where the extra `report` is not installed.
     """

@@ -1,4 +1,4 @@
-"""How several merges share one reading: alike shards and blocks, and memory for what workers hold. Pure.
+"""Cuts several merges alike, so that they share one reading, and plans memory for what workers hold. Pure.
 
 Each merge keeps its own plan, and gets the bytes that it gets alone: no size changes a byte.
 """

@@ -170,7 +170,7 @@ class Slices(Deltas):
     """The models' slices of one block, as they are stored; as `Deltas` they are what a method sees."""
 
     kept: "Sequence[Tensor]" = ()
-    """What the round has kept for later merges: words (elements, any number), fp32, to be put side by side."""
+    """Words that the round keeps for later merges. Each tensor is fp32, (elements, words); they stand side by side."""
     not_finite: list[int]
     """Values of each member that are NaN or Inf, as far as they were noticed."""
     watch: Callable[[int, Any], None] | None = None

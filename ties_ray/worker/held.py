@@ -1,4 +1,4 @@
-"""What one worker holds while several merges do the same shard: slices as they were read, and states of folds.
+"""Holds slices and states of folds while several merges do the same shard on one worker.
 
 The first merge reads and folds. The merges after it take what is held. What finds no room is read and folded again.
 """

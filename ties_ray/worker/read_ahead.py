@@ -38,7 +38,7 @@ class SliceRequest(NamedTuple):
     neighbours: Sequence[tuple[Source, int, int]] = ()
     """Whole sources that are read with it where all factors are cached, its own included, as (source, 0, elements)."""
     is_state: bool = False
-    """Whether it is what an earlier merge has left: it is larger than slices of models, and has buffers of its own."""
+    """Whether an earlier merge has left it. Such a slice is larger than those of models, so it has its own buffers."""
 
 
 class BufferBudget(NamedTuple):
