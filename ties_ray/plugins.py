@@ -11,9 +11,10 @@ import importlib
 import inspect
 import os
 import pkgutil
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ties_ray.errors import Problem, RecipeError
 
@@ -67,6 +68,24 @@ def load(folder: str, name: str, contract: type[T]) -> type[T]:
     if len(own) != 1:
         raise TypeError(f"{module.__file__} should define one {contract.__name__}, not {len(own)}")
     return own[0]
+
+
+def section(folder: str, key: str, contract: type[T], value: Any) -> Any:
+    """Return what the extension that `value[key]` names makes of a section of a recipe; a text is the name alone.
+
+    The contract is a model of pydantic. Raises `ValueError` with all names where the section names none of them.
+    """
+    if isinstance(value, str):
+        value = {key: value}
+    if not isinstance(value, Mapping):
+        return value
+    if not isinstance(value.get(key), str):
+        raise ValueError(f"needs `{key}`: one of {', '.join(names(folder))}")
+    try:
+        extension: Any = load(folder, value[key], contract)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+    return extension.model_validate(value)
 
 
 @functools.cache

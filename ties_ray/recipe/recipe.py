@@ -21,7 +21,6 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from ties_ray import plugins
-from ties_ray.errors import RecipeError
 from ties_ray.executors import address_problem
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
@@ -287,7 +286,7 @@ class Run(Strict):
 
 
 def _method(value: Any) -> Any:
-    return _by_name("methods", "name", Method, value)
+    return plugins.section("methods", "name", Method, value)
 
 
 def _output(value: Any) -> Any:
@@ -295,22 +294,7 @@ def _output(value: Any) -> Any:
         value = {"path": value}
     if isinstance(value, Mapping):
         value = {"kind": "checkpoint", **value}
-    return _by_name("outputs", "kind", Output, value)
-
-
-def _by_name(folder: str, key: str, contract: type[BaseModel], value: Any) -> Any:
-    """Let the class that the recipe names validate its section."""
-    if isinstance(value, str):
-        value = {key: value}
-    if not isinstance(value, Mapping):
-        return value
-    if not isinstance(value.get(key), str):
-        raise ValueError(f"needs `{key}`: one of {', '.join(plugins.names(folder))}")
-    try:
-        section = plugins.load(folder, value[key], contract)
-    except RecipeError as error:
-        raise ValueError(str(error)) from error
-    return section.model_validate(value)
+    return plugins.section("outputs", "kind", Output, value)
 
 
 class Recipe(Strict):
