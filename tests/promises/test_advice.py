@@ -60,6 +60,11 @@ UNFOLLOWED = {
         "leave fewer models out", "give the folder above the outputs", "merge it in a recipe of its own", "{setting}",
         "allow more, or merge with", "save the candidate",
     ),
+    "it is of a score and not of a merge; tests/evaluations follow what can be followed": (
+        "scores what transformers can't load", "give a name such as", "name a folder that has one: `tokenizer`",
+        "write `metric` with one of these", "return a number", "score it by an evaluation that fits",
+        "store it as adapter_model.safetensors", "write `trust: true`", "write cpu", "write module:function",
+    ),
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (
         "checkpoint", "an output of kind",
