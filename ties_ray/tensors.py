@@ -12,8 +12,10 @@ from functools import cached_property
 from glob import escape
 from typing import Literal, NamedTuple
 
-Kind = Literal["linear", "transposed", "embedding"]
-"""The orientation of a matrix: (out, in), as most store a linear layer; (in, out), as GPT-2 does; (rows, width)."""
+Kind = Literal["linear", "transposed", "embedding", "other"]
+"""The orientation of a matrix: (out, in), as most store a linear layer; (in, out), as GPT-2 does; (rows, width).
+
+`other` is a matrix of a module that is none of these, such as a router of experts."""
 
 
 class Parameter(NamedTuple):
@@ -31,6 +33,8 @@ class Parameter(NamedTuple):
     """The orientation, if the parameter is a matrix."""
     called: str = ""
     """What adapters call it, where that is not `name`."""
+    tied: tuple[str, ...] = ()
+    """Parameters that share its tensor in the base, in the result too; filled in for outputs that hold factors."""
     keeps_dtype: bool = False
     """True: it keeps the base's dtype, because the output's dtype can't hold the base's values."""
 

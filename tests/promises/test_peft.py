@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ties_ray
-from ties_ray.errors import InputError
+from ties_ray.errors import InputError, RecipeError
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 
@@ -293,3 +294,63 @@ def test_adapters_in_memory_merge_to_what_add_weighted_adapter_gives(combination
         if hasattr(module, "lora_A") and "theirs" in module.lora_A:
             ours, theirs = module.get_delta_weight("ours"), module.get_delta_weight("theirs")
             assert float((ours - theirs).norm() / theirs.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_tables_that_were_saved_whole_come_out_as_factors_that_peft_loads(modules: list[str], tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
+    wanted = logits(trained(config, llama(), tmp_path / "adapter"))
+    data = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "adapter")], "method": "average", **SAVED}
+    output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 32}
+    merging.merge(validate({**data, "output": output, "run": {"executor": "local"}}))
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-4, atol=1e-4)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+WHOLE_MODELS: dict[str, Any] = {
+    "llama": lambda: llama(),
+    "tied llama": lambda: llama(tied=True),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **SMALL)),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **SMALL)
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, **SMALL
+        )
+    ),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=2, **SMALL,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE_MODELS)
+def test_the_change_of_a_whole_model_comes_out_as_an_adapter_that_peft_loads(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = WHOLE_MODELS[kind]().eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = type(base).from_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if parameter.dim() > 1 and not name.endswith(("embed_positions.weight", "gate.weight")):
+                parameter += 0.05 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "tuned")
+    recipe = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "tuned")], "method": "average"}
+    output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 64}
+    recipe |= {"output": output, "run": {"executor": "local"}, "exclude": []}
+    with pytest.raises(RecipeError, match="an adapter holds matrices of linear layers and embeddings") as refused:
+        merging.merge(validate(recipe))
+    (problem,) = refused.value.problems
+    recipe["exclude"] = json.loads(re.search(r"exclude: (\[.*?\"\])", problem.remedy)[1])  # type: ignore[index]
+    assert ("gate" in problem.remedy) == (kind == "mixtral")
+    merging.merge(validate(recipe))
+    adapted = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "out")
+    torch.testing.assert_close(logits(adapted), logits(tuned), rtol=1e-4, atol=1e-4)
+    assert (logits(base) - logits(tuned)).abs().max() > 1e-2

@@ -5,17 +5,20 @@
 
 import importlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from ties_ray.libraries import conversions
+from tests.tools.architectures import config_of, kinds
+from ties_ray.libraries import conversions, orientation
 
 TARGET = Path(conversions.__file__).with_name("conversions.json")
 
@@ -34,6 +37,34 @@ def collected() -> dict[str, Any]:
         "tied": sorted(kind for kind in CONFIG_MAPPING if _ties(kind)),
         "always_tied": sorted(kind for kind in CONFIG_MAPPING if _ties(kind, tie_word_embeddings=False)),
         "ties": {cls.__name__: list(_tied_keys(cls)) for cls in model_classes() if list(_tied_keys(cls))},
+        **_orientations(),
+    }
+
+
+def _orientations() -> dict[str, Any]:
+    """Return the modules with a matrix as their weight that are no linear layer (out, in)."""
+    embeddings, linear = set[str](), set[str]()
+    transposed, others = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    for name, kind in kinds().items():
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, name)(CONFIG_MAPPING[kind](**config_of(CONFIG_MAPPING[kind])))
+        except Exception:  # can't be built small, or without what is not installed
+            continue
+        for path, module in model.named_modules():
+            weight, word = module._parameters.get("weight"), orientation.word_of(path)
+            if weight is None or weight.dim() != 2:
+                continue
+            if type(module) is torch.nn.Embedding or hasattr(module, "embed_scale"):
+                embeddings.add(word)
+            elif isinstance(module, torch.nn.Linear):
+                linear.add(word)
+            else:
+                (transposed if type(module).__name__ == "Conv1D" else others)[kind].add(word)
+    return {
+        "embeddings": sorted(embeddings - linear),
+        "transposed": {kind: sorted(words) for kind, words in sorted(transposed.items())},
+        "other_matrices": {kind: sorted(words) for kind, words in sorted(others.items())},
     }
 
 

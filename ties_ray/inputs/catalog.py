@@ -26,10 +26,11 @@ from ties_ray.inputs.names import model_names
 from ties_ray.inputs.pins import verify_pins, weak_pins
 from ties_ray.inputs.small_files import SmallFile, Taken
 from ties_ray.inputs.vocabulary import Aligned
+from ties_ray.libraries import orientation
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.methods import Member
-from ties_ray.outputs import CHAT_TEMPLATE, DTYPES
+from ties_ray.outputs import CHAT_TEMPLATE, DTYPES, CondensingOutput
 from ties_ray.recipe.coefficients import Rules as Lines
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import MERGEABLE
@@ -344,7 +345,10 @@ def _check(
         problems[id_].append(problem)
     left, refused = agreement.drop(recipe, entries, problems)
     models = [inputs[entry.id] for entry in left if entry.id != BASE]
-    return _Checked(left, inputs, models, agreement.parameters(base, models), refused, num_compared, aligned)
+    factored = isinstance(recipe.output, CondensingOutput)
+    kinds, ties = (orientation.kinds_by_name(base, rules.kinds), rules.tied) if factored else ({}, ())
+    parameters = agreement.parameters(base, models, kinds, ties)
+    return _Checked(left, inputs, models, parameters, refused, num_compared, aligned)
 
 
 def _add_adapters(entries: Sequence[Entry], inputs: dict[str, ReadModel], problems: Problems) -> None:

@@ -59,17 +59,27 @@ class Adapter(CondensingOutput):
     def problems(self, parameters: Sequence[Parameter]) -> list[Problem]:
         """Return which changed parameters have no place in an adapter, and that layouts are mixed."""
         changed = _changed(parameters)
-        no_matrix = [each.name for each in changed if len(each.shape) != 2 or not each.name.endswith(".weight")]
+        no_matrix = [
+            each.name
+            for each in changed
+            if len(each.shape) != 2 or not each.name.endswith(".weight") or each.kind not in KEYS
+        ]
         problems = []
         if no_matrix:
-            message = f"an adapter holds matrices called `*.weight`; the models also change {_listed(no_matrix)}"
+            message = "an adapter holds matrices of linear layers and embeddings; the models also change"
+            message += f" {_listed(no_matrix)}"
             remedy = f"write `kind: checkpoint` or `kind: delta`, or {_excluding(no_matrix, parameters)}"
             problems.append(Problem("output.kind", message, remedy, "not_a_matrix"))
-        if {"linear", "transposed"} <= {each.kind for each in changed}:
+        if {"linear", "transposed"} <= {each.kind for each in changed if each.name not in no_matrix}:
             turned = [each.name for each in changed if each.kind == "transposed"]
             message = f"one adapter has one layout, and {_listed(turned)} are stored as (in, out), others as (out, in)"
             remedy = f"write `kind: checkpoint`, or {_excluding(turned, parameters)}"
             problems.append(Problem("output.kind", message, remedy, "mixed_layouts"))
+        tied = [each.name for each in changed if len(each.tied) > 1 and each.kind in KEYS]
+        if tied:
+            message = f"an adapter changes modules one by one, and several share {_listed(tied)}"
+            remedy = f"write `kind: checkpoint` or `kind: delta`, or {_excluding(tied, parameters)}"
+            problems.append(Problem("output.kind", message, remedy, "tied"))
         return problems
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
@@ -81,6 +91,9 @@ class Adapter(CondensingOutput):
             for key, shape in zip(KEYS[each.kind], ((rank, width), (height, rank)), strict=True):
                 name = PREFIX + _path(each) + key
                 tensors.append(OutputTensor(name, dtype, shape, each.name, "scratch"))
+            for alias in each.tied:  # the head of a tied model: PEFT changes its module apart from the embedding
+                for key, shape in zip(KEYS["linear"], ((rank, each.shape[1]), (each.shape[0], rank)), strict=True):
+                    tensors.append(OutputTensor(PREFIX + _module(alias) + key, dtype, shape, each.name, "scratch"))
         return tuple(tensors)
 
     def library(self, inputs: Library) -> Library:
@@ -105,7 +118,7 @@ class Adapter(CondensingOutput):
             "use_dora": False,
             "bias": "none",
             "fan_in_fan_out": any(each.kind == "transposed" for each in changed),
-            "target_modules": targets([_path(each) for each in changed], [_path(each) for each in parameters]),
+            "target_modules": targets(_paths(changed), _paths(parameters)),
             "rank_pattern": {},
             "alpha_pattern": {},
             "modules_to_save": None,
@@ -167,9 +180,11 @@ class Adapter(CondensingOutput):
         from ties_ray.kernels import lowrank
 
         halves = lowrank.halves(data, *parameter.shape)
-        a, b = halves if _is_turned(parameter) else halves[::-1]
+        is_head = parameter.kind == "embedding" and tensor.name.endswith(KEYS["linear"])
+        kind: Kind = "linear" if is_head else parameter.kind
+        a, b = halves[::-1] if kind == "linear" else halves
         rank = self.ranks[-1]
-        factor = a[:rank] if tensor.name.endswith(KEYS[parameter.kind][0]) else b[:rank].T
+        factor = a[:rank] if tensor.name.endswith(KEYS[kind][0]) else b[:rank].T
         return factor.to(getattr(torch, self.dtype)).reshape(-1)
 
 
@@ -211,4 +226,13 @@ def _listed(names: Sequence[str]) -> str:
 
 def _path(parameter: Parameter) -> str:
     """Return the module's path in the model that an adapter is put on; checkpoints may call it otherwise."""
-    return (parameter.called or parameter.name).removesuffix(".weight")
+    return _module(parameter.called or parameter.name)
+
+
+def _paths(parameters: Sequence[Parameter]) -> list[str]:
+    """Return the paths of modules, those that share a parameter's tensor among them."""
+    return [*map(_path, parameters), *(_module(alias) for each in parameters for alias in each.tied)]
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
