@@ -18,7 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from tests.tools.architectures import config_of, kinds
-from ties_ray.libraries import conversions, orientation
+from ties_ray.inputs import orientation
+from ties_ray.libraries import conversions
 
 TARGET = Path(conversions.__file__).with_name("conversions.json")
 

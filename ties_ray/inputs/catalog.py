@@ -16,7 +16,16 @@ from ties_ray.formats import Account, Folder, Format, Rules
 from ties_ray.formats._checkpoint_names import tied
 from ties_ray.formats.adapted import Adapted, combined
 from ties_ray.formats.companion import Companion
-from ties_ray.inputs import agreement, coefficients, companions, configs, small_files, tokenizers, vocabulary
+from ties_ray.inputs import (
+    agreement,
+    coefficients,
+    companions,
+    configs,
+    orientation,
+    small_files,
+    tokenizers,
+    vocabulary,
+)
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
 from ties_ray.inputs.expand import BASE, Entry, expand
@@ -26,7 +35,6 @@ from ties_ray.inputs.names import model_names
 from ties_ray.inputs.pins import verify_pins, weak_pins
 from ties_ray.inputs.small_files import SmallFile, Taken
 from ties_ray.inputs.vocabulary import Aligned
-from ties_ray.libraries import orientation
 from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.methods import Member

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ties_ray.libraries.orientation import kind_of
+from ties_ray.inputs.orientation import kind_of
 from ties_ray.tensors import Kind
 
 
