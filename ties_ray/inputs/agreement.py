@@ -13,9 +13,8 @@ from ties_ray.errors import InputError, Problem, printable
 from ties_ray.formats import Contents, Format
 from ties_ray.inputs.expand import BASE, Entry
 from ties_ray.inputs.spelling import Spelling, other_spellings
-from ties_ray.libraries.ties import Tie
 from ties_ray.recipe.recipe import Recipe
-from ties_ray.tensors import Kind, Parameter
+from ties_ray.tensors import Parameter
 
 NAMES_PRINTED = 8
 """The most names of a base that a remedy lists; beyond, it takes any name."""
@@ -123,22 +122,10 @@ def drop(
     return left, tuple(RefusedModel(entry.id, entry.uri, tuple(problems[entry.id])) for entry in wrong)
 
 
-def parameters(
-    base: Mapping[str, Parameter],
-    models: Sequence[ReadModel],
-    kinds_of_base: Mapping[str, Kind],
-    ties: Sequence[Tie] = (),
-) -> tuple[Parameter, ...]:
-    """Return the base's parameters; without a base all parameters that the models change, by name.
-
-    kinds_of_base: the orientation of parameters of which no model has factors. ties: those of the base that an output
-    has to know.
-    """
-    sources = [source for model in models for source in model.contents.sources.items()]
-    changed = {name for name, _ in sources}
-    factored = {name for name, source in sources if source.encoding == "factors"}
-    kinds = {name: kind for name, kind in kinds_of_base.items() if name not in factored}
-    kinds |= {name: kind for model in models for name, kind in model.contents.kinds.items()}
+def parameters(base: Mapping[str, Parameter], models: Sequence[ReadModel]) -> tuple[Parameter, ...]:
+    """Return the base's parameters; without a base all parameters that the models change, by name."""
+    changed = {name for model in models for name in model.contents.sources}
+    kinds = {name: kind for model in models for name, kind in model.contents.kinds.items()}
     by_name = base or {
         name: Parameter(name, model.format.shape(source), "F32", True)
         for model in models
@@ -150,16 +137,13 @@ def parameters(
         if not model.format.whole
     )
     names = list(base) or sorted(changed)
-    tied = {name: tuple(tie.alias for tie in ties if tie.kept == name and tie.alias not in base) for name in names}
 
     def called(name: str) -> str:
         spelt = spelling(name)
         return "" if spelt == name else spelt
 
     return tuple(
-        by_name[name]._replace(
-            changed=name in changed, kind=kinds.get(name, "linear"), called=called(name), tied=tied[name]
-        )
+        by_name[name]._replace(changed=name in changed, kind=kinds.get(name, "linear"), called=called(name))
         for name in names
     )
 

@@ -353,10 +353,27 @@ def _check(
         problems[id_].append(problem)
     left, refused = agreement.drop(recipe, entries, problems)
     models = [inputs[entry.id] for entry in left if entry.id != BASE]
-    factored = isinstance(recipe.output, CondensingOutput)
-    kinds, ties = (orientation.kinds_by_name(base, rules.kinds), rules.tied) if factored else ({}, ())
-    parameters = agreement.parameters(base, models, kinds, ties)
+    parameters = _with_places(recipe, agreement.parameters(base, models), models, rules)
     return _Checked(left, inputs, models, parameters, refused, num_compared, aligned)
+
+
+def _with_places(
+    recipe: Recipe, parameters: Sequence[Parameter], models: Sequence[ReadModel], rules: Rules
+) -> tuple[Parameter, ...]:
+    """Return parameters with their orientation and their ties, where the output holds factors of their modules."""
+    if not isinstance(recipe.output, CondensingOutput):
+        return tuple(parameters)
+    sources = [source for model in models for source in model.contents.sources.items()]
+    factored = {name for name, source in sources if source.encoding == "factors"}  # its models tell the orientation
+    names = {each.name for each in parameters}
+    kinds = orientation.kinds_by_name(names - factored, rules.kinds)
+    ties = [tie for tie in rules.tied if tie.alias not in names]
+    return tuple(
+        each._replace(
+            kind=kinds.get(each.name, each.kind), tied=tuple(tie.alias for tie in ties if tie.kept == each.name)
+        )
+        for each in parameters
+    )
 
 
 def _add_adapters(entries: Sequence[Entry], inputs: dict[str, ReadModel], problems: Problems) -> None:
