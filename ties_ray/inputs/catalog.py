@@ -353,16 +353,16 @@ def _check(
         problems[id_].append(problem)
     left, refused = agreement.drop(recipe, entries, problems)
     models = [inputs[entry.id] for entry in left if entry.id != BASE]
-    parameters = _with_places(recipe, agreement.parameters(base, models), models, rules)
-    return _Checked(left, inputs, models, parameters, refused, num_compared, aligned)
+    return _Checked(left, inputs, models, _with_places(recipe, base, models, rules), refused, num_compared, aligned)
 
 
 def _with_places(
-    recipe: Recipe, parameters: Sequence[Parameter], models: Sequence[ReadModel], rules: Rules
+    recipe: Recipe, base: Mapping[str, Parameter], models: Sequence[ReadModel], rules: Rules
 ) -> tuple[Parameter, ...]:
-    """Return parameters with their orientation and their ties, where the output holds factors of their modules."""
+    """Return the parameters, with orientation and ties where the output holds factors of their modules."""
+    parameters = agreement.parameters(base, models)
     if not isinstance(recipe.output, CondensingOutput):
-        return tuple(parameters)
+        return parameters
     sources = [source for model in models for source in model.contents.sources.items()]
     factored = {name for name, source in sources if source.encoding == "factors"}  # its models tell the orientation
     names = {each.name for each in parameters}
