@@ -8,31 +8,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from tests.tools.scored import Folder
 from ties_ray.errors import InputError, RecipeError
 from ties_ray.evaluations import AnyEvaluation, Evaluation, Evaluations, Score
 from ties_ray.evaluations.function import Function, ScoredModel
 from ties_ray.stores import Stores
-
-
-class Folder:
-    """A subject whose folder lies here."""
-
-    kin = ""
-
-    def __init__(self, folder: str, **record: Any) -> None:
-        self.id, self._folder, self._record = folder, folder, record
-
-    def folder(self) -> str:
-        return self._folder
-
-    def base_folder(self) -> str:
-        raise InputError([])
-
-    def load_into(self, model: Any) -> None:
-        raise InputError([])
-
-    def record(self) -> dict[str, Any]:
-        return self._record
 
 
 class Holder(BaseModel):

@@ -64,6 +64,10 @@ UNFOLLOWED = {
         "scores what transformers can't load", "give a name such as", "name a folder that has one: `tokenizer`",
         "write `metric` with one of these", "return a number", "score it by an evaluation that fits",
         "store it as adapter_model.safetensors", "write `trust: true`", "write cpu", "write module:function",
+        "write the fields as the guide has them", "name a file with examples", "split it, or cut it", "cut it to",
+        "unpack it, or store it as Parquet", "write one example a line", "write one JSON object a line",
+        "write it anew, with pyarrow", "write columns of texts", "cut the texts to", "write the model's own names",
+        "write `padding: right`", "name a folder with a tokenizer.json",
     ),
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (
