@@ -67,7 +67,8 @@ UNFOLLOWED = {
         "write the fields as the guide has them", "name a file with examples", "split it, or cut it", "cut it to",
         "unpack it, or store it as Parquet", "write one example a line", "write one JSON object a line",
         "write it anew, with pyarrow", "write columns of texts", "cut the texts to", "write the model's own names",
-        "write `padding: right`", "name a folder with a tokenizer.json",
+        "write `padding: right`", "give the folder of a model", "name it: `--base`", "copy the base here",
+        "see what `ties-ray verify` says", "name a folder with a tokenizer.json",
     ),
     "a matrix of many gigabytes provokes it": ("raise it by {} bytes",),
     "no remedy, or a part of one that is followed": (
