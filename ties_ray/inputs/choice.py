@@ -21,7 +21,7 @@ def chosen(recipe: Recipe, entries: Sequence[Entry], choice: Choice, where: str)
     models = [entry for entry in entries if entry.id != BASE]
     problems = [
         Problem(where, f"no model has an id or a path like {pattern!r}", "mend the pattern, or leave it out")
-        for pattern in (*choice.only, *choice.not_, *choice.weights)
+        for pattern in (*choice.only, *choice.not_, *choice.weights, *choice.densities)
         if not any(_matches(entry, pattern) for entry in models)
     ]
     left = [
@@ -45,14 +45,17 @@ def _matches(entry: Entry, pattern: str) -> bool:
 def _entry(recipe: Recipe, entry: Entry, choice: Choice) -> ModelEntry:
     """Return the line of a recipe that means this model alone."""
     asked = recipe.models[int(_NUMBER.findall(entry.place)[0])]
-    weights = (weight for pattern, weight in choice.weights.items() if _matches(entry, pattern))
+    weights, densities = (
+        [number for pattern, number in table.items() if _matches(entry, pattern)]
+        for table in (choice.weights, choice.densities)
+    )
     numbers = {"weight": asked.weight, "density": asked.density}
     if asked.table is not None:
         numbers = {"weight": entry.weight, "density": entry.density}
     elif asked.schedule is not None:
         numbers["weight"] = entry.weight
-    if (weight := next(weights, None)) is not None:
-        numbers["weight"] = weight
+    numbers |= {"weight": weights[0]} if weights else {}
+    numbers |= {"density": densities[0]} if densities else {}
     fields = {"id": entry.id, "path": entry.uri, "adapter": entry.adapter or None, "glob": False, "file": entry.file,
              "variant": entry.variant, "with": dict(entry.companions), "sha256": dict(entry.sha256),
              "version_id": dict(entry.version_id), **numbers}  # fmt: skip

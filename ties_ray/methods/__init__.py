@@ -438,6 +438,14 @@ class Method(BaseModel, ABC):
         return False
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Whether a positive factor common to all weights changes nothing, as they are divided by their sum.
+
+        A search then looks at the shares alone.
+        """
+        return False
+
+    @property
     def gives_masks(self) -> bool:
         """Whether the result is one vector, and a mask for each model. An output of masks holds them.
 

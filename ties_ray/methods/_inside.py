@@ -68,6 +68,11 @@ class Inside(Method):
 
     scales: ClassVar[Literal["sum", "mean"]] = "sum"
 
+    @property
+    def weights_are_shares(self) -> bool:
+        """Return whether they are so for the inner method."""
+        return self.inner.weights_are_shares
+
     @abstractmethod
     def turned(self, deltas: Deltas, context: Context) -> Turned:
         """Return the matrices in other coordinates; it goes through the deltas once before they are asked for."""

@@ -24,6 +24,11 @@ class Average(Method):
     caveat: ClassVar[str] = "Each change shrinks to 1 / N, and opposite changes cancel out."
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
+    @property
     def base_cancels(self) -> bool:
         """Return whether it is the mean of the weights themselves."""
         return self.lambda_ == 1

@@ -56,6 +56,11 @@ class Breadcrumbs(Method):
     )
     has_density: ClassVar[bool] = True
 
+    @property
+    def weights_are_shares(self) -> bool:
+        """Return whether it divides by weights."""
+        return self.merge == "mean"
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse negative weights where a mean divides by weights."""
         return [

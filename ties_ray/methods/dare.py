@@ -60,6 +60,11 @@ class Dare(Method):
     has_density: ClassVar[bool] = True
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return whether it divides by weights, and the same weights elect."""
+        return self._divides and (self.combine == "linear" or self.vote == "weighted")
+
+    @property
     def all_at_once(self) -> str:
         """Return nothing: what is dropped of a model depends on no other, and the sums go on."""
         return ""

@@ -55,6 +55,11 @@ class Della(Method):
     )
     has_density: ClassVar[bool] = True
 
+    @property
+    def weights_are_shares(self) -> bool:
+        """Return whether it divides by weights."""
+        return self._divides
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse probabilities outside 0..1, and negative weights where the mean divides by weights."""
         problems = []

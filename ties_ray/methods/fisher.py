@@ -34,6 +34,11 @@ class Fisher(Method):
     companions: ClassVar[tuple[Companion, ...]] = (Companion("fisher"),)
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
+    @property
     def base_cancels(self) -> bool:
         """Return whether it is the mean of the weights themselves."""
         return self.lambda_ == 1

@@ -43,6 +43,11 @@ class Karcher(Method):
     caveat: ClassVar[str] = "More than 40 models are refused. Opposite directions have no mean."
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
+    @property
     def base_cancels(self) -> bool:
         """Return whether it joins the weights themselves."""
         return self.vectors == "weights"

@@ -30,6 +30,11 @@ class MultiSlerp(Method):
     paper: ClassVar[str] = "Goddard et al. 2024, Arcee's MergeKit (arXiv:2403.13257)"
     caveat: ClassVar[str] = "Directions that cancel out have no mean; the plain mean takes its place."
 
+    @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse weights that can't be made to sum to 1."""
         if abs(sum(member.weight for member in members)) >= 1e-12:

@@ -43,6 +43,11 @@ class NuSlerp(Method):
     paper: ClassVar[str] = "Goddard et al. 2024, Arcee's MergeKit (arXiv:2403.13257)"
     caveat: ClassVar[str] = "Nearly opposite vectors of unlike lengths give a result many times as long as either."
 
+    @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
     def problems(self, members: Sequence[Member]) -> list[Problem]:
         """Refuse any number of models but two."""
         if len(members) == 2:

@@ -36,6 +36,11 @@ class Regmean(Method):
     companions: ClassVar[tuple[Companion, ...]] = (Companion("gram", "gram", every=False, negative=True),)
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
+    @property
     def all_at_once(self) -> str:
         """Return why no merge goes on."""
         return "it keeps no sums of Gram matrices"

@@ -31,6 +31,11 @@ class Slerp(Method):
     caveat: ClassVar[str] = "Two fine-tunes of one base are nearly parallel, so it is a plain average."
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
+    @property
     def base_cancels(self) -> bool:
         """Return whether it joins the weights themselves."""
         return self.vectors == "weights"

@@ -31,6 +31,11 @@ class Star(Method):
     state_uses_lapack: ClassVar[bool] = True
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return that weights are divided by their sum."""
+        return True
+
+    @property
     def all_at_once(self) -> str:
         """Return nothing: what is left of a model depends on no other, and the sum goes on."""
         return ""

@@ -104,6 +104,11 @@ class Ties(Method):
         return self
 
     @property
+    def weights_are_shares(self) -> bool:
+        """Return whether it divides by the weights that elect."""
+        return self.merge == "mean" and self.vote == "weighted"
+
+    @property
     def all_at_once(self) -> str:
         """Return why the threshold of an adapter may depend on others."""
         return "denominator: union counts what any adapter changes" if self.denominator == "union" else ""

@@ -34,6 +34,8 @@ MAX_UNFIT = 8
 """Unfit texts that an error lists."""
 SWEEP_KEYS = ("settings", "grid", "controls")
 """The keys of a recipe that make it a sweep (`recipe.settings`)."""
+SEARCH_KEY = "search"
+"""The key of a recipe that makes it a search (`recipe.search`)."""
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and halves of characters, which JSON can't hold."""
 
@@ -65,6 +67,8 @@ def validate(data: Json) -> Recipe:
     problems = list(itertools.islice(unfit(data), MAX_UNFIT))
     if key := next((key for key in SWEEP_KEYS if key in data), None):
         problems.append(Problem(key, "makes the recipe a sweep of many merges", "`ties-ray sweep` does them all"))
+    if SEARCH_KEY in data:
+        problems.append(Problem(SEARCH_KEY, "makes the recipe a search for the best merge", "`ties-ray search` does it"))
     if problems:
         raise RecipeError(problems)
     try:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, FiniteFloat, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ties_ray.errors import Problem, RecipeError
+from ties_ray.recipe.coefficients import Coefficient, Share
 from ties_ray.recipe.parse import MAX_UNFIT, SWEEP_KEYS, assign, unfit, validate
 from ties_ray.recipe.recipe import Json, Recipe, Strict
 
@@ -30,8 +31,10 @@ class Choice(Strict):
     """Patterns of ids or paths: no other model is merged."""
     not_: tuple[str, ...] = Field(default=(), alias="not")
     """Patterns of ids or paths: these models are left out."""
-    weights: dict[str, FiniteFloat] = Field(default={})
-    """Weight by a pattern of ids or paths. The first pattern that matches counts."""
+    weights: dict[str, Coefficient] = Field(default={})
+    """Weight by a pattern of ids or paths: a number, a gradient or a table. The first pattern that matches counts."""
+    densities: dict[str, Share] = Field(default={})
+    """Density likewise."""
 
 
 class Setting(Strict):
