@@ -23,9 +23,7 @@ def loss_of(point: Point) -> float:
     return (point[0] - 0.6) ** 2 + abs(point[1] - 2) + (point[2] - 0.2) ** 2
 
 
-def drawn(
-    draw: Draw, budget: int, loss: Callable[[Point], float | None] = loss_of
-) -> list[tuple[Point, float | None]]:
+def drawn(draw: Draw, budget: int, loss: Callable[[Point], float | None] = loss_of) -> list[tuple[Point, float | None]]:
     """Return the points and losses of a whole search, as its caller does it."""
     rows: list[tuple[Point, float | None]] = []
     while len(rows) < budget and (points := draw.ask(budget - len(rows))):

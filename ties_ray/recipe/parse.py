@@ -68,7 +68,9 @@ def validate(data: Json) -> Recipe:
     if key := next((key for key in SWEEP_KEYS if key in data), None):
         problems.append(Problem(key, "makes the recipe a sweep of many merges", "`ties-ray sweep` does them all"))
     if SEARCH_KEY in data:
-        problems.append(Problem(SEARCH_KEY, "makes the recipe a search for the best merge", "`ties-ray search` does it"))
+        problems.append(
+            Problem(SEARCH_KEY, "makes the recipe a search for the best merge", "`ties-ray search` does it")
+        )
     if problems:
         raise RecipeError(problems)
     try:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -69,8 +69,10 @@ class Subset(Strict):
     """Number of models of a candidate."""
 
 
+NO_SPEC = "is not searched: write {low: 0, high: 1} or {choices: [...]}, or move it to the recipe"
+"""The message for a value of the space that says nothing to search."""
 _FORMS = {"low": "a range", "high": "a range", "choices": "choices", "choose": "a subset"}
-_CLASSES = {Range: "a range", Choices: "choices", Subset: "a subset"}
+_CLASSES: dict[type, str] = {Range: "a range", Choices: "choices", Subset: "a subset"}
 
 
 def _form(value: Any) -> str:
@@ -79,21 +81,24 @@ def _form(value: Any) -> str:
     return _CLASSES.get(type(value), "a gradient" if isinstance(value, list | tuple) else "")
 
 
-Spec = TypeAliasType(
-    "Spec",
-    Annotated[
-        Annotated[Range, Tag("a range")]
-        | Annotated[Choices, Tag("choices")]
-        | Annotated[Subset, Tag("a subset")]
-        | Annotated[tuple["Spec", ...], Tag("a gradient"), Field(min_length=1)]
-        | Annotated[dict[str, "Spec"], Tag("a table"), Field(min_length=1)],
-        Discriminator(
-            _form,
-            custom_error_type="no_spec",
-            custom_error_message="is not searched: write {low: 0, high: 1} or {choices: [...]}, or move it to the recipe",
-        ),
-    ],
-)
+if TYPE_CHECKING:
+    Spec = Range | Choices | Subset | tuple[Any, ...] | dict[str, Any]  # mypy knows no alias of itself in Annotated
+else:
+    Spec = TypeAliasType(
+        "Spec",
+        Annotated[
+            Annotated[Range, Tag("a range")]
+            | Annotated[Choices, Tag("choices")]
+            | Annotated[Subset, Tag("a subset")]
+            | Annotated[tuple["Spec", ...], Tag("a gradient"), Field(min_length=1)]
+            | Annotated[dict[str, "Spec"], Tag("a table"), Field(min_length=1)],
+            Discriminator(
+                _form,
+                custom_error_type="no_spec",
+                custom_error_message=NO_SPEC,
+            ),
+        ],
+    )
 """What is searched at a place: a range, choices, a gradient over the layers, or a table of them by pattern."""
 TAGS = frozenset({"a range", "choices", "a subset", "a gradient", "a table"})
 """Forms of a value that is searched, as pydantic names them in the places of its errors."""
@@ -134,7 +139,7 @@ class Search(Strict):
     """
     sampler: Annotated[SerializeAsAny[Sampler], BeforeValidator(_sampler)] = Field(
         default="random", validate_default=True
-    )  # type: ignore[assignment]
+    )
     """What proposes candidates: a name, or a section with its fields."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """The seed of sampler, selection and evaluations."""

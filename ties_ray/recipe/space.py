@@ -16,6 +16,8 @@ from ties_ray.samplers import Axis, Point
 
 DIGITS = 6
 """Significant digits of a value, so that it is the same wherever it is computed."""
+MOST_TRIED = 20
+"""Choices of an axis that are checked before the search."""
 ONLY = "models.only"
 _EACH = {"models.weight": "models.weights", "models.density": "models.densities"}
 """Places that stand for a number of each model, and the table that holds them."""
@@ -75,8 +77,8 @@ class Space:
             if part.place == ONLY:
                 of_models["only"] = self._chosen(part.spec, part.axes, coordinates)
             elif part.place == "models.weights" and self.shares:
-                taken = [next(coordinates) for _ in part.axes]
-                of_models["weights"] = dict(zip(part.spec, map(_rounded, shares_of(taken)), strict=True))
+                axes = [next(coordinates) for _ in part.axes]
+                of_models["weights"] = dict(zip(part.spec, map(_rounded, shares_of(axes)), strict=True))
             elif part.place in _MODEL_KEYS:
                 of_models[_MODEL_KEYS[part.place]] = _value(part.spec, coordinates)
             else:
@@ -157,8 +159,8 @@ class Space:
         lows = tuple(0.0 for _ in self.axes)
         points = [lows, tuple(axis.choices - 1 if axis.choices else 1.0 for axis in self.axes)]
         for number, axis in enumerate(self.axes):
-            for choice in range(1, min(axis.choices, 20)):
-                points.append((*lows[:number], choice, *lows[number + 1 :]))
+            choices = range(1, min(axis.choices, MOST_TRIED))
+            points += [(*lows[:number], choice, *lows[number + 1 :]) for choice in choices]
         problems: dict[Problem, None] = {}
         for point in points:
             try:
@@ -221,8 +223,8 @@ def _misplaced(place: str, spec: Any) -> Iterator[Problem]:
     if place.partition(".")[0] in ("run", "storage", "output", "base", "search"):
         yield Problem(where, "is the same for all candidates", "search numbers of the method and of the models")
     elif place.startswith("models") and place not in _OF_MODELS:
-        known = ", ".join(sorted(_OF_MODELS))
-        yield Problem(where, "is no place of the models that is searched", f"write one of {known}")
+        places = ", ".join(sorted(_OF_MODELS))
+        yield Problem(where, "is no place of the models that is searched", f"write one of {places}")
     elif (place == ONLY) != isinstance(spec, Subset):
         yield Problem(where, "`choose` and `models.only` go together", "write `models.only: {choose: 4}`")
     elif place in _EACH.values() and not isinstance(spec, Mapping):
