@@ -31,6 +31,11 @@ UNFOLLOWED = {
         "name the base of both", "leave it out, where", "leave out either", "name another model",
         "without further tokens",
     ),
+    "its reader writes the space of a search (tests/recipe/test_search.py has them)": (
+        "`ties-ray search` does it", "give each pattern a range", "leave either of them out", "lower `",
+        "take another sampler", "search numbers of the method", "write one of ", "write `",
+        "take `grid`, `random` or `optuna`",
+    ),
     "somebody has to give a permission, room, credentials or a service": (
         "accept them at", "free s", "give the user", "credentials", "HF_TOKEN", "AWS_", "log in again", "anonymous",
         "KMS", "kms_key", "endpoint_url", "storage.s3", "set the clock", "make HF_HOME", "HF_HUB_OFFLINE", "SSE-C",
