@@ -88,6 +88,11 @@ class Model:
         return (self, *self.companions.values())
 
     @property
+    def pins(self) -> tuple[Pin, ...]:
+        """Return all files that are read for it."""
+        return tuple(pin for each in self.inputs for pin in each.objects)
+
+    @property
     def is_idle(self) -> bool:
         """Whether its weight is 0 everywhere."""
         return self.weight == 0 and all(not any(rule.values) for rule in self.weights)
@@ -128,6 +133,8 @@ class Earlier:
     """The places of exact sums of single models, by the position of the method's round that gathered them."""
     lapack: str = ""
     """How LAPACK must compute, where that decided the state."""
+    inputs: dict[str, tuple[Pin, ...]] = field(default_factory=dict)
+    """All files that were read of each of these models, by its id."""
 
     @property
     def pins(self) -> tuple[Pin, ...]:

@@ -51,6 +51,7 @@ def find_earlier(recipe: Recipe, stores: Stores) -> tuple[Plan, Earlier] | None:
         state=Model(output, "state", Companion.name, objects, sources),
         sums=_sums(folder, merge, stores),
         lapack=(manifest.read_lapack() or "") if plan.recipe.method.state_uses_lapack else "",
+        inputs={**(before.inputs if before else {}), **{model.id: model.pins for model in plan.catalog.models}},
     )
 
 
