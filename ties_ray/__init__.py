@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ties_ray.operations.compare import Comparison
     from ties_ray.operations.in_memory import MergedAdapter
     from ties_ray.operations.inspection import Inspections
+    from ties_ray.operations.pool import Pool
     from ties_ray.operations.promote import Promotion
     from ties_ray.operations.push import Push
     from ties_ray.operations.status import Status
@@ -63,6 +64,7 @@ __all__ = [
     "MergeResult",
     "MergedAdapter",
     "Plan",
+    "Pool",
     "Problem",
     "Progress",
     "Promotion",
@@ -81,6 +83,7 @@ __all__ = [
     "merge",
     "merge_adapters",
     "plan",
+    "pool",
     "promote",
     "push",
     "report",
@@ -95,6 +98,7 @@ _LAZY = {
     "Comparison": "ties_ray.operations.compare",
     "MergedAdapter": "ties_ray.operations.in_memory",
     "Plan": "ties_ray.planning.plan",
+    "Pool": "ties_ray.operations.pool",
     "Recipe": "ties_ray.recipe.recipe",
     "MergeReport": "ties_ray.reports.report",
     "MergeResult": "ties_ray.reports.records",
@@ -195,6 +199,26 @@ def candidates(recipe: "Recipe | Mapping[str, object]", *, memory: int | None = 
     from ties_ray.operations.candidates import Candidates
 
     return Candidates(recipe, memory=memory)
+
+
+def pool(
+    source: "Recipe | Mapping[str, object] | str | os.PathLike[str]",
+    *,
+    storage: "Storage | None" = None,
+    run: "Mapping[str, object] | None" = None,
+) -> "Pool":
+    """Return a living pool, whose models come and go.
+
+        pool = ties_ray.pool("s3://pools/support")
+        pool.add(["s3://adapters/tuesday/*"])
+        print(pool.record().result)
+
+    source: the pool's folder, or a recipe, plain data or file, whose `output.path` it is. A recipe can make a pool.
+    storage, run: these sections of a recipe, for a pool that is named by its folder. Raises `RecipeError`.
+    """
+    from ties_ray.operations.pool import open_pool
+
+    return open_pool(os.fspath(source) if isinstance(source, os.PathLike) else source, storage, run)
 
 
 def inspect(

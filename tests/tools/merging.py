@@ -18,6 +18,7 @@ from safetensors import safe_open
 from tests.tools.families import Family
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.operations import merging, sweeping
+from ties_ray.operations.pool import open_pool
 from ties_ray.planning.plan import Plan
 from ties_ray.plugins import PLUGIN_FOLDER, search_path
 from ties_ray.recipe.parse import parse, validate
@@ -141,7 +142,9 @@ def fp32(value: float) -> float:
 
 
 def merge_and_die(recipe: Recipe | Mapping[str, object], plugin_folder: Path) -> int:
-    """Merge, or sweep by plain data, in a process of its own, with the plugins of a folder; return its exit code.
+    """Merge in a process of its own, with the plugins of a folder; return its exit code.
+
+    Plain data is a sweep, or a change of a pool: `pool`, and `add` or `drop`.
 
     It is -9 where the process was killed.
     """
@@ -170,7 +173,11 @@ def _merge_plugged(text: str, folder: str, environment: Mapping[str, str]) -> No
     os.environ.update(environment)
     os.environ[PLUGIN_FOLDER] = folder
     plug(Path(folder))
-    if is_sweep(json.loads(text)):
-        sweeping.sweep(sweep_of(json.loads(text)))
+    data = json.loads(text)
+    if is_sweep(data):
+        sweeping.sweep(sweep_of(data))
+    elif "pool" in data:
+        living = open_pool(data["pool"])
+        living.drop(data["drop"], erase=True) if data.get("drop") else living.add(data.get("add", ()))
     else:
         merging.merge(parse(text))

@@ -51,6 +51,13 @@ def often(function: Function) -> Function:
     return function
 
 
+def of_run(function: Function) -> Function:
+    """Add options for the fields of `run` that are overridden most."""
+    for add in reversed(_OFTEN[1:]):
+        function = add(function)
+    return function
+
+
 _OFTEN = (
     click.option(
         "-o",
@@ -94,7 +101,7 @@ def command(function: Callable[..., int]) -> click.Command:
             options["overrides"] = (*options["overrides"], *context.meta[_KEPT])
         context.exit(console.run(lambda: function(console, **options)))
 
-    made = click.command(function.__name__)(run)
+    made = click.command(function.__name__.rstrip("_"))(run)
     made.params += [
         click.Option(["--json", "as_json"], is_flag=True, help="Print a record for machines on standard output."),
         click.Option(["--quiet"], is_flag=True, help="Print errors only, no progress and no summary."),
@@ -156,7 +163,14 @@ def stores_of(overrides: Sequence[str]) -> "Stores":
 
 
 def place(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
-    """Return the stores for an output folder, and its URI."""
+    """Return the stores for an output folder, and its URI. A pool stands for its current result."""
+    from ties_ray.operations.pool_members import current_result
+
+    stores, folder = _folder(output, overrides)
+    return stores, current_result(stores, folder)
+
+
+def _folder(output: str, overrides: Sequence[str]) -> "tuple[Stores, str]":
     from ties_ray.stores import Stores, absolute
 
     if not output.endswith((".yaml", ".yml", ".json")):

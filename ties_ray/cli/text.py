@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ties_ray.cli.method_docs import MethodDoc
 from ties_ray.cli.screen import duration, fact_table, new_table, num, num_bytes
-from ties_ray.errors import printable
+from ties_ray.errors import enumerated, printable
 from ties_ray.inputs.names import model_names
 from ties_ray.operations.inspection import Inspection, Inspections, Pool
 from ties_ray.operations.promote import Promotion
@@ -279,6 +279,12 @@ def of_verification(verification: Verification) -> Iterator[RenderableType]:
         yield f"merged again: {sample.elements:,} of {sample.of:,} elements ({share}), in {sample.tensors:,} tensors"
     if verification.recounted:
         yield f"thresholds counted anew: of {len(verification.recounted):,} models"
+    if verification.members:
+        yield f"pool: its plan names the files of {_count(len(verification.members), 'member')}, each as it was pinned"
+    if verification.absent:
+        yield f"pool: it names no file of {_count(len(verification.absent), 'dropped model')}: " + enumerated(
+            verification.absent
+        )
     if verification.sums:
         yield f"wrote {verification.sums}"
     yield from _notes(verification.notes)

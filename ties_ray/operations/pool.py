@@ -334,14 +334,16 @@ class Pool:
 
 
 def open_pool(
-    source: "Recipe | Mapping[str, Any] | str", storage: Mapping[str, Mapping[str, object]] | None = None
+    source: "Recipe | Mapping[str, Any] | str",
+    storage: Mapping[str, Mapping[str, object]] | None = None,
+    run: Mapping[str, object] | None = None,
 ) -> Pool:
     """Return the pool of a folder, or of a recipe, its plain data or its file."""
     if isinstance(source, Mapping):
         return Pool(validate(dict(source)))
     if isinstance(source, str) and source.endswith((".yaml", ".yml", ".json")):
         return Pool(recipes.parsed(recipes.text_of(source), source))
-    return Pool(source, storage=storage)
+    return Pool(source, storage=storage, run=dict(run or {}))
 
 
 def _key(entry: ModelEntry) -> tuple[str | None, ...]:

@@ -1,12 +1,15 @@
 """How the merge of a living pool is planned: from which result it goes on, and what it reads again."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ties_ray.errors import InputError, Problem, RecipeError, enumerated
-from ties_ray.inputs.catalog import THREADS
+from ties_ray.inputs.catalog import THREADS, Model
 from ties_ray.inputs.choice import chosen
 from ties_ray.inputs.expand import BASE, expand
 from ties_ray.layout.footprint import formats_of
@@ -42,9 +45,9 @@ class Settings:
     recipe: Recipe | None = None
     """The recipe that the caller has given; None where the pool is named by its folder."""
 
-    @property
+    @cached_property
     def stores(self) -> Stores:
-        """Return new stores."""
+        """Return the stores that its methods share."""
         return Stores(self.storage)
 
     @property
@@ -224,19 +227,19 @@ def planned(
         plan = merging.plan(settings.merge(rules, [each.entry for each in members]))
     earlier = {each.number for each in before.members} if before else set()
     again = tuple(each for each in members[len(start.members) if start else 0 :] if each.number in earlier)
-    known = _with_pins(members, plan, before)
-    reason = (reason or _reason(plan, before, numbers)) if again else ""
-    return replace(change, start=start, plan=plan, members=known, again=again, reason=reason)
+    pinned = _with_pins(members, plan, before)
+    reason = (reason or _reason(plan, start, before, numbers)) if again else ""
+    return replace(change, start=start, plan=plan, members=pinned, again=again, reason=reason)
 
 
-def _reason(plan: Plan, before: PoolDocument | None, numbers: Sequence[int]) -> str:
+def _reason(plan: Plan, start: PoolResult | None, before: PoolDocument | None, numbers: Sequence[int]) -> str:
     """Return why members are read again."""
     if reason := stateless(plan.recipe):
         return reason
-    gone = next((each for each in before.members if each.number not in numbers), None) if before else None
-    return (
-        f"they come after {gone.entry.id} in the sums" if gone else "no earlier result kept what the merge goes on from"
-    )
+    gone = [each.entry.id or "" for each in before.members if each.number not in numbers] if before else []
+    if start or not gone:
+        return f"they come after {enumerated(gone)}" if gone else "the last result keeps no state"
+    return f"no result is kept that ends before {gone[0]}"
 
 
 def _with_pins(members: Sequence[PoolMember], plan: Plan, before: PoolDocument | None) -> tuple[PoolMember, ...]:
@@ -252,15 +255,21 @@ def _with_pins(members: Sequence[PoolMember], plan: Plan, before: PoolDocument |
         if model is None:
             made.append(member)
             continue
-        pins = model.pins
-        if member.pins and member.pins != pins:
+        pins, read_as = model.pins, _read_as(model)
+        if member.pins and (member.pins, member.read_as) != (pins, read_as):
             problems.append(Problem(member.uri, "has changed since it was added", CHANGED))
         cached = identity(model, formats[model.format], plan.arithmetic) or ""
-        made.append(member.model_copy(update={"pins": pins, "cached": cached}))
+        made.append(member.model_copy(update={"pins": pins, "read_as": read_as, "cached": cached}))
     if problems:
         raise InputError(problems)
     left_out = {model.id for model in plan.catalog.refused}
     return tuple(member for member in made if member.entry.id not in left_out)
+
+
+def _read_as(model: Model) -> str:
+    """Return the digest of how a model's files are read."""
+    sources = [sorted(each.sources.items()) for each in model.inputs]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def demand_own(settings: Settings, document: PoolDocument) -> None:

@@ -17,6 +17,7 @@ from ties_ray.driver.publish import foreign_files
 from ties_ray.errors import InputError, Problem
 from ties_ray.libraries.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
 from ties_ray.libraries.weight_files import BITS
+from ties_ray.operations.pool_members import Membership, membership
 from ties_ray.outputs import DEFAULT_PART, OutputFile
 from ties_ray.planning.plan import Plan
 from ties_ray.planning.planner import believable
@@ -71,6 +72,10 @@ class Verification(Report):
     """The sample that was compared; None where no sample was asked for or could be taken."""
     recounted: list[str] = []
     """Ids of the models whose thresholds were counted anew."""
+    members: list[str] = []
+    """Folders of a pool's members whose files the plan of this result names, each as it was pinned."""
+    absent: list[str] = []
+    """Folders of models that the pool has dropped, and of which the plan names no file."""
     sums: str | None
     """URI of the SHA-256 sums; None where they were not asked for, or where there are problems."""
     problems: list[ReportedProblem]
@@ -168,6 +173,7 @@ def verify(
     _read_plan(review)
     files = _files(review)
     _compare_documents(review, files)
+    of_pool = _compare_pool(review)
     pieces = _pieces(review, files)
     contents = _read(stores, files, pieces, watch)
     checks = [_check(number, file, pieces, contents) for number, file in enumerate(files)]
@@ -182,6 +188,8 @@ def verify(
         files=checks,
         sample=compared,
         recounted=recounted,
+        members=of_pool.members,
+        absent=of_pool.absent,
         sums=written,
         problems=list(map(ReportedProblem.of, review.problems)),
         notes=review.notes,
@@ -240,6 +248,14 @@ def _compare_documents(review: _Review, files: Sequence[_Weights]) -> None:
     if review.plan:
         review.problems += _against_plan(review.plan, files)
     review.problems += _against_index(review.stores, review.output, files)
+
+
+def _compare_pool(review: _Review) -> Membership:
+    """Compare the models of the plan with those of the living pool to which the output belongs, if it does."""
+    of_pool = membership(review.stores, review.output, review.plan)
+    review.problems += of_pool.problems
+    review.notes += of_pool.notes
+    return of_pool
 
 
 def _documents(review: _Review) -> dict[str, bytes]:

@@ -47,6 +47,8 @@ class PoolMember(_Part):
     """All files that are read of it."""
     added: Text
     """When it was added: UTC, ISO 8601."""
+    read_as: Digest = ""
+    """The digest of how its files are read, such as the scales of an adapter."""
     cached: Digest = ""
     """The identity of its changes in the pool cache; empty where they have none."""
 
@@ -103,10 +105,10 @@ class PoolDocument(_Part):
     @model_validator(mode="after")
     def _agrees(self) -> "PoolDocument":
         numbers = [member.number for member in self.members]
-        taken = [*numbers, *(each.member.number for each in self.dropped)]
-        if numbers != sorted(set(numbers)) or len(set(taken)) != len(taken):
+        every = [*numbers, *(each.member.number for each in self.dropped)]
+        if numbers != sorted(set(numbers)) or len(set(every)) != len(every):
             raise ValueError("two models have one number, or their order is not that of their numbers")
-        if max(taken) >= self.next_number or any(not set(taken).issuperset(each.members) for each in self.results):
+        if max(every) >= self.next_number or any(not set(every).issuperset(each.members) for each in self.results):
             raise ValueError("it names a number that no model has")
         if list(self.result.members) != numbers:
             raise ValueError("the last result is not of its members")
