@@ -74,6 +74,7 @@ UNFOLLOWED = {
         "write it anew, with pyarrow", "write columns of texts", "cut the texts to", "write the model's own names",
         "write `padding: right`", "give the folder of a model", "name it: `--base`", "copy the base here",
         "see what `ties-ray verify` says", "name a folder with a tokenizer.json",
+    ),
     "only its reader knows which models a pool should have": (
         "`ties-ray pool ", "add a model to the pool", "drop it and add it", "drop it, and add it",
         "drop the model, and add", "pool's recipe file", "keep at least one result", "remove the pool's folder",
