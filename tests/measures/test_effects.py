@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from ties_ray.measures import effects
 from ties_ray.measures.effects import NOTHING, Effects, ModelSums, ParameterSums, added_up, sums_of
 
 
@@ -27,19 +26,31 @@ def test_no_shard_has_no_sums() -> None:
     assert added_up([]) == ({}, ())
 
 
-@pytest.mark.parametrize("chunk", [3, 2**17])
-def test_sums_are_the_same_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_are_those_of_a_dense_count() -> None:
     generator = torch.Generator().manual_seed(0)
-    deltas, merged = torch.randn(3, 100, generator=generator), torch.randn(100, generator=generator)
-    settings = {"thresholds": (0, 0, 0), "weights": (1.0, 2.0, -1.0), "present": (True, True, True), "share": 0.5}
-    whole = sums_of(4, deltas, merged, **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr(effects, "CHUNK", chunk)
-    parts = sums_of(4, deltas, merged, **settings)  # type: ignore[arg-type]
-    assert parts[0][:6] == whole[0][:6]
-    assert parts[0][6:] == pytest.approx(whole[0][6:], rel=1e-12)
-    for mine, other in zip(parts[1], whole[1], strict=True):
-        assert mine == pytest.approx(other, rel=1e-12)
-    assert whole[1][0].elements == 200
+    deltas, merged = torch.randn(5, 1000, generator=generator), torch.randn(1000, generator=generator)
+    deltas[:, ::7], merged[::11] = 0, 0
+    weights, limit = (1.0, 2.0, -1.0, 0.5, 1.0), 0.4
+    bits = int(torch.tensor(limit).view(torch.int32))
+    of_parameter, models = sums_of(
+        4, deltas, merged, thresholds=(bits,) * 5, weights=weights, present=(True,) * 5, share=0.5
+    )
+    factors = torch.tensor(weights, dtype=torch.float64)[:, None]
+    terms, change = torch.where(deltas.abs() >= limit, deltas, 0).double() * factors, merged.double()
+    total, used = terms.sum(0), terms != 0
+    count, both = used.sum(0), (terms > 0).any(0) & (terms < 0).any(0)
+    agree, against = terms * change > 0, terms * change < 0
+    decides = ((total - terms).sign() != total.sign()) & used
+    chance = 1 - 0.5 ** (count.clamp(min=1) - 1.0)
+    shares = [(count > least).sum() for least in (0, 1)]
+    wanted = [4, 1000, count.sum(), *shares, both.sum(), chance.sum(), (agree.sum(0) == 1).sum()]
+    wanted += [terms.abs().sum(), total.abs().sum(), change.square().sum()]
+    assert list(of_parameter) == pytest.approx([float(each) for each in wanted], rel=1e-12)
+    columns = [torch.full((5,), 1000.0), deltas.double().square().sum(1), used.sum(1), agree.sum(1), against.sum(1)]
+    columns += [(terms * change).sum(1), decides.sum(1)]
+    for model in range(5):
+        scaled = [2 * float(column[model]) for column in columns]
+        assert list(models[model]) == pytest.approx(scaled, rel=1e-12)
 
 
 def test_what_overflows_fp32_gives_finite_sums() -> None:

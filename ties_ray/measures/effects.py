@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-CHUNK = 2**17
-"""Elements of all models that are added up at a time: 1 MiB of fp64."""
-
-
 class ParameterSums(NamedTuple):
     """Sums over the elements of one parameter that were looked at."""
 
@@ -85,52 +81,20 @@ def sums_of(
     deltas: fp32, (models, elements). merged: fp32, 1-D. thresholds: magnitude bits below which a delta has no term; 0
     where nothing is trimmed. share: of the parameter's elements that are looked at.
     """
-    import torch
+    from ties_ray.kernels import terms
 
-    lowest = torch.tensor(thresholds, dtype=torch.int32)[:, None]
-    factors = torch.tensor(weights, dtype=torch.float64)[:, None]
-    size = max(1, CHUNK // max(1, len(deltas)))
-    of_parameter, columns = ParameterSums(parameter), torch.zeros(len(deltas), 6, dtype=torch.float64)
-    for part, of_merged in zip(torch.split(deltas, size, dim=1), torch.split(merged, size), strict=True):
-        kept = part.abs().view(torch.int32) >= lowest
-        terms = torch.where(kept, part, 0.0).double() * factors  # fp64 holds all products
-        change = of_merged.double().nan_to_num(0.0, 0.0, 0.0)  # a merge refuses what overflows
-        sums, of_models = _sums(parameter, terms, change)
-        of_parameter = _joined(of_parameter, sums)
-        columns += torch.cat([part.double().square().sum(1, keepdim=True), of_models], 1)
+    counts, totals, columns = terms.sums(deltas, merged, list(thresholds), list(weights))
+    named = {
+        **dict(zip(terms.COUNTS, counts.tolist(), strict=True)),
+        **dict(zip(terms.SUMS, totals.tolist(), strict=True)),
+    }
+    of_parameter = ParameterSums(parameter=parameter, elements=deltas.shape[1], **named)
     elements = deltas.shape[1] / share
     models = tuple(
         ModelSums(elements, *row) if there else NOTHING
         for row, there in zip((columns / share).tolist(), present, strict=True)
     )
     return of_parameter, models
-
-
-def _sums(parameter: int, terms: "Tensor", change: "Tensor") -> "tuple[ParameterSums, Tensor]":
-    """Return the sums of terms, fp64 (models, elements), that make a change; and the last five of each model."""
-    import torch
-
-    signs = terms.sign()
-    positive, negative = (signs > 0).sum(0), (signs < 0).sum(0)
-    signs *= change.sign()
-    agree, against = signs > 0, signs < 0
-    count, total = positive + negative, terms.sum(0)
-    of_parameter = ParameterSums(
-        parameter=parameter,
-        elements=len(change),
-        terms=int(count.sum()),
-        changed=int((count > 0).sum()),
-        shared=int((count > 1).sum()),
-        conflicts=int(((positive > 0) & (negative > 0)).sum()),
-        by_chance=float((1 - 2.0 ** (1 - count.clamp(min=1))).sum()),
-        alone=int((agree.sum(0) == 1).sum()),
-        magnitude=float(terms.abs().sum()),
-        balance=float(total.abs().sum()),
-        merged2=float(change.square().sum()),
-    )
-    decides = ((total - terms).sign() != total.sign()) & (terms != 0)
-    counts = [each.sum(1).double() for each in (terms != 0, agree, against)]
-    return of_parameter, torch.stack([*counts, (terms * change).sum(1), decides.sum(1).double()], 1)
 
 
 def added(first: ModelSums, second: ModelSums) -> ModelSums:

@@ -157,13 +157,30 @@ def _csv(result: SweepResult) -> str:
 
 def _parquet(result: SweepResult) -> bytes:
     import pyarrow
+    from pyarrow import json as reading
     from pyarrow import parquet
 
     rows = result.table()
-    columns: dict[str, list[object]] = {name: [row.get(name) for row in rows] for name in _columns(rows)}
-    for name, values in columns.items():  # a place may hold numbers in one setting, and a text in another
-        if len({type(value) for value in values if value is not None} - {int}) > 1:
-            columns[name] = [None if value is None else str(value) for value in values]
+    names = _columns(rows)
+    columns = {name: {type(row[name]) for row in rows if row.get(name) is not None} for name in names}
+    kinds = {name: _KINDS.get(frozenset(types), "string") for name, types in columns.items()}
+    lines = (
+        {name: str(value) if kinds[name] == "string" else value for name, value in row.items() if value is not None}
+        for row in rows
+    )
+    # pyarrow imports pandas to take Python's lists, and nothing to read JSON
+    text = "\n".join(json.dumps(line) for line in lines)
+    schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in kinds.items()])
+    options = reading.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer)
+    parquet.write_table(reading.read_json(io.BytesIO(text.encode()), parse_options=options), buffer)
     return buffer.getvalue()
+
+
+_KINDS = {
+    frozenset({bool}): "bool",
+    frozenset({int}): "int64",
+    frozenset({float}): "float64",
+    frozenset({int, float}): "float64",
+}
+"""A column's type by the types of its values. A place may hold numbers in one setting, and a text in another."""

@@ -166,6 +166,16 @@ class Merge:
         return next((index for index, round_ in enumerate(self.rounds) if kind_of(round_).keeps_checksums), 0)
 
 
+class Watch(Protocol):
+    """Looks at each model's slice of a block when it is first read."""
+
+    deltas: "Tensor"
+    """Its deltas in the elements that are looked at (fp32, (models, elements)), as far as slices have come."""
+
+    def take(self, model: int, stored: Any) -> None:
+        """Look at a slice. model: its position among the block's members."""
+
+
 class Slices(Deltas):
     """The models' slices of one block, as they are stored; as `Deltas` they are what a method sees."""
 
@@ -173,8 +183,7 @@ class Slices(Deltas):
     """Words that the round keeps for later merges. Each tensor is fp32, (elements, words); they stand side by side."""
     not_finite: list[int]
     """Values of each member that are NaN or Inf, as far as they were noticed."""
-    watch: Callable[[int, Any], None] | None = None
-    """Called with the position and the stored slice of each model when it is first read."""
+    watch: "Watch | None" = None
 
     @abstractmethod
     def models(self) -> Iterator[tuple[int, Any]]:

@@ -62,7 +62,7 @@ class Watched:
         self.deltas = torch.zeros(num_models, sum(stop - start for start, stop in ranges))
         self._kernels = kernels
         self._ranges = ranges
-        block.slices.watch = self._take
+        block.slices.watch = self
 
     def cut(self, values: "Tensor") -> "Tensor":
         """Return the elements that are looked at."""
@@ -70,7 +70,7 @@ class Watched:
 
         return torch.cat([values[start:stop] for start, stop in self._ranges])
 
-    def _take(self, model: int, stored: Stored) -> None:
+    def take(self, model: int, stored: Stored) -> None:
         """Keep the deltas of a model."""
         at = 0
         for start, stop in self._ranges:

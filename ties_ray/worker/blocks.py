@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -53,22 +53,9 @@ class Blocks:
         own: Round | None = None,
     ) -> Generator[Block, None, None]:
         """Yield the blocks of some segments with the slices of some members; see `rounds.Bench.blocks`."""
-        merge, sources = self._merge, self._merge.sources
-        parameters, segments = merge.catalog.parameters, list(segments)
-        widest = max(sources.widths)
-        runs = list(
-            runs_of(
-                segments, round_.block, round_.run, lambda index: parameters[index].name not in sources.not_coalesced
-            )
-        )
-        neighbours = self._cached_with(segments if round_.run else (), members)
-        requests = itertools.chain.from_iterable(
-            self._requests(round_, run, members, neighbours, with_base, own) for run in runs
-        )
-        room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
-        with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
-            blocks = (block for run in runs for block in zip(run, split_streams(stream, len(run)), strict=True))
-            for segment, coming in blocks:
+        merge, sources, parameters = self._merge, self._merge.sources, self._merge.catalog.parameters
+        with closing(self._arriving(round_, segments, members, with_base, own)) as arriving:
+            for segment, coming, is_held in arriving:
                 index, start, stop = segment
                 begin, end = self._base_range(segment, members, with_base)
                 rows = self._decoded(next(coming), parameters[index], stop - start)
@@ -83,6 +70,7 @@ class Blocks:
                     keeps=own is not None and bool(own.state) and merge.recipe.output.state,
                     folds=Folds(self._held, self._identity(segment, members)) if self._held else None,
                 )  # fmt: skip
+                slices.drains = not is_held
                 yield Block(index, start, stop, base, slices)
                 slices.close()
                 self._check_finite(slices.not_finite, members, parameters[index], zeroed)
@@ -93,6 +81,58 @@ class Blocks:
         with closing(self._reads.stream([self._whole(*request)] for request in requests)) as coming:
             for (stored,) in coming:
                 yield stored if isinstance(stored, Factors) else None
+
+    def _arriving(
+        self,
+        round_: PlannedRound,
+        segments: Iterable[Segment],
+        members: Sequence[int],
+        with_base: bool,
+        own: Round | None,
+    ) -> Generator[tuple[Segment, Iterator[Stored | None], bool], None, None]:
+        """Yield the blocks of some segments, what arrives for each, and whether an earlier merge holds it."""
+        sources, parameters, segments = self._merge.sources, self._merge.catalog.parameters, list(segments)
+        widest = max(sources.widths)
+        runs = list(
+            runs_of(
+                segments, round_.block, round_.run, lambda index: parameters[index].name not in sources.not_coalesced
+            )
+        )
+        neighbours = self._cached_with(segments if round_.run else (), members)
+        requested = partial(
+            self._requests, round_, members=members, neighbours=neighbours, with_base=with_base, own=own
+        )
+        held = [self._held_whole(run, requested, (members, round_.passes, with_base), own) for run in runs]
+        requests = itertools.chain.from_iterable(
+            requested(run) for run, whole in zip(runs, held, strict=True) if whole is None
+        )
+        room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
+        with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
+            for run, whole in zip(runs, held, strict=True):
+                coming = _by_block(whole, len(run)) or split_streams(stream, len(run))
+                for segment, slices in zip(run, coming, strict=True):
+                    yield segment, slices, whole is not None
+
+    def _held_whole(
+        self,
+        run: Sequence[Segment],
+        requested: Callable[[Sequence[Segment]], Iterator[list[SliceRequest | None]]],
+        how: tuple[Sequence[int], int, bool],
+        own: Round | None,
+    ) -> list[list[Stored | None]] | None:
+        """Return all that is read for a run of blocks, None unless an earlier merge holds it.
+
+        how: the members, the passes, and whether the base is read. Companions and states are each merge's own.
+        """
+        if self._held is None or self._held.is_empty or self._companions(own) or self._merge.catalog.earlier:
+            return None
+        key = tuple(self._identity(segment, how[0]) for segment in run), *how[1:]
+        whole = self._held.whole(key)
+        if whole is None:
+            whole = self._reads.held(requested(run))
+            if whole is not None:
+                self._held.keep_whole(key, whole)
+        return whole
 
     def _identity(self, segment: Segment, members: Sequence[int]) -> Hashable:
         """Return what the slices of a block are, as a value: plans of several merges hold equal models."""
@@ -263,3 +303,8 @@ class Blocks:
                         out = torch.empty(len(block.base), device=self._kernels.device)
                         total += self._kernels.delta(stored, block.base, out)
         return total
+
+
+def _by_block(whole: Sequence[Sequence[Stored | None]] | None, count: int) -> list[Iterator[Stored | None]]:
+    """Return an iterator over what each of `count` blocks reads, of all that their run reads; none of None."""
+    return [] if whole is None else [iter([slices[number] for slices in whole]) for number in range(count)]

@@ -58,16 +58,19 @@ class Checksums:
         self.new: list[RangeChecksums] = []
         """The ranges that were read here first."""
         self._lock = threading.Lock()
+        self._expected: set[RangeChecksums] = set()
         self._ranges: collections.defaultdict[str, _Ranges] = collections.defaultdict(_Ranges)
         self.expect(earlier, keeps=keeps)
 
     def expect(self, earlier: Iterable[RangeChecksums], *, keeps: bool) -> None:
         """Expect further bytes to be those of earlier reads. keeps: whether to note new reads from here on."""
         self._keeps = keeps
-        for uri, start, stop, crc32cs in earlier:
+        unknown = [each for each in dict.fromkeys(earlier) if each not in self._expected]
+        for uri, start, stop, crc32cs in unknown:
             sums = _sums(uri, start, stop, crc32cs)
             if self._ranges[uri].add(start, stop, sums) != sums:  # two groups have each read the base
                 raise differs(uri, start, stop)
+        self._expected.update(unknown)
 
     def mismatch(self, uri: str, start: int, data: NDArray[np.uint8]) -> tuple[int, int] | None:
         """Return the first piece [start, stop) that differs from an earlier read; None where none does."""

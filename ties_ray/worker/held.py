@@ -17,6 +17,8 @@ from ties_ray.kernels.buffers import Buffers
 from ties_ray.planning.together import NOTHING, Room
 from ties_ray.stores import Pin
 
+_WATCHED = "watched"
+"""Name of what was looked at, beside the names of a state."""
 ALIGNMENT = 64
 """Bytes. Every piece of memory begins at a multiple, so that it can be viewed as any dtype."""
 
@@ -28,6 +30,8 @@ class Fold(NamedTuple):
     """Nobody writes to it."""
     not_finite: tuple[int, ...]
     """Values of each model that were not finite."""
+    watched: Tensor | None
+    """The deltas of all models in the elements that are looked at; see `rounds.Watch`. None where nobody looked."""
 
 
 class _Arena:
@@ -61,6 +65,7 @@ class Held:
         self._slices = _Arena(room.slices)
         self._states = _Arena(room.states)
         self._runs: dict[Hashable, list[Stored | None]] = {}
+        self._whole: dict[Hashable, list[list[Stored | None]]] = {}
         self._bytes: dict[tuple[Pin, int, int], Tensor] = {}
         self._folds: dict[Hashable, Fold] = {}
         self._is_first = True
@@ -68,6 +73,7 @@ class Held:
     def begin(self) -> None:
         """Forget everything: another shard begins."""
         self._runs.clear()
+        self._whole.clear()
         self._bytes.clear()
         self._folds.clear()
         self._slices.empty()
@@ -97,6 +103,19 @@ class Held:
         """Return the slices of a run, None where they are not held."""
         return self._runs.get(run) if self.is_on else None
 
+    def keep_whole(self, blocks: Hashable, runs: list[list[Stored | None]]) -> None:
+        """Note all runs that some blocks read. Each of them is held."""
+        self._whole[blocks] = runs
+
+    def whole(self, blocks: Hashable) -> list[list[Stored | None]] | None:
+        """Return all runs that some blocks read, None where that is not noted."""
+        return self._whole.get(blocks)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether no slice is held."""
+        return not self._runs
+
     def keep_bytes(self, pin: Pin, start: int, data: Tensor) -> None:
         """Hold a copy of bytes (1-D uint8) of an object, where there is room."""
         room = self.take(len(data))
@@ -121,15 +140,17 @@ class Held:
         self._is_first = False
         return fold
 
-    def keep_fold(self, block: Hashable, state: State, not_finite: Sequence[int]) -> None:
-        """Hold a copy of a state, where there is room."""
+    def keep_fold(
+        self, block: Hashable, state: State, not_finite: Sequence[int], watched: Tensor | None = None
+    ) -> None:
+        """Hold a copy of a state, and of what was looked at, where there is room."""
         copies: State = {}
-        for name, values in state.items():
+        for name, values in {**state, **({} if watched is None else {_WATCHED: watched})}.items():
             room = self._states.take(values.nbytes)
             if room is None:
                 return
-            copies[name] = room.view(values.dtype).copy_(values)
-        self._folds[block] = Fold(copies, tuple(not_finite))
+            copies[name] = room.view(values.dtype).view(values.shape).copy_(values)
+        self._folds[block] = Fold(copies, tuple(not_finite), copies.pop(_WATCHED, None))
 
 
 class Folds:
@@ -143,9 +164,9 @@ class Folds:
         """Return what is held under a key, such as the op; see `Held.fold_of`."""
         return self._held.fold_of((key, self._block))
 
-    def keep(self, key: Hashable, state: State, not_finite: Sequence[int]) -> None:
-        """Hold a copy of a state, where there is room."""
-        self._held.keep_fold((key, self._block), state, not_finite)
+    def keep(self, key: Hashable, state: State, not_finite: Sequence[int], watched: Tensor | None) -> None:
+        """Hold a copy of a state, and of what was looked at, where there is room."""
+        self._held.keep_fold((key, self._block), state, not_finite, watched)
 
     def scaled(self, merged: Tensor, factor: float) -> Tensor:
         """Return a merged delta (1-D fp32) times a factor that is rounded to fp32."""

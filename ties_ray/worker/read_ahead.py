@@ -220,6 +220,16 @@ class ReadAhead:
             self._held.keep(_identity(run), slices)
         return slices
 
+    def held(self, runs: Iterable[Sequence[SliceRequest | None]]) -> list[list[Stored | None]] | None:
+        """Return the slices of some runs, None unless all are held."""
+        kept = []
+        for run in runs:
+            slices = self._kept(run)
+            if slices is None:
+                return None
+            kept.append(slices)
+        return kept
+
     def _kept(self, run: Sequence[SliceRequest | None]) -> list[Stored | None] | None:
         return self._held.kept(_identity(run)) if self._held.is_on else None
 

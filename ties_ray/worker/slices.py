@@ -15,6 +15,9 @@ from ties_ray.worker.held import Folds
 class StoredSlices(Slices):
     """The deltas of one block. Values that are not finite are counted once a model, and taken as zero."""
 
+    drains = True
+    """Whether slices that the method does not ask for are taken nevertheless: the next block's come after them."""
+
     def __init__(
         self,
         kernels: Kernels,
@@ -138,9 +141,11 @@ class StoredSlices(Slices):
         if fold is None:
             counted, state = list(self.not_finite), make()
             counts = [after - before for after, before in zip(self.not_finite, counted, strict=True)]
-            folds.keep(key, state, counts)
+            folds.keep(key, state, counts, self.watch.deltas if self.watch else None)
             return state
-        if self.watch and not self._pass:
+        if self.watch and fold.watched is not None:
+            self.watch.deltas = fold.watched
+        if self.watch and not self._pass and fold.watched is None:
             for _ in self.models():
                 pass  # who watches looks at every slice
         else:
@@ -222,7 +227,10 @@ class StoredSlices(Slices):
 
     def close(self) -> None:
         """Drop all slices, and take those that the method has not asked for."""
-        self._skip_to(self._passes * self._num_models)
+        if self.drains:
+            self._skip_to(self._passes * self._num_models)
+        self._held.clear()
+        self._beside.clear()
 
     def _skip_to(self, position: int) -> None:
         self._held.clear()
@@ -238,7 +246,7 @@ class StoredSlices(Slices):
         self._beside.append([next(self._coming) for _ in self._companions])
         self._taken += 1
         if self.watch and own and self._pass == 1:
-            self.watch(self._taken - 1, own)
+            self.watch.take(self._taken - 1, own)
         return own
 
     def _note(self, group: Sequence[tuple[int, Stored]], counts: Sequence[int]) -> None:
