@@ -33,10 +33,12 @@ class Parameter(NamedTuple):
     """The orientation, if the parameter is a matrix."""
     called: str = ""
     """What adapters call it, where that is not `name`."""
-    tied: tuple[str, ...] = ()
-    """Parameters that share its tensor in the base, in the result too; filled in for outputs that hold factors."""
     keeps_dtype: bool = False
     """True: it keeps the base's dtype, because the output's dtype can't hold the base's values."""
+    tied: tuple[str, ...] = ()
+    """Parameters that share its tensor in the base, in the result too; filled in for outputs that hold factors."""
+    carried: bool = False
+    """True: the base lacks it, all models have the same, and the output carries it along."""
 
     @property
     def numel(self) -> int:

@@ -249,6 +249,14 @@ def test_integers_that_differ_from_the_bases_are_refused_unless_they_are_exclude
     assert excluded.account.aside == (Aside("excluded by the recipe", 1, 3),)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_mask_of_bytes_is_the_same_mask_of_booleans(swapped: bool) -> None:
+    mask = torch.tensor([True, False, True])
+    base, model = (mask, mask.to(torch.uint8))[:: -1 if swapped else 1]
+    found = read(files_of({**BASE, "mask": model}), base_of({**BASE, "mask": base}))
+    assert (problems(found), found.account.equal) == ([], 3 + 3)
+
+
 def test_counters_of_a_training_may_differ_and_the_bases_are_kept() -> None:
     base = {**BASE, "norm.num_batches_tracked": torch.tensor(3), "steps": torch.tensor([5])}
     found = read(files_of(base), base_of(base, exclude=("model.ids",)), Rules(exclude=("model.ids",)), same=False)
@@ -495,6 +503,15 @@ def test_one_weight_file_needs_no_special_name_but_several_need_an_index() -> No
     assert "holds 2 models: `file: a.safetensors`, `file: b.safetensors`" in problems(read(files))[0]
     both = {**sharded({"a": torch.zeros(1)}), "model.safetensors": file_bytes({"a": torch.zeros(1)})}
     assert "has both model.safetensors and model.safetensors.index.json" in problems(read(both))[0]
+
+
+def test_an_index_that_is_older_than_the_one_weight_file_is_named_with_a_way_to_choose() -> None:
+    files = sharded({"a": torch.zeros(1)}, a="gone.safetensors")
+    files = {name: files[name] for name in files if not name.endswith(".safetensors")}
+    stale = {**files, "model.safetensors": file_bytes({"a": torch.zeros(1)})}
+    (problem,) = problems(read(stale))
+    assert "has both model.safetensors and model.safetensors.index.json, which names 1 files that" in problem
+    assert "`file: model.safetensors` beside its `path` chooses it" in problem
 
 
 def test_an_adapter_is_not_taken_for_a_checkpoint() -> None:

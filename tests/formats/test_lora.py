@@ -593,6 +593,8 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("unknown_tensor", beside(f"{Q}.lora_A.bias", normal(2)), "lora_A.bias"),
     ("unknown_tensor", beside(f"{Q}.lora_diag", normal(2)), "lora_diag"),
     ("unknown_tensor", beside(f"{Q}.hada_w1_a", normal(2, 4)), "hada_w1_a"),
+    ("unknown_tensor", beside(f"{Q}.default_lora_latent_mapping.weight", normal(2, 2)), "latent_mapping"),
+    ("unknown_tensor", beside(f"{Q}.alpha", normal()), "alpha"),
     ("head", beside("classifier.weight", normal(2)), "classifier"),
     ("dtype", only(Q, normal(2, 4, dtype="F64"), normal(6, 2)), "F64"),
     ("dtype", only(Q, normal(2, 4), torch.ones(6, 2, dtype=torch.int32)), "I32"),

@@ -354,3 +354,47 @@ def test_the_change_of_a_whole_model_comes_out_as_an_adapter_that_peft_loads(kin
     adapted = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "out")
     torch.testing.assert_close(logits(adapted), logits(tuned), rtol=1e-4, atol=1e-4)
     assert (logits(base) - logits(tuned)).abs().max() > 1e-2
+
+
+def classifiers(folder: Path, *, same: bool) -> list[Any]:
+    """Return two adapters of one classifier, whose heads are the same or not; they and their base are saved."""
+    made = []
+    llama().save_pretrained(folder / "base")
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        model = transformers.LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=TARGETS, task_type="SEQ_CLS"))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name or (parameter.requires_grad and not same):
+                    parameter += 0.1 * torch.randn_like(parameter)
+        adapted.peft_config["default"].base_model_name_or_path = "tests/llama"
+        adapted.save_pretrained(folder / f"adapter-{seed}")
+        made.append(adapted)
+    return made
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_head_that_all_adapters_share_comes_along_in_the_merged_one(base: bool, tmp_path: Path) -> None:
+    adapters = classifiers(tmp_path, same=True)
+    data: dict[str, Any] = {"models": [str(tmp_path / f"adapter-{seed}") for seed in (1, 2)], "method": "average"}
+    data |= {"base": str(tmp_path / "base")} if base else {}
+    output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 8}
+    merging.merge(validate({**data, "output": output, "run": {"executor": "local"}}))
+    models = [adapter.merge_and_unload().state_dict() for adapter in adapters]
+    wanted = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    plain = logits(wanted)
+    wanted.load_state_dict({name: (models[0][name] + models[1][name]) / 2 for name in models[0]})
+    empty = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    loaded = peft.PeftModel.from_pretrained(empty, tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(wanted), rtol=1e-4, atol=1e-4)
+    assert (plain - logits(wanted)).abs().max() > 1e-2
+
+
+def test_adapters_with_heads_of_their_own_are_not_merged_into_one_that_has_none(tmp_path: Path) -> None:
+    classifiers(tmp_path, same=False)
+    data = {"base": str(tmp_path / "base"), "models": [str(tmp_path / f"adapter-{seed}") for seed in (1, 2)]}
+    output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 8}
+    with pytest.raises(InputError, match=r"has another head than .*adapter-1.*score\.weight"):
+        merging.merge(validate({**data, "method": "average", "output": output, "run": {"executor": "local"}}))

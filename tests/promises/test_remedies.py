@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.tools.adapters import Module, make_pool, write_adapter
 from tests.tools.families import CONFIG, Family, Tensors, file_bytes, make_family, tokenizer_json, write_checkpoint
@@ -244,6 +244,13 @@ def without_ids(recipe: Recipe, problem: Problem) -> None:
 
 def with_base(recipe: Recipe, problem: Problem) -> None:
     recipe["base"] = str(Path(recipe["models"][0]).parent / "base")
+
+
+def with_head(recipe: Recipe, problem: Problem) -> None:
+    base = Path(recipe["base"])
+    tensors = {**load_file(base / "model.safetensors"), "score.weight": normal(2, 16)}
+    write_checkpoint(STORE, str(base), tensors, config={"vocab_size": 48})
+    recipe["allow"] = {"saved_modules": "merge"}
 
 
 def pinned(recipe: Recipe, problem: Problem) -> None:
@@ -771,6 +778,13 @@ CASES = (
     # Adapters.
     Case("a head of an adapter is left out", pool(extra={"score.weight": normal(2, 16)}),
          "leaves them out, with what was trained in them", "exclude", lost=32),
+    Case("a head of an adapter is merged over a base that has one", pool(extra={"score.weight": normal(2, 16)}),
+         "name a `base` that has them (load it by the class of the task, save_pretrained), with `allow: {saved_modules:"
+         " merge}`; {}", by_hand=with_head),
+    Case("heads that differ are merged over a base that has one",
+         pool(extra={"score.weight": normal(2, 16)}, kind="adapter"),
+         "name a `base` that has them (load it by the class of the task, save_pretrained), with `allow: {saved_modules:"
+         " merge}`; {}", by_hand=with_head),
     Case("a tensor that was saved whole is merged", pool(extra={"model.norm.weight": normal(16)}),
          "`allow: {saved_modules: merge}` merges them as dense changes", "allow"),
     Case("a tensor that was saved whole is left out", pool(extra={"model.norm.weight": normal(16)}),

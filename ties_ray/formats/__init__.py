@@ -18,7 +18,7 @@ from ties_ray.libraries.library import TRANSFORMERS, Library
 from ties_ray.libraries.ties import Tie
 from ties_ray.safetensors import Header, TensorInfo
 from ties_ray.stores import Pin
-from ties_ray.tensors import Kind, Parameter, Read, Source
+from ties_ray.tensors import Kind, Parameter, Read, Source, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,8 @@ class Rules(NamedTuple):
     """True: rows beyond the base's are left aside."""
     saved_modules: bool = False
     """True: whole tensors that an adapter saved beside its factors are merged as dense changes."""
+    heads: bool = False
+    """True: tensors that an adapter saved whole and the base lacks are told, since the output may carry them along."""
     kinds: tuple[str, ...] = ()
     """The names that the base's config gives its architecture (`conversions.kinds_of`)."""
     tied: tuple[Tie, ...] = ()
@@ -104,6 +106,8 @@ class Contents:
     """Tensors that the base lacks and the recipe excludes."""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     """The orientation of base parameters that the format knows not to be `linear`."""
+    heads: Mapping[str, TensorRef] = field(default_factory=dict)
+    """Whole tensors that the base lacks, by name: the output carries them along, where all models have the same."""
     called: Mapping[str, str] = field(default_factory=dict)
     """The model's name of a base parameter, where it differs: checkpoints may lack a prefix."""
     library: Library = TRANSFORMERS

@@ -29,11 +29,15 @@ def weight_files(folder: Folder, problems: list[Problem], notes: list[str]) -> l
         problems.append(Problem(folder.uri, message, CHOOSE.format(name=models[0].name), "candidates"))
         return []
     if model.index:
-        used = _indexed_files(folder, model.index, weights, problems)
+        wrong: list[Problem] = []
+        used = _indexed_files(folder, model.index, weights, wrong)
         single = f"{model.stem}.safetensors"
-        if single in weights and single not in used and not folder.chosen and not problems:
-            message = f"has both {single} and {model.index}, which does not name it"
-            remedy = f"remove the one that is not the model, or choose: {CHOOSE.format(name=model.index)}"
+        if not (single in weights and single not in used and not folder.chosen):
+            problems += wrong
+        else:
+            message = f"has both {single} and {model.index}, which {wrong[0].what if wrong else 'does not name it'}"
+            better = CHOOSE.format(name=single if wrong else model.index)
+            remedy = f"remove the one that is not the model, or choose: {better}"
             problems.append(Problem(folder.uri, message, remedy, "candidates"))
     else:
         used = list(model.files)

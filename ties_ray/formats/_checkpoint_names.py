@@ -16,6 +16,9 @@ from ties_ray.tensors import Parameter, TensorRef
 _COUNTER = re.compile(r"(?:.*\.)?(?:num_batches_tracked|num_updates|global_step|steps?|iterations?)", re.DOTALL)
 """Names of integers that count the steps of a training: a merge keeps the base's."""
 
+_BYTES = {"BOOL": "U8"}
+"""The dtype of integers with the same bytes: a mask may be stored as either."""
+
 
 class ModelNames:
     """A model's tensors under the base's names."""
@@ -75,7 +78,8 @@ class ModelNames:
         """Return the stored names of integers and booleans that may be the base's, by name in the base."""
         copied = {}
         for name, refs in self.tensors.items():
-            same = [(ref.dtype, ref.shape) for ref in refs] == [(base[name].dtype, base[name].shape)]
+            stored = [(_BYTES.get(ref.dtype, ref.dtype), ref.shape) for ref in refs]
+            same = stored == [(_BYTES.get(base[name].dtype, base[name].dtype), base[name].shape)]
             if same and _is_table(base[name], rules):
                 copied[name] = self.first[name]
         return copied

@@ -56,6 +56,8 @@ class Settings(NamedTuple):
     dora: bool
     base_name: str
     task_type: str
+    modules_to_save: tuple[str, ...] = ()
+    """The modules that were trained whole, as the config names them."""
 
     def scale(self, path: str, rank: int) -> float:
         """Return the factor of a module's B @ A."""
@@ -143,7 +145,12 @@ def settings_of(config: Mapping[str, Any], modules: Collection[str], refused: Re
         dora=flag("use_dora"),
         base_name=text("base_model_name_or_path"),
         task_type=text("task_type"),
+        modules_to_save=tuple(value("modules_to_save", None, _is_list_of_names) or ()),
     )
+
+
+def _is_list_of_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _is_rank(value: object) -> bool:

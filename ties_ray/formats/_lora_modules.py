@@ -66,10 +66,12 @@ class Adapter:
             self._match({**_shapes(modules), **{name: ref.shape for name, ref in saved.values()}}, base)
         self.called: dict[str, str] = {}
         self._layouts = self._layouts_by_shape(modules)
+        self._paths = modules.keys()
         self._modules: list[str] = []
         self._ranks: set[int] = set()
         self._variants: set[str] = {"rslora"} if settings.rslora else set()
         self.copies: list[str] = []
+        self.heads: dict[str, TensorRef] = {}
         self.excluded: list[str] = []
 
     def _match(self, shapes: Mapping[str, Shape], base: Mapping[str, Parameter]) -> None:
@@ -111,20 +113,23 @@ class Adapter:
 
     def add_saved(self, key: str, name: str, ref: TensorRef) -> None:
         """Add a whole tensor that was saved beside the factors."""
-        name = self._rename(name)
+        called, name = name, self._rename(name)
         if self._rules.excludes(name):
             self.excluded.append(key)
             return
         exists = name.endswith((".weight", ".bias")) if self._base is None else name in self._base
-        if not exists:
-            of_tuner = bool(_TUNER.search(key))
-            self._refused.add("unknown_tensor" if of_tuner else "head", key, "" if of_tuner else name)
+        if not exists and (_TUNER.search(key) or self._is_in_module(called)):
+            self._refused.add("unknown_tensor", key)
+        elif not exists and not self._rules.heads:
+            self._refused.add("head", key, name)
         elif 0 in ref.shape:
             self._refused.add("empty", key)
         elif ref.dtype not in MERGEABLE:
             self._refused.add("dtype", f"{key} ({ref.dtype})")
         elif key.endswith(".base_layer.weight") and name in self.sources and ref.shape == shape_of(self.sources[name]):
             self.copies.append(key)
+        elif not exists or (self._base is None and self._rules.heads):
+            self.heads[name] = ref
         elif self._resized(name, ref):
             shapes = f"{list(ref.shape)} where the base has {list(self._base[name].shape)}" if self._base else ""
             self._refused.add("resized", f"{key} {shapes}", name)
@@ -133,6 +138,11 @@ class Adapter:
         else:
             self._variants.add("saved_modules")
             self._add(name, ref.shape, Source((ref,)))
+
+    def _is_in_module(self, name: str) -> bool:
+        """Return whether a tensor that the base lacks belongs to a module with factors, whose change it may scale."""
+        words = name.split(".")
+        return any(".".join(words[:count]) in self._paths for count in range(1, len(words)))
 
     def _resized(self, name: str, ref: TensorRef) -> bool:
         """Return whether a saved table differs from the base's in its rows alone."""
@@ -165,6 +175,8 @@ class Adapter:
             "targets": ", ".join(sorted({path.rpartition(".")[2] for path in self._modules})),
             "variants": ", ".join(sorted(self._variants)),
         }
+        if self.heads:
+            facts["modules_to_save"] = ", ".join(self._settings.modules_to_save)
         return {name: printable(fact)[:FACT_CHARACTERS] for name, fact in facts.items()}
 
     def _usable(self, path: str, ref: TensorRef, role: str) -> bool:

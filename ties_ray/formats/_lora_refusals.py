@@ -14,7 +14,7 @@ _OUT = LEAVE_OUT
 _WHOLE = f"give the whole model that PEFT makes of it (merge_and_unload, save_pretrained) in its place, or {_OUT}"
 _SAME_BASE = f"name the base that it was trained on, or {_OUT}"
 _EXCLUDED = "{exclusion}"
-_LEFT_OUT = "leaves them out, with what was trained in them"
+LEFT_OUT = "leaves them out, with what was trained in them"
 REASONS: Mapping[str, tuple[str, str]] = {
     "config_missing": (f"has no {CONFIG}, without which the scale is unknown", "add it beside the weights"),
     "config_json": (f"{CONFIG} is not a JSON object", "upload it again"),
@@ -75,7 +75,11 @@ REASONS: Mapping[str, tuple[str, str]] = {
     ),
     "dora_mismatch": (f"has magnitudes where {CONFIG} says use_dora: false, or lacks them where it says true", _AGAIN),
     "dora_transposed": ("has DoRA magnitudes for modules that are not linear (out, in)", _WHOLE),
-    "head": ("has parameters of its own that the base lacks (the head of its task)", _EXCLUDED),
+    "head": (
+        "has parameters of its own that the base lacks (the head of its task)",
+        "name a `base` that has them (load it by the class of the task, save_pretrained), with `allow: {saved_modules:"
+        f" merge}}`; {_EXCLUDED}",
+    ),
     "resized": (
         "has whole tables with another number of rows than the base's: its vocabulary was resized",
         f"name a base that was resized alike (resize_token_embeddings, save_pretrained) as `base`; {_EXCLUDED}",
@@ -109,7 +113,7 @@ class Refusals:
             Problem(
                 where,
                 message + (f": {enumerated(self._items[code])}" if any(self._items[code]) else ""),
-                remedy.replace("{exclusion}", exclusion(self._names[code], others, _LEFT_OUT)),
+                remedy.replace("{exclusion}", exclusion(self._names[code], others, LEFT_OUT)),
                 code,
             )
             for code, (message, remedy) in REASONS.items()

@@ -76,6 +76,7 @@ class Lora(Format):
             notes=notes,
             kinds=adapter.kinds,
             called=adapter.called,
+            heads=adapter.heads,
             facts=adapter.facts(),
             account=_account(folder.headers[WEIGHTS].tensors, adapter),
         )
@@ -157,11 +158,14 @@ def _weighed(left: "Tensor", source: Source) -> "Tensor":
 def _account(stored: Mapping[str, TensorInfo], adapter: Adapter) -> Account:
     """Return the account of an adapter that is not refused."""
     merged = {ref.start for source in adapter.sources.values() for ref in source.tensors}
+    heads = {ref.start for ref in adapter.heads.values()}
     fates = []
     for key, info in stored.items():
         fate = "excluded by the recipe"
         if info.start in merged:
             fate = "merged"
+        elif info.start in heads:
+            fate = "carried along: all models have the same"
         elif key in adapter.copies:
             fate = "copies of base layers"
         elif TRAINING_ONLY.fullmatch(key):

@@ -15,12 +15,14 @@ from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.formats import Account, Folder, Format, Rules
 from ties_ray.formats._checkpoint_names import tied
 from ties_ray.formats.adapted import Adapted, combined
+from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.formats.companion import Companion
 from ties_ray.inputs import (
     agreement,
     coefficients,
     companions,
     configs,
+    heads,
     orientation,
     small_files,
     tokenizers,
@@ -260,7 +262,7 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int)
     base_model.facts.update(template)
     waiting = expanded.waiting
     catalog = Catalog(base_model, tuple(models), parameters, small, notes, checked.refused, waiting, library)
-    catalog = _with_coefficients(recipe, catalog, stores)
+    catalog = _with_heads(_with_coefficients(recipe, catalog, stores), checked.models)
     return _with_companions(recipe, catalog, checked.entries, stores, threads)
 
 
@@ -356,7 +358,7 @@ def _check(
         base, inputs = aligned.base, {**inputs, **aligned.inputs}
     models = [each for each in inputs.values() if each.entry.id != BASE]
     of_rows = aligned.problems if aligned else []
-    for id_, problem in (*of_rows, *agreement.disagreements(recipe, models), *agreement.unmerged(base, models)):
+    for id_, problem in (*of_rows, *_disagreements(recipe, base, models, stores, threads)):
         problems[id_].append(problem)
     left, refused = agreement.drop(recipe, entries, problems)
     models = [inputs[entry.id] for entry in left if entry.id != BASE]
@@ -381,6 +383,31 @@ def _with_places(
         )
         for each in parameters
     )
+
+
+def _disagreements(
+    recipe: Recipe, base: Mapping[str, Parameter], models: Sequence[ReadModel], stores: Stores, threads: Executor
+) -> Iterator[tuple[str, Problem]]:
+    """Yield (model id, problem) where models do not belong together, or have nothing to merge."""
+    yield from agreement.disagreements(recipe, models)
+    yield from agreement.unmerged(base, models)
+    yield from heads.disagreements([each for each in models if not each.contents.problems], stores, threads)
+
+
+def _with_heads(catalog: Catalog, models: Sequence[ReadModel]) -> Catalog:
+    """Return the catalog where the base has the heads that all models share: the first model's places."""
+    if not models or not models[0].contents.heads:
+        return catalog
+    base, contents = catalog.base, models[0].contents
+    added = {name: ref._replace(object=ref.object + len(base.objects)) for name, ref in contents.heads.items()}
+    base = replace(
+        base,
+        format=base.format or Checkpoint.name,
+        objects=base.objects + contents.objects,
+        sources={**base.sources, **{name: Source((ref,)) for name, ref in added.items()}},
+    )
+    more = (Parameter(name, ref.shape, ref.dtype, False, False, carried=True) for name, ref in sorted(added.items()))
+    return replace(catalog, base=base, parameters=(*catalog.parameters, *more))
 
 
 def _add_adapters(entries: Sequence[Entry], inputs: dict[str, ReadModel], problems: Problems) -> None:
@@ -431,6 +458,7 @@ def _rules(recipe: Recipe) -> Rules:
         missing=allow.missing == "zero",
         extra_rows=allow.extra_rows == "drop",
         saved_modules=allow.saved_modules == "merge",
+        heads=recipe.output.carries_heads,
     )
 
 

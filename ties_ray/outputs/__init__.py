@@ -145,6 +145,8 @@ class Output(BaseModel, ABC):
 
     reads_base: ClassVar[bool] = True
     """Whether the output holds values of the base. If not, and no model needs it, a recipe may leave the base out."""
+    carries_heads: ClassVar[bool] = False
+    """Whether it writes tensors that the base lacks and all models share (`Parameter.carried`)."""
     holds_masks: ClassVar[bool] = False
     """Whether it takes a method's vector with a mask for each model (`Method.gives_masks`), and nothing else."""
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -45,6 +45,8 @@ SHOWN = 4
 
 class Adapter(CondensingOutput):
     """The best adapter of one rank for the merged change; exact where the rank suffices, else with its error."""
+
+    carries_heads: ClassVar[bool] = True
 
     kind: Literal["adapter"] = "adapter"
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
@@ -83,7 +85,7 @@ class Adapter(CondensingOutput):
         return problems
 
     def tensors(self, parameters: Sequence[Parameter]) -> tuple[OutputTensor, ...]:
-        """Return A and B of every parameter that is merged and changed."""
+        """Return A and B of every parameter that is merged and changed, and the heads that come along."""
         rank, dtype = self.ranks[-1], DTYPES[self.dtype]
         tensors = []
         for each in _changed(parameters):
@@ -94,6 +96,8 @@ class Adapter(CondensingOutput):
             for alias in each.tied:  # the head of a tied model: PEFT changes its module apart from the embedding
                 for key, shape in zip(KEYS["linear"], ((rank, each.shape[1]), (each.shape[0], rank)), strict=True):
                     tensors.append(OutputTensor(PREFIX + _module(alias) + key, dtype, shape, each.name, "scratch"))
+        heads = (each for each in parameters if each.carried)
+        tensors += [OutputTensor(PREFIX + each.name, each.dtype, each.shape, each.name, "base") for each in heads]
         return tuple(tensors)
 
     def library(self, inputs: Library) -> Library:
@@ -106,9 +110,11 @@ class Adapter(CondensingOutput):
         """Return the config that PEFT writes for a plain LoRA, without keys that say nothing."""
         changed = _changed(parameters)
         rank = self.ranks[-1]
+        heads = _modules_to_save([each.name for each in parameters if each.carried], facts.get("modules_to_save", ""))
+        keeps_task = bool(heads) or facts.get("task_type") in WITHOUT_HEAD
         config: dict[str, object] = {
             "peft_type": "LORA",
-            "task_type": facts["task_type"] if facts.get("task_type") in WITHOUT_HEAD else None,
+            "task_type": facts.get("task_type") or None if keeps_task else None,
             "base_model_name_or_path": facts.get("base_name") or facts.get("base") or None,
             "inference_mode": True,
             "r": rank,
@@ -121,7 +127,7 @@ class Adapter(CondensingOutput):
             "target_modules": targets(_paths(changed), _paths(parameters)),
             "rank_pattern": {},
             "alpha_pattern": {},
-            "modules_to_save": None,
+            "modules_to_save": heads or None,
         }
         return CONFIG, (json.dumps(config, indent=2) + "\n").encode()
 
@@ -227,6 +233,19 @@ def _listed(names: Sequence[str]) -> str:
 def _path(parameter: Parameter) -> str:
     """Return the module's path in the model that an adapter is put on; checkpoints may call it otherwise."""
     return _module(parameter.called or parameter.name)
+
+
+def _modules_to_save(heads: Sequence[str], named: str) -> list[str]:
+    """Return the modules of heads: as the adapters' configs name them, or else by their own paths.
+
+    named: the names of the configs, with commas between.
+    """
+    modules = set()
+    for head in heads:
+        words = head.rpartition(".")[0].split(".")
+        ends = {".".join(words[start:stop]) for stop in range(1, len(words) + 1) for start in range(stop)}
+        modules |= ends & set(named.split(", ")) or {".".join(words)}
+    return sorted(modules)
 
 
 def _paths(parameters: Sequence[Parameter]) -> list[str]:
