@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     from ties_ray.operations.status import Status
     from ties_ray.operations.verify import Verification
     from ties_ray.planning.plan import Plan
+    from ties_ray.recipe.evaluations import Evaluating
     from ties_ray.recipe.recipe import Recipe
     from ties_ray.recipe.settings import Sweep
     from ties_ray.reports.records import MergeResult, Progress
     from ties_ray.reports.report import MergeReport
+    from ties_ray.reports.scores import Scores
     from ties_ray.reports.sweep import SweepResult
 
     Storage = Mapping[str, Mapping[str, object]]
@@ -70,6 +72,7 @@ __all__ = [
     "Promotion",
     "Recipe",
     "RecipeError",
+    "Scores",
     "Status",
     "Sweep",
     "SweepResult",
@@ -78,6 +81,7 @@ __all__ = [
     "__version__",
     "candidates",
     "compare",
+    "evaluate",
     "inspect",
     "load_recipe",
     "merge",
@@ -106,6 +110,7 @@ _LAZY = {
     "Inspections": "ties_ray.operations.inspection",
     "Promotion": "ties_ray.operations.promote",
     "Push": "ties_ray.operations.push",
+    "Scores": "ties_ray.reports.scores",
     "Status": "ties_ray.operations.status",
     "Sweep": "ties_ray.recipe.settings",
     "SweepResult": "ties_ray.reports.sweep",
@@ -290,6 +295,45 @@ def status(output: "str | os.PathLike[str]", *, storage: "Storage | None" = None
     return reading.status(Stores(storage or {}), absolute(os.fspath(output)).rstrip("/"))
 
 
+def evaluate(
+    models: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+    evaluations: "Mapping[str, object] | str | os.PathLike[str] | Sequence[Mapping[str, object] | str]",
+    *,
+    seed: int = 0,
+    with_base: bool = False,
+    base: "str | os.PathLike[str] | None" = None,
+    fresh: bool = False,
+    run: "Mapping[str, object] | None" = None,
+    storage: "Storage | None" = None,
+    progress: bool | None = None,
+) -> "Scores":
+    """Score finished merges, all settings of sweeps, or any models on data; return the scores.
+
+        scores = ties_ray.evaluate("merged", {"name": "loss", "data": "dev.jsonl"}, with_base=True)
+        print(scores.to_dataframe(), scores.best("loss").uri)
+
+    models: folders as paths or URIs; that of a sweep stands for all its settings. evaluations: one or several, each a
+    mapping or a short form as `loss:dev.jsonl`; or a file of evaluations, whose `seed`, `run` and `storage` count.
+    with_base: score the bases of the merges too. base: one that is scored, and on which adapters are. fresh: compute
+    known scores again. run: as in a recipe, where the work is done. storage, progress: as in `verify`.
+    Raises a `MergeError` where data or folders are wrong. A model that can't be scored has `problems` instead.
+    """
+    from ties_ray.cli.console import showing
+    from ties_ray.operations import evaluating
+
+    uris = [models] if isinstance(models, str | os.PathLike) else models
+    asked = _as_evaluating(evaluations, {"seed": seed, "run": dict(run or {}), "storage": dict(storage or {})})
+    with showing(progress) as watch:
+        return evaluating.evaluate(
+            asked,
+            [os.fspath(uri) for uri in uris],
+            with_base=with_base,
+            base=os.fspath(base or ""),
+            fresh=fresh,
+            watch=watch,
+        )
+
+
 def promote(
     output: "str | os.PathLike[str]",
     pointer: "str | os.PathLike[str]",
@@ -410,6 +454,19 @@ def _as_recipe(recipe: "Recipe | Mapping[str, object] | str | os.PathLike[str]")
     if isinstance(recipe, Recipe):
         return recipe
     return validate(dict(recipe)) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def _as_evaluating(
+    evaluations: "Mapping[str, object] | str | os.PathLike[str] | Sequence[Mapping[str, object] | str]",
+    beside: "dict[str, object]",
+) -> "Evaluating":
+    from ties_ray.operations import recipes
+    from ties_ray.recipe import evaluations as of
+
+    if isinstance(evaluations, os.PathLike) or (isinstance(evaluations, str) and of.is_file(evaluations)):
+        return of.of_texts([], [recipes.text_of(os.fspath(evaluations))])
+    several = [evaluations] if isinstance(evaluations, str | Mapping) else list(evaluations)
+    return of.evaluating({"evaluate": several, **beside})
 
 
 def _as_sweep(recipe: "Sweep | Mapping[str, object] | str | os.PathLike[str]") -> "Sweep":

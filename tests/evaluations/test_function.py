@@ -110,3 +110,8 @@ def test_a_scored_model_refuses_a_class_that_transformers_lacks(tmp_path: Path) 
 
     with pytest.raises(InputError, match="AutoModelForNothing: is no class of transformers"):
         ScoredModel(Folder(str(tmp_path)), Loader(Function(function="a:b")), 0).model("AutoModelForNothing")
+
+
+def test_what_a_function_raises_is_told_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"own\.py:score: ZeroDivisionError: division by zero \(line 2 of .*own\.py\)"):
+        scored(tmp_path, "1 / 0")

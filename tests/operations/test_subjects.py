@@ -21,20 +21,6 @@ def upload(folder: Path, uri: str, stores: Stores) -> None:
         stores.writer(uri).put(f"{uri}/{path.name}", path.read_bytes())
 
 
-def family(tmp_path: Path) -> dict[str, object]:
-    """Write a base and two fine-tunes of it; return a recipe."""
-    base = scored.causal(tmp_path / "base")
-    for number in range(2):
-        torch.manual_seed(number)
-        tuned = scored.causal(tmp_path / f"model-{number}")
-        with torch.no_grad():
-            for own, other in zip(tuned.parameters(), base.parameters(), strict=True):
-                own.copy_(other + 0.1 * torch.randn_like(other))
-        tuned.save_pretrained(tmp_path / f"model-{number}")
-    models = [str(tmp_path / f"model-{number}") for number in range(2)]
-    return {"base": str(tmp_path / "base"), "models": models, "method": "task_arithmetic", "run": {"executor": "local"}}
-
-
 def test_a_folder_in_a_bucket_has_the_score_of_the_same_folder_here(s3_bucket: Bucket, tmp_path: Path) -> None:
     scored.causal(tmp_path / "model")
     (tmp_path / "model" / "optimizer.pt").write_bytes(b"a pickle")
@@ -62,7 +48,7 @@ def test_an_output_that_was_changed_after_the_merge_is_refused(s3_bucket: Bucket
     from ties_ray import merge
 
     stores, uri = Stores(s3_bucket.storage), f"{s3_bucket.uri}/merged"
-    result = merge({**family(tmp_path), "output": uri, "storage": s3_bucket.storage})
+    result = merge({**scored.tuned(tmp_path), "output": uri, "storage": s3_bucket.storage})
     with FolderSubject(stores, uri) as subject:
         assert (Path(subject.folder()) / "config.json").exists()
         assert subject.record()["run_id"] == result.run_id
@@ -98,7 +84,7 @@ def test_an_adapter_is_scored_on_its_base(tmp_path: Path) -> None:
 def test_candidates_have_the_scores_of_their_merges_and_share_one_loaded_model(tmp_path: Path) -> None:
     from ties_ray import merge
 
-    recipe = family(tmp_path)
+    recipe = scored.tuned(tmp_path)
     evaluator = Loss(data=scored.lines(tmp_path / "d.jsonl", ROWS)).prepared(Stores({}), 0)
     with Candidates(recipe) as pool:
         for number, lambda_ in enumerate((0.3, 0.9)):

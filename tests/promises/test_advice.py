@@ -72,7 +72,9 @@ UNFOLLOWED = {
         "write the fields as the guide has them", "name a file with examples", "split it, or cut it", "cut it to",
         "unpack it, or store it as Parquet", "write one example a line", "write one JSON object a line",
         "write it anew, with pyarrow", "write columns of texts", "cut the texts to", "write the model's own names",
-        "write `padding: right`", "give the folder of a model", "name it: `--base`", "copy the base here",
+        "write `padding: right`", "write `evaluate: [", "see what it printed", "see whether `lm_eval` alone",
+        "mend it; --debug", "keep the data unchanged, where", "as one of the models",
+        "give the folder of a model", "name it: `--base`", "copy the base here",
         "see what `ties-ray verify` says", "name a folder with a tokenizer.json",
     ),
     "only its reader knows which models a pool should have": (

@@ -67,6 +67,20 @@ def _saved(model: Any, folder: Path) -> Any:
     return model.eval()
 
 
+def tuned(tmp_path: Path) -> dict[str, Any]:
+    """Write a base and two fine-tunes of it; return a recipe."""
+    base = causal(tmp_path / "base")
+    for number in range(2):
+        torch.manual_seed(number)
+        model = causal(tmp_path / f"model-{number}")
+        with torch.no_grad():
+            for own, other in zip(model.parameters(), base.parameters(), strict=True):
+                own.copy_(other + 0.1 * torch.randn_like(other))
+        model.save_pretrained(tmp_path / f"model-{number}")
+    models = [str(tmp_path / f"model-{number}") for number in range(2)]
+    return {"base": str(tmp_path / "base"), "models": models, "method": "task_arithmetic", "run": {"executor": "local"}}
+
+
 def lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """Write rows as JSON lines; return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -42,19 +42,26 @@ def of_results(result: "SweepResult") -> "Iterator[RenderableType]":
     before = f", {reused:,} of them done before" if reused else ""
     read = f"; {num_bytes(result.bytes_read)} read" if result.bytes_read else ""
     yield f"done: {len(result.rows):,} settings in {duration(result.seconds)}{before}{read}"
-    heads = ("setting", "models >", "norm >", "changed >", "conflict >", "cancelled >", "sets")
-    table = new_table(*heads)
+    labels = list(dict.fromkeys(label for row in result.rows for label in row.scores))
+    heads = ("setting", "models >", "norm >", "changed >", "conflict >", "cancelled >")
+    table = new_table(*heads, *(f"{printable(label)} >" for label in labels), "sets")
     for row in result.rows[:FEW]:
         figures = (row.changed, row.conflict, row.cancellation)
         norm = "" if row.norm is None else f"{row.norm:.5g}"
         shares = ("" if figure is None else f"{figure:.1%}" for figure in figures)
-        table.add_row(row.setting, f"{row.num_models:,}", norm, *shares, values(row.values))
+        scores = (number(row.scores.get(label)) for label in labels)
+        table.add_row(row.setting, f"{row.num_models:,}", norm, *shares, *scores, values(row.values))
     yield table
     yield from _more(len(result.rows))
     warned = [row for row in result.rows if row.warnings]
     yield from (f"warning: {row.setting}: {printable(row.warnings[0])}" for row in warned[:FEW])
     if result.table_files:
         yield f"table: {result.table_files[0]}"
+
+
+def number(score: float | None) -> str:
+    """Return a score in one word; nothing for one that is no number."""
+    return "" if score is None else f"{score:.5g}"
 
 
 def values(of: Mapping[str, object]) -> str:

@@ -152,6 +152,11 @@ class Evaluation(BaseModel, ABC):
         """Return the parameters for a record, without what may hold a secret."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"name": self.name}
 
+    @property
+    def title(self) -> str:
+        """Return its name in tables."""
+        return self.label or self.name
+
     def approves(self, score: Score) -> bool:
         """Return whether a score lies within the bounds; a value that is no number never does."""
         low = -math.inf if self.at_least is None else self.at_least
@@ -172,7 +177,7 @@ class Evaluator(ABC):
         started = time.perf_counter()
         measured = self.measure(subject)
         return Score(
-            label=self.evaluation.label or self.evaluation.name,
+            label=self.evaluation.title,
             value=measured.value,
             better=self.evaluation.better,
             metrics=dict(measured.metrics),
@@ -240,7 +245,7 @@ class Evaluations(BaseModel):
 
     @model_validator(mode="after")
     def _labels(self) -> "Evaluations":
-        labels = [each.label or each.name for each in self.evaluate]
+        labels = [each.title for each in self.evaluate]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"two evaluations are labelled {twice[0]!r}: give each a `label` of its own")
         return self

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ties_ray.errors import InputError, Problem, enumerated, shown
 from ties_ray.evaluations import DataPin, Evaluation, Json
@@ -42,12 +42,17 @@ class ReadsData(Evaluation):
     sample: int | None = Field(default=None, ge=1)
     """Number of examples that are drawn by the seed, without repetition. Default: all, as where there are fewer."""
 
+    @field_validator("data", mode="after")
+    @classmethod
+    def _absolute_data(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        return absolute(value) if isinstance(value, str) else tuple(map(absolute, value))
+
     def examples(self, stores: Stores, seed: int) -> "tuple[list[Json], list[DataPin]]":
         """Return the examples in the order of the files, and the pins of these. Raises `InputError`."""
         rows: list[Json] = []
         pins = []
         for uri in [self.data] if isinstance(self.data, str) else self.data:
-            pin, data = _read(stores, absolute(uri))
+            pin, data = _read(stores, uri)
             pins.append(pin)
             rows += _rows(shown(pin.uri), data, MOST_EXAMPLES - len(rows))
         if not rows:

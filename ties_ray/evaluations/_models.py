@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import field_validator
+
 from ties_ray.errors import InputError, Problem, enumerated, shown
 from ties_ray.evaluations import Evaluation, Subject
+from ties_ray.stores import absolute
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +31,11 @@ class LoadsModels(Evaluation):
     """Local folder of the tokenizer. Default: the model's own."""
     trust: bool = False
     """Whether code that lies in the model's folder may run."""
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _absolute_tokenizer(cls, value: str) -> str:
+        return absolute(value) if value else ""
 
 
 class Loader:
@@ -69,7 +77,7 @@ class Loader:
             )
         except Exception as error:  # any library may read the files
             remedy = "name a folder that has one: `tokenizer`"
-            raise InputError(Problem(subject.id, f"no tokenizer can be loaded: {_brief(error)}", remedy)) from error
+            raise InputError(Problem(subject.id, f"no tokenizer can be loaded: {brief(error)}", remedy)) from error
 
     def _loaded(self, subject: Subject, auto: str) -> Any:
         folder = subject.folder()
@@ -91,7 +99,7 @@ class Loader:
             remedy = "`function` or `command` scores what transformers can't load"
             if not self.settings.trust and "trust_remote_code" in str(error):
                 remedy = "write `trust: true` if that code may run here"
-            message = f"{auto} can't load it: {_brief(error)}"
+            message = f"{auto} can't load it: {brief(error)}"
             raise InputError(Problem(subject.id, message, remedy)) from error
         if missing := sorted(info["missing_keys"]):
             message = f"{auto} needs weights that are not there: {enumerated(missing)}"
@@ -119,7 +127,7 @@ def device(asked: str) -> "torch.device":
     try:
         made = torch.device(asked)
     except RuntimeError as error:
-        raise InputError(Problem("device", _brief(error), "write cpu, cuda, cuda:N or auto")) from error
+        raise InputError(Problem("device", brief(error), "write cpu, cuda, cuda:N or auto")) from error
     if made.type == "cuda" and not torch.cuda.is_available():
         raise InputError(Problem("device", f"{asked}: this process sees no GPU", "write cpu or auto"))
     return made
@@ -137,7 +145,7 @@ def _adapted(subject: Subject, model: Any, folder: str) -> Any:
     try:
         return peft.PeftModel.from_pretrained(model, folder, local_files_only=True)
     except Exception as error:  # any kind of adapter may fail in its own way
-        raise InputError(Problem(subject.id, f"peft can't load it: {_brief(error)}")) from error
+        raise InputError(Problem(subject.id, f"peft can't load it: {brief(error)}")) from error
 
 
 def named_base(folder: str) -> str:
@@ -152,7 +160,7 @@ def named_base(folder: str) -> str:
     return base if isinstance(base, str) else ""
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """Return the first lines of a foreign error, without secrets."""
     text = " ".join(shown(error).split())
     return f"{type(error).__name__}: {text[:300]}"

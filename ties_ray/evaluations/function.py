@@ -4,16 +4,17 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, MergeError, Problem, RecipeError
 from ties_ray.evaluations import Better, Evaluator, Json, Measured, Subject
-from ties_ray.evaluations._models import CAUSAL, Loader, LoadsModels, library
+from ties_ray.evaluations._models import CAUSAL, Loader, LoadsModels, brief, library
 from ties_ray.evaluations._numbers import OwnNumbers
 from ties_ray.plugins import PLUGIN_FOLDER
 from ties_ray.stores import Stores
@@ -66,6 +67,12 @@ class Function(OwnNumbers, LoadsModels):
     function: str = Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$")
     """`module:function` or `file.py:function`. Modules are looked for here, and in the folder of TIES_RAY_PLUGINS."""
 
+    @field_validator("function")
+    @classmethod
+    def _absolute_file(cls, value: str) -> str:
+        module, _, name = value.rpartition(":")
+        return f"{os.path.abspath(module)}:{name}" if module.endswith(".py") else value
+
     def prepared(self, stores: Stores, seed: int) -> Evaluator:
         """Return what calls the function. Raises `RecipeError` where it can't be imported."""
         return _Calls(self, _function(self.function), seed)
@@ -77,8 +84,17 @@ class _Calls(Evaluator):
         self._own, self._function, self._loader = evaluation, function, Loader(evaluation)
 
     def measure(self, subject: Subject) -> Measured:
-        """Return what the function returns. Its own exceptions come out as they are."""
-        return self._own.measured(self._function(ScoredModel(subject, self._loader, self.seed)), self._own.function)
+        """Return what the function returns. Raises `InputError` where it raises anything."""
+        place = self._own.function
+        try:
+            answer = self._function(ScoredModel(subject, self._loader, self.seed))
+        except MergeError:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{brief(error)} (line {last.lineno} of {last.filename}), for {subject.id}"
+            raise InputError(Problem(place, message, "mend it; --debug shows more")) from error
+        return self._own.measured(answer, place)
 
 
 def _function(place: str) -> Callable[[ScoredModel], object]:

@@ -17,12 +17,14 @@ RESULT_NAME = "ties-ray.result.json"
 RECIPE_NAME = "ties-ray.recipe.yaml"
 SUMS_NAME = "SHA256SUMS"
 """Written by `verify --sha256`."""
+SCORES_NAME = "ties-ray.scores.json"
+"""Written by `evaluate`."""
 CARD_NAME = "README.md"
 MODULES = "modules.json"
 """The file in which sentence-transformers lists a model's modules, each with its folder."""
 ADAPTER = "adapter_config.json"
 """The file in which PEFT describes an adapter."""
-OURS = (RESULT_NAME, RECIPE_NAME, SUMS_NAME, CARD_NAME)
+OURS = (RESULT_NAME, RECIPE_NAME, SUMS_NAME, SCORES_NAME, CARD_NAME)
 """The files that this tool writes into every output."""
 
 Role = Literal["own", "weights", "quantized", "adapter", "training", "hidden", "small"]

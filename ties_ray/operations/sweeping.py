@@ -131,7 +131,8 @@ def carry_out(planned: SweepPlan, *, started: float, fresh: bool, watch: Watch) 
         workers_lost=meters.workers_lost,
         seconds=round(time.monotonic() - started, 3),
     )
-    return table.write(stores, planned.output.partition(PLACE)[0].rpartition("/")[0], made)
+    folder = planned.output.partition(PLACE)[0].rpartition("/")[0]
+    return table.write(stores, folder, table.with_kept_scores(stores, folder, made))
 
 
 @dataclass(frozen=True)

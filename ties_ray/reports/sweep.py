@@ -69,6 +69,8 @@ class SettingResult(Report):
     """Relative error of an output that holds factors."""
     reused: bool = False
     """Whether the output held this very merge already."""
+    scores: dict[str, float | None] = {}
+    """Scores by their label, as `ties-ray evaluate` has found them; None for one that is no number."""
     warnings: list[str] = []
 
     def row(self) -> Row:
@@ -76,7 +78,9 @@ class SettingResult(Report):
         values = {place: value if isinstance(value, str | int | float) else json.dumps(value)
                   for place, value in self.values.items()}  # fmt: skip
         figures = {name: value for name, value in super().row().items() if name != "setting"}
-        return {"setting": self.setting, **values, **figures, "warnings": "; ".join(self.warnings)}
+        own = {"setting": self.setting, **values, **figures}
+        scores = {f"score.{label}" if label in own else label: value for label, value in self.scores.items()}
+        return {**own, **scores, "warnings": "; ".join(self.warnings)}
 
 
 class SweepResult(Report):
@@ -99,7 +103,7 @@ SWEEP_RESULT = TypeAdapter(SweepResult)
 def row_of(setting: str, values: Mapping[str, Any], result: MergeResult) -> SettingResult:
     """Return the row of a setting."""
     effects = result.effects
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     if effects:
         looked_at = max(1, effects.looked_at)
         for name in ("changed", "conflict", "cancellation"):
@@ -133,14 +137,29 @@ def write(stores: Stores, folder: str, result: SweepResult) -> SweepResult:
     return result
 
 
-def read(stores: Stores, folder: str) -> SweepResult:
-    """Return the results of a sweep in a folder. Raises `InputError` where there are none."""
+def with_kept_scores(stores: Stores, folder: str, result: SweepResult) -> SweepResult:
+    """Return results with the scores that the table in the folder has of the same merges."""
+    before = find(stores, folder)
+    scores = {row.run_id: row.scores for row in before.rows} if before else {}
+    rows = [row.model_copy(update={"scores": scores.get(row.run_id, {})}) for row in result.rows]
+    return result.model_copy(update={"rows": rows})
+
+
+def find(stores: Stores, folder: str) -> SweepResult | None:
+    """Return the results of a sweep in a folder; None where there are none."""
     uri = join(folder, f"{NAME}.json")
     try:
         return documents.read(stores.of(folder), uri, SWEEP_RESULT, LARGE, "the results of a sweep", "sweep again")[1]
     except FileNotFoundError:
-        remedy = "give the folder above the outputs: what stands before {setting} in output.path"
-        raise InputError(Problem(folder, "holds no results of a sweep", remedy)) from None
+        return None
+
+
+def read(stores: Stores, folder: str) -> SweepResult:
+    """Return the results of a sweep in a folder. Raises `InputError` where there are none."""
+    if result := find(stores, folder):
+        return result
+    remedy = "give the folder above the outputs: what stands before {setting} in output.path"
+    raise InputError(Problem(folder, "holds no results of a sweep", remedy))
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

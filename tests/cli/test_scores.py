@@ -1,0 +1,74 @@
+"""`ties-ray evaluate`: what people and machines see, and its exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import ties_ray
+from tests.tools import scored
+from ties_ray.cli import commands
+
+ROWS = [{"text": "the cat sat on a mat"}, {"text": "one two three four five"}]
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(commands.commands, [str(word) for word in words])
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    recipe: dict[str, Any] = {**scored.tuned(tmp_path), "output": str(tmp_path / "sweep" / "{setting}")}
+    ties_ray.sweep({**recipe, "grid": {"method.lambda": [0.3, 0.9]}})
+    scored.lines(tmp_path / "dev.jsonl", ROWS)
+    return tmp_path / "sweep"
+
+
+def test_a_sweep_is_scored_shown_and_then_listed_by_results(sweep: Path, tmp_path: Path) -> None:
+    done = run("evaluate", sweep, "--with", f"loss:{tmp_path}/dev.jsonl", "--with-base")
+    assert done.exit_code == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0][:3] == ["done:", "3", "models"]
+    table = {words[0]: words[1] for words in lines if words and words[0] in ("lambda-0.3", "lambda-0.9", "base")}
+    assert sum(value.endswith("*") for value in table.values()) <= 1
+    listed = run("results", sweep).stdout
+    assert table["lambda-0.3"].rstrip("*") in listed
+    record = json.loads(run("evaluate", sweep, "--with", f"loss:{tmp_path}/dev.jsonl", "--json").stdout)
+    assert [model["reused"] for model in record["models"]] == [1, 1]
+
+
+def test_a_bound_and_a_model_that_cant_be_scored_are_exit_code_3(sweep: Path, tmp_path: Path) -> None:
+    loss = f"{{name: loss, data: {tmp_path}/dev.jsonl, at_most: 0.001}}"
+    done = run("evaluate", tmp_path / "base", "--with", loss)
+    assert done.exit_code == 3
+    assert "base: loss is" in done.stderr
+    assert "[not_approved]" in done.stderr
+    done = run("evaluate", sweep.parent, "--with", f"loss:{tmp_path}/dev.jsonl")
+    assert done.exit_code == 3
+    assert "can't load it" in done.stderr
+
+
+def test_a_file_a_mapping_and_overrides_may_be_mixed(sweep: Path, tmp_path: Path) -> None:
+    file = tmp_path / "evaluations.yaml"
+    file.write_text(f"evaluate: {{name: loss, data: {tmp_path}/dev.jsonl}}\nrun: {{workers: 2, executor: local}}\n")
+    other = f"{{name: loss, data: {tmp_path}/dev.jsonl, max_length: 4, label: short}}"
+    done = run("evaluate", sweep, "--with", file, "--with", other, "--set", "seed=9", "--workers", 1, "--json")
+    assert done.exit_code == 0, done.stderr
+    scores = json.loads(done.stdout)["models"][0]["scores"]
+    assert [(score["label"], score["seed"]) for score in scores] == [("loss", 9), ("short", 9)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no-such-file.yaml", "there is no such recipe"),
+        ("lossy:dev.jsonl", "unknown evaluation 'lossy'; did you mean 'loss'?"),
+        ("{name: loss}", "evaluate.0.data: Field required"),
+    ],
+)
+def test_a_wrong_evaluation_is_exit_code_2_or_3(tmp_path: Path, text: str, message: str) -> None:
+    done = run("evaluate", tmp_path, "--with", text)
+    assert done.exit_code in (2, 3)
+    assert message in done.stderr
