@@ -13,7 +13,7 @@ from tests.tools.adapters import make_pool
 from tests.tools.families import Family
 from tests.tools.merging import read_tensors
 from ties_ray.errors import InputError, RecipeError
-from ties_ray.operations import merging
+from ties_ray.operations import candidates, merging
 from ties_ray.operations.candidates import Candidate
 from ties_ray.stores import Stores
 
@@ -25,6 +25,9 @@ VALUES: list[dict[str, Any]] = [
     {"method.density": 0.05, "method.lambda": 0.7},
     {"method.zero_sum": "majority"},
     {"models": {"not": ["1"], "weights": {"0": 0.3}}},
+    {"models": {"weights": {"0": 0.3, "2": 0}, "densities": {"1": 0.9}}},
+    {"models": {"weights": {"3": 0.3}}, "method.lambda": {"*mlp*": 0.5}},
+    {"models": {"weights": {"1": 2.0}}},
     {"method": {"name": "dare", "density": 0.5}},
     {"method": {"name": "task_arithmetic", "lambda": 0.3}},
     {"method": "iso_c"},
@@ -78,6 +81,19 @@ def test_a_second_candidate_reads_nothing(family_of: MakeFamily) -> None:
         for values in ({"method.lambda": 0.5}, {"models": {"not": ["2"]}}, {"method.density": 0.6}):
             pool.merge(values).state_dict()
         assert reads.bytes_read == before > 0
+
+
+def test_other_numbers_of_the_models_read_no_header_again(
+    family_of: MakeFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of(num_models=4)
+    readings: list[object] = []
+    with ties_ray.candidates(recipe_of(family)) as pool:
+        pool.merge({"models": {"weights": {"0": 0.5}}})
+        monkeypatch.setattr(candidates, "read_inputs", lambda *inputs: readings.append(inputs))
+        for values in ({"models": {"weights": {"1": 0.3}}}, {"models": {"densities": {"0": 0.7}}}):
+            assert pool.merge(values).recipe.models
+        assert not readings
 
 
 def test_a_candidate_loads_into_a_model_of_transformers(tmp_path: Path) -> None:

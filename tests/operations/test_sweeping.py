@@ -303,3 +303,12 @@ def test_settings_that_cannot_be_are_all_named_before_anything_is_written(
     for expected in ("settings.a: method.densty", "'nobody'", "no model is left", "settings.d: sets `run`"):
         assert expected in text
     assert not (tmp_path / "swept").exists()
+
+
+def test_no_setting_writes_into_an_input(family_of: MakeFamily, tmp_path: Path) -> None:
+    family = family_of(num_models=2)
+    folder, _, name = family.models[1].rpartition("/")
+    settings = [{"name": "fine", "set": {}}, {"name": name, "set": {"method.lambda": 0.5}}]
+    data = sweep_data(family, tmp_path / "swept", settings=settings) | {"output": f"{folder}/{{setting}}"}
+    with pytest.raises(RecipeError, match=f"{name} and the input .*lie in each other"):
+        sweeping.plan(sweep_of(data))

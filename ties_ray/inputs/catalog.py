@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -30,7 +31,7 @@ from ties_ray.inputs import (
 )
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
-from ties_ray.inputs.expand import BASE, Entry, expand
+from ties_ray.inputs.expand import BASE, Entry, expand, numbered
 from ties_ray.inputs.fetch import README, FetchedInput, ListedInput, Problems, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.names import model_names
@@ -184,7 +185,41 @@ class Catalog:
         return {**shared, "base": hub_name(self.base.uri), **own} if self.base.uri else shared
 
 
+class Inputs(NamedTuple):
+    """The inputs of recipes that differ in the numbers of their models, their coefficients and their methods."""
+
+    catalog: Catalog
+    """It holds no coefficients and no companions."""
+    entries: tuple[Entry, ...]
+    """The base, if there is one, and the models that are not left out."""
+
+
 def read_catalog(recipe: Recipe, stores: Stores, *, first: int = 0) -> Catalog:
+    """Return all inputs of a recipe with its numbers, pinned and checked against each other; see `read_inputs`."""
+    return with_numbers(recipe, read_inputs(recipe, stores, first=first), stores)
+
+
+def with_numbers(recipe: Recipe, inputs: Inputs, stores: Stores) -> Catalog:
+    """Return the catalog of a recipe whose inputs are read: with its weights, densities, coefficients and companions.
+
+    A line of `models` that names a model by id and path gives it its numbers. Files of coefficients and the headers of
+    companions are read. Raises `InputError` and `RecipeError`.
+    """
+    entries = numbered(inputs.entries, recipe)
+    by_id = {entry.id: entry for entry in entries}
+    models = tuple(
+        replace(model, weight=own.weight, density=own.density, weights=own.weights, densities=own.densities)
+        for model in inputs.catalog.models
+        for own in (by_id[model.id],)
+    )
+    catalog = _with_coefficients(recipe, replace(inputs.catalog, models=models), stores)
+    if not recipe.method.companions:
+        return catalog
+    with _threads() as threads:
+        return _with_companions(recipe, catalog, entries, stores, threads)
+
+
+def read_inputs(recipe: Recipe, stores: Stores, *, first: int = 0) -> Inputs:
     """Return all inputs of a recipe, pinned and checked against each other; no weight is read.
 
     first: the number of the first model, from which those count that have no id.
@@ -193,9 +228,15 @@ def read_catalog(recipe: Recipe, stores: Stores, *, first: int = 0) -> Catalog:
     the recipe pins by `sha256` is read whole.
     Raises `InputError` with everything that is wrong with the inputs, `RecipeError` for what the recipe contradicts.
     """
+    with _threads() as threads:
+        return _read_inputs(recipe, stores, threads, first)
+
+
+@contextmanager
+def _threads() -> Iterator[Executor]:
     threads = ThreadPoolExecutor(THREADS)
     try:
-        return _read_catalog(recipe, stores, threads, first)
+        yield threads
     finally:
         threads.shutdown(wait=False, cancel_futures=True)  # after an error or a signal nobody waits for the rest
 
@@ -221,7 +262,7 @@ class _Checked(NamedTuple):
         return {BASE: BASE, **model_names([model.entry for model in self.models])}
 
 
-def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int) -> Catalog:
+def _read_inputs(recipe: Recipe, stores: Stores, threads: Executor, first: int) -> Inputs:
     expanded = expand(recipe, stores, threads, first)
     adapters = [entry.of_adapter for entry in expanded.entries if entry.adapter]
     fetched, problems = fetch([*expanded.entries, *adapters], stores, threads)
@@ -262,16 +303,13 @@ def _read_catalog(recipe: Recipe, stores: Stores, threads: Executor, first: int)
     base_model.facts.update(template)
     waiting = expanded.waiting
     catalog = Catalog(base_model, tuple(models), parameters, small, notes, checked.refused, waiting, library)
-    catalog = _with_heads(_with_coefficients(recipe, catalog, stores), checked.models)
-    return _with_companions(recipe, catalog, checked.entries, stores, threads)
+    return Inputs(_with_heads(catalog, checked.models), tuple(checked.entries))
 
 
 def _with_companions(
     recipe: Recipe, catalog: Catalog, entries: Sequence[Entry], stores: Stores, threads: Executor
 ) -> Catalog:
     """Return the catalog with what the method needs beside the weights; raise `InputError` where that is amiss."""
-    if not recipe.method.companions:
-        return catalog
     asked = [
         Entry(f"{entry.place}.with.{name}", companions.folder_of(entry.uri, uri), f"{entry.id}: {name}")
         for entry in entries

@@ -110,7 +110,7 @@ def expand(recipe: Recipe, stores: Stores, threads: Executor, first: int = 0) ->
         base.append(Entry(BASE, model.uri, BASE, file=model.file, variant=model.variant))
         notes.append(f"no base is named, and none is needed: {model.uri} takes its place, and is merged too")
     everything = [*([] if recipe.first_is_base else base), *entries]
-    wrong += [*_repeated(everything), *_overlapping(recipe.output.path, everything)]
+    wrong += [*_repeated(everything), *overlapping(recipe.output.path, everything)]
     named = [*base, *(replace(entry, id=entry.id or str(position)) for position, entry in enumerate(entries, first))]
     wrong += [
         Problem("models", f"{count} models have the id {name!r}", "give each its own; by default it is the position")
@@ -201,6 +201,12 @@ def _numbers(entry: Entry, asked: ModelEntry) -> Entry:
     weight, density = number_of(asked.weight), number_of(asked.density)
     entry = replace(entry, weight=1.0 if weight is None else weight, density=density, companions=asked.with_)
     return replace(entry, weights=rules_of(asked.weight), densities=rules_of(asked.density))
+
+
+def numbered(entries: Sequence[Entry], recipe: Recipe) -> list[Entry]:
+    """Return the entries with the weights and densities of those lines of a recipe that name them by id."""
+    lines = {asked.id: asked for asked in recipe.models if asked.id and asked.path and not asked.is_glob}
+    return [_numbers(entry, lines[entry.id]) if entry.id in lines else entry for entry in entries]
 
 
 def _few(texts: Sequence[str]) -> str:
@@ -326,7 +332,8 @@ def _repeated(entries: Sequence[Entry]) -> Iterator[Problem]:
             yield Problem(entry.place, f"{entry.uri} stands in the recipe twice, first as {other.place}", remedy)
 
 
-def _overlapping(output: str, entries: Sequence[Entry]) -> Iterator[Problem]:
+def overlapping(output: str, entries: Sequence[Entry]) -> Iterator[Problem]:
+    """Yield a problem for each input that the folder of an output lies in, or that lies in it."""
     for entry in entries:
         if overlaps(output, entry.uri):
             message = f"{output} and the input {entry.uri} ({entry.place}) lie in each other"

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ties_ray.errors import InputError, Problem, RecipeError
-from ties_ray.inputs.catalog import THREADS, Catalog, read_catalog
+from ties_ray.inputs.catalog import THREADS, Inputs, read_inputs, with_numbers
 from ties_ray.inputs.choice import chosen
 from ties_ray.inputs.expand import Entry, expand
+from ties_ray.layout.sizes import SIZES
 from ties_ray.operations import merging
 from ties_ray.operations.compare import TORCH
 from ties_ray.operations.sweeping import reading_of
@@ -38,6 +39,8 @@ from ties_ray.worker.tools import Tools, make_tools
 
 BLOCK = 2**18
 """Elements of a block at most, for all candidates: they share what is cut alike."""
+WHOLE = replace(SIZES, min_range=2**40, max_range=2**40)
+"""Sizes that cut every round's blocks from the start of their parameter: a slice is held once for all rounds."""
 MOST = 0.5
 """The share of the machine's memory that the models may take, unless the caller says more."""
 
@@ -57,7 +60,7 @@ class Candidates:
         self._first = self._sweep.recipe(Setting(name="candidate"))
         self._stores = Stores(self._first.storage)
         self._entries: tuple[Entry, ...] = ()
-        self._catalogs: dict[Hashable, Catalog] = {}
+        self._inputs: dict[Hashable, Inputs] = {}
         self._outcomes: dict[Hashable, dict[int, Any]] = {}
         """The findings of barriers by what they rest on."""
         plan = self._plan(self._first)
@@ -93,9 +96,9 @@ class Candidates:
             raise RecipeError(Problem("continues", "candidates are merged from their models alone", remedy))
         output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
         recipe, key = recipe.model_copy(update={"output": output}), reading_of(recipe)
-        if key not in self._catalogs:
-            self._catalogs[key] = read_catalog(recipe, self._stores)
-        plan = make_plan(recipe, self._catalogs[key])
+        if key not in self._inputs:
+            self._inputs[key] = read_inputs(recipe, self._stores)
+        plan = make_plan(recipe, with_numbers(recipe, self._inputs[key], self._stores), WHOLE)
         results = []
         for result in plan.results:
             rounds = tuple(

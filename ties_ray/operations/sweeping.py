@@ -16,9 +16,9 @@ from ties_ray.driver.publish import demand_space
 from ties_ray.driver.run import MergeRun
 from ties_ray.errors import InterruptedMerge, Problem, RecipeError
 from ties_ray.executors import Executor
-from ties_ray.inputs.catalog import THREADS, Catalog, read_catalog
+from ties_ray.inputs.catalog import THREADS, Inputs, read_inputs, with_numbers
 from ties_ray.inputs.choice import chosen
-from ties_ray.inputs.expand import BASE, Entry, expand
+from ties_ray.inputs.expand import BASE, Entry, expand, overlapping
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.operations import merging
 from ties_ray.planning.placement import placed
@@ -76,13 +76,16 @@ def plan(sweep: Sweep, sizes: Sizes = SIZES) -> SweepPlan:
     Raises `RecipeError` and `InputError` with all problems.
     """
     settings, recipes = _recipes(sweep)
-    catalogs: dict[Hashable, Catalog] = {}
-    asked = []
+    inputs: dict[Hashable, Inputs] = {}
+    asked, problems = [], list[Problem]()
     for recipe in recipes:
-        key = reading_of(recipe)
-        if key not in catalogs:
-            catalogs[key] = read_catalog(recipe, Stores(recipe.storage))
-        asked.append((recipe, catalogs[key]))
+        key, stores = reading_of(recipe), Stores(recipe.storage)
+        if key not in inputs:
+            inputs[key] = read_inputs(recipe, stores)
+        problems += overlapping(recipe.output.path, inputs[key].entries)
+        asked.append((recipe, with_numbers(recipe, inputs[key], stores)))
+    if problems:
+        raise RecipeError(problems)
     shared = share(asked, sizes)
     stores = Stores(recipes[0].storage)
     plans = tuple(merging.checked(made, stores) for made in shared.plans)
@@ -224,11 +227,14 @@ def _not_shared(made: Sequence[tuple[Setting, Recipe]]) -> list[Problem]:
 
 
 def reading_of(recipe: Recipe) -> Hashable:
-    """Return what of a recipe decides its catalog."""
-    rules = recipe.model_dump(mode="json", exclude={"run": True, "method": True, "output": {"path", "part_size"}})
-    method = recipe.method
-    of_method = [each.name for each in method.companions], recipe.first_is_base, method.has_density, method.has_lambda
-    return json.dumps([rules, of_method, method.name if recipe.coefficients.file else ""], sort_keys=True)
+    """Return what of a recipe decides its inputs: all but the numbers of models that it names one by one."""
+    exclude: Any = {"run": True, "method": True, "coefficients": True, "output": {"path", "part_size"}}
+    rules = recipe.model_dump(mode="json", exclude=exclude)
+    for line in rules["models"]:
+        for number in ("weight", "density") if line["id"] else ():
+            del line[number]
+    of_method = [each.name for each in recipe.method.companions], recipe.first_is_base
+    return json.dumps([rules, of_method], sort_keys=True)
 
 
 def _op_of(recipe: Recipe) -> str:
