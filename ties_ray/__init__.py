@@ -339,22 +339,35 @@ def promote(
     pointer: "str | os.PathLike[str]",
     *,
     evaluate: Sequence[str] = (),
+    evaluations: "Mapping[str, object] | str | os.PathLike[str] | Sequence[Mapping[str, object] | str] | None" = None,
+    no_worse: bool = False,
     verify: bool = False,
     storage: "Storage | None" = None,
 ) -> "Promotion":
     """Let a pointer, a small JSON object, name the finished merge in an output folder; return what it names.
 
     evaluate: the words of a command that approves by exit code 0. It gets TIES_RAY_OUTPUT and TIES_RAY_RESULT.
+    evaluations: as in `evaluate`; a score outside of `at_least` and `at_most` does not approve. no_worse: neither does
+    one that is worse than that of the merge which the pointer names.
     verify: promote only what `verify` finds whole. storage: options of the stores by scheme, as in a recipe.
-    Raises `InputError` where the command or the verification does not approve; the pointer stays as it was.
+    Raises `InputError` where anything does not approve; the pointer stays as it was.
     """
+    from ties_ray.operations import evaluating
     from ties_ray.operations import promote as promoting
     from ties_ray.operations import verify as verifying
     from ties_ray.stores import Stores, absolute
 
     stores, folder = Stores(storage or {}), absolute(os.fspath(output)).rstrip("/")
     check = functools.partial(verifying.verify, stores, folder) if verify else None
-    return promoting.promote(stores, folder, absolute(os.fspath(pointer)), list(evaluate), check)
+    asked = None if evaluations is None else _as_evaluating(evaluations, {"storage": dict(storage or {})})
+
+    def scored(current: str) -> None:
+        assert asked
+        evaluating.approve(asked, folder, current if no_worse else "")
+
+    return promoting.promote(
+        stores, folder, absolute(os.fspath(pointer)), list(evaluate), check, scored if asked else None
+    )
 
 
 def push(

@@ -72,3 +72,20 @@ def test_a_wrong_evaluation_is_exit_code_2_or_3(tmp_path: Path, text: str, messa
     done = run("evaluate", tmp_path, "--with", text)
     assert done.exit_code in (2, 3)
     assert message in done.stderr
+
+
+def test_promote_takes_evaluations_files_of_them_and_commands(sweep: Path, tmp_path: Path) -> None:
+    file, pointer, output = tmp_path / "evaluations.yaml", tmp_path / "current.json", sweep / "lambda-0.3"
+    file.write_text(f"evaluate: {{name: loss, data: {tmp_path}/dev.jsonl, at_most: 0.01}}\n")
+    assert run("promote", output, pointer, "--evaluate", file).exit_code == 3
+    assert (
+        run("promote", output, pointer, "--evaluate", f"loss:{tmp_path}/dev.jsonl", "--evaluate", "false").exit_code
+        == 3
+    )
+    assert not pointer.exists()
+    assert run("promote", output, pointer, "--no-worse").exit_code == 2
+    assert run("promote", output, pointer, "--evaluate", "true", "--evaluate", "false").exit_code == 2
+    done = run(
+        "promote", output, pointer, "--evaluate", f"loss:{tmp_path}/dev.jsonl", "--evaluate", "true", "--no-worse"
+    )
+    assert done.exit_code == 0, done.stderr

@@ -173,3 +173,39 @@ def test_a_wrong_evaluation_is_told_with_its_place(tmp_path: Path, evaluation: d
 def test_a_base_that_no_merge_names_is_refused(tmp_path: Path, data: str) -> None:
     with pytest.raises(InputError, match="no merge among these names its base"):
         ties_ray.evaluate(tmp_path, f"loss:{data}", with_base=True)
+
+
+def test_a_promotion_asks_for_bounds_and_for_scores_no_worse_than_the_current_ones(
+    recipe: dict[str, Any], tmp_path: Path, data: str
+) -> None:
+    swept(recipe, tmp_path)
+    loss, pointer = {"name": "loss", "data": data}, tmp_path / "current.json"
+    scores = values(ties_ray.evaluate(tmp_path / "sweep", loss))
+    better, worse = (str(tmp_path / "sweep" / name) for name in sorted(scores, key=scores.__getitem__))
+    with pytest.raises(InputError, match=r"loss is .*, and at_most 0\.1 is asked for \[not_approved\]; the pointer is"):
+        ties_ray.promote(better, pointer, evaluations={**loss, "at_most": 0.1})
+    assert not pointer.exists()
+    assert ties_ray.promote(better, pointer, evaluations={**loss, "at_most": 1e3}, no_worse=True).changed
+    with pytest.raises(InputError, match=rf"{worse}: loss is .*, and .* in {better} \[not_approved\]"):
+        ties_ray.promote(worse, pointer, evaluations=loss, no_worse=True)
+    assert ties_ray.promote(worse, pointer, evaluations=loss).changed
+    assert ties_ray.promote(better, pointer, evaluations=loss, no_worse=True).changed
+
+
+def test_a_report_shows_the_scores_that_lie_beside_the_merge(recipe: dict[str, Any], tmp_path: Path, data: str) -> None:
+    output = ties_ray.merge({**recipe, "output": str(tmp_path / "merged")}).output
+    scores = ties_ray.evaluate(output, {"name": "loss", "data": data, "label": "<i>held out</i>"})
+    report = ties_ray.report(output)
+    assert [score.value for score in report.scores] == list(values(scores, "<i>held out</i>").values())
+    page = report.html()
+    assert "&lt;i&gt;held out&lt;/i&gt;" in page
+    assert "<i>held" not in page
+
+
+def test_on_ray_each_model_is_a_task_and_the_scores_are_those_of_this_process(
+    ray_cluster: None, recipe: dict[str, Any], tmp_path: Path, data: str
+) -> None:
+    swept(recipe, tmp_path)
+    here = values(ties_ray.evaluate(tmp_path / "sweep", f"loss:{data}", run={"executor": "local"}))
+    run = {"executor": "ray", "workers": 2}
+    assert values(ties_ray.evaluate(tmp_path / "sweep", f"loss:{data}", fresh=True, run=run)) == pytest.approx(here)

@@ -98,6 +98,26 @@ def evaluate(
     )
 
 
+def approve(asked: Evaluating, output: str, current: str = "", watch: Watch = lambda progress: None) -> Scores:
+    """Score an output, and store the scores beside it. Raises `InputError` where they are not approved.
+
+    A score has to be within the bounds of its evaluation. current: an output than which no score may be worse.
+    """
+    scores = evaluate(asked, [output, *filter(None, [current])], watch=watch)
+    own = scores.models[0]
+    problems = [each.problem() for each in own.problems]
+    remedy, code = "the pointer is as it was", "not_approved"
+    problems += [Problem(output, sentence, remedy, code) for sentence in _rejected(asked.evaluate, [own])]
+    before = {score.label: score for model in scores.models[1:] for score in model.scores}
+    for score in own.scores:
+        if score.label in before and score.merit < before[score.label].merit:
+            message = f"{score.label} is {score.value:.6g}, and {before[score.label].value:.6g} in {current}"
+            problems.append(Problem(output, message, remedy, code))
+    if problems:
+        raise InputError(problems)
+    return scores
+
+
 def targets_of(stores: Stores, uris: Sequence[str]) -> tuple[list[str], list[Target]]:
     """Return the folders of sweeps among some folders, and all models: each setting of a sweep is one.
 

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from ties_ray.errors import InputError, Problem, UnavailableError
+from ties_ray.libraries.loaders import SCORES_NAME
 from ties_ray.operations.verify import Verification
 from ties_ray.reports.records import MergeResult, Report, find_result
 from ties_ray.state import documents
@@ -59,14 +60,16 @@ def promote(
     pointer: str,
     evaluate: Sequence[str] = (),
     check: Callable[[], Verification] | None = None,
+    scored: Callable[[str], None] | None = None,
 ) -> Promotion:
-    """Let the pointer name a finished merge, once a command approves of it; keep the current release as the previous.
+    """Let the pointer name a finished merge, once it is approved; keep the current release as the previous.
 
     evaluate: a command that approves by exit code 0. Its environment has TIES_RAY_OUTPUT (the folder's URI) and
     TIES_RAY_RESULT (a file with the result record).
-    check: re-reads the output before that.
+    check: re-reads the output before that. scored: scores the output, and raises `InputError` where scores are bad; it
+    gets the output that the pointer names, or "".
     An output that the pointer names already is neither checked nor evaluated.
-    Raises `InputError` where the output holds no finished merge, the check finds problems, the command does not
+    Raises `InputError` where the output holds no finished merge, the check finds problems, command or scores do not
     approve, or the folder changes meanwhile.
     """
     result, files = _finished(stores, output)
@@ -77,7 +80,9 @@ def promote(
         raise InputError(reported.problem() for reported in problems)
     if evaluate:
         _evaluate(output, result, evaluate)
-    if evaluate or check:
+    if scored:
+        scored(content.current.output if content else "")
+    if evaluate or check or scored:
         result_after, files_after = _finished(stores, output)
         changed = sorted(name for name, pin in files.items() if files_after.get(name) != pin)
         if result_after != result or changed:
@@ -105,7 +110,8 @@ def _finished(stores: Stores, output: str) -> tuple[MergeResult, dict[str, Pin]]
     result = find_result(stores, output)
     if result is None or result.status != "done":
         raise InputError(Problem(output, "holds no finished merge", "merge first"))
-    return result, {pin.uri.rpartition("/")[2]: pin for pin in stores.of(output).list(output).files}
+    pins = {pin.uri.rpartition("/")[2]: pin for pin in stores.of(output).list(output).files}
+    return result, {name: pin for name, pin in pins.items() if name != SCORES_NAME}
 
 
 def _evaluate(output: str, result: MergeResult, command: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from ties_ray.libraries.loaders import RESULT_NAME
 from ties_ray.operations.pool_comparison import compare_vectors
 from ties_ray.planning.plan import Plan
 from ties_ray.planning.planner import believable
+from ties_ray.reports import scores
 from ties_ray.reports.controls import Controls
 from ties_ray.reports.pool import PoolComparison
 from ties_ray.reports.records import MergeResult, Watch, find_result
@@ -49,7 +50,7 @@ def report(
     clusters = clusters_of(comparison.cosines) if comparison else []
     names = [model.name for model in comparison.models] if comparison else []
     groups = [[names[number] for number in group] for group in clusters]
-    return make_report(result, comparison, groups, beside)
+    return make_report(result, comparison, groups, beside, scores.read(stores, output, result.run_id))
 
 
 def _plan_of(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
+from ties_ray.evaluations import Score
 from ties_ray.inputs.names import model_names
 from ties_ray.measures.findings import findings
 from ties_ray.reports.controls import Controls
@@ -61,6 +63,8 @@ class ReportedModel(Report):
 class MergeReport(Report):
     """All that is known of a finished merge."""
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
     output: str
     title: str
     remarks: list[Remark]
@@ -73,6 +77,8 @@ class MergeReport(Report):
     comparison: PoolComparison | None = None
     controls: Controls | None = None
     """Merges without each model, and with signs drawn by chance; None where nobody asked for them."""
+    scores: list[Score] = []
+    """What `ties-ray evaluate` has stored beside the output."""
     result: MergeResult
 
     def html(self) -> str:
@@ -87,6 +93,7 @@ def make_report(
     comparison: PoolComparison | None,
     clusters: list[list[str]],
     controls: Controls | None = None,
+    scores: Sequence[Score] = (),
 ) -> MergeReport:
     """Return the report of a merge. comparison, controls: what was asked for beside the result record."""
     provenance, effects = result.provenance, result.effects
@@ -103,6 +110,7 @@ def make_report(
         clusters=clusters,
         comparison=comparison,
         controls=controls,
+        scores=list(scores),
         result=result,
     )
 
