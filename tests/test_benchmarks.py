@@ -130,3 +130,12 @@ def test_methods_are_priced_for_checkpoints_and_for_adapters() -> None:
         assert [row["method"] for row in table] == list(names)
         assert [row["models"] for row in table] == ["3", "3", "2"]
         assert all(float(row["peak MB"]) < float(row["planned MB"]) for row in table)
+
+
+def test_a_pool_that_grows_is_measured_beside_one_merge() -> None:
+    told = {row["what"]: row for row in rows(run("growing", "--size", "1M", "--models", "4", "--method", "average"))}
+    again = {name: int(row["models read again"]) for name, row in told.items()}
+    assert (again["add a model"], again["drop the last"], again["drop the last but one"], again["drop the first"]) == (
+        0, 0, 1, 2,
+    )  # fmt: skip
+    assert float(told["drop the last"]["GB read"]) == 0

@@ -77,7 +77,8 @@ def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     local = (
-        f'#!/bin/sh\nif [ "$1" = merge ]; then set -- "$@" --set run.executor=local; fi\nexec {tool("ties-ray")} "$@"\n'
+        '#!/bin/sh\ncase "$1 $2" in merge*|pool\\ add|pool\\ drop) set -- "$@" --set run.executor=local;; esac\n'
+        f'exec {tool("ties-ray")} "$@"\n'
     )
     (folder / "ties-ray").write_text(local)
     (folder / "ties-ray").chmod(0o755)
