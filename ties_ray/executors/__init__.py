@@ -5,10 +5,11 @@ message, and when a message is sent again. Each file here is one executor; `ties
 """
 
 import importlib
+import importlib.metadata
 import re
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, cast
 
@@ -200,3 +201,15 @@ def _refusal(error: BaseException) -> Refusal:
     if isinstance(error, MergeError):
         return Refusal(error.kind, error.problems, text)
     return Refusal("defect", (Problem("", f"{type(error).__name__}: {error}"),), text)
+
+
+def differences(versions: Iterable[tuple[str, str]]) -> Iterator[Problem]:
+    """Yield each package of which this process has another version, with the command that mends it."""
+    for package, version in versions:
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "nothing"
+        if version not in (installed, installed.partition("+")[0]):
+            remedy = f"pip install {package}=={version}"
+            yield Problem("this process", f"{package} {version} is needed, {installed} is installed", remedy)

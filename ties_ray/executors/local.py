@@ -1,10 +1,8 @@
 """Workers as threads of this process, without a cluster: for small merges and for tests."""
 
-import importlib.metadata
 import queue
 import threading
 import time
-from collections.abc import Iterable
 
 from ties_ray.errors import InputError, Problem, UnavailableError
 from ties_ray.executors import (
@@ -18,6 +16,7 @@ from ties_ray.executors import (
     Refusal,
     Refused,
     build,
+    differences,
     handle,
 )
 
@@ -33,7 +32,7 @@ class LocalExecutor(Executor):
 
     def start(self, factory: str, setup: str, needs: Needs) -> int:
         """Start `needs.num_workers` threads, by default one; memory, GPUs and address have no meaning here."""
-        problems = list(_differences(needs.versions))
+        problems = list(differences(needs.versions))
         if problems:
             raise InputError(problems)
         self._factory, self._setup = factory, setup
@@ -133,14 +132,3 @@ class _Worker:
         self.gone = True
         events.put((self, Lost(self.number, ticket, reason)))
         self.built.set()
-
-
-def _differences(versions: Iterable[tuple[str, str]]) -> Iterable[Problem]:
-    for package, version in versions:
-        try:
-            installed = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "nothing"
-        if version not in (installed, installed.partition("+")[0]):
-            remedy = f"pip install {package}=={version}"
-            yield Problem("this process", f"{package} {version} is needed, {installed} is installed", remedy)
