@@ -71,9 +71,12 @@ class ProcessesExecutor(Executor):
         """Return the events of the processes so far."""
         end = time.monotonic() + timeout
         while True:
-            by_pipe = {each.pipe: each for each in self._workers if not each.gone}
-            ready = wait(list(by_pipe), max(0.0, end - time.monotonic())) if by_pipe else time.sleep(timeout)
-            events = [event for pipe in ready or () for event in by_pipe[pipe].events()]  # type: ignore[index]
+            by_pipe: dict[object, _Worker] = {each.pipe: each for each in self._workers if not each.gone}
+            left = max(0.0, end - time.monotonic())
+            if not by_pipe:
+                time.sleep(left)
+            ready = wait([each.pipe for each in self._workers if not each.gone], left) if by_pipe else []
+            events = [event for pipe in ready for event in by_pipe[pipe].events()]
             if events or time.monotonic() >= end:
                 return events
 
