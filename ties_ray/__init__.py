@@ -45,10 +45,12 @@ if TYPE_CHECKING:
     from ties_ray.planning.plan import Plan
     from ties_ray.recipe.evaluations import Evaluating
     from ties_ray.recipe.recipe import Recipe
+    from ties_ray.recipe.search import SearchRecipe
     from ties_ray.recipe.settings import Sweep
     from ties_ray.reports.records import MergeResult, Progress
     from ties_ray.reports.report import MergeReport
     from ties_ray.reports.scores import Scores
+    from ties_ray.reports.search import SearchResult
     from ties_ray.reports.sweep import SweepResult
 
     Storage = Mapping[str, Mapping[str, object]]
@@ -73,6 +75,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Scores",
+    "SearchRecipe",
+    "SearchResult",
     "Status",
     "Sweep",
     "SweepResult",
@@ -91,6 +95,7 @@ __all__ = [
     "promote",
     "push",
     "report",
+    "search",
     "status",
     "sweep",
     "verify",
@@ -111,6 +116,8 @@ _LAZY = {
     "Promotion": "ties_ray.operations.promote",
     "Push": "ties_ray.operations.push",
     "Scores": "ties_ray.reports.scores",
+    "SearchRecipe": "ties_ray.recipe.search",
+    "SearchResult": "ties_ray.reports.search",
     "Status": "ties_ray.operations.status",
     "Sweep": "ties_ray.recipe.settings",
     "SweepResult": "ties_ray.reports.sweep",
@@ -191,6 +198,30 @@ def sweep(
             watch(progress)
 
         return sweeping.sweep(_as_sweep(recipe), fresh=fresh, watch=both)
+
+
+def search(
+    recipe: "SearchRecipe | Mapping[str, object] | str | os.PathLike[str]",
+    *,
+    fresh: bool = False,
+    watch: "Callable[[Progress], None]" = lambda progress: None,
+    progress: bool | None = None,
+) -> "SearchResult":
+    """Search the numbers of a recipe by scores on data, merge the best, and return the table; or continue a search.
+
+    recipe: a `SearchRecipe`, the mapping that a recipe's file with `search` holds, or that file's path or URI.
+    The other arguments are those of `merge`. Raises a `MergeError`. Scores are kept, and the same call continues.
+    """
+    from ties_ray.cli.console import showing
+    from ties_ray.operations import searching
+
+    with showing(progress) as show:
+
+        def both(progress: "Progress") -> None:
+            show(progress)
+            watch(progress)
+
+        return searching.search(_as_search(recipe), fresh=fresh, watch=both)
 
 
 def candidates(recipe: "Recipe | Mapping[str, object]", *, memory: int | None = None) -> "Candidates":
@@ -493,6 +524,19 @@ def _as_sweep(recipe: "Sweep | Mapping[str, object] | str | os.PathLike[str]") -
         return sweep_of(dict(recipe))
     uri = os.fspath(recipe)
     return recipes.parsed_sweep(recipes.text_of(uri), shown(uri))
+
+
+def _as_search(recipe: "SearchRecipe | Mapping[str, object] | str | os.PathLike[str]") -> "SearchRecipe":
+    from ties_ray.operations import recipes
+    from ties_ray.recipe.search import SearchRecipe, search_of
+    from ties_ray.stores import shown
+
+    if isinstance(recipe, SearchRecipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return search_of(dict(recipe))
+    uri = os.fspath(recipe)
+    return recipes.parsed_search(recipes.text_of(uri), shown(uri))
 
 
 def __getattr__(name: str) -> object:

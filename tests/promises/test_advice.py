@@ -34,7 +34,8 @@ UNFOLLOWED = {
     "its reader writes the space of a search (tests/recipe/test_search.py has them)": (
         "`ties-ray search` does it", "give each pattern a range", "leave either of them out", "lower `",
         "take another sampler", "search numbers of the method", "write one of ", "write `",
-        "take `grid`, `random` or `optuna`",
+        "take `grid`, `random` or `optuna`", "mend that first", "confirm on data that the search", "name a folder",
+        "with a space", "forget this table", "leave them out",
     ),
     "somebody has to give a permission, room, credentials or a service": (
         "accept them at", "free s", "give the user", "credentials", "HF_TOKEN", "AWS_", "log in again", "anonymous",

@@ -14,6 +14,7 @@ from ties_ray.errors import InputError, Problem, RecipeError, shown
 
 if TYPE_CHECKING:
     from ties_ray.recipe.recipe import Recipe
+    from ties_ray.recipe.search import SearchRecipe
     from ties_ray.recipe.settings import Sweep
     from ties_ray.reports.records import ReportedProblem
     from ties_ray.stores import Stores
@@ -133,6 +134,13 @@ def load_sweep(source: str, overrides: Sequence[str]) -> "Sweep":
     from ties_ray.operations import recipes
 
     return recipes.parsed_sweep(text_of(source, overrides), name_of(source), overrides)
+
+
+def load_search(source: str, overrides: Sequence[str]) -> "SearchRecipe":
+    """Return the search of a path, a URI or standard input."""
+    from ties_ray.operations import recipes
+
+    return recipes.parsed_search(text_of(source, overrides), name_of(source), overrides)
 
 
 def name_of(source: str) -> str:

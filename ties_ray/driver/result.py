@@ -67,6 +67,7 @@ def publish(
         refused={model.uri: [str(problem) for problem in model.problems] for model in plan.catalog.refused},
         notes=[*plan.notes, *(note for store in stores.opened() for note in store.notes)],
         provenance=provenance(plan),
+        found_by=plan.recipe.found_by,
     )
     result = result.model_copy(update={"warnings": list(_warnings(result.truncation, plan.recipe.output))})
     check()

@@ -6,8 +6,9 @@ from typing import Any
 
 from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.recipe.mergekit import is_mergekit
-from ties_ray.recipe.parse import override, parse, plain
+from ties_ray.recipe.parse import SEARCH_KEY, override, parse, plain
 from ties_ray.recipe.recipe import Recipe
+from ties_ray.recipe.search import SearchRecipe, search_of
 from ties_ray.recipe.settings import Sweep, is_sweep, sweep_of
 from ties_ray.stores import Stores, shown
 
@@ -48,3 +49,13 @@ def parsed_sweep(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep
         raise RecipeError(Problem(source, message, "`ties-ray merge` merges it; add `settings` for a sweep"))
     override(data, overrides)
     return sweep_of(data)
+
+
+def parsed_search(text: str, source: str, overrides: Sequence[str] = ()) -> SearchRecipe:
+    """Return the search of a text. Raises `RecipeError`, also where the recipe has no `search`."""
+    data = plain(text, source)
+    if not isinstance(data, dict) or SEARCH_KEY not in data:
+        message = "has no `search`, so there is nothing to search"
+        raise RecipeError(Problem(source, message, "`ties-ray merge` merges it; add `search` with a space"))
+    override(data, overrides)
+    return search_of(data)

@@ -218,6 +218,29 @@ class Bounds(Strict):
     """Smallest and largest Frobenius norm of an adapter's low-rank change. A public pool used 1 and 1000."""
 
 
+class FoundBy(Strict):
+    """How a search has found the numbers of a recipe. `ties-ray search` writes it; it changes no byte."""
+
+    search: str
+    """Digest of the search."""
+    table: Uri
+    """The table of all its candidates."""
+    number: int = Field(ge=0)
+    """Which candidate this is; 0 is the recipe as it stood."""
+    candidates: int = Field(ge=0)
+    """Number of candidates that have a score."""
+    sampler: str
+    seed: int
+    scores: dict[str, FiniteFloat]
+    """Scores on the data that were searched, by label."""
+    untuned: dict[str, FiniteFloat] = {}
+    """Those of the recipe as it stood."""
+    confirmed: dict[str, FiniteFloat] = {}
+    """Scores on other data, by label."""
+    confirmed_untuned: dict[str, FiniteFloat] = {}
+    """Those of the recipe as it stood."""
+
+
 class Run(Strict):
     """The way the work is done. Only `arithmetic` changes the bytes of the result."""
 
@@ -325,6 +348,8 @@ class Recipe(Strict):
     storage: dict[str, Json] = {}
     """Options of the stores, by scheme. Secrets do not belong here."""
     run: Run = Run()
+    found_by: FoundBy | None = None
+    """How a search has found the numbers of this recipe; it stands in the record and the card."""
 
     def __repr__(self) -> str:
         return f"Recipe(method={self.method.name!r}, num_models={len(self.models)}, output={self.output.path!r})"

@@ -15,6 +15,7 @@ from ties_ray.errors import printable
 from ties_ray.inputs.catalog import Model
 from ties_ray.inputs.names import model_names
 from ties_ray.planning.plan import Plan
+from ties_ray.recipe.recipe import FoundBy
 from ties_ray.reports.records import MergeResult
 from ties_ray.rounds.condense import Truncation
 from ties_ray.stores import hub_name
@@ -74,6 +75,8 @@ def card(plan: Plan, result: MergeResult) -> str:
         sections,
         fence,
     ]
+    if result.found_by:
+        lines += ["", "## Search", *_found_by(result.found_by)]
     if result.trims and len(result.trims) <= 2 * len(plan.merges[0].members):
         lines += ["", "## Trim", "| model | threshold | kept | of |", "|---|---|---|---|"]
         lines += [
@@ -105,6 +108,27 @@ def _front(plan: Plan, inputs: Sequence[Model]) -> dict[str, object]:
     front["library_name"] = plan.library.name
     front["tags"] = ["merge", "ties-ray", plan.recipe.method.name, *(["lora"] if is_adapter else [])]
     return front
+
+
+def _found_by(found: FoundBy) -> list[str]:
+    """Return how a search has found the numbers, with the scores before and after."""
+    what = f"Candidate {found.number} of {found.candidates:,}" if found.number else "The recipe as it stood"
+    of = f"search {code(found.search)} (sampler {code(found.sampler)}, seed {found.seed})"
+    lines = [f"{what}, by {of}. Table: {code(found.table.rpartition('/.')[2])}.", ""]
+    lines += ["| score | data | as it stood | found |", "|---|---|---|---|"]
+    for data, before, after in (
+        ("searched", found.untuned, found.scores),
+        ("confirmed", found.confirmed_untuned, found.confirmed),
+    ):
+        lines += [
+            f"| {prose(label)} | {data} | {_figure(before.get(label))} | {value:.6g} |"
+            for label, value in after.items()
+        ]
+    return lines
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
 
 
 def _without_paths(note: str, inputs: Sequence[Model], names: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ from ties_ray.libraries.loaders import RESULT_NAME as RESULT_NAME
 from ties_ray.libraries.loaders import SUMS_NAME as SUMS_NAME
 from ties_ray.planning.forecast import Forecast
 from ties_ray.planning.plan import Plan
+from ties_ray.recipe.recipe import FoundBy
 from ties_ray.reports.effects import MergeEffects
 from ties_ray.rounds import kind_of
 from ties_ray.rounds.condense import Truncation
@@ -256,6 +257,8 @@ class MergeResult(Report):
     warnings: list[str] = []
     """Facts that make the result worse than it could be, each with what to do."""
     provenance: Provenance | None = None
+    found_by: FoundBy | None = None
+    """How a search has found the numbers of the recipe; None where none did."""
     error: Failure | None = None
 
     def table(self) -> list[Row]:
