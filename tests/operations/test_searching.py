@@ -205,6 +205,7 @@ def test_data_that_are_searched_do_not_confirm(recipe: dict[str, Any], tmp_path:
         found(recipe, search={"confirm": recipe["search"]["evaluate"]})
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_search_on_ray_has_the_table_of_one_process(recipe: dict[str, Any], tmp_path: Path) -> None:
     _, table = found(recipe)
     _, on_ray = found(recipe, run={"executor": "ray", "workers": 2}, output=str(tmp_path / "ray"))

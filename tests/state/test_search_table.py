@@ -1,10 +1,13 @@
 """The table of a search: written under a condition, and read as a document of strangers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.conftest import Bucket
 from ties_ray.errors import InputError, UnavailableError
 from ties_ray.state import search_table
 from ties_ray.state.search_table import CandidateRow, Head, SearchTable
@@ -17,8 +20,8 @@ def row(number: int, merit: float | None = 0.1) -> CandidateRow:
     return CandidateRow(stage="search", number=number, values={"method.lambda": 0.1 + number}, merit=merit)
 
 
-def table_in(folder: Path | str) -> SearchTable:
-    return SearchTable(Stores({}), str(folder))
+def table_in(folder: Path | str, storage: Mapping[str, Any] | None = None) -> SearchTable:
+    return SearchTable(Stores(storage or {}), str(folder))
 
 
 def test_a_table_comes_back_bit_by_bit_and_in_order(tmp_path: Path) -> None:
@@ -84,8 +87,8 @@ def test_a_table_of_too_many_rows_or_bytes_is_not_read(tmp_path: Path, monkeypat
         table_in(tmp_path).read()
 
 
-def test_the_table_of_a_search_lies_on_s3_too(s3: str) -> None:
-    first, second = table_in(f"{s3}/out"), table_in(f"{s3}/out")
+def test_the_table_of_a_search_lies_on_s3_too(s3_bucket: Bucket) -> None:
+    first, second = (table_in(f"{s3_bucket.uri}/out", s3_bucket.storage) for _ in range(2))
     first.write(HEAD, [row(1)])
     first.write(HEAD, [row(1), row(2)])
     assert len((second.read() or (None, {}))[1]) == 2

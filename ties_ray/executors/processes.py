@@ -140,18 +140,18 @@ class _Worker:
         return self._process.wait()
 
     def _event(self, said: list[Any]) -> list[Event]:
-        what, ticket, *rest = said
-        if what == "ready":
+        kind, ticket, *rest = said
+        if kind == "ready":
             return [Ready(self.number)]
-        if what == "broken":
+        if kind == "broken":
             self.broken = _refusal(rest)
             self.kill()
             return [self._lost("; ".join(map(str, self.broken.problems)))]
-        if what == "died":
+        if kind == "died":
             self.kill()
             return [self._lost(rest[0])]
         self._open.pop(ticket, None)
-        return [Answered(self.number, ticket, rest[0])] if what == "answered" else [
+        return [Answered(self.number, ticket, rest[0])] if kind == "answered" else [
             Refused(self.number, ticket, *_refusal(rest))
         ]  # fmt: skip
 

@@ -186,8 +186,8 @@ def carry_out(planned: SearchPlan, *, started: float, fresh: bool, watch: Watch)
         models = under_way.select()
         under_way.explore(models)
         best = under_way.confirm()
-    found = _found_by(planned, under_way, best)
-    merged = _merge_best(planned, under_way.row("search", best).values, found, watch, fresh=fresh)
+    origin = _found_by(planned, under_way, best)
+    merged = _merge_best(planned, under_way.row("search", best).values, origin, watch, fresh=fresh)
     rows = [_candidate(under_way, number) for number in under_way.ranked()]
     return SearchResult(
         output=planned.merge.output,
@@ -312,10 +312,10 @@ class _Searching:
             return sorted(scored, key=lambda number: (-(self.merit("search", number) or 0.0), number))
         return sorted(within, key=place)
 
-    def _score(self, stage: Stage, wanted: Mapping[int, Mapping[str, Any]]) -> None:
+    def _score(self, stage: Stage, batch: Mapping[int, Mapping[str, Any]]) -> None:
         """Have all candidates of a batch in the table."""
         asks = {}
-        for number, values in wanted.items():
+        for number, values in batch.items():
             row, values = self.rows.get((stage, number)), json.loads(json.dumps(values))
             if row is None:
                 asks[number] = values
@@ -331,7 +331,7 @@ class _Searching:
                 self._take(stage, number, asks[number], SCORED.validate_json(answer))
             if time.monotonic() - self._written >= WRITE_SECONDS:
                 self._write()
-            self._report(stage, sum((stage, number) in self.rows for number in wanted), len(wanted))
+            self._report(stage, sum((stage, number) in self.rows for number in batch), len(batch))
         self._write()
 
     def _take(self, stage: Stage, number: int, values: dict[str, Any], scored: Scored) -> None:
@@ -450,7 +450,7 @@ def _found_by(planned: SearchPlan, under_way: _Searching, best: int) -> FoundBy:
 
 
 def _merge_best(
-    planned: SearchPlan, values: Mapping[str, Any], found: FoundBy, watch: Watch, *, fresh: bool
+    planned: SearchPlan, values: Mapping[str, Any], origin: FoundBy, watch: Watch, *, fresh: bool
 ) -> MergeResult:
     """Merge the best candidate into the output. An earlier best of the same search is replaced."""
     setting = Setting(name="best", set=dict(values))
@@ -458,10 +458,10 @@ def _merge_best(
     recipe, choice = sweep.recipe(setting), sweep.choice(setting)
     if choice is not None:
         recipe = chosen(recipe, planned.entries, choice, "models")
-    recipe = recipe.model_copy(update={"found_by": found})
+    recipe = recipe.model_copy(update={"found_by": origin})
     made = merging.plan(recipe)
     earlier = find_result(Stores(recipe.storage), made.output)
-    ours = earlier is not None and earlier.found_by is not None and earlier.found_by.search == found.search
+    ours = earlier is not None and earlier.found_by is not None and earlier.found_by.search == origin.search
     replaces = ours and earlier is not None and earlier.run_id != made.run_id
     return merging.carry_out(made, started=time.monotonic(), fresh=fresh or replaces, watch=watch)
 

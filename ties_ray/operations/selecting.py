@@ -38,7 +38,7 @@ def selected(
     return [_cosine(comparison.cosines, like, number) for number in range(len(entries))]
 
 
-def _cosine(lower: Sequence[Sequence[float]], one: int, other: int) -> float:
+def _cosine(lower: Sequence[Sequence[float]], first: int, other: int) -> float:
     """Return the cosine of two models from the lower triangle of all cosines."""
-    high, low = max(one, other), min(one, other)
+    high, low = max(first, other), min(first, other)
     return 2.0 if high == low else lower[high][low]

@@ -110,15 +110,15 @@ def _front(plan: Plan, inputs: Sequence[Model]) -> dict[str, object]:
     return front
 
 
-def _found_by(found: FoundBy) -> list[str]:
+def _found_by(origin: FoundBy) -> list[str]:
     """Return how a search has found the numbers, with the scores before and after."""
-    what = f"Candidate {found.number} of {found.candidates:,}" if found.number else "The recipe as it stood"
-    of = f"search {code(found.search)} (sampler {code(found.sampler)}, seed {found.seed})"
-    lines = [f"{what}, by {of}. Table: {code(found.table.rpartition('/.')[2])}.", ""]
+    which = f"Candidate {origin.number} of {origin.candidates:,}" if origin.number else "The recipe as it stood"
+    of = f"search {code(origin.search)} (sampler {code(origin.sampler)}, seed {origin.seed})"
+    lines = [f"{which}, by {of}. Table: {code(origin.table.rpartition('/.')[2])}.", ""]
     lines += ["| score | data | as it stood | found |", "|---|---|---|---|"]
     for data, before, after in (
-        ("searched", found.untuned, found.scores),
-        ("confirmed", found.confirmed_untuned, found.confirmed),
+        ("searched", origin.untuned, origin.scores),
+        ("confirmed", origin.confirmed_untuned, origin.confirmed),
     ):
         lines += [
             f"| {prose(label)} | {data} | {_figure(before.get(label))} | {value:.6g} |"
