@@ -322,7 +322,7 @@ def whole_merge(num_models: int, workers: int) -> tuple[Plan, float]:
     stores = Stores({})
     manifest = Manifest(stores, Manifest.folder_of(plan.output, plan.run_id))
     meters = Meters(lambda progress: None, None)
-    run = MergeRun(plan, stores, manifest, meters, resumed=False)
+    run = MergeRun(plan, stores, manifest, meters, lambda: None, resumed=False)
     executor = Simulated(World(workers=workers), 0, folds=(manifest, plan))
     crew = Crew(executor, meters, plan.recipe.run.patience)
     began = time.process_time()

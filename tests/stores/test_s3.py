@@ -1,6 +1,8 @@
 import hashlib
 import multiprocessing
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -10,9 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -20,7 +24,7 @@ import trustme
 
 from tests.conftest import Bucket, free_port, served, tool
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Store, Stores, _s3_service, join
+from ties_ray.stores import Listing, Part, Pin, Store, Stores, _s3_clock, _s3_service, join
 from ties_ray.stores.s3 import S3
 from ties_ray.testing import StoreContract
 
@@ -491,3 +495,25 @@ def test_a_role_without_access_to_versions_reads_by_etag(odd: Misbehaving) -> No
 def test_importing_the_store_imports_no_client() -> None:
     code = "import sys, ties_ray.stores.s3; sys.exit(any(name in sys.modules for name in ('botocore', 'urllib3')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("seconds", [-7200, 7200])
+def test_a_machine_whose_clock_is_wrong_signs_by_the_services(
+    seconds: int, juicefs_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    monkeypatch.setattr(
+        "botocore.auth.get_current_datetime", lambda: datetime.fromtimestamp(now() + seconds, UTC).replace(tzinfo=None)
+    )
+    monkeypatch.setattr(_s3_clock, "time", SimpleNamespace(**vars(time) | {"time": lambda: now() + seconds}))
+    stores = Stores(juicefs_bucket.storage)
+    store, uri = stores.of(juicefs_bucket.uri), f"{juicefs_bucket.uri}/clock"
+    assert isinstance(store, S3)
+    pin = store.put(uri, b"data")
+    data = bytearray(4)
+    store.read(pin, 0, memoryview(data))
+    assert data == b"data"
+    side = "ahead of" if seconds > 0 else "behind"
+    wanted = rf"the clock of {re.escape(socket.gethostname())} is 7,(199|200|201) s {side} the service's"
+    assert re.search(wanted, "".join(store.notes))
+    assert store.meter.retries == 1

@@ -1,6 +1,6 @@
 """Runs the rounds of a result in order, each with its barrier. A kill leaves its records to the next run."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
@@ -25,11 +25,20 @@ Stages = Generator[Orders, Done, None]
 class MergeRun:
     """Runs the rounds of a merge. Each round leaves its records, and its barrier's findings, in the manifest."""
 
-    def __init__(self, plan: Plan, stores: Stores, manifest: Manifest, meters: Meters, *, resumed: bool) -> None:
-        """resumed: whether an earlier run has left records."""
+    def __init__(
+        self,
+        plan: Plan,
+        stores: Stores,
+        manifest: Manifest,
+        meters: Meters,
+        check: Callable[[], None],
+        *,
+        resumed: bool,
+    ) -> None:
+        """check: raises if another run holds the output. resumed: whether an earlier run has left records."""
         self.plan = self._begun = plan
         self.resumed = resumed
-        self.uploads = Uploads(stores, manifest, plan.output)
+        self.uploads = Uploads(stores, manifest, plan.output, check)
         self._written: tuple[dict[str, Record[Any]], list[str]] = {}, []
         """The records of the round that writes: those that an earlier run has left, and the names of new ones."""
         self.shards_done_before = 0
@@ -43,6 +52,7 @@ class MergeRun:
         self._readers: dict[int, int] = {}
         """The worker that has read a range of the merged parameters, and may have cached it."""
         self._tries = 0
+        self._check = check
 
     @property
     def merge(self) -> Merge:
@@ -54,6 +64,7 @@ class MergeRun:
 
         The barriers' findings change the plan again as the rounds follow.
         """
+        self._check()
         self.plan = self._begun
         self._meters.bytes_planned = self.plan.bytes_read
         self._followed = 0, self._manifest.write_plan(self.plan)
@@ -79,10 +90,12 @@ class MergeRun:
         """Yield the orders of each stage of all rounds, and take their outcome."""
         for index in range(len(self.merge.rounds)):
             kind = self.merge.kind(index)
+            self._check()
             if kind.writes:
                 self.uploads.begin(self.merge, self._left_records(index).values())
             yield from self._round(index, kind, num_workers)
             if kind.folded is not None:
+                self._check()
                 findings = self._findings(index)
                 self._follow(concluded(self.plan, self._result, kind.conclude(self.merge, index, findings)))
 

@@ -1,7 +1,7 @@
 """The multipart uploads of a result's weight files. A store may forget one; its parts are then written again."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ties_ray.planning.plan import Plan
@@ -14,13 +14,14 @@ from ties_ray.stores import Stores, join
 class Uploads:
     """The uploads of a merge."""
 
-    def __init__(self, stores: Stores, manifest: Manifest, output: str) -> None:
-        """output: URI of the output's folder."""
+    def __init__(self, stores: Stores, manifest: Manifest, output: str, check: Callable[[], None]) -> None:
+        """output: URI of the output's folder. check: raises if another run holds it: its uploads are not ours."""
         self.ids: dict[str, str] = {}
         """The id of each weight file's upload, by the file's name."""
         self._store = stores.writer(output)
         self._manifest = manifest
         self._output = output
+        self._check = check
 
     def begin(self, merge: Merge, records: Iterable[Record[Parts]]) -> None:
         """Begin the uploads that are missing, or that the store has forgotten.
@@ -35,10 +36,13 @@ class Uploads:
                 continue
             whole = len(recorded[index, upload_id]) == merge.layout.num_parts(index)
             if not (whole and self._is_completed(uri, file.size)):
+                self._check()
                 uploads[file.name] = self._store.begin_upload(uri, file.size)
+        self._check()
         self._manifest.write_uploads(uploads)
         for uri, upload in self._store.list_uploads(self._output):
             if upload not in uploads.values():
+                self._check()
                 self._store.abort_upload(uri, upload)  # a kill or a lost answer came before its id was stored
         self.ids = uploads
 

@@ -135,7 +135,7 @@ def _run(
     resumed: bool,
 ) -> MergeResult:
     """Do all rounds and publish. Try again where the store has forgotten an upload."""
-    run = MergeRun(opened, stores, manifest, meters, resumed=resumed)
+    run = MergeRun(opened, stores, manifest, meters, check, resumed=resumed)
     place = placed(opened)
     executor = plugins.load("executors", place.executor, Executor)
     if place.executor == "local" and place.chosen:

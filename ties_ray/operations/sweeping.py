@@ -159,7 +159,9 @@ def _run(left: Sequence[_Opened], meters: Meters, stores: Stores, started: float
     room, _ = room_for(plans)
     note = f"merged together with {len(left) - 1} other settings of a sweep: traffic and seconds are those of all"
     runs = [
-        MergeRun(replace(own, notes=(*own.notes, note)), stores, each.manifest, _silent(), resumed=each.resumed)
+        MergeRun(
+            replace(own, notes=(*own.notes, note)), stores, each.manifest, _silent(), each.check, resumed=each.resumed
+        )
         for own, each in zip(plans, left, strict=True)
     ]
     place = placed(max(plans, key=lambda own: own.bytes_read))

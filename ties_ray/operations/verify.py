@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, TypeAdapter
 
 from ties_ray.driver.publish import foreign_files
-from ties_ray.errors import InputError, Problem
+from ties_ray.errors import InputError, MergeError, Problem, enumerated
 from ties_ray.libraries.loaders import RESULT_NAME, SUMS_NAME, TEXTS, ModelFolder, unloadable
 from ties_ray.libraries.weight_files import BITS
 from ties_ray.operations.pool_members import Membership, membership
@@ -34,7 +34,7 @@ from ties_ray.rounds.merge import Written
 from ties_ray.safetensors import DTYPE_BITS, Header, header_bytes, parse
 from ties_ray.state import documents
 from ties_ray.state.manifest import Manifest, find_runs
-from ties_ray.stores import Pin, Store, Stores, crc32c, crc32c_joined, join, within
+from ties_ray.stores import Pin, Store, Stores, WritableStore, crc32c, crc32c_joined, join, within
 
 AGAIN = "merge again with --fresh"
 THREADS = 4
@@ -173,6 +173,7 @@ def verify(
     _read_plan(review)
     files = _files(review)
     _compare_documents(review, files)
+    _note_leftovers(review)
     of_pool = _compare_pool(review)
     pieces = _pieces(review, files)
     contents = _read(stores, files, pieces, watch)
@@ -197,6 +198,20 @@ def verify(
 
 
 # -- the folder
+
+
+def _note_leftovers(review: _Review) -> None:
+    """Note uploads that nobody has finished: a loader does not see them, and a bucket is paid for them."""
+    store = review.stores.of(review.output)
+    if not isinstance(store, WritableStore):
+        return
+    try:
+        names = sorted({uri.removeprefix(f"{review.output}/") for uri, _ in store.list_uploads(review.output)})
+    except MergeError as error:
+        review.notes.append(f"unfinished uploads were not looked for: {error}")
+        return
+    if names:
+        review.notes.append(f"unfinished uploads lie here: {enumerated(names)}; `ties-ray clean` removes them")
 
 
 def _read_plan(review: _Review) -> None:

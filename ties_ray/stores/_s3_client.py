@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.stores import refuse_secrets
+from ties_ray.stores._s3_clock import Clock
 
 DOCUMENT_BYTES = 16 << 20
 """The largest answer that is no object: a page of a listing has up to 1000 keys, each up to 1024 bytes."""
@@ -124,7 +125,7 @@ class Connection(NamedTuple):
     """What they are found by (`env`, `iam-role`, ...), and the access key with its session token; never shown."""
 
 
-def connect(options: S3Options, silence: float, *, unsigned: bool) -> Connection:
+def connect(options: S3Options, silence: float, clock: Clock, *, unsigned: bool) -> Connection:
     """Return a client, of a session of its own, whose connections may fall silent for `silence` seconds."""
     import botocore.session  # slow, and checking a recipe should not pay for it
     from botocore import UNSIGNED
@@ -147,6 +148,7 @@ def connect(options: S3Options, silence: float, *, unsigned: bool) -> Connection
     place = {"region_name": region, "endpoint_url": options.endpoint_url}
     client = session.create_client("s3", **place, verify=options.ca, config=config)
     _bound(client)
+    clock.register(client)
     asked = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION")
     asked = options.checksums or (asked or session.get_scoped_config().get("request_checksum_calculation", "")).lower()
     host = urlsplit(client.meta.endpoint_url).hostname or ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.stores import Transient, causes_of, no_upload, shown
+from ties_ray.stores._s3_clock import SKEWED
 
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 _DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
@@ -20,10 +21,11 @@ _PASSING = ("RequestTimeout", "OperationAborted", "ConditionalRequestConflict", 
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "Redirect")
 _UNKNOWN_HEADER = ("NotImplemented", "XNotImplemented", "InvalidArgument", "InvalidRequest", "MethodNotAllowed", "400")
 
+SET_CLOCK = "set the clock of this machine, and of every node"
 _REMEDIES = {
     "InvalidAccessKeyId": "check the credentials and that they are of this service (storage.s3.endpoint_url, profile)",
     "SignatureDoesNotMatch": "check the credentials: the secret key does not belong to this access key",
-    "RequestTimeTooSkewed": "set the clock of this machine, and of every node",
+    SKEWED: SET_CLOCK,
     "InvalidToken": "check the credentials: AWS_SESSION_TOKEN must belong to the access key",
     "KMS.DisabledException": "enable the KMS key, or name another in storage.s3.kms_key_id",
     "KMS.NotFoundException": "check storage.s3.kms_key_id: the key lies in the region of the bucket",

@@ -10,7 +10,8 @@ from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import Meter, NoUpload, Throttle, Transient, persist
 from ties_ray.stores._s3_answers import object_of, split
 from ties_ray.stores._s3_client import Connection, S3Options, connect
-from ties_ray.stores._s3_errors import EXPIRED, answer, explained, refuses
+from ties_ray.stores._s3_clock import SKEWED, Clock
+from ties_ray.stores._s3_errors import EXPIRED, SET_CLOCK, answer, explained, refuses
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ class Service:
         self._answered = False
         self._given_up = False
         self._throttle = Throttle()
+        self._clock = Clock()
         self._connections: dict[bool, Connection] = {}
         """Signed and unsigned connections; the key is whether requests go unsigned."""
         self._connecting = threading.Lock()
@@ -57,7 +59,7 @@ class Service:
         unsigned = self.options.unsigned(split(uri)[0])
         with self._connecting:
             if unsigned not in self._connections:
-                made = connect(self.options, self.silence, unsigned=unsigned)
+                made = connect(self.options, self.silence, self._clock, unsigned=unsigned)
                 if self.crc is None:
                     self.crc = made.checksums == "when_supported" or (made.is_aws and not made.checksums)
                 self._connections[unsigned] = made
@@ -127,6 +129,9 @@ class Service:
         except Exception as error:
             status, code, _ = answer(error)
             reached, self._answered = self._answered, self._answered or status > 0
+            if code == SKEWED and (skew := self._clock.follow(error)):
+                self.note(f"s3://: {skew}; requests are signed by the service's time")
+                raise Transient(f"{status} {code}: {skew}", attempts=4, remedy=SET_CLOCK) from error
             if connection and code in EXPIRED:
                 self._disconnect(connection)
                 raise self._expired(error, uri, connection) from error

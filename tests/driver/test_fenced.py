@@ -1,0 +1,48 @@
+"""A driver that has lost its output to another run changes nothing there, and says why it ends."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ties_ray
+from tests.tools.families import Family
+from tests.tools.merging import LOCAL, merge, recipe_of
+from ties_ray.errors import InterruptedMerge
+from ties_ray.operations import merging
+from ties_ray.reports.records import Progress
+from ties_ray.state.lease import HOLDER, Holder
+from ties_ray.stores import Stores
+
+OTHER = Holder(token="0" * 32, host="elsewhere", machine="", process="")
+
+
+@pytest.mark.parametrize("activity", ["counting", "merging"])
+def test_a_fenced_driver_neither_begins_nor_aborts_an_upload(
+    activity: str, family_of: Callable[..., Family], tmp_path: Path
+) -> None:
+    family, output = family_of(num_models=3), tmp_path / "merged"
+    store = Stores({}).writer(str(output))
+    uploads: list[tuple[tuple[str, str], ...]] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.activity == activity and not uploads:
+            (output / ".ties-ray/lease.json").write_bytes(HOLDER.dump_json(OTHER))
+            store.begin_upload(f"{output}/of-another-run.safetensors", 100)
+            uploads.append(store.list_uploads(str(output)))
+
+    recipe = recipe_of(family, output, "ties", run=LOCAL)
+    with pytest.raises(InterruptedMerge, match="another run took over"):
+        merging.merge(recipe, watch=watch)
+    assert store.list_uploads(str(output)) == uploads[0]
+    assert not list(output.glob("*.safetensors"))
+
+
+def test_verify_names_uploads_that_lie_in_a_finished_output(family_of: Callable[..., Family], tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    merge(family_of(num_models=2), output, "average", run=LOCAL)
+    assert not any("unfinished" in note for note in ties_ray.verify(output).notes)
+    Stores({}).writer(str(output)).begin_upload(f"{output}/left.safetensors", 100)
+    verification = ties_ray.verify(output)
+    assert "unfinished uploads lie here: left.safetensors; `ties-ray clean` removes them" in verification.notes
+    assert not verification.problems
