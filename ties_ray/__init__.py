@@ -261,6 +261,8 @@ def inspect(
     uri: "str | os.PathLike[str]",
     *,
     norms: bool = False,
+    file: str | None = None,
+    variant: str | None = None,
     compare: bool = False,
     base: "str | os.PathLike[str] | None" = None,
     storage: "Storage | None" = None,
@@ -269,6 +271,7 @@ def inspect(
     """Return what a folder holds, or every folder that a glob means, and their counts as a pool; read headers only.
 
     norms: read adapters whole, for their norms, values that are not finite, and duplicates.
+    file, variant: the model of a folder that holds several, as a recipe chooses it. `compare` does not know them.
     compare: read all models whole, and tell how they relate. base: the base of whole models, for `compare`.
     storage: options of the stores by scheme, as in a recipe. progress: as in `merge`, of a comparison.
     Raises `InputError` where a glob means no folder. A folder that can't be merged is no error: it has `problems`.
@@ -279,7 +282,7 @@ def inspect(
     from ties_ray.stores import Stores, absolute
 
     stores, of_base = Stores(storage or {}), None if base is None else absolute(os.fspath(base))
-    folders = inspection.inspect(stores, os.fspath(uri), norms=norms)
+    folders = inspection.inspect(stores, os.fspath(uri), norms=norms, file=file, variant=variant)
     with showing(progress if compare else False) as watch:
         comparison = compare_models(stores, [absolute(os.fspath(uri))], of_base, watch) if compare else None
     return inspection.Inspections(folders=folders, pool=inspection.pool(folders), comparison=comparison)

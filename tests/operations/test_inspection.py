@@ -88,6 +88,27 @@ def test_several_adapters_of_one_model_are_listed_with_their_paths(tmp_path: Pat
     assert f"{adapters[0]}/task-0" in folder.notes[0]
 
 
+def test_one_of_several_models_in_a_folder_is_chosen(tmp_path: Path) -> None:
+    family = make_family(STORE, str(tmp_path), num_models=1)
+    other = {"a": torch.zeros(4)}
+    for name in ("old", "model.fp16"):
+        save_file(other, Path(family.base) / f"{name}.safetensors")
+    (plain,) = inspect(STORES, family.base)
+    (file,) = inspect(STORES, family.base, file="old.safetensors")
+    (variant,) = inspect(STORES, family.base, variant="fp16")
+    assert plain.tensors > 1
+    assert (file.files, variant.files) == (["old.safetensors"], ["model.fp16.safetensors"])
+    assert file.tensors == variant.tensors == 1
+
+
+def test_a_path_with_nothing_is_not_taken_for_a_globs_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (typo,) = inspect(STORES, str(tmp_path / "emtpy"))
+    (found,) = inspect(STORES, str(tmp_path / "em*"))
+    assert "a glob found" not in typo.problems[0].remedy
+    assert "a glob found: `not: [empty]`" in found.problems[0].remedy
+
+
 def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no folder matches"):
         inspect(STORES, str(tmp_path / "none-*"))

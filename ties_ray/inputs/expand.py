@@ -58,6 +58,8 @@ class Entry:
     """The variant of several models in the folder, as the recipe names it."""
     adapter: str = ""
     """URI of an adapter that is added to it."""
+    of_glob: bool = False
+    """Whether a glob found it."""
 
     @property
     def of_adapter(self) -> "Entry":
@@ -176,7 +178,7 @@ def entries_of(asked: ModelEntry, place: str, stores: Stores, threads: Executor,
     if followed := [f"{_last(uri)} to {_real(uri)}" for uri in folders if uri in links]:
         notes.append(f"{path}: {len(followed)} folders are links ({_few(followed)}); `links: false` leaves them out")
     for uri in folders:
-        yield replace(model, uri=uri, settle=asked.settle)
+        yield replace(model, uri=uri, settle=asked.settle, of_glob=True)
 
 
 def _window(asked: ModelEntry, place: str, models: Sequence[Entry], notes: list[str]) -> list[Entry]:

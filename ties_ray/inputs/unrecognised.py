@@ -60,8 +60,10 @@ def unrecognised(entry: Entry, listing: Listing, store: Store) -> Problem:
         folder, _, name = entry.uri.rpartition("/")
         which = f": {{path: {folder or '.'}, file: {name}}}" if is_weights(name) else ""
         return Problem(where, "is a file", f"give the folder that holds it{which}")
-    leave_out = f"an empty folder that a glob found: `not: [{last_part(entry.uri)}]`"
-    return Problem(where, "there is nothing", f"check the path, and that it may be listed; {leave_out}")
+    remedy = "check the path, and that it may be listed"
+    if entry.of_glob:
+        remedy += f"; an empty folder that a glob found: `not: [{last_part(entry.uri)}]`"
+    return Problem(where, "there is nothing", remedy)
 
 
 def no_candidate(entry: Entry, models: Sequence[Candidate]) -> Problem:
@@ -107,7 +109,10 @@ def _pipeline(where: str, uri: str, listing: Listing, store: Store) -> Problem:
     ]
     single = candidates([last_part(pin.uri) for pin in listing.files])
     message = f"is a pipeline of diffusers; its models are {', '.join(parts) or 'not stored as safetensors'}"
-    remedy = f"merge one of them, as in {uri}/{parts[0]}, for base and models" if parts else "save it as safetensors"
+    remedy = "save it as safetensors"
+    if parts:
+        remedy = f"merge one of them, as in {uri}/{parts[0]}, for base and models,"
+        remedy += " and put the output into a copy of the pipeline, in place of that folder"
     if single:
         remedy += f"; or a single file beside them: {listed(single)}"
     return Problem(where, message, remedy, "pipeline")

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 
 from ties_ray.errors import Problem
 from ties_ray.formats import Contents, Folder, Format, Rules
@@ -128,16 +129,19 @@ def pool(folders: Sequence[Inspection]) -> Pool | None:
     )
 
 
-def inspect(stores: Stores, path: str, *, norms: bool = False) -> list[Inspection]:
+def inspect(
+    stores: Stores, path: str, *, norms: bool = False, file: str | None = None, variant: str | None = None
+) -> list[Inspection]:
     """Return the content of a folder, or of every folder that a glob means; read headers and small files only.
 
     norms: read all factors of adapters too. They give norms, values that are not finite, and duplicates.
+    file, variant: the model of a folder that holds several, as a recipe chooses it.
     Raises `InputError` where a glob means no folder.
     """
     requests, folders = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(FOLDERS_AT_ONCE)
     try:
         notes: list[str] = []
-        entries = list(entries_of(ModelEntry(path=path), path, stores, requests, notes))
+        entries = list(entries_of(ModelEntry(path=path, file=file, variant=variant), path, stores, requests, notes))
         return list(folders.map(lambda entry: _inspect(stores, entry, requests, notes, norms=norms), entries))
     finally:
         folders.shutdown(cancel_futures=True)
@@ -145,7 +149,7 @@ def inspect(stores: Stores, path: str, *, norms: bool = False) -> list[Inspectio
 
 
 def _inspect(stores: Stores, entry: Entry, threads: Executor, notes: list[str], *, norms: bool) -> Inspection:
-    entry = Entry(place="input", uri=entry.uri, id="input")
+    entry = replace(entry, place="input", id="input")
     fetched, problems = fetch([entry], stores, threads)
     if entry.id not in fetched:
         return Inspection(uri=entry.uri, problems=list(map(ReportedProblem.of, problems[entry.id])), notes=notes)

@@ -18,8 +18,19 @@ from ties_ray.cli.console import Console
 @click.option(
     "--base", metavar="URI", shell_complete=completion.files, help="Base of whole models, for --compare to subtract."
 )
+@click.option("--file", metavar="NAME", help="Model of a folder that holds several: its index, file, or first shard.")
+@click.option("--variant", metavar="NAME", help="Variant of the model, such as fp16.")
 @SET
-def inspect(console: Console, uri: str, overrides: Sequence[str], norms: bool, compared: bool, base: str | None) -> int:
+def inspect(
+    console: Console,
+    uri: str,
+    overrides: Sequence[str],
+    norms: bool,
+    compared: bool,
+    base: str | None,
+    file: str | None,
+    variant: str | None,
+) -> int:
     """Show what an input folder holds, before any recipe.
 
     Shows tensors, config, tokenizer, licence, and every reason to refuse the folder. URI may be a glob (quote it).
@@ -29,6 +40,7 @@ def inspect(console: Console, uri: str, overrides: Sequence[str], norms: bool, c
     \b
     Examples:
       ties-ray inspect s3://models/llama-3.1-8b
+      ties-ray inspect ./models/both --file consolidated.safetensors
       ties-ray inspect './checkpoints/*'
       ties-ray inspect 's3://adapters/*/' --norms
       ties-ray inspect 's3://adapters/*/' --compare
@@ -41,7 +53,7 @@ def inspect(console: Console, uri: str, overrides: Sequence[str], norms: bool, c
     from ties_ray.operations.pool_comparison import compare_models
     from ties_ray.stores import absolute
 
-    folders = inspect(stores, uri, norms=norms)
+    folders = inspect(stores, uri, norms=norms, file=file, variant=variant)
     comparison = None
     if compared:
         with console.progress() as watch:
