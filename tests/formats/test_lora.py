@@ -530,6 +530,33 @@ def without(key: str) -> Files:
     return {**PLAIN, "adapter_model.safetensors": file_bytes(tensors)}
 
 
+def test_factors_of_all_experts_are_the_changes_of_single_ones() -> None:
+    path, experts, rank = "model.layers.0.mlp.experts", 3, 2
+    factors = {
+        f"{path}.base_layer": (normal(experts * rank, 4, seed=1), normal(10, experts * rank, seed=2), 3.0),
+        path: (normal(experts * rank, 5, seed=3), normal(4, experts * rank, seed=4), 3.0),
+    }
+    files = adapter_files(
+        factors, config={"r": rank, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+                         "rank_pattern": {}, "alpha_pattern": {}},
+    )  # fmt: skip
+    shapes_of = {"gate_proj": (5, 4), "up_proj": (5, 4), "down_proj": (4, 5)}
+    base = base_of({f"{path}.{e}.{name}.weight": torch.empty(shape)
+                    for e in range(experts) for name, shape in shapes_of.items()})  # fmt: skip
+    found = good(files, base, Rules(kinds=("Qwen3MoeForCausalLM", "qwen3_moe")))
+    assert found.account.all_merged
+    for e in range(experts):
+        whole = {}
+        for name, (a, b, alpha) in zip(("gate_up_proj", "down_proj"), factors.values(), strict=True):
+            of_expert = b.reshape(len(b), rank, experts)[:, :, e].double(), a.reshape(experts, rank, -1)[e].double()
+            whole[name] = alpha / rank * of_expert[0] @ of_expert[1]
+        wanted = {"gate_proj": whole["gate_up_proj"][:5], "up_proj": whole["gate_up_proj"][5:],
+                  "down_proj": whole["down_proj"]}  # fmt: skip
+        for name, delta in wanted.items():
+            got = change(files, found, f"{path}.{e}.{name}.weight", torch.zeros(delta.shape))
+            torch.testing.assert_close(got.double(), delta, rtol=1e-5, atol=1e-5)
+
+
 def beside(key: str, tensor: torch.Tensor, **config: object) -> Files:
     return adapter_files(MODULES, extra={PREFIX + key: tensor}, config=config)
 

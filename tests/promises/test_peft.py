@@ -125,7 +125,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "runtime_config": ({}, ""),
     "lora_bias": ({}, ""),  # needs a base with biases: in the tests of the format
-    "target_parameters": ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "target_parameters"),
+    "target_parameters": ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, ""),
     "use_bdlora": (
         {"use_bdlora": options.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)},
         "variant",
@@ -398,3 +398,48 @@ def test_adapters_with_heads_of_their_own_are_not_merged_into_one_that_has_none(
     output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 8}
     with pytest.raises(InputError, match=r"has another head than .*adapter-1.*score\.weight"):
         merging.merge(validate({**data, "method": "average", "output": output, "run": {"executor": "local"}}))
+
+
+def experts(kind: str) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_experts_per_tok": 2, **SMALL}
+    if kind == "gpt_oss":
+        config = transformers.GptOssConfig(intermediate_size=24, num_local_experts=3, head_dim=8, **sizes)
+        return transformers.GptOssForCausalLM(config)
+    config = transformers.Qwen3MoeConfig(moe_intermediate_size=24, num_experts=3, head_dim=8, **sizes)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("targets", ["experts", "all-linear"])
+@pytest.mark.parametrize("output", ["checkpoint", "adapter"])
+def test_factors_of_experts_are_merged_as_peft_merges_them(targets: str, output: str, tmp_path: Path) -> None:
+    experts("qwen3_moe").save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    if targets == "experts":
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        config = peft.LoraConfig(r=2, use_rslora=True, target_modules=["q_proj"], target_parameters=names)
+    cls = transformers.Qwen3MoeForCausalLM
+    wanted = logits(trained(config, cls.from_pretrained(tmp_path / "base"), tmp_path / "adapter"))
+    data = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "adapter")], "method": "average"}
+    written = {"path": str(tmp_path / "out"), "kind": output, **({"rank": 8} if output == "adapter" else {})}
+    merging.merge(validate({**data, "output": written, "run": {"executor": "local"}}))
+    if output == "adapter":
+        loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    else:
+        loaded = cls.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-4, atol=1e-4)
+    assert (logits(cls.from_pretrained(tmp_path / "base")) - wanted).abs().max() > 1e-2
+
+
+def test_factors_of_experts_that_the_base_stores_together_are_refused_and_the_remedy_works(tmp_path: Path) -> None:
+    experts("gpt_oss").save_pretrained(tmp_path / "base")
+    cls = transformers.GptOssForCausalLM
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    wanted = logits(trained(config, cls.from_pretrained(tmp_path / "base"), tmp_path / "adapter"))
+    assert codes_of(tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == {"target_parameters"}
+    whole = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    whole.merge_and_unload().save_pretrained(tmp_path / "whole")
+    data = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "whole")], "method": "average"}
+    merging.merge(validate({**data, "output": str(tmp_path / "out"), "run": {"executor": "local"}}))
+    torch.testing.assert_close(logits(cls.from_pretrained(tmp_path / "out")), wanted, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from ties_ray.formats import Folder
+from ties_ray.formats._lora_experts import Factors, parameters_of
 from ties_ray.formats._lora_refusals import CONFIG, Refusals
 from ties_ray.libraries import bounded
 from ties_ray.libraries.patterns import UnfitKey, resolve
@@ -58,6 +59,8 @@ class Settings(NamedTuple):
     task_type: str
     modules_to_save: tuple[str, ...] = ()
     """The modules that were trained whole, as the config names them."""
+    target_parameters: tuple[str, ...] = ()
+    """The ends of names of parameters that have factors of their own, apart from modules."""
 
     def scale(self, path: str, rank: int) -> float:
         """Return the factor of a module's B @ A."""
@@ -81,9 +84,8 @@ def config_of(folder: Folder, refused: Refusals) -> Mapping[str, Any]:
     if kind != "LORA":
         refused.add("prompt" if isinstance(kind, str) and kind in _WITHOUT_CHANGE else "peft_type", _shown(kind))
         return config  # its other keys mean something else
-    for key in ("layer_replication", "target_parameters"):
-        if config.get(key):
-            refused.add(key)
+    if config.get("layer_replication"):
+        refused.add("layer_replication")
     if config.get("trainable_token_indices"):
         refused.add("trainable_tokens")
     initialised = "kasa" if config.get("kasa_config") else config.get("init_lora_weights", True)
@@ -107,8 +109,11 @@ def _of_initialisation(value: object) -> str | None:
     return "residual_base" if name in _FROM_DATA else "unknown_initialisation"
 
 
-def settings_of(config: Mapping[str, Any], modules: Collection[str], refused: Refusals) -> Settings:
-    """Return a config's settings; a value that can't be used is refused, and the default replaces it."""
+def settings_of(config: Mapping[str, Any], factors: Factors, modules: Collection[str], refused: Refusals) -> Settings:
+    """Return a config's settings; a value that can't be used is refused, and the default replaces it.
+
+    factors: those of `modules` that have both, by path.
+    """
 
     def value(key: str, default: Any, usable: Callable[[Any], bool]) -> Any:
         setting = config.get(key, default)
@@ -131,6 +136,12 @@ def settings_of(config: Mapping[str, Any], modules: Collection[str], refused: Re
     def text(key: str) -> str:
         return str(value(key, None, lambda it: it is None or isinstance(it, str)) or "")
 
+    targets = tuple(value("target_parameters", None, _is_list_of_names) or ())
+    parameters = parameters_of(factors, targets)
+    modules = [parameters.get(module, module) for module in modules]
+    unknown = [target for target in targets if not any(name.endswith(target) for name in parameters.values())]
+    if unknown:
+        refused.add("target_parameters", ", ".join(unknown))
     r = value("r", 8, _is_rank)  # 8 and 8 are PEFT's own defaults
     alpha = value("lora_alpha", 8, _is_alpha)
     ranks, alphas = pattern("rank_pattern", _is_rank), pattern("alpha_pattern", _is_alpha)
@@ -145,6 +156,7 @@ def settings_of(config: Mapping[str, Any], modules: Collection[str], refused: Re
         dora=flag("use_dora"),
         base_name=text("base_model_name_or_path"),
         task_type=text("task_type"),
+        target_parameters=targets,
         modules_to_save=tuple(value("modules_to_save", None, _is_list_of_names) or ()),
     )
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from ties_ray.errors import enumerated, printable
 from ties_ray.formats import Rules
 from ties_ray.formats._lora_config import Settings
+from ties_ray.formats._lora_experts import Experts, experts_of, parameters_of, rows_of
 from ties_ray.formats._lora_refusals import Refusals
 from ties_ray.libraries.naming import Piece, Shape, matched
-from ties_ray.safetensors import DTYPE_BITS, MERGEABLE, TensorInfo
+from ties_ray.safetensors import MERGEABLE, TensorInfo
 from ties_ray.tensors import Kind, Parameter, Source, TensorRef
 
 FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
@@ -56,6 +57,9 @@ class Adapter:
                 **base,
                 **{alias: base[kept]._replace(name=alias) for alias, kept in self._tied.items()},
             }
+        factors = factors_of(modules)
+        self._parameters = parameters_of(factors, settings.target_parameters)
+        self._experts = experts_of(factors, self._parameters, settings.ranks, settings.r or 1)
         self._names: dict[str, str] = {}
         """The base's name of a parameter, by the adapter's."""
         self._parts: dict[str, list[tuple[str, Piece]]] = {}
@@ -63,7 +67,7 @@ class Adapter:
         self._fused: set[str] = set()
         """The adapter's names of parameters that the base stores as a part of a larger one."""
         if base is not None:
-            self._match({**_shapes(modules), **{name: ref.shape for name, ref in saved.values()}}, base)
+            self._match({**_shapes(modules, self._experts), **{name: ref.shape for name, ref in saved.values()}}, base)
         self.called: dict[str, str] = {}
         self._layouts = self._layouts_by_shape(modules)
         self._paths = modules.keys()
@@ -98,12 +102,14 @@ class Adapter:
             self.excluded.append(path)
             return
         a, b = parts.get("A", parts.get("embedding_A")), parts.get("B", parts.get("embedding_B"))
-        if parts.keys() & {"A", "B"} and parts.keys() & {"embedding_A", "embedding_B"}:
+        if path in self._experts:
+            self._add_experts(path, self._experts[path], parts)
+        elif parts.keys() & {"A", "B"} and parts.keys() & {"embedding_A", "embedding_B"}:
             self._refused.add("duplicate", path)
         elif a is None or b is None:
             self._refused.add("orphan", f"{path} ({', '.join(parts)})")
         elif all([self._usable(path, parts[role], role) for role in parts]) and self._same_rank(path, a, b):
-            scale = self._settings.scale(path, a.shape[0])
+            scale = self._settings.scale(self._parameters.get(path, path), a.shape[0])
             self._add_weight(path, parts, a, b, scale)
             if "bias" in parts:
                 self._variants.add("lora_bias")
@@ -195,7 +201,7 @@ class Adapter:
 
     def _same_rank(self, path: str, a: TensorRef, b: TensorRef) -> bool:
         """Return whether both factors have the rank that the config resolves to."""
-        rank = self._settings.r and self._settings.ranks.get(path, self._settings.r)
+        rank = self._settings.r and self._settings.ranks.get(self._parameters.get(path, path), self._settings.r)
         same = a.shape[0] == b.shape[1] and rank in (None, a.shape[0])
         if not same:
             configured = "" if rank is None else f", r {rank}"
@@ -230,6 +236,22 @@ class Adapter:
             if kind != "linear" and name in self.sources:
                 self.kinds[name] = kind
 
+    def _add_experts(self, path: str, experts: Experts, parts: Parts) -> None:
+        """Add the changes of all experts to the parameters in which the base stores them one by one."""
+        scale = self._settings.scale(experts.name, experts.rank)
+        pieces = self._parts.get(experts.name, [])
+        sources = {name: experts.part(piece.start, piece.shape, scale) for name, piece in pieces}
+        usable = all([self._usable(path, parts[role], role) for role in parts])
+        if not pieces or parts.keys() != {"A", "B"} or None in sources.values():
+            self._refused.add("target_parameters", experts.name)
+        elif usable:
+            for name, source in sources.items():
+                if source:
+                    self._add(name, shape_of(source), source)
+            self._variants.add("experts")
+            self._modules.append(path)
+            self._ranks.add(experts.rank)
+
     def _add_parts(self, called: str, parts: Parts, a: TensorRef, b: TensorRef, scale: float) -> None:
         """Add the rows of a module's change to each parameter in which the base stores them."""
         for name, piece in self._parts[called]:
@@ -238,9 +260,7 @@ class Adapter:
             if not rows or "magnitude_vector" in parts or "A" not in parts:
                 self._refused.add("fused", called)
                 return
-            start = b.start + first * b.shape[1] * DTYPE_BITS[b.dtype] // 8
-            part = b._replace(start=start, shape=(last - first, b.shape[1]))
-            self._add(name, piece.shape, Source((a, part), (("scale", scale),), "factors"))
+            self._add(name, piece.shape, Source((a, rows_of(b, first, last)), (("scale", scale),), "factors"))
 
     def _add(self, name: str, shape: tuple[int, ...], source: Source) -> None:
         """Add a source if the base has such a parameter and the recipe does not exclude it."""
@@ -308,10 +328,18 @@ class Adapter:
         return layouts.get(parameter.shape)
 
 
-def _shapes(modules: Mapping[str, Parts]) -> dict[str, Shape]:
+def factors_of(modules: Mapping[str, Parts]) -> dict[str, tuple[TensorRef, TensorRef]]:
+    """Return A and B of the modules that have both as matrices, by path."""
+    both = {path: (parts["A"], parts["B"]) for path, parts in modules.items() if parts.keys() >= {"A", "B"}}
+    return {path: pair for path, pair in both.items() if all(len(ref.shape) == 2 for ref in pair)}
+
+
+def _shapes(modules: Mapping[str, Parts], experts: Mapping[str, Experts]) -> dict[str, Shape]:
     """Return the shape of each changed parameter as its factors give it, or (0,) where they give none."""
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {each.name: each.shape for each in experts.values()}
     for path, parts in modules.items():
+        if path in experts:
+            continue
         a, b = parts.get("A"), parts.get("B")
         rows, columns = (b, a) if "A" in parts else (parts.get("embedding_A"), parts.get("embedding_B"))
         if rows and columns and len(rows.shape) == len(columns.shape) == 2:

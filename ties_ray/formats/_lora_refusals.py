@@ -32,7 +32,11 @@ REASONS: Mapping[str, tuple[str, str]] = {
         "replaces rows of the embedding (trainable_token_indices), which is no low-rank change",
         _WHOLE,
     ),
-    "target_parameters": ("has factors for single parameters of experts (target_parameters)", _WHOLE),
+    "target_parameters": (
+        "has factors of parameters (target_parameters) that are not there, or that the base stores for all experts"
+        " together",
+        _WHOLE,
+    ),
     "mutated_base": (
         "was trained on a base that its initialisation had changed",
         f"{_WHOLE}: PEFT repeats the initialisation where it loads the adapter",

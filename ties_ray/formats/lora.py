@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import BY_RANK, Account, Contents, Folder, Format, Rules, account
 from ties_ray.formats._lora_config import config_of, settings_of
-from ties_ray.formats._lora_modules import TRAINING_ONLY, Adapter, shape_of, stored_modules
+from ties_ray.formats._lora_experts import EXPERT
+from ties_ray.formats._lora_modules import TRAINING_ONLY, Adapter, factors_of, shape_of, stored_modules
 from ties_ray.formats._lora_refusals import CONFIG as CONFIG
 from ties_ray.formats._lora_refusals import PICKLE, Refusals
 from ties_ray.formats._lora_refusals import REASONS as REASONS
@@ -55,7 +56,8 @@ class Lora(Format):
         if WEIGHTS not in pins or "peft_type" in refused or "prompt" in refused:  # the rest would follow from it
             return Contents(problems=refused.problems(folder.uri))
         modules, saved = stored_modules(folder.headers[WEIGHTS].tensors, refused)
-        adapter = Adapter(settings_of(config, modules, refused), modules, saved, base, rules, refused)
+        settings = settings_of(config, factors_of(modules), modules, refused)
+        adapter = Adapter(settings, modules, saved, base, rules, refused)
         for path, parts in modules.items():
             adapter.add_module(path, parts)
         for key, (name, ref) in saved.items():
@@ -119,7 +121,9 @@ class Lora(Format):
             left = torch.empty(last - first, rank).copy_(stored[0].reshape(rank, -1)[:, first:last].T)
             right = torch.empty(rank, columns).copy_(stored[1].reshape(columns, rank).T)
             return Factors(_weighed(left, source), right, scale, start - first * columns)
-        left, right = stored[1].float().reshape(-1, rank), stored[0].float().reshape(rank, -1)
+        left, right = stored[1].float().reshape(-1, source.tensors[1].shape[1]), stored[0].float().reshape(rank, -1)
+        if EXPERT in numbers:
+            left = left.reshape(len(left), rank, -1)[:, :, int(numbers[EXPERT])].contiguous()
         left = _weighed(left, source)
         magnitude = stored[2].float() if len(stored) > 2 else None
         return Factors(left, right, scale, start - first * columns, magnitude)
@@ -185,9 +189,9 @@ def _pieces(source: Source, start: int, stop: int) -> tuple[Read, ...]:
     whole = tuple(_part(ref, 0, math.prod(ref.shape)) for ref in source.tensors[:2])
     if "transposed" in dict(source.numbers):
         return whole
-    rank = source.tensors[0].shape[0]
+    widths = (source.tensors[1].shape[1], 1)
     return whole[0], *(
-        _part(ref, rows[0] * width, rows[1] * width) for ref, width in zip(source.tensors[1:], (rank, 1), strict=False)
+        _part(ref, rows[0] * width, rows[1] * width) for ref, width in zip(source.tensors[1:], widths, strict=False)
     )
 
 

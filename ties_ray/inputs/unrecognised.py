@@ -111,8 +111,10 @@ def _pipeline(where: str, uri: str, listing: Listing, store: Store) -> Problem:
     message = f"is a pipeline of diffusers; its models are {', '.join(parts) or 'not stored as safetensors'}"
     remedy = "save it as safetensors"
     if parts:
-        remedy = f"merge one of them, as in {uri}/{parts[0]}, for base and models,"
-        remedy += " and put the output into a copy of the pipeline, in place of that folder"
+        remedy = (
+            f"merge one of them, as in {uri}/{parts[0]}, for base and models, and put the output into a copy of the"
+            " pipeline, in place of that folder"
+        )
     if single:
         remedy += f"; or a single file beside them: {listed(single)}"
     return Problem(where, message, remedy, "pipeline")
