@@ -93,9 +93,9 @@ def _ordered(factors: Sequence[tuple[TensorRef, TensorRef]], stacked: set[str]) 
 
 def experts_of(factors: Factors, names: Mapping[str, str], ranks: Mapping[str, int], rank: int) -> dict[str, Experts]:
     """Return the factors of experts by their path; ranks: those of parameters that have one of their own."""
-    found = {}
+    experts = {}
     for path, name in names.items():
         (a, b), own = factors[path], ranks.get(name, rank)
         if not name.endswith(".weight") and a.shape[0] == b.shape[1] and a.shape[0] % own == 0:
-            found[path] = Experts(name, a.shape[0] // own, own, a, b)
-    return found
+            experts[path] = Experts(name, a.shape[0] // own, own, a, b)
+    return experts
