@@ -33,7 +33,7 @@ from ties_ray.reports.living_pool import DroppedRow, MemberRow, PoolChange, Pool
 from ties_ray.reports.records import MergeResult, Progress, Watch
 from ties_ray.state import lease, pool_document
 from ties_ray.state.pool_document import RESULTS, PoolDocument, PoolMember, place_of
-from ties_ray.stores import Stores, absolute, join, last_part
+from ties_ray.stores import Stores, absolute, last_part
 
 TRIES = 8
 """How often a change is made anew because others have changed the pool meanwhile."""
@@ -293,11 +293,18 @@ class Pool:
         document, _ = pool_document.read(stores, self.folder)
         if document and run_id not in {each.run_id for each in document.results}:
             with suppress(MergeError):
-                _remove(stores, place_of(self.folder, run_id))
+                self._remove(stores, place_of(self.folder, run_id))
+
+    def _remove(self, stores: Stores, output: str) -> None:
+        """Remove a result with all that belongs to it. Raises `UnavailableError` while a merge is at work there."""
+        stores.of(output).list_below(self.folder, f"{RESULTS}/{last_part(output)}")  # refuses a link that leads away
+        with lease.acquire(stores, output, lambda line: None):
+            clean(stores, output, remove=True)
+            stores.writer(output).delete_folder(output)
 
     def _leftovers(self, stores: Stores, document: PoolDocument) -> list[str]:
         listed = {each.run_id for each in document.results}
-        folders = stores.of(self.folder).list(join(self.folder, RESULTS)).folders
+        folders = stores.of(self.folder).list_below(self.folder, RESULTS).folders
         return [uri for uri in folders if pool_document.is_run_id(last_part(uri)) and last_part(uri) not in listed]
 
     def _discard(self, choose: Callable[[PoolDocument], set[str]], cached: set[str], *, remove: bool) -> list[str]:
@@ -327,7 +334,7 @@ class Pool:
         ]
         if remove:
             for folder in folders:
-                _remove(stores, folder)
+                self._remove(stores, folder)
             for uri in findings:
                 stores.writer(uri).delete(uri)
         return [*folders, *findings]
@@ -404,10 +411,3 @@ def _reading(change: Change) -> str:
     if record.again:
         text += f"; reads {len(record.again)} again ({record.again_bytes:,} bytes), because {record.reason}"
     return text
-
-
-def _remove(stores: Stores, output: str) -> None:
-    """Remove a result with all that belongs to it. Raises `UnavailableError` while a merge is at work there."""
-    with lease.acquire(stores, output, lambda line: None):
-        clean(stores, output, remove=True)
-        stores.writer(output).delete_folder(output)
