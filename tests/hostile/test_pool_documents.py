@@ -43,6 +43,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a finding elsewhere": lambda data: data["members"][0].update(cached="../../home"),
     "another key": lambda data: data.update(storage={"s3": {}}),
     "another version": lambda data: data.update(schema_version=2),
+    "an earlier merge": lambda data: data["recipe"].update(continues="/home"),
+    "no output": lambda data: data["recipe"].pop("output"),
     "an entry that is none": lambda data: data["members"][0].update(entry={"path": "a", "table": "b"}),
     "a pin that is none": lambda data: data["members"][0].update(pins=[["a"]]),
 }

@@ -88,6 +88,8 @@ def test_a_recipe_is_frozen() -> None:
             "method.rank",
             "output.rank",
         ),
+        ({"vocabulary": {"token": "base"}}, "vocabulary.token", "tokens"),
+        ({"vocabulary": {"rows": {"a": {"from": "base", "tokn": "b"}}}}, "vocabulary.rows.a.tokn", "token"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_likely_one(change: dict[str, Any], where: str, meant: str) -> None:

@@ -24,11 +24,9 @@ from ties_ray.reports.records import MergeResult
 from ties_ray.state import pool_document
 from ties_ray.state.manifest import STATE, Manifest, find_runs
 from ties_ray.state.pool_cache import identity
-from ties_ray.state.pool_document import CACHE, RESULTS, PoolDocument, PoolMember, PoolResult, place_of
+from ties_ray.state.pool_document import CACHE, OF_THE_RUN, RESULTS, PoolDocument, PoolMember, PoolResult, place_of
 from ties_ray.stores import Stores, join, leads_from
 
-OF_THE_RUN = ("models", "continues", "storage", "run")
-"""Parts of a recipe that are no rules of a pool."""
 CHANGED = "drop it and add it again, or put it back as it was"
 
 

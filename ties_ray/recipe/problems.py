@@ -14,6 +14,7 @@ from ties_ray.errors import Problem, shown
 from ties_ray.methods import Method
 from ties_ray.outputs import Output
 from ties_ray.recipe.recipe import Allow, Base, Bounds, Coefficients, Json, ModelEntry, Recipe, Run
+from ties_ray.recipe.vocabulary import TokenRow, Vocabulary
 from ties_ray.stores import store_class
 
 MAX_SHOWN = 200
@@ -25,6 +26,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "allow": Allow,
     "bounds": Bounds,
     "run": Run,
+    "vocabulary": Vocabulary,
 }
 """The sections of a recipe whose keys do not depend on a name in it."""
 _SYNONYMS = {
@@ -197,7 +199,7 @@ def _keys_at(place: tuple[int | str, ...], data: Json) -> list[str]:
     elif place[0] == "storage":
         section = store_class(str(place[1])).options
     else:
-        section = SECTIONS[str(place[0])]
+        section = TokenRow if place[:2] == ("vocabulary", "rows") else SECTIONS[str(place[0])]
     return sorted(field.alias or name for name, field in section.model_fields.items())
 
 

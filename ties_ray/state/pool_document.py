@@ -24,6 +24,8 @@ CACHE = "cache"
 """Name of the folder that holds findings about adapters, where the caller names no other."""
 BOUNDS = Bounds(stored=2**26, values=2**21)
 """The bounds of the document. A member of 30 files takes some 150 values."""
+OF_THE_RUN = frozenset({"models", "continues", "storage", "run"})
+"""Parts of a recipe that are no rules of a pool."""
 REMEDY = "put its last copy back, or make another pool of the same models"
 
 Text = Annotated[str, Field(max_length=2**12)]
@@ -112,6 +114,8 @@ class PoolDocument(_Part):
             raise ValueError("it names a number that no model has")
         if list(self.result.members) != numbers:
             raise ValueError("the last result is not of its members")
+        if OF_THE_RUN & self.recipe.keys() or not isinstance(self.recipe.get("output"), dict):
+            raise ValueError("its recipe names models or places, or no output")
         return self
 
     @property
