@@ -27,6 +27,7 @@ from ties_ray import errors, plugins
 from ties_ray.cli.commands import commands
 from ties_ray.cli.method_docs import method_doc
 from ties_ray.cli.text import growth_of
+from ties_ray.evaluations import Evaluation
 from ties_ray.methods import Method
 from ties_ray.recipe.json_schema import recipe_schema
 
@@ -139,7 +140,7 @@ def _kind(facts: Mapping[str, Any]) -> str:
     kind = facts.get("type", "")
     if kind == "array":
         return f"list of {_kind(facts['items'])}" if facts.get("items") else "list"
-    if "pattern" in facts:
+    if facts.get("pattern", "").startswith(r"^\s*(\d"):
         return "size (`512MiB`)"
     names = {"string": "text", "boolean": "`true`, `false`", "object": "mapping", "null": ""}
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -169,6 +170,19 @@ def merge_methods() -> str:
         caveat = f"**When it goes wrong.** {doc.caveat}\n\n" if doc.caveat else ""
         parameters = table(("parameter", "value", "default", "meaning"), rows) if rows else ""
         sections.append(f"## {name}\n\n{doc.description}\n\n{caveat}{listed}\n\n{parameters}")
+    return "\n\n".join(sections)
+
+
+def evaluations() -> str:
+    """Return a section a kind of evaluation: what it measures, and its parameters."""
+    sections, shared = [], set(Evaluation.model_fields)
+    for name in plugins.names("evaluations"):
+        kind = plugins.load("evaluations", name, Evaluation)
+        schema = kind.model_json_schema()
+        own = {key: facts for key, facts in schema["properties"].items() if key not in shared or "enum" in facts}
+        text = inspect.getdoc(kind) or ""
+        short = f"Short form: `{name}:` and `{kind.main}`."
+        sections.append(f"## {name}\n\n{text}\n\n{short}\n\n{_keys('', {**schema, 'properties': own})}")
     return "\n\n".join(sections)
 
 
@@ -310,6 +324,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "recipe": recipe_keys,
     "methods": merge_methods,
     "command-line": command_line,
+    "evaluations": evaluations,
     "exit-codes": exit_codes,
     "python": python_api,
     "contract": contract,

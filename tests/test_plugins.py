@@ -96,6 +96,18 @@ def test_a_kind_of_round_is_one_file(family_of: MakeFamily, tmp_path: Path, drop
         assert torch.allclose(written[name].double(), wanted, rtol=2**-7, atol=1e-6), name
 
 
+def test_a_kind_of_evaluation_is_one_file(family_of: MakeFamily, drop: Callable[[str], Path]) -> None:
+    family = family_of(num_models=1)
+    words = ["evaluate", family.base, "--with", "largest:*.weight", "--json", "--quiet"]
+    environment = dict(os.environ) | {plugins.PLUGIN_FOLDER: str(drop("evaluations/largest.py"))}
+    start = [sys.executable, "-c", "from ties_ray.cli.commands import main; main()"]
+    done = subprocess.run([*start, *words], env=environment, capture_output=True, text=True, check=True)
+    (score,) = json.loads(done.stdout)["models"][0]["scores"]
+    weights = {name: tensor for name, tensor in family.base_tensors.items() if name.endswith(".weight")}
+    assert score["value"] == max(float(tensor.abs().max()) for tensor in weights.values())
+    assert (score["label"], score["better"], score["counts"]) == ("largest", "smaller", {"tensors": len(weights)})
+
+
 def test_an_output_kind_is_one_file(family_of: MakeFamily, tmp_path: Path, drop: Callable[[str], Path]) -> None:
     family = family_of(num_models=4, exact=True, mixed=True, shards=2)
     output = {"path": str(tmp_path / "out"), "kind": "delta32", "prefix": "task."}

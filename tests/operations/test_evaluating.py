@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ties_ray
 from tests.tools import scored
@@ -80,6 +81,13 @@ def test_a_stored_score_is_used_again_while_nothing_differs(recipe: dict[str, An
     assert records.read(STORES, output, "another merge") == []
 
 
+@pytest.mark.parametrize("content", ["{", '{"run_id": "x", "scores": [{"value": 1}]}', "[" * 9999, "0," * 9_000_000])
+def test_stored_scores_that_are_none_are_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "ties-ray.scores.json").write_text(content)
+    with pytest.raises(InputError, match=r"ties-ray\.scores\.json: this ties_ray can't read it as scores"):
+        records.read(STORES, str(tmp_path), "x")
+
+
 def test_all_settings_of_a_sweep_are_scored_into_its_table(recipe: dict[str, Any], tmp_path: Path, data: str) -> None:
     swept(recipe, tmp_path)
     folder = str(tmp_path / "sweep")
@@ -101,6 +109,16 @@ def test_all_settings_of_a_sweep_are_scored_into_its_table(recipe: dict[str, Any
     assert frame["loss"].tolist() == [values(scores)[name] for name in names]
     again = swept(recipe, tmp_path)
     assert [row.scores for row in again.rows] == [row.scores for row in table.rows], "sweeping again keeps them"
+
+
+def test_a_table_can_not_lead_outside_of_its_folder(recipe: dict[str, Any], tmp_path: Path, data: str) -> None:
+    swept(recipe, tmp_path)
+    other = ties_ray.merge({**recipe, "output": str(tmp_path / "other")})
+    table = tmp_path / "sweep" / "results.json"
+    table.write_text(table.read_text().replace(str(tmp_path / "sweep" / "lambda-0.3"), other.output))
+    with pytest.raises(InputError, match=r"its table names .*other, which lies outside of it"):
+        ties_ray.evaluate(tmp_path / "sweep", f"loss:{data}")
+    assert not (tmp_path / "other" / "ties-ray.scores.json").exists()
 
 
 def test_a_sweep_that_is_interrupted_goes_on_with_what_is_stored(
@@ -146,6 +164,24 @@ def test_a_model_that_cant_be_scored_has_problems_and_others_have_scores(
     scores = ties_ray.evaluate([tmp_path / "empty", tmp_path / "base"], f"loss:{data}")
     assert list(values(scores)) == ["base"]
     assert "AutoModelForCausalLM can't load it" in scores.models[0].problems[0].what
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's use of it
+def test_a_merged_adapter_is_scored_on_the_base_that_its_merge_names(tmp_path: Path, data: str) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    for number in range(2):
+        base = scored.causal(tmp_path / "base")
+        torch.manual_seed(number)
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / f"adapter-{number}")
+    models = [str(tmp_path / f"adapter-{number}") for number in range(2)]
+    recipe = {"base": str(tmp_path / "base"), "models": models, "method": "average", "run": {"executor": "local"}}
+    whole = ties_ray.merge({**recipe, "output": str(tmp_path / "whole")}).output
+    adapter = ties_ray.merge({**recipe, "output": {"path": str(tmp_path / "adapter"), "kind": "adapter"}}).output
+    scores = values(ties_ray.evaluate([whole, adapter], f"loss:{data}", with_base=True))
+    assert scores["adapter"] == pytest.approx(scores["whole"], rel=1e-5)
+    assert abs(scores["adapter"] - scores["base"]) > 1e-4
 
 
 def test_workers_score_in_parallel_and_give_the_same_values(recipe: dict[str, Any], tmp_path: Path, data: str) -> None:

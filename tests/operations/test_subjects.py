@@ -71,9 +71,9 @@ def test_an_adapter_is_scored_on_its_base(tmp_path: Path) -> None:
     tuned = peft.get_peft_model(base, config)
     tuned.save_pretrained(tmp_path / "adapter")
     tuned.merge_and_unload().save_pretrained(tmp_path / "whole")
-    tokenizer = str(tmp_path / "base")
     data = scored.lines(tmp_path / "d.jsonl", ROWS)
-    evaluator = Loss(data=data, tokenizer=tokenizer).prepared(Stores({}), 0)
+    evaluator = Loss(data=data).prepared(Stores({}), 0)
+    scored.tokenizer().save_pretrained(tmp_path / "whole")
     subjects = [FolderSubject(Stores({}), str(tmp_path / name)) for name in ("base", "adapter", "whole")]
     subjects[1] = FolderSubject(Stores({}), str(tmp_path / "adapter"), base=str(tmp_path / "base"))
     alone, adapted, whole = (evaluator.score(subject).value for subject in subjects)

@@ -74,7 +74,7 @@ UNFOLLOWED = {
         "unpack it, or store it as Parquet", "write one example a line", "write one JSON object a line",
         "write it anew, with pyarrow", "write columns of texts", "cut the texts to", "write the model's own names",
         "write `padding: right`", "write `evaluate: [", "see what it printed", "see whether `lm_eval` alone",
-        "mend it; --debug", "give one that runs both", "add --evaluate loss:DATA",
+        "mend it; --debug", "give one that runs both", "score that folder by its own name", "add --evaluate loss:DATA",
         "keep the data unchanged, where", "as one of the models",
         "give the folder of a model", "name it: `--base`", "copy the base here",
         "see what `ties-ray verify` says", "name a folder with a tokenizer.json",

@@ -10,6 +10,7 @@ from pydantic import field_validator
 
 from ties_ray.errors import InputError, Problem, enumerated, shown
 from ties_ray.evaluations import Evaluation, Subject
+from ties_ray.libraries.loaders import ADAPTER
 from ties_ray.stores import absolute
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Loader:
     def tokenizer(self, subject: Subject) -> Any:
         """Return the tokenizer of a subject. Raises `InputError` where there is none."""
         transformers = library()
-        folder = self.settings.tokenizer or subject.folder()
+        folder = self.settings.tokenizer or _folder_of_tokenizer(subject)
         try:
             return transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=self.settings.trust, local_files_only=True
@@ -81,7 +82,7 @@ class Loader:
 
     def _loaded(self, subject: Subject, auto: str) -> Any:
         folder = subject.folder()
-        adapter = Path(folder, "adapter_config.json").exists()
+        adapter = Path(folder, ADAPTER).exists()
         model = self._opened(subject, subject.base_folder() if adapter else folder, auto)
         if adapter:
             model = _adapted(subject, model, folder)
@@ -133,6 +134,13 @@ def device(asked: str) -> "torch.device":
     return made
 
 
+def _folder_of_tokenizer(subject: Subject) -> str:
+    """Return the subject's folder; for an adapter without a tokenizer that of its base."""
+    folder = subject.folder()
+    is_adapter = Path(folder, ADAPTER).exists()
+    return subject.base_folder() if is_adapter and not any(Path(folder).glob("tokenizer*")) else folder
+
+
 def _adapted(subject: Subject, model: Any, folder: str) -> Any:
     """Return a model with an adapter of PEFT."""
     try:
@@ -153,7 +161,7 @@ def named_base(folder: str) -> str:
     from ties_ray.libraries import bounded
 
     try:
-        config = bounded.loads(Path(folder, "adapter_config.json").read_bytes())
+        config = bounded.loads(Path(folder, ADAPTER).read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
     base = config.get("base_model_name_or_path") if isinstance(config, Mapping) else None

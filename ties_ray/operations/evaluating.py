@@ -127,6 +127,9 @@ def targets_of(stores: Stores, uris: Sequence[str]) -> tuple[list[str], list[Tar
     for uri in (absolute(hub_uri(each)).rstrip("/") for each in uris):
         if (table := tables.find(stores, uri)) is not None:
             sweeps.append(uri)
+            if outside := [row.output for row in table.rows if not row.output.startswith(f"{uri}/")]:
+                message = f"its table names {shown(outside[0])}, which lies outside of it"
+                raise InputError(Problem(shown(uri), message, "score that folder by its own name"))
             targets += [_of_output(stores, row.output, row.setting) for row in table.rows]
         else:
             targets.append(_of_output(stores, uri, last_part(uri)))
