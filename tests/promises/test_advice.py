@@ -79,6 +79,9 @@ UNFOLLOWED = {
         "give the folder of a model", "name it: `--base`", "copy the base here",
         "see what `ties-ray verify` says", "name a folder with a tokenizer.json",
     ),
+    "only its reader knows which adapters need a control": (
+        "leave this adapter out", "give the folder of an adapter", "randomise them in two calls",
+    ),
     "only its reader knows which models a pool should have": (
         "`ties-ray pool ", "add a model to the pool", "drop it and add it", "drop it, and add it",
         "drop the model, and add", "pool's recipe file", "keep at least one result", "remove the pool's folder",
