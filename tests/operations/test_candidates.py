@@ -16,6 +16,7 @@ from ties_ray.errors import InputError, RecipeError
 from ties_ray.operations import candidates, merging
 from ties_ray.operations.candidates import Candidate
 from ties_ray.stores import Stores
+from ties_ray.stores.local import Local
 
 MakeFamily = Callable[..., Family]
 VALUES: list[dict[str, Any]] = [
@@ -94,6 +95,16 @@ def test_other_numbers_of_the_models_read_no_header_again(
         for values in ({"models": {"weights": {"1": 0.3}}}, {"models": {"densities": {"0": 0.7}}}):
             assert pool.merge(values).recipe.models
         assert not readings
+
+
+def test_other_models_of_the_pool_list_no_folder_again(family_of: MakeFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = family_of(num_models=4)
+    listed: list[str] = []
+    with ties_ray.candidates(recipe_of(family)) as pool:
+        monkeypatch.setattr(Local, "list", lambda store, uri: listed.append(uri))
+        for values in ({"models": {"not": ["1"]}}, {"models": {"only": ["2", "3"]}}):
+            pool.merge(values)
+    assert not listed
 
 
 def test_a_candidate_loads_into_a_model_of_transformers(tmp_path: Path) -> None:

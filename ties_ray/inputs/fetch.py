@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -73,16 +73,26 @@ class FetchedInput(NamedTuple):
     folder: Folder
 
 
+Known = dict[Hashable, FetchedInput]
+"""Inputs that are fetched, whatever their ids and numbers: further recipes take them as they were then."""
+
+
 def fetch(
-    entries: Sequence[Entry], stores: Stores, threads: Executor, formats: Sequence[Format] = ()
+    entries: Sequence[Entry],
+    stores: Stores,
+    threads: Executor,
+    formats: Sequence[Format] = (),
+    known: Known | None = None,
 ) -> tuple[dict[str, FetchedInput], Problems]:
     """Return, by id, every input whose headers and texts could be fetched, and the problems of the others.
 
-    formats: those that a folder may have; by default those of models.
+    formats: those that a folder may have; by default those of models. known: those of earlier calls are not fetched
+    again, and further ones are added.
     """
-    formats = formats or _formats_of_models()
+    formats, known = formats or _formats_of_models(), {} if known is None else known
     problems: Problems = defaultdict(list)
-    asked = [(entry.id, entry) for entry in entries]
+    again = {entry.id: _renamed(known[_place(entry)], entry) for entry in entries if _place(entry) in known}
+    asked = [(entry.id, entry) for entry in entries if entry.id not in again]
     inputs = list(gather(lambda entry: _list(entry, formats, stores), asked, threads, problems).values())
     jobs: list[tuple[str, tuple[Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]]] = []
     for each in inputs:
@@ -102,7 +112,20 @@ def fetch(
         owner, (pin, _) = jobs[number]
         contents[owner][last_part(pin.uri)] = content
     sound = [each for each in inputs if not problems[each.entry.id]]
-    return {each.entry.id: FetchedInput(each, _folder(each, contents[each.entry.id])) for each in sound}, problems
+    made = {each.entry.id: FetchedInput(each, _folder(each, contents[each.entry.id])) for each in sound}
+    known |= {_place(entry): made[entry.id] for entry in entries if entry.id in made}
+    every = {**again, **made}
+    return {entry.id: every[entry.id] for entry in entries if entry.id in every}, problems
+
+
+def _place(entry: Entry) -> Hashable:
+    return entry.uri, entry.file, entry.variant
+
+
+def _renamed(fetched: FetchedInput, entry: Entry) -> FetchedInput:
+    """Return what is fetched of an input for another entry of the same place."""
+    entry = replace(entry, uri=fetched.listed.entry.uri)
+    return fetched._replace(listed=fetched.listed._replace(entry=entry))
 
 
 def _formats_of_models() -> list[Format]:
