@@ -32,7 +32,7 @@ from ties_ray.inputs import (
 from ties_ray.inputs.agreement import ReadModel, RefusedModel
 from ties_ray.inputs.constants import keep_dtypes
 from ties_ray.inputs.expand import BASE, Entry, expand, numbered
-from ties_ray.inputs.fetch import README, FetchedInput, Known, ListedInput, Problems, fetch, read_folders
+from ties_ray.inputs.fetch import README, EarlierInputs, FetchedInput, ListedInput, Problems, fetch, read_folders
 from ties_ray.inputs.licence import licence_of
 from ties_ray.inputs.names import model_names
 from ties_ray.inputs.pins import verify_pins, weak_pins
@@ -219,10 +219,10 @@ def with_numbers(recipe: Recipe, inputs: Inputs, stores: Stores) -> Catalog:
         return _with_companions(recipe, catalog, entries, stores, threads)
 
 
-def read_inputs(recipe: Recipe, stores: Stores, *, first: int = 0, known: Known | None = None) -> Inputs:
+def read_inputs(recipe: Recipe, stores: Stores, *, first: int = 0, earlier: EarlierInputs | None = None) -> Inputs:
     """Return all inputs of a recipe, pinned and checked against each other; no weight is read.
 
-    first: the number of the first model, from which those count that have no id. known: the inputs that earlier calls
+    first: the number of the first model, from which those count that have no id. earlier: the inputs that earlier calls
     have fetched; see `fetch.fetch`.
     It costs a listing a folder, and a request for each weight file, index, config and README. A header above
     `fetch.HEAD_BYTES` takes a second request, and tokenizer files are read where their pins differ. Only a file that
@@ -230,7 +230,7 @@ def read_inputs(recipe: Recipe, stores: Stores, *, first: int = 0, known: Known 
     Raises `InputError` with everything that is wrong with the inputs, `RecipeError` for what the recipe contradicts.
     """
     with _threads() as threads:
-        return _read_inputs(recipe, stores, threads, first, known)
+        return _read_inputs(recipe, stores, threads, first, earlier)
 
 
 @contextmanager
@@ -263,10 +263,12 @@ class _Checked(NamedTuple):
         return {BASE: BASE, **model_names([model.entry for model in self.models])}
 
 
-def _read_inputs(recipe: Recipe, stores: Stores, threads: Executor, first: int, known: Known | None) -> Inputs:
+def _read_inputs(
+    recipe: Recipe, stores: Stores, threads: Executor, first: int, earlier: EarlierInputs | None
+) -> Inputs:
     expanded = expand(recipe, stores, threads, first)
     adapters = [entry.of_adapter for entry in expanded.entries if entry.adapter]
-    fetched, problems = fetch([*expanded.entries, *adapters], stores, threads, known=known)
+    fetched, problems = fetch([*expanded.entries, *adapters], stores, threads, earlier=earlier)
     checked = _check(recipe, expanded.entries, fetched, problems, stores, threads)
     pin_notes = _verify(checked, fetched, stores, threads)
     files_from = _files_from(recipe, checked) if recipe.output.reads_base else ""

@@ -73,7 +73,7 @@ class FetchedInput(NamedTuple):
     folder: Folder
 
 
-Known = dict[Hashable, FetchedInput]
+EarlierInputs = dict[Hashable, FetchedInput]
 """Inputs that are fetched, whatever their ids and numbers: further recipes take them as they were then."""
 
 
@@ -82,16 +82,16 @@ def fetch(
     stores: Stores,
     threads: Executor,
     formats: Sequence[Format] = (),
-    known: Known | None = None,
+    earlier: EarlierInputs | None = None,
 ) -> tuple[dict[str, FetchedInput], Problems]:
     """Return, by id, every input whose headers and texts could be fetched, and the problems of the others.
 
-    formats: those that a folder may have; by default those of models. known: those of earlier calls are not fetched
-    again, and further ones are added.
+    formats: those that a folder may have; by default those of models. earlier: what calls before this one have fetched is
+    taken from there, and what this one fetches is added.
     """
-    formats, known = formats or _formats_of_models(), {} if known is None else known
+    formats, earlier = formats or _formats_of_models(), {} if earlier is None else earlier
     problems: Problems = defaultdict(list)
-    again = {entry.id: _renamed(known[_place(entry)], entry) for entry in entries if _place(entry) in known}
+    again = {entry.id: _renamed(earlier[_place(entry)], entry) for entry in entries if _place(entry) in earlier}
     asked = [(entry.id, entry) for entry in entries if entry.id not in again]
     inputs = list(gather(lambda entry: _list(entry, formats, stores), asked, threads, problems).values())
     jobs: list[tuple[str, tuple[Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]]] = []
@@ -113,7 +113,7 @@ def fetch(
         contents[owner][last_part(pin.uri)] = content
     sound = [each for each in inputs if not problems[each.entry.id]]
     made = {each.entry.id: FetchedInput(each, _folder(each, contents[each.entry.id])) for each in sound}
-    known |= {_place(entry): made[entry.id] for entry in entries if entry.id in made}
+    earlier |= {_place(entry): made[entry.id] for entry in entries if entry.id in made}
     every = {**again, **made}
     return {entry.id: every[entry.id] for entry in entries if entry.id in every}, problems
 

@@ -18,7 +18,7 @@ from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.inputs.catalog import THREADS, Inputs, read_inputs, with_numbers
 from ties_ray.inputs.choice import chosen
 from ties_ray.inputs.expand import Entry, expand
-from ties_ray.inputs.fetch import Known
+from ties_ray.inputs.fetch import EarlierInputs
 from ties_ray.layout.sizes import SIZES
 from ties_ray.operations import merging
 from ties_ray.operations.compare import TORCH
@@ -62,7 +62,7 @@ class Candidates:
         self._stores = Stores(self._first.storage)
         self._entries: tuple[Entry, ...] = ()
         self._inputs: dict[Hashable, Inputs] = {}
-        self._known = Known()
+        self._earlier = EarlierInputs()
         self._outcomes: dict[Hashable, dict[int, Any]] = {}
         """The findings of barriers by what they rest on."""
         plan = self._plan(self._first)
@@ -99,7 +99,7 @@ class Candidates:
         output = recipe.output.model_copy(update={"path": absolute(recipe.output.path)})
         recipe, key = recipe.model_copy(update={"output": output}), reading_of(recipe)
         if key not in self._inputs:
-            self._inputs[key] = read_inputs(recipe, self._stores, known=self._known)
+            self._inputs[key] = read_inputs(recipe, self._stores, earlier=self._earlier)
         plan = make_plan(recipe, with_numbers(recipe, self._inputs[key], self._stores), WHOLE)
         results = []
         for result in plan.results:

@@ -19,7 +19,7 @@ from ties_ray.executors import Executor
 from ties_ray.inputs.catalog import THREADS, Inputs, read_inputs, with_numbers
 from ties_ray.inputs.choice import chosen
 from ties_ray.inputs.expand import BASE, Entry, expand, overlapping
-from ties_ray.inputs.fetch import Known
+from ties_ray.inputs.fetch import EarlierInputs
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.operations import merging
 from ties_ray.planning.placement import placed
@@ -77,12 +77,12 @@ def plan(sweep: Sweep, sizes: Sizes = SIZES) -> SweepPlan:
     Raises `RecipeError` and `InputError` with all problems.
     """
     settings, recipes = _recipes(sweep)
-    inputs, known = dict[Hashable, Inputs](), Known()
+    inputs, earlier = dict[Hashable, Inputs](), EarlierInputs()
     asked, problems = [], list[Problem]()
     for recipe in recipes:
         key, stores = reading_of(recipe), Stores(recipe.storage)
         if key not in inputs:
-            inputs[key] = read_inputs(recipe, stores, known=known)
+            inputs[key] = read_inputs(recipe, stores, earlier=earlier)
         problems += overlapping(recipe.output.path, inputs[key].entries)
         asked.append((recipe, with_numbers(recipe, inputs[key], stores)))
     if problems:
