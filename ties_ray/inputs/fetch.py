@@ -86,8 +86,8 @@ def fetch(
 ) -> tuple[dict[str, FetchedInput], Problems]:
     """Return, by id, every input whose headers and texts could be fetched, and the problems of the others.
 
-    formats: those that a folder may have; by default those of models. earlier: what calls before this one have fetched is
-    taken from there, and what this one fetches is added.
+    formats: those that a folder may have; by default those of models. earlier: what calls before this one have fetched
+    is taken from there, and what this one fetches is added.
     """
     formats, earlier = formats or _formats_of_models(), {} if earlier is None else earlier
     problems: Problems = defaultdict(list)
