@@ -1,5 +1,6 @@
 """Random twins of adapters: equal norms module by module, nothing else in common, and the same by the same seed."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,9 @@ def test_what_is_no_plain_adapter_has_no_twin(tmp_path: Path) -> None:
         randomise(Stores({}), made.adapters, str(tmp_path / "twins"))
     with pytest.raises(InputError, match="holds no adapter_config"):
         randomise(Stores({}), [made.base], str(tmp_path / "twins"))
+    shutil.copytree(made.adapters[0], tmp_path / "copy/adapter-0000")
     with pytest.raises(InputError, match="two folders are called"):
-        randomise(Stores({}), [made.adapters[0], f"{tmp_path}/*/adapter-0000"], str(tmp_path / "twins"))
+        randomise(Stores({}), [made.adapters[0], f"{tmp_path}/copy/adapter-0000"], str(tmp_path / "twins"))
     path = Path(made.adapters[0]) / "adapter_model.safetensors"
     save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
     with pytest.raises(InputError, match="is not finite"):
