@@ -23,7 +23,8 @@ from ties_ray.operations import merging, sweeping
 from ties_ray.planning.together import NOTHING
 from ties_ray.recipe.settings import sweep_of
 from ties_ray.reports import sweep as tables
-from ties_ray.stores import Stores
+from ties_ray.stores import Pin, Stores
+from ties_ray.stores.local import Local
 
 MakeFamily = Callable[..., Family]
 LOCAL = {"executor": "local", "workers": 2}
@@ -312,3 +313,27 @@ def test_no_setting_writes_into_an_input(family_of: MakeFamily, tmp_path: Path) 
     data = sweep_data(family, tmp_path / "swept", settings=settings) | {"output": f"{folder}/{{setting}}"}
     with pytest.raises(RecipeError, match=f"{name} and the input .*lie in each other"):
         sweeping.plan(sweep_of(data))
+
+
+def test_settings_of_other_models_ask_for_each_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path / "pool"), num_adapters=6, dense=False)
+    asked: list[str] = []
+    head = Local.head
+
+    def noted(store: Local, uri: str, nbytes: int) -> tuple[Pin, bytes]:
+        asked.append(uri)
+        return head(store, uri, nbytes)
+
+    monkeypatch.setattr(Local, "head", noted)
+    data = {
+        "base": pool.base,
+        "models": list(pool.adapters),
+        "method": TIES,
+        "output": {"path": f"{tmp_path}/swept/{{setting}}"},
+        "controls": {"leave_one_out": True},
+        "run": LOCAL,
+    }
+    assert len(sweeping.plan(sweep_of(data)).plans) == 7
+    weights = [uri for uri in asked if uri.endswith(".safetensors")]
+    assert sorted(weights) == sorted(set(weights))
+    assert len(weights) == 7
