@@ -30,7 +30,7 @@ def test_a_sweep_is_scored_shown_and_then_listed_by_results(sweep: Path, tmp_pat
     done = run("evaluate", sweep, "--with", f"loss:{tmp_path}/dev.jsonl", "--with-base")
     assert done.exit_code == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[0][:3] == ["done:", "3", "models"]
+    assert lines[0][:3] == ["scored:", "3", "models"]
     table = {words[0]: words[1] for words in lines if words and words[0] in ("lambda-0.3", "lambda-0.9", "base")}
     assert sum(value.endswith("*") for value in table.values()) <= 1
     listed = run("results", sweep).stdout
@@ -48,6 +48,7 @@ def test_a_bound_and_a_model_that_cant_be_scored_are_exit_code_3(sweep: Path, tm
     done = run("evaluate", sweep.parent, "--with", f"loss:{tmp_path}/dev.jsonl")
     assert done.exit_code == 3
     assert "can't load it" in done.stderr
+    assert done.stdout.startswith("scored: 0 of 1 models in")
 
 
 def test_a_file_a_mapping_and_overrides_may_be_mixed(sweep: Path, tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def of_scores(scores: "Scores") -> "Iterator[RenderableType]":
     labels = list(dict.fromkeys(score.label for model in scores.models for score in model.scores))
     reused = sum(model.reused for model in scores.models)
     before = f", {reused:,} scores known before" if reused else ""
-    yield f"done: {len(scores.models):,} models in {duration(scores.seconds)}{before}"
+    total, failed = len(scores.models), sum(bool(model.problems) for model in scores.models)
+    count = f"{total - failed:,} of {total:,} models" if failed else f"{total:,} model{'s' * (total != 1)}"
+    yield f"scored: {count} in {duration(scores.seconds)}{before}"
     table = new_table("model", *(f"{printable(label)} >" for label in labels))
     best = {label: scores.best(label) for label in labels}
     for model in scores.models[:FEW]:

@@ -23,7 +23,7 @@ MOST_LINE = 2**20
 """Bytes of one example."""
 MOST_EXAMPLES = 1_000_000
 """Examples of all files."""
-FEW = 8
+FEW = 3
 """Bad examples that an error lists."""
 PIECE = 2**23
 """Bytes of a request to a store."""
