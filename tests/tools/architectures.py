@@ -61,18 +61,42 @@ HEADS = (
     "CTC",
     "IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION",
+    "OBJECT_DETECTION",
 )
 CLASSES: dict[str, str] = {
     "decoder": "GPT2LMHeadModel LlamaForCausalLM MistralForCausalLM GemmaForCausalLM Gemma2ForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM OPTForCausalLM BloomForCausalLM GPTNeoXForCausalLM GPTJForCausalLM FalconForCausalLM GlmForCausalLM Olmo2ForCausalLM CohereForCausalLM BioGptForCausalLM ModernBertDecoderForCausalLM",
     "mixture of experts": "MixtralForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM DeepseekV2ForCausalLM OlmoeForCausalLM PhimoeForCausalLM GraniteMoeForCausalLM GptOssForCausalLM",
-    "state space and recurrent": "Zamba2ForCausalLM Lfm2ForCausalLM",
+    "state space and recurrent": "MambaForCausalLM Mamba2ForCausalLM FalconMambaForCausalLM JambaForCausalLM FalconH1ForCausalLM RecurrentGemmaForCausalLM Zamba2ForCausalLM Lfm2ForCausalLM",
     "encoder": "BertForMaskedLM RobertaForMaskedLM AlbertForMaskedLM DistilBertForMaskedLM ElectraForMaskedLM DebertaV2ForMaskedLM ModernBertForMaskedLM XLNetLMHeadModel MPNetForMaskedLM FNetForMaskedLM NomicBertForMaskedLM DPRQuestionEncoder",
     "encoder-decoder": "T5ForConditionalGeneration BartForConditionalGeneration MBartForConditionalGeneration PegasusForConditionalGeneration M2M100ForConditionalGeneration T5GemmaForConditionalGeneration UMT5ForConditionalGeneration",
-    "vision": "ViTForImageClassification DeiTForImageClassification BeitForImageClassification Dinov2ForImageClassification Siglip2ForImageClassification CLIPForImageClassification Sam3ViTModel",
-    "audio": "WhisperForConditionalGeneration ParakeetForCTC MoonshineForConditionalGeneration AudioFlamingo3Encoder",
+    "vision": "ViTForImageClassification DeiTForImageClassification BeitForImageClassification Dinov2ForImageClassification Siglip2ForImageClassification CLIPForImageClassification Sam3ViTModel SwinForImageClassification ConvNextForImageClassification ResNetForImageClassification DetrForObjectDetection",
+    "audio": "WhisperForConditionalGeneration Wav2Vec2ForCTC ParakeetForCTC MoonshineForConditionalGeneration AudioFlamingo3Encoder",
     "multimodal": "LlavaForConditionalGeneration Qwen2VLForConditionalGeneration Gemma3ForConditionalGeneration PaliGemmaForConditionalGeneration Kosmos2ForConditionalGeneration ViltModel ChineseCLIPModel InstructBlipForConditionalGeneration",
 }
 """What is merged, by what it is."""
+
+
+RESNET: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+CONVOLUTIONS: dict[str, Any] = {
+    "conv_dim": [8, 8], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+BACKBONE: dict[str, Any] = {
+    "use_timm_backbone": False, "backbone": None,
+    "backbone_config": {"model_type": "resnet", "out_features": ["stage4"], **RESNET},
+}  # fmt: skip
+LISTS: dict[str, dict[str, Any]] = {
+    "detr": BACKBONE,
+    "conditional_detr": BACKBONE,
+    "resnet": RESNET,
+    "convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]},
+    "segformer": {"hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16},
+    "wav2vec2": CONVOLUTIONS,
+    "hubert": CONVOLUTIONS,
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+}
+"""Settings of a model type that are no single size."""
 
 
 def config_of(kind: type[PreTrainedConfig], depth: int = 0) -> dict[str, Any]:
@@ -85,9 +109,11 @@ def config_of(kind: type[PreTrainedConfig], depth: int = 0) -> dict[str, Any]:
         elif isinstance(value, int) and not isinstance(value, bool) and size is not None:
             made[name] = min(size, max(value, 0))
     layers = next((made[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if key in made), None)
-    if layers and isinstance(getattr(config, "layer_types", None), list):
+    own = getattr(kind, config.attribute_map.get("layer_types", "layer_types"), None)
+    is_settable = not isinstance(own, property) or own.fset
+    if layers and is_settable and isinstance(getattr(config, "layer_types", None), list):
         made["layer_types"] = (list(dict.fromkeys(config.layer_types)) * 4)[:layers]
-    return made
+    return made | LISTS.get(kind.model_type, {})
 
 
 def kinds() -> dict[str, str]:
