@@ -20,7 +20,7 @@ REFUSED = (
 )  # fmt: skip
 """How classes begin whose layouts are not read from each other.
 
-Most of their conversions move rows, and some names are unclear. The last four have Swin inside, which drops a prefix."""
+Most of their conversions move rows, and some names are unclear. The last four hold a Swin without its prefix."""
 
 
 @pytest.mark.timeout(900)
