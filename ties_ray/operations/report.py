@@ -8,11 +8,12 @@ from ties_ray.libraries.loaders import RESULT_NAME
 from ties_ray.operations.pool_comparison import compare_vectors
 from ties_ray.planning.plan import Plan
 from ties_ray.planning.planner import believable
-from ties_ray.reports import scores
+from ties_ray.reports import scores, sweep
 from ties_ray.reports.controls import Controls
 from ties_ray.reports.pool import PoolComparison
 from ties_ray.reports.records import MergeResult, Watch, find_result
 from ties_ray.reports.report import MergeReport, make_report
+from ties_ray.reports.sweep import SweepResult
 from ties_ray.state.manifest import Manifest, find_runs
 from ties_ray.stores import Stores, absolute
 
@@ -36,9 +37,7 @@ def report(
     announce: gets the folders of the inputs before they are read, since the stored plan names them.
     Raises `InputError` where there is no finished merge, or where the extra `report` is not installed.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(Problem("report", f"needs {', '.join(missing)}", "pip install 'ties-ray[report]'"))
+    _demand_extra()
     from ties_ray.reports.seriation import clusters_of
 
     result = find_result(stores, output)
@@ -82,10 +81,26 @@ def _controls(stores: Stores, plan: Plan, manifest: Manifest, watch: Watch) -> C
     return controls(stores, plan, manifest, watch)
 
 
-def write(stores: Stores, made: MergeReport, target: str) -> str:
-    """Write a report as a page of HTML; return its URI. target: a path or a URI of a store that writes."""
-    from ties_ray.reports.page import page_of
+def sweep_of(stores: Stores, folder: str) -> SweepResult | None:
+    """Return the results of a sweep in a folder; None where it holds a merge, or no sweep."""
+    return sweep.find(stores, folder) if find_result(stores, folder) is None else None
+
+
+def write(stores: Stores, made: MergeReport | SweepResult, target: str) -> str:
+    """Write a report as a page of HTML; return its URI. target: a path or a URI of a store that writes.
+
+    Raises `InputError` where the extra `report` is not installed.
+    """
+    _demand_extra()
+    from ties_ray.reports import page, sweep_page
 
     uri = absolute(target)
-    stores.writer(uri).put(uri, page_of(made).encode())
+    text = sweep_page.page_of(made) if isinstance(made, SweepResult) else page.page_of(made)
+    stores.writer(uri).put(uri, text.encode())
     return uri
+
+
+def _demand_extra() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(Problem("report", f"needs {', '.join(missing)}", "pip install 'ties-ray[report]'"))

@@ -3,44 +3,58 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ties_ray.errors import printable
 from ties_ray.reports.figures import figures_of
 from ties_ray.reports.pool import Remark
 from ties_ray.reports.report import MergeReport, joined
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
+if TYPE_CHECKING:
+    import jinja2
+
+FOLDER = Path(__file__).parent
+"""The folder of the templates."""
 OF_A_KIND = 3
 """Remarks of one kind that stand on the first screen."""
 PAIRS = 20
 """Pairs that are listed at either end of the cosines."""
 
 
-def page_of(report: MergeReport) -> str:
-    """Return the page. Every text that comes from a model, a file or a recipe is escaped."""
+def environment() -> "jinja2.Environment":
+    """Return what fills in the templates of pages. It escapes every text."""
     import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {
         "share": lambda value: "" if value is None else f"{value:.2%}",
         "number": lambda value: "" if value is None else f"{value:.4g}",
         "cosine": lambda value: "" if value is None else f"{value:.4f}",
         "plain": lambda value: printable(str(value)),
     }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return made
+
+
+def page_of(report: MergeReport) -> str:
+    """Return the page. Every text that comes from a model, a file or a recipe is escaped."""
     figures = {figure.key: figure for figure in figures_of(report)}
     lowest, highest = _ends(report)
     effects = report.result.effects
-    return template.render(
-        report=report,
-        result=report.result,
-        overall=joined("", effects.parameters) if effects else None,
-        figures=figures,
-        first_remarks=_first(report.remarks),
-        lowest=lowest,
-        highest=highest,
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            result=report.result,
+            overall=joined("", effects.parameters) if effects else None,
+            figures=figures,
+            first_remarks=_first(report.remarks),
+            lowest=lowest,
+            highest=highest,
+        )
     )
 
 
