@@ -1,6 +1,10 @@
 """`ties-ray evaluate`: what people and machines see, and its exit codes."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,35 @@ from click.testing import CliRunner, Result
 import ties_ray
 from tests.tools import scored
 from ties_ray.cli import commands
+from ties_ray.plugins import PLUGIN_FOLDER
+from ties_ray.reports import sweep as tables
+from ties_ray.stores import Stores
 
 ROWS = [{"text": "the cat sat on a mat"}, {"text": "one two three four five"}]
+
+KILLER = """
+import os, signal
+from pathlib import Path
+from typing import ClassVar, Literal
+from ties_ray.evaluations import Better, Evaluation, Evaluator, Measured
+
+class Killer(Evaluation):
+    main: ClassVar[str] = "mark"
+    name: Literal["killer"] = "killer"
+    better: Better = "larger"
+    mark: str
+
+    def prepared(self, stores, seed):
+        return Kills(self, seed)
+
+class Kills(Evaluator):
+    def measure(self, subject):
+        if subject.id.endswith("0.9") and not Path(self.evaluation.mark).exists():
+            Path(self.evaluation.mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Measured(float(subject.id[-3:]), {})
+"""
+"""An evaluation whose process ends when it comes to the second setting for the first time."""
 
 
 def run(*words: object) -> Result:
@@ -37,6 +68,21 @@ def test_a_sweep_is_scored_shown_and_then_listed_by_results(sweep: Path, tmp_pat
     assert table["lambda-0.3"].rstrip("*") in listed
     record = json.loads(run("evaluate", sweep, "--with", f"loss:{tmp_path}/dev.jsonl", "--json").stdout)
     assert [model["reused"] for model in record["models"]] == [1, 1]
+
+
+def test_a_call_that_is_killed_goes_on_and_ends_with_the_same_table(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "plugins" / "evaluations").mkdir(parents=True)
+    (tmp_path / "plugins" / "evaluations" / "killer.py").write_text(KILLER)
+    words = [sys.executable, "-m", "ties_ray", "evaluate", str(sweep), "--with", f"killer:{tmp_path}/mark", "--json"]
+    environment = dict(os.environ) | {PLUGIN_FOLDER: str(tmp_path / "plugins")}
+    before = (sweep / "results.csv").read_text()
+    first = subprocess.run(words, env=environment, capture_output=True, check=False)
+    assert first.returncode == -signal.SIGKILL
+    assert (sweep / "results.csv").read_text() == before
+    second = subprocess.run(words, env=environment, capture_output=True, check=True)
+    assert [model["reused"] for model in json.loads(second.stdout)["models"]] == [1, 0]
+    rows = tables.read(Stores({}), str(sweep)).rows
+    assert {row.setting: row.scores for row in rows} == {"lambda-0.3": {"killer": 0.3}, "lambda-0.9": {"killer": 0.9}}
 
 
 def test_a_bound_and_a_model_that_cant_be_scored_are_exit_code_3(sweep: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ties_ray.errors import InputError, Problem
 from ties_ray.evaluations import Json
 from ties_ray.evaluations._models import named_base
 from ties_ray.libraries.loaders import role
+from ties_ray.operations.scratch import ScratchFolder
 from ties_ray.reports.records import MergeResult, WrittenFile, find_result
 from ties_ray.stores import Pin, Stores, absolute, crc32c, crc32c_joined, hub_uri, scheme_of, shown
 
@@ -37,7 +38,7 @@ class FolderSubject:
         self._stores, self._uri, self._base_uri = stores, absolute(hub_uri(uri)).rstrip("/"), base
         self.id = shown(self._uri)
         """The folder's URI."""
-        self._fetched: tempfile.TemporaryDirectory[str] | None = None
+        self._fetched: ScratchFolder | None = None
         self._base: FolderSubject | None = None
 
     def __enter__(self) -> Self:
@@ -49,7 +50,7 @@ class FolderSubject:
     def close(self) -> None:
         """Remove what was fetched."""
         if self._fetched:
-            self._fetched.cleanup()
+            self._fetched.remove()
             self._fetched = None
         if self._base:
             self._base.close()
@@ -70,13 +71,13 @@ class FolderSubject:
                 raise InputError(Problem(self.id, "there is no such folder", "give the folder of a model"))
             return self._uri
         if self._fetched is None:
-            self._fetched = tempfile.TemporaryDirectory(prefix="ties-ray-scored-")
+            self._fetched = ScratchFolder(tempfile.gettempdir())
             try:
-                self._fetch(Path(self._fetched.name))
+                self._fetch(Path(self._fetched.path))
             except BaseException:
                 self.close()
                 raise
-        return self._fetched.name
+        return self._fetched.path
 
     def base_folder(self) -> str:
         """Return the local folder of the base that this adapter changes."""
@@ -137,7 +138,7 @@ class CandidateSubject:
         """name: its name in tables. kin: key of the pool whose candidates have the same tensors."""
         self.id, self.kin = name, kin
         self._candidate = candidate
-        self._written: tempfile.TemporaryDirectory[str] | None = None
+        self._written: ScratchFolder | None = None
         self._record: Json = {}
 
     def __enter__(self) -> Self:
@@ -149,16 +150,16 @@ class CandidateSubject:
     def close(self) -> None:
         """Remove the folder."""
         if self._written:
-            self._written.cleanup()
+            self._written.remove()
             self._written = None
 
     def folder(self) -> str:
         """Return the folder of a merge of this candidate; it is made on the first call."""
         if self._written is None:
-            place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-            self._written = tempfile.TemporaryDirectory(prefix="ties-ray-candidate-", dir=place)
-            self._record = self._candidate.save(self._written.name).model_dump(mode="json")
-        return self._written.name
+            place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
+            self._written = ScratchFolder(place)
+            self._record = self._candidate.save(self._written.path).model_dump(mode="json")
+        return self._written.path
 
     def base_folder(self) -> str:
         """Return the local folder of the base that an adapter changes."""
