@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import BaseModel
 
 import ties_ray
 from ties_ray import errors, plugins
@@ -30,6 +31,8 @@ from ties_ray.cli.text import growth_of
 from ties_ray.evaluations import Evaluation
 from ties_ray.methods import Method
 from ties_ray.recipe.json_schema import recipe_schema
+from ties_ray.recipe.search import Choices, Range, Search, Selection
+from ties_ray.samplers import Sampler
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_THE_ROOT = {
@@ -107,6 +110,21 @@ def recipe_keys() -> str:
         if section.get("properties"):
             sections.append((f"`storage.{scheme}`", f"storage.{scheme}.", section))
     return "\n\n".join(f"## {title}\n\n{_keys(prefix, section)}" for title, prefix, section in sections)
+
+
+def search_keys() -> str:
+    """Return one table for the section `search`, for what is searched at a place, and for each sampler."""
+    sections: list[tuple[str, str, type[BaseModel]]] = [
+        ("`search`", "search.", Search),
+        ("A range", "space.PLACE.", Range),
+        ("Choices", "space.PLACE.", Choices),
+        ("`search.select`", "search.select.", Selection),
+    ]
+    sections += [
+        (f"`search.sampler` {name}", "search.sampler.", plugins.load("samplers", name, Sampler))
+        for name in plugins.names("samplers")
+    ]
+    return "\n\n".join(f"### {title}\n\n{_keys(prefix, kind.model_json_schema())}" for title, prefix, kind in sections)
 
 
 def _keys(prefix: str, section: Mapping[str, Any]) -> str:
@@ -322,6 +340,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 PARTS: dict[str, Callable[..., str]] = {
     "recipe": recipe_keys,
+    "search": search_keys,
     "methods": merge_methods,
     "command-line": command_line,
     "evaluations": evaluations,

@@ -15,7 +15,9 @@ from tests.tools.words import faults_of
 from ties_ray import plugins
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Allow, ModelEntry, Recipe, Run
+from ties_ray.recipe.search import search_of
 from ties_ray.recipe.settings import is_sweep, sweep_of
+from ties_ray.recipe.space import SearchedModel, Space
 
 LONGEST, MEDIAN = 25, 17
 """Words of a sentence."""
@@ -41,6 +43,10 @@ def test_every_code_block_is_run_by_a_test_or_says_why_not(page: Path) -> None:
                 for setting in sweep.named():
                     sweep.recipe(setting)
                     sweep.choice(setting)
+            elif "search" in data:
+                asked = search_of(data)
+                names = [SearchedModel(entry.path or "", entry.path or "") for entry in asked.recipe().models]
+                Space(asked.search, asked.recipe(), asked.common, names)
             else:
                 validate(data)
 

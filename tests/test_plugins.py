@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
+import ties_ray
 from tests.tools import oracle
 from tests.tools.families import Family, raw_bytes
 from tests.tools.merging import digests, merge, read_tensors, recipe_of, same_bits
@@ -172,6 +173,18 @@ def test_an_executor_is_one_file(family_of: MakeFamily, tmp_path: Path, drop: Ca
     command(drop("executors/inline.py"), family, str(tmp_path / "out"), "ties", run=run)
     merge(family, tmp_path / "wanted", "ties")
     assert digests(tmp_path / "out") == digests(tmp_path / "wanted")
+
+
+def test_a_sampler_is_one_file(family_of: MakeFamily, tmp_path: Path, plugged: Path) -> None:
+    family = family_of(num_models=3)
+    (tmp_path / "score.py").write_text("def score(model): return float(model.id.split()[-1])")
+    recipe = {"base": family.base, "models": list(family.models), "method": "ties", "output": str(tmp_path / "out")}
+    space = {"method.lambda": {"low": 0, "high": 1}, "method.zero_sum": {"choices": ["none", "positive"]}}
+    search = {"space": space, "sampler": "halton", "budget": 3, "evaluate": f"function:{tmp_path}/score.py:score"}
+    result = ties_ray.search({**recipe, "search": search})
+    values = {row.number: row.values for row in result.rows}
+    assert [values[number].get("method.lambda") for number in range(4)] == [None, 0.5, 0.25, 0.75]
+    assert result.chosen == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from ties_ray.errors import RecipeError
 from ties_ray.recipe.search import search_of
-from ties_ray.recipe.space import Names, Space, coordinates_of, shares_of
+from ties_ray.recipe.space import SearchedModel, Space, coordinates_of, shares_of
 
 MODELS = ("a", "b", "[x]", "d")
 UNIT = {"low": 0, "high": 1}
@@ -25,7 +25,7 @@ def space_of(space: dict[str, Any], **more: Any) -> Space:
     data = copy.deepcopy(DATA) | more
     data["search"]["space"] = space
     asked = search_of(data)
-    names = [Names(name, f"pool/{name}") for name in MODELS]
+    names = [SearchedModel(name, f"pool/{name}") for name in MODELS]
     return Space(asked.search, asked.recipe(), asked.common, names)
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import Any
 
 from ties_ray.driver.crew import PACKAGES
 from ties_ray.driver.tasks import Tasks
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, Problem, RecipeError, UnavailableError
 from ties_ray.evaluations import AnyEvaluations, DataPin
 from ties_ray.executors import Needs
 from ties_ray.inputs.catalog import THREADS
@@ -35,7 +35,7 @@ from ties_ray.recipe.parse import with_absolute_paths
 from ties_ray.recipe.recipe import FoundBy, Json, Recipe
 from ties_ray.recipe.search import Search, SearchRecipe
 from ties_ray.recipe.settings import Setting, Sweep
-from ties_ray.recipe.space import Names, Space, literal
+from ties_ray.recipe.space import SearchedModel, Space, literal
 from ties_ray.reports.records import MergeResult, Progress, Watch, find_result
 from ties_ray.reports.search import SearchedCandidate, SearchRecord, SearchResult
 from ties_ray.state.search_table import FRESH, CandidateRow, Head, Key, SearchTable, Stage
@@ -122,7 +122,7 @@ def plan(asked: SearchRecipe) -> SearchPlan:
     merge, stores = merging.plan(recipe), Stores(recipe.storage)
     with ThreadPoolExecutor(THREADS) as threads:
         entries = tuple(entry for entry in expand(recipe, stores, threads).entries if entry.id != BASE)
-    space = Space(search, recipe, asked.common, [Names(entry.id, entry.uri) for entry in entries])
+    space = Space(search, recipe, asked.common, _searched(entries))
     if problems := sampler.problems(space.axes, search.budget):
         raise RecipeError(problems)
     if search.select and search.select.k > len(entries):
@@ -218,6 +218,10 @@ class _Searching:
     rows: dict[Key, CandidateRow] = field(default_factory=dict)
     _tasks: Tasks | None = None
     _written: float = 0.0
+    _unwritten: bool = False
+    _num_rows: int = 0
+    """Rows of the search within the budget."""
+    _best: CandidateRow | None = None
     _leave: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> "_Searching":
@@ -229,10 +233,14 @@ class _Searching:
             message = f"is the table of another search, {there[0].search}; this one is {self.planned.head.search}"
             raise InputError(Problem(self.table.uri, message, FRESH))
         self.rows = there[1] if there else {}
+        for row in self.rows.values():
+            self._note(row)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._leave.close()
+        if self._unwritten and not isinstance(error[1], UnavailableError):
+            self._write()
 
     def row(self, stage: Stage, number: int) -> CandidateRow:
         """Return a row of the table."""
@@ -259,7 +267,7 @@ class _Searching:
     def explore(self, models: Sequence[Entry]) -> None:
         """Score the recipe as it stands, and the candidates that the sampler asks for."""
         planned, search = self.planned, self.planned.search
-        names = [Names(entry.id, entry.uri) for entry in models]
+        names = _searched(models)
         space = planned.space
         if len(models) < len(planned.entries):
             space = Space(search, planned.recipe, planned.asked.common, names)
@@ -274,7 +282,7 @@ class _Searching:
             if len(batch) == len(points):
                 draw.tell(points, [_loss(self.merit("search", number)) for number in values])
             asked += len(batch)
-            if not self.ranked(with_score=True):
+            if self._best is None:
                 reason = self.row("search", 0).failed
                 raise InputError(Problem("search", f"no candidate has a score: {reason}", "mend that first"))
 
@@ -326,13 +334,13 @@ class _Searching:
         if not asks:
             return
         messages = {n: ASK.dump_json(Ask(stage=stage, number=n, values=values)).decode() for n, values in asks.items()}
+        left = len(asks)
         for answers in self._workers().carry_out(messages):
             for number, answer in answers:
                 self._take(stage, number, asks[number], SCORED.validate_json(answer))
-            if time.monotonic() - self._written >= WRITE_SECONDS:
-                self._write()
-            self._report(stage, sum((stage, number) in self.rows for number in batch), len(batch))
-        self._write()
+            left -= len(answers)
+            self._write_if_due()
+            self._report(stage, len(batch) - left, len(batch))
 
     def _take(self, stage: Stage, number: int, values: dict[str, Any], scored: Scored) -> None:
         search = self.planned.search
@@ -348,16 +356,28 @@ class _Searching:
         )
         self.evaluated += 1
         self.seconds += scored.seconds
+        self._unwritten = True
+        self._note(self.rows[stage, number])
+
+    def _note(self, row: CandidateRow) -> None:
+        """Count a row, and remember the best."""
+        if row.stage == "search" and row.number <= self.planned.search.budget:
+            self._num_rows += 1
+            if row.merit is not None and (self._best is None or row.merit > (self._best.merit or 0.0)):
+                self._best = row
+
+    def _write_if_due(self) -> None:
+        if self._unwritten and time.monotonic() - self._written >= WRITE_SECONDS:
+            self._write()
 
     def _write(self) -> None:
         self.table.write(self.planned.head, self.rows.values())
-        self._written = time.monotonic()
+        self._written, self._unwritten = time.monotonic(), False
 
     def _report(self, stage: Stage, done: int, of: int) -> None:
-        ranked = self.ranked(with_score=True) if stage != "select" else []
-        best = f", best so far: candidate {ranked[0]} with {self.merit('search', ranked[0]):.6g}" if ranked else ""
+        best = f", best so far: candidate {self._best.number} with {self._best.merit:.6g}" if self._best else ""
         if stage == "search":
-            done, of = sum(key[0] == "search" for key in self.rows), self.planned.search.budget + 1
+            done, of = self._num_rows, self.planned.search.budget + 1
         activity = {"select": "scoring single models", "search": "searching", "confirm": "confirming"}[stage]
         workers = self._tasks.size if self._tasks else 0
         self.watch(Progress(stage, done, of, 0, 0, activity=activity + best, workers=workers))
@@ -417,6 +437,10 @@ def _needs(planned: SearchPlan, workers: int | None, announce: Callable[[str], N
         labels=(("run", planned.head.search), ("output", planned.merge.output)),
         announce=announce,
     )
+
+
+def _searched(entries: Iterable[Entry]) -> list[SearchedModel]:
+    return [SearchedModel(entry.id, entry.uri, entry.weight, entry.density) for entry in entries]
 
 
 def _with_models(values: dict[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:

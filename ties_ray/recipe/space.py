@@ -25,11 +25,13 @@ _OF_MODELS = frozenset({ONLY, *_EACH, *_EACH.values()})
 _MODEL_KEYS = {"models.weights": "weights", "models.densities": "densities"}
 
 
-class Names(NamedTuple):
-    """What patterns of models are compared with."""
+class SearchedModel(NamedTuple):
+    """A model: what patterns are compared with, and the numbers that it has in the recipe."""
 
     id: str
     uri: str
+    weight: float = 1.0
+    density: float | None = None
 
     def match(self, pattern: str) -> bool:
         """Return whether a pattern means this model."""
@@ -49,7 +51,7 @@ class _Part(NamedTuple):
 class Space:
     """The axes of a search. `values` gives what a point sets in the recipe."""
 
-    def __init__(self, search: Search, recipe: Recipe, common: Json, models: Sequence[Names]) -> None:
+    def __init__(self, search: Search, recipe: Recipe, common: Json, models: Sequence[SearchedModel]) -> None:
         """models: all models of the recipe, in its order. Raises `RecipeError` with every problem and its place."""
         self._common, self._models, self._recipe = common, models, recipe
         self._json = recipe.model_dump(mode="json", by_alias=True)
@@ -178,11 +180,10 @@ class Space:
 
     def _now_of_model(self, place: str, pattern: str) -> Any:
         """Return the number that the first model of a pattern has in the recipe; None where that is not known."""
-        first = next((number for number, model in enumerate(self._models) if model.match(pattern)), None)
-        if first is None or len(self._recipe.models) != len(self._models):
-            return 1.0 if place == "models.weights" else None
-        entry = self._recipe.models[first]
-        return entry.weight if place == "models.weights" else entry.density
+        first = next((model for model in self._models if model.match(pattern)), None)
+        if place == "models.weights":
+            return first.weight if first else 1.0
+        return first.density if first else None
 
 
 def shares_of(coordinates: Sequence[float]) -> list[float]:

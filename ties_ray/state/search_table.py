@@ -79,6 +79,8 @@ class SearchTable:
         self.uri = join(join(output, FOLDER), NAME)
         self._store = stores.writer(output)
         self._etag = ""
+        self._lines: dict[Key, bytes] = {}
+        """The line of each row that was written; a row never changes."""
 
     def read(self) -> tuple[Head, dict[Key, CandidateRow]] | None:
         """Return the search and its rows; None where there is no table. Raises `InputError` where it can't be read."""
@@ -101,7 +103,7 @@ class SearchTable:
     def write(self, head: Head, rows: Iterable[CandidateRow]) -> None:
         """Replace the table. Raises `UnavailableError` where another search has written it meanwhile."""
         ordered = sorted(rows, key=lambda row: (STAGES.index(row.stage), row.number))
-        data = b"".join(line.model_dump_json().encode() + b"\n" for line in (head, *ordered))
+        data = b"".join((_line(head), *map(self._line_of, ordered)))
         pin = self._store.swap(self.uri, data, self._etag)
         if pin is None:  # or the answer to our own write was lost
             pin, there = self._store.get(self.uri, MOST_BYTES)
@@ -114,6 +116,17 @@ class SearchTable:
         """Remove the table."""
         self._store.delete(self.uri)
         self._etag = ""
+        self._lines.clear()
+
+    def _line_of(self, row: CandidateRow) -> bytes:
+        key = row.stage, row.number
+        if key not in self._lines:
+            self._lines[key] = _line(row)
+        return self._lines[key]
+
+
+def _line(line: _Line) -> bytes:
+    return line.model_dump_json().encode() + b"\n"
 
 
 def _lines(data: bytes) -> Iterator[bytes]:
