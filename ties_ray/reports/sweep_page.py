@@ -10,6 +10,8 @@ from ties_ray.tables import Row
 
 MEASURES = ("norm", "changed", "conflict", "cancellation", "truncation")
 """Figures that have a heat map, beside the scores."""
+LEFT_OUT = frozenset({"output", "run_id", "reused", "bytes_written"})
+"""Columns of the table that the page leaves out."""
 WIDEST = 40
 """The most columns and rows of a heat map. A longer axis is left to the table."""
 
@@ -40,7 +42,8 @@ class HeatMap(NamedTuple):
 def page_of(result: SweepResult) -> str:
     """Return the page. Every text that comes from a recipe or a folder is escaped."""
     rows = result.table()
-    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("output", "run_id", "reused")))
+    filled = (name for row in rows for name, value in row.items() if value not in (None, ""))
+    columns = [name for name in dict.fromkeys(filled) if name not in LEFT_OUT]
     template = environment().get_template("sweep.html.j2")
     return template.render(result=result, maps=list(maps_of(result.rows)), columns=columns, rows=rows, plain=_plain)
 
