@@ -7,12 +7,13 @@ also wait until another process has been killed. Every merge is compared with an
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,8 @@ def command(recipe: Recipe, folder: Path) -> Iterator["subprocess.Popen[str]"]:
     path, log = folder / "recipe.json", folder / "log"
     path.write_text(recipe.model_dump_json(exclude_unset=True, by_alias=True))
     with log.open("a") as out:
-        process = subprocess.Popen([tool("ties-ray"), "merge", str(path)], stdout=out, stderr=out, text=True)
+        words = [tool("ties-ray"), "merge", str(path), "--result", str(folder / "result.json")]
+        process = subprocess.Popen(words, stdout=out, stderr=out, text=True)
     try:
         yield process
     finally:
@@ -361,7 +363,11 @@ def ray_start(folder: Path, agent: int, *how: str) -> Iterator[psutil.Process]:
         yield raylet
     finally:
         process.terminate()
-        process.wait(30)
+        with suppress(subprocess.TimeoutExpired):  # a node whose head is gone takes a minute
+            process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.usefixtures("plugged")
@@ -377,6 +383,35 @@ def test_a_raylet_that_is_killed_costs_the_merge_no_byte(
     shutil.rmtree(short, ignore_errors=True)
     assert result["workers_lost"] >= 1
     assert result["shards_again"] >= 1
+    assert digests(trouble.parent / "out") == undisturbed
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_merge_that_loses_the_head_says_so_and_the_same_command_continues(
+    family: Family, undisturbed: dict[str, str], trouble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    port, head_port, other, again = free_ports(4)
+    short, address = Path("/tmp") / f"ray-h{os.getpid()}", f"127.0.0.1:{port}"  # Ray's sockets want a short path
+    head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}")
+    recipe = troubled(family, trouble, "hang", run=on_ray(address=address), parameter="*.up_proj.weight", times=2)
+    with (
+        ray_start(tmp_path, head_port, *head) as raylet,
+        ray_start(tmp_path, other, f"--address={address}"),
+        command(recipe, trouble.parent) as process,
+    ):
+        wait_for(trouble / "1", process, trouble.parent / "log")
+        beside = psutil.Process(raylet.ppid()).children()
+        [store] = [each for each in beside if each.name() == "gcs_server"]
+        store.kill()
+        assert process.wait(58) == 5, (trouble.parent / "log").read_text()  # after 60 s Ray would end it with 1
+    record = json.loads((trouble.parent / "result.json").read_bytes())
+    assert "the head of the cluster has not answered for 20 s" in json.dumps(record)
+    (trouble / "release").touch()
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 1})})
+    with ray_start(tmp_path, again, *head), command(recipe, trouble.parent) as process:
+        assert process.wait(150) == 0, (trouble.parent / "log").read_text()
+    shutil.rmtree(short, ignore_errors=True)
     assert digests(trouble.parent / "out") == undisturbed
 
 

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import re
 import secrets
@@ -73,6 +74,10 @@ _OF_TOKEN = re.compile("InvalidAuthToken|AuthenticationError|UNAUTHENTICATED|aut
 """Words of Ray about the token of a cluster."""
 _MOST_PER_CORE = 4
 """The most workers for each core of this machine, where Ray is started here."""
+_HEAD_SECONDS = 2.0
+"""Seconds between two looks at the head of the cluster."""
+_HEAD_SILENCE = 20.0
+"""Seconds without an answer of the head after which a merge ends. Ray ends this process after 60 s, without a word."""
 _GRACE = 30.0
 """Seconds that further workers have to start after the first, if the user named no number of workers."""
 
@@ -209,6 +214,7 @@ class RayExecutor(Executor):
         self._healthy: list[bool] = []
         self._open: dict[Any, _Message] = {}
         self._owns_connection = False
+        self._head = _Head("")
         self._environment: dict[str, str] = {}
         self._folder: str | None = None
 
@@ -250,6 +256,7 @@ class RayExecutor(Executor):
         """Return the events of the open calls."""
         end = time.monotonic() + timeout
         while True:
+            self._head.demand()
             events = self._read(self._done(end)) + self._overdue()
             if events or time.monotonic() >= end:
                 return events
@@ -266,7 +273,7 @@ class RayExecutor(Executor):
 
     def stop(self) -> None:
         """Kill the actors; leave the cluster if we joined it, end it if we started it."""
-        if ray.is_initialized():
+        if ray.is_initialized() and not self._head.is_silent:  # Ray would wait for the head
             for actor in self._actors:
                 ray.kill(actor, no_restart=True)
             if self._owns_connection:
@@ -382,6 +389,7 @@ class RayExecutor(Executor):
 
     def _begin_all(self) -> list[_Begun]:
         """Start the workers and return their reports; drop those that do not start by the deadline."""
+        self._head = _Head(_address_of_head())
         room, asked = _room(self._needs), self._needs.num_workers
         count = asked or max(1, room)
         if room < count:
@@ -398,6 +406,7 @@ class RayExecutor(Executor):
         end = time.monotonic() + self._needs.deadline
         open_calls = calls
         while open_calls and time.monotonic() < end:
+            self._head.demand()
             done, open_calls = ray.wait(open_calls, num_returns=len(open_calls), timeout=_SLICE)
             for call in done:
                 try:
@@ -481,8 +490,46 @@ class RayExecutor(Executor):
         mine = [call for call, message in self._open.items() if message.worker == worker]
         tickets = [self._open.pop(call).ticket for call in mine]
         self._healthy[worker] = False
-        ray.kill(self._actors[worker], no_restart=True)
+        if not self._head.is_silent:  # Ray would wait for the head
+            ray.kill(self._actors[worker], no_restart=True)
         return Lost(worker, min((ticket for ticket in tickets if ticket is not None), default=None), reason)
+
+
+def _address_of_head() -> str:
+    """Return host and port of the cluster's control store (GCS); nothing behind Ray Client, which asks it itself."""
+    return "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
+
+
+class _Head:
+    """Asks whether the head of the cluster answers."""
+
+    def __init__(self, address: str) -> None:
+        """address: of the cluster's control store; empty where it is not asked."""
+        host, _, port = address.rpartition(":")
+        self._place = (host.strip("[]"), int(port)) if port.isdigit() else None
+        self._next = 0.0
+        self._silent_since = math.inf
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the head did not answer when it was last asked."""
+        return self._silent_since < math.inf
+
+    def demand(self) -> None:
+        """Raise `UnavailableError` where the head has not answered for a while."""
+        now = time.monotonic()
+        if self._place is None or now < self._next:
+            return
+        self._next = now + _HEAD_SECONDS
+        try:
+            socket.create_connection(self._place, timeout=1).close()
+            self._silent_since = math.inf
+        except OSError as error:
+            self._silent_since = min(self._silent_since, now)
+            if now - self._silent_since >= _HEAD_SILENCE:
+                message = f"the head of the cluster has not answered for {_HEAD_SILENCE:g} s ({error})"
+                remedy = "run the same command once the cluster is back: finished shards are kept"
+                raise UnavailableError(Problem("Ray at {}:{}".format(*self._place), message, remedy)) from error
 
 
 def _refusal(plain: _Plain) -> Refusal:
