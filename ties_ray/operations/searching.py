@@ -375,7 +375,8 @@ class _Searching:
         self._written, self._unwritten = time.monotonic(), False
 
     def _report(self, stage: Stage, done: int, of: int) -> None:
-        best = f", best so far: candidate {self._best.number} with {self._best.merit:.6g}" if self._best else ""
+        scores = [f"{label} {value:.6g}" for label, value in (self._best.scores if self._best else {}).items()]
+        best = f", best so far: candidate {self._best.number} with {', '.join(scores)}" if self._best else ""
         if stage == "search":
             done, of = self._num_rows, self.planned.search.budget + 1
         activity = {"select": "scoring single models", "search": "searching", "confirm": "confirming"}[stage]

@@ -87,6 +87,14 @@ class Space:
                 values[part.place] = _value(part.spec, coordinates)
         return {**values, **({"models": of_models} if of_models else {})}
 
+    def _name(self, pattern: str) -> str:
+        """Return how people call the models of a pattern: one without a name of its own by its folder."""
+        folders = [model.uri.rpartition("/")[2] for model in self._models]
+        for model, folder in zip(self._models, folders, strict=True):
+            if model.id.isdecimal() and literal(model.id) == pattern and folders.count(folder) == 1:
+                return folder
+        return re.sub(r"\[([*?[])\]", r"\1", pattern)
+
     def _for_each(self, spec: Any) -> dict[str, Any]:
         return {literal(model.id): spec for model in self._models}
 
@@ -95,12 +103,12 @@ class Space:
             return self._subset(spec)
         if place == "models.weights" and self.shares:
             starts = coordinates_of(self._weights(list(spec)))
-            names = tuple(f"share of {_plain(pattern)}" for pattern in spec)[:-1]
+            names = tuple(f"share of {self._name(pattern)}" for pattern in spec)[:-1]
             return _Part(place, spec, tuple(Axis(start=start) for start in starts), names)
         leaves = list(_leaves(spec, ()))
         if place in _MODEL_KEYS:
             now = [self._now_of_model(place, keys[0]) for keys, _ in leaves]
-            names = tuple(f"{place}.{'.'.join((_plain(keys[0]), *keys[1:]))}" for keys, _ in leaves)
+            names = tuple(f"{place}.{'.'.join((self._name(keys[0]), *keys[1:]))}" for keys, _ in leaves)
         else:
             now = [_number_at(self._json, place)] * len(leaves)
             names = tuple(".".join((place, *keys)) for keys, _ in leaves)
@@ -115,7 +123,7 @@ class Space:
         count = math.comb(number, spec.choose)
         if count <= MAX_CHOICES:
             return _Part(ONLY, spec, (Axis(choices=count, start=0),), (ONLY,))
-        names = tuple(f"{ONLY}: {model.id}" for model in self._models)
+        names = tuple(f"{ONLY}: {self._name(literal(model.id))}" for model in self._models)
         return _Part(ONLY, spec, (Axis(),) * number, names)
 
     def _chosen(self, spec: Subset, axes: Sequence[Axis], coordinates: Iterator[float]) -> list[str]:
@@ -211,11 +219,6 @@ def coordinates_of(weights: Sequence[float]) -> list[float]:
 def literal(text: str) -> str:
     """Return a pattern that matches this text alone."""
     return re.sub(r"([*?[])", r"[\1]", text)
-
-
-def _plain(pattern: str) -> str:
-    """Return a pattern as people read it."""
-    return re.sub(r"\[([*?[])\]", r"\1", pattern)
 
 
 def _misplaced(place: str, spec: Any) -> Iterator[Problem]:

@@ -114,7 +114,8 @@ def _found_by(origin: FoundBy) -> list[str]:
     """Return how a search has found the numbers, with the scores before and after."""
     which = f"Candidate {origin.number} of {origin.candidates:,}" if origin.number else "The recipe as it stood"
     of = f"search {code(origin.search)} (sampler {code(origin.sampler)}, seed {origin.seed})"
-    lines = [f"{which}, by {of}. Table: {code(origin.table.rpartition('/.')[2])}.", ""]
+    table = code("." + origin.table.rpartition("/.")[2])
+    lines = [f"{which}, by {of}. Table: {table}.", ""]
     lines += ["| score | data | as it stood | found |", "|---|---|---|---|"]
     for data, before, after in (
         ("searched", origin.untuned, origin.scores),
