@@ -221,3 +221,18 @@ def test_what_cannot_be_searched_is_said_before_any_work(recipe: dict[str, Any],
         found(recipe, output=str(tmp_path / "{run_id}"))
     assert validate({key: value for key, value in recipe.items() if key != "search"})
     assert search_of(recipe).search.budget == 12
+
+
+def test_a_table_whose_candidates_the_sampler_does_not_ask_for_is_refused(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    few = {"budget": 4, "confirm": None, "sampler": "random"}
+    result, table = found(recipe, search=few)
+    lines = table.splitlines()
+    row = json.loads(lines[2])
+    row["values"]["method.lambda"] = 1e30
+    Path(result.table_uri).write_bytes(b"\n".join((*lines[:2], json.dumps(row).encode(), *lines[3:])))
+    with pytest.raises(InputError, match="candidate 1 of `search` is not the one that the sampler asks"):
+        found(recipe, search=few)
+    fresh = ties_ray.search({**recipe, "search": {**recipe["search"], **few}}, fresh=True)
+    assert Path(fresh.table_uri).read_bytes() == table
