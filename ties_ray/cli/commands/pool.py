@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from ties_ray.cli import completion, pools
+from ties_ray.cli import completion
 from ties_ray.cli.command import SET, command, of_run
 from ties_ray.cli.console import Console, print_json
 
@@ -51,6 +51,8 @@ def add(
       ties-ray pool add s3://pools/support s3://adapters/tuesday/* --plan
       ties-ray pool add s3://pools/support s3://adapters/math --weight 0.5
     """
+    from ties_ray.cli import pools
+
     living = pools.pool_at(pool, overrides)
     lines = pools.lines_of(models, weight, id_)
     if only_plan:
@@ -83,6 +85,8 @@ def drop(
       ties-ray pool drop s3://pools/support s3://adapters/withdrawn --plan
       ties-ray pool drop s3://pools/support 17 --erase
     """
+    from ties_ray.cli import pools
+
     living = pools.pool_at(pool, overrides)
     if only_plan:
         change = living.plan_drop(models).record()
@@ -107,6 +111,8 @@ def list_(console: Console, pool: str, overrides: Sequence[str], recipe: bool) -
       ties-ray pool list s3://pools/support
       ties-ray pool list s3://pools/support --recipe > whole.json && ties-ray merge whole.json -o ./whole
     """
+    from ties_ray.cli import pools
+
     living = pools.pool_at(pool, overrides)
     if recipe:
         print_json(pools.recipe_text(living.recipe()))
@@ -130,6 +136,8 @@ def clean(console: Console, pool: str, overrides: Sequence[str], keep: int | Non
     Examples:
       ties-ray pool clean s3://pools/support --keep 3 --dry-run
     """
+    from ties_ray.cli import pools
+
     cleaning = pools.pool_at(pool, overrides).clean(keep, remove=not dry_run)
     console.show(cleaning, *pools.of_cleaning(cleaning))
     return 0
