@@ -30,7 +30,7 @@ from ties_ray.stores import Stores
 ROOT = Path(__file__).parents[2]
 PROVIDED_BY = {
     "azure": "adlfs", "google_crc32c": "google-crc32c", "grpc": "ray", "llvmlite": "numba", "pydantic_core": "pydantic",
-    "re2": "google-re2", "ruamel": "ruamel.yaml", "ties_ray_pipelines": "ties-ray-pipelines",
+    "lm_eval": "lm-eval", "re2": "google-re2", "ruamel": "ruamel.yaml", "ties_ray_pipelines": "ties-ray-pipelines",
 }  # fmt: skip
 """The distributions of modules with other names. numba, pydantic, adlfs and Ray's client need what they bring."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -147,7 +147,9 @@ def test_the_extras_are_there_and_take_the_versions_that_are_tested(ours: Built)
     tested = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     needs = [(need.name.lower().replace("_", "-"), need.specifier) for need in requirements_of(ours.wheel)]
     assert not [(name, tested[name]) for name, range_ in needs if name in tested and tested[name] not in range_]
-    assert {name for name, _ in needs if name not in tested} <= {"adlfs", "gcsfs", "ties-ray-pipelines"}, "never tested"
+    assert {name for name, _ in needs if name not in tested} <= {"adlfs", "gcsfs", "lm-eval", "ties-ray-pipelines"}, (
+        "never tested"
+    )
 
 
 def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
