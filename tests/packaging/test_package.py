@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 PROVIDED_BY = {
     "azure": "adlfs", "google_crc32c": "google-crc32c", "grpc": "ray", "llvmlite": "numba", "pydantic_core": "pydantic",
     "lm_eval": "lm-eval", "re2": "google-re2", "ruamel": "ruamel.yaml", "ties_ray_pipelines": "ties-ray-pipelines",
+    "typing_extensions": "pydantic",
 }  # fmt: skip
 """The distributions of modules with other names. numba, pydantic, adlfs and Ray's client need what they bring."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
