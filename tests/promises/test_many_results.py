@@ -1,4 +1,4 @@
-"""Sweeps, windows and pools on Ray: the driver is killed midway, and the same call gives the same bytes and tables."""
+"""Sweeps, windows, pools and searches on Ray: the driver is killed, and the same call gives the same bytes and tables."""
 
 import json
 import multiprocessing
@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from tests.conftest import Bucket
 from tests.operations.test_windows import write_run
 from tests.tools.adapters import make_pool
 from tests.tools.chaos import ray_cluster
-from ties_ray.operations import merging, sweeping
+from tests.tools.families import Family
+from ties_ray.operations import merging, searching, sweeping
 from ties_ray.operations.pool import open_pool
 from ties_ray.recipe.parse import validate
+from ties_ray.recipe.search import search_of
 from ties_ray.recipe.settings import sweep_of
 from ties_ray.reports import sweep as tables
 from ties_ray.reports.records import Progress
@@ -36,7 +38,7 @@ class Driver(NamedTuple):
     address: str
 
     def __call__(self, data: Mapping[str, Any], workers: int = 2, dies: tuple[str, int] | None = None) -> Any:
-        """Return the record of a sweep or of a change of a pool, which a process of its own has made.
+        """Return the record of a sweep, of a search, or of a change of a pool, which a process of its own has made.
 
         dies: the stage and the number of its finished shards at which it kills itself; it must do so.
         """
@@ -62,7 +64,12 @@ def _driven(text: str, dies: tuple[str, int] | None, environment: Mapping[str, s
         if dies and progress.stage == dies[0] and progress.done >= dies[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    record: Any = sweeping.sweep(sweep_of(data), watch=watch) if add is None else open_pool(data).add(add, watch)
+    if add is not None:
+        record: Any = open_pool(data).add(add, watch)
+    elif "search" in data:
+        record = searching.search(search_of(data), watch=watch)
+    else:
+        record = sweeping.sweep(sweep_of(data), watch=watch)
     answer.send(record.model_dump_json())
 
 
@@ -153,3 +160,42 @@ def test_a_pool_in_a_bucket_grows_twice_and_is_killed(driver: Driver, s3_bucket:
     recipe["output"]["path"] = f"{uri}/whole"
     merging.merge(validate({**recipe, "run": LOCAL, "storage": storage}))
     assert weights(pool.record().result, storage) == weights(f"{uri}/whole", storage)
+
+
+SCORE = """
+from pathlib import Path
+from safetensors.torch import load_file
+
+def near(model):
+    merged = load_file(Path(model.path) / "model.safetensors")
+    goal = load_file(Path(__file__).parent / "goal.safetensors")
+    return -sum(float((merged[name].double() - goal[name].double()).square().sum()) for name in goal)
+"""
+
+
+def test_a_search_is_killed_and_goes_on(driver: Driver, family_of: Callable[..., Family], tmp_path: Path) -> None:
+    family = family_of(num_models=3, dtype="F32", smooth=True)
+    (tmp_path / "scores.py").write_text(SCORE)
+    (tmp_path / "goal.safetensors").write_bytes((Path(family.models[1]) / "model.safetensors").read_bytes())
+    data = {
+        "base": family.base,
+        "models": list(family.models),
+        "method": {"name": "task_arithmetic", "lambda": 0.3},
+        "output": str(tmp_path / "best"),
+        "search": {
+            "space": {"models.weight": {"low": 0, "high": 1}},
+            "sampler": {"name": "cma_es", "population": 4},
+            "budget": 12,
+            "evaluate": {"name": "function", "function": f"{tmp_path}/scores.py:near"},
+        },
+    }
+    driver(data, dies=("search", 5))
+    table = tmp_path / "best/.ties-ray/search.jsonl"
+    rows = len(table.read_bytes().splitlines()) - 1
+    assert 0 < rows < 13
+    record = driver(data)
+    assert record["evaluated"] == 13 - rows
+    whole = tmp_path / "whole"
+    searching.search(search_of({**data, "output": str(whole), "run": {"workers": 1}}))
+    assert (whole / ".ties-ray/search.jsonl").read_bytes() == table.read_bytes()
+    assert weights(str(whole), {}) == weights(str(tmp_path / "best"), {})
