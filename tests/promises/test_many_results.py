@@ -1,4 +1,4 @@
-"""Sweeps, windows, pools and searches on Ray: the driver is killed, and the same call gives the same bytes and tables."""
+"""Sweeps, windows, pools and searches on Ray: the driver is killed, and the same call gives the same bytes."""
 
 import json
 import multiprocessing
