@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import ssl
 import threading
 import time
@@ -329,6 +330,8 @@ def test_an_archived_object_is_refused_with_the_command_that_restores_it(s3_buck
         client.put_object(Bucket=bucket, Key="my model", Body=b"x", StorageClass=kind)
         with pytest.raises(InputError, match=rf"is archived \({kind}\).*--bucket {bucket} --key 'my model'"):
             opened(dict(s3_bucket.storage["s3"])).head(f"{s3_bucket.uri}/my model", 1)
+        client.restore_object(Bucket=bucket, Key="my model", RestoreRequest={"Days": 7})  # as the command does
+        assert opened(dict(s3_bucket.storage["s3"])).get(f"{s3_bucket.uri}/my model", 1)[1] == b"x"
 
 
 def test_an_object_with_a_content_encoding_is_refused_by_that_name(s3_bucket: Bucket, s3_server: str) -> None:
@@ -554,6 +557,31 @@ def test_the_region_of_the_bucket_is_named_where_the_service_tells_it(
         with pytest.raises(InputError, match="no such bucket"):
             opened({"endpoint_url": proxy.url, "region": "eu-west-1"}).head("s3://nothing/x", 1)
     assert asked == ["eu-north-1", "ap-south-1", "eu-west-1"]
+
+
+def without(header: str, value: str, answer: tuple[int, str, str]) -> Dialect:
+    """Return a service that refuses requests whose header lacks a text."""
+    return Dialect(lambda method, path, headers: None if value in headers.get(header, "") else answer)
+
+
+SECOND = (400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong; expecting 'eu-west-3'")
+FOLLOWED = [
+    (without("x-amz-request-payer", "requester", (403, "AccessDenied", "no")), "storage.s3.requester_pays", True),
+    (without("authorization", "/eu-west-3/s3/", SECOND), "storage.s3.region", "eu-west-3"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "remedy", "value"), FOLLOWED)
+def test_the_option_that_a_refusal_names_makes_the_request_succeed(
+    dialect: Dialect, remedy: str, value: object, s3_bucket: Bucket, s3_server: str
+) -> None:
+    uri = f"{s3_bucket.uri}/x"
+    opened({"endpoint_url": s3_server}).put(uri, b"data")
+    with service(s3_server, dialect) as proxy:
+        with pytest.raises(InputError, match=re.escape(remedy)):
+            opened({"endpoint_url": proxy.url}).get(uri, 4)
+        followed = opened({"endpoint_url": proxy.url, remedy.rpartition(".")[2]: value})
+        assert followed.get(uri, 4)[1] == b"data"
 
 
 def test_an_ended_single_sign_on_is_refused_with_the_command_that_renews_it(
