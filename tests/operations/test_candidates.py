@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen3MoeConfig
 
 import ties_ray
 from tests.tools.adapters import make_pool
@@ -107,11 +107,16 @@ def test_other_models_of_the_pool_list_no_folder_again(family_of: MakeFamily, mo
     assert not listed
 
 
-def test_a_candidate_loads_into_a_model_of_transformers(tmp_path: Path) -> None:
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+CONFIGS = [LlamaConfig(**SMALL), LlamaConfig(**SMALL, tie_word_embeddings=True), Qwen3MoeConfig(**SMALL, **EXPERTS)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["llama", "tied", "experts"])
+def test_a_candidate_loads_into_a_model_of_transformers(config: PreTrainedConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    base = LlamaForCausalLM(config)
+    base = AutoModelForCausalLM.from_config(config)
     base.save_pretrained(tmp_path / "base")
     for number in range(2):
         with torch.no_grad():
@@ -131,8 +136,13 @@ def test_a_candidate_loads_into_a_model_of_transformers(tmp_path: Path) -> None:
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         ids = torch.arange(12)[None]
         assert torch.equal(model(ids).logits, expected(ids).logits)
-        with pytest.raises(InputError, match="has no"):
+        named = candidate.state_dict(model)
+        assert named.keys() <= model.state_dict().keys()
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in named.items())
+        with pytest.raises(InputError, match="Linear and the merge differ in"):
             candidate.load_into(torch.nn.Linear(2, 2))
+        with pytest.raises(InputError, match="LlamaForCausalLM and the merge differ in"):
+            candidate.load_into(LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 1})))
 
 
 def test_what_cannot_be_is_said(family_of: MakeFamily, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import secrets
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ties_ray.errors import InputError, Problem, RecipeError
+from ties_ray.errors import InputError, Problem, RecipeError, enumerated
 from ties_ray.inputs.catalog import THREADS, Inputs, read_inputs, with_numbers
 from ties_ray.inputs.choice import chosen
 from ties_ray.inputs.expand import Entry, expand
@@ -149,22 +150,31 @@ class Candidate:
                     data.view(getattr(torch, TORCH[placed.tensor.dtype])).reshape(placed.tensor.shape),
                 )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all tensors by the names that the output has on disk."""
-        return dict(self.tensors())
+    def state_dict(self, like: torch.nn.Module | None = None) -> dict[str, Tensor]:
+        """Return all tensors, by the names that the output has on disk, or by those of a loaded model.
+
+        like: a model of transformers, which may hold experts together that lie one by one on disk. Raises `InputError`
+        where it lacks a tensor, or has one that the merge lacks.
+        """
+        tensors = dict(self.tensors())
+        return tensors if like is None or self._is_named_as(like) else _loaded(like, tensors)
 
     def load_into(self, model: torch.nn.Module) -> None:
-        """Copy the tensors into a model of transformers or torch that has them by name.
+        """Copy the tensors into a model of transformers or torch.
 
-        Raises `InputError` where names or shapes are not the model's. Use `save` for models that store other names.
+        Raises `InputError` where names or shapes are not the model's, and transformers does not convert them.
         """
-        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        own = _tensors_of(model)
+        tensors = self.tensors() if self._is_named_as(model) else self.state_dict(model).items()
         with torch.no_grad():
-            for name, tensor in self.tensors():
-                if name not in own or own[name].shape != tensor.shape:
-                    message = f"{type(model).__name__} has no {name} of shape {list(tensor.shape)}"
-                    raise InputError(Problem(name, message, "save the candidate, and load it with from_pretrained"))
+            for name, tensor in tensors:
                 own[name].copy_(tensor)
+
+    def _is_named_as(self, model: torch.nn.Module) -> bool:
+        """Return whether a model has all tensors of the output by name and shape."""
+        own = {name: tuple(tensor.shape) for name, tensor in _tensors_of(model).items()}
+        placed = (placed.tensor for file in self._plan.files for placed in file.tensors)
+        return all(own.get(tensor.name) == tensor.shape for tensor in placed)
 
     def save(self, folder: str) -> MergeResult:
         """Merge into a folder, with config, tokenizer and record. `/dev/shm/...` is memory that processes share."""
@@ -219,3 +229,43 @@ class Candidate:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def _loaded(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names of a model, as transformers converts them on loading."""
+    kind: Any = type(model)
+    if not hasattr(kind, "from_pretrained"):
+        raise _misfit(kind, sorted(tensors.keys() ^ _tensors_of(model).keys()))
+    with _quiet():
+        made, about = kind.from_pretrained(
+            None, config=model.config, state_dict=tensors, dtype=model.dtype, output_loading_info=True
+        )
+    if wrong := sorted({*about["missing_keys"], *about["unexpected_keys"]}) or about["mismatched_keys"]:
+        raise _misfit(kind, list(map(str, wrong)))
+    return dict(made.state_dict())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from showing that it loads a model: candidates are many."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    level, shows = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows:
+            logging.enable_progress_bar()
+
+
+def _misfit(kind: type, names: list[str]) -> InputError:
+    message = f"{kind.__name__} and the merge differ in {enumerated(names)}"
+    return InputError(Problem("model", message, "save the candidate, and load it with the class that it is for"))
