@@ -94,7 +94,7 @@ def test_a_fault_that_lasts_ends_in_an_error_with_object_range_and_cause(
         read(store, pin)
     assert caught.value.retryable
     assert time.monotonic() - started < 4
-    assert 2 < proxy.requests["get-range"] <= most
+    assert 1 < proxy.requests["get-range"] <= most
 
 
 def test_a_connection_that_falls_silent_is_given_up_and_opened_anew(
