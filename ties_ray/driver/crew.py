@@ -1,11 +1,11 @@
 """Starts the workers of a run through an executor, and has them carry out orders."""
 
 import importlib.metadata
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ties_ray import runtime
 from ties_ray.driver.dispatch import Stage
 from ties_ray.driver.meters import Meters
 from ties_ray.driver.schedule import Failure, Schedule
@@ -97,7 +97,7 @@ class Crew:
             factory, setup = "ties_ray.worker.together:make_worker", SETUPS.dump_json(tuple(setups))
         self.size = self._executor.start(factory, setup.decode(), needs)
         self._quarantined = frozenset()
-        self._began = time.monotonic(), self._meters.seconds["work"]
+        self._began = runtime.monotonic(), self._meters.seconds["work"]
         self._meters.workers = self.size
         self.work(Orders("start", lambda _: self._to_all("hello"), costs=(1,) * self.size, activity="starting"))
 
@@ -111,7 +111,7 @@ class Crew:
         """Stop all workers, and add up their idle seconds."""
         if self._began:
             began, work = self._began
-            whole = self.size * (time.monotonic() - began)
+            whole = self.size * (runtime.monotonic() - began)
             self._meters.seconds["idle"] += max(0.0, whole - (self._meters.seconds["work"] - work))
             self._began = None
         self._executor.stop()

@@ -2,10 +2,10 @@
 
 import itertools
 import statistics
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+from ties_ray import runtime
 from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused, print_nothing
 from ties_ray.rounds import Slow
@@ -34,7 +34,7 @@ class Stage:
         slow: Slow,
         patience: float,
         announce: Callable[[str], None] = print_nothing,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         flush: Order | Together = FLUSH,
     ) -> None:
         """Begin with nothing submitted.
@@ -52,7 +52,7 @@ class Stage:
         self._slow = slow
         self._patience = patience
         self._announce = announce
-        self._clock = clock
+        self._clock = clock or runtime.monotonic
         self._flush = flush
         self._since: OrderedDict[int, tuple[int, float]] = OrderedDict()
         """Worker and time of submission of every open ticket, oldest first."""

@@ -1,10 +1,10 @@
 """Measures a merge under way: its traffic, its seconds, and when it should end."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from ties_ray import runtime
 from ties_ray.driver.schedule import Schedule
 from ties_ray.planning.forecast import Progressed, ProgressForecast
 from ties_ray.reports.records import Progress, Watch
@@ -67,7 +67,7 @@ class Meters:
         waited = seconds.get("wait_read", 0.0) + seconds.get("wait_write", 0.0)
         bytes_read = traffic.bytes_read + traffic.bytes_kept
         forecast.add(Progressed(1, bytes_read, traffic.bytes_written, seconds.get("work", 0.0), waited))
-        now = time.monotonic()
+        now = runtime.monotonic()
         if self._latest and now - self._latest.at < REFRESH_SECONDS:
             return
         left = forecast.seconds_left()
@@ -88,7 +88,7 @@ class Meters:
         self._watch(replace(self._progress("", 0, 0, ""), event=line))
 
     def _progress(self, stage: str, done: int, of: int, activity: str) -> Progress:
-        traffic, now = self.traffic, time.monotonic()
+        traffic, now = self.traffic, runtime.monotonic()
         return Progress(
             stage,
             done,

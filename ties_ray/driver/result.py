@@ -3,10 +3,10 @@
 import importlib.metadata
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ties_ray import runtime
 from ties_ray.driver.crew import Crew
 from ties_ray.driver.meters import Foreseen, Meters
 from ties_ray.driver.publish import (
@@ -72,7 +72,7 @@ def publish(
     result = result.model_copy(update={"warnings": list(_warnings(result.truncation, plan.recipe.output))})
     check()
     written_documents = publish_documents(plan, stores, documents, result)
-    seconds = round(time.monotonic() - started, 3)
+    seconds = round(runtime.monotonic() - started, 3)
     predicted = predicted_seconds(meters.first, started, seconds)
     result = result.model_copy(
         update={"documents": written_documents, "seconds": seconds, "predicted_seconds": predicted}

@@ -5,13 +5,14 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import SerializerFunctionWrapHandler, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.formats import Account, Folder, Format, Rules
 from ties_ray.formats._checkpoint_names import tied
@@ -235,7 +236,7 @@ def read_inputs(recipe: Recipe, stores: Stores, *, first: int = 0, earlier: Earl
 
 @contextmanager
 def _threads() -> Iterator[Executor]:
-    threads = ThreadPoolExecutor(THREADS)
+    threads = runtime.pool(THREADS)
     try:
         yield threads
     finally:

@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, Problem, RecipeError, enumerated
 from ties_ray.formats.companion import Companion
 from ties_ray.inputs.catalog import THREADS, Catalog, Earlier, Model
@@ -117,7 +117,7 @@ def _sums(folder: str, merge: Merge, stores: Stores) -> dict[int, Pin]:
 
 def _stored(folder: str, plan: Plan, stores: Stores) -> tuple[dict[str, Source], tuple[Pin, ...]]:
     """Return the state's sources by `<name of a state>:<parameter>`, and the files that hold them."""
-    threads = ThreadPoolExecutor(THREADS)
+    threads = runtime.pool(THREADS)
     try:
         fetched, problems = fetch([Entry("continues", folder, "state")], stores, threads, [Companion()])
     finally:

@@ -1,12 +1,11 @@
 """Plans a merge, and does it: recipe, catalog, plan, rounds on an executor, publication."""
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from ties_ray import plugins
+from ties_ray import plugins, runtime
 from ties_ray.driver import result, resume
 from ties_ray.driver.crew import Crew
 from ties_ray.driver.meters import Meters
@@ -95,7 +94,7 @@ def merge(
     fresh: remove what earlier runs have left in the output. profile: a file for the spans of time of each worker, in
     Chrome's trace event format. Raises a `MergeError`. Finished work is kept, and the next call continues from there.
     """
-    started = time.monotonic()
+    started = runtime.monotonic()
     watch(READING_HEADERS)
     return carry_out(plan(recipe, sizes), started=started, fresh=fresh, watch=watch, profile=profile)
 

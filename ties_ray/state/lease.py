@@ -10,16 +10,14 @@ another token there is fenced: it neither completes uploads nor publishes.
 
 import hashlib
 import os
-import secrets
 import socket
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.state import documents
 from ties_ray.state.documents import SMALL
@@ -59,9 +57,9 @@ class Lease:
         self._uri = uri
         self._holder = holder
         self._etag = etag
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        self._lock = runtime.Lock()
+        self._ended = runtime.Event()
+        runtime.start_thread(self._beat, "lease")
 
     def check(self) -> None:
         """Raise `InterruptedMerge` if another run holds the output now."""
@@ -112,33 +110,33 @@ def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
     Raises `UnavailableError` while another run holds it, or where the stored lease can't be replaced for a minute.
     """
     store, uri = stores.writer(output), join(join(output, FOLDER), NAME)
-    mine = Holder(token=secrets.token_hex(16), host=socket.gethostname(), machine=_machine(), process=_process())
-    since = time.monotonic()
+    mine = Holder(token=runtime.token_hex(16), host=socket.gethostname(), machine=_machine(), process=_process())
+    since = runtime.monotonic()
     until = since + 3 * STILL_SECONDS
     first: Holder | None = None
     while True:
         stored = _read(store, uri)
         if stored is None:
             pin = store.swap(uri, _bytes(mine), "")
-        elif _is_gone(stored[0]) or (stored[0] == first and time.monotonic() - since >= STILL_SECONDS):
+        elif _is_gone(stored[0]) or (stored[0] == first and runtime.monotonic() - since >= STILL_SECONDS):
             pin = store.swap(uri, _bytes(mine), stored[1])
         elif first not in (None, stored[0]):
             problem = f"another run is at work there: {_describe(stored[0])}"
             raise UnavailableError(Problem(output, problem, "wait for it, or write elsewhere"))
         else:
             first, pin = stored[0], None
-            time.sleep(BEAT_SECONDS / 8)
+            runtime.sleep(BEAT_SECONDS / 8)
             continue
         now = _read(store, uri)
         if pin and now and now[0].token == mine.token:  # some servers ignore the condition, so it is read again
             if stored:
                 say(f"took over from {_describe(stored[0])}, which gave no sign of life")
             return Lease(store, uri, mine, now[1])
-        if time.monotonic() > until:
+        if runtime.monotonic() > until:
             problem = "what it says can be read, but not replaced: the store may be serving an old copy of it"
             raise UnavailableError(Problem(uri, problem, "run again later"))
-        time.sleep(BEAT_SECONDS / 8)
-        first, since = None, time.monotonic()
+        runtime.sleep(BEAT_SECONDS / 8)
+        first, since = None, runtime.monotonic()
 
 
 def _read(store: Store, uri: str) -> tuple[Holder, str] | None:

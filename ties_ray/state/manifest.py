@@ -19,13 +19,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from ties_ray import rounds
+from ties_ray import rounds, runtime
 from ties_ray.errors import InputError, Problem
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.measures import positions
@@ -181,7 +180,7 @@ class Manifest:
     def read_records(self, merge: Merge, round_: int, names: Iterable[str]) -> Iterator[Record[Any]]:
         """Yield records of a round in the order of their names. Few are held at a time."""
         remaining = iter(names)
-        with ThreadPoolExecutor(THREADS) as threads:
+        with runtime.pool(THREADS) as threads:
             while batch := list(itertools.islice(remaining, 2 * THREADS)):
                 yield from threads.map(partial(self.read_record, merge, round_), batch)
 

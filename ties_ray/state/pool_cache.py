@@ -15,11 +15,11 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from pydantic import TypeAdapter
 
+from ties_ray import runtime
 from ties_ray.errors import InputError
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
@@ -76,7 +76,7 @@ class PoolCache:
 
     def read_each(self, names: Sequence[tuple[str, str]], form: TypeAdapter[T]) -> list[T | None]:
         """Return the finding of each (identity, name), None where there is none; add to `refused`."""
-        with ThreadPoolExecutor(RECALLS) as threads:
+        with runtime.pool(RECALLS) as threads:
             return list(threads.map(lambda name: self._read(name[0], name[1], form), names))
 
     def write(self, identity: str, name: str, form: TypeAdapter[T], finding: T) -> None:

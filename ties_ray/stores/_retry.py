@@ -1,20 +1,19 @@
 """The one retry layer of all stores: attempts, patience, and a throttle."""
 
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-import tenacity
-
+from ties_ray import runtime
 from ties_ray.errors import InputError, Problem, UnavailableError, shown
 
 T = TypeVar("T")
 
 _METER = threading.Lock()
 """All meters share one lock, so that a meter stays a plain value that can be copied and sent."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
+"""Seconds of a pause between two tries at most: the first one, which doubles from try to try, and any."""
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Throttle:
     """Seconds of the largest gap."""
 
     def __init__(self) -> None:
-        self._turn = threading.Condition()
+        self._turn = runtime.Condition()
         self._gap = 0.0
         self._next = 0.0
         self._doubled = 0.0
@@ -73,13 +72,13 @@ class Throttle:
 
     def wait(self, seconds: float) -> bool:
         """Wait until a request may start, at most so long; return whether it may."""
-        late = time.monotonic() + seconds
+        late = runtime.monotonic() + seconds
         with self._turn:
-            while self._gap and (now := time.monotonic()) < self._next:
+            while self._gap and (now := runtime.monotonic()) < self._next:
                 if now >= late:
                     return False
                 self._turn.wait(min(self._next, late) - now)
-            self._next = time.monotonic() + self._gap * random.uniform(0.5, 1.5)  # so that workers drift apart
+            self._next = runtime.monotonic() + self._gap * runtime.uniform(0.5, 1.5)  # so that workers drift apart
         return True
 
     def refused(self, sent: float, cause: str) -> None:
@@ -87,7 +86,7 @@ class Throttle:
         with self._turn:
             self.cause = cause
             if sent >= self._doubled:  # else it was sent before the last refusal came
-                self._doubled = time.monotonic()
+                self._doubled = runtime.monotonic()
                 self._gap = min(max(2 * self._gap, self.smallest), self.largest)
                 self._next = self._doubled + self._gap
 
@@ -96,7 +95,7 @@ class Throttle:
         if self._gap:
             with self._turn:
                 self._gap = self._gap / 2 if self._gap > self.smallest else 0.0
-                self._next = min(self._next, time.monotonic() + self._gap)
+                self._next = min(self._next, runtime.monotonic() + self._gap)
                 self._turn.notify_all()
 
 
@@ -115,32 +114,28 @@ def persist(
     answered deserves more patience. throttle: shared by all requests that should slow down together.
     Raises `UnavailableError` when the budget is spent, or `InputError` where the last `Transient` has a remedy.
     """
-    started = time.monotonic()
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(Transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=15),
-        stop=lambda state: _is_spent(state, seconds()),
-        before_sleep=lambda _: meter.add(retries=1),
-        reraise=True,
-    )
-    try:
-        result: T = retrying(
-            _throttled, attempt, throttle or Throttle(), lambda: started + seconds() - time.monotonic()
-        )
-    except Transient as error:
-        count, passed = retrying.statistics["attempt_number"], time.monotonic() - started
-        message = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
-        if error.remedy is not None:
-            raise InputError(Problem(shown(uri), message, error.remedy)) from None
-        raise UnavailableError(Problem(shown(uri), message, "run the same command again later")) from None
-    return result
+    started, throttle, count = runtime.monotonic(), throttle or Throttle(), 0
+    while True:
+        count += 1
+        try:
+            return _throttled(attempt, throttle, lambda: started + seconds() - runtime.monotonic())
+        except Transient as error:
+            passed = runtime.monotonic() - started
+            pause = runtime.uniform(0, min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE))
+            if passed + pause > seconds() or (error.attempts is not None and count >= error.attempts):
+                message = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
+                if error.remedy is not None:
+                    raise InputError(Problem(shown(uri), message, error.remedy)) from None
+                raise UnavailableError(Problem(shown(uri), message, "run the same command again later")) from None
+            meter.add(retries=1)
+        runtime.sleep(pause)
 
 
 def _throttled(attempt: Callable[[], T], throttle: Throttle, seconds_left: Callable[[], float]) -> T:
     """Return `attempt()`, made when the throttle lets it start."""
     if not throttle.wait(seconds_left()):
         raise Transient(f"{throttle.cause}; after that its turn did not come in time", attempts=0)
-    sent = time.monotonic()
+    sent = runtime.monotonic()
     try:
         result = attempt()
     except Transient as cause:
@@ -149,14 +144,6 @@ def _throttled(attempt: Callable[[], T], throttle: Throttle, seconds_left: Calla
         raise
     throttle.served()
     return result
-
-
-def _is_spent(state: tenacity.RetryCallState, seconds: float) -> bool:
-    """Return whether a call may not be tried again."""
-    cause = state.outcome.exception() if state.outcome else None
-    limit = cause.attempts if isinstance(cause, Transient) else None
-    late = (state.seconds_since_start or 0.0) + state.upcoming_sleep > seconds
-    return late or (limit is not None and state.attempt_number >= limit)
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,8 +1,8 @@
 """Conditional writes to S3, and a substitute for services that have none."""
 
-import time
 from typing import Any, Protocol
 
+from ties_ray import runtime
 from ties_ray.stores import Pin
 from ties_ray.stores._s3_answers import pin_of, split
 from ties_ray.stores._s3_errors import Unconditional, Unmet
@@ -39,7 +39,7 @@ class ConditionalWrites:
         """
         condition = {"IfMatch": f'"{etag}"'} if etag else {"IfNoneMatch": "*"}
         kind = (split(uri)[0], "IfMatch" if etag else "IfNoneMatch")
-        began = time.monotonic()
+        began = runtime.monotonic()
         if not self._shows(uri, etag):
             return None
         if self._kept.get(kind, True):
@@ -58,7 +58,7 @@ class ConditionalWrites:
             f"s3://{kind[0]}: the service keeps no {'If-Match' if etag else 'If-None-Match'} on writes; who writes the"
             f" lease or a pointer waits {settle:g} s and looks whether another did too"
         )
-        time.sleep(max(settle, 2 * (time.monotonic() - began)))
+        runtime.sleep(max(settle, 2 * (runtime.monotonic() - began)))
         return self._if_holds(uri, data)
 
     def _shows(self, uri: str, etag: str) -> bool:

@@ -1,11 +1,11 @@
 """One S3 service: connections, retries, and what the service turns out to lack."""
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import Meter, NoUpload, Throttle, Transient, persist
 from ties_ray.stores._s3_answers import object_of, split
@@ -122,7 +122,7 @@ class Service:
         connection = None
         try:
             connection = self.connected(uri)
-            result = request(connection.client, time.monotonic() + GRACE + nbytes / LEAST_RATE)
+            result = request(connection.client, runtime.monotonic() + GRACE + nbytes / LEAST_RATE)
         except (MergeError, Transient):
             self._answered = True
             raise

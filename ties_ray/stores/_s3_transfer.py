@@ -1,10 +1,10 @@
 """Bytes on their way from and to S3: received straight into the caller's memory, sent with a checksum."""
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ties_ray import runtime
 from ties_ray.errors import Problem
 from ties_ray.stores import Transient
 from ties_ray.stores._s3_answers import bare, md5, object_of, proof_of, split
@@ -166,7 +166,7 @@ class Body:
 
 def demand_time(late: float) -> None:
     """Raise if a transfer has gone on for too long, though it never fell silent."""
-    if time.monotonic() > late:
+    if runtime.monotonic() > late:
         raise TimeoutError(f"fewer than {LEAST_RATE:,} bytes a second came through")
 
 

@@ -1,10 +1,10 @@
 """Finished shards that no record holds yet."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from ties_ray import runtime
 from ties_ray.measures.effects import Effects
 from ties_ray.rounds import Record, Tally
 
@@ -24,7 +24,7 @@ class Batch:
         self.zeroed: Counter[tuple[int, str]] = Counter()
         """How many values counted as zero, by (member, parameter)."""
         self.effects: list[Effects] = []
-        self._since = time.monotonic()
+        self._since = runtime.monotonic()
 
     @property
     def round(self) -> int:
@@ -36,7 +36,7 @@ class Batch:
     ) -> None:
         """Add the work of a finished shard."""
         if not self.shards:
-            self._since = time.monotonic()
+            self._since = runtime.monotonic()
         self.shards.append(shard)
         self.tally.absorb(tally)
         self.zeroed.update(zeroed)
@@ -44,7 +44,7 @@ class Batch:
 
     def is_full(self, most: int) -> bool:
         """Return whether a record is due. most: the most shards in a record."""
-        return len(self.shards) >= most or time.monotonic() - self._since >= RECORD_SECONDS
+        return len(self.shards) >= most or runtime.monotonic() - self._since >= RECORD_SECONDS
 
     def record(self) -> Record[Any]:
         """Return the batch as it is stored."""

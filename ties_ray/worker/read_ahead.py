@@ -4,13 +4,14 @@ import collections
 import itertools
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ties_ray import runtime
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
 from ties_ray.kernels import Stored
@@ -80,7 +81,7 @@ class ReadAhead:
         self._formats = formats
         self._ahead = ahead
         self._gap = gap
-        self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="read")
+        self._threads = runtime.pool(ahead, "read")
         self._buffers, self._of_states = Buffers(pinned=pinned), Buffers(pinned=pinned)
         self._pinned = pinned
         self._cache = cache
@@ -131,7 +132,8 @@ class ReadAhead:
                     return
                 yield self._await(coming.popleft())
         finally:
-            wait([future for future in coming if isinstance(future, Future) and not future.cancel()])
+            for future in [future for future in coming if isinstance(future, Future) and not future.cancel()]:
+                future.exception()
 
     def _await(self, coming: Future[list[Stored | None]] | Callable[[], list[Stored | None]]) -> list[Stored | None]:
         with self._times.spent("wait_read"):
@@ -278,7 +280,7 @@ class ReadAhead:
         """Return the bytes of a slice, cut from the cached factors of its parameter and the neighbours."""
         model = request.model
         groups = cached_requests(self._formats[model.format], request.neighbours)
-        with self._reading.setdefault(model.uri, threading.Lock()):  # with few models the next block is under way, too
+        with self._reading.setdefault(model.uri, runtime.Lock()):  # with few models the next block is under way, too
             cached = {read: data for group in groups for read, data in self._cached_group(model.objects, group)}
         return [
             next(

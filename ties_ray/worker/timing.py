@@ -2,13 +2,13 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, get_args
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, Problem
 
 Activity = Literal["work", "wait_read", "wait_write", "read", "write"]
@@ -44,16 +44,16 @@ class Times:
         self._spans: list[Span] = []
         self._dropped = 0
         self._lock = threading.Lock()
-        self._epoch = time.time() - time.monotonic()
+        self._epoch = runtime.time() - runtime.monotonic()
 
     @contextmanager
     def spent(self, activity: Activity, name: str = "", nbytes: int = 0) -> Iterator[None]:
         """Measure the time of a block. name: the span's name, by default the activity. nbytes: bytes that it moves."""
-        started = time.monotonic()
+        started = runtime.monotonic()
         try:
             yield
         finally:
-            seconds = time.monotonic() - started
+            seconds = runtime.monotonic() - started
             with self._lock:
                 self._seconds[activity] += seconds
                 if self._profiled and len(self._spans) < MOST:
@@ -67,7 +67,7 @@ class Times:
         with self._lock:
             seconds, spans = self._seconds, self._spans
             if self._dropped:
-                spans.append(Span(f"and {self._dropped} more, not shown", "", self._epoch + time.monotonic(), 0.0))
+                spans.append(Span(f"and {self._dropped} more, not shown", "", self._epoch + runtime.monotonic(), 0.0))
             self._seconds, self._spans, self._dropped = dict.fromkeys(ACTIVITIES, 0.0), [], 0
         return seconds, tuple(spans)
 

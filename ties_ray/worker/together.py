@@ -4,11 +4,11 @@ Each merge has a worker of its own here, with its plan, its manifest and its bat
 and outcomes that rest on the same values are shared, so every merge gets the bytes that it gets alone.
 """
 
-import uuid
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from ties_ray import runtime
 from ties_ray.errors import InputError
 from ties_ray.worker.checksums import Checksums
 from ties_ray.worker.messages import SETUPS, TOGETHER, Answer, Order
@@ -31,7 +31,7 @@ class SharedWorker:
         self._shards: list[int] = []
         """The shards that no record holds yet."""
         self._round = 0
-        self._token = uuid.uuid4().hex[:12]
+        self._token = runtime.token_hex(6)
         self._num_records = 0
         self._recorded = Answer()
         """The last record, until an answer tells of it."""

@@ -8,8 +8,6 @@ import json
 import os
 import socket
 import sys
-import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, Problem
 from ties_ray.inputs.catalog import Earlier
 from ties_ray.kernels import flushes_to_zero
@@ -76,7 +75,7 @@ class Worker:
         self._reads, self._writes = self.tools.reads, self.tools.writes
         self._benches: dict[int, WorkerBench] = {}
         self._read_first: dict[int, tuple[RangeChecksums, ...]] = {}
-        self._token = uuid.uuid4().hex[:12]
+        self._token = runtime.token_hex(6)
         self.output = self._plan.output
         self._name = f"{socket.gethostname()} {os.getpid()} {self._token[:4]}" if setup.profiled else ""
         self._num_records = 0
@@ -116,17 +115,17 @@ class Worker:
 
     def answered(self, order: Order, handle: Callable[[], Answer]) -> str:
         """Return the answer in JSON, with what it has cost. handle: carries out the order."""
-        started = time.monotonic()
+        started = runtime.monotonic()
         try:
             name = self._plan.merges[order.result].rounds[order.round].name
             with self._times.spent("work", f"{name}: {order.action} {order.index}"), gpu_watched(on_gpu=self._on_gpu):
                 answer = handle()
         except BaseException:
-            self._log(order, "refused", time.monotonic() - started)
+            self._log(order, "refused", runtime.monotonic() - started)
             raise
         metered = self._metered(answer)
         self._totals.add(metered)
-        self._log(order, "done", time.monotonic() - started)
+        self._log(order, "done", runtime.monotonic() - started)
         return ANSWER.dump_json(metered).decode()
 
     def handle(self, order: Order) -> Answer:
@@ -379,7 +378,7 @@ def record_name(shards: Sequence[int], token: str, number: int) -> str:
 
 def _log_line(plan: Plan, order: Order, outcome: str, seconds: float) -> str:
     line = {
-        "time": round(time.time(), 3), "run_id": plan.run_id, "process": os.getpid(), "action": order.action,
+        "time": round(runtime.time(), 3), "run_id": plan.run_id, "process": os.getpid(), "action": order.action,
         "round": plan.merges[order.result].rounds[order.round].name, "shard": order.index, "outcome": outcome,
         "seconds": round(seconds, 3),
     }  # fmt: skip

@@ -1,11 +1,12 @@
 """Writes parts behind the merge: one is written while the next is filled."""
 
 import collections
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
+from ties_ray import runtime
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.rounds.merge import Written
 from ties_ray.stores import Stores, crc32c
@@ -19,7 +20,7 @@ class WriteBehind:
         """pinned: whether parts come from a GPU."""
         self._stores = stores
         self._times = times
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._thread = runtime.pool(1, "write")
         self._buffers = Buffers(pinned=pinned)
         self._going: collections.deque[Future[Written]] = collections.deque()
         self._written: list[Written] = []
@@ -49,7 +50,8 @@ class WriteBehind:
 
     def abandon(self) -> None:
         """Wait for the writes under way, and forget them."""
-        wait(self._going)
+        for going in self._going:
+            going.exception()
         self._going.clear()
         self._written.clear()
 
