@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.sweep --size 200M --models 8
 
-`lambda` differs in lambda alone, `grid` in lambda and density. The limit of a sweep is one merge and the writing of its
-further outputs: `copy` writes as many bytes through the same store.
+`lambda` differs in lambda alone, `grid` in lambda and density. `metrics` are the same sweeps without weights. The limit
+of a sweep is one merge and the writing of its further outputs.
 """
 
 import json
@@ -55,8 +55,12 @@ def main(models: int, size: str, folder: Path | None, memory: str) -> None:
         method = {"name": "ties", "density": 0.5}
         one = {**common, "method": method, "output": f"{place}/merged"}
         runs = [("one merge", MERGE, one)] + [
-            (name, SWEEP, {**common, "method": method, "grid": grid, "output": f"{place}/{name}/{{setting}}"})
-            for name, grid in GRIDS.items()
+            (name, SWEEP, {**common, "method": method, "grid": GRIDS[grid], "output": output})
+            for grid in GRIDS
+            for name, output in (
+                (grid, {"path": f"{place}/{grid}/{{setting}}"}),
+                (f"{grid}, metrics", {"path": f"{place}/{grid}, metrics/{{setting}}", "kind": "metrics"}),
+            )
         ]
         for name, code, recipe in runs:
             seen = program(code, recipe)

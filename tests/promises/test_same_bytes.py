@@ -350,6 +350,19 @@ def test_the_plans_bytes_and_requests_are_those_that_the_store_counts(
     assert_as_planned(result, counted, family)
 
 
+@pytest.mark.parametrize("method", ["ties", "consensus", "iso_c"])
+@pytest.mark.parametrize(
+    "how", [{"num_models": 3}, {"num_models": 5, "hidden": 64, "shards": 3, "mixed": True}], ids=str
+)
+def test_figures_alone_read_what_is_planned(
+    method: str, how: dict[str, Any], family_of: MakeFamily, tmp_path: Path
+) -> None:
+    family = family_of(**how)
+    with reads_counted() as counted:
+        result = merge(family, {"path": str(tmp_path / "out"), "kind": "metrics"}, method)
+    assert_as_planned(result, counted, family)
+
+
 def test_models_that_are_not_trimmed_are_not_read_for_a_threshold(family_of: MakeFamily, tmp_path: Path) -> None:
     family = family_of(num_models=40, layers=1, hidden=8)
     densities = [0.1, 1.0, *[0.3] * 20, *[1.0] * 18]  # none of the second group of 32 has a threshold

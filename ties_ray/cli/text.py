@@ -399,7 +399,7 @@ def growth_of(method: MethodDoc) -> str:
 
 
 def _files(count: int, size: int) -> str:
-    return f"{_count(count, 'file')}, {num_bytes(size)}"
+    return f"{_count(count, 'file')}, {num_bytes(size)}" if count else "figures alone"
 
 
 def _count(count: int, noun: str) -> str:

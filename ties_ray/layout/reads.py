@@ -116,7 +116,7 @@ class _Walk:
         """
         parameter = self._parameters[index]
         if parameter.name not in self._sources.divided:
-            return whole[0], whole[1] * self.cuts[index][1]
+            return self.cuts[index].share(whole[0], parameter), whole[1] * self.cuts[index].blocks
         blocks = [block for block in self._divided if block.parameter == index]
         parts = [self._sources.dense(parameter, models, block.start, block.stop) for block in blocks]
         return sum(size for size, _ in parts), sum(requests for _, requests in parts)
@@ -247,13 +247,12 @@ class Cost:
         num_bytes = requests = 0
         of_base = set()
         for index in walk.cuts if only is None else only:
-            segments, blocks = walk.cuts[index]
-            parameter = self._layout.parameters[index]
+            cut, parameter = walk.cuts[index], self._layout.parameters[index]
             footprint = self._sources.footprint(parameter, models)
             of_dense, count = walk.dense(index, models, footprint.dense)
             num_bytes += passes * of_dense
             requests += passes * count
-            of_factors, reads = self._factors(footprint, segments, blocks, passes)
+            of_factors, reads = self._factors(footprint, cut, parameter, passes)
             num_bytes += of_factors
             requests += reads
             of_companions, count = self._sources.companion_bytes(own.companions if own else (), parameter)
@@ -261,9 +260,9 @@ class Cost:
             kept = earlier.source(own.state, parameter.name) if own and earlier else None
             if kept:
                 num_bytes += 4 * kept.tensors[0].shape[1] * parameter.numel
-                requests += blocks
-            num_bytes += passes * of_companions
-            requests += passes * count * blocks
+                requests += cut.blocks
+            num_bytes += passes * cut.share(of_companions, parameter)
+            requests += passes * count * cut.blocks
             need = max(base, footprint.base, key=NEEDS.index)
             if need != "nothing":
                 of_base.add(index)
@@ -271,24 +270,24 @@ class Cost:
                 num_bytes += size
                 requests += count
                 if need == "rows":  # the rows in which a block begins and ends are read whole
-                    num_bytes += 2 * blocks * size // max(1, parameter.shape[0])
+                    num_bytes += 2 * cut.blocks * size // max(1, parameter.shape[0])
         total = Reading(num_bytes, requests - walk.requests_saved(models), 0)
         counts, kinds = self._sources.alike(models)
         for (_, count), model in zip(counts, kinds, strict=True):
             total = total.plus(Reading(*(count * each for each in walk.joined(model))))
         return total.plus(walk.joined(self._sources.catalog.base, frozenset(of_base))) if of_base else total
 
-    def _factors(self, footprint: Footprint, segments: int, blocks: int, passes: int) -> tuple[int, int]:
+    def _factors(self, footprint: Footprint, cut: "_Cut", parameter: Parameter, passes: int) -> tuple[int, int]:
         """Return (bytes, requests) of a parameter's factors; cached ones are read at most once a segment."""
         whole, shared = footprint.factors, footprint.shared
         cached = self._sources.cached(footprint)
         if cached == "all":
-            return segments * whole[0], segments * footprint.joined
-        if blocks == 1:
+            return cut.segments * whole[0], cut.segments * footprint.joined
+        if cut.blocks == 1 and cut.elements == parameter.numel:
             return passes * whole[0], passes * whole[1]
-        own = passes * (whole[0] - shared[0] + blocks * footprint.edge)
-        reads = passes * blocks * (footprint.requests - shared[1])
-        times = segments if cached == "shared" else passes * blocks
+        own = passes * (cut.share(whole[0] - shared[0], parameter) + cut.blocks * footprint.edge)
+        reads = passes * cut.blocks * (footprint.requests - shared[1])
+        times = cut.segments if cached == "shared" else passes * cut.blocks
         return own + times * shared[0], reads + times * shared[1]
 
 
@@ -296,10 +295,24 @@ def _base(own: Round | None) -> Literal["nothing", "slice"]:
     return "slice" if own and own.needs_base else "nothing"
 
 
-def _cuts(segments: Iterable[Segment], block: int) -> dict[int, tuple[int, int]]:
-    """Return, by parameter, into how many segments and blocks it is cut."""
-    cuts: dict[int, tuple[int, int]] = {}
+class _Cut(NamedTuple):
+    """How a walk goes through one parameter."""
+
+    segments: int = 0
+    blocks: int = 0
+    elements: int = 0
+    """Those that it goes through."""
+
+    def share(self, num_bytes: int, parameter: Parameter) -> int:
+        """Return the bytes that its elements take, of those of the whole parameter."""
+        return num_bytes * self.elements // max(1, parameter.numel)
+
+
+def _cuts(segments: Iterable[Segment], block: int) -> dict[int, _Cut]:
+    """Return how each parameter is cut."""
+    cuts: dict[int, _Cut] = {}
     for parameter, start, stop in segments:
-        num_segments, num_blocks = cuts.get(parameter, (0, 0))
-        cuts[parameter] = num_segments + 1, num_blocks + -(-(stop - start) // block)
+        before = cuts.get(parameter, _Cut())
+        size = stop - start
+        cuts[parameter] = _Cut(before.segments + 1, before.blocks - (-size // block), before.elements + size)
     return cuts

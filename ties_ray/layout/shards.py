@@ -172,7 +172,11 @@ def plan_files(recipe: Recipe, catalog: Catalog, members: Sequence[Member]) -> t
         filled += size
     products = recipe.output.products(catalog.parameters, [member.id for member in members])
     return (
-        *(_plan_file(library.file_name(number, len(groups)), group) for number, group in enumerate(groups, start=1)),
+        *(
+            _plan_file(library.file_name(number, len(groups)), group)
+            for number, group in enumerate(groups, start=1)
+            if group
+        ),
         *(_plan_file(product.name, product.tensors, product.metadata) for product in products),
     )
 

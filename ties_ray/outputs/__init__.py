@@ -143,6 +143,8 @@ class Output(BaseModel, ABC):
     def _dtype(cls, value: object) -> object:
         return SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
 
+    writes: ClassVar[bool] = True
+    """Whether it writes weights. If not, the last round only looks at what the merge does."""
     reads_base: ClassVar[bool] = True
     """Whether the output holds values of the base. If not, and no model needs it, a recipe may leave the base out."""
     carries_heads: ClassVar[bool] = False

@@ -154,6 +154,8 @@ def _kind(merge: Merge, round_: Round, *, last: bool) -> str:
     """Return the kind of a method's round that names none."""
     if not last:
         return "ranks" if round_.ranks else "gather"
+    if not merge.recipe.output.writes:
+        return "measure"
     condenses = isinstance(merge.recipe.output, CondensingOutput)
     through_scratch = round_.unit is not every_element or round_.finish or merge.recipe.output.holds_masks
     return "units" if through_scratch and not condenses else "merge"
@@ -169,6 +171,7 @@ def _check(recipe: Recipe, catalog: Catalog, members: Sequence[Member], numbers:
     problems += recipe.output.problems(catalog.parameters)
     problems += _state_problems(recipe)
     problems += _mask_problems(recipe, catalog)
+    problems += _measure_problems(recipe)
     if problems:
         raise RecipeError(problems)
 
@@ -181,7 +184,7 @@ def _state_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.method.all_at_once:
         message = f"{recipe.method.name} needs all models at once: {recipe.method.all_at_once}"
         yield Problem(asked, message, "leave it out, and merge all models in one recipe")
-    if isinstance(recipe.output, CondensingOutput):
+    if isinstance(recipe.output, CondensingOutput) or not recipe.output.writes:
         message = f"an output of kind {recipe.output.kind} has no state by element"
         yield Problem(asked, message, "use kind: checkpoint or kind: delta")
 
@@ -196,6 +199,17 @@ def _mask_problems(recipe: Recipe, catalog: Catalog) -> Iterator[Problem]:
         yield Problem("method.masks", message, "write `kind: masks`, or leave `masks` out")
     if recipe.method.gives_masks and catalog.lambdas:
         yield Problem("method.lambda", "a mask has one factor, and lambda differs by parameter", "give one lambda")
+
+
+def _measure_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield why nothing is looked at, where the output is figures alone."""
+    if recipe.output.writes:
+        return
+    if recipe.run.device != "cpu":
+        yield Problem("run.device", "figures are gathered on a CPU", "write `device: cpu`")
+    if any(round_.finish for round_ in recipe.method.rounds()):
+        message = f"what {recipe.method.name} adds is final once all of it is merged, so it has no figures"
+        yield Problem("output.kind", message, "use kind: checkpoint or kind: delta")
 
 
 def _cache(recipe: Recipe, merge: Merge) -> int:
