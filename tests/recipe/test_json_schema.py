@@ -8,9 +8,12 @@ import pytest
 from ruamel.yaml import YAML
 
 from ties_ray import plugins
+from ties_ray.errors import RecipeError
 from ties_ray.methods import Method
 from ties_ray.recipe.json_schema import recipe_schema
 from ties_ray.recipe.parse import validate
+from ties_ray.recipe.search import search_of
+from ties_ray.recipe.settings import sweep_of
 
 RECIPE: dict[str, Any] = {"base": "b", "models": ["m"], "method": {"name": "ties"}, "output": {"path": "o"}}
 
@@ -93,6 +96,49 @@ def test_what_a_recipe_refuses_the_schema_refuses(validator: Any, place: str, va
         validator.validate(changed(place, value))
     with pytest.raises(ValueError, match=place.split(".")[0]):
         validate(changed(place, value))
+
+
+SWEEP = {
+    "settings": [{"name": "sum", "set": {"method": "task_arithmetic"}}],
+    "grid": {"method.lambda": [0.3, 1]},
+    "controls": {"leave_one_out": True, "subsets": {"k": 2, "n": 3}},
+}
+SEARCH = {
+    "space": {
+        "method.lambda": {"low": 0.1, "high": 2, "log": True},
+        "models.weight": {"*.mlp.*": {"low": 0, "high": 1, "layers": 3}},
+        "models.only": {"choose": 2},
+        "method.zero_sum": {"choices": ["none", "positive"]},
+    },
+    "sampler": {"name": "cma_es"},
+    "evaluate": ["loss:dev.jsonl", {"name": "accuracy", "data": "dev.jsonl"}],
+    "confirm": "loss:test.jsonl",
+}
+
+
+def test_sweeps_and_searches_are_valid(validator: Any) -> None:
+    sweep_of({**changed("output.path", "o/{setting}"), **SWEEP})
+    search_of({**RECIPE, "search": {**SEARCH, "confirm": None}})
+    for more in (SWEEP, {"search": {**SEARCH, "sampler": "grid", "evaluate": "loss:dev.jsonl"}}, {"search": SEARCH}):
+        validator.validate({**RECIPE, **more})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("grid", {"method.lambda": 0.3}),
+        ("settings", [{"set": {}}]),
+        ("controls", {"leave_two_out": True}),
+        ("search", {**SEARCH, "sampler": "cma"}),
+        ("search", {**SEARCH, "sampler": {"name": "cma_es", "sigma_zero": 1}}),
+        ("search", {**SEARCH, "evaluate": {"name": "loss"}}),
+        ("search", {**SEARCH, "space": {"method.lambda": 0.3}}),
+    ],
+)
+def test_what_sweeps_and_searches_refuse_the_schema_refuses(validator: Any, key: str, value: object) -> None:
+    assert list(validator.iter_errors({**RECIPE, key: value}))
+    with pytest.raises(RecipeError):
+        (search_of if key == "search" else sweep_of)({**changed("output.path", "o/{setting}"), key: value})
 
 
 def test_every_field_of_every_section_is_described(validator: Any) -> None:

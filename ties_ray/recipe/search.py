@@ -33,7 +33,9 @@ class Range(Strict):
     """A number between two bounds."""
 
     low: FiniteFloat
+    """The smallest value."""
     high: FiniteFloat
+    """The largest value."""
     log: bool = False
     """Whether its logarithm is searched evenly, as suits numbers of unknown size."""
     integer: bool = False
@@ -58,6 +60,7 @@ class Choices(Strict):
     """One of several values."""
 
     choices: tuple[Any, ...] = Field(min_length=2, max_length=MAX_CHOICES)
+    """The values."""
     layers: int | None = Field(default=None, ge=1, le=100)
     """Number of values that are spread evenly over the layers, as a gradient. Default: one value for all."""
 
