@@ -27,6 +27,7 @@ from benchmarks.planning import large_catalog
 from ties_ray.driver.crew import DEPTH, Crew
 from ties_ray.driver.dispatch import Stage
 from ties_ray.driver.meters import Meters
+from ties_ray.driver.places import Places
 from ties_ray.driver.run import MergeRun
 from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
@@ -238,7 +239,8 @@ def simulate(world: World, seed: int = 0) -> Story:
     began = time.process_time()
     schedule = Schedule([1] * world.shards, world.workers, depth=DEPTH)
     stage = Stage(
-        schedule, executor, lambda shard: Order("shard", round=2, index=shard), first_ticket=3 << 40,
+        schedule, executor, Places(world.workers, clock=lambda: executor.now),
+        lambda shard: Order("shard", round=2, index=shard), first_ticket=3 << 40,
         records=True, slow="repeat" if world.repeats else "replace", patience=world.patience,
         clock=lambda: executor.now,
     )  # fmt: skip

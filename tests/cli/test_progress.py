@@ -81,6 +81,15 @@ def test_a_long_start_says_that_kernels_are_compiled_where_none_are(
         assert state.title == title
 
 
+def test_a_merge_without_a_worker_says_first_how_long_it_has_waited_for_a_place() -> None:
+    state = progress._State()
+    state.take(Progress("merge", 3, 9, 10, 20, workers=2, workers_missing=1, workers_lost=1))
+    assert "1 of 2 workers" in state.facts()
+    state.take(Progress("merge", 3, 9, 10, 20, workers=2, workers_missing=2, workers_lost=2, waiting_seconds=75.0))
+    assert state.facts()[0] == "0 of 2 workers, waiting for a place for 1 min 15 s"
+    assert "2 lost" in state.facts()
+
+
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_a_terminal_shows_the_stage_in_two_lines_that_fit(columns: int) -> None:
     file = Terminal()

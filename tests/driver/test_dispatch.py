@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from benchmarks.scale import World, simulate
 from ties_ray.driver.dispatch import HUNG_FACTOR, HUNG_SECONDS, Stage
+from ties_ray.driver.places import Places
 from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready
 from ties_ray.worker.messages import ANSWER, Answer, Order
@@ -149,8 +150,8 @@ def test_a_lost_worker_is_one_line_for_the_user() -> None:
     lines: list[str] = []
     schedule = Schedule([1], 1, depth=2)
     stage = Stage(
-        schedule, Dying(), lambda task: Order("shard", index=task), first_ticket=0, records=False, slow="wait",
-        patience=60.0, announce=lines.append,
+        schedule, Dying(), Places(1), lambda task: Order("shard", index=task), first_ticket=0, records=False,
+        slow="wait", patience=60.0, announce=lines.append,
     )  # fmt: skip
     while not schedule.finished:
         stage.step()

@@ -151,7 +151,7 @@ def test_uploads_forgotten_during_a_merge_are_begun_again_by_itself(
     assert result.bytes_read == merging.plan(recipe).bytes_read + last.bytes_read
 
 
-def test_workers_of_another_try_do_not_inherit_the_quarantine_of_the_first(
+def test_workers_of_another_try_do_not_inherit_the_empty_places_of_the_first(
     large: Family, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would ever say that they are ready, and with one worker nothing would ever be done."""
@@ -162,7 +162,7 @@ def test_workers_of_another_try_do_not_inherit_the_quarantine_of_the_first(
 
     def lost_at_the_end(run: Any, crew: Any, *arguments: Any, **named: Any) -> MergeResult:
         if next(tries) == 1:
-            crew._quarantined = frozenset({0})
+            crew.places.lost(0, "at the end")
             forget_uploads(recipe)
         return publish(run, crew, *arguments, **named)
 

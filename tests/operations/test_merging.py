@@ -11,6 +11,7 @@ from tests.tools.merging import LOCAL, digests, merge
 from ties_ray.driver import crew
 from ties_ray.driver.schedule import Schedule
 from ties_ray.errors import InputError, Problem, UnavailableError
+from ties_ray.executors.local import LocalExecutor
 from ties_ray.worker import worker
 
 MakeFamily = Callable[..., Family]
@@ -31,7 +32,7 @@ def test_what_a_worker_fails_with_decides_the_exit_code(
     assert (raised.value.exit_code, raised.value.kind) == (code, "unavailable" if code == 5 else "input")
 
 
-def test_a_worker_in_quarantine_gets_no_work_in_later_stages(
+def test_a_place_whose_worker_is_yet_to_come_gets_no_work(
     family_of: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = family_of(num_models=2)
@@ -39,22 +40,22 @@ def test_a_worker_in_quarantine_gets_no_work_in_later_stages(
     losses: list[frozenset[int]] = []
     owners: list[int | None] = []
 
-    class Suspicious(Schedule):
-        """Puts worker 1 into quarantine at the end of the first stage."""
+    class Watched(Schedule):
+        """Notes which workers it must not use."""
 
         def __init__(self, *positional: Any, lost: frozenset[int] = frozenset(), **named: Any) -> None:
             super().__init__(*positional, lost=lost, **named)
-            losses.append(frozenset(lost))
+            losses.append(lost)
 
         @property
-        def quarantined(self) -> frozenset[int]:
-            owners.extend(self.owners if len(losses) > 1 else ())
-            return super().quarantined | {1}
+        def owners(self) -> tuple[int | None, ...]:
+            owners.extend(super().owners)
+            return super().owners
 
-    monkeypatch.setattr(crew, "Schedule", Suspicious)
+    monkeypatch.setattr(crew, "Schedule", Watched)
+    monkeypatch.setattr(LocalExecutor, "empty_places", lambda _: frozenset({1}))
     merge(family, tmp_path / "out", "ties", run=TWO)
-    assert losses[0] == frozenset()
     assert len(losses) > 3
-    assert set(losses[1:]) == {frozenset({1})}
+    assert set(losses) == {frozenset({1})}
     assert set(owners) - {None} == {0}
     assert digests(tmp_path / "out") == digests(tmp_path / "wanted")

@@ -121,7 +121,10 @@ class _State:
         if left is not None:
             facts.append(f"{duration(left)} left")
         if progress.workers:
-            facts.append(f"{progress.workers:,} worker{'s' * (progress.workers > 1)}")
+            here = f"{progress.workers - progress.workers_missing:,} of " if progress.workers_missing else ""
+            facts.append(f"{here}{progress.workers:,} worker{'s' * (progress.workers > 1)}")
+        if progress.workers_missing == progress.workers > 0:
+            facts = [f"{facts.pop()}, waiting for a place for {duration(progress.waiting_seconds)}", *facts]
         if progress.workers_lost:
             facts.append(f"{progress.workers_lost:,} lost")
         if progress.bytes_written:

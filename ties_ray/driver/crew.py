@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from ties_ray import runtime
 from ties_ray.driver.dispatch import Stage
 from ties_ray.driver.meters import Meters
+from ties_ray.driver.places import Places
 from ties_ray.driver.schedule import Failure, Schedule
 from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.executors import Executor, Needs
@@ -58,20 +59,26 @@ class Crew:
 
     def __init__(self, executor: Executor, meters: Meters, patience: float) -> None:
         """patience: seconds until a worker without an answer is given up."""
-        self.size = 0
-        """The number of workers."""
+        self.places = Places(0)
         self.shards_again = 0
         """Shards that were done again."""
-        self.losses = 0
-        """Workers that were lost."""
         self._executor = executor
         self._meters = meters
         self._patience = patience
-        self._quarantined: frozenset[int] = frozenset()
         self._stages = 0
         self._num_merges = 1
         self._began: tuple[float, float] | None = None
         """When the workers had started, by the monotonic clock, and their seconds of work until then."""
+
+    @property
+    def size(self) -> int:
+        """The number of workers, of which some may be yet to come."""
+        return self.places.size
+
+    @property
+    def losses(self) -> int:
+        """Workers that were lost."""
+        return self.places.losses
 
     def start(self, plan: Plan, setups: Sequence[Setup], num_workers: int | None, *, beside: int = 0) -> None:
         """Start the workers. Raises a `MergeError` where none starts.
@@ -95,10 +102,9 @@ class Crew:
             factory, setup = "ties_ray.worker.worker:make_worker", SETUP.dump_json(setups[0])
         else:
             factory, setup = "ties_ray.worker.together:make_worker", SETUPS.dump_json(tuple(setups))
-        self.size = self._executor.start(factory, setup.decode(), needs)
-        self._quarantined = frozenset()
+        size = self._executor.start(factory, setup.decode(), needs)
+        self.places = self._meters.places = Places(size, self._executor.empty_places(), deadline=run.deadline)
         self._began = runtime.monotonic(), self._meters.seconds["work"]
-        self._meters.workers = self.size
         self.work(Orders("start", lambda _: self._to_all("hello"), costs=(1,) * self.size, activity="starting"))
 
     def _to_all(self, action: Literal["hello", "flush"]) -> Order | Together:
@@ -120,12 +126,13 @@ class Crew:
         """Carry out the orders of a stage. Raises the error that a worker's failure stands for."""
         name, activity = orders.name, orders.activity
         schedule = Schedule(
-            orders.costs, self.size, done=orders.done, lost=self._quarantined, prefer=orders.prefer, depth=DEPTH
+            orders.costs, self.size, done=orders.done, lost=self.places.empty, prefer=orders.prefer, depth=DEPTH
         )
         self._stages += 1
         stage = Stage(
             schedule,
             self._executor,
+            self.places,
             orders.order,
             first_ticket=self._stages << 40,
             records=orders.records,
@@ -143,9 +150,6 @@ class Crew:
                     raise _error(schedule.failure, name)
         self._meters.end_stage()
         self.shards_again += schedule.num_retries
-        self.losses += schedule.num_losses
-        self._meters.workers_lost = self.losses
-        self._quarantined = schedule.quarantined
         self._meters.tell(name, schedule, activity=activity)
         return Done(stage.shards_by_record, schedule.owners)
 

@@ -6,6 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from ties_ray import runtime
+from ties_ray.driver.places import Places
 from ties_ray.driver.schedule import Schedule
 from ties_ray.executors import Answered, Event, Executor, Lost, Ready, Refused, print_nothing
 from ties_ray.rounds import Slow
@@ -27,6 +28,7 @@ class Stage:
         self,
         schedule: Schedule,
         executor: Executor,
+        places: Places,
         order: Callable[[int], Order | Together],
         *,
         first_ticket: int,
@@ -46,6 +48,7 @@ class Stage:
         self.shards_by_record: dict[str, tuple[int, ...]] = {}
         self._schedule = schedule
         self._executor = executor
+        self._places = places
         self._order = order
         self._first = first_ticket  # late answers to an earlier stage have lower numbers
         self._records = records
@@ -66,7 +69,13 @@ class Stage:
         """The ticket of each worker that is writing a record."""
 
     def step(self) -> list[Answer]:
-        """Submit all orders that the schedule assigns, wait a moment for events, and return the answers."""
+        """Submit all orders that the schedule assigns, wait a moment for events, and return the answers.
+
+        Raises `UnavailableError` where there has been no worker for too long.
+        """
+        for worker in self._places.due():
+            self._executor.revive(worker)
+        self._places.demand()
         for worker, ticket, task in self._schedule.assignments():
             self._submit(worker, ticket, self._order(task))
         for worker in self._schedule.holding() if self._records else ():
@@ -116,7 +125,7 @@ class Stage:
             del self._since[ticket]
         self._announce(f"worker {worker} was lost, and another takes its place: {reason}")
         self._schedule.lost(worker, reason)
-        self._executor.revive(worker)
+        self._places.lost(worker, reason)
 
     def _submit(self, worker: int, ticket: int, order: Order | Together) -> None:
         self._since[ticket] = (worker, self._clock())
@@ -138,6 +147,7 @@ class Stage:
                 self._lost(event.worker, event.reason)
             case Ready():
                 schedule.ready(event.worker)
+                self._places.ready(event.worker)
         return None
 
     def _answered(self, worker: int, ticket: int, answer: Answer) -> Answer:

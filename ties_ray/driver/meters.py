@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ties_ray import runtime
+from ties_ray.driver.places import Places
 from ties_ray.driver.schedule import Schedule
 from ties_ray.planning.forecast import Progressed, ProgressForecast
 from ties_ray.reports.records import Progress, Watch
@@ -37,9 +38,7 @@ class Meters:
         """The driver's own spans."""
         self.first: Foreseen | None = None
         """The first forecast of the run's end; None while there is none."""
-        self.workers = 0
-        """Workers that have started."""
-        self.workers_lost = 0
+        self.places = Places(0)
         self.bytes_planned = 0
         """Bytes that the plan reads."""
         self.profiled = trace is not None
@@ -97,8 +96,10 @@ class Meters:
             self.bytes_planned,
             bytes_written=traffic.bytes_written,
             activity=activity,
-            workers=self.workers,
-            workers_lost=self.workers_lost,
+            workers=self.places.size,
+            workers_missing=len(self.places.empty),
+            workers_lost=self.places.losses,
+            waiting_seconds=self.places.waiting_seconds,
             seconds_left=max(0.0, self._latest.end - now) if self._latest else None,
         )
 

@@ -136,11 +136,6 @@ class Schedule:
         return len(self._tickets)
 
     @property
-    def quarantined(self) -> frozenset[int]:
-        """The lost workers that are not ready yet; the next round's schedule must know them."""
-        return frozenset(self._lost)
-
-    @property
     def owners(self) -> tuple[int | None, ...]:
         """The last worker of each task; a later round may prefer it."""
         return tuple(self._owner)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Self
 
 from ties_ray import plugins
+from ties_ray.driver.places import Places
 from ties_ray.errors import InterruptedMerge, Problem
 from ties_ray.executors import Answered, Event, Executor, Lost, Needs, Ready, Refusal, Refused
 
@@ -23,11 +24,13 @@ class Tasks:
         self._needs = needs
         try:
             self.size = self._executor.start(factory, setup, needs)
-            """The number of workers."""
+            """The number of workers, of which some may be yet to come."""
+            empty = self._executor.empty_places()
         except BaseException:
             self._executor.stop()
             raise
-        self._idle = deque(range(self.size))
+        self._places = Places(self.size, empty, deadline=needs.deadline)
+        self._idle = deque(worker for worker in range(self.size) if worker not in empty)
         self._tasks: dict[int, int] = {}
         """The number of each task under way, by its ticket."""
         self._workers: dict[int, int] = {}
@@ -45,13 +48,17 @@ class Tasks:
         """Yield the answers (number, text) as they come, about once a second; a turn without any yields [].
 
         messages: by the number of the task, in the order in which they begin. The task of a lost worker is begun again.
-        Raises the error of a host, and `InterruptedMerge` for a task that has cost several workers.
+        Raises the error of a host, and `InterruptedMerge` for a task that has cost several workers. Raises
+        `UnavailableError` where there has been no worker for too long.
         """
         waiting, left = deque(messages), len(messages)
         self._losses.clear()
         while left:
             while waiting and self._idle:
                 self._begin(waiting.popleft(), messages)
+            for worker in self._places.due():
+                self._executor.revive(worker)
+            self._places.demand()
             answers = []
             for event in self._executor.wait(TURN):
                 if isinstance(event, Answered) and event.ticket in self._tasks:
@@ -81,6 +88,7 @@ class Tasks:
             case Refused():
                 raise Refusal(event.kind, event.problems, event.traceback).error()
             case Ready():
+                self._places.ready(event.worker)
                 self._idle.append(event.worker)
             case Lost():
                 return self._replace(event)
@@ -98,5 +106,5 @@ class Tasks:
             message = f"has lost {TRIES} workers, the last one by: {lost.reason}"
             where = "a new worker" if number < 0 else f"task {number}"
             raise InterruptedMerge(Problem(where, message, "give workers more memory, and run it again"))
-        self._executor.revive(lost.worker)
+        self._places.lost(lost.worker, lost.reason)
         return [] if number < 0 else [number]

@@ -129,11 +129,16 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self, factory: str, setup: str, needs: Needs) -> int:
-        """Start workers whose host is `module:function` called with `setup`; return the number of workers.
+        """Start workers whose host is `module:function` called with `setup`; return the number of their places.
 
-        Raises `UnavailableError` if no worker starts within the deadline. Raises `InputError` if a worker's versions
-        differ; it names the package, the place and the command that mends it. Raises the factory's own `MergeError`.
+        Some of these may still be empty (`empty_places`). Raises `UnavailableError` if no worker starts within the
+        deadline. Raises `InputError` if a worker's versions differ; it names the package, the place and the command
+        that mends it. Raises the factory's own `MergeError`.
         """
+
+    def empty_places(self) -> frozenset[int]:
+        """Return the places whose first worker is yet to come: a `Ready` follows, or a `Lost` where it dies before."""
+        return frozenset()
 
     @abstractmethod
     def submit(self, worker: int, ticket: int, message: str) -> None:

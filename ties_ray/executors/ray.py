@@ -72,6 +72,8 @@ _SLICE = 0.2
 """Seconds that one call of Ray may delay a signal to the main thread."""
 _OF_TOKEN = re.compile("InvalidAuthToken|AuthenticationError|UNAUTHENTICATED|auth_token|RAY_AUTH_TOKEN")
 """Words of Ray about the token of a cluster."""
+_OUT_OF_MEMORY = re.compile(r"low on memory.*?IP: ([^,)]+).*? was ([\d.]+ ?\w+) used / ([\d.]+ ?\w+) limit", re.S)
+"""Words of Ray's memory monitor: the node, what was in use, and what there is."""
 _MOST_PER_CORE = 4
 """The most workers for each core of this machine, where Ray is started here."""
 _HEAD_SECONDS = 2.0
@@ -79,7 +81,9 @@ _HEAD_SECONDS = 2.0
 _HEAD_SILENCE = 20.0
 """Seconds without an answer of the head after which a merge ends. Ray ends this process after 60 s, without a word."""
 _GRACE = 30.0
-"""Seconds that further workers have to start after the first, if the user named no number of workers."""
+"""Seconds that a merge waits for further workers after the first has started."""
+_STARTS = 3
+"""The most actors that may die in one place while a merge starts."""
 
 
 _Plain = tuple[str, list[tuple[str, ...]], str]
@@ -213,6 +217,8 @@ class RayExecutor(Executor):
         self._actors: list[Any] = []
         self._healthy: list[bool] = []
         self._open: dict[Any, _Message] = {}
+        self._deaths: list[Lost] = []
+        """Losses of workers while all of them started, until `wait` reports them."""
         self._owns_connection = False
         self._head = _Head("")
         self._environment: dict[str, str] = {}
@@ -245,6 +251,11 @@ class RayExecutor(Executor):
             raise
         return len(self._actors)
 
+    def empty_places(self) -> frozenset[int]:
+        """Return those whose actor has no place, has not begun yet, or has taken the place of another."""
+        empty = {worker for worker, healthy in enumerate(self._healthy) if not healthy}
+        return frozenset(empty | {death.worker for death in self._deaths})
+
     def submit(self, worker: int, ticket: int, message: str) -> None:
         """Call the actor."""
         assert len(message) <= MESSAGE_BYTES
@@ -254,10 +265,15 @@ class RayExecutor(Executor):
 
     def wait(self, timeout: float) -> list[Event]:
         """Return the events of the open calls."""
+        if self._deaths:
+            deaths, self._deaths = self._deaths, []
+            places = sorted({death.worker for death in deaths})
+            return [*deaths, *(Ready(worker) for worker in places if self._healthy[worker])]
         end = time.monotonic() + timeout
         while True:
             self._head.demand()
-            events = self._read(self._done(end)) + self._overdue()
+            self._ask_again()
+            events = self._read(self._done(end))
             if events or time.monotonic() >= end:
                 return events
 
@@ -283,7 +299,8 @@ class RayExecutor(Executor):
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-        self._actors, self._healthy, self._open, self._owns_connection, self._environment = [], [], {}, False, {}
+        self._actors, self._healthy, self._open, self._deaths = [], [], {}, []
+        self._owns_connection, self._environment = False, {}
 
     # ----- connection
 
@@ -388,45 +405,52 @@ class RayExecutor(Executor):
         return versions | _facts((), plugins, _digest(plugins))
 
     def _begin_all(self) -> list[_Begun]:
-        """Start the workers and return their reports; drop those that do not start by the deadline."""
+        """Start workers; return the reports of those that are there soon. The others come when they have a place."""
         self._head = _Head(_address_of_head())
         room, asked = _room(self._needs), self._needs.num_workers
         count = asked or max(1, room)
         if room < count:
             line = f"{count} workers are asked for, and the nodes have room for {room}"
-            self._needs.announce(f"{line}: the merge waits {self._needs.deadline:g} s for more nodes (run.deadline)")
+            self._needs.announce(f"{line}: the others join when nodes come")
         self._expected = self._find_expected()
         self._actors = [self._new_actor() for _ in range(count)]
-        self._healthy = [False] * count
+        self._healthy, self._deaths = [False] * count, []
         for worker in range(count):
             self._begin(worker)
-        calls, self._open = list(self._open), {}
-        answers: dict[int, _Begun] = {}
-        failure = "none has answered"
-        end = time.monotonic() + self._needs.deadline
-        open_calls = calls
-        while open_calls and time.monotonic() < end:
-            self._head.demand()
-            done, open_calls = ray.wait(open_calls, num_returns=len(open_calls), timeout=_SLICE)
-            for call in done:
-                try:
-                    answers[calls.index(call)] = ray.get(call)[1]
-                except RayError as error:
-                    failure = _reason(error)
-            if answers and self._needs.num_workers is None:
-                end = min(end, time.monotonic() + _GRACE)
-        for worker, actor in enumerate(self._actors):
-            if worker not in answers:
-                ray.kill(actor, no_restart=True)
+        began = time.monotonic()
+        answers = self._first_answers(min(count, room) or 1, began + self._needs.deadline)
         if not answers:
-            nodes = ", ".join(_describe(node) for node in ray.nodes() if node["Alive"])
-            message = f"no worker of {self._each()} within {self._needs.deadline:g} s ({failure}); nodes: {nodes}"
-            raise UnavailableError(Problem("Ray", message, "wait for room, or lower run.memory or run.gpus_per_worker"))
+            raise self._nobody(time.monotonic() - began)
         if len(answers) < count:
-            self._needs.announce(f"the merge runs with {len(answers)} of {count} workers")
-        self._actors = [self._actors[worker] for worker in sorted(answers)]
-        self._healthy = [True] * len(answers)
+            self._needs.announce(f"the merge begins with {len(answers)} of {count} workers")
         return list(answers.values())
+
+    def _first_answers(self, enough: int, end: float) -> dict[int, _Begun]:
+        """Return the reports of new workers, once there are enough, or none comes any more. end: the latest time."""
+        answers: dict[int, _Begun] = {}
+        while self._open and len(answers) < enough and time.monotonic() < end:
+            self._head.demand()
+            for call in self._done(end):
+                worker = self._open[call].worker
+                try:
+                    answers[worker] = ray.get(call)[1]
+                    self._healthy[worker] = True
+                    del self._open[call]
+                    end = min(end, time.monotonic() + _GRACE)
+                except RayError as error:
+                    self._deaths.append(self._lose(worker, _reason(error)))
+                    if sum(death.worker == worker for death in self._deaths) < _STARTS:
+                        self.revive(worker)
+        return answers
+
+    def _nobody(self, seconds: float) -> UnavailableError:
+        """Return why there is no worker after so many seconds."""
+        nodes = ", ".join(_describe(node) for node in ray.nodes() if node["Alive"])
+        if self._deaths:
+            message = f"each worker of {self._each()} died while it started: {self._deaths[-1].reason}; nodes: {nodes}"
+            return UnavailableError(Problem("Ray", message, "lower run.workers, or take nodes with more memory"))
+        message = f"no worker of {self._each()} within {seconds:.0f} s; nodes: {nodes}"
+        return UnavailableError(Problem("Ray", message, "wait for room, or lower run.memory or run.gpus_per_worker"))
 
     def _wrong(self, answer: _Begun) -> list[Problem]:
         """Return the problems of a new worker's node, or of its factory."""
@@ -480,11 +504,14 @@ class RayExecutor(Executor):
                 events.append(Refused(worker, ticket, *_refusal(outcome[1:])))
         return events + [self._lose(worker, reason) for worker, reason in losses.items()]
 
-    def _overdue(self) -> list[Event]:
-        """Give up new actors for which Ray has no place."""
+    def _ask_again(self) -> None:
+        """Ask Ray for other actors in place of those that have not begun in time: a node may be cut off."""
+        if self._head.is_silent:
+            return
         late = time.monotonic() - self._needs.deadline
-        workers = [message.worker for message in self._open.values() if message.ticket is None and message.since < late]
-        return [self._lose(worker, f"no new worker within {self._needs.deadline:g} s") for worker in workers]
+        for worker in [each.worker for each in self._open.values() if each.ticket is None and each.since < late]:
+            self._lose(worker, "")
+            self.revive(worker)
 
     def _lose(self, worker: int, reason: str) -> Lost:
         mine = [call for call, message in self._open.items() if message.worker == worker]
@@ -539,6 +566,8 @@ def _refusal(plain: _Plain) -> Refusal:
 
 def _reason(error: BaseException) -> str:
     """Return an error of Ray in one line of its page of text."""
+    if killed := _OUT_OF_MEMORY.search(str(error)):
+        return "Ray's memory monitor killed it, as node {} had {} of {} in use".format(*killed.groups())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayTaskError) else 0] if lines else ''}"
 

@@ -132,7 +132,7 @@ def carry_out(planned: SweepPlan, *, started: float, fresh: bool, watch: Watch) 
         output=planned.output,
         rows=rows,
         bytes_read=meters.traffic.bytes_read,
-        workers_lost=meters.workers_lost,
+        workers_lost=meters.places.losses,
         seconds=round(time.monotonic() - started, 3),
     )
     folder = planned.output.partition(PLACE)[0].rpartition("/")[0]

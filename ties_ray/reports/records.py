@@ -48,8 +48,12 @@ class Progress:
     activity: str = ""
     """What the stage does, in a word or two: `counting`."""
     workers: int = 0
-    """Workers that have started."""
+    """Places of workers."""
+    workers_missing: int = 0
+    """Places that are empty: their worker was lost, or is yet to come."""
     workers_lost: int = 0
+    waiting_seconds: float = 0.0
+    """Seconds since there was a worker; 0 while there is one."""
     seconds_left: float | None = None
     """Seconds that the merge still takes; None while that is unknown."""
     event: str = ""
