@@ -28,7 +28,7 @@ from ties_ray.driver import dispatch
 from ties_ray.errors import InterruptedMerge, MergeError, UnavailableError
 from ties_ray.operations import merging
 from ties_ray.recipe.recipe import Recipe
-from ties_ray.reports.records import RESULT_NAME, MergeResult
+from ties_ray.reports.records import RESULT_NAME, MergeResult, Progress
 
 MakeFamily = Callable[..., Family]
 OUTPUT = {"file_size": "15MB", "part_size": "5MiB"}
@@ -258,6 +258,21 @@ def test_a_shard_that_kills_every_worker_is_named_and_the_mended_run_continues(
     assert_continues(recipe, undisturbed)
 
 
+def test_a_process_that_is_killed_while_it_starts_is_replaced_and_counted(
+    family: Family, undisturbed: dict[str, str], tmp_path: Path, plugged: Path, ray_cluster: None
+) -> None:
+    point = {"what": "head", "uri": "*/plan.json.gz", "marker": str(tmp_path / "died")}
+    output = {"path": f"frail://{tmp_path / 'out'}", **OUTPUT}
+    seen: list[Progress] = []
+    recipe = recipe_of(family, output, {"name": "ties", "profile": "official"}, storage={"frail": point}, run=on_ray())
+    result = merging.merge(recipe, watch=seen.append)
+    assert (tmp_path / "died").exists()
+    assert result.workers_lost == 1
+    assert any("was lost, and another takes its place" in progress.event for progress in seen)
+    assert (seen[-1].workers, seen[-1].workers_missing, seen[-1].workers_lost) == (2, 0, 1)
+    assert digests(tmp_path / "out") == undisturbed
+
+
 def test_a_process_that_stands_still_like_one_cut_off_is_replaced_and_ended(
     family: Family, undisturbed: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
 ) -> None:
@@ -295,22 +310,30 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", log: Path) -> None:
         time.sleep(0.02)
 
 
-def wait_for_an_end(pids: list[int]) -> None:
-    """Wait until one of some processes has ended."""
-    end = time.monotonic() + 60
-    while all(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-        assert time.monotonic() < end, f"{pids} live on"
-        time.sleep(0.02)
+def wait_for_a_loss(process: "subprocess.Popen[str]", log: Path) -> None:
+    """Wait until the command says that it has lost a worker."""
+    end = time.monotonic() + 100
+    while "was lost" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
 
 
-def merge_while(family: Family, trouble: Path, address: str, strike: Callable[[], None]) -> dict[str, Any]:
-    """Merge by the command on two nodes; strike when both are in the middle of a shard; return the result record."""
+def merge_while(
+    family: Family, trouble: Path, address: str, strike: Callable[[], None], join: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """Merge by the command on two nodes; strike when both are in the middle of a shard; return the result record.
+
+    join: called when the first one is.
+    """
     both = {"parameter": "*.up_proj.weight", "times": 2}  # the first shard of either worker begins with one of these
     recipe = troubled(family, trouble, "hang", run=on_ray(address=address), **both)
     with command(recipe, trouble.parent) as process:
+        wait_for(trouble / "0", process, trouble.parent / "log")
+        join()
         wait_for(trouble / "1", process, trouble.parent / "log")
         strike()
-        wait_for_an_end([int((trouble / number).read_text()) for number in "01"])
+        wait_for_a_loss(process, trouble.parent / "log")
         (trouble / "release").touch()
         assert process.wait(150) == 0, (trouble.parent / "log").read_text()
     record: dict[str, Any] = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
@@ -318,20 +341,28 @@ def merge_while(family: Family, trouble: Path, address: str, strike: Callable[[]
 
 
 @pytest.mark.usefixtures("plugged")
-def test_a_node_that_is_taken_away_leaves_its_work_to_the_other(
+def test_a_node_that_comes_late_takes_part_and_one_that_is_taken_away_leaves_its_work_to_it(
     family: Family, undisturbed: dict[str, str], trouble: Path
 ) -> None:
     from ray.cluster_utils import Cluster
 
+    room = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20},
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20},
     )
     try:
-        node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-        result = merge_while(family, trouble, cluster.address, lambda: cluster.remove_node(node, allow_graceful=False))
+        first = cluster.add_node(**room)
+        result = merge_while(
+            family,
+            trouble,
+            cluster.address,
+            lambda: cluster.remove_node(first, allow_graceful=False),
+            lambda: cluster.add_node(**room),
+        )
     finally:
         cluster.shutdown()
+    assert "the merge begins with 1 of 2 workers" in (trouble.parent / "log").read_text()
     assert result["workers_lost"] >= 1
     assert result["shards_again"] >= 1
     assert not result["resumed"]
@@ -383,6 +414,33 @@ def test_a_raylet_that_is_killed_costs_the_merge_no_byte(
     shutil.rmtree(short, ignore_errors=True)
     assert result["workers_lost"] >= 1
     assert result["shards_again"] >= 1
+    assert digests(trouble.parent / "out") == undisturbed
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_merge_that_loses_all_workers_says_so_ends_in_time_and_the_same_command_continues(
+    family: Family, undisturbed: dict[str, str], trouble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    port, head_port, other, again = free_ports(4)
+    short, address = Path("/tmp") / f"ray-w{os.getpid()}", f"127.0.0.1:{port}"  # Ray's sockets want a short path
+    head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}", "--num-cpus=0")
+    run = on_ray(address=address, workers=1, deadline=15)
+    recipe = troubled(family, trouble, "hang", run=run, parameter="*.up_proj.weight")
+    with ray_start(tmp_path, head_port, *head):
+        with (
+            ray_start(tmp_path, other, f"--address={address}") as raylet,
+            command(recipe, trouble.parent) as process,
+        ):
+            wait_for(trouble / "0", process, trouble.parent / "log")
+            raylet.kill()
+            assert process.wait(120) == 5, (trouble.parent / "log").read_text()
+        assert "0 of 1 worker, waiting for a place for" in (trouble.parent / "log").read_text()
+        record = (trouble.parent / "result.json").read_text()
+        assert "there has been no worker for 15 s (run.deadline)" in record
+        with ray_start(tmp_path, again, f"--address={address}"), command(recipe, trouble.parent) as process:
+            assert process.wait(150) == 0, (trouble.parent / "log").read_text()
+    shutil.rmtree(short, ignore_errors=True)
     assert digests(trouble.parent / "out") == undisturbed
 
 
