@@ -204,6 +204,18 @@ def test_a_killed_sweep_goes_on_and_has_the_same_bytes(
     assert all(row.reused for row in sweeping.sweep(sweep_of(frail)).rows)
 
 
+def test_a_table_that_cant_be_read_is_made_anew_by_sweeping_again(family_of: MakeFamily, tmp_path: Path) -> None:
+    data = sweep_data(family_of(num_models=2), tmp_path / "swept", grid={"method.density": [0.1, 0.5]})
+    rows = sweeping.sweep(sweep_of(data)).rows
+    for fresh in (False, True):
+        (tmp_path / "swept/results.json").write_text("[]")
+        with pytest.raises(InputError, match="can't read the results of a sweep .*sweep again"):
+            tables.read(Stores({}), str(tmp_path / "swept"))
+        sweeping.sweep(sweep_of(data), fresh=fresh)
+        table = tables.read(Stores({}), str(tmp_path / "swept"))
+        assert [row.run_id for row in table.rows] == [row.run_id for row in rows]
+
+
 @pytest.mark.parametrize(
     "point", [{"what": "complete_upload"}, {"when": "after", "what": "put", "uri": "*/records/0/*"}]
 )

@@ -16,23 +16,13 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.tools.adapters import make_pool
-from tests.tools.families import make_family
+from tests.tools.fuzz_worlds import DECIDES, DOCUMENTS, World, worlds
 from tests.tools.hostile import TOKENS
-from tests.tools.merging import LOCAL, recipe_of
-from ties_ray.driver.resume import clean
 from ties_ray.errors import MergeError
-from ties_ray.operations import merging
-from ties_ray.operations.promote import promote, rollback
-from ties_ray.operations.status import status
-from ties_ray.operations.verify import verify
-from ties_ray.recipe.parse import validate
-from ties_ray.recipe.recipe import Recipe
-from ties_ray.reports.records import Progress
 from ties_ray.state import lease
 from ties_ray.stores import Stores, memory
 
@@ -41,54 +31,6 @@ ODD = [
     "/etc/passwd", "a\x00b", "\ud800", "x" * 5000, [], {}, [[]], [0] * 100, {"a": 1}, "memory://home/.bashrc", "s3://b/k",
     "0123456789abcdef", "0" * 64,
 ]  # fmt: skip
-DECIDES = ("record", "folded", "pool cache", "result")
-"""Documents by which weights are decided, or that say what the output is; all others change no byte."""
-
-
-@dataclass
-class World:
-    """A place in memory with inputs and an output, as it was when a merge ended or was stopped."""
-
-    root: str
-    recipe: Recipe
-    documents: dict[str, tuple[str, ...]]
-    """What is changed: by name, suffixes or parts of the URI..."""
-    forget: tuple[str, ...] = ()
-    """...and what is removed before, so that it is made anew from the changed ones."""
-    objects: dict[str, Any] = field(default_factory=dict)
-    uploads: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, bytes] = field(default_factory=dict)
-    """Of the merge undisturbed."""
-
-    @property
-    def output(self) -> str:
-        """Return the URI of the output."""
-        return self.recipe.output.path
-
-    def here(self) -> dict[str, Any]:
-        """Return the objects under the root."""
-        return {uri: one for uri, one in memory._OBJECTS.items() if uri.startswith(self.root)}
-
-    def keep(self) -> None:
-        """Note what there is, to come back to."""
-        self.objects = self.here()
-        self.uploads = {name: one for name, one in memory._UPLOADS.items() if one.uri.startswith(self.root)}
-
-    def reset(self) -> None:
-        """Come back to it."""
-        for uri in self.here():
-            memory._OBJECTS.pop(uri, None)
-        memory._OBJECTS.update(self.objects)
-        for name in [name for name, one in memory._UPLOADS.items() if one.uri.startswith(self.root)]:
-            memory._UPLOADS.pop(name)
-        memory._UPLOADS.update(copy.deepcopy(self.uploads))
-
-    def written(self) -> dict[str, bytes]:
-        """Return the weights in the output."""
-        return {uri: one.data for uri, one in self.here().items() if self._is_weight(uri)}
-
-    def _is_weight(self, uri: str) -> bool:
-        return uri.startswith(self.output + "/") and uri.endswith(".safetensors")
 
 
 @dataclass
@@ -102,93 +44,13 @@ class Report:
     defects: list[str] = field(default_factory=list)
 
 
-class Stop(Exception):
-    """Ends a merge at a chosen stage."""
-
-
-def stop_at(stage: str) -> Callable[[Progress], None]:
-    def watch(progress: Progress) -> None:
-        if progress.stage == stage:
-            raise Stop
-
-    return watch
-
-
-def worlds(name: str) -> Iterator[World]:
-    """Yield the worlds: finished and stopped merges of models, and of adapters whose rank is to be settled."""
-    store = Stores({}).of(f"memory://{name}")
-    store.put("memory://home/.bashrc", b"mine")
-    plain = {"plan": ("plan.json.gz",), "run": ("run.json",), "lease": ("lease.json",)}
-    ties = {"name": "ties", "density": 0.3}
-    for end, folder in ((None, "done"), ("publish", "half"), ("merge", "early")):
-        root = f"memory://{name}-{folder}"
-        family = make_family(store, root, num_models=2)
-        recipe = recipe_of(family, {"path": f"{root}/out", "file_size": 4000}, ties)
-        documents = (
-            dict(plain)
-            if end
-            else {**plain, "result": ("ties-ray.result.json",), "index": (".index.json",), "pointer": ("pointer.json",)}
-        )
-        if end == "publish":
-            documents |= {"record": ("/records/",), "uploads": ("uploads.json",)}
-        else:
-            documents |= {"folded": ("/folded/",), "seen": ("/seen/",)}
-        yield made(World(root, recipe, documents), end)
-    root = f"memory://{name}-counted"
-    family = make_family(store, root, num_models=2)
-    recipe = recipe_of(family, {"path": f"{root}/out"}, ties)
-    yield made(World(root, recipe, {"record": ("/records/0/", "/records/1/")}, ("/folded/",)), "merge")
-    root = f"memory://{name}-adapters"
-    pool = make_pool(store, root, num_adapters=3)
-    data = {
-        "base": pool.base, "models": [{"path": uri} for uri in pool.adapters], "method": ties,
-        "output": {"path": f"{root}/out", "kind": "adapter", "rank": "auto", "energy": 0.9, "max_rank": 8},
-        "run": {**LOCAL, "pool_cache": f"{root}/cache"}, "bounds": {"norm": [1e-9, 1e9]},
-        "allow": {"refused_model": "drop", "nan": "drop_model"},
-    }  # fmt: skip
-    documents = {**plain, "record": ("/records/",), "folded": ("/folded/",), "scratch": ("/scratch/",)}
-    yield made(World(root, validate(data), documents), "publish")
-    root = f"memory://{name}-cached"
-    pool = make_pool(store, root, num_adapters=3)
-    data |= {
-        "base": pool.base, "models": [{"path": uri} for uri in pool.adapters],
-        "output": {"path": f"{root}/out", "kind": "delta"}, "run": {**LOCAL, "pool_cache": f"{root}/cache"},
-    }  # fmt: skip
-    yield made(World(root, validate(data), {"pool cache": ("/cache/",)}, ("/out/",)), None)
-
-
-def made(world: World, end: str | None) -> World:
-    """Merge up to a stage, note what there is, and what the whole merge writes."""
-    with contextlib.suppress(Stop):
-        merging.merge(world.recipe, watch=stop_at(end) if end else lambda progress: None)
-    stores = Stores({})
-    if end is None:
-        promote(stores, world.output, f"{world.root}/pointer.json")
-    else:
-        stores.of(world.output).put(f"{world.output}/.ties-ray/lease.json", LEASE)
-    for uri in world.here():
-        if any(part in uri for part in world.forget):
-            memory._OBJECTS.pop(uri)
-    world.keep()
-    merging.merge(world.recipe)
-    world.weights = world.written()
-    world.reset()
-    return world
-
-
-LEASE = lease.Holder(token="0" * 32, host="there", machine="another", process="1-2").model_dump_json().encode()
-DOCUMENTS = (
-    "plan", "run", "lease", "uploads", "record", "folded", "seen", "result", "pointer", "pool cache", "scratch",
-    "index",
-)  # fmt: skip
-
-
 def fuzz(name: object, documents: Sequence[str], seed: int, *, cases: int = 0, seconds: float = 0.0) -> Report:
     """Return what so many cases of each document, or so many seconds of all of them, came to."""
-    report, draw, until = Report(), random.Random(seed), time.monotonic() + seconds
-    there = [one for one in worlds(str(name).strip("/").replace("/", "-")) if set(documents) & set(one.documents)]
+    report, draw = Report(), random.Random(seed)
     still, lease.STILL_SECONDS, lease.BEAT_SECONDS = (lease.STILL_SECONDS, lease.BEAT_SECONDS), 0.05, 0.05
     try:
+        there = [one for one in worlds(str(name).strip("/").replace("/", "-")) if set(documents) & set(one.documents)]
+        until = time.monotonic() + seconds
         for number in range(sys.maxsize):
             if number >= cases and time.monotonic() >= until:
                 return report
@@ -208,7 +70,7 @@ def case(world: World, document: str, draw: random.Random, report: Report) -> No
     uri = draw.choice(uris)
     data = mutated(world.objects[uri].data, draw)
     report.cases[document] += 1
-    for command, act in commands(world).items():
+    for command, act in world.commands.items():
         world.reset()
         Stores({}).of(uri).put(uri, data)
         before = world.here()
@@ -217,7 +79,7 @@ def case(world: World, document: str, draw: random.Random, report: Report) -> No
             act()
         except MergeError as error:
             outcome = "refused" if error.kind != "defect" else "defect"
-            wrong = "".join(traceback.format_exception(error)) if outcome == "defect" else ""
+            wrong = "".join(traceback.format_exception(error))
         except Exception as error:
             outcome, wrong = "defect", "".join(traceback.format_exception(error))
         report.outcomes[f"{command}: {outcome}"] += 1
@@ -227,7 +89,7 @@ def case(world: World, document: str, draw: random.Random, report: Report) -> No
             one
             for one in before.keys() | world.here().keys()
             if before.get(one) != world.here().get(one)
-            and not one.startswith((f"{world.root}/out/", f"{world.root}/cache/"))
+            and (one in world.kept or not one.startswith((f"{world.root}/out/", f"{world.root}/cache/")))
         } - {f"{world.root}/pointer.json"}
         if touched or memory._OBJECTS["memory://home/.bashrc"].data != b"mine":
             report.defects.append(f"{document} {uri} {command} touched {touched}\n{data[:2000]!r}")
@@ -238,21 +100,9 @@ def case(world: World, document: str, draw: random.Random, report: Report) -> No
             and world.written() != world.weights
         ):
             report.defects.append(f"{document} {uri} {command} wrote other weights\n{data[:2000]!r}")
+        if command == "fresh" and outcome == "refused":
+            report.defects.append(f"{document} {uri} {command} was refused\n{data[:2000]!r}\n{wrong}")
     world.reset()
-
-
-def commands(world: World) -> dict[str, Callable[[], object]]:
-    """Return what reads documents of an output."""
-    stores, output, pointer = Stores({}), world.output, f"{world.root}/pointer.json"
-    return {
-        "status": lambda: status(stores, output),
-        "verify": lambda: verify(stores, output, sample=0.1, recount=0.1),
-        "clean": lambda: clean(stores, output, remove=True),
-        "promote": lambda: promote(stores, output, pointer),
-        "rollback": lambda: rollback(stores, pointer),
-        "merge": lambda: merging.merge(world.recipe),
-        "fresh": lambda: merging.merge(world.recipe, fresh=True),
-    }
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
@@ -262,11 +112,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     head, line, body = text.partition(b"\n") if text[:9] == b"unsigned\n" else (b"", b"", text)
     if draw.random() < 0.7:
         with contextlib.suppress(ValueError):
-            value = json.loads(body)
-            for _ in range(draw.randint(1, 3)):
-                value = changed(value, draw)
-            body = json.dumps(value).encode("utf-8", "surrogatepass")
-            text = head + line + body
+            text = head + line + rewritten(body, draw)
             return gzip.compress(text, 1) if packed else text
     content = bytearray(data if packed and draw.random() < 0.5 else text)
     for _ in range(draw.randint(1, 4)):
@@ -278,28 +124,60 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return gzip.compress(spoiled, 1) if packed and spoiled[:2] != b"\x1f\x8b" and draw.random() < 0.9 else spoiled
 
 
-def changed(value: Any, draw: random.Random) -> Any:
-    """Return a JSON value with one thing in it replaced, removed, doubled, or put into something else."""
+def rewritten(text: bytes, draw: random.Random) -> bytes:
+    """Return JSON, or lines of it, with one to three values changed. Raises `ValueError` where it is none."""
+    try:
+        value, before, after = json.loads(text), b"", b""
+    except ValueError:
+        rows = text.splitlines(keepends=True)
+        number = draw.randrange(len(rows)) if rows else 0
+        value, before, after = json.loads(rows[number]) if rows else None, b"".join(rows[:number]), b""
+        after = b"\n" + b"".join(rows[number + 1 :])
+    own = list(leaves(value))
+    for _ in range(draw.randint(1, 3)):
+        value = changed(value, own, draw)
+    return before + json.dumps(value).encode("utf-8", "surrogatepass") + after
+
+
+def leaves(value: Any) -> Iterator[str | int | float]:
+    """Yield the texts and numbers in a JSON value."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from leaves(each)
+    elif isinstance(value, str | int | float):
+        yield value
+
+
+def changed(value: Any, own: Sequence[Any], draw: random.Random) -> Any:
+    """Return a JSON value with one thing in it replaced, removed, doubled, or put into something else.
+
+    own: the texts and numbers of the document, which may stand in each other's place.
+    """
     if isinstance(value, dict | list) and value and draw.random() < 0.9:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = draw.choice(keys)
-        made = copy.copy(value)
-        what = draw.random()
-        if what < 0.75:
-            made[key] = changed(value[key], draw)
-        elif what < 0.85:
-            del made[key]
-        elif isinstance(made, list):
-            made.insert(key, made[key])
-        else:
-            made[draw.choice(["a", "name", "size", ".."])] = made[key]
-        return made
+        return _changed_inside(value, own, draw)
+    alike = [each for each in own if type(each) is type(value) and each != value]
+    if alike and draw.random() < 0.4:
+        return draw.choice(alike)
     if isinstance(value, int | float) and not isinstance(value, bool) and draw.random() < 0.5:
         return value + draw.choice([-1, 1, 2, -(2**16), 2**16, 0.5])
     if isinstance(value, str) and value and draw.random() < 0.4:
         place = draw.randrange(len(value))
         return value[:place] + draw.choice(["", "/", "..", "\0", "A", "9", "::"]) + value[place + 1 :]
     return draw.choice(ODD)
+
+
+def _changed_inside(value: Any, own: Sequence[Any], draw: random.Random) -> Any:
+    key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    made, action = copy.copy(value), draw.random()
+    if action < 0.75:
+        made[key] = changed(value[key], own, draw)
+    elif action < 0.85:
+        del made[key]
+    elif isinstance(made, list):
+        made.insert(key, made[key])
+    else:
+        made[draw.choice(["a", "name", "size", ".."])] = made[key]
+    return made
 
 
 def main() -> None:

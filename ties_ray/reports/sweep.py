@@ -138,8 +138,14 @@ def write(stores: Stores, folder: str, result: SweepResult) -> SweepResult:
 
 
 def with_kept_scores(stores: Stores, folder: str, result: SweepResult) -> SweepResult:
-    """Return results with the scores that the table in the folder has of the same merges."""
-    before = find(stores, folder)
+    """Return results with the scores that the table in the folder has of the same merges.
+
+    A table that can't be read is replaced; each score lies beside its output as well.
+    """
+    try:
+        before = find(stores, folder)
+    except InputError:
+        before = None
     scores = {row.run_id: row.scores for row in before.rows} if before else {}
     rows = [row.model_copy(update={"scores": scores.get(row.run_id, {})}) for row in result.rows]
     return result.model_copy(update={"rows": rows})
