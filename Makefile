@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes import the package: co
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: every demo test docs package slow engines differential clouds pipelines chaos check audit format clean
+.PHONY: every demo test docs package slow engines differential clouds pipelines chaos mutate lowest check audit format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -92,6 +92,26 @@ chaos: $(VENV)/installed  ## 300 merges under faults and kills (an hour), and th
 	$(BIN)/python -m tests.tools.chaos --prove
 	$(BIN)/python -m tests.tools.chaos --merges 300 --ray 40 --least-faults 20 --least-kills 10
 
+MUTATION := .venv-mutation
+
+$(MUTATION)/installed:
+	$(PYTHON) -m venv $(MUTATION)
+	$(MUTATION)/bin/python -m pip install --quiet cosmic-ray==8.7.0
+	touch $@
+
+mutate: $(VENV)/installed $(MUTATION)/installed  ## modules are changed one place at a time: do their tests notice? On demand, hours; MODULES="lease promote" for some
+	$(BIN)/python -m tests.tools.mutate $(MODULES)
+
+LOWEST := .venv-lowest
+
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,hf,parquet,pandas,optuna,report,evaluate]'
+	touch $@
+
+lowest: $(LOWEST)/installed  ## the tests with the lowest versions that pyproject.toml allows; on demand
+	$(LOWEST)/bin/python -m pytest -q -n 3 --dist loadfile $(addprefix --ignore=,tests/pipelines tests/packaging $(EVERY) $(SLOW))
+
 check: $(VENV)/installed  ## what is looked at besides tests: style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,4 +127,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(MERGEKIT) $(FUSION) .demo build dist *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(MERGEKIT) $(FUSION) $(MUTATION) $(LOWEST) .demo build dist *.egg-info

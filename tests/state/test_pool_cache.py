@@ -2,6 +2,7 @@
 
 import base64
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from tests.tools.adapters import Pool, make_pool
 from tests.tools.merging import LOCAL, carried_out
+from ties_ray.formats.lora import Lora
 from ties_ray.operations import merging
 from ties_ray.operations.verify import verify
 from ties_ray.recipe.parse import validate
@@ -17,7 +19,7 @@ from ties_ray.reports.records import MergeResult
 from ties_ray.rounds._kth_largest import Counts
 from ties_ray.rounds.threshold import COUNTS
 from ties_ray.state.documents import parse
-from ties_ray.state.pool_cache import BOUNDS, KEY, UNSIGNED
+from ties_ray.state.pool_cache import BOUNDS, KEY, UNSIGNED, identity
 from ties_ray.stores import Stores
 
 SURVEYED = {"bounds": {"norm": [1e-9, 1e9]}}
@@ -141,3 +143,17 @@ def test_a_broken_finding_is_found_again(
     again = merged(pool, tmp_path / "again", cache)
     assert any("pool cache are broken" in note for note in again.notes)
     assert weights(tmp_path / "again") == weights(tmp_path / "first")
+
+
+@pytest.mark.parametrize(("etag", "is_same"), [("0" * 32, True), ("0" * 32 + "-2", False), ("a generation", False)])
+def test_a_copy_elsewhere_is_the_same_adapter_where_its_etag_names_the_content(
+    etag: str, is_same: bool, pool: Pool, tmp_path: Path
+) -> None:
+    model = merging.plan(recipe_of(pool, tmp_path / "out", None)).catalog.models[0]
+    (pin,) = model.objects
+    here, there = (
+        identity(replace(model, objects=(pin._replace(uri=uri, etag=etag),)), Lora(), "exact") for uri in ("/a", "/b")
+    )
+    assert here
+    assert (here == there) is is_same
+    assert identity(replace(model, objects=(pin._replace(size=pin.size + 1, etag=etag),)), Lora(), "exact") != here
