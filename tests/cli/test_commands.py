@@ -366,6 +366,11 @@ def slow(family_of: Callable[..., Family], tmp_path: Path) -> tuple[Path, dict[s
     }
 
 
+def within() -> float:
+    """Return the seconds in which a signal ends a command: 3, and more where processes wait for a core."""
+    return 3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 @pytest.mark.parametrize(
     ("number", "executor"), [(signal.SIGTERM, "local"), (signal.SIGINT, "local"), (signal.SIGTERM, "ray")]
 )
@@ -381,7 +386,7 @@ def test_a_signal_ends_a_busy_merge_within_seconds_and_the_same_command_continue
     process.send_signal(number)
     began = time.monotonic()
     printed, _ = process.communicate(timeout=30)
-    assert time.monotonic() - began < 3, lines
+    assert time.monotonic() - began < within(), lines
     assert process.returncode == 128 + number
 
     record = MergeResult.model_validate_json(printed)
@@ -444,7 +449,7 @@ def test_a_signal_ends_every_phase_within_seconds_also_inside_a_library(
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         _, errors = process.communicate(timeout=30)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < within()
         assert process.returncode == 143, errors
         assert (tmp_path / "marker").exists()
     finally:
@@ -458,7 +463,7 @@ def test_a_signal_while_the_heavy_imports_run_ends_the_command_as_well(slow: tup
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < within()
     assert process.returncode == 143, errors
 
 
@@ -484,7 +489,7 @@ def test_a_signal_ends_a_merge_within_seconds_while_linear_algebra_runs(tmp_path
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     process.communicate(timeout=30)
-    assert time.monotonic() - began < 3, lines
+    assert time.monotonic() - began < within(), lines
     assert process.returncode == 143
     assert not list((tmp_path / "out").glob(".ties-ray/*/1/scratch/*")), "it was past the linear algebra already"
 
