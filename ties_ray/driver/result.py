@@ -1,5 +1,6 @@
 """Makes the result of a merge: it publishes weights and documents, and fills in the result record."""
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -143,10 +144,10 @@ def _findings(run: MergeRun, records: Sequence[Record[Any]]) -> dict[str, Any]:
 def provenance(plan: Plan) -> Provenance:
     """Return the inputs of a result, and the versions that have made it."""
     return Provenance(
-        ties_ray=importlib.metadata.version("ties-ray"),
+        ties_ray=_installed("ties-ray"),
         python=platform.python_version(),
-        torch=importlib.metadata.version("torch"),
-        numba=importlib.metadata.version("numba"),
+        torch=_installed("torch"),
+        numba=_installed("numba"),
         ray=_installed("ray"),
         arithmetic=plan.arithmetic,
         method=plan.recipe.method.model_dump(mode="json"),
@@ -167,7 +168,9 @@ def _input(model: Model) -> InputProvenance:
     )
 
 
+@functools.cache
 def _installed(package: str) -> str:
+    """Return the version of a package. The answer is kept: a sweep asks once a setting."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
