@@ -415,9 +415,26 @@ def test_the_head_of_a_tied_fine_tune_of_an_untied_base_is_its_embedding() -> No
 
 
 def test_tensors_under_other_names_are_merged_and_noted() -> None:
-    found = read(files_of({f"module.{name}": tensor for name, tensor in BASE.items()}), base_of())
+    found = read(files_of({f"backbone.{name}": tensor for name, tensor in BASE.items()}), base_of())
     assert (problems(found), found.sources.keys()) == ([], {"model.embed_tokens.weight", "model.norm.weight"})
-    assert "3 parameters are stored under other names: model.ids is module.model.ids, " in found.notes[0]
+    assert "3 parameters are stored under other names: model.ids is backbone.model.ids, " in found.notes[0]
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._fsdp_wrapped_module."])
+def test_a_base_and_a_model_lose_the_words_of_a_wrapper_and_it_is_noted(wrapper: str) -> None:
+    files = files_of({f"{wrapper}{name}": tensor for name, tensor in BASE.items()})
+    for found in (read(files), read(files, base_of())):
+        assert (problems(found), found.sources.keys() >= {"model.embed_tokens.weight", "model.norm.weight"}) == (
+            [],
+            True,
+        )
+        assert not any(name.startswith(wrapper) for name in found.sources)
+        assert f"names of a wrapper in training lose its words: {wrapper}model.ids" in found.notes[0]
+
+
+def test_two_tensors_that_differ_by_a_wrapper_alone_keep_their_names() -> None:
+    found = read(files_of({**BASE, "module.model.norm.weight": BASE["model.norm.weight"]}))
+    assert {"module.model.norm.weight", "model.norm.weight"} <= found.sources.keys()
 
 
 EXPERTS = {f"m.mlp.experts.{n}.{part}_proj.weight": torch.rand(3, 2) for n in range(2) for part in ("gate", "up")}

@@ -6,6 +6,7 @@ from typing import Any
 from ties_ray.errors import Problem, enumerated
 from ties_ray.formats import Folder
 from ties_ray.libraries import bounded
+from ties_ray.libraries.conversions import WRAPPERS
 from ties_ray.libraries.downloads import unfinished
 from ties_ray.libraries.weight_files import Candidate, candidates, is_weights, listed, usual
 from ties_ray.stores import join, last_part
@@ -64,6 +65,12 @@ def stored_tensors(folder: Folder, files: Sequence[str], problems: list[Problem]
         message = f"holds {len(twice)} tensors in more than one file: {enumerated(twice)}"
         problems.append(Problem(folder.uri, message, "save the model again"))
     return stored
+
+
+def bare_names(names: Collection[str]) -> dict[str, str]:
+    """Return each name without the parts that training's wrappers add; as it is where two would be one."""
+    bare = {name: WRAPPERS.sub("", name) for name in names}
+    return bare if len(set(bare.values())) == len(bare) else {name: name for name in names}
 
 
 def json_object(folder: Folder, name: str, problems: list[Problem]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from ties_ray.libraries.conversions import kinds_of
 from ties_ray.libraries.library import CONFIGS, library_of
 from ties_ray.libraries.ties import ties_of
 from ties_ray.libraries.weight_files import ADAPTER, STEMS, candidates, is_index, is_shard, is_vector, is_weights, usual
-from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
+from ties_ray.safetensors import DTYPE_BITS, MERGEABLE, TensorInfo
 from ties_ray.stores import last_part
 from ties_ray.tensors import COPIES, Parameter, Read, Source, TensorRef, exclusion
 
@@ -93,7 +93,17 @@ class Checkpoint(Format):
     def stored(self, folder: Folder, problems: list[Problem], notes: list[str]) -> StoredTensors:
         """Return the model's tensors; problems and notes are added to the lists."""
         files = files_of.weight_files(folder, problems, notes)
-        return StoredTensors(tuple(files), files_of.stored_tensors(folder, files, problems))
+        stored = files_of.stored_tensors(folder, files, problems)
+        names = files_of.bare_names(stored)
+        if wrapped := [name for name, bare in names.items() if name != bare]:
+            notes.append(f"names of a wrapper in training lose its words: {enumerated(wrapped)}")
+        return StoredTensors(tuple(files), {names[name]: ref for name, ref in stored.items()})
+
+    def places(self, folder: Folder) -> dict[str, tuple[str, TensorInfo]]:
+        """Return the places of tensors by their names without wrappers."""
+        places = super().places(folder)
+        names = files_of.bare_names(places)
+        return {names[name]: place for name, place in places.items()}
 
     def same(self, folder: Folder) -> set[tuple[str, str]]:
         """Return the pairs of names whose tensors have the same bytes, as the answers say."""

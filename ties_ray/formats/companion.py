@@ -30,7 +30,9 @@ class Companion(Checkpoint):
         """Return a source for each tensor that has the name of a parameter; the others are left aside."""
         problems: list[Problem] = []
         names = sorted(folder.headers)
-        stored = files_of.stored_tensors(folder, names, problems)
+        tensors = files_of.stored_tensors(folder, names, problems)
+        bare = files_of.bare_names(tensors)
+        stored = {bare[name]: ref for name, ref in tensors.items()}
         own = {name: ref for name, ref in stored.items() if base is None or name in base}
         if not own and not problems:
             remedy = "name its tensors as the base's parameters are named"

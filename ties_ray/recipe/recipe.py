@@ -265,7 +265,7 @@ class Run(Strict):
     memory: ByteSize = Field(default=ByteSize(512 * 2**20), ge=128 * 2**20)
     """Bytes that a worker may use beyond its imports."""
     deadline: FiniteFloat = Field(default=300.0, gt=0)
-    """Seconds that a merge waits for the first worker, and later without a worker. Other workers may come at any time."""
+    """Seconds that a merge waits for a first worker, and later without one. Other workers may come at any time."""
     patience: FiniteFloat = Field(default=1800.0, gt=0)
     """Seconds in which a worker must finish a shard. A slower worker is replaced."""
     cache: ByteSize = Field(default=ByteSize(64 * 2**20), ge=0)
