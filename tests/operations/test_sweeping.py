@@ -209,7 +209,7 @@ def test_a_table_that_cant_be_read_is_made_anew_by_sweeping_again(family_of: Mak
     rows = sweeping.sweep(sweep_of(data)).rows
     for fresh in (False, True):
         (tmp_path / "swept/results.json").write_text("[]")
-        with pytest.raises(InputError, match="can't read the results of a sweep .*sweep again"):
+        with pytest.raises(InputError, match=r"can't read the results of a sweep .*sweep again"):
             tables.read(Stores({}), str(tmp_path / "swept"))
         sweeping.sweep(sweep_of(data), fresh=fresh)
         table = tables.read(Stores({}), str(tmp_path / "swept"))
