@@ -1,6 +1,6 @@
 """Searches as text for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ties_ray.cli.screen import duration, fact_table, new_table, num_bytes
@@ -10,7 +10,7 @@ from ties_ray.errors import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ties_ray.reports.search import SearchRecord, SearchResult
+    from ties_ray.reports.search import SearchedCandidate, SearchedTable, SearchRecord, SearchResult
 
 FEW = 12
 """Candidates that are listed; further ones are counted."""
@@ -44,29 +44,48 @@ def of_plan(record: "SearchRecord") -> "Iterator[RenderableType]":
 
 def of_result(result: "SearchResult") -> "Iterator[RenderableType]":
     """Yield the table of a search."""
-    scored = sum(row.merit is not None for row in result.rows)
     before = f", {result.evaluated:,} scores in this call" if result.evaluated < len(result.rows) else ""
-    yield f"done: {scored:,} of {len(result.rows):,} candidates have a score, in {duration(result.seconds)}{before}"
-    labels = list(dict.fromkeys(label for row in result.rows for label in row.scores))
-    confirmed = list(dict.fromkeys(label for row in result.rows for label in row.confirmed))
-    heads = (*(f"{label} >" for label in labels), *(f"confirmed {label} >" for label in confirmed))
-    table = new_table("candidate >", *heads, "sets")
-    listed = result.rows[:FEW]
-    listed += [row for row in result.rows[FEW:] if not row.number]
-    for row in listed:
-        mark = " *" if row.number == result.chosen else ""
-        cells = [_figure(row.scores.get(label)) for label in labels]
-        cells += [_figure(row.confirmed.get(label)) for label in confirmed]
-        sets = values(row.values) if row.number else "as the recipe stands"
-        table.add_row(f"{row.number}{mark}", *cells, printable(row.failed) if row.failed else sets)
-    yield table
-    if len(result.rows) > len(listed):
-        yield f"and {len(result.rows) - len(listed):,} more in the table"
+    yield f"done: {_scored(result.rows)}, in {duration(result.seconds)}{before}"
+    yield from _rows(result.rows, result.chosen)
     of = "candidate " + str(result.chosen) if result.chosen else "the recipe as it stands"
     gain = "" if result.improvement is None else f"; {result.improvement:+.6g} against the recipe as it stands"
     yield f"best: {of}{gain}"
     yield f"table: {result.table_uri}"
     yield f"merged: {result.output}"
+
+
+def of_table(table: "SearchedTable") -> "Iterator[RenderableType]":
+    """Yield the table of a search that may be under way."""
+    yield f"searched by {printable(table.sampler)}, seed {table.seed}: {_scored(table.rows)}"
+    yield from _rows(table.rows, None)
+    yield f"table: {table.table_uri}"
+
+
+def _scored(rows: "Sequence[SearchedCandidate]") -> str:
+    scored = sum(row.merit is not None for row in rows)
+    return f"{scored:,} of {len(rows):,} candidates have a score"
+
+
+def _rows(rows: "Sequence[SearchedCandidate]", chosen: int | None) -> "Iterator[RenderableType]":
+    """Yield the best candidates and the recipe as it stands. chosen: number of the one that was merged."""
+    labels = list(dict.fromkeys(label for row in rows for label in row.scores))
+    confirmed = list(dict.fromkeys(label for row in rows for label in row.confirmed))
+    heads = (
+        *(f"{printable(label)} >" for label in labels),
+        *(f"confirmed {printable(label)} >" for label in confirmed),
+    )
+    table = new_table("candidate >", *heads, "sets")
+    listed = rows[:FEW]
+    listed += [row for row in rows[FEW:] if not row.number]
+    for row in listed:
+        mark = " *" if row.number == chosen else ""
+        cells = [_figure(row.scores.get(label)) for label in labels]
+        cells += [_figure(row.confirmed.get(label)) for label in confirmed]
+        sets = values(row.values) if row.number else "as the recipe stands"
+        table.add_row(f"{row.number}{mark}", *cells, printable(row.failed) if row.failed else sets)
+    yield table
+    if len(rows) > len(listed):
+        yield f"and {len(rows) - len(listed):,} more in the table"
 
 
 def _figure(value: float | None) -> str:

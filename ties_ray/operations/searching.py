@@ -37,7 +37,7 @@ from ties_ray.recipe.search import Search, SearchRecipe
 from ties_ray.recipe.settings import Setting, Sweep
 from ties_ray.recipe.space import SearchedModel, Space, literal
 from ties_ray.reports.records import MergeResult, Progress, Watch, find_result
-from ties_ray.reports.search import SearchedCandidate, SearchRecord, SearchResult
+from ties_ray.reports.search import SearchRecord, SearchResult, ranked
 from ties_ray.state.search_table import FRESH, CandidateRow, Head, Key, SearchTable, Stage
 from ties_ray.stores import Stores, absolute
 
@@ -188,12 +188,11 @@ def carry_out(planned: SearchPlan, *, started: float, fresh: bool, watch: Watch)
         best = under_way.confirm()
     origin = _found_by(planned, under_way, best)
     merged = _merge_best(planned, under_way.row("search", best).values, origin, watch, fresh=fresh)
-    rows = [_candidate(under_way, number) for number in under_way.ranked()]
     return SearchResult(
         output=planned.merge.output,
         search=planned.head.search,
         table_uri=under_way.table.uri,
-        rows=rows,
+        rows=ranked(under_way.rows, planned.search.budget),
         chosen=best,
         improvement=under_way.improvement(best),
         evaluated=under_way.evaluated,
@@ -288,11 +287,11 @@ class _Searching:
 
     def confirm(self) -> int:
         """Return the number of the best candidate, by its confirmed score where there is one."""
-        search, ranked = self.planned.search, self.ranked(with_score=True)
+        search, scored = self.planned.search, self.scored()
         if not search.confirm:
-            return ranked[0]
-        best = [*(number for number in ranked if number)][: search.best]
-        if 0 in ranked:
+            return scored[0]
+        best = [*(number for number in scored if number)][: search.best]
+        if 0 in scored:
             best.append(0)
         self._score("confirm", {number: self.row("search", number).values for number in best})
         confirmed = [number for number in best if self.merit("confirm", number) is not None]
@@ -307,18 +306,11 @@ class _Searching:
         after, before = self.merit(stage, best), self.merit(stage, 0)
         return None if after is None or before is None else after - before
 
-    def ranked(self, *, with_score: bool = False) -> list[int]:
-        """Return the numbers of the candidates: those that were confirmed first, then by merit."""
-
-        def place(number: int) -> tuple[bool, float, bool, float, int]:
-            confirmed, merit = self.merit("confirm", number), self.merit("search", number)
-            return confirmed is None, -(confirmed or 0.0), merit is None, -(merit or 0.0), number
-
+    def scored(self) -> list[int]:
+        """Return the numbers of the candidates with a score, the best first."""
         within = [number for stage, number in self.rows if stage == "search" and number <= self.planned.search.budget]
-        if with_score:
-            scored = [number for number in within if self.merit("search", number) is not None]
-            return sorted(scored, key=lambda number: (-(self.merit("search", number) or 0.0), number))
-        return sorted(within, key=place)
+        merits = {number: merit for number in within if (merit := self.merit("search", number)) is not None}
+        return sorted(merits, key=lambda number: (-merits[number], number))
 
     def _score(self, stage: Stage, batch: Mapping[int, Mapping[str, Any]]) -> None:
         """Have all candidates of a batch in the table."""
@@ -464,7 +456,7 @@ def _found_by(planned: SearchPlan, under_way: _Searching, best: int) -> FoundBy:
         search=planned.head.search,
         table=under_way.table.uri,
         number=best,
-        candidates=len(under_way.ranked(with_score=True)),
+        candidates=len(under_way.scored()),
         sampler=search.sampler.name,
         seed=search.seed,
         scores=scores("search", best),
@@ -489,16 +481,3 @@ def _merge_best(
     ours = earlier is not None and earlier.found_by is not None and earlier.found_by.search == origin.search
     replaces = ours and earlier is not None and earlier.run_id != made.run_id
     return merging.carry_out(made, started=time.monotonic(), fresh=fresh or replaces, watch=watch)
-
-
-def _candidate(under_way: _Searching, number: int) -> SearchedCandidate:
-    row, confirmed = under_way.row("search", number), under_way.rows.get(("confirm", number))
-    return SearchedCandidate(
-        number=number,
-        values=row.values,
-        merit=row.merit,
-        scores=row.scores,
-        confirmed_merit=confirmed.merit if confirmed else None,
-        confirmed=confirmed.scores if confirmed else {},
-        failed=row.failed or (confirmed.failed if confirmed else ""),
-    )

@@ -1,8 +1,11 @@
 """The plan and the outcome of a search, for machines and people."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ties_ray.reports.records import MergeResult, Report
+from ties_ray.state.search_table import MOST_ROWS, CandidateRow, Key, SearchTable
+from ties_ray.stores import Stores
 from ties_ray.tables import Row
 
 
@@ -60,6 +63,22 @@ class SearchedCandidate(Report):
         return {"number": self.number, **values, "merit": self.merit, **self.scores, **confirmed, "failed": self.failed}
 
 
+class SearchedTable(Report):
+    """The table of a search, which may be under way."""
+
+    output: str
+    search: str
+    """Digest of all that decides the table."""
+    table_uri: str
+    """The table that the search keeps: JSON lines."""
+    sampler: str
+    seed: int
+    axes: list[str]
+    """Name of each number that is searched."""
+    rows: list[SearchedCandidate]
+    """All candidates: those that were confirmed first, then by merit."""
+
+
 class SearchResult(Report):
     """The outcome of a search."""
 
@@ -82,3 +101,48 @@ class SearchResult(Report):
     seconds: float = 0.0
     merge: MergeResult
     """The record of the merge of the best."""
+
+
+def ranked(rows: Mapping[Key, CandidateRow], budget: int = MOST_ROWS) -> list[SearchedCandidate]:
+    """Return the candidates up to number `budget`: those that were confirmed first, then by merit."""
+    made = [
+        _candidate(row, rows.get(("confirm", number)))
+        for (stage, number), row in rows.items()
+        if stage == "search" and number <= budget
+    ]
+
+    def place(each: SearchedCandidate) -> tuple[bool, float, bool, float, int]:
+        confirmed, merit = each.confirmed_merit, each.merit
+        return confirmed is None, -(confirmed or 0.0), merit is None, -(merit or 0.0), each.number
+
+    return sorted(made, key=place)
+
+
+def find(stores: Stores, output: str) -> SearchedTable | None:
+    """Return the table of a search in an output; None where there is none. Raises `InputError` for a broken one."""
+    table = SearchTable(stores, output)
+    stored = table.read()
+    if stored is None:
+        return None
+    head, rows = stored
+    return SearchedTable(
+        output=output,
+        search=head.search,
+        table_uri=table.uri,
+        sampler=str(head.sampler.get("name", "")),
+        seed=head.seed,
+        axes=head.axes,
+        rows=ranked(rows),
+    )
+
+
+def _candidate(row: CandidateRow, confirmed: CandidateRow | None) -> SearchedCandidate:
+    return SearchedCandidate(
+        number=row.number,
+        values=row.values,
+        merit=row.merit,
+        scores=row.scores,
+        confirmed_merit=confirmed.merit if confirmed else None,
+        confirmed=confirmed.scores if confirmed else {},
+        failed=row.failed or (confirmed.failed if confirmed else ""),
+    )

@@ -164,8 +164,8 @@ def read(stores: Stores, folder: str) -> SweepResult:
     """Return the results of a sweep in a folder. Raises `InputError` where there are none."""
     if result := find(stores, folder):
         return result
-    remedy = "give the folder above the outputs: what stands before {setting} in output.path"
-    raise InputError(Problem(folder, "holds no results of a sweep", remedy))
+    remedy = "give the output of a search, or the folder above a sweep's outputs: what stands before {setting}"
+    raise InputError(Problem(folder, "holds no results of a sweep or a search", remedy))
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
