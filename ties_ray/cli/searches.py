@@ -70,13 +70,9 @@ def _rows(rows: "Sequence[SearchedCandidate]", chosen: int | None) -> "Iterator[
     """Yield the best candidates and the recipe as it stands. chosen: number of the one that was merged."""
     labels = list(dict.fromkeys(label for row in rows for label in row.scores))
     confirmed = list(dict.fromkeys(label for row in rows for label in row.confirmed))
-    heads = (
-        *(f"{printable(label)} >" for label in labels),
-        *(f"confirmed {printable(label)} >" for label in confirmed),
-    )
-    table = new_table("candidate >", *heads, "sets")
-    listed = rows[:FEW]
-    listed += [row for row in rows[FEW:] if not row.number]
+    heads = [*labels, *(f"confirmed {label}" for label in confirmed)]
+    table = new_table("candidate >", *(f"{printable(head)} >" for head in heads), "sets")
+    listed = [*rows[:FEW], *(row for row in rows[FEW:] if not row.number)]
     for row in listed:
         mark = " *" if row.number == chosen else ""
         cells = [_figure(row.scores.get(label)) for label in labels]
