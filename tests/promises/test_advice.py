@@ -63,8 +63,8 @@ UNFOLLOWED = {
     "only its reader knows which settings a sweep should have": (
         "name more models", "give it another output.path", "add the setting's name: ", "add `settings` for a sweep",
         "split them into several recipes", "`ties-ray sweep` does them all", "out of the settings",
-        "leave fewer models out", "give the output of a search, or the folder above", "merge it in a recipe of its own", "{setting}",
-        "allow more, or merge with", "save the candidate",
+        "leave fewer models out", "give the output of a search, or the folder above", "merge it in a recipe of its own",
+        "{setting}", "allow more, or merge with", "save the candidate",
     ),
     "it is of a score and not of a merge; tests/evaluations follow what can be followed": (
         "scores what transformers can't load", "give a name such as", "name a folder that has one: `tokenizer`",
