@@ -90,7 +90,7 @@ pipelines: $(VENV)/installed engines  ## each engine, in an environment of its o
 
 chaos: $(VENV)/installed  ## 300 merges under faults and kills (an hour), and the proof that it would notice
 	$(BIN)/python -m tests.tools.chaos --prove
-	$(BIN)/python -m tests.tools.chaos --merges 300 --ray 40 --least-faults 20 --least-kills 10
+	$(BIN)/python -m tests.tools.chaos --merges 300 --ray 40 --least-faults 20 --least-kills 10 --least-troubles 5
 
 MUTATION := .venv-mutation
 

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -42,6 +43,8 @@ from ties_ray.cli import commands
 from ties_ray.reports.records import RESULT_NAME
 from ties_ray.stores import Stores
 
+CPUS = 2
+"""Of the cluster; a late node brings another one."""
 UNCACHED = {"cache": 0, "disk_cache": 0}
 ATTEMPTS = 6
 """Runs of one command; the last one is left alone, and must end with 0."""
@@ -79,6 +82,7 @@ FAULTS: Kinds = {
     "slow_down": lambda r: [Rule("slow_down", r.choice(DRAWN), count=r.randint(2, 4), probability=0.7)],
     "internal_error": lambda r: [Rule("internal_error", r.choice(DRAWN), count=r.randint(2, 4), probability=0.7)],
     "expired_token": lambda r: [Rule("expired_token", r.choice(DRAWN[:4]), nth=r.randint(1, 3))],
+    "skewed": lambda r: [Rule("skewed")],  # every request, until it is signed by the service's time
     "hang_up": lambda r: [Rule("hang_up", r.choice(DRAWN), count=r.randint(1, 3), probability=0.7)],
     "drop_upload": lambda r: [Rule("drop_upload", r.choice(DRAWN[:3]), count=2, probability=0.7)],
     "forget_upload": lambda r: [Rule("forget_upload", r.choice(("put-part", "complete", "list-parts")), count=1)],
@@ -98,6 +102,7 @@ FAULTS: Kinds = {
 ONCE: Kinds = {"flip once": lambda r: [Rule("flip", "get-range", WEIGHTS, nth=r.randint(1, 6), after=PLANNED)]}
 """What only TLS would notice, where the method reads its inputs once: no part of a campaign, counted apart."""
 KILLS: Kinds = {
+    "while a worker starts": lambda r: [Rule("kill", "get-range", "*/plan.json.gz", nth=1)],
     "before a read": lambda r: [Rule("kill", "get-range", WEIGHTS, nth=r.randint(1, 6), after=PLANNED)],
     "after an upload began, before it is noted": lambda r: [Rule("kill_after", "create-upload", nth=r.randint(1, 2))],
     "after a merge, before its part": lambda r: [Rule("kill", "put-part", nth=r.randint(1, 3))],
@@ -113,7 +118,17 @@ KILLS: Kinds = {
     "before the result record": lambda r: [Rule("kill", "put", f"*/{RESULT_NAME}", nth=1)],
     "after the result record": lambda r: [Rule("kill_after", "put", f"*/{RESULT_NAME}", nth=1)],
 }
-assert {*FAULTS, "kill", "kill_upload", "kill_after"} == {*get_args(Fault)}
+assert {*FAULTS, "kill", "kill_upload", "kill_after", "strike"} == {*get_args(Fault)}
+STARTING = "while a worker starts"
+TROUBLES: Kinds = {
+    "none": lambda r: [],
+    "death at start": lambda r: [],  # its kill is that of STARTING
+    "loss of the head": lambda r: [Rule("strike", "get-range", WEIGHTS, nth=r.randint(1, 6), after=PLANNED)],
+    "late node": lambda r: [Rule("strike", "get-range", WEIGHTS, nth=r.randint(1, 3), after=PLANNED)],
+}
+"""What happens to the cluster in the first attempt of a merge on Ray."""
+JOIN_SECONDS = 60.0
+"""A late node whose worker has not read the plan by then does not count."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +145,17 @@ class Case:
     kill: str
     cached: bool
     """Whether workers keep what they have read; else every round reads all again."""
+    trouble: str = "none"
 
     def script(self, attempt: int) -> tuple[list[Rule], str]:
         """Return the rules of an attempt (from 0), the kill first, and the point of that kill."""
         draw = random.Random(f"{self.seed} {self.number} {attempt}")
-        kill = self.kill if attempt == 0 else draw.choice(list(KILLS)) if attempt == 1 and draw.random() < 0.2 else ""
-        rules = KILLS[kill](draw) if kill else []
+        first = 1 if self.trouble == "loss of the head" else 0
+        kill = self.kill if attempt == first else ""
+        if attempt == 1 > first and draw.random() < 0.2:
+            kill = draw.choice(list(KILLS))
+        rules = TROUBLES[self.trouble](draw) if attempt == 0 else []
+        rules += KILLS[kill](draw) if kill else []
         faults = [one for one in self.faults if attempt < ATTEMPTS - 1 and (attempt < 2 or one not in COSTLY)]
         return rules + [rule for fault in faults for rule in (FAULTS | ONCE)[fault](draw)], kill
 
@@ -145,10 +165,14 @@ def cases(merges: int, on_ray: int, seed: int) -> list[Case]:
     draw = random.Random(seed)
     faults = _in_turn(list(FAULTS), draw)
     kills = _in_turn(list(KILLS), draw)
+    troubles = _in_turn(list(TROUBLES), draw)
     made = []
     for number in range(merges):
+        is_on_ray = (number + 1) * on_ray // merges > number * on_ray // merges
+        trouble = next(troubles) if is_on_ray else "none"
         chosen = (next(faults), next(faults))
         kill = next(kills) if draw.random() < 0.75 else ""
+        kill = STARTING if trouble == "death at start" else kill
         methods = ROUNDS if "flip" in chosen or "barrier" in kill else tuple(METHODS)
         made.append(
             Case(
@@ -156,11 +180,12 @@ def cases(merges: int, on_ray: int, seed: int) -> list[Case]:
                 seed=seed,
                 family=draw.choice(list(FAMILIES)),
                 method=draw.choice(methods),
-                executor="ray" if (number + 1) * on_ray // merges > number * on_ray // merges else "local",
-                workers=draw.randint(1, 3),
+                executor="ray" if is_on_ray else "local",
+                workers=CPUS + 1 if trouble == "late node" else draw.randint(1, 3),
                 faults=chosen,
                 kill=kill,
                 cached="flip" not in chosen and draw.random() < 0.5,
+                trouble=trouble,
             )
         )
     return made
@@ -182,7 +207,10 @@ class Ended(NamedTuple):
     seconds: float
 
 
-PROBLEMS = ("wrong bytes", "lost runs", "leaked uploads", "bad exits", "defects", "hangs", "not recognised as done")
+PROBLEMS = (
+    *("wrong bytes", "lost runs", "leaked uploads", "bad exits", "defects", "hangs"),
+    *("not recognised as done", "losses untold"),
+)
 
 
 @dataclass
@@ -195,6 +223,7 @@ class Tally:
     workers_lost: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
+    troubles: Counter[str] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
     executors: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(PROBLEMS, 0)))
@@ -208,6 +237,7 @@ class Tally:
             f"exit codes: {_counted(self.codes)}",
             f"faults {self.faults.total()}: {_counted(self.faults)}",
             f"kills {self.kills.total()}: {_counted(self.kills)}",
+            f"troubles of the cluster {self.troubles.total()}: {_counted(self.troubles)}",
             f"must be none: {_counted(self.problems)}",
         ]
         return "\n".join(lines)
@@ -286,26 +316,78 @@ class Server:
         return data
 
 
-@contextlib.contextmanager
-def ray_cluster(folder: Path) -> Iterator[str]:
-    """Run a Ray node of its own until the block ends; yield its address."""
-    port = free_port()
-    ports = [f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")]
-    command = [tool("ray"), "start", "--head", "--block", f"--port={port}", *ports, f"--temp-dir={folder}"]
-    command += ["--num-cpus=4", "--include-dashboard=false", "--object-store-memory=100000000"]
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-    try:
+class Cluster:
+    """A Ray node that is started anew where it was lost, and one that comes late."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self._head: subprocess.Popen[bytes] | None = None
+        self._late: subprocess.Popen[bytes] | None = None
+        self.address = f"127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Start the head, if there is none."""
+        if self._head is None:
+            head = ("--head", f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder}")
+            self._head = self._node("head", CPUS, *head)
+
+    def lose_head(self) -> None:
+        """Kill the control store of the cluster, and then all else of the head."""
+        assert self._head
+        [store] = [each for each in psutil.Process(self._head.pid).children() if each.name() == "gcs_server"]
+        store.kill()
+        threading.Thread(target=_end, args=(self._head,)).start()
+        self._head = None
+
+    def join(self) -> None:
+        """Start another node."""
+        self._late = self._node("late", 1, f"--address={self.address}")
+
+    def leave(self) -> None:
+        """End the node that came late."""
+        if self._late:
+            _end(self._late)
+            self._late = None
+
+    def stop(self) -> None:
+        """End all."""
+        self.leave()
+        if self._head:
+            _end(self._head)
+
+    def _node(self, name: str, cpus: int, *how: str) -> subprocess.Popen[bytes]:
+        ports = [
+            f"--{each}-port={free_port()}" for each in ("node-manager", "object-manager", "dashboard-agent-listen")
+        ]
+        command = [
+            tool("ray"),
+            "start",
+            "--block",
+            f"--num-cpus={cpus}",
+            "--object-store-memory=100000000",
+            *ports,
+            *how,
+        ]
+        log = self._folder / f"{name}.log"
+        with log.open("w") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         end = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
             assert time.monotonic() < end, log.read_text()
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+        return process
+
+
+def _end(node: "subprocess.Popen[bytes]") -> None:
+    """End all processes of a node."""
+    node.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        node.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 # -- a campaign
@@ -314,12 +396,12 @@ def ray_cluster(folder: Path) -> Iterator[str]:
 class Campaign:
     """Servers, undisturbed results and the tally; `run` puts merges through it."""
 
-    def __init__(self, server: Server, folder: Path, ray_address: str, without: str, verbose: bool) -> None:
+    def __init__(self, server: Server, folder: Path, cluster: Cluster, without: str, verbose: bool) -> None:
         """`without` names the protection that is off; none: ''."""
         self.tally = Tally()
         self._server = server
         self._folder = folder
-        self._ray = ray_address
+        self._cluster = cluster
         self._without = without
         # It imports once, where a new interpreter takes seconds of CPU a merge, and starts no thread before it forks.
         self._context = multiprocessing.get_context("forkserver")
@@ -363,6 +445,8 @@ class Campaign:
             self._problem("bad exits", case, f"the campaign itself failed: {error!r}")
         finally:
             self._server.clear(f"{case.number}/")
+            if case.trouble == "late node":
+                self._cluster.leave()
 
     def _attempts(self, case: Case) -> None:
         tally, prefix = self.tally, f"{case.number}/"
@@ -370,7 +454,10 @@ class Campaign:
             run = {"executor": case.executor, "workers": case.workers} | ({} if case.cached else UNCACHED)
             recipe = self._recipe(prefix, case.family, case.method, run, proxy.url)
             ended = Ended("none", {}, "", 0.0)
+            proxy.strike = partial(self._strike, case, proxy)
             for attempt in range(ATTEMPTS):
+                if case.executor == "ray":
+                    self._cluster.start()
                 killed, changed = len(proxy.killed), proxy.faults["new_etag"]
                 proxy.script, point = case.script(attempt)
                 ended = self._merge(recipe, self._without)
@@ -393,12 +480,17 @@ class Campaign:
                 ):
                     kind = "defects" if ended.code == 1 else "bad exits"
                     self._problem(kind, case, f"attempt {attempt}, {proxy.script}: {ended.code}\n{ended.errors}")
+                if point == STARTING and ended.code == 0 and ended.result["workers_lost"] < len(proxy.killed) - killed:
+                    self._problem("losses untold", case, f"attempt {attempt}: {ended.result}")
                 if ended.code == 0:
                     break
             with tally.lock:
                 tally.merges += 1
                 tally.executors[case.executor] += 1
-                tally.faults.update({kind: n for kind, n in proxy.faults.items() if not kind.startswith("kill")})
+                tally.faults.update(
+                    {kind: n for kind, n in proxy.faults.items() if not kind.startswith(("kill", "str"))}
+                )
+                tally.troubles["death at start"] += case.trouble == "death at start" and len(proxy.killed) > 0
             if ended.code != 0:
                 return self._problem("lost runs", case, f"after {ATTEMPTS} attempts: {ended.code}\n{ended.errors}")
             proxy.script = ()
@@ -412,6 +504,20 @@ class Campaign:
             self._problem("leaked uploads", case, f"{len(uploads)} under {prefix}")
         return None
 
+    def _strike(self, case: Case, proxy: FaultProxy) -> None:
+        """Bring trouble to the cluster. What asked waits for the worker of a late node, so that it is needed."""
+        if case.trouble == "loss of the head":
+            self._cluster.lose_head()
+        else:
+            self._cluster.join()
+            began, reads = time.monotonic(), proxy.times("get-range */plan.json.gz")
+            while proxy.times("get-range */plan.json.gz") == reads:
+                if time.monotonic() - began > JOIN_SECONDS:
+                    return
+                time.sleep(0.1)
+        with self.tally.lock:
+            self.tally.troubles[case.trouble] += 1
+
     def _problem(self, kind: str, case: Case, what: str) -> None:
         with self.tally.lock:
             self.tally.problems[kind] += 1
@@ -419,7 +525,7 @@ class Campaign:
 
     def _recipe(self, prefix: str, family: str, method: str, run: Mapping[str, object], endpoint: str) -> Path:
         path = self._folder / f"{prefix.rstrip('/')}.json"
-        run = {**run, "address": self._ray} if run["executor"] == "ray" else run
+        run = {**run, "address": self._cluster.address} if run["executor"] == "ray" else run
         recipe = {
             "base": f"s3://models/{family}/base",
             "models": [f"s3://models/{family}/model-{number}" for number in range(3)],
@@ -476,7 +582,7 @@ def prove(server: Server, folder: Path, merges: int, seed: int) -> bool:
         planned = [
             Case(number, seed, "bf16", "average", "local", 1, faults, kill, cached=False) for number in range(merges)
         ]
-        campaign = Campaign(server, folder, "", without, verbose=False)
+        campaign = Campaign(server, folder, Cluster(folder), without, verbose=False)
         with contextlib.redirect_stdout(None):  # each problem, which is what we want
             campaign.run(planned)
         print(f"{merges} merges, {fault or kill}, {without or 'nothing'} off: {_counted(campaign.tally.problems)}")
@@ -503,6 +609,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prove", action="store_true", help="show that a missing protection is noticed")
     parser.add_argument("--least-faults", type=int, default=0, help="fail unless every fault was committed so often")
     parser.add_argument("--least-kills", type=int, default=0, help="and every kill point so often")
+    parser.add_argument("--least-troubles", type=int, default=0, help="and every trouble of a cluster so often")
     given = parser.parse_args(arguments)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
@@ -527,16 +634,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             server.start()
             if given.prove:
                 return 0 if prove(server, folder, 4, given.seed) else 1
-            on_ray = any(case.executor == "ray" for case in planned)
-            with ray_cluster(folder) if on_ray else contextlib.nullcontext("") as address:
-                campaign = Campaign(server, folder, address, given.without, verbose=given.only is not None)
+            cluster = Cluster(folder)
+            try:
+                campaign = Campaign(server, folder, cluster, given.without, verbose=given.only is not None)
                 campaign.run(planned, given.minutes * 60)
+            finally:
+                cluster.stop()
     finally:
         server.stop()
     tally = campaign.tally
     print(tally)
     rare = [f"fault {kind}" for kind in FAULTS if tally.faults[kind] < given.least_faults]
     rare += [f"kill {point}" for point in KILLS if tally.kills[point] < given.least_kills]
+    rare += [trouble for trouble in [*TROUBLES][1:] if tally.troubles[trouble] < given.least_troubles]
     if rare:
         print(f"seen less often than asked: {', '.join(rare)}")
     return 1 if rare or tally.problems.total() else 0

@@ -24,6 +24,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +39,7 @@ Fault = Literal[
     "slow_down",  # 503, the server sees nothing (so do all of these until `delay`)
     "internal_error",  # 500
     "expired_token",  # 400
+    "skewed",  # 403 where a request is signed by another time than the service's, which is an hour ahead
     "hang_up",  # the connection is closed without an answer
     "drop_upload",  # the same in the middle of the request's body
     "forget_upload",  # the upload is aborted, as a lifecycle rule does, and from then on there is none
@@ -54,7 +57,12 @@ Fault = Literal[
     "kill",  # the process that asks gets SIGKILL, the server sees nothing
     "kill_upload",  # the same in the middle of the request's body
     "kill_after",  # the same once the server has done as asked
+    "strike",  # `FaultProxy.strike` is called first
 ]
+SKEW = timedelta(hours=1)
+"""How far the clock of a `skewed` service is ahead."""
+MOST_SKEW = timedelta(minutes=15)
+"""The most that the time of a signature may differ from the service's."""
 COUNTS = "/-/counts"
 """GET it for the counts in JSON."""
 
@@ -131,6 +139,8 @@ class FaultProxy:
         """Uploads that are no more."""
         self.killed: list[int] = []
         """Processes that were killed."""
+        self.strike: Callable[[], object] = lambda: None
+        """What a `strike` rule does beside the storage, such as to end a node."""
         self.first: dict[tuple[str, str], Answer] = {}
         """The first answer to each request that a `stale` rule may meet."""
         self.stopped = threading.Event()
@@ -188,6 +198,11 @@ class FaultProxy:
                     self.faults[rule.fault] += 1
                     return rule
         return None
+
+    def times(self, asked: str) -> int:
+        """Return how often something was asked for, by a pattern of `operation /bucket/key`."""
+        with self._lock:
+            return sum(count for each, count in self._asked.items() if fnmatch(each, f"{asked} *"))
 
     def missed(self, rule: Rule) -> None:
         """Take back a fault that could not be committed: the answer had no body to spoil."""
@@ -357,8 +372,13 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                     return self.answer(_error(500, "InternalError"))
                 case "expired_token":
                     return self.answer(_error(400, "ExpiredToken"))
+                case "skewed":
+                    return self.answer(self.skewed(rule) or self.forward(body))
                 case "hang_up":
                     return self.hang_up()
+                case "strike":
+                    proxy.strike()
+                    return self.answer(self.forward(body))
                 case "delay":
                     proxy.stopped.wait(rule.seconds)
                 case "flip_upload":
@@ -381,6 +401,15 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 proxy.missed(rule)
                 return self.answer(found)
             return self.spoil(rule, found, path)
+
+        def skewed(self, rule: Rule) -> Answer | None:
+            """Return the refusal of a request that is not signed by the service's time; None where it is."""
+            now = datetime.now(UTC) + SKEW
+            signed = datetime.strptime(self.headers["x-amz-date"], "%Y%m%dT%H%M%S%z")
+            if abs(now - signed) < MOST_SKEW:
+                proxy.missed(rule)
+                return None
+            return _error(403, "RequestTimeTooSkewed").having(Date=format_datetime(now, usegmt=True))
 
         def spoil(self, rule: Rule, found: Answer, path: str) -> None:
             """Send a good answer with a body otherwise than it is."""

@@ -325,7 +325,7 @@ class RayExecutor(Executor):
             folder = {"_temp_dir": self._folder} if self._folder else {}
             with _loopback():
                 self._init(address, options | {"include_dashboard": False} | folder)
-            self._check_room()
+            _check_room(self._needs)
         else:
             self._needs.announce(f"connecting to Ray at {address}")
             if address == "auto":
@@ -366,17 +366,6 @@ class RayExecutor(Executor):
             self._needs = replace(self._needs, num_workers=_MOST_PER_CORE * cores)
             line = f"{asked} workers are asked for, and this machine has {cores} cores"
             self._needs.announce(f"{line}: the merge runs with {self._needs.num_workers}")
-
-    def _check_room(self) -> None:
-        """Raise at once if this machine has no room for the workers. (A cluster may grow.)"""
-        count, room = self._needs.num_workers or 1, _room(self._needs)
-        if room < count:
-            message = f"{count} workers of {self._each()} are asked for, and there is room for {room}"
-            raise UnavailableError(Problem("this machine", message, "lower run.workers or run.memory"))
-
-    def _each(self) -> str:
-        gpus = f", {self._needs.gpus:g} GPU" if self._needs.gpus else ""
-        return f"1 CPU, {self._needs.memory / 2**30:.2f} GiB{gpus}"
 
     # ----- workers
 
@@ -420,7 +409,7 @@ class RayExecutor(Executor):
         began = time.monotonic()
         answers = self._first_answers(min(count, room) or 1, began + self._needs.deadline)
         if not answers:
-            raise self._nobody(time.monotonic() - began)
+            raise _nobody(self._needs, time.monotonic() - began, self._deaths)
         if len(answers) < count:
             self._needs.announce(f"the merge begins with {len(answers)} of {count} workers")
         return list(answers.values())
@@ -442,15 +431,6 @@ class RayExecutor(Executor):
                     if sum(death.worker == worker for death in self._deaths) < _STARTS:
                         self.revive(worker)
         return answers
-
-    def _nobody(self, seconds: float) -> UnavailableError:
-        """Return why there is no worker after so many seconds."""
-        nodes = ", ".join(_describe(node) for node in ray.nodes() if node["Alive"])
-        if self._deaths:
-            message = f"each worker of {self._each()} died while it started: {self._deaths[-1].reason}; nodes: {nodes}"
-            return UnavailableError(Problem("Ray", message, "lower run.workers, or take nodes with more memory"))
-        message = f"no worker of {self._each()} within {seconds:.0f} s; nodes: {nodes}"
-        return UnavailableError(Problem("Ray", message, "wait for room, or lower run.memory or run.gpus_per_worker"))
 
     def _wrong(self, answer: _Begun) -> list[Problem]:
         """Return the problems of a new worker's node, or of its factory."""
@@ -641,6 +621,30 @@ def _room(needs: Needs) -> int:
         for node in ray.nodes()
         if node["Alive"]
     )
+
+
+def _check_room(needs: Needs) -> None:
+    """Raise at once if this machine has no room for the workers. (A cluster may grow.)"""
+    count, room = needs.num_workers or 1, _room(needs)
+    if room < count:
+        message = f"{count} workers of {_each(needs)} are asked for, and there is room for {room}"
+        raise UnavailableError(Problem("this machine", message, "lower run.workers or run.memory"))
+
+
+def _nobody(needs: Needs, seconds: float, deaths: Sequence[Lost]) -> UnavailableError:
+    """Return why there is no worker after so many seconds."""
+    nodes = ", ".join(_describe(node) for node in ray.nodes() if node["Alive"])
+    if deaths:
+        message = f"each worker of {_each(needs)} died while it started: {deaths[-1].reason}; nodes: {nodes}"
+        return UnavailableError(Problem("Ray", message, "lower run.workers, or take nodes with more memory"))
+    message = f"no worker of {_each(needs)} within {seconds:.0f} s; nodes: {nodes}"
+    return UnavailableError(Problem("Ray", message, "wait for room, or lower run.memory or run.gpus_per_worker"))
+
+
+def _each(needs: Needs) -> str:
+    """Return what one worker needs."""
+    gpus = f", {needs.gpus:g} GPU" if needs.gpus else ""
+    return f"1 CPU, {needs.memory / 2**30:.2f} GiB{gpus}"
 
 
 def _describe(node: Mapping[str, Any]) -> str:
