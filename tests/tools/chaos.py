@@ -119,14 +119,18 @@ KILLS: Kinds = {
     "after the result record": lambda r: [Rule("kill_after", "put", f"*/{RESULT_NAME}", nth=1)],
 }
 assert {*FAULTS, "kill", "kill_upload", "kill_after", "strike"} == {*get_args(Fault)}
+STARTED = "get-range */plan.json.gz"
+"""From here on a worker has started."""
 STARTING = "while a worker starts"
 TROUBLES: Kinds = {
     "none": lambda r: [],
     "death at start": lambda r: [],  # its kill is that of STARTING
-    "loss of the head": lambda r: [Rule("strike", "get-range", WEIGHTS, nth=r.randint(1, 6), after=PLANNED)],
-    "late node": lambda r: [Rule("strike", "get-range", WEIGHTS, nth=r.randint(1, 3), after=PLANNED)],
+    "loss of the head": lambda r: [Rule("strike", "get-range", WEIGHTS, nth=r.randint(1, 6), after=STARTED)],
+    "late node": lambda r: [Rule("strike", "get-range", WEIGHTS, nth=r.randint(1, 3), after=STARTED)],
 }
 """What happens to the cluster in the first attempt of a merge on Ray."""
+SILENT_SECONDS = 25.0
+"""A driver ends when the head has been silent for 20 s."""
 JOIN_SECONDS = 60.0
 """A late node whose worker has not read the plan by then does not count."""
 
@@ -324,11 +328,15 @@ class Cluster:
         self._port = free_port()
         self._head: subprocess.Popen[bytes] | None = None
         self._late: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Thread(target=lambda: None)
+        """Ends a head that was lost."""
+        self._ending.start()
         self.address = f"127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Start the head, if there is none."""
         if self._head is None:
+            self._ending.join()
             head = ("--head", f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder}")
             self._head = self._node("head", CPUS, *head)
 
@@ -337,7 +345,8 @@ class Cluster:
         assert self._head
         [store] = [each for each in psutil.Process(self._head.pid).children() if each.name() == "gcs_server"]
         store.kill()
-        threading.Thread(target=_end, args=(self._head,)).start()
+        self._ending = threading.Thread(target=_end, args=(self._head,))
+        self._ending.start()
         self._head = None
 
     def join(self) -> None:
@@ -505,13 +514,14 @@ class Campaign:
         return None
 
     def _strike(self, case: Case, proxy: FaultProxy) -> None:
-        """Bring trouble to the cluster. What asked waits for the worker of a late node, so that it is needed."""
+        """Bring trouble to the cluster. The request waits for what follows, so that the merge can't end before."""
         if case.trouble == "loss of the head":
             self._cluster.lose_head()
+            proxy.stopped.wait(SILENT_SECONDS)
         else:
             self._cluster.join()
-            began, reads = time.monotonic(), proxy.times("get-range */plan.json.gz")
-            while proxy.times("get-range */plan.json.gz") == reads:
+            began, reads = time.monotonic(), proxy.times(STARTED)
+            while proxy.times(STARTED) == reads:
                 if time.monotonic() - began > JOIN_SECONDS:
                     return
                 time.sleep(0.1)
