@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -18,7 +17,7 @@ from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import RESULT_NAME, SUMS_NAME, Progress, find_result
 from ties_ray.safetensors import parse
 from ties_ray.state.manifest import FOLDER, Manifest, find_runs
-from ties_ray.stores import Stores, crc32c
+from ties_ray.stores import Stores, crc32c, local
 
 METHOD = {"name": "ties", "density": 0.3}
 
@@ -291,15 +290,14 @@ def test_inputs_that_are_not_as_they_were_are_told(change: str, output: Path, fa
 
 
 def test_bytes_of_an_input_that_changed_behind_its_mark_are_told(
-    tmp_path: Path, family_of: Callable[..., Family]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(local, "_mark", lambda status: str(status.st_ino))
     family = make_family(Stores({}).of("/"), str(tmp_path), num_models=2)
     merge(family, tmp_path / "out", METHOD)
     victim = Path(family.models[1]) / "model.safetensors"
-    times = victim.stat()
     _, start = place_of(victim, "BF16")
     patch(victim, start, b"\x11")
-    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
     verification = verify(Stores({}), str(tmp_path / "out"), sample=1.0)
     assert "are not those that this merge read first, though its ETag is the same" in problems_of(verification)
 

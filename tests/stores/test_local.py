@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ties_ray.errors import InputError, InterruptedMerge, UnavailableError
-from ties_ray.stores import Part, Store, Stores
+from ties_ray.stores import Part, Store, Stores, local
 from ties_ray.stores.local import Local, LocalOptions
 from ties_ray.testing import StoreContract
 
@@ -48,6 +49,51 @@ def test_a_file_written_in_place_is_refused(store: Local, tmp_path: Path) -> Non
     os.utime(path, ns=(0, int(pin.etag.partition("-")[0]) + 1))  # as a coarse clock may not have moved
     with pytest.raises(InputError, match="changed since the plan"):
         store.read(pin, 0, memoryview(bytearray(4)))
+
+
+def test_another_file_of_the_same_name_size_and_time_is_refused(store: Local, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for content in (b"one", b"two"):  # as an archive with fixed times unpacks it; the inode is often the same
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        os.utime(path, ns=(0, 0))
+        if content == b"one":
+            pin, _ = store.head(str(path), 0)
+    with pytest.raises(InputError, match="changed since the plan"):
+        store.read(pin, 0, memoryview(bytearray(3)))
+
+
+@pytest.mark.parametrize("look", ["head", "list", "link"])
+def test_a_file_rewritten_within_one_tick_of_the_clock_is_refused(
+    look: str, store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat, fstat = os.stat, os.fstat
+
+    def coarse(status: os.stat_result) -> object:
+        kept = {name: getattr(status, name) for name in dir(status) if name.startswith("st_")}
+        ticks = {name: kept[name] // 10**7 * 10**7 + 1 for name in ("st_mtime_ns", "st_ctime_ns")}
+        return SimpleNamespace(**kept | ticks)
+
+    monkeypatch.setattr(local.os, "stat", lambda *where, **how: coarse(stat(*where, **how)))
+    monkeypatch.setattr(local.os, "fstat", lambda file: coarse(fstat(file)))
+    for number in range(10):
+        path = tmp_path / str(number) / "x"
+        path.parent.mkdir()
+        path.write_bytes(b"one")
+        if look == "link":
+            path = path.rename(path.with_name("y"))
+            path.with_name("x").symlink_to("y")
+        pin = store.head(str(path), 0)[0] if look == "head" else store.list(str(path.parent)).files[0]
+        with path.open("r+b") as file:
+            file.write(b"two")
+        with pytest.raises(InputError, match="changed since the plan"):
+            store.read(pin, 0, memoryview(bytearray(3)))
+
+
+def test_two_files_of_one_size_that_a_merge_writes_at_once_differ_in_their_marks(store: Local, tmp_path: Path) -> None:
+    marks = [store.put(str(tmp_path / "x"), b"%03d" % number).etag for number in range(50)]
+    assert len({mark.partition("-")[0] for mark in marks}) == 50
+    assert store.head(str(tmp_path / "x"), 0)[0].etag == marks[-1]
 
 
 def test_a_file_cut_short_is_refused(store: Local, tmp_path: Path) -> None:

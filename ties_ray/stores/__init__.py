@@ -46,7 +46,7 @@ class Pin(NamedTuple):
     size: int
     """The number of bytes."""
     etag: str = ""
-    """The mark of the content: an S3 ETag without its quotes, `mtime_ns-inode` of a local file.
+    """The mark of the content: an S3 ETag without its quotes, `mtime_ns-ctime_ns-inode` of a local file.
 
     It is empty where the scheme has none. Only the size is then pinned, and the plan must say so."""
     version: str = ""

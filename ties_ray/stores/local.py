@@ -8,12 +8,15 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import Listing, Part, Pin, Space, WritableStore, changed, entry_uri, no_upload, within
 
@@ -33,6 +36,10 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 """The flag of a read that takes bytes from memory alone."""
 _STRAIGHT = getattr(os, "O_DIRECT", 0)
 """The flag of a write past the page cache, where the system has one."""
+_TICK, _LONG_TICK = 0.02, 2.0
+"""Seconds within which two changes of a file may get the same time; the long ones where it has no parts of a second."""
+_LOOKS = 3
+"""The most looks at a file that changes again and again."""
 _SECTOR = 4096
 """Bytes. Writes past the page cache begin and end at multiples of it, which suits all common disks."""
 
@@ -59,7 +66,7 @@ class Local(WritableStore):
 
     options = LocalOptions
 
-    pinned_by = "size, time of change and inode"
+    pinned_by = "size, times of modification and change, and inode"
     exact_listing = True
 
     def __init__(self, options: BaseModel) -> None:
@@ -100,7 +107,8 @@ class Local(WritableStore):
                         files.append(self._linked(entry_uri(uri, entry.name), folder, limit))
                     elif not (entry.name.startswith(".") and entry.name.endswith(_HIDDEN)):
                         with suppress(FileNotFoundError):
-                            files.append(_pin(entry_uri(uri, entry.name), entry.stat(follow_symlinks=False)))
+                            look = partial(os.stat, entry.name, dir_fd=folder, follow_symlinks=False)
+                            files.append(_pin(entry_uri(uri, entry.name), _settled(look)))
             finally:
                 os.close(folder)
         return Listing(
@@ -127,7 +135,7 @@ class Local(WritableStore):
         try:
             if not self._follow_links:
                 _demand_inside(uri, _real(file, path), limit)
-            return _pin(uri, os.fstat(file))
+            return _pin(uri, _settled(partial(os.fstat, file)))
         finally:
             os.close(file)
 
@@ -140,7 +148,7 @@ class Local(WritableStore):
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return the file's pin and its first bytes."""
         with _explained(uri, "read"), _opened(_place(uri), _READ) as file:
-            pin = _pin(uri, _regular(file, uri))
+            pin = _pin(uri, _settled(partial(_regular, file, uri)))
             data = bytearray(min(nbytes, pin.size))
             self._fill(file, 0, memoryview(data))
             self._unchanged(file, pin)
@@ -184,9 +192,10 @@ class Local(WritableStore):
             try:
                 with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
                     self._write(file, 0, memoryview(data))
+                    os.utime(file, ns=(time.time_ns(),) * 2)  # its own, where the system's clock ticks more slowly
                     os.fsync(file)
+                    os.replace(temporary, path)
                     pin = _pin(uri, os.fstat(file))
-                os.replace(temporary, path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -394,7 +403,28 @@ def _regular(file: int, uri: str) -> os.stat_result:
 
 
 def _pin(uri: str, status: os.stat_result) -> Pin:
-    return Pin(uri, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
+    return Pin(uri, status.st_size, _mark(status))
+
+
+def _mark(status: os.stat_result) -> str:
+    """Return the mark of a file's content.
+
+    Archives and copies set the time of modification, so that two versions may share it, and even an inode. Nobody sets
+    the time of change.
+    """
+    return f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
+
+
+def _settled(look: Callable[[], os.stat_result]) -> os.stat_result:
+    """Return the status of a file whose next change will show: within one tick of the clock, two look alike."""
+    for _ in range(_LOOKS):
+        status = look()
+        tick = _TICK if status.st_ctime_ns % 10**9 else _LONG_TICK  # whole seconds: a file system without smaller units
+        age = runtime.time() - status.st_ctime_ns / 1e9
+        if not 0 <= age < tick:
+            break
+        runtime.sleep(tick - age)
+    return status
 
 
 def _sync_folder(folder: Path) -> None:
