@@ -1,7 +1,9 @@
 """Plans, results and problems as text for people."""
 
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -19,6 +21,7 @@ from ties_ray.planning.forecast import Forecast
 from ties_ray.reports.records import Cleaning, MergeResult, PlannedInput, PlanRecord
 from ties_ray.rounds.condense import Truncation
 from ties_ray.rounds.threshold import TrimReport
+from ties_ray.state.lease import Holder
 
 WORKERS = {"merge": "merging", "wait_read": "waiting to read", "wait_write": "waiting to write", "idle": "idle"}
 """Words for the keys of `MergeResult.worker_seconds` that add up to a worker's time."""
@@ -240,7 +243,7 @@ def of_status(status: Status) -> Iterator[RenderableType]:
         size = sum(file.size for file in status.result.files)
         yield f"finished: {status.output}, run {status.result.run_id} ({_files(len(status.result.files), size)})"
     if status.holder:
-        yield f"held by {status.holder.host}, process {status.holder.process}: at work, or killed a moment ago"
+        yield _holder(status.holder, status.last_sign, is_gone=status.is_gone)
     for run in status.runs:
         if not status.result or run.run_id != status.result.run_id:
             yield from _unfinished(status.output, run)
@@ -248,8 +251,22 @@ def of_status(status: Status) -> Iterator[RenderableType]:
         yield f"{status.output} holds no merge"
 
 
+def _holder(holder: Holder, last_sign: float | None, *, is_gone: bool) -> str:
+    """Return who holds the output, whether that one lives, and what it does."""
+    since = f"the last sign of life is of {_ago(last_sign)}" if last_sign else "nothing says when it last lived"
+    state = "which has ended" if is_gone else since
+    doing = f"; it was at: {printable(holder.doing)}" if holder.doing else ""
+    return f"held by process {holder.process.partition('-')[0]} on {printable(holder.host)}, {state}{doing}"
+
+
+def _ago(seconds: float) -> str:
+    """Return a time of the past, with how long ago it was."""
+    at = datetime.fromtimestamp(seconds, UTC)
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC, {duration(max(0.0, time.time() - seconds))} ago"
+
+
 def _unfinished(output: str, run: RunStatus) -> Iterator[RenderableType]:
-    """Yield how far an unfinished run is."""
+    """Yield how far an unfinished run is, and what the same command will do."""
     yield f"unfinished: {output}, run {run.run_id}, generation {run.generation}"
     if run.problem:
         yield f"  {run.problem}"
@@ -261,7 +278,17 @@ def _unfinished(output: str, run: RunStatus) -> Iterator[RenderableType]:
             whole = "whole" if round_.done == round_.shards else ""
             table.add_row(round_.name, f"{round_.done:,}", f"{round_.shards:,}", whole)
         yield table
-        yield f"  {len(run.uploads)} uploads begun; the same merge command continues, --fresh begins anew"
+        last = f"; the last record is of {_ago(run.last_record)}" if run.last_record else ""
+        if run.stopped_in:
+            left = next(round_.shards - round_.done for round_ in run.rounds if round_.name == run.stopped_in)
+            named = ", ".join(map(str, run.open_shards)) + (", ..." if left > len(run.open_shards) else "")
+            yield f"  it is in round {run.stopped_in}: {_count(left, 'shard')} left ({named}){last}"
+        else:
+            yield f"  all rounds are done, and only the publication is left{last}"
+        done = sum(round_.done for round_ in run.rounds)
+        share = f"{num_bytes(run.bytes_done)} of {num_bytes(run.bytes_planned)}"
+        yield f"  {len(run.uploads)} uploads begun; the same merge command goes on there, and --fresh begins anew"
+        yield f"  {_count(done, 'shard')} ({share} to read) will not be done again"
 
 
 def of_verification(verification: Verification) -> Iterator[RenderableType]:

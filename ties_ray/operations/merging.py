@@ -25,6 +25,7 @@ from ties_ray.recipe.recipe import Recipe
 from ties_ray.reports.records import MergeResult, Progress, Watch
 from ties_ray.rounds import kind_of
 from ties_ray.state import lease
+from ties_ray.state.lease import Lease
 from ties_ray.state.manifest import Manifest
 from ties_ray.stores import CAN_ONLY_BE_READ, WRITE_ELSEWHERE, Stores, WritableStore, absolute
 from ties_ray.worker.timing import Trace
@@ -119,8 +120,23 @@ def _carry_out(planned: Plan, started: float, watch: Watch, trace: Trace | None,
         opened, manifest, resumed = resume.open_run(planned, stores, fresh=fresh)
         demand_space(opened, stores)
         opened = replace(opened, notes=(*opened.notes, *taken_over))
-        return _run(opened, manifest, stores, started, held.check, Meters(watch, trace), resumed=resumed)
+        meters = Meters(_telling(held, watch), trace)
+        return _run(opened, manifest, stores, started, held.check, meters, resumed=resumed)
     raise AssertionError("a lease is held or refused")
+
+
+def _telling(held: Lease, watch: Watch) -> Watch:
+    """Return what takes reports of progress, and notes the last one in the lease, where `status` finds it."""
+
+    def take(progress: Progress) -> None:
+        if progress.stage:
+            here = progress.workers - progress.workers_missing
+            held.doing = (
+                f"{progress.stage}, {progress.done} of {progress.total} done, {here} of {progress.workers} workers"
+            )
+        watch(progress)
+
+    return take
 
 
 def _run(

@@ -1,13 +1,15 @@
 """The status of an output folder: a finished merge, or unfinished ones and how far they are."""
 
 from ties_ray.errors import InputError
-from ties_ray.planning.plan import Plan
 from ties_ray.reports.records import MergeResult, Report, find_result
-from ties_ray.rounds import PlannedRound
+from ties_ray.rounds import Merge
 from ties_ray.state import documents, lease
 from ties_ray.state.lease import Holder
 from ties_ray.state.manifest import FOLDER, Manifest, find_runs
 from ties_ray.stores import Stores, within
+
+SHOWN = 5
+"""Unfinished shards that are named."""
 
 
 class RoundStatus(Report):
@@ -26,6 +28,16 @@ class RunStatus(Report):
     generation: int
     rounds: list[RoundStatus] = []
     """Empty where no plan is stored."""
+    stopped_in: str = ""
+    """The round that is not whole; empty where all are, or where no plan is stored."""
+    open_shards: list[int] = []
+    """Its first shards that are in no record, `SHOWN` at most."""
+    last_record: float | None = None
+    """When its last record was written, in seconds since 1970 by the store's clock; None where none was."""
+    bytes_done: int = 0
+    """Bytes of inputs that finished shards have read; the same command does not read them again."""
+    bytes_planned: int = 0
+    """Bytes of inputs that the whole run reads."""
     uploads: list[str] = []
     """Weight files whose upload has begun."""
     problem: str = ""
@@ -37,7 +49,11 @@ class Status(Report):
 
     output: str
     holder: Holder | None
-    """Holder of the output's lease: a merge at work, or a merge that was killed less than a minute ago."""
+    """Holder of the output's lease: a merge at work, or one that was killed."""
+    is_gone: bool = False
+    """Whether the holder was a process of this machine that has ended."""
+    last_sign: float | None = None
+    """When the holder last gave a sign of life, in seconds since 1970 by the store's clock; None without a holder."""
     result: MergeResult | None
     runs: list[RunStatus]
 
@@ -45,7 +61,15 @@ class Status(Report):
 def status(stores: Stores, output: str) -> Status:
     """Return what the folder holds; read the manifests, one request a record."""
     runs = [_run(stores, output, run_id, generation) for run_id, generation in find_runs(stores, output)]
-    return Status(output=output, holder=_holder(stores, output), result=find_result(stores, output), runs=runs)
+    holder = _holder(stores, output)
+    return Status(
+        output=output,
+        holder=holder,
+        is_gone=holder is not None and lease.is_gone(holder),
+        last_sign=stores.of(output).newest(within(output, FOLDER)) if holder else None,
+        result=find_result(stores, output),
+        runs=runs,
+    )
 
 
 def _holder(stores: Stores, output: str) -> Holder | None:
@@ -58,20 +82,40 @@ def _holder(stores: Stores, output: str) -> Holder | None:
 
 def _run(stores: Stores, output: str, run_id: str, generation: int) -> RunStatus:
     manifest = Manifest(stores, Manifest.folder_of(output, run_id, generation))
-    uploads: list[str] = []
-    rounds: list[RoundStatus] = []
-    problem = ""
     try:
         uploads = list(manifest.read_uploads())
         plan = manifest.read_last_plan()
-        planned = enumerate(plan.merges[0].rounds) if plan else ()
-        rounds = [_round(manifest, plan, index, round_) for index, round_ in planned if plan]
+        if plan is None:
+            return RunStatus(run_id=run_id, generation=generation, uploads=uploads)
+        merge = plan.merges[0]
+        missing = [_missing(manifest, merge, index) for index in range(len(merge.rounds))]
+        at = next((index for index, shards in enumerate(missing) if shards), None)
+        done = [
+            1 - len(shards) / max(1, round_.num_shards) for shards, round_ in zip(missing, merge.rounds, strict=True)
+        ]
+        return RunStatus(
+            run_id=run_id,
+            generation=generation,
+            uploads=uploads,
+            rounds=[
+                RoundStatus(name=round_.name, shards=round_.num_shards, done=round_.num_shards - len(shards))
+                for round_, shards in zip(merge.rounds, missing, strict=True)
+            ],
+            stopped_in="" if at is None else merge.rounds[at].name,
+            open_shards=[] if at is None else missing[at][:SHOWN],
+            last_record=max(filter(None, map(manifest.last_record, range(len(merge.rounds)))), default=None),
+            bytes_done=sum(int(share * round_.bytes_read) for share, round_ in zip(done, merge.rounds, strict=True)),
+            bytes_planned=plan.bytes_read,
+        )
     except InputError as error:
-        problem = str(error)
-    return RunStatus(run_id=run_id, generation=generation, rounds=rounds, uploads=uploads, problem=problem)
+        return RunStatus(run_id=run_id, generation=generation, problem=str(error))
 
 
-def _round(manifest: Manifest, plan: Plan, index: int, round_: PlannedRound) -> RoundStatus:
-    records = manifest.read_records(plan.merges[0], index, manifest.record_names(index))
+def _missing(manifest: Manifest, merge: Merge, index: int) -> list[int]:
+    """Return the shards of a round that are in no record; none once its barrier is passed."""
+    kind, round_ = merge.kind(index), merge.rounds[index]
+    if kind.folded is not None and manifest.num_folded(index) >= kind.num_groups(merge):
+        return []
+    records = manifest.read_records(merge, index, manifest.record_names(index))
     done = {shard for record in records for shard in record.shards}
-    return RoundStatus(name=round_.name, shards=round_.num_shards, done=len(done))
+    return [shard for shard in range(round_.num_shards) if shard not in done]

@@ -44,6 +44,8 @@ class Holder(BaseModel):
     process: str = Field(pattern="^([0-9]+-[0-9]+)?$")
     """The pid and start time, which name one process for ever; empty where the system does not tell them."""
     beat: int = 0
+    doing: str = Field(default="", max_length=500)
+    """What the holder was doing at this beat, for `status`."""
 
 
 HOLDER = TypeAdapter(Holder)
@@ -57,6 +59,8 @@ class Lease:
         self._uri = uri
         self._holder = holder
         self._etag = etag
+        self.doing = ""
+        """What the next beat tells of the holder."""
         self._lock = runtime.Lock()
         self._ended = runtime.Event()
         runtime.start_thread(self._beat, "lease")
@@ -84,7 +88,9 @@ class Lease:
             with self._lock:
                 if self._ended.is_set():
                     return
-                self._holder = self._holder.model_copy(update={"beat": self._holder.beat + 1})
+                self._holder = self._holder.model_copy(
+                    update={"beat": self._holder.beat + 1, "doing": self.doing[:500]}
+                )
                 try:
                     pin = self._store.swap(self._uri, _bytes(self._holder), self._etag)
                 except MergeError:
@@ -118,7 +124,7 @@ def acquire(stores: Stores, output: str, say: Callable[[str], None]) -> Lease:
         stored = _read(store, uri)
         if stored is None:
             pin = store.swap(uri, _bytes(mine), "")
-        elif _is_gone(stored[0]) or (stored[0] == first and runtime.monotonic() - since >= STILL_SECONDS):
+        elif is_gone(stored[0]) or (stored[0] == first and runtime.monotonic() - since >= STILL_SECONDS):
             pin = store.swap(uri, _bytes(mine), stored[1])
         elif first not in (None, stored[0]):
             problem = f"another run is at work there: {_describe(stored[0])}"
@@ -158,7 +164,7 @@ def _describe(holder: Holder) -> str:
     return f"process {holder.process.partition('-')[0] or 'unknown'} on {holder.host}"
 
 
-def _is_gone(holder: Holder) -> bool:
+def is_gone(holder: Holder) -> bool:
     """Return whether the holder was a process of this machine that has ended."""
     if not holder.machine or not holder.process or holder.machine != _machine():
         return False

@@ -167,6 +167,10 @@ class Manifest:
         names = (pin.uri.rpartition("/")[2] for pin in self._store.list(self._records(round_)).files)
         return [name for name in names if _RECORD_NAME.fullmatch(name)]
 
+    def last_record(self, round_: int) -> float | None:
+        """Return when a round's last record was written (seconds since 1970, by the store's clock), None without."""
+        return self._store.newest(self._records(round_))
+
     def read_record(self, merge: Merge, round_: int, name: str) -> Record[Any]:
         """Return a record. Raises `InputError` where it is gone, or does not fit this merge."""
         uri, form = join(self._records(round_), name), _record_form(merge.rounds[round_].kind)
@@ -199,6 +203,10 @@ class Manifest:
                 _demand_fit(misfit_folded(folded, merge, round_), within(self.folder, name))
                 stored[group] = folded
         return stored
+
+    def num_folded(self, round_: int) -> int:
+        """Return for how many groups a barrier has stored what it found after a round."""
+        return len(self._store.list(within(self.folder, f"folded/{round_}")).files)
 
     def read_of_earlier(self, merge: Merge, round_: int, pin: Pin) -> Any:
         """Return what the barrier of an earlier merge has found after the same round of the method.
