@@ -1,6 +1,6 @@
 """Mutation tests: modules are changed one place at a time, and the tests where they belong should notice.
 
-python -m tests.tools.mutate [PART OF A MODULE'S NAME ...] [--most 60] [--seed 0]
+python -m tests.tools.mutate [PART OF A MODULE'S NAME ...] [--most 60] [--seed 0] [--again]
 
 cosmic-ray makes the mutants, `mutants.py` draws a sample of them. Each is tried in a copy of the tree, by the tests
 that reach its line. A process with the libraries is forked for each, so a mutant takes about a second beside its tests.
@@ -197,9 +197,15 @@ def key_of(mutant: Mapping[str, Any]) -> str:
     return f"{mutant['definition']}: {mutant['change']}"
 
 
-def tested(module: str, files: Sequence[str], equivalent: Mapping[str, str], most: int, seed: str) -> float:
-    """Try out mutants of a module, print what became of them, and return the share that survived."""
+def tested(module: str, own: Mapping[str, Any], most: int, seed: str, *, again: bool) -> float:
+    """Try out mutants of a module, print what became of them, and return the share that survived.
+
+    again: only those that survived the last time.
+    """
     mutants, counts = mutants_of(module, most, seed), Counter[str]()
+    notes = ROOT / "build/mutants" / f"{module.replace('/', '-')}.json"
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    outcomes: dict[str, str] = json.loads(notes.read_text()) if again and notes.exists() else {}
     survivors = []
     with tempfile.TemporaryDirectory(prefix="ties-ray-mutants-") as folder:
         names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -207,10 +213,16 @@ def tested(module: str, files: Sequence[str], equivalent: Mapping[str, str], mos
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target)
-        copy = Copy(Path(folder).resolve(), module, files)
+        copy = Copy(Path(folder).resolve(), module, own["tests"])
         reach = copy.reach()
         for mutant in mutants:
-            outcome = "equivalent" if key_of(mutant) in equivalent else copy.try_out(mutant, reach)
+            key, outcome = key_of(mutant), outcomes.get(key_of(mutant), "survived")
+            if key in own.get("equivalent", {}):
+                outcome = "equivalent"
+            elif outcome in ("survived", "equivalent"):
+                outcome = copy.try_out(mutant, reach)
+            outcomes[key] = outcome
+            notes.write_text(json.dumps(outcomes, indent=1))
             counts[outcome] += 1
             if outcome == "survived":
                 survivors.append(mutant)
@@ -229,12 +241,13 @@ def main() -> None:
     parser.add_argument("modules", nargs="*")
     parser.add_argument("--most", type=int, default=60)
     parser.add_argument("--seed", default="0")
+    parser.add_argument("--again", action="store_true", help="try only those that survived the last time")
     asked = parser.parse_args()
     settings = tomllib.loads((HERE / "mutants.toml").read_text())
     for library in LIBRARIES:
         importlib.import_module(library)
     shares = [
-        tested(module, own["tests"], own.get("equivalent", {}), asked.most, asked.seed)
+        tested(module, own, asked.most, asked.seed, again=asked.again)
         for module, own in settings.items()
         if not asked.modules or any(part in module for part in asked.modules)
     ]
