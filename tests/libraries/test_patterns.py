@@ -35,7 +35,7 @@ def test_a_hostile_key_takes_no_longer_than_is_allowed(key: str) -> None:
 @pytest.mark.parametrize(
     "key", ["(?i)a", "(?x)a", "a(?i:b)", "(?x:a)", "(?=a)", "(?<!a)b", "(a)\\1", "(?P<n>a)(?P=n)", "(?>a)", "a*+",
             "\\bq", "a\\Z", "a{,2}", "[[:alpha:]]", "(", "a)(b", "*", "[", "a{2,1}", "(?(1)a|b)", "(?L)a", "(?s:.)",
-            "(?-i:a)", "x" * (MAX_KEY + 1)],
+            "(?-i:a)", "x" * (MAX_KEY + 1), "a.*\ud800_"],
 )  # fmt: skip
 def test_what_is_not_matched_here_is_refused_and_shown(key: str) -> None:
     with pytest.raises(UnfitKey) as raised:
@@ -47,6 +47,12 @@ def test_a_class_of_characters_is_refused_for_a_path_with_other_letters() -> Non
     assert resolve({r"q\d+": 1}, ["model.q1"]) == {"model.q1": 1}
     with pytest.raises(UnfitKey):
         resolve({r"q\d+": 1}, ["model.q\u0663"])
+
+
+def test_half_a_character_in_a_path_is_refused() -> None:
+    assert resolve({"q": 1}, ["model.\ud800.q"]) == {"model.\ud800.q": 1}
+    with pytest.raises(UnfitKey):
+        resolve({"q.*": 1}, ["model.\ud800.q"])
 
 
 def test_the_first_key_in_the_configs_order_counts() -> None:

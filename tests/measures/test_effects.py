@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from ties_ray.measures.effects import NOTHING, Effects, ModelSums, ParameterSums, added_up, sums_of
+from ties_ray.measures.effects import (
+    NOTHING,
+    Effects,
+    ModelSums,
+    ParameterSums,
+    added,
+    added_up,
+    joined,
+    sums_of,
+)
 
 
 def shard(number: int, *parameters: int, models: int = 2) -> Effects:
@@ -24,6 +33,16 @@ def test_a_shard_that_was_done_twice_counts_once_and_no_order_changes_a_sum() ->
 
 def test_no_shard_has_no_sums() -> None:
     assert added_up([]) == ({}, ())
+    assert joined([]) == ()
+    assert ParameterSums(7) == (7, 0, 0, 0, 0, 0, 0.0, 0, 0.0, 0.0, 0.0)
+
+
+def test_shards_that_are_joined_have_the_sums_of_all() -> None:
+    shards = [shard(number, number % 3, 7) for number in range(30)]
+    (whole,) = joined(shards)
+    assert whole.shard == 0
+    assert added_up([whole]) == added_up(shards)
+    assert added(shards[1].models[0], shards[2].models[0]) == added_up(shards[1:3])[1][0]
 
 
 def test_sums_are_those_of_a_dense_count() -> None:

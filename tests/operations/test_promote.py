@@ -14,7 +14,7 @@ from tests.conftest import Bucket, tool
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family
 from tests.tools.merging import merge
-from ties_ray.errors import InputError
+from ties_ray.errors import InputError, UnavailableError
 from ties_ray.operations import merging
 from ties_ray.operations.promote import Pointer, promote, rollback
 from ties_ray.operations.verify import verify
@@ -85,9 +85,26 @@ def test_what_was_changed_while_it_was_evaluated_is_not_promoted(
     act = f"import shutil; shutil.copytree({outputs[1]!r}, {outputs[0]!r}, dirs_exist_ok=True)"
     if change == "weights":
         act = f"open({outputs[0] + '/model.safetensors'!r}, 'ab').write(b'x')"
-    with pytest.raises(InputError, match=r"was changed while it was evaluated: .*\[not_approved\]"):
+    with pytest.raises(InputError, match=r"was changed while it was evaluated: .*model.safetensors.*\[not_approved\]"):
         promote(STORES, outputs[0], pointer, [sys.executable, "-c", act])
     assert not Path(pointer).exists()
+
+
+def test_scores_see_the_output_in_use_and_what_changes_meanwhile_is_not_promoted(
+    outputs: list[str], tmp_path: Path
+) -> None:
+    pointer, in_use = str(tmp_path / "current.json"), list[str]()
+    promote(STORES, outputs[0], pointer, scored=in_use.append)
+
+    def changing(current: str) -> None:
+        in_use.append(current)
+        with (Path(outputs[1]) / "model.safetensors").open("ab") as file:
+            file.write(b"x")
+
+    with pytest.raises(InputError, match=r"was changed while it was evaluated: model.safetensors"):
+        promote(STORES, outputs[1], pointer, scored=changing)
+    assert in_use == ["", outputs[0]]
+    assert Pointer.model_validate_json(Path(pointer).read_bytes()).current.output == outputs[0]
 
 
 def test_an_evaluation_may_leave_its_report_beside_the_weights(outputs: list[str], tmp_path: Path) -> None:
@@ -130,6 +147,30 @@ def test_of_two_promotions_at_the_same_time_none_is_lost(
     assert (promotion.current.output, promotion.previous and promotion.previous.output) == (outputs[1], str(rival))
     content = Pointer.model_validate_json(Path(pointer).read_bytes())
     assert (content.current, content.previous) == (promotion.current, promotion.previous)
+
+
+def test_who_comes_second_with_the_same_merge_has_changed_nothing(
+    outputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointer, swap, racing = str(tmp_path / "current.json"), Local.swap, [True]
+
+    def late(store: Local, uri: str, data: bytes, etag: str) -> object:
+        if uri == pointer and racing:
+            racing.clear()
+            promote(STORES, outputs[0], pointer)
+        return swap(store, uri, data, etag)
+
+    monkeypatch.setattr(Local, "swap", late)
+    promotion = promote(STORES, outputs[0], pointer)
+    assert (promotion.changed, promotion.previous) == (False, None)
+
+
+def test_a_pointer_that_others_write_all_the_time_is_given_up(
+    outputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Local, "swap", lambda *_: None)
+    with pytest.raises(UnavailableError, match=r"current.json: others keep writing it; try again"):
+        promote(STORES, outputs[0], str(tmp_path / "current.json"))
 
 
 def test_a_merge_that_was_replaced_is_not_rolled_back_to(outputs: list[str], tmp_path: Path) -> None:

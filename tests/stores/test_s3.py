@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import boto3
+import botocore.auth
 import pytest
 import trustme
 
@@ -502,9 +503,15 @@ def test_a_machine_whose_clock_is_wrong_signs_by_the_services(
     seconds: int, juicefs_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time
-    monkeypatch.setattr(
-        "botocore.auth.get_current_datetime", lambda: datetime.fromtimestamp(now() + seconds, UTC).replace(tzinfo=None)
-    )
+
+    def wrong() -> datetime:
+        return datetime.fromtimestamp(now() + seconds, UTC).replace(tzinfo=None)
+
+    if hasattr(botocore.auth, "get_current_datetime"):
+        monkeypatch.setattr("botocore.auth.get_current_datetime", wrong)
+    else:  # as older versions tell the time
+        late = type("Late", (datetime,), {"utcnow": staticmethod(wrong)})
+        monkeypatch.setattr("botocore.auth.datetime", SimpleNamespace(datetime=late))
     monkeypatch.setattr(_s3_clock, "time", SimpleNamespace(**vars(time) | {"time": lambda: now() + seconds}))
     stores = Stores(juicefs_bucket.storage)
     store, uri = stores.of(juicefs_bucket.uri), f"{juicefs_bucket.uri}/clock"

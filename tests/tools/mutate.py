@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -197,10 +198,12 @@ def key_of(mutant: Mapping[str, Any]) -> str:
     return f"{mutant['definition']}: {mutant['change']}"
 
 
-def tested(module: str, own: Mapping[str, Any], most: int, seed: str, *, again: bool) -> float:
+def tested(
+    module: str, own: Mapping[str, Any], everywhere: Sequence[str], most: int, seed: str, *, again: bool
+) -> float:
     """Try out mutants of a module, print what became of them, and return the share that survived.
 
-    again: only those that survived the last time.
+    everywhere: patterns of changes that are equivalent in any module. again: only those that survived the last time.
     """
     mutants, counts = mutants_of(module, most, seed), Counter[str]()
     notes = ROOT / "build/mutants" / f"{module.replace('/', '-')}.json"
@@ -217,7 +220,7 @@ def tested(module: str, own: Mapping[str, Any], most: int, seed: str, *, again: 
         reach = copy.reach()
         for mutant in mutants:
             key, outcome = key_of(mutant), outcomes.get(key_of(mutant), "survived")
-            if key in own.get("equivalent", {}):
+            if key in own.get("equivalent", {}) or any(re.search(pattern, mutant["change"]) for pattern in everywhere):
                 outcome = "equivalent"
             elif outcome in ("survived", "equivalent"):
                 outcome = copy.try_out(mutant, reach)
@@ -244,10 +247,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="try only those that survived the last time")
     asked = parser.parse_args()
     settings = tomllib.loads((HERE / "mutants.toml").read_text())
+    everywhere = settings.pop("everywhere")
     for library in LIBRARIES:
         importlib.import_module(library)
     shares = [
-        tested(module, own, asked.most, asked.seed, again=asked.again)
+        tested(module, own, list(everywhere), asked.most, asked.seed, again=asked.again)
         for module, own in settings.items()
         if not asked.modules or any(part in module for part in asked.modules)
     ]

@@ -26,6 +26,8 @@ _UNLIKE = re.compile(r"\(\?(?!:)|[+*?}]\+|\{,|\[:|\\[bBZ]")
 """Syntax that RE2 lacks, or reads differently."""
 _CLASS = re.compile(r"\\[dDwWsS]")
 """A class of characters: RE2 knows ASCII alone in it."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half a character, which JSON may hold and RE2 can't take."""
 
 Plain = dict[tuple[int, tuple[int, ...]], dict[str, int]]
 """The numbers of plain keys by their text, grouped by length and places of any characters."""
@@ -64,7 +66,7 @@ def resolve(pattern: Mapping[str, T], paths: Collection[str]) -> dict[str, T]:
             if number > first:
                 break
             is_ambiguous = not path.isascii() and _CLASS.search(key)
-            if len(path) > MAX_KEY or is_ambiguous or time.monotonic() > late:
+            if len(path) > MAX_KEY or is_ambiguous or _SURROGATE.search(path) or time.monotonic() > late:
                 raise UnfitKey(key)
             if compiled.fullmatch(path):
                 first = number
@@ -95,7 +97,7 @@ def _compiled(key: str) -> Any:
             warnings.simplefilter("ignore")  # about syntax that a future Python may read differently
             re.compile(key)
             re.compile(rf"(.*\.)?({key})$")
-        if not _UNLIKE.search(key):
+        if not _UNLIKE.search(key) and not _SURROGATE.search(key):
             return re2.compile(rf"(?:.*\.)?(?:{key})", options)
     except (re.error, re2.error, OverflowError, RecursionError):
         pass
