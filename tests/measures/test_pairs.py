@@ -77,7 +77,7 @@ def test_a_model_that_changes_nothing_has_no_direction() -> None:
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_cosines_are_those_of_the_directions_at_any_size(size: float) -> None:
     changes = size * torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
-    changes[3], changes[4] = 0, 3 * changes[0]
+    changes[3], changes[4] = 0, -3 * changes[0]
     sums = Pairs(5)
     sums.add_dense(changes)
     wide = changes.double()
@@ -86,6 +86,13 @@ def test_cosines_are_those_of_the_directions_at_any_size(size: float) -> None:
     np.testing.assert_allclose(sums.norms, wide.norm(dim=1).numpy(), rtol=1e-12)
     assert np.abs(sums.cosines).max() <= 1
     assert list(np.diag(sums.cosines)) == [1] * 5
+
+
+def test_no_rounding_gives_a_cosine_beyond_one() -> None:
+    factors = torch.arange(1.0, 60)
+    sums = Pairs(118)
+    sums.add_dense(torch.outer(torch.cat([factors, -factors]), torch.tensor([1.0, 2.0, 3.0])))
+    assert (sums.cosines.min(), sums.cosines.max()) == (-1, 1)
 
 
 def test_shares_are_of_the_elements_that_are_changed() -> None:

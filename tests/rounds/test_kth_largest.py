@@ -1,5 +1,6 @@
 """Thresholds from counts: the k-th largest, and how many values are kept and tied."""
 
+import base64
 import random
 from collections.abc import Sequence
 
@@ -11,7 +12,17 @@ from numpy.typing import NDArray
 
 from ties_ray.kernels import BINS
 from ties_ray.methods import Threshold
-from ties_ray.rounds._kth_largest import WHOLE, Counts, Pick, add, kept_count, pack, pick_high, pick_low
+from ties_ray.rounds._kth_largest import (
+    WHOLE,
+    Counts,
+    Pick,
+    _deflate,
+    add,
+    kept_count,
+    pack,
+    pick_high,
+    pick_low,
+)
 
 NORMAL = float(np.float32(1e-3))
 TINY = float(np.float32(1e-45))
@@ -51,7 +62,7 @@ def test_where_the_threshold_is_zero_just_the_nonzero_are_kept(values: list[floa
 def test_of_a_model_that_lacks_nearly_everything_all_that_changed_is_kept() -> None:
     assert picked([NORMAL, 2 * NORMAL, TINY], 0.5, lacking=97)[5:] == (0, 3, 0)
     assert picked([NORMAL, 2 * NORMAL], 0.5, lacking=97)[5:] == (0, 2, 0)
-    assert picked([], 0.5, lacking=97)[5:] == (0, 0, 0)
+    assert picked([], 0.5, lacking=97) == Pick(0, WHOLE, -1, rank=0, kept_above=0)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.8])
@@ -61,6 +72,15 @@ def test_the_threshold_is_the_kth_largest_and_ties_are_counted(density: float) -
     threshold = np.sort(values)[::-1][int(density * 200) - 1]
     assert np.uint32(pick.bits).view(np.float32) == threshold
     assert (pick.kept, pick.tied) == ((values >= threshold).sum(), (values == threshold).sum())
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 0.99])
+def test_values_that_share_their_high_bits_are_told_apart(density: float) -> None:
+    bits = np.arange(0x3F80_FFFF, 0x3F80_FF00, -2, dtype=np.uint32)
+    values = np.repeat(bits.view(np.float32), 3)
+    pick, rank = picked(list(values), density), int(density * len(values))
+    assert pick.bits == np.sort(np.repeat(bits, 3))[::-1][rank - 1]
+    assert (pick.kept, pick.tied) == ((values >= np.uint32(pick.bits).view(np.float32)).sum(), 3)
 
 
 VALUES = st.one_of(
@@ -154,3 +174,42 @@ def test_a_table_is_stored_by_its_filled_bins_and_an_empty_one_not_at_all() -> N
     sums = add([record, record])
     assert sums.keys() == {(2, 9)}
     assert np.array_equal(sums[2, 9], 2 * table)
+
+
+def table_of(*filled: tuple[int, int]) -> tuple[str, str]:
+    bins, counts = (np.array(each) for each in zip(*filled, strict=True))
+    return _deflate(bins.astype("<i4")), _deflate(counts.astype("<i8"))
+
+
+BINS_OF_TWO, COUNTS_OF_TWO = table_of((3, 1), (7, 1))
+DAMAGED = base64.b64encode(b"no table").decode()
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ((BINS_OF_TWO, table_of((3, 1))[1]), "names bins that are none"),
+        (table_of((7, 1), (3, 1)), "names bins that are none"),
+        (table_of((3, 1), (3, 1)), "names bins that are none"),
+        (table_of((-1, 1), (3, 1)), "names bins that are none"),
+        (table_of((3, 1), (BINS, 1)), "names bins that are none"),
+        (table_of((3, 1), (7, 0)), "counts less than nothing"),
+        (table_of((3, 1), (7, -1)), "counts less than nothing"),
+        ((DAMAGED, COUNTS_OF_TWO), "is damaged"),
+    ],
+)
+def test_a_table_that_was_never_made_is_refused(table: tuple[str, str], fault: str) -> None:
+    assert add([Counts(0, WHOLE, BINS_OF_TWO, COUNTS_OF_TWO)])[0, WHOLE].sum() == 2
+    with pytest.raises(ValueError, match=fault):
+        add([Counts(0, WHOLE, *table)])
+
+
+def test_a_second_level_that_misses_values_of_the_first_is_refused() -> None:
+    pick = Pick(0, WHOLE, bin=2 * 0x3F80 + 1, rank=2, kept_above=0)
+    for filled in ({0: 2}, {0: 1, 5: 1}, {5: 1}):
+        table = np.zeros(BINS, np.int64)
+        table[list(filled)] = list(filled.values())
+        with pytest.raises(ValueError, match="level 2 counted fewer values than level 1"):
+            pick_low([pick], {(0, WHOLE): table})
+    with pytest.raises(ValueError, match="level 2 counted nothing of a model"):
+        pick_low([pick], {})

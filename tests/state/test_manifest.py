@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.tools.adapters import make_pool
 from tests.tools.families import Family, make_family
 from tests.tools.merging import LOCAL, digests, merge, recipe_of
 from ties_ray.errors import InputError
+from ties_ray.measures import positions
 from ties_ray.measures.effects import NOTHING, Effects, ParameterSums
 from ties_ray.operations import merging
 from ties_ray.planning.plan import Plan
@@ -21,7 +23,7 @@ from ties_ray.rounds import Folded, Record
 from ties_ray.rounds._kth_largest import Counts, Pick
 from ties_ray.rounds.condense import Matrix
 from ties_ray.rounds.merge import Parts, Written
-from ties_ray.state.manifest import Manifest, misfit, misfit_folded
+from ties_ray.state.manifest import STATE, Manifest, Start, misfit, misfit_folded
 from ties_ray.stores import Part, Stores, local
 
 MakeFamily = Callable[..., Family]
@@ -172,3 +174,80 @@ def test_a_matrix_that_can_not_be_of_the_merge_is_refused(matrix: Matrix, fault:
     (merge,) = merging.plan(validate(data)).merges
     assert fault in misfit(Record(0, (), (matrix,)), merge, 0)
     assert misfit(Record(0, (), (MATRIX,)), merge, 0) == []
+
+
+# -- what is stored and read again
+
+
+def test_the_first_plan_and_the_first_generation_are_meant_where_nothing_else_is_said(
+    plan: Plan, tmp_path: Path
+) -> None:
+    folder = Manifest.folder_of("/out", "0123456789abcdef")
+    assert folder == "/out/.ties-ray/0123456789abcdef/1"
+    manifest = Manifest(Stores({}), f"{tmp_path}/0123456789abcdef/1")
+    assert (manifest.read_plan(), manifest.read_last_plan(), manifest.read_start()) == (None, None, None)
+    digest = manifest.write_plan(plan)
+    manifest.write_plan(replace(plan, revision=3))
+    first, last = manifest.read_plan(digest=digest), manifest.read_last_plan()
+    assert first
+    assert last
+    assert (first.revision, last.revision) == (0, 3)
+    assert first.run_id == plan.run_id
+    with pytest.raises(InputError, match="another plan lies there than the one that this merge has written"):
+        manifest.read_plan(3, digest)
+
+
+def test_what_a_run_began_with_has_no_other_fields(tmp_path: Path) -> None:
+    manifest = Manifest(Stores({}), str(tmp_path))
+    manifest.write_start(Start(digest="0" * 64))
+    assert manifest.read_start() == Start(digest="0" * 64)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "other": 1}))
+    with pytest.raises(InputError, match=r"can't read what a run began with .*other"):
+        manifest.read_start()
+
+
+def test_how_lapack_computes_is_the_first_workers_word(tmp_path: Path) -> None:
+    manifest = Manifest(Stores({}), str(tmp_path))
+    assert manifest.read_lapack() is None
+    assert manifest.agree_on_lapack("00000001") == "00000001"
+    assert manifest.agree_on_lapack("00000002") == "00000001"
+    assert manifest.read_lapack() == "00000001"
+
+
+def test_stored_documents_that_are_not_of_the_merge_are_refused_when_they_are_read(plan: Plan, tmp_path: Path) -> None:
+    manifest, (merge,) = Manifest(Stores({}), str(tmp_path / "run")), plan.merges
+    name = "00000000-0123456789ab-000000.json"
+    with pytest.raises(InputError, match="the record has gone; run the same command again"):
+        manifest.read_record(merge, 0, name)
+    manifest.write_record(merge, name, Record(0, (0,), ()))
+    assert manifest.record_names(0) == [name]
+    assert manifest.read_record(merge, 0, name) == Record(0, (0,), ())
+    manifest.write_record(merge, name, Record(0, (99,), ()))
+    with pytest.raises(InputError, match="is not of this merge: a shard is out of range"):
+        manifest.read_record(merge, 0, name)
+    fitting, odd = Folded((Pick(0, -1, 0, 1, 1),)), Folded((Pick(0, -1, 70_000, 1, 1),))
+    manifest.write_folded(merge, 0, 0, fitting)
+    assert manifest.read_folded(merge, 0, [0, 1]) == {0: fitting}
+    uri = f"{manifest.folder}/folded/0/0.json"
+    store = Stores({}).of(uri)
+    assert manifest.read_of_earlier(merge, 0, store.head(uri, 0)[0]) == fitting.finding
+    manifest.write_folded(merge, 0, 0, odd)
+    for read in (
+        lambda: manifest.read_folded(merge, 0, [0]),
+        lambda: manifest.read_of_earlier(merge, 0, store.head(uri, 0)[0]),
+    ):
+        with pytest.raises(InputError, match="is not of this merge: a bin is out of range"):
+            read()
+
+
+def test_the_state_of_a_merge_lies_in_its_folder(tmp_path: Path) -> None:
+    Manifest(Stores({}), str(tmp_path)).write_state("0.safetensors", b"state")
+    assert (tmp_path / STATE / "0.safetensors").read_bytes() == b"state"
+
+
+def test_of_very_many_models_a_record_has_no_effects(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(positions, "MOST_MODELS", 1)
+    assert misfit(Record(0, (), (), (), (Effects(0, (), ()),)), plan.merges[0], 0) == []
+    every = Effects(0, (), (NOTHING,) * 2)
+    assert misfit(Record(0, (), (), (), (every,)), plan.merges[0], 0) == ["the effects of the models"]
