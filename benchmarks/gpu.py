@@ -148,7 +148,7 @@ def factor_cases(kernels: Kernels, how: str, rank: int, length: int, models: Ite
 
     def factors() -> Stored:
         left, right = torch.randn(rows, rank, device=device), torch.randn(rank, COLUMNS, device=device)
-        return kernels.take(Factors(left, right, 1e-4 / rank**0.5, 0))
+        return arrived(kernels, Factors(left, right, 1e-4 / rank**0.5, 0))
 
     high = torch.zeros(BINS, dtype=torch.int64, device=device)
     one = factors()
@@ -158,6 +158,12 @@ def factor_cases(kernels: Kernels, how: str, rank: int, length: int, models: Ite
         op = SignedSums((Term(threshold=THRESHOLD),) * count)
         state = kernels.start(op, len(base))
         yield Case("fold", name, lambda: kernels.fold(op, state, base, group, 0), len(base), count, 32, count * rank)  # noqa: B023
+
+
+def arrived(kernels: Kernels, source: Stored) -> Stored:
+    """Return a slice once it is on the GPU."""
+    with kernels.arrival() as arriving:
+        return arriving.slice(source)
 
 
 def copy_rate() -> float:
@@ -200,10 +206,10 @@ class Merge:
     def coming(self) -> Iterable[Stored]:
         """Yield the slices on the GPU, a few on their way at a time."""
         remaining = iter(self._waiting)
-        going = [self._readers.submit(self._kernels.take, Encoded(one)) for one in islice(remaining, READERS)]
+        going = [self._readers.submit(arrived, self._kernels, Encoded(one)) for one in islice(remaining, READERS)]
         while going:
             yield going.pop(0).result()
-            going += [self._readers.submit(self._kernels.take, Encoded(one)) for one in islice(remaining, 1)]
+            going += [self._readers.submit(arrived, self._kernels, Encoded(one)) for one in islice(remaining, 1)]
 
     def merge(self, slices: Iterable[Stored]) -> None:
         group: list[tuple[int, Stored]] = []

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 from tests.tools.interpreter import A100, H100, Compiler, interpret
 from ties_ray.kernels import (
     BINS,
+    Count,
     Encoded,
     Factors,
     Kernels,
@@ -76,6 +77,15 @@ class FromCpu(Kernels):
         counts = self._kernels.fold(self._op(op), there, self._there(base), moved, offset)
         for name, part in state.items():
             part.copy_(there[name])
+        return counts
+
+    def count(self, asked: Sequence[Count], base: Tensor) -> list[int]:
+        tables = [self._there(each.table) for each in asked]
+        moved = [each._replace(source=self._stored(each.source), table=table)
+                 for each, table in zip(asked, tables, strict=True)]  # fmt: skip
+        counts = self._kernels.count(moved, self._there(base))
+        for each, table in zip(asked, tables, strict=True):
+            each.table.copy_(table)
         return counts
 
     def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:

@@ -264,7 +264,9 @@ def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
     assert {round_.block for round_ in beside.merges[0].rounds} == {4 * 2**20}, "one that is far is enough"
     assert near.memory < beside.memory
     on_gpu = make_plan(recipe_for(8, "ties", run={"device": "cuda"}), local)
-    assert {round_.block for round_ in on_gpu.merges[0].rounds} == {4 * 2**20}, "a GPU would wait for Python more often"
+    blocks = [round_.block for round_ in on_gpu.merges[0].rounds]
+    assert all(20 * 2**20 < block <= 32 * 2**20 for block in blocks), "a GPU waits for Python once a block"
+    assert on_gpu.memory <= on_gpu.recipe.run.memory + on_gpu.recipe.run.cache
 
 
 def test_too_little_memory_for_the_parts_is_refused() -> None:

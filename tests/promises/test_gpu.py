@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 from benchmarks import gpu as benchmark
 from tests.tools.adapters import make_pool
 from tests.tools.families import make_family
+from tests.tools.gpu_traffic import traffic_counted
 from tests.tools.interpreter import interpret
 from tests.tools.merging import digests, merge, recipe_of
 from ties_ray import kernels
@@ -95,6 +96,46 @@ def test_fast_arithmetic_is_another_run(gpu: list[str], tmp_path: Path) -> None:
     assert exact.run_id != fast.run_id
     with pytest.raises(MergeError, match="holds the result of another merge"):
         merge_pool(tmp_path, "fast", "average", "delta")
+
+
+RANKS = (8, 8, 256, 8)
+"""One large rank, which must not make groups small for all."""
+
+
+def test_what_a_pool_costs_beside_its_kernels_goes_by_groups_and_not_by_adapters(
+    gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, matrices = 40, 2
+    pool = make_pool(
+        Stores({}).of("/"), str(tmp_path / "pool"), num_adapters=number, layers=1, ranks=RANKS, dtype="BF16",
+        targets=(("q_proj", "v_proj"),), dense=False,
+    )  # fmt: skip
+    data = {"base": pool.base, "models": [{"path": uri} for uri in pool.adapters], "method": TIES}
+    output = {"path": str(tmp_path / "out"), "kind": "delta"}
+    with traffic_counted(monkeypatch) as traffic:
+        merging.merge(validate({**data, "output": output, "run": {**ON_GPU, "workers": 1}}))
+    groups, pairs = matrices * 2, matrices * number  # of at most 32 adapters
+    for round_ in (0, 1):
+        assert traffic.launches[round_] == groups, "one launch counts a group"
+        assert traffic.waits[round_] <= 2 * groups, "one wait a group, and one a record"
+        assert traffic.copies[round_] == pairs + groups, "factors lie together, and one table of facts is a group's"
+    assert traffic.launches[2] == groups + 2 * matrices, "a group is one launch, and a block is elected and applied"
+    assert traffic.waits[2] <= groups + matrices
+    assert traffic.copies[2] == pairs + groups
+    assert all(traffic.arrivals[round_] <= pairs + matrices for round_ in range(3)), "a wait for all of a slice"
+
+
+def test_what_slices_cost_beside_their_kernels_goes_by_groups_and_not_by_models(
+    gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = 20
+    family = make_family(Stores({}).of("/"), str(tmp_path / "in"), num_models=number, layers=1)
+    with traffic_counted(monkeypatch) as traffic:
+        merge(family, tmp_path / "out", TIES, run={**ON_GPU, "workers": 1})
+    blocks = traffic.launches[0] // 2  # groups of 16 and 4
+    assert traffic.launches[0] == 2 * blocks > 0
+    assert traffic.waits[0] <= 4 * blocks, "a wait a group, one for the base, and one a record"
+    assert traffic.copies[0] == blocks * (number + 1) + 2 * blocks, "slices, the base, and a table of facts a group"
 
 
 def test_all_that_the_benchmark_times_can_be_called(gpu: list[str]) -> None:

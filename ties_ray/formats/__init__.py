@@ -131,6 +131,8 @@ class Format(ABC):
     """Whether a model stands for all of the base's parameters; an adapter stands for those that it changes.
 
     The density of a trim counts over these parameters."""
+    on_any_device: ClassVar[bool] = False
+    """Whether `encoded` takes bytes on any device and decodes them there. Otherwise they come in the host's memory."""
 
     @abstractmethod
     def recognises(self, names: Sequence[str]) -> bool:

@@ -46,6 +46,7 @@ class Checkpoint(Format):
     """A model stored whole; its delta is its own value minus the base's."""
 
     name = "checkpoint"
+    on_any_device = True
 
     def recognises(self, names: Sequence[str]) -> bool:
         """Return whether there are safetensors files that are not an adapter's.

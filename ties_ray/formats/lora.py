@@ -34,6 +34,7 @@ class Lora(Format):
 
     name = "lora"
     whole = False
+    on_any_device = True
 
     def recognises(self, names: Sequence[str]) -> bool:
         """Return whether there is a PEFT config, or weights under PEFT's name."""
@@ -94,6 +95,7 @@ class Lora(Format):
         """Return fp32 factors of the rows that the slice touches, or elements of a tensor that was saved whole."""
         import torch  # here, so that planning does not wait for it
 
+        device = buffers[0].device if buffers else None
         dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         pieces = _pieces(source, start, stop)
         stored = []
@@ -112,14 +114,15 @@ class Lora(Format):
         scale = numbers["scale"]
         if len(source.tensors) == 1:  # a bias: rows of one element
             values = stored[0].float() if stored else torch.empty(0)
-            return Factors(values.reshape(-1, 1), torch.ones(1, 1), scale, 0)
+            return Factors(values.reshape(-1, 1), torch.ones(1, 1, device=device), scale, 0)
         rank, columns = source.tensors[0].shape[0], shape_of(source)[1]
         if not stored:
             return Factors(torch.empty(0, rank), torch.empty(rank, columns), scale, 0)
         first, last = start // columns, -(-stop // columns)
         if "transposed" in numbers:
-            left = torch.empty(last - first, rank).copy_(stored[0].reshape(rank, -1)[:, first:last].T)
-            right = torch.empty(rank, columns).copy_(stored[1].reshape(columns, rank).T)
+            left = torch.empty(last - first, rank, device=device)
+            left.copy_(stored[0].reshape(rank, -1)[:, first:last].T)
+            right = torch.empty(rank, columns, device=device).copy_(stored[1].reshape(columns, rank).T)
             return Factors(_weighed(left, source), right, scale, start - first * columns)
         left, right = stored[1].float().reshape(-1, source.tensors[1].shape[1]), stored[0].float().reshape(rank, -1)
         if EXPERT in numbers:

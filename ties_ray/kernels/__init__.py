@@ -12,9 +12,11 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
     from torch import Tensor
 
@@ -162,12 +164,43 @@ Stored = Encoded | Factors
 """A slice as a format makes it from the bytes it has read."""
 
 
+class Count(NamedTuple):
+    """Asks for the counts of one model's slice."""
+
+    source: Stored
+    table: "Tensor"
+    """int64, (BINS,), which the counts are added to."""
+    high: int | None = None
+    """The high 15 bits of the elements whose low 16 bits are counted. None: all elements are, by their high bits."""
+
+
 class Election(NamedTuple):
     """How TIES makes a delta from the sums; see `Kernels.elect`."""
 
     zero_sign: int = 0
     factor: float = 1.0
     merge: Literal["mean", "sum", "max"] = "mean"
+
+
+class Arrival:
+    """Brings slices to the kernels' device, in any thread. Within `with` they are on their way, and after it there.
+
+    This one leaves them where they are.
+    """
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def bytes(self, data: "Tensor") -> "Tensor":
+        """Return bytes as they were read (1-D uint8) on the device; a slice is decoded there."""
+        return data
+
+    def slice(self, source: Stored) -> Stored:
+        """Return a slice on the device, as the kernels take it."""
+        return source
 
 
 class Kernels(ABC):
@@ -186,9 +219,12 @@ class Kernels(ABC):
 
         return torch.device("cpu")
 
-    def take(self, source: Stored) -> Stored:
-        """Return a slice on the kernels' device, once it is there. Any thread may call."""
-        return source
+    asynchronous: ClassVar[bool] = False
+    """Whether calls return before the work is done, so that few large ones are faster than many small ones."""
+
+    def arrival(self) -> Arrival:
+        """Return what brings slices to the kernels' device."""
+        return Arrival()
 
     def decode(self, stored: "Tensor", out: "Tensor") -> int:
         """Write a base's stored values into `out` (fp32, or fp64 of fp64); return how many aren't finite.
@@ -225,6 +261,13 @@ class Kernels(ABC):
 
         offset: the position of the slice's first element in its parameter, for dropout.
         """
+
+    def count(self, asked: Sequence[Count], base: "Tensor") -> list[int]:
+        """Count the slices of several models, each in a table of its own; return the non-finite counts."""
+        return [
+            self.count_high(source, base, table) if high is None else self.count_low(source, base, high, table)
+            for source, table, high in asked
+        ]
 
     @abstractmethod
     def count_high(self, source: Stored, base: "Tensor", table: "Tensor") -> int:

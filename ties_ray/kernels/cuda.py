@@ -8,9 +8,11 @@ them. Calls that return counts wait for the GPU.
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from ties_ray.kernels import (
     Agreement,
+    Arrival,
+    Count,
     Encoded,
     Extremes,
     Factors,
@@ -184,6 +188,15 @@ BOUND = tl.constexpr(8)
 KEPT_SCALE = tl.constexpr(9)
 FACTS = tl.constexpr(10)
 
+# What stands behind `ROW_SCALES` where models are counted.
+TABLE = tl.constexpr(5)
+"""Address of the table."""
+HIGH = tl.constexpr(6)
+FIRST = tl.constexpr(7)
+"""Of model m, in row m: the row of the first step of its product."""
+STEPS = tl.constexpr(8)
+"""Likewise: how many steps its product has."""
+
 STEP = tl.constexpr(16)
 """Values of k that a product takes at a time."""
 
@@ -236,7 +249,7 @@ Shape = tuple[int, int, int]
 
 
 class Laid(Factors):
-    """Factors as they lie on a GPU; see `Cuda._laid`."""
+    """Factors as they lie on a GPU; see `Cuda.laid`."""
 
 
 # Numbers.
@@ -335,7 +348,7 @@ def _keep(pointer: tl.tensor, at: tl.tensor, value: tl.tensor, inside: tl.tensor
 @triton.jit
 def _places(left: tl.tensor, right: tl.tensor, rows: tl.tensor, columns: tl.tensor, of_left: tl.tensor,
             of_right: tl.tensor, HOW: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Return the addresses of a tile's first step of factors, by (k, row) and (k, column); see `_laid`."""
+    """Return the addresses of a tile's first step of factors, by (k, row) and (k, column); see `Cuda.laid`."""
     k = tl.arange(0, STEP)
     if HOW.fast:
         return left + (rows[:, None] * of_left + k[None, :]), right + (columns[:, None] * of_right + k[None, :])
@@ -632,23 +645,31 @@ def _noted(notes: tl.tensor, delta: tl.tensor, inside: tl.tensor, high: tl.tenso
     return notes, first
 
 
-@triton.jit(do_not_specialize=["num_tiles", "high", "num_rows"])
-def _counts(facts: tl.tensor, num_facts: tl.tensor, left: tl.tensor, right: tl.tensor, base: tl.tensor, bad: tl.tensor,
-            table: tl.tensor, high: tl.tensor, length: tl.tensor, num_tiles: tl.tensor, num_rows: tl.tensor,
-            num_columns: tl.tensor, start: tl.tensor, of_left: tl.tensor, of_right: tl.tensor,
-            HOW: tl.constexpr) -> None:  # fmt: skip
-    """Count the magnitudes of one model, tile after tile. On the first level, zeros are the rest of the elements."""
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
+@triton.jit(do_not_specialize=["num_tiles", "num_rows"])
+def _counts(facts: tl.tensor, left: tl.tensor, right: tl.tensor, base: tl.tensor, bad: tl.tensor, length: tl.tensor,
+            num_tiles: tl.tensor, num_rows: tl.tensor, num_columns: tl.tensor, start: tl.tensor, of_left: tl.tensor,
+            of_right: tl.tensor, HOW: tl.constexpr) -> None:  # fmt: skip
+    """Count the magnitudes of models, tile after tile. On the first level, zeros are the rest of the elements.
+
+    The programs of a model follow each other, so that all of a GPU counts one model after the other.
+    """
+    tile, tiles, model = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    row = facts + model * FACTS
+    first_step, num_facts = tl.load(row + FIRST).to(tl.int32), tl.load(row + STEPS).to(tl.int32)
+    high = tl.load(row + HIGH).to(tl.int32)
+    facts, bad = facts + first_step * FACTS, bad + model
+    table = tl.load(facts + TABLE).to(tl.pointer_type(tl.int64))
     _, _, at = _tile(tile, num_columns, start, 1, HOW)
     notes, first, near = at * 0, high * 0, high
     if HOW.op == "high":
         near = _cleared(HOW)
     if HOW.matrix:
         product, scale = tl.full((HOW.rows, HOW.columns), 0.0, tl.float32), _float(facts + SCALE)
+        further_left, further_right = _further(of_left, of_right, HOW)
+        left, right = left + first_step * further_left, right + first_step * further_right
         for step in range((num_tiles - tile + tiles - 1) // tiles * num_facts):
             each = tile + step // num_facts * tiles
             rows, columns, at = _tile(each, num_columns, start, 1, HOW)
-            further_left, further_right = _further(of_left, of_right, HOW)
             k = step % num_facts
             of_tile = _places(left + k * further_left, right + k * further_right, rows, columns, of_left, of_right, HOW)
             product = _multiplied(of_tile[0], of_tile[1], product, HOW)
@@ -812,14 +833,57 @@ class _Own(threading.local):
         self.stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
 
 
+class _Arrival(Arrival):
+    """Brings slices to a GPU on the thread's own stream, while other threads compute. Factors are laid there."""
+
+    def __init__(self, kernels: "Cuda", stream: torch.cuda.Stream | None) -> None:
+        self._kernels = kernels
+        self._stream = stream
+        self._context = torch.cuda.stream(stream) if stream else nullcontext()
+        self._sent: list[Tensor] = []
+        """What is copied from: its memory must not be used again before it is there."""
+        self._parts: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+        if self._stream:
+            self._stream.synchronize()
+            self._sent.clear()
+            for part in self._parts:  # its memory is not used again before the kernels' stream is done with it
+                part.record_stream(torch.cuda.default_stream(self._kernels.device))
+
+    def bytes(self, data: Tensor) -> Tensor:
+        self._sent.append(data)
+        return self._kernels.there(data)
+
+    def slice(self, source: Stored) -> Stored:
+        if isinstance(source, Encoded):
+            taken: Stored = source._replace(data=self._here(source.data))
+        else:
+            magnitude = None if source.magnitude is None else self._here(source.magnitude)
+            here = source._replace(left=self._here(source.left), right=self._here(source.right), magnitude=magnitude)
+            taken = self._kernels.laid(here)
+        self._parts += (part for part in taken if isinstance(part, Tensor))
+        return taken
+
+    def _here(self, part: Tensor) -> Tensor:
+        return part if part.device == self._kernels.device else self.bytes(part)
+
+
 class Cuda(Kernels):
-    """Fused kernels on a GPU. All tensors but the `out` of `apply` are there; `take` brings slices.
+    """Fused kernels on a GPU. All tensors but the `out` of `apply` are there; `arrival` brings slices.
 
     `fast` has tensor cores multiply the factors: TF32, 11 bits of each factor, sums in fp32. Let s be |scale| * sum of
     |left[i, k] * right[k, j]|. A change of rank r then errs by at most (2**-9 + (r + 2) * 2**-22) * s. Factors that
     were stored in bf16 or fp16 fit 11 bits, and err by at most (r + 2) * 2**-22 * s. An element's bits do not depend on
     how slices are cut: k goes in steps of 16 from 0, in tiles of one size. Everything else is as in `exact`.
     """
+
+    asynchronous = True
 
     def __init__(self, device: torch.device, fast: bool = False) -> None:
         """device: the GPU, or any memory that Triton's interpreter can read, where that runs the kernels."""
@@ -834,27 +898,12 @@ class Cuda(Kernels):
         """See `Kernels.device`."""
         return self._device
 
-    def take(self, source: Stored) -> Stored:
-        """See `Kernels.take`. Each thread copies on a stream of its own, while other threads compute.
+    def arrival(self) -> Arrival:
+        """See `Kernels.arrival`."""
+        return _Arrival(self, self._own.stream)
 
-        Factors are laid as the kernels read them.
-        """
-        if self._own.stream is None:
-            return source
-        with torch.cuda.stream(self._own.stream):
-            if isinstance(source, Encoded):
-                taken: Stored = source._replace(data=self._there(source.data))
-            else:
-                magnitude = None if source.magnitude is None else self._there(source.magnitude)
-                there = source._replace(left=self._there(source.left), right=self._there(source.right))
-                taken = self._laid(there._replace(magnitude=magnitude))
-        self._own.stream.synchronize()
-        for part in taken:
-            if isinstance(part, Tensor):  # its memory is not used again before the kernels' stream is done with it
-                part.record_stream(torch.cuda.default_stream(self.device))
-        return taken
-
-    def _there(self, tensor: Tensor) -> Tensor:
+    def there(self, tensor: Tensor) -> Tensor:
+        """Return a copy on the GPU of a tensor of the host. Nobody has waited for it."""
         return tensor.to(self.device, non_blocking=True)
 
     def delta(self, source: Stored, base: Tensor, out: Tensor) -> int:
@@ -896,13 +945,25 @@ class Cuda(Kernels):
                 self._add(_name(op), few, base, bad[first:], target, parts, offset, bound)
         return [int(count) for count in bad.tolist()]
 
+    def count(self, asked: Sequence[Count], base: Tensor) -> list[int]:
+        """See `Kernels.count`. Models of one level that are stored alike are one launch, and all are one wait."""
+        alike: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for number, (source, _, high) in enumerate(asked):
+            alike[high is None, _kind(source)].append(number)
+        bad, first = torch.zeros(len(asked), dtype=torch.int32, device=self.device), 0
+        for numbers in alike.values():
+            self._count([asked[number] for number in numbers], base, bad[first:])
+            first += len(numbers)
+        counts = dict(zip(itertools.chain(*alike.values()), bad.tolist(), strict=True))
+        return [int(counts[number]) for number in range(len(asked))]
+
     def count_high(self, source: Stored, base: Tensor, table: Tensor) -> int:
         """See `Kernels.count_high`."""
-        return self._count("high", source, base, table, 0)
+        return self.count([Count(source, table)], base)[0]
 
     def count_low(self, source: Stored, base: Tensor, high: int, table: Tensor) -> int:
         """See `Kernels.count_low`."""
-        return self._count("low", source, base, table, high)
+        return self.count([Count(source, table, high)], base)[0]
 
     def elect(
         self, op: Op, state: State, zero_sign: int, factor: float, merge: Literal["mean", "sum", "max"]
@@ -954,22 +1015,22 @@ class Cuda(Kernels):
             len(base), offset, float(np.float32(bound)), *shape, left.stride(0), right.stride(0), HOW=how, **options,
         )  # fmt: skip
 
-    def _count(self, name: str, source: Stored, base: Tensor, table: Tensor, high: int) -> int:
-        source = self._prepared(source)
-        how, shape, options = self._how(name, [source], len(base))
+    def _count(self, asked: Sequence[Count], base: Tensor, bad: Tensor) -> None:
+        """Launch the kernel for models of one level that are stored alike."""
+        asked = [count._replace(source=self._prepared(count.source)) for count in asked]
+        sources, name = [count.source for count in asked], "high" if asked[0].high is None else "low"
+        how, shape, options = self._how(name, sources, len(base))
         counters = MATRIX_COUNTERS
         if not how.matrix:
             how, options, counters = replace(how, block=COUNT_BLOCK), {"num_warps": COUNT_WARPS}, COUNTERS
         if name == "high":
             how = replace(how, near=PRODUCT if how.matrix else SLICE)
-        num_tiles, bad = _num_tiles(how, shape, len(base)), self._zero()
-        left, right = self._stacked([source], base)
+        num_tiles = _num_tiles(how, shape, len(base))
+        left, right = self._stacked(sources, base)
         _launch(
-            _counts, min(num_tiles, counters * self._num_multiprocessors), *self._facts([(Term(), source)]),
-            left, right, base, bad, table, high, len(base), num_tiles, *shape, left.stride(0), right.stride(0), HOW=how,
-            **options,
+            _counts, (min(num_tiles, counters * self._num_multiprocessors), len(asked)), self._facts_of_counts(asked),
+            left, right, base, bad, len(base), num_tiles, *shape, left.stride(0), right.stride(0), HOW=how, **options,
         )  # fmt: skip
-        return int(bad)
 
     def _how(self, name: str, sources: Sequence[Stored], length: int) -> tuple[How, Shape, dict[str, int]]:
         """Return the kernel for sources that are stored alike, the matrix of factors, and options of a launch."""
@@ -986,7 +1047,7 @@ class Cuda(Kernels):
         shape = len(source.left), source.right.shape[1], source.start
         return how, shape, {"num_warps": TILE.warps, "maxnreg": TILE.registers, "num_stages": TILE.stages}
 
-    def _laid(self, source: Factors) -> "Laid":
+    def laid(self, source: Factors) -> "Laid":
         """Return factors in memory that is padded to whole tiles and steps.
 
         They lie by (k, row) and (k, column) in `exact`, and by (row, k) and (column, k) for tensor cores. Beyond the
@@ -1006,7 +1067,7 @@ class Cuda(Kernels):
         return Laid(left, right, *source[2:])
 
     def _prepared(self, source: Stored) -> Stored:
-        return source if isinstance(source, Encoded | Laid) else self._laid(source)
+        return source if isinstance(source, Encoded | Laid) else self.laid(source)
 
     def _stacked(self, sources: Sequence[Stored], other: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of all models as one product, k after k, in whole steps; anything for dense slices."""
@@ -1034,17 +1095,30 @@ class Cuda(Kernels):
                 key, bound, kept_scale = second << 32 | first, term.dropout.bound, _fp32(term.dropout.scale)
             lowest = min(max(1, term.lowest), INFINITY.value)
             of_term = [lowest, _fp32(term.weight), key - (key >> 63 << 64), bound, kept_scale]
-            if isinstance(source, Encoded):
-                rows.append([source.data.data_ptr(), 1, model, 0, 0, *of_term])
-                continue
-            scales = 0 if source.scales is None else source.scales.data_ptr()
-            rank = source.left.shape[1]
-            rows += (
-                [0, k + STEP.value >= rank, model, _fp32(source.scale), scales, *of_term]
-                for k in range(0, rank, STEP.value)
-            )
+            rows += ([*step, *of_term] for step in _steps(model, source))
         ahead = rows[-1:]  # the kernel reads one row ahead, and never uses it
-        return self._there(torch.tensor(rows + ahead, dtype=torch.int64)), len(rows)
+        return self.there(torch.tensor(rows + ahead, dtype=torch.int64)), len(rows)
+
+    def _facts_of_counts(self, asked: Sequence[Count]) -> Tensor:
+        """Return the facts of models that are counted, (rows, FACTS) int64."""
+        rows: list[list[int]] = []
+        firsts: list[tuple[int, int]] = []
+        for model, (source, table, high) in enumerate(asked):
+            steps = _steps(model, source)
+            firsts.append((len(rows), len(steps)))
+            rows += ([*step, table.data_ptr(), high or 0, 0, 0, 0] for step in steps)
+        for row, first, (_, _, high) in zip(rows, firsts, asked, strict=False):
+            row[HIGH.value : STEPS.value + 1] = [high or 0, *first]
+        return self.there(torch.tensor(rows, dtype=torch.int64))
+
+
+def _steps(model: int, source: Stored) -> list[list[int]]:
+    """Return the first facts of a model, a row for each step of its product."""
+    if isinstance(source, Encoded):
+        return [[source.data.data_ptr(), 1, model, 0, 0]]
+    scales = 0 if source.scales is None else source.scales.data_ptr()
+    rank, step = source.left.shape[1], STEP.value
+    return [[0, k + step >= rank, model, _fp32(source.scale), scales] for k in range(0, rank, step)]
 
 
 _TYPES = {
@@ -1056,10 +1130,11 @@ _TYPES = {
 _STORED_TYPES = _TYPES | {torch.bfloat16: tl.int16}
 
 
-def _launch(kernel: Any, grid: int, *arguments: Any, **options: Any) -> None:
+def _launch(kernel: Any, grid: int | tuple[int, int], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the current stream, unless there is nothing to do."""
-    if grid:
-        kernel[(grid,)](*arguments, **options, enable_fp_fusion=False)
+    programs = grid if isinstance(grid, tuple) else (grid,)
+    if all(programs):
+        kernel[programs](*arguments, **options, enable_fp_fusion=False)
 
 
 def _kind(source: Stored) -> tuple[object, ...]:

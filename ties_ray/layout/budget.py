@@ -55,7 +55,7 @@ class Budget:
             )
             remedy = f"give it {(beside + self.overhead) // 2**20 + 256} MiB, or lower output.part_size"
             raise RecipeError(Problem("run.memory", problem, remedy))
-        most = self._sizes.max_block
+        most = self._sources.max_block
         if self.copies:
             fitting = self._sizes.local_room // (slices * self._sources.widths[1])
             least = max(self._sizes.least_local_block, fitting - fitting % 4096)
@@ -106,14 +106,19 @@ class Budget:
         return local and self._recipe.run.device == "cpu" and self._sources.widths[1] > 0
 
     def _element(self, slices: int) -> int:
-        """Return the bytes that an element of a block takes while so many slices are held."""
+        """Return the bytes of the host that an element of a block takes while so many slices are held."""
         of_base, widest = self._sources.widths[0] or 4, self._sources.widths[1]
+        if self._sources.on_gpu:  # which holds the state
+            return max(4, of_base, widest) + of_base + widest * slices
         return STATE_BYTES + max(4, of_base, widest) + of_base + widest * slices
 
     def _slices(self, resident: bool, block: int) -> int:
-        """Return how many slices are in memory at a time: those read ahead, and those of one pass or of all."""
-        merged = len(self._sources.models) if resident else self._sources.dense_per_pass(block)
-        return self._sizes.ahead + merged
+        """Return how many slices are in memory at a time: those read ahead, and those of one pass or of all.
+
+        Those of one pass lie on the GPU if there is one.
+        """
+        of_pass = 0 if self._sources.on_gpu else self._sources.dense_per_pass(block)
+        return self._sizes.ahead + (len(self._sources.models) if resident else of_pass)
 
     def _decoded(self, resident: bool) -> int:
         """Return the most bytes that decoded factors take beside a block."""
@@ -122,7 +127,8 @@ class Budget:
             footprint = self._sources.footprint(parameter, self._sources.models)
             total, largest = footprint.decoded_bytes
             per_pass = self._sources.models_per_pass(footprint) * largest
-            merged = total if resident else min(total, per_pass, self._sizes.factor_room + largest)
+            of_pass = 0 if self._sources.on_gpu else min(total, per_pass, self._sizes.factor_room + largest)
+            merged = total if resident else of_pass
             needed = max(needed, self._sizes.ahead * largest + merged)
         return needed and needed + self._sizes.fragments
 

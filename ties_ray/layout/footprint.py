@@ -92,10 +92,21 @@ class Sources:
         self.models = [catalog.models[index] for index in merged]
         earlier = [catalog.earlier.state] if catalog.earlier else []
         self.formats = formats_of((catalog.base, *self.models, *earlier))
+        self.on_gpu = recipe.run.device == "cuda"
         self._cache = int(recipe.run.cache)
         self._footprints: dict[tuple[int, str], Footprint] = {}
         self._sums: dict[tuple[str, tuple[tuple[int, int], ...]], Footprint] = {}
         self._grouped: tuple[Sequence[Model], tuple[tuple[int, int], ...], tuple[Model, ...]] = ((), (), ())
+
+    @property
+    def max_block(self) -> int:
+        """Return the most elements of a block."""
+        return self.sizes.max_gpu_block if self.on_gpu else self.sizes.max_block
+
+    @property
+    def factor_room(self) -> int:
+        """Return the most bytes of decoded factors in one kernel call."""
+        return self.sizes.gpu_factor_room if self.on_gpu else self.sizes.factor_room
 
     @cached_property
     def dense_dtypes(self) -> frozenset[str]:
@@ -231,7 +242,7 @@ class Sources:
 
     def dense_per_pass(self, block: int) -> int:
         """Return the most slices of whole tensors that one kernel call merges: one where it is a large matrix."""
-        return 1 if block > self.sizes.max_block else self.sizes.models_per_pass
+        return 1 if block > self.max_block else self.sizes.models_per_pass
 
     def cached(self, footprint: Footprint) -> Literal["nothing", "shared", "all"]:
         """Return which factors of a parameter stay in a worker's cache until its blocks are merged."""

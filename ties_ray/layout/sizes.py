@@ -33,7 +33,9 @@ class Sizes:
     model_group: Size = 32
     """Models that a worker counts at a time: 32 tables of 65,536 int64 take 16 MiB."""
     max_block: Size = 4 * 2**20
-    """Elements of a block at most. Reads of 8 MiB suit object storage, and a GPU waits less often for Python."""
+    """Elements of a block at most. Reads of 8 MiB suit object storage."""
+    max_gpu_block: Size = 32 * 2**20
+    """Elements of a block at most on a GPU, which waits for Python once a block and group of models."""
     least_block: Size = 2**16
     """Elements of a block at least. With less memory than that takes, the recipe is refused."""
     max_local_block: Size = 2**20
@@ -50,6 +52,8 @@ class Sizes:
     """Low-rank slices that one kernel call merges."""
     factor_room: Size = 64 * 2**20
     """Bytes of decoded factors that one kernel call may hold; malloc keeps about as much again."""
+    gpu_factor_room: Size = 512 * 2**20
+    """Bytes of decoded factors that one kernel call of a GPU may hold in the GPU's memory; they lie there twice."""
     gap: Size = 64 * 2**10
     """Unneeded bytes between two reads that one request may bring along: a second request costs more CPU."""
     ahead: Size = 4

@@ -189,6 +189,10 @@ class Slices(Deltas):
     def models(self) -> Iterator[tuple[int, Any]]:
         """Yield (position among the block's members, stored slice or None) in recipe order."""
 
+    @abstractmethod
+    def groups(self) -> Iterator[list[tuple[int, Any]]]:
+        """Yield the slices of `models` that there are, as many at a time as the kernels are best given."""
+
 
 class Block(NamedTuple):
     """What is merged at a time: a run of elements of one parameter."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from ties_ray.inputs.catalog import Model
-from ties_ray.kernels import BINS
+from ties_ray.kernels import BINS, Count, Kernels
 from ties_ray.layout.reads import Cost, Reading
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.methods import Threshold
@@ -36,7 +36,6 @@ from ties_ray.rounds._kth_largest import WHOLE, Counts, Pick, Scope, add, kept_c
 from ties_ray.tensors import Parameter
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 COUNTS = TypeAdapter(Counts)
@@ -71,8 +70,8 @@ class TrimReport(BaseModel):
 class Tables(Tally[AllCounts]):
     """The counts of a worker: dense tables while shards are counted, sparse ones in a record."""
 
-    def __init__(self, device: "torch.device") -> None:
-        self._device = device
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         self._tables: dict[Scope, Tensor] = {}
         self._counts: list[Counts] = []
 
@@ -83,13 +82,18 @@ class Tables(Tally[AllCounts]):
         from ties_ray.kernels.buffers import zeros
 
         if scope not in self._tables:
-            on_gpu = self._device.type != "cpu"
-            self._tables[scope] = torch.zeros(BINS, dtype=torch.int64, device=self._device) if on_gpu else zeros(BINS)
+            device, on_gpu = self._kernels.device, self._kernels.asynchronous
+            self._tables[scope] = torch.zeros(BINS, dtype=torch.int64, device=device) if on_gpu else zeros(BINS)
         return self._tables[scope]
 
     def harvest(self) -> None:
         """Turn the dense counts into sparse ones."""
-        packed = (pack(scope, table.cpu().numpy()) for scope, table in self._tables.items())
+        import torch
+
+        tables = list(self._tables.values())
+        if tables and self._kernels.asynchronous:
+            tables = list(torch.stack(tables).cpu())  # one wait for all
+        packed = (pack(scope, table.numpy()) for scope, table in zip(self._tables, tables, strict=True))
         self._counts += [counts for counts in packed if counts]
         self._tables.clear()
 
@@ -97,6 +101,9 @@ class Tables(Tally[AllCounts]):
         """Add the counts of one finished shard."""
         self._counts += shard._counts
         for scope, table in shard._tables.items():
+            if self._kernels.asynchronous:
+                self.table(scope).add_(table)
+                continue
             filled = table.nonzero().squeeze(1)  # some 1,500 bins of bf16 deltas: only their pages are touched
             self.table(scope).index_add_(0, filled, table[filled])
 
@@ -191,7 +198,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def rehearsal(self, merge: Merge, round_: PlannedRound, sample: Sample) -> Trial:
         """Return the count of a sample; of low bits those around a usual threshold."""
-        kernels, table = sample.context.kernels, Tables(sample.base.device).table((0, WHOLE))
+        kernels, table = sample.context.kernels, Tables(sample.context.kernels).table((0, WHOLE))
         if round_.position == HIGH:
             return Trial(partial(kernels.count_high, sample.stored, sample.base, table), 1)
         return Trial(partial(kernels.count_low, sample.stored, sample.base, sample.bits >> 16, table), 1)
@@ -200,7 +207,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
 
     def tally(self, bench: Bench) -> Tables:
         """Return empty tables."""
-        return Tables(bench.kernels.device)
+        return Tables(bench.kernels)
 
     def work(self, bench: Bench, index: int, shard: Shard, tally: Tables, zeroed: Counter[tuple[int, str]]) -> None:
         """Count a range of a group of models, as far as their thresholds are open."""
@@ -256,16 +263,15 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
                 if by_tensor and block.parameter != counted:
                     tally.harvest()
                     counted = block.parameter
-                for position, stored in block.slices.models():
-                    if stored is None:
-                        continue  # a delta of zero lies in the lowest bin, and ranks count from the top
-                    scope = (members[position], counted)
-                    table = tally.table(scope)
-                    if scope in picks:
-                        bad = bench.kernels.count_low(stored, block.base, picks[scope].high, table)
-                    else:
-                        bad = bench.kernels.count_high(stored, block.base, table)
-                    block.slices.not_finite[position] += bad
+                for slices in block.slices.groups():  # without deltas of zero: ranks count from the top
+                    scopes = [(members[position], counted) for position, _ in slices]
+                    asked = [
+                        Count(stored, tally.table(scope), picks[scope].high if scope in picks else None)
+                        for scope, (_, stored) in zip(scopes, slices, strict=True)
+                    ]
+                    for (position, _), bad in zip(slices, bench.kernels.count(asked, block.base), strict=True):
+                        block.slices.not_finite[position] += bad
+                    del slices, asked  # their memory is for the slices to come
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[AllCounts]) -> Picks:
         """Return where the thresholds of a group lie. Raises `ValueError` for counts that no worker writes."""

@@ -38,7 +38,6 @@ class Blocks:
         self._reads = reads
         self._bases = bases
         self._held = held if held and held.is_on else None
-        self._on_gpu = kernels.device.type == "cuda"
         self._footprints: dict[tuple[int, tuple[int, ...]], Footprint] = {}
 
     def stream(
@@ -63,7 +62,7 @@ class Blocks:
                 earlier = next(coming) if own and own.state and merge.catalog.earlier else None
                 slices = StoredSlices(
                     self._kernels, base, start, len(members), coming, partial(self._completed, rows, base),
-                    passes=round_.passes, resident=resident, factor_room=merge.sizes.factor_room,
+                    passes=round_.passes, resident=resident, factor_room=sources.factor_room,
                     per_pass=sources.models_per_pass(self._footprint(index, members), round_.block),
                     companions=self._companions(own),
                     earlier=earlier, num_earlier=len(merge.earlier) if own else 0,
@@ -107,7 +106,7 @@ class Blocks:
             requested(run) for run, whole in zip(runs, held, strict=True) if whole is None
         )
         room = BufferBudget(round_.run * widest, sources.filled(round_.block) * widest)
-        with closing(self._reads.stream(requests, room, self._kernels.take)) as stream:
+        with closing(self._reads.stream(requests, room, self._kernels.arrival)) as stream:
             for run, whole in zip(runs, held, strict=True):
                 coming = _by_block(whole, len(run)) or split_streams(stream, len(run))
                 for segment, slices in zip(run, coming, strict=True):
@@ -254,8 +253,9 @@ class Blocks:
             return torch.zeros(1, device=self._kernels.device).expand(length)  # a base that nobody reads
         assert isinstance(encoded, Encoded), "a base is stored whole"
         dtype = torch.float64 if encoded.data.dtype == torch.float64 else torch.float32
-        size, device = len(encoded.data), self._kernels.device
-        decoded = torch.empty(size, dtype=dtype, device=device) if self._on_gpu else self._bases.empty(size, dtype)
+        size, on_gpu = len(encoded.data), self._kernels.asynchronous
+        there = partial(torch.empty, device=self._kernels.device)
+        decoded = there(size, dtype=dtype) if on_gpu else self._bases.empty(size, dtype)
         count = self._kernels.decode(encoded.data, decoded)
         if count:
             where = f"{self._merge.catalog.base.uri}: {parameter.name}"

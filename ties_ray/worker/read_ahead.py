@@ -14,7 +14,7 @@ from torch import Tensor
 from ties_ray import runtime
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Model
-from ties_ray.kernels import Stored
+from ties_ray.kernels import Arrival, Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.footprint import cached_requests, requests_of, rounded_up
 from ties_ray.stores import Pin, Stores, scheme_of
@@ -114,19 +114,20 @@ class ReadAhead:
         self,
         requests: Iterable[Sequence[SliceRequest | None]],
         budget: BufferBudget = NOT_COALESCED,
-        take: Callable[[Stored], Stored] = lambda stored: stored,
+        arrival: Callable[[], Arrival] = Arrival,
     ) -> Generator[list[Stored | None], None, None]:
         """Yield the slices of each group of requests, in order; None for a model that lacks the parameter.
 
-        requests: groups of slices of one model that are read together. take: brings a slice to its device while others
-        are read and merged. The memory of a slice is used again when nothing refers to the slices of its group.
+        requests: groups of slices of one model that are read together. arrival: makes what brings them to their device
+        while others are read and merged. The memory of a slice is used again when nothing refers to the slices of its
+        group.
         """
         coming: collections.deque[Future[list[Stored | None]] | Callable[[], list[Stored | None]]] = collections.deque()
         remaining, page_cached = iter(requests), dict[str, bool]()
         try:
             while True:
                 for run in itertools.islice(remaining, self._ahead - len(coming)):
-                    fetch = partial(self._fetch, run, budget, take)
+                    fetch = partial(self._fetch, run, budget, arrival)
                     coming.append(fetch if self._is_fetched_here(run, page_cached) else self._threads.submit(fetch))
                 if not coming:
                     return
@@ -201,23 +202,27 @@ class ReadAhead:
             store.meter.add(retries=1)  # it is read once more, since bytes may have changed on the way
 
     def _fetch(
-        self, run: Sequence[SliceRequest | None], budget: BufferBudget, take: Callable[[Stored], Stored]
+        self, run: Sequence[SliceRequest | None], budget: BufferBudget, arrival: Callable[[], Arrival]
     ) -> list[Stored | None]:
         if (slices := self._kept(run)) is not None:
             return slices
         present = [request for request in run if request]
+        if not present:
+            return [None] * len(run)
         of_state = any(request.is_state for request in present)
         memory = _Memory(self._of_states if of_state else self._buffers, self._held)
-        joins = present and len(run) > 1
+        joins = len(run) > 1
         views = iter(
             self._joined(present, budget, memory) if joins else (self._alone(request, memory) for request in present)
         )
 
-        def encoded(request: SliceRequest) -> Stored:
-            form = self._formats[request.model.format]
-            return take(form.encoded(request.source, request.start, request.stop, next(views)))
+        def encoded(request: SliceRequest, arriving: Arrival) -> Stored:
+            form, data = self._formats[request.model.format], next(views)
+            data = list(map(arriving.bytes, data)) if form.on_any_device else data
+            return arriving.slice(form.encoded(request.source, request.start, request.stop, data))
 
-        slices = [request and encoded(request) for request in run]
+        with arrival() as arriving:
+            slices = [request and encoded(request, arriving) for request in run]
         if self._held.is_on and memory.stays and all(map(self._held.has_room_for_factors, slices)):
             self._held.keep(_identity(run), slices)
         return slices

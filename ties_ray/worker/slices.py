@@ -191,20 +191,32 @@ class StoredSlices(Slices):
             words.view(-1).view(total.dtype)[: total.numel()].copy_(total.reshape(-1))
             self.kept.append(words)
 
-    def _group(self, models: Iterator[tuple[int, Stored | None]]) -> tuple[list[tuple[int, Stored]], bool]:
+    def _group(
+        self, models: Iterator[tuple[int, Stored | None]], most: int = 0
+    ) -> tuple[list[tuple[int, Stored]], bool]:
         """Return the slices of the next models that change the parameter, and whether no model follows.
 
-        They are as many as one kernel call takes, or fewer where their decoded factors fill the room.
+        They are as many as one kernel call takes, or fewer where their decoded factors fill the room. most: as many at
+        most, if it is not 0.
         """
         group: list[tuple[int, Stored]] = []
-        decoded = 0
+        most, decoded = most or self._per_pass, 0
         for model, stored in models:
             if stored:
                 group.append((self._before + model, stored))
                 decoded += stored.left.nbytes + stored.right.nbytes if isinstance(stored, Factors) else 0
-            if model < self._num_models - 1 and (len(group) == self._per_pass or decoded > self._factor_room // 2):
+            if model < self._num_models - 1 and (len(group) == most or decoded > self._factor_room // 2):
                 return group, False
         return group, True
+
+    def groups(self) -> Iterator[list[tuple[int, Stored]]]:
+        """See `rounds.Slices.groups`. A CPU gets one slice at a time, while it lies in its caches."""
+        models, last = self.models(), False
+        while not last:
+            group, last = self._group(models, 0 if self._kernels.asynchronous else 1)
+            if group:
+                yield group
+            del group
 
     def models(self) -> Iterator[tuple[int, Stored | None]]:
         """Yield (model, slice) in recipe order. A slice keeps its memory as long as something refers to it."""

@@ -93,7 +93,7 @@ class Worker:
 
     @property
     def _on_gpu(self) -> bool:
-        return self._kernels.device.type == "cuda"
+        return self._kernels.asynchronous
 
     def _bench(self, result: int = 0) -> WorkerBench:
         if result not in self._benches:
