@@ -58,6 +58,16 @@ def test_planning_sends_one_request_a_header(tmp_path: Path) -> None:
     assert int(calls["head"]) >= headers + texts + copied
 
 
+def test_a_small_adapter_in_a_bucket_takes_three_requests() -> None:
+    text = run("small_adapters", "--models", "10")
+    (merged,), stages = map(rows, text.strip().split("\n\n")[-2:])
+    assert float(merged["requests an adapter"]) == 3
+    assert merged["reads of weights"] == "10"
+    by_stage = {stage["stage"]: float(stage["requests an adapter"]) for stage in stages}
+    assert {name for name, requests in by_stage.items() if requests} == {"plan", "threshold, high bits"}
+    assert by_stage["plan"] == 2, "config and header; all folders are one listing"
+
+
 def test_planning_for_large_models_is_measured_from_a_catalog_that_is_made_up() -> None:
     found = rows(run("planning", "--large", "40"))
     assert [row["cut into files in"] for row in found] == ["1 ways", "10 ways", "40 ways"]

@@ -147,6 +147,24 @@ def test_groups_of_more_models_than_a_launch_counts() -> None:
     assert all(same_bits(part, outcomes[1][key]) for key, part in outcomes[0].items())
 
 
+def test_models_that_are_counted_together_count_as_each_does_alone() -> None:
+    base, group = a_group(torch.float32, 3 * 1009)
+    ranks = ((8, False), (40, False), (5, True), (1, False))
+    factors = [some_factors(3, 1009, rank, 0, dora) for rank, dora in ranks]
+    sources: list[Stored] = [*factors[:2], *(source for _, source in group), *factors[2:]]
+    alone, together = torch.zeros(2, len(sources), BINS, dtype=torch.int64)
+    asked = [
+        Count(source, table, (None, 2**14, 0)[n % 3])
+        for n, (source, table) in enumerate(zip(sources, alone, strict=True))
+    ]
+    bad = Definition().count(asked, base)
+    asked = [count._replace(table=table) for count, table in zip(asked, together, strict=True)]
+    assert FromCpu(cuda.Cuda(DEVICE)).count(asked, base) == bad
+    assert sum(bad) > 0
+    assert torch.equal(alone, together)
+    assert alone.sum(1).count_nonzero() > len(sources) // 2
+
+
 # Fast arithmetic.
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import boto3
 import botocore.auth
@@ -524,3 +525,32 @@ def test_a_machine_whose_clock_is_wrong_signs_by_the_services(
     wanted = rf"the clock of {re.escape(socket.gethostname())} is 7,(199|200|201) s {side} the service's"
     assert re.search(wanted, "".join(store.notes))
     assert store.meter.retries == 1
+
+
+# Folders beside each other.
+
+
+def test_folders_beside_each_other_are_listed_together_as_each_is_alone(
+    s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(s3_bucket)
+    uris = [f"{s3_bucket.uri}/pool/{name}" for name in ("a", "a-b", "a.b", *"bcdefgh", "é")]
+    for uri in uris:
+        for name in ("x", "y/z", "y/w/v", "_$folder$"):
+            store.put(f"{uri}/{name}", name.encode())
+    store.put(f"{s3_bucket.uri}/pool/other", b"")
+    asked = [*uris, f"{uris[0]}/", f"{s3_bucket.uri}/pool/empty", f"{s3_bucket.uri}/elsewhere/a"]
+    pages = 0
+    ask = S3._pages
+
+    def counted(self: S3, *given: Any, **named: Any) -> Iterator[Mapping[str, Any]]:
+        nonlocal pages
+        for page in ask(self, *given, **named):
+            pages += 1
+            yield page
+
+    monkeypatch.setattr(S3, "_pages", counted)
+    together = store.list_each(asked)
+    assert pages == 1
+    assert together == {uri: store.list(uri) for uri in asked[:-2]}
+    assert store.list_each(uris[:3]) == {}, "few folders are not worth it"

@@ -26,7 +26,7 @@ from tests.tools.merging import LOCAL, recipe_of
 from ties_ray.errors import InputError, MergeError, RecipeError, UnavailableError
 from ties_ray.operations import merging
 from ties_ray.recipe import parse
-from ties_ray.stores import Listing, Part, Stores, _s3_client, s3
+from ties_ray.stores import Listing, Part, Stores, _s3_client, _s3_listing
 from ties_ray.stores.s3 import S3
 
 PART = 5 << 20
@@ -676,7 +676,7 @@ def listing(keys: list[str], more: bool, token: str = "again") -> bytes:
 
 @pytest.mark.parametrize("kind", ["same", "empty", "new", "no token"])
 def test_a_listing_without_an_end_is_given_up(kind: str, s3_credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "MOST_NAMES", 5_000)
+    monkeypatch.setattr(_s3_listing, "MOST_NAMES", 5_000)
     pages = 0
 
     def page(request: BaseHTTPRequestHandler) -> None:
@@ -693,6 +693,19 @@ def test_a_listing_without_an_end_is_given_up(kind: str, s3_credentials: None, m
     with saying(page) as url, pytest.raises(InputError, match=r"s3://bucket/m: its listing has no end.*check storage"):
         opened({"endpoint_url": url}).list("s3://bucket/m")
     assert pages <= 23
+
+
+def test_folders_with_many_files_are_not_listed_together(s3_credentials: None) -> None:
+    pages = 0
+
+    def page(request: BaseHTTPRequestHandler) -> None:
+        nonlocal pages
+        pages += 1
+        send(request, listing([f"m/0/{pages}-{number}" for number in range(1000)], more=True))
+
+    with saying(page) as url:
+        assert opened({"endpoint_url": url}).list_each([f"s3://bucket/m/{n}" for n in range(100)]) == {}
+    assert pages == 2
 
 
 def test_lists_of_parts_and_uploads_without_an_end_are_given_up(s3_credentials: None) -> None:

@@ -4,12 +4,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from ties_ray import plugins
-from ties_ray.errors import InputError, Problem
+from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.formats import Contents, Folder, Format, Rules
 from ties_ray.inputs import answers
 from ties_ray.inputs.expand import Entry
@@ -21,7 +21,7 @@ from ties_ray.libraries.library import MODEL_INDEX
 from ties_ray.libraries.loaders import CARD_NAME
 from ties_ray.libraries.weight_files import candidates, choose, others
 from ties_ray.safetensors import Header, header_bytes, parse
-from ties_ray.stores import Listing, Pin, Store, Stores, hub_uri, last_part, shown
+from ties_ray.stores import Listing, Pin, Store, Stores, hub_uri, last_part, scheme_of, shown
 from ties_ray.tensors import Parameter
 
 T = TypeVar("T")
@@ -93,7 +93,8 @@ def fetch(
     problems: Problems = defaultdict(list)
     again = {entry.id: _renamed(earlier[_place(entry)], entry) for entry in entries if _place(entry) in earlier}
     asked = [(entry.id, entry) for entry in entries if entry.id not in again]
-    inputs = list(gather(lambda entry: _list(entry, formats, stores), asked, threads, problems).values())
+    listings = _listed_together([entry.uri for _, entry in asked], stores)
+    inputs = list(gather(lambda entry: _list(entry, formats, stores, listings), asked, threads, problems).values())
     jobs: list[tuple[str, tuple[Pin, Callable[[Store, Pin], tuple[Pin, Header | bytes]]]]] = []
     for each in inputs:
         weights, texts = each.format.wanted(list(each.files))
@@ -186,13 +187,28 @@ def gather(
     return results
 
 
-def _list(entry: Entry, formats: Sequence[Format], stores: Stores) -> ListedInput:
-    """List a folder and find its format; raise `InputError` with advice where there is none."""
+def _listed_together(uris: Sequence[str], stores: Stores) -> dict[str, Listing]:
+    """Return the listings of those folders that are listed by fewer requests than one each, by URI."""
+    by_scheme: defaultdict[str, list[str]] = defaultdict(list)
+    for uri in uris:
+        by_scheme[scheme_of(uri)].append(uri)
+    listings: dict[str, Listing] = {}
+    for alike in by_scheme.values():
+        with suppress(InputError, RecipeError):  # the folder around them may be forbidden; each folder tells its own
+            listings |= stores.of(alike[0]).list_each(alike)
+    return listings
+
+
+def _list(entry: Entry, formats: Sequence[Format], stores: Stores, listings: Mapping[str, Listing]) -> ListedInput:
+    """List a folder and find its format; raise `InputError` with advice where there is none.
+
+    listings: those that are there already, by URI.
+    """
     uri = hub_uri(entry.uri)
     store = stores.of(uri)
     resolved = replace(entry, uri=store.resolve(uri))  # workers have other working directories, and branches move
     try:
-        listing = store.list(resolved.uri)
+        listing = listings.get(entry.uri) or store.list(resolved.uri)
     except InputError:
         if is_file(entry.uri, store):
             raise InputError(unrecognised(entry, Listing((), ()), store)) from None

@@ -11,6 +11,7 @@ from ties_ray import plugins
 from ties_ray.formats import Format
 from ties_ray.inputs.catalog import Catalog, Model
 from ties_ray.layout.sizes import SIZES, Sizes
+from ties_ray.layout.small_files import small_files
 from ties_ray.methods import Member
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS, MERGEABLE
@@ -93,10 +94,32 @@ class Sources:
         earlier = [catalog.earlier.state] if catalog.earlier else []
         self.formats = formats_of((catalog.base, *self.models, *earlier))
         self.on_gpu = recipe.run.device == "cuda"
-        self._cache = int(recipe.run.cache)
+        self._room = int(recipe.run.cache)
         self._footprints: dict[tuple[int, str], Footprint] = {}
         self._sums: dict[tuple[str, tuple[tuple[int, int], ...]], Footprint] = {}
         self._grouped: tuple[Sequence[Model], tuple[tuple[int, int], ...], tuple[Model, ...]] = ((), (), ())
+
+    @cached_property
+    def small_files(self) -> dict[str, int]:
+        """The bytes of small files by URI, which a worker reads whole and keeps; see `small_files.small_files`."""
+        adapters = [model for model in self.catalog.models if not self._is_whole(model)]
+        return small_files(adapters, self._room, self.sizes.small_file)
+
+    def _is_whole(self, model: Model) -> bool:
+        return model.format not in self.formats or self.formats[model.format].whole
+
+    def is_kept(self, model: Model) -> bool:
+        """Return whether a worker keeps all that it reads of a model, from one request a file."""
+        return bool(model.objects) and all(pin.uri in self.small_files for pin in model.objects)
+
+    def not_kept(self, models: Sequence[Model]) -> Sequence[Model]:
+        """Return the models of which a worker reads what it needs, when it needs it."""
+        return [model for model in models if not self.is_kept(model)] if self.small_files else models
+
+    @cached_property
+    def _cache(self) -> int:
+        """Bytes for factors of models that are not kept whole."""
+        return self._room - sum(self.small_files.values())
 
     @property
     def max_block(self) -> int:
@@ -318,10 +341,9 @@ class Sources:
 
     def room_for_slices(self) -> int:
         """Return the bytes of a worker's cache that are left beside all factors."""
+        models = self.not_kept(self.models)
         factors = sum(
-            self.footprint(parameter, self.models).factors[0]
-            for parameter in self.catalog.parameters
-            if parameter.merged
+            self.footprint(parameter, models).factors[0] for parameter in self.catalog.parameters if parameter.merged
         )
         return max(0, self._cache - factors)
 

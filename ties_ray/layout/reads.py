@@ -1,6 +1,7 @@
 """What a plan reads, in bytes and requests, and which small blocks are read together."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -59,6 +60,8 @@ class _Walk:
         self, layout: Layout, sources: Sources, shards: Iterable[Sequence[Segment]], block: int, run: int = 0
     ) -> None:
         shards = list(shards)
+        self.shards = shards
+        """The segments of each shard."""
         self.cuts = _cuts(itertools.chain.from_iterable(shards), block)
         self._parameters = layout.parameters
         self._sources = sources
@@ -144,6 +147,8 @@ class Cost:
         self._sources = sources
         self._before: set[int] = set()
         """The members that an earlier round has read."""
+        self._times: Counter[str] = Counter()
+        """How often each small file is read, by URI."""
 
     def again(self, members: Iterable[int], passes: int, times_base: int, gaps: int) -> int:
         """Return the bytes of a round's slices in buckets that an earlier round has read; ask it round by round.
@@ -155,6 +160,7 @@ class Cost:
 
         def size(members: Iterable[int]) -> int:
             remote = [models[member] for member in members if scheme_of(models[member].uri) != "local"]
+            remote = list(self._sources.not_kept(remote))
             merged = (parameter for parameter in self._layout.parameters if parameter.merged)
             return sum(self._sources.footprint(parameter, remote).dense[0] for parameter in merged) if remote else 0
 
@@ -196,16 +202,27 @@ class Cost:
         walk = _Walk(self._layout, self._sources, [[segment] for segment in segments], block)
         return self._read(walk, self._sources.models, passes, _base(own), own=own)
 
+    def surveying(self) -> Reading:
+        """Return what a round reads whose shards are all factors of a model each."""
+        parameters, models = self._layout.parameters, self._sources.models
+        total = self._small([[Segment(index, 0, 0) for index in range(len(parameters))]], models)
+        others = self._sources.not_kept(models)
+        for parameter in parameters:
+            total = total.plus(Reading(*self._sources.footprint(parameter, others).factors, 0))
+        return total
+
     def condensing(self, block: int, passes: int, own: Round) -> Reading:
         """Return what a round that condenses matrices reads: blocks as in the merge, or all factors once."""
-        total = _NOTHING
+        total, models = _NOTHING, self._sources.models
         for index in self._layout.matrices:
             parameter = self._layout.parameters[index]
+            shards = [[Segment(index, 0, parameter.numel)]]
             if self._sources.rank_sum(self._recipe, self._members, parameter):
-                more = Reading(*self._sources.footprint(parameter, self._sources.models).factors, 0)
+                others = self._sources.not_kept(models)
+                more = Reading(*self._sources.footprint(parameter, others).factors, 0)
+                more = more.plus(self._small(shards, models))
             else:
-                walk = _Walk(self._layout, self._sources, [[Segment(index, 0, parameter.numel)]], block)
-                more = self._read(walk, self._sources.models, passes, "nothing", own=own)
+                more = self._read(_Walk(self._layout, self._sources, shards, block), models, passes, "nothing", own=own)
             total = total.plus(more)
         return total
 
@@ -228,6 +245,32 @@ class Cost:
         read = self._read(walk, self._sources.models if own else [], passes, base, own=own)
         return read.plus(Reading(copied, copies, 0))
 
+    def _small(
+        self, shards: Iterable[Sequence[Segment]], models: Sequence[Model], only: Collection[int] | None = None
+    ) -> Reading:
+        """Return what is read of small files: each once a worker. A worker that has not read one may do any shard.
+
+        only: as `_read` takes it.
+        """
+        kept = [model for model in models if self._sources.is_kept(model)] if self._sources.small_files else []
+        if not kept:
+            return _NOTHING
+        touched = [
+            {self._layout.parameters[index].name for index, _, _ in shard if only is None or index in only}
+            for shard in shards
+        ]
+        shards_of: dict[int, int] = {}
+        num_bytes = requests = 0
+        for model in kept:
+            if (key := id(model.sources)) not in shards_of:
+                shards_of[key] = sum(not names.isdisjoint(model.sources) for names in touched)
+            for pin in model.objects:
+                left = (self._recipe.run.workers or shards_of[key] + self._times[pin.uri]) - self._times[pin.uri]
+                times = max(0, min(shards_of[key], left))
+                self._times[pin.uri] += times
+                num_bytes, requests = num_bytes + times * pin.size, requests + times
+        return Reading(num_bytes, requests, 0)
+
     def _ranges(self, block: int, run: int) -> _Walk:
         return _Walk(self._layout, self._sources, map(self._layout.range_, range(self._layout.num_ranges)), block, run)
 
@@ -244,12 +287,13 @@ class Cost:
 
         only: indices of the parameters that count; all where it is None. own: the method's round, if it is one.
         """
-        num_bytes = requests = 0
+        others = self._sources.not_kept(models)
+        num_bytes, requests, _ = self._small(walk.shards, models, only)
         of_base = set()
         for index in walk.cuts if only is None else only:
             cut, parameter = walk.cuts[index], self._layout.parameters[index]
-            footprint = self._sources.footprint(parameter, models)
-            of_dense, count = walk.dense(index, models, footprint.dense)
+            footprint = self._sources.footprint(parameter, others)
+            of_dense, count = walk.dense(index, others, footprint.dense)
             num_bytes += passes * of_dense
             requests += passes * count
             of_factors, reads = self._factors(footprint, cut, parameter, passes)
@@ -263,7 +307,7 @@ class Cost:
                 requests += cut.blocks
             num_bytes += passes * cut.share(of_companions, parameter)
             requests += passes * count * cut.blocks
-            need = max(base, footprint.base, key=NEEDS.index)
+            need = max(base, self._sources.footprint(parameter, models).base, key=NEEDS.index)
             if need != "nothing":
                 of_base.add(index)
                 size, count = walk.dense(index, [self._sources.catalog.base], self._sources.of_base(parameter).dense)
@@ -271,8 +315,8 @@ class Cost:
                 requests += count
                 if need == "rows":  # the rows in which a block begins and ends are read whole
                     num_bytes += 2 * cut.blocks * size // max(1, parameter.shape[0])
-        total = Reading(num_bytes, requests - walk.requests_saved(models), 0)
-        counts, kinds = self._sources.alike(models)
+        total = Reading(num_bytes, requests - walk.requests_saved(others), 0)
+        counts, kinds = self._sources.alike(others)
         for (_, count), model in zip(counts, kinds, strict=True):
             total = total.plus(Reading(*(count * each for each in walk.joined(model))))
         return total.plus(walk.joined(self._sources.catalog.base, frozenset(of_base))) if of_base else total

@@ -56,6 +56,8 @@ class Sizes:
     """Bytes of decoded factors that one kernel call of a GPU may hold in the GPU's memory; they lie there twice."""
     gap: Size = 64 * 2**10
     """Unneeded bytes between two reads that one request may bring along: a second request costs more CPU."""
+    small_file: Size = 256 * 2**10
+    """Bytes at most of an adapter's file in a bucket that a worker reads whole, once, and keeps for all rounds."""
     ahead: Size = 4
     """Slices read ahead of the one that is merged."""
     most_ahead: Size = 16

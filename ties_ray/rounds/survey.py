@@ -37,11 +37,9 @@ class SurveyRound(RoundKind[Surveys, Surveys]):
 
     def planned(self, merge: Merge, cost: Cost, position: int) -> Iterator[PlannedRound]:
         """Yield the survey, where the recipe bounds norms or drops models for values that are not finite."""
-        recipe, sources = merge.recipe, merge.sources
+        recipe = merge.recipe
         if recipe.bounds.norm or recipe.allow.nan == "drop_model":
-            surveyed = [sources.footprint(parameter, merge.models) for parameter in merge.layout.parameters]
-            num_bytes = sum(footprint.factors[0] for footprint in surveyed)
-            requests = sum(footprint.factors[1] for footprint in surveyed)
+            num_bytes, requests, _ = cost.surveying()
             block = merge.sizes.max_block
             yield PlannedRound("survey", "survey", 0, len(merge.models), 1, block, num_bytes, requests)
 

@@ -317,6 +317,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
         left = _open(folded)
         members = sorted({member for member, _ in left})
         cost = Cost(merge.recipe, merge.members, merge.layout, merge.sources)
+        cost.counting(lambda _: merge.by_parameter.trimmed(), merge.rounds[index].block, merge.rounds[index].run)
         cost.again(members, 1, 0, 0)  # the first round has read them
         low = merge.rounds[index + 1]
 

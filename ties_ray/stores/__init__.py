@@ -128,6 +128,10 @@ class Store(ABC):
     def list(self, uri: str) -> Listing:
         """Return the content of the folder `uri`; it is empty where there is nothing."""
 
+    def list_each(self, uris: Sequence[str]) -> dict[str, Listing]:
+        """Return the content of those of some folders that fewer requests than one each can list, by URI as given."""
+        return {}
+
     def folders(self, uri: str) -> tuple[str, ...]:
         """Return the folders in a folder, as `list` does, without a look at its files."""
         return self.list(uri).folders

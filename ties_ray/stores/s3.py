@@ -6,6 +6,7 @@ checked for status, Content-Range, length and ETag. Its body is received straigh
 """
 
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,13 +30,12 @@ from ties_ray.stores._s3_answers import (
 from ties_ray.stores._s3_client import S3Options
 from ties_ray.stores._s3_conditions import ConditionalWrites
 from ties_ray.stores._s3_errors import answer, refuses
+from ties_ray.stores._s3_listing import Names
 from ties_ray.stores._s3_service import Service
 from ties_ray.stores._s3_transfer import Transfer
 
-MOST_NAMES = 200_000
-"""The most names directly in a folder, so that a listing without an end has one."""
-_MOST_IDLE_PAGES = 20
-"""Pages in a row that may bring nothing new; a service skips deleted objects by an empty page."""
+_TOGETHER = 8
+"""Folders beside each other that are listed together, at least."""
 _CRC_LETTERS = 8
 """Letters of a CRC32C in base64; an MD5 has 32, in hex."""
 
@@ -67,41 +67,48 @@ class S3(WritableStore):
         return shlex.join(words)
 
     def list(self, uri: str) -> Listing:
-        """Return the content of the folder, page by page of up to 1000 keys.
+        """Return the content of the folder, page by page of up to 1000 keys."""
+        names = Names(*prefix_of(uri))
+        for page in self._pages(uri):
+            names.add_page(page, uri)
+        return names.listing()
 
-        Markers are left out: keys that end with a slash, and Hadoop's `name_$folder$`.
+    def list_each(self, uris: Sequence[str]) -> dict[str, Listing]:
+        """Return the content of folders that lie beside each other, from pages of the folder around them.
+
+        It gives up where pages bring fewer than four of these folders each, as other content of the folder does.
+        """
+        beside: defaultdict[str, list[str]] = defaultdict(list)
+        for uri in uris:
+            beside[uri.rstrip("/").rpartition("/")[0]].append(uri)
+        listings: dict[str, Listing] = {}
+        for parent, group in beside.items():
+            if len(group) >= _TOGETHER and parent != "s3:/":
+                names = self._names_below(parent, group)
+                listings |= {uri: names[key].listing() for uri in group if (key := prefix_of(uri)[1]) in names}
+        return listings
+
+    def _names_below(self, parent: str, uris: Sequence[str]) -> dict[str, Names]:
+        """Return the names in folders of a folder that hold any, by prefix; none where it takes too many pages."""
+        bucket, prefix = prefix_of(parent)
+        prefixes = {prefix_of(uri)[1] for uri in uris}
+        names: dict[str, Names] = {}
+        for number, page in enumerate(self._pages(parent, delimiter="")):
+            if 4 * number > len(names):
+                return {}
+            for row in rows(page, "Contents", "Key", "Size"):
+                own = f"{prefix}{row['Key'].removeprefix(prefix).partition('/')[0]}/"
+                if own in prefixes:
+                    names.setdefault(own, Names(bucket, own)).add_key(row)
+        return names
+
+    def _pages(self, uri: str, delimiter: str = "/") -> Iterator[Mapping[str, Any]]:
+        """Yield the pages of a folder's listing, by version 1 of the operation where a service knows no other.
+
+        delimiter: none for a listing at any depth.
         """
         bucket, prefix = prefix_of(uri)
-        files: dict[str, Pin] = {}
-        folders: set[str] = set()
-        idle = 0
-        for page in self._pages(uri):
-            before = len(files) + len(folders)
-            for row in rows(page, "Contents", "Key", "Size"):
-                name, slash, _ = row["Key"].removeprefix(prefix).partition("/")
-                if slash and name:
-                    folders.add(name)
-                elif name and not name.endswith("_$folder$"):
-                    files[name] = Pin(f"s3://{bucket}/{prefix}{name}", row["Size"], bare(row.get("ETag")))
-            names = (
-                row["Prefix"].removeprefix(prefix).partition("/")[0] for row in rows(page, "CommonPrefixes", "Prefix")
-            )
-            folders.update(name for name in names if name)
-            count = len(files) + len(folders)
-            idle = 0 if count > before else idle + 1
-            if idle > _MOST_IDLE_PAGES or count > MOST_NAMES:
-                why = f"{idle} pages in a row brought nothing new" if idle else f"more than {MOST_NAMES:,} names"
-                message = f"its listing has no end: {why}, and the service says that more follows"
-                raise InputError(Problem(uri, message, "check storage.s3.endpoint_url, or name a smaller folder"))
-        return Listing(
-            tuple(sorted(files.values(), key=lambda pin: pin.uri.encode())),
-            tuple(sorted((f"s3://{bucket}/{prefix}{name}" for name in folders), key=str.encode)),
-        )
-
-    def _pages(self, uri: str) -> Iterator[Mapping[str, Any]]:
-        """Yield the pages of a folder's listing, by version 1 of the operation where a service knows no other."""
-        bucket, prefix = prefix_of(uri)
-        where = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+        where = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
         after: dict[str, str] = {}
         marker = ""
 

@@ -13,7 +13,6 @@ import torch
 from ties_ray.kernels import (
     BINS,
     Agreement,
-    Count,
     Dropout,
     Election,
     Encoded,
@@ -95,26 +94,6 @@ class KernelContract:
         assert torch.equal(twice, 2 * once)
         assert torch.equal(low_twice, 2 * low_once)
         assert low_once.sum() == once[0] + once[1]
-
-    def test_models_that_are_counted_together_count_as_each_does_alone(self, kernels: Kernels) -> None:
-        base, group = a_group(torch.float32, 3 * 1009)
-        ranks = ((8, False), (40, False), (5, True), (1, False))
-        factors = [some_factors(3, 1009, rank, 0, dora) for rank, dora in ranks]
-        sources: list[Stored] = [*factors[:2], *(source for _, source in group), *factors[2:]]
-        highs = [(None, 2**14, 0)[number % 3] for number in range(len(sources))]
-        outcomes = []
-        for each in (Definition(), kernels):
-            tables = torch.zeros(len(sources), BINS, dtype=torch.int64)
-            asked = [Count(sources[number], tables[number], highs[number]) for number in range(len(sources))]
-            bad = each.count(asked, base) if each is kernels else [
-                each.count_high(source, base, table) if high is None else each.count_low(source, base, high, table)
-                for source, table, high in asked
-            ]  # fmt: skip
-            outcomes.append((bad, tables))
-        assert outcomes[0][0] == outcomes[1][0]
-        assert sum(outcomes[0][0]) > 0
-        assert torch.equal(outcomes[0][1], outcomes[1][1])
-        assert outcomes[0][1].sum(1).count_nonzero() > len(sources) // 2
 
     @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("how", ["plain", "weights", "trim", "strict", "dropout", "all"])

@@ -182,7 +182,10 @@ class Blocks:
         source = model.sources.get(parameter.name)
         if source is None:
             return None
-        cached = sources.cached(self._footprint(segment.parameter, members))
+        if sources.is_kept(model):
+            return SliceRequest(model, source, segment.start, segment.stop)
+        others = [member for member in members if not sources.is_kept(self._merge.models[member])]
+        cached = sources.cached(self._footprint(segment.parameter, others))
         factors = sources.factors(model, neighbours.get(parameter.name, [parameter]))
         return SliceRequest(model, source, segment.start, segment.stop, cached, factors)
 
@@ -209,7 +212,7 @@ class Blocks:
     def _cached_with(self, segments: Iterable[Segment], members: Sequence[int]) -> dict[str, list[Parameter]]:
         """Return, by parameter with factors, the parameters whose factors come into the cache with its own."""
         sources, parameters = self._merge.sources, self._merge.catalog.parameters
-        models = [self._merge.models[member] for member in members]
+        models = sources.not_kept([self._merge.models[member] for member in members])
         touched = dict.fromkeys(parameters[segment.parameter] for segment in segments)
         factored = (parameter for parameter in touched if parameter.name in sources.factored)
         groups = sources.cache_groups(factored, models)

@@ -3,11 +3,12 @@
 import collections
 import itertools
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +20,10 @@ from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.footprint import cached_requests, requests_of, rounded_up
 from ties_ray.stores import Pin, Stores, scheme_of
 from ties_ray.tensors import Read, Source
-from ties_ray.worker.cache import Cache, RangeCache
+from ties_ray.worker.cache import Bytes, Cache, RangeCache
 from ties_ray.worker.checksums import Checksums, differs
 from ties_ray.worker.held import Held
+from ties_ray.worker.small_files import SmallFiles
 from ties_ray.worker.timing import Times
 
 T = TypeVar("T")
@@ -68,10 +70,12 @@ class ReadAhead:
         gap: int,
         cache: Cache,
         range_cache: RangeCache,
+        small_files: Collection[str] = (),
         held: Held | None = None,
         pinned: bool = False,
     ) -> None:
         """cache: keeps whole factors. range_cache: keeps ranges that a later round reads again.
+        small_files: URIs of files that are read whole, by one request, and kept.
 
         held: holds the slices of a shard for further merges.
 
@@ -86,10 +90,11 @@ class ReadAhead:
         self._pinned = pinned
         self._cache = cache
         self._range_cache = range_cache
+        self._small_files = SmallFiles(small_files)
         self._held = held or Held()
         self._lock = threading.Lock()
         self._reading: dict[str, threading.Lock] = {}
-        """A lock for each model whose factors are cached, by URI."""
+        """A lock for each model whose factors are cached, and each small file, by URI."""
         self._times = times
         self.bytes_read = 0
         self.requests = 0
@@ -154,6 +159,8 @@ class ReadAhead:
         if not (reads := self._formats[last.model.format].reads(last.source, last.start, last.stop)):
             return True
         pin = last.model.objects[reads[-1].object]
+        if self._small_files.holds(pin.uri):
+            return True
         if pin.uri not in page_cached:
             page_cached[pin.uri] = self._stores.of(pin.uri).is_in_page_cache(pin, reads[-1].stop - 1)
         return page_cached[pin.uri]
@@ -175,6 +182,9 @@ class ReadAhead:
         again: whether this round may ask for them again. needed: the ranges among these bytes that a slice needs; all
         by default.
         """
+        if pin.uri in self._small_files:
+            self._read_small(pin, start, into, needed)
+            return
         store, data = self._stores.of(pin.uri), into.numpy()
         keeps = (self.keeps or again) and scheme_of(pin.uri) != "local"  # the system caches local files
         for repeated in (False, True):
@@ -187,11 +197,7 @@ class ReadAhead:
                 self.bytes_read += last - first
                 self.bytes_kept += len(data) - (last - first)
                 self.requests += missing is not None
-            mismatches = (
-                self.checksums.mismatch(pin.uri, begin, data[begin - start : end - start])
-                for begin, end in needed or ((start, start + len(data)),)
-            )
-            mismatch = next(filter(None, mismatches), None)
+            mismatch = self._mismatch(pin, start, data, needed)
             if mismatch is None:
                 if keeps and missing:
                     self._range_cache.put(pin.uri, first, data[first - start : last - start])
@@ -200,6 +206,30 @@ class ReadAhead:
                 raise differs(pin.uri, *mismatch)
             self._range_cache.forget(pin.uri)
             store.meter.add(retries=1)  # it is read once more, since bytes may have changed on the way
+
+    def _read_small(self, pin: Pin, start: int, into: Tensor, needed: Sequence[tuple[int, int]]) -> None:
+        """Fill `into` with bytes of a small file, which is read whole the first time, or when memory has changed it."""
+        data, store = into.numpy(), self._stores.of(pin.uri)
+        with self._reading.setdefault(pin.uri, threading.Lock()):
+            whole = self._small_files.get(pin.uri)
+            if whole is None:
+                store.meter.add(retries=self._small_files.holds(pin.uri))
+                whole = np.empty(pin.size, np.uint8)
+                with self._times.spent("read", nbytes=pin.size):
+                    store.read(pin, 0, whole.data)
+                self._small_files.put(pin.uri, whole)
+                with self._lock:
+                    self.bytes_read, self.requests = self.bytes_read + pin.size, self.requests + 1
+            data[:] = whole[start : start + len(data)]
+        mismatch = self._mismatch(pin, start, data, needed)
+        if mismatch:
+            raise differs(pin.uri, *mismatch)
+
+    def _mismatch(self, pin: Pin, start: int, data: Bytes, needed: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """Return the first piece that differs from an earlier reading; None where none does. needed: as of `read`."""
+        pieces = needed or ((start, start + len(data)),)
+        cuts = ((begin, data[begin - start : end - start]) for begin, end in pieces)
+        return next(filter(None, (self.checksums.mismatch(pin.uri, begin, cut) for begin, cut in cuts)), None)
 
     def _fetch(
         self, run: Sequence[SliceRequest | None], budget: BufferBudget, arrival: Callable[[], Arrival]

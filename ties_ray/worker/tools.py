@@ -57,6 +57,7 @@ def make_tools(setup: Setup, plan: Plan, stores: Stores) -> Tools:
         gap=plan.sizes.gap,
         cache=Cache(int(run.cache)),
         range_cache=RangeCache(merge.sources.room_for_slices(), int(run.disk_cache), run.disk_folder),
+        small_files=merge.sources.small_files,
         held=held,
         pinned=on_gpu,
     )
