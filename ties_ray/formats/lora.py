@@ -8,6 +8,7 @@ not harmless is refused, with a reason of `REASONS`.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from ties_ray.formats import BY_RANK, Account, Contents, Folder, Format, Rules, account
@@ -181,6 +182,7 @@ def _account(stored: Mapping[str, TensorInfo], adapter: Adapter) -> Account:
     return account(sum(elements for _, elements in fates), fates)
 
 
+@lru_cache(4096)  # a worker asks several times, and adapters of one layout have the same
 def _pieces(source: Source, start: int, stop: int) -> tuple[Read, ...]:
     """Return the range of each tensor that elements [start, stop) need."""
     if start == stop:
@@ -205,7 +207,8 @@ def _part(ref: TensorRef, start: int, stop: int) -> Read:
     return Read(ref.object, ref.start + start * width, ref.start + stop * width, shared=whole)
 
 
-def _joined(pieces: Sequence[Read]) -> tuple[Read, ...]:
+@lru_cache(4096)
+def _joined(pieces: tuple[Read, ...]) -> tuple[Read, ...]:
     """Return the pieces in the order of the file; neighbours become one, if both or neither are shared."""
     joined: list[Read] = []
     for piece in sorted(pieces):

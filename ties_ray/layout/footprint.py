@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 from ties_ray import plugins
@@ -45,6 +45,11 @@ def requests_of(
 
 def cached_requests(form: Format, slices: Iterable[tuple[Source, int, int]]) -> list[list[Read]]:
     """Return the reads that bring whole sources into a worker's cache, in groups, a request each."""
+    return _cached_requests(form, tuple(slices))
+
+
+@lru_cache(1024)  # each block asks for them, and models of one layout have the same
+def _cached_requests(form: Format, slices: tuple[tuple[Source, int, int], ...]) -> list[list[Read]]:
     return joined([bounding_range(group) for slice_ in slices for group in joined(form.reads(*slice_))])
 
 
@@ -110,7 +115,8 @@ class Sources:
 
     def is_kept(self, model: Model) -> bool:
         """Return whether a worker keeps all that it reads of a model, from one request a file."""
-        return bool(model.objects) and all(pin.uri in self.small_files for pin in model.objects)
+        files = self.small_files
+        return bool(files and model.objects) and all(pin.uri in files for pin in model.objects)
 
     def not_kept(self, models: Sequence[Model]) -> Sequence[Model]:
         """Return the models of which a worker reads what it needs, when it needs it."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -161,12 +162,16 @@ class Blocks:
 
         A pass over slices that stay brings its companions again.
         """
+        others = [member for member in members if not self._merge.sources.is_kept(self._merge.models[member])]
+        cached = {
+            index: self._merge.sources.cached(self._footprint(index, others)) for index in {each[0] for each in run}
+        }
         yield [self._of_base(segment, members, with_base) for segment in run]
         if own and own.state and self._merge.catalog.earlier:
             yield [self._of_earlier(self._merge.catalog.earlier, own.state, segment) for segment in run]
         for _ in range(round_.passes):
             for model in (self._merge.models[member] for member in members):
-                yield [self._of_model(model, segment, members, neighbours) for segment in run]
+                yield [self._of_model(model, segment, cached[segment.parameter], neighbours) for segment in run]
                 for each in self._companions(own):
                     yield [self._of_companion(model.companions[each.name], segment) for segment in run]
 
@@ -176,7 +181,11 @@ class Blocks:
         return SliceRequest(base, base.sources[name], begin, end) if begin < end else None
 
     def _of_model(
-        self, model: Model, segment: Segment, members: Sequence[int], neighbours: Mapping[str, Sequence[Parameter]]
+        self,
+        model: Model,
+        segment: Segment,
+        cached: Literal["nothing", "shared", "all"],
+        neighbours: Mapping[str, Sequence[Parameter]],
     ) -> SliceRequest | None:
         parameter, sources = self._merge.catalog.parameters[segment.parameter], self._merge.sources
         source = model.sources.get(parameter.name)
@@ -184,8 +193,6 @@ class Blocks:
             return None
         if sources.is_kept(model):
             return SliceRequest(model, source, segment.start, segment.stop)
-        others = [member for member in members if not sources.is_kept(self._merge.models[member])]
-        cached = sources.cached(self._footprint(segment.parameter, others))
         factors = sources.factors(model, neighbours.get(parameter.name, [parameter]))
         return SliceRequest(model, source, segment.start, segment.stop, cached, factors)
 
