@@ -73,7 +73,6 @@ def main(models: int, executor: Literal["local", "ray"], workers: int) -> None:
             file.write_text(json.dumps(recipe))
             seen = measure.run(["-c", CHILD, str(file), str(log)], ray=executor == "ray")
             lines = log.read_bytes()
-            open("/tmp/house/gpu/log", "wb").write(lines)
         told = json.loads(seen.output.splitlines()[-1])
     stages = told["stages"]
     asked = len(REQUEST.findall(lines[stages[0][1] :]))

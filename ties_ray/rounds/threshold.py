@@ -43,6 +43,8 @@ HIGH, LOW = 0, 1
 """Positions of the two rounds."""
 LOW_COST = 0.6
 """Time of counting low bits, in units of counting high ones (docs/performance.md)."""
+PAGE = 512
+"""Bins of a table in a page of memory."""
 SHORT = frozenset({"F16", "BF16"})
 """Dtypes whose differences are exact in so few bits that the high ones settle a threshold."""
 
@@ -101,8 +103,8 @@ class Tables(Tally[AllCounts]):
         """Add the counts of one finished shard."""
         self._counts += shard._counts
         for scope, table in shard._tables.items():
-            if self._kernels.asynchronous:
-                self.table(scope).add_(table)
+            if self._kernels.asynchronous or int(table[::PAGE].count_nonzero()) > BINS // PAGE // 2:
+                self.table(scope).add_(table)  # low bits fill nearly all bins
                 continue
             filled = table.nonzero().squeeze(1)  # some 1,500 bins of bf16 deltas: only their pages are touched
             self.table(scope).index_add_(0, filled, table[filled])
@@ -285,7 +287,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
         for member, parameter in _scopes(merge, need, group):
             scope = member, parameter
             table = tables(scope)
-            if parameter == WHOLE and member not in bench.recalled and table:
+            if bench.pool and parameter == WHOLE and member not in bench.recalled and table:
                 name = f"low-{high[scope].high}" if high else "high"
                 _remember(bench, name, pack(scope, table[scope]))
             if high:
