@@ -7,7 +7,7 @@ import pytest
 
 import ties_ray
 from tests.tools.families import Family
-from tests.tools.merging import LOCAL, merge, recipe_of
+from tests.tools.merging import LOCAL, digests, merge, recipe_of
 from ties_ray.errors import InterruptedMerge
 from ties_ray.operations import merging
 from ties_ray.reports.records import Progress
@@ -38,6 +38,20 @@ def test_a_fenced_driver_neither_begins_nor_aborts_an_upload(
     assert not list(output.glob("*.safetensors"))
 
 
+def test_an_upload_that_a_late_request_begins_is_aborted(family_of: Callable[..., Family], tmp_path: Path) -> None:
+    family, output = family_of(num_models=3), tmp_path / "merged"
+    store = Stores({}).writer(str(output))
+    begun: list[str] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.activity == "merging" and not begun:
+            begun.append(store.begin_upload(f"{output}/model.safetensors", 100))
+
+    merging.merge(recipe_of(family, output, "ties", run=LOCAL), watch=watch)
+    assert begun
+    assert store.list_uploads(str(output)) == ()
+
+
 def test_verify_names_uploads_that_lie_in_a_finished_output(family_of: Callable[..., Family], tmp_path: Path) -> None:
     output = tmp_path / "merged"
     merge(family_of(num_models=2), output, "average", run=LOCAL)
@@ -46,3 +60,14 @@ def test_verify_names_uploads_that_lie_in_a_finished_output(family_of: Callable[
     verification = ties_ray.verify(output)
     assert "unfinished uploads lie here: left.safetensors; `ties-ray clean` removes them" in verification.notes
     assert not verification.problems
+
+
+def test_a_merge_that_another_run_finishes_meanwhile_is_no_other_merge(
+    family_of: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(family_of(num_models=2), tmp_path / "out", "average", run=LOCAL)
+    merging.merge(recipe)
+    published = digests(tmp_path / "out")
+    monkeypatch.setattr(merging, "_finished", lambda planned, stores: None)  # it has looked just before
+    assert merging.merge(recipe).resumed
+    assert digests(tmp_path / "out") == published

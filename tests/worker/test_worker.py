@@ -14,7 +14,7 @@ import torch
 
 from tests.tools.families import Family
 from tests.tools.merging import LOCAL, carried_out, digests, merge, recipe_of
-from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
+from ties_ray.errors import InputError, InterruptedMerge, MergeError, Problem, UnavailableError
 from ties_ray.kernels import Election, Encoded, SignedSums, Term, WeightedSum, load
 from ties_ray.layout.sizes import SIZES
 from ties_ray.methods import Context, Deltas, Result, Round
@@ -246,7 +246,7 @@ def test_a_worker_that_does_not_see_an_input_as_planned_gets_no_work(
     missing = replace(model, objects=(model.objects[0]._replace(uri=str(tmp_path / "elsewhere/model.safetensors")),))
     models = (made.catalog.models[0], missing, made.catalog.models[2])
     digest = manifest.write_plan(replace(made, catalog=replace(made.catalog, models=models)))
-    with pytest.raises(InputError, match="another plan lies there than the one that this merge has written"):
+    with pytest.raises(InterruptedMerge, match="another plan lies there than the one that this merge has written"):
         Worker(setup)
     with pytest.raises(InputError, match=r"elsewhere/model\.safetensors"):
         Worker(replace(setup, digest=digest)).run(order(action="hello"))

@@ -51,6 +51,7 @@ def publish(
     documents = read_documents(plan, stores)
     demand_no_foreign(plan, stores, documents)
     files = complete_uploads(plan, stores, run.uploads.ids, written, check)
+    run.uploads.abort_others()  # a request to begin one may come late
     folder = as_loaded(plan, documents)
     opener = opened_by(folder, plan.library.name) or plan.library.opened_by
     local = plan.output.rpartition("/")[2] if "://" in plan.output else plan.output

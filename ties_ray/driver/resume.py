@@ -79,7 +79,7 @@ def _refuse_others(planned: Plan, stores: Stores, runs: list[tuple[str, int]]) -
     others = [run for run in runs if run[0] != planned.run_id]
     remedy = "choose another folder (a path with {run_id} gives each merge its own), or replace it with --fresh"
     message = ""
-    if result is not None:
+    if result is not None and result.run_id != planned.run_id:  # else this very merge was finished just now
         message = f"holds the result of another merge, run {result.run_id}"
     elif others:
         changed = _what_changed(planned, _claim(stores, output, others[-1]))

@@ -40,11 +40,15 @@ class Uploads:
                 uploads[file.name] = self._store.begin_upload(uri, file.size)
         self._check()
         self._manifest.write_uploads(uploads)
-        for uri, upload in self._store.list_uploads(self._output):
-            if upload not in uploads.values():
-                self._check()
-                self._store.abort_upload(uri, upload)  # a kill or a lost answer came before its id was stored
         self.ids = uploads
+        self.abort_others()
+
+    def abort_others(self) -> None:
+        """Abort the uploads that are not ours: a kill, a lost answer or a late request came before an id was stored."""
+        for uri, upload in self._store.list_uploads(self._output):
+            if upload not in self.ids.values():
+                self._check()
+                self._store.abort_upload(uri, upload)
 
     def are_known(self, plan: Plan) -> bool:
         """Return whether the store knows all uploads that have begun. A completed one counts as known."""

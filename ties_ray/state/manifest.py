@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ties_ray import rounds, runtime
-from ties_ray.errors import InputError, Problem
+from ties_ray.errors import InputError, InterruptedMerge, Problem
 from ties_ray.layout.sizes import SIZES, Sizes
 from ties_ray.measures import positions
 from ties_ray.measures.effects import Effects
@@ -120,8 +120,8 @@ class Manifest:
         """Return a revision of the stored plan, None where it is not stored.
 
         digest: SHA-256 of the expected plan. Without it the plan is a claim of whoever may write there: nothing may be
-        read, written or deleted because of it. Raises `InputError` where another plan lies there. So it does for a plan
-        of another version of ties_ray, or of a plugin that this process lacks.
+        read, written or deleted because of it. Raises `InterruptedMerge` where another plan lies there; the same
+        command writes its own again. Raises `InputError` for a plan of another version, or of a missing plugin.
         """
         uri = join(self.folder, _plan_name(revision))
         try:
@@ -130,7 +130,9 @@ class Manifest:
             return None
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             problem = "another plan lies there than the one that this merge has written"
-            raise InputError(Problem(uri, problem, f"find out who else writes to the output, then {FRESH}"))
+            raise InterruptedMerge(
+                Problem(uri, problem, "run the same command again; if it comes back, find out who else writes there")
+            )
         remedy = "use the version and the plugins that made it, or delete the folder"
         return documents.parse(data, PLAN_FORM, PLAN, self.folder, "the stored plan", remedy)
 
