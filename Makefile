@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes import the package: co
 ENGINES := .venv-pipelines
 UV := $(ENGINES)/uv/bin/uv
 
-.PHONY: every demo test docs package slow engines differential clouds pipelines chaos mutate lowest check audit format clean
+.PHONY: every demo test docs package slow engines differential clouds pipelines chaos simulate mutate lowest check audit format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
@@ -21,7 +21,7 @@ demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster
 	$(BIN)/python -m benchmarks.demo .demo
 
 EVERY := tests/promises/test_every_method_on_ray.py
-SLOW := tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/promises/test_many_results.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/kernels/test_compiler.py tests/executors/test_ray.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py tests/operations/test_searching.py tests/cli/test_scores.py
+SLOW := tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/promises/test_many_results.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/kernels/test_compiler.py tests/executors/test_ray.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py tests/driver/test_simulation.py tests/operations/test_searching.py tests/cli/test_scores.py
 
 test: $(VENV)/installed  ## all tests but the slow ones, file by file: three at a time fill two cores, as some wait
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines tests/packaging $(EVERY) $(SLOW))
@@ -111,6 +111,9 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 
 lowest: $(LOWEST)/installed  ## the tests with the lowest versions that pyproject.toml allows; on demand
 	$(LOWEST)/bin/python -m pytest -q -n 3 --dist loadfile $(addprefix --ignore=,tests/pipelines tests/packaging $(EVERY) $(SLOW))
+
+simulate: $(VENV)/installed  ## 1000 merges in virtual time under drawn faults: two minutes; --prove shows that it would notice
+	$(BIN)/python -m tests.tools.simulation --seeds 1000
 
 check: $(VENV)/installed  ## what is looked at besides tests: style, types, layers
 	$(BIN)/ruff check .

@@ -210,7 +210,7 @@ class ReadAhead:
     def _read_small(self, pin: Pin, start: int, into: Tensor, needed: Sequence[tuple[int, int]]) -> None:
         """Fill `into` with bytes of a small file, which is read whole the first time, or when memory has changed it."""
         data, store = into.numpy(), self._stores.of(pin.uri)
-        with self._reading.setdefault(pin.uri, threading.Lock()):
+        with self._reading.setdefault(pin.uri, runtime.Lock()):
             whole = self._small_files.get(pin.uri)
             if whole is None:
                 store.meter.add(retries=self._small_files.holds(pin.uri))
