@@ -195,13 +195,15 @@ def pool_in(
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="BF16", show_default=True)
 @click.option("--kind", type=click.Choice(["delta", "adapter", "checkpoint"]), default="delta", show_default=True)
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--workers", default=1, show_default=True)
 @click.option("--memory", default="512MiB", show_default=True, help="the recipe's run.memory")
 @click.option("--cache", default="64MiB", show_default=True, help="the recipe's run.cache")
 @click.option("--peft", is_flag=True, help="measure PEFT, too")
 @click.option("--folder", type=click.Path(path_type=Path), help="where to write; else where temporary files go")
 def main(
     models: tuple[int, ...], layers: int, modules: str, shrink: int, rank: int | None, dtype: str, kind: str,
-    executor: str, memory: str, cache: str, peft: bool, folder: Path | None,
+    executor: str, device: str, workers: int, memory: str, cache: str, peft: bool, folder: Path | None,
 ) -> None:  # fmt: skip
     """Make a pool, merge its first adapters, more and more of them, and print what each round took."""
     torch.set_num_threads(1)
@@ -224,7 +226,13 @@ def main(
                 "models": [str(place / f"adapter-{number:04d}") for number in range(count)],
                 "method": {"name": "ties", "density": 0.2},
                 "output": output,
-                "run": {"executor": executor, "workers": 1, "memory": memory, "cache": cache},
+                "run": {
+                    "executor": executor,
+                    "workers": workers,
+                    "device": device,
+                    "memory": memory,
+                    "cache": cache,
+                },
             } | ({"base": str(place / "base")} if kind == "checkpoint" else {})
             plan = ties_ray.plan(recipe)
             with tempfile.NamedTemporaryFile("w", suffix=".json") as file:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +67,11 @@ def test_a_small_adapter_in_a_bucket_takes_three_requests() -> None:
     by_stage = {stage["stage"]: float(stage["requests an adapter"]) for stage in stages}
     assert {name for name, requests in by_stage.items() if requests} == {"plan", "threshold, high bits"}
     assert by_stage["plan"] == 2, "config and header; all folders are one listing"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_merges_on_a_gpu_are_not_measured_where_there_is_none() -> None:
+    assert run("gpu_merges").startswith("There is no GPU here")
 
 
 def test_planning_for_large_models_is_measured_from_a_catalog_that_is_made_up() -> None:

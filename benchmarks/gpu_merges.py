@@ -1,0 +1,52 @@
+"""What whole merges cost on a GPU, in one call of less than eight minutes; needs a GPU, and says so if none is.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.gpu_merges [--folder /dev/shm] [--seconds 460]
+
+Pools of 10, 100 and 1000 adapters of rank 16 on two layers of Llama-3.1-8B, and of 100 adapters with the ranks of the
+public pool, by one worker, all in the output's kind `delta`; then eight checkpoints of 1.1 G parameters by one CPU
+worker, by one on the GPU and by four that share it. Each step is a benchmark of its own, which prints its tables. A
+step ends when the time is up, and those after it are left out.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+POOL = ("benchmarks.pool", "--device", "cuda", "--layers", "2", "--memory", "1GiB", "--cache", "512MiB")
+STEPS = (
+    (*POOL, "--rank", "16", "--models", "10", "--models", "100"),
+    ("benchmarks.merge", "--models", "8", "--size", "1B", "--run", "local/1", "--run", "local/1/cuda",
+     "--run", "local/4/cuda"),
+    (*POOL, "--models", "100"),
+    (*POOL, "--rank", "16", "--models", "1000"),
+)  # fmt: skip
+"""The steps, the most telling first."""
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), help="where inputs and outputs lie; else a temporary folder")
+@click.option("--seconds", default=460.0, show_default=True, help="after which nothing is begun or goes on")
+def main(folder: Path | None, seconds: float) -> None:
+    """Run all steps that there is time for."""
+    import torch  # here, as it takes long to import
+
+    if not torch.cuda.is_available():
+        click.echo("There is no GPU here, so that nothing of a GPU was measured.")
+        return
+    end = time.monotonic() + seconds
+    environment = {**os.environ, **({"TMPDIR": str(folder)} if folder else {})}
+    for step in STEPS:
+        click.echo(f"\n{' '.join(step)}")
+        try:
+            subprocess.run([sys.executable, "-m", *step], check=True, timeout=end - time.monotonic(), env=environment)
+        except subprocess.TimeoutExpired:
+            click.echo("The time was up.")
+            return
+
+
+if __name__ == "__main__":
+    main()
