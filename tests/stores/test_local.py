@@ -3,6 +3,7 @@ import errno
 import mmap
 import multiprocessing
 import os
+import re
 import resource
 import tempfile
 from collections.abc import Iterator
@@ -463,3 +464,63 @@ def test_a_linked_folder_is_not_removed(store: Local, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"can't delete it: .*symbolic link"):
         store.delete_folder(str(tmp_path / "link"))
     assert (tmp_path / "mine/x").exists()
+
+
+def test_folders_are_those_and_links_that_lead_nowhere(store: Local, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path / "folder")
+    assert [uri.rpartition("/")[2] for uri in store.folders(str(tmp_path))] == ["folder", "gone", "linked"]
+
+
+def test_a_file_that_changes_while_its_first_bytes_are_read_is_refused(
+    store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"first content")
+    fill = Local._fill
+
+    def late(self: Local, file: int, start: int, into: memoryview) -> None:
+        fill(self, file, start, into)
+        path.write_bytes(b"second")
+
+    monkeypatch.setattr(Local, "_fill", late)
+    with pytest.raises(InputError, match="changed"):
+        store.head(str(path), 5)
+
+
+def test_what_the_system_writes_in_pieces_is_whole(
+    store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:3], offset))
+    store.put(str(tmp_path / "file"), b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_document_may_be_the_first_file_of_a_folder(store: Local, tmp_path: Path) -> None:
+    assert store.swap(str(tmp_path / "new/deep/file"), b"x", "")
+    assert (tmp_path / "new/deep/file").read_bytes() == b"x"
+
+
+def test_an_upload_without_room_is_told_with_both_figures(store: Local, tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    with pytest.raises(UnavailableError, match=f"{2**60:,} bytes wanted, [0-9,]+ are free") as raised:
+        store.begin_upload(str(tmp_path / "file"), 2**60)
+    (free,) = re.findall(r"wanted, ([0-9,]+) are", str(raised.value))
+    assert int(free.replace(",", "")) == pytest.approx(disk.f_bavail * disk.f_frsize, rel=0.5)
+
+
+def test_unfinished_uploads_are_our_hidden_files(store: Local, tmp_path: Path) -> None:
+    upload = store.begin_upload(str(tmp_path / "file"), 5)
+    (hidden,) = tmp_path.iterdir()
+    (tmp_path / hidden.name.removeprefix(".")).write_text("not hidden")
+    (tmp_path / ".other").write_text("not ours")
+    assert store.list_uploads(str(tmp_path)) == ((str(tmp_path / "file"), upload),)
+
+
+def test_a_link_to_a_pipe_holds_up_no_listing(store: Local, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "linked").symlink_to(tmp_path / "pipe")
+    assert [pin.uri.rpartition("/")[2] for pin in store.list(str(tmp_path)).files] == ["linked", "pipe"]

@@ -130,8 +130,8 @@ def main() -> None:
     every = list(mutants(source))
     drawn = random.Random(f"{seed} {path.name}").sample(every, min(most, len(every)))
     for each in sorted(drawn, key=lambda mutant: mutant["line"]):
-        mutated = mutate_code(source, by_name[each["operator"]], each["occurrence"])
-        with contextlib.suppress(SyntaxError):
+        with contextlib.suppress(SyntaxError, AttributeError):  # `*` alone, and names with dots after `except`
+            mutated = mutate_code(source, by_name[each["operator"]], each["occurrence"])
             ast.parse(mutated)
             print(json.dumps({**each, "of": len(every), "source": mutated, "change": change(source, mutated)}))
 
