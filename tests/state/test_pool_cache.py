@@ -129,6 +129,20 @@ def test_a_finding_of_one_model_does_not_pass_for_that_of_another(
     assert weights(tmp_path / "again") == weights(tmp_path / "first")
 
 
+@pytest.mark.parametrize("norm2", ["NaN", "Infinity", "-1.0"])
+def test_a_norm_that_no_adapter_has_is_found_again(
+    norm2: str, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    cache = tmp_path / "cache"
+    merged(pool, tmp_path / "first", cache, **SURVEYED)
+    for path in cache.glob("*-survey.json"):
+        path.write_bytes(f"unsigned\n[0, {norm2}, 0]".encode())
+    again = merged(pool, tmp_path / "again", cache, **SURVEYED)
+    assert any("3 findings in the pool cache are broken" in note for note in again.notes)
+    assert weights(tmp_path / "again") == weights(tmp_path / "first")
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"unsigned\n", b"\n\n", b"unsigned\n[1,2]", b'unsigned\n[0,5,"!","?"]', b"x" * (BOUNDS.stored + 1)]
 )

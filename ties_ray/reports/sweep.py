@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import FiniteFloat, TypeAdapter
 
 from ties_ray.errors import InputError, Problem
 from ties_ray.reports.records import MergeResult, Report
@@ -94,7 +94,7 @@ class SweepResult(Report):
     bytes_read: int = 0
     """Bytes of inputs that the workers of this call read, for all settings."""
     workers_lost: int = 0
-    seconds: float = 0.0
+    seconds: FiniteFloat = 0.0
 
 
 SWEEP_RESULT = TypeAdapter(SweepResult)

@@ -84,7 +84,7 @@ class SurveyRound(RoundKind[Surveys, Surveys]):
         """Yield what is out of range."""
         if any(survey.member not in range(len(merge.members)) for survey in finding):
             yield "a model"
-        if not all(math.isfinite(survey.norm2) and survey.norm2 >= 0 for survey in finding):
+        if not all(map(_is_possible, finding)):
             yield "a norm"
 
     misfit_folded = misfit
@@ -116,7 +116,14 @@ class SurveyRound(RoundKind[Surveys, Surveys]):
         """Return the surveys that are in the pool cache; a shard is a model."""
         named = [(member, name) for member, model in enumerate(merge.models) if (name := pool.identity(model))]
         read = pool.read_each([(identity, "survey") for _, identity in named], SURVEY)
-        surveys = tuple(
-            survey._replace(member=member) for (member, _), survey in zip(named, read, strict=True) if survey
-        )
-        return [Recalled(0, surveys, tuple(survey.member for survey in surveys))] if surveys else []
+        surveys: list[Survey] = []
+        for (member, identity), survey in zip(named, read, strict=True):
+            if survey and _is_possible(survey):
+                surveys.append(survey._replace(member=member))
+            elif survey:
+                pool.refuse(identity, "survey")
+        return [Recalled(0, tuple(surveys), tuple(survey.member for survey in surveys))] if surveys else []
+
+
+def _is_possible(survey: Survey) -> bool:
+    return math.isfinite(survey.norm2) and survey.norm2 >= 0
