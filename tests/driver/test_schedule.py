@@ -131,6 +131,48 @@ def test_an_idle_worker_may_repeat_a_running_task_and_the_first_answer_counts() 
     assert schedule.recorded_by[fast_worker] == 2
 
 
+def test_what_a_slow_worker_holds_is_given_back_when_its_task_is_repeated() -> None:
+    schedule = Schedule([1] * 6, 2)
+    tickets = {task: ticket for _, ticket, task in schedule.assignments()}
+    schedule.answered(tickets[0])  # held by worker 0, which hangs in task 1
+    for task in (3, 4):
+        schedule.answered(tickets[task])
+    schedule.recorded(1, [2, 3, 4, 5])
+    assert (schedule.num_done, schedule.num_pending) == (5, 0)
+    schedule.answered(schedule.repeat(tickets[1], 1).ticket)
+    assert schedule.holding() == ()
+    [(worker, ticket, task)] = schedule.assignments()
+    assert (worker, task, schedule.num_retries) == (1, 0, 1)
+    schedule.answered(ticket)
+    assert schedule.holding() == (1,)
+    schedule.recorded(1, [0, 1])
+    assert schedule.finished
+
+
+def test_a_record_may_name_tasks_that_are_recorded_already() -> None:
+    schedule = Schedule([1] * 4, 2, depth=1)
+    assert (schedule.num_done, schedule.num_recorded) == (0, 0)
+    tickets = {task: ticket for _, ticket, task in schedule.assignments()}
+    schedule.answered(tickets[0])
+    assert (schedule.num_done, schedule.holding()) == (1, ())
+    schedule.recorded(0, [0])
+    assert schedule.num_recorded == 1
+    schedule.recorded(0, [0, 1])
+    schedule.answered(tickets[2])
+    schedule.recorded(1, [2, 3])
+    assert (schedule.finished, schedule.holding(), schedule.recorded_by) == (True, (), [2, 2])
+
+
+def test_ten_losses_and_three_a_worker_in_a_row_end_the_run() -> None:
+    schedule = Schedule([1] * 50, 2)
+    for _ in range(15):
+        schedule.lost(0, "killed")
+    assert schedule.failure is None
+    schedule.lost(1, "killed")
+    assert schedule.failure
+    assert (schedule.failure.reason, schedule.num_losses) == ("losses", 16)
+
+
 def test_a_repeated_task_is_given_back_only_when_nobody_runs_it_any_more() -> None:
     schedule = Schedule([1, 1], 2, depth=1)
     (slow_worker, slow, _), (fast_worker, fast, other) = schedule.assignments()
