@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import zlib
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -52,8 +53,11 @@ def test_a_compressed_document_may_be_as_large_as_its_bounds_say(monkeypatch: py
     for spoilt, fault in ((data[:-1], "it is cut off"), (b"", "it is cut off"), (data + b"x", "something follows it")):
         with pytest.raises(ValueError, match=fault):
             inflate(spoilt, Bounds(100, 100, 100))
-    with pytest.raises(zlib.error):
-        inflate(content, Bounds(100, 100, 100))
+    for no_gzip in (content, zlib.compress(content)):
+        with pytest.raises(zlib.error):
+            inflate(no_gzip, Bounds(100, 100, 100))
+    far = random.Random(0).randbytes(20_000) * 2  # what repeats lies as far apart as gzip looks back
+    assert inflate(gzip.compress(far), Bounds(2**20, 2**20, 2**20)) == far
 
 
 def test_a_compressed_document_may_grow_with_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
