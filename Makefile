@@ -116,7 +116,8 @@ OLDER := --deselect tests/formats/test_lora.py::test_what_peft_wrote_is_read_as_
 lowest: $(LOWEST)/installed  ## the tests with the lowest versions that pyproject.toml allows; on demand
 	$(LOWEST)/bin/python -m pytest -q -n 3 --dist loadfile $(OLDER) $(addprefix --ignore=,tests/pipelines tests/packaging $(EVERY) $(SLOW))
 
-simulate: $(VENV)/installed  ## 1000 merges in virtual time under drawn faults: two minutes; --prove shows that it would notice
+simulate: $(VENV)/installed  ## 1000 merges in virtual time under drawn faults (two minutes), and the proof that it would notice (one more)
+	$(BIN)/python -m tests.tools.simulation --prove
 	$(BIN)/python -m tests.tools.simulation --seeds 1000
 
 check: $(VENV)/installed  ## what is looked at besides tests: style, types, layers

@@ -14,7 +14,6 @@ from ties_ray.driver.uploads import Uploads
 from ties_ray.state.lease import Lease
 from ties_ray.stores import _s3_transfer, s3
 from ties_ray.stores.s3 import S3
-from ties_ray.worker import worker
 
 
 @contextmanager
@@ -62,13 +61,6 @@ def overlaps() -> AbstractContextManager[Any]:
     return mock.patch.object(MergeRun, "_accepted", take)
 
 
-def names() -> AbstractContextManager[Any]:
-    """Give records names that another worker gives, too."""
-    return mock.patch.object(
-        worker, "record_name", lambda shards, token, number: f"{shards[0]:08d}-{0:012d}-{0:06d}.json"
-    )
-
-
 def unconditional() -> AbstractContextManager[Any]:
     """Write the lease whatever lies there."""
     return mock.patch.object(S3, "swap", lambda self, uri, data, etag: self.put(uri, data))
@@ -76,9 +68,12 @@ def unconditional() -> AbstractContextManager[Any]:
 
 PROTECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     **{switch.__name__: lambda switch=switch: _of_store(switch) for switch in unprotected.PROTECTIONS.values()},  # type: ignore[misc]
-    **{switch.__name__: switch for switch in (fencing, leftovers, order, overlaps, names, unconditional)},
+    **{switch.__name__: switch for switch in (fencing, leftovers, order, overlaps, unconditional)},
 }
-ENOUGH = dict.fromkeys(PROTECTIONS, 1000)
+ENOUGH = {
+    "order": 50, "fencing": 50, "partcheck": 50, "ifmatch": 100, "leftovers": 100, "unconditional": 200,
+    "recordorder": 500, "overlaps": 800,
+}  # fmt: skip
 """Seeds within which each is missed."""
 
 
