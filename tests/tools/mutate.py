@@ -211,7 +211,12 @@ def tested(
     outcomes: dict[str, str] = json.loads(notes.read_text()) if again and notes.exists() else {}
     survivors = []
     with tempfile.TemporaryDirectory(prefix="ties-ray-mutants-") as folder:
-        names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        names = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
         for name in filter(None, names.decode().split("\0")):
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
