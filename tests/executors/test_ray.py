@@ -5,6 +5,7 @@ import site
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -296,6 +297,19 @@ def test_a_temporary_folder_too_long_for_sockets_is_gone_around(tmp_path: Path) 
     assert {
         path for path in set(Path("/tmp").glob("ties-ray-*")) - before if path.owner() == Path.home().owner()
     } == set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+def test_a_full_disk_of_rays_session_is_called_that(tmp_path: Path) -> None:
+    disk = tempfile.mkdtemp(dir="/tmp")  # a short path, which Ray takes
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    try:
+        done = driver(start("1, 2**20"), cwd=tmp_path, RAY_TMPDIR=disk)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+        os.rmdir(disk)
+    told = f"{disk}: Ray keeps its session there, and 3,145,728 bytes are free; free space there, or set RAY_TMPDIR"
+    assert f"UnavailableError {told}" in done.stdout, done.stderr
 
 
 def test_where_no_short_folder_can_be_written_the_variable_to_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a worker keeps of its inputs."""
 
+import errno
 import os
 import random
 from collections.abc import Callable
@@ -80,6 +81,29 @@ def test_a_disk_that_is_nearly_full_is_left_alone(tmp_path: Path, monkeypatch: p
     shelf = a_shelf(tmp_path, memory=0)
     shelf.put(URI, 0, DATA)
     assert shelf.get(URI, 0, np.empty_like(DATA)) == (0, len(DATA))
+
+
+def test_a_write_that_fails_takes_no_place_from_what_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, data, write = RangeCache(0, 200, str(tmp_path)), np.arange(100, dtype=np.uint8), os.pwrite
+
+    def full(file: int, rest: memoryview, at: int) -> int:
+        if len(rest) > 50:
+            return write(file, rest[:50], at)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:  # another process has filled the disk, and frees it again
+        patch.setattr(os, "pwrite", full)
+        cache.put("a", 0, data)
+    for uri in "bc":
+        cache.put(uri, 0, data)
+    kept = np.empty(100, np.uint8)
+    assert cache.get("a", 0, kept) == (0, 100)
+    for uri in "bc":
+        kept[:] = 0
+        assert cache.get(uri, 0, kept) is None
+        assert (kept == data).all()
 
 
 def test_a_folder_that_can_not_be_written_to_keeps_nothing(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ _LONGEST_FOLDER = 36
 
 Ray adds `ray/session_<time>_<pid>/sockets/plasma_store.1`, and the path of a socket has at most 107 bytes.
 """
+_LEAST_ROOM = 64 * 2**20
+"""Bytes of disk without which Ray is not started: its logs and sockets take a few MiB at once."""
 _SLICE = 0.2
 """Seconds that one call of Ray may delay a signal to the main thread."""
 _OF_TOKEN = re.compile("InvalidAuthToken|AuthenticationError|UNAUTHENTICATED|auth_token|RAY_AUTH_TOKEN")
@@ -322,6 +324,7 @@ class RayExecutor(Executor):
             self._environment = {name: value for name, value in _OWN_CLUSTER.items() if name not in os.environ}
             os.environ.update(self._environment)  # until the end, for the processes that Ray starts
             self._folder = _short_folder()
+            _demand_room(self._folder or _session_folder())
             folder = {"_temp_dir": self._folder} if self._folder else {}
             with _loopback():
                 self._init(address, options | {"include_dashboard": False} | folder)
@@ -352,6 +355,7 @@ class RayExecutor(Executor):
             if isinstance(error, ValueError | FileNotFoundError | PermissionError | NotADirectoryError):
                 remedy = "correct run.address, RAY_ADDRESS or RAY_TMPDIR"
                 raise InputError(Problem(f"Ray at {address}", message, remedy)) from error
+            _demand_room(_session_folder())
             raise UnavailableError(Problem(f"Ray at {address}", message, "see `ray status` there")) from error
         finally:
             if threading.current_thread() is threading.main_thread() and handler is not None:
@@ -596,9 +600,25 @@ def _no_upload() -> Iterator[None]:
         constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
 
 
+def _session_folder() -> str:
+    """Return where Ray keeps the files of its session on this machine."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+def _demand_room(folder: str) -> None:
+    """Raise `UnavailableError` where the disk of Ray's session is full. Ray itself would blame its head."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # Ray itself makes a folder that is not there
+        return
+    if free < _LEAST_ROOM:
+        message = f"Ray keeps its session there, and {free:,} bytes are free"
+        raise UnavailableError(Problem(folder, message, "free space there, or set RAY_TMPDIR to another folder"))
+
+
 def _short_folder() -> str | None:
     """Return a new folder for Ray's session if its own makes the paths of sockets too long; else None."""
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    folder = _session_folder()
     if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
         return None
     for place in ("/tmp", "/var/tmp", "/dev/shm"):

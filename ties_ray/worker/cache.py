@@ -50,7 +50,7 @@ class Cache:
 
 
 class _Memory:
-    """Memory that is filled from its start and never given back."""
+    """Memory that is filled from its start."""
 
     def __init__(self, size: int) -> None:
         self._size, self._end = size, 0
@@ -63,6 +63,11 @@ class _Memory:
             return None
         self._end += size
         return self._end - size
+
+    def give_back(self, at: int, size: int) -> None:
+        """Take back a place that was not filled, if it is the last one. Call it from one thread at a time."""
+        if at + size == self._end:
+            self._end = at
 
     def put(self, at: int, data: Bytes) -> None:
         """Write bytes to a place that `take` has given."""
@@ -167,12 +172,15 @@ class RangeCache:
             return
         try:
             place.put(at, data)
+            is_there = True
         except OSError:  # the disk is full or broken, and a cache may go without it
-            return
+            is_there = False
         with self._lock:
-            if not self._overlap(uri, start, stop):  # another thread may have been quicker
+            if is_there and not self._overlap(uri, start, stop):  # another thread may have been quicker
                 pieces = self._held.setdefault(uri, [])
                 bisect.insort(pieces, _Piece(start, stop, place, at), key=lambda piece: piece.start)
+            else:
+                place.give_back(at, len(data))
 
     def forget(self, uri: str) -> None:
         """Forget all ranges of an object, because one has turned out to be damaged."""
