@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import site
@@ -297,6 +298,16 @@ def test_a_temporary_folder_too_long_for_sockets_is_gone_around(tmp_path: Path) 
     assert {
         path for path in set(Path("/tmp").glob("ties-ray-*")) - before if path.owner() == Path.home().owner()
     } == set()
+
+
+def test_workers_that_rays_memory_monitor_kills_while_they_start_are_told_with_the_nodes_memory(tmp_path: Path) -> None:
+    code = start("1, 2**20").replace('"s"', '"slow"')
+    full = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}
+    done = driver(code, cwd=tmp_path, **full)
+    told = (
+        r"UnavailableError Ray: each worker of 1 CPU, 0\.00 GiB died while it started: Ray's memory monitor killed it"
+    )
+    assert re.search(told + r", as node [\d.]+ had [\d.]+ ?GB of [\d.]+ ?GB in use; nodes: ", done.stdout), done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
