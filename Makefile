@@ -21,7 +21,7 @@ demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster
 	$(BIN)/python -m benchmarks.demo .demo
 
 EVERY := tests/promises/test_every_method_on_ray.py
-SLOW := tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/promises/test_many_results.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/kernels/test_compiler.py tests/executors/test_ray.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py tests/driver/test_simulation.py tests/operations/test_searching.py tests/cli/test_scores.py
+SLOW := tests/test_docs_run.py tests/test_examples.py tests/hostile/test_documents.py tests/hostile/test_bounded.py tests/stores/test_s3_dialects.py tests/promises/test_remedies.py tests/promises/test_peft.py tests/promises/test_pools_on_s3.py tests/promises/test_many_results.py tests/test_benchmarks.py tests/promises/test_gpu.py tests/kernels/test_cuda.py tests/kernels/test_compiler.py tests/executors/test_ray.py tests/promises/test_architectures.py tests/promises/test_adapters.py tests/promises/test_mergekit.py tests/driver/test_nodes.py tests/driver/test_clusters.py tests/driver/test_simulation.py tests/operations/test_searching.py tests/cli/test_scores.py
 
 test: $(VENV)/installed  ## all tests but the slow ones, file by file: three at a time fill two cores, as some wait
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --durations=12 $(addprefix --ignore=,tests/pipelines tests/packaging $(EVERY) $(SLOW))
