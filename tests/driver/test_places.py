@@ -119,6 +119,20 @@ def test_a_place_whose_workers_die_at_once_is_filled_ever_more_slowly_until_one_
     assert (places.losses, places.waiting_seconds) == (10, 0)
 
 
+def test_the_seconds_of_workers_are_those_in_which_they_are_there() -> None:
+    clock = Time()
+    places = Places(3, {2}, clock=clock)
+    for seconds, change in (
+        (10, lambda: places.ready(2)),
+        (5, lambda: places.lost(0, "")),
+        (1, lambda: places.ready(0)),
+    ):
+        clock.now += seconds
+        change()
+    clock.now += 2
+    assert places.worker_seconds() == 2 * 10 + 3 * 5 + 2 * 1 + 3 * 2
+
+
 def test_a_run_whose_workers_come_and_go_waits_anew_each_time() -> None:
     clock = Time()
     places = Places(1, deadline=30, clock=clock)

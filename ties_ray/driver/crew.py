@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ties_ray import runtime
 from ties_ray.driver.dispatch import Stage
 from ties_ray.driver.meters import Meters
 from ties_ray.driver.places import Places
@@ -67,8 +66,8 @@ class Crew:
         self._patience = patience
         self._stages = 0
         self._num_merges = 1
-        self._began: tuple[float, float] | None = None
-        """When the workers had started, by the monotonic clock, and their seconds of work until then."""
+        self._worked_before: float | None = None
+        """The workers' seconds of work until they had started; None while there are none."""
 
     @property
     def size(self) -> int:
@@ -104,7 +103,7 @@ class Crew:
             factory, setup = "ties_ray.worker.together:make_worker", SETUPS.dump_json(tuple(setups))
         size = self._executor.start(factory, setup.decode(), needs)
         self.places = self._meters.places = Places(size, self._executor.empty_places(), deadline=run.deadline)
-        self._began = runtime.monotonic(), self._meters.seconds["work"]
+        self._worked_before = self._meters.seconds["work"]
         self.work(Orders("start", lambda _: self._to_all("hello"), costs=(1,) * self.size, activity="starting"))
 
     def _to_all(self, action: Literal["hello", "flush"]) -> Order | Together:
@@ -115,11 +114,10 @@ class Crew:
 
     def stop(self) -> None:
         """Stop all workers, and add up their idle seconds."""
-        if self._began:
-            began, work = self._began
-            whole = self.size * (runtime.monotonic() - began)
-            self._meters.seconds["idle"] += max(0.0, whole - (self._meters.seconds["work"] - work))
-            self._began = None
+        if self._worked_before is not None:
+            work = self._meters.seconds["work"] - self._worked_before
+            self._meters.seconds["idle"] += max(0.0, self.places.worker_seconds() - work)
+            self._worked_before = None
         self._executor.stop()
 
     def work(self, orders: Orders) -> Done:

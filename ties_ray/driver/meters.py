@@ -71,6 +71,7 @@ class Meters:
             return
         left = forecast.seconds_left()
         if left is not None:
+            left *= max(1, self.places.size) / max(1, self.places.size - len(self.places.empty))
             self._latest = Foreseen(now, now + left)
             self.first = self.first or self._latest
 

@@ -34,6 +34,9 @@ class Places:
         self._due: dict[int, float] = {}
         """When each empty place is to be filled; without those where a worker is under way."""
         self._reason = "none has come yet"
+        self._counted = self._clock()
+        self._seconds = 0.0
+        """Seconds of all workers until `_counted`."""
 
     @property
     def empty(self) -> frozenset[int]:
@@ -45,8 +48,16 @@ class Places:
         """Seconds since there was a worker; 0 while there is one."""
         return 0.0 if self._deserted is None else self._clock() - self._deserted
 
+    def worker_seconds(self) -> float:
+        """Return how many seconds all workers together have been there."""
+        now = self._clock()
+        self._seconds += (self.size - len(self._empty)) * (now - self._counted)
+        self._counted = now
+        return self._seconds
+
     def lost(self, worker: int, reason: str) -> None:
         """Note that a worker was lost, or died before it was ready."""
+        self.worker_seconds()
         now = self._clock()
         self.losses += 1
         self._reason = reason
@@ -59,6 +70,7 @@ class Places:
 
     def ready(self, worker: int) -> None:
         """Note that a place has a worker."""
+        self.worker_seconds()
         self._empty.discard(worker)
         self._pauses.pop(worker, None)
         self._deserted = None
