@@ -180,9 +180,11 @@ def on_ray(workers: int = 2, **more: Any) -> dict[str, Any]:
 def test_a_killed_process_is_replaced(
     round_: str, family: Family, undisturbed: dict[str, str], trouble: Path, plugged: Path, ray_cluster: None
 ) -> None:
-    result = merging.merge(troubled(family, trouble, "kill", run=on_ray(), round=round_))
+    events: list[str] = []
+    recipe = troubled(family, trouble, "kill", run=on_ray(), round=round_)
+    result = merging.merge(recipe, watch=lambda progress: events.append(progress.event))
     assert len(struck(trouble)) == 1
-    assert (result.workers_lost, result.resumed) == (1, False)
+    assert (result.workers_lost, result.resumed) == (1, False), events
     assert result.shards_again >= 1
     assert digests(trouble.parent / "out") == undisturbed
 
