@@ -112,6 +112,21 @@ def test_a_transient_failure_is_repeated_and_counted() -> None:
     assert asdict(meter) == asdict(Meter(retries=2))
 
 
+def test_failures_of_another_kind_take_no_try_from_those_that_are_limited() -> None:
+    expired = Transient("400 ExpiredToken", attempts=4, remedy="get new credentials")
+    left = [expired, Transient("503"), expired, Transient("503"), expired, Transient("503")]
+
+    def attempt() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert persist(attempt, meter=Meter(), uri="s3://a/b", doing="writing", seconds=lambda: 60.0) == "done"
+    left = [expired] * 4
+    with pytest.raises(InputError, match=r"writing failed 4 times .*get new credentials"):
+        persist(attempt, meter=Meter(), uri="s3://a/b", doing="writing", seconds=lambda: 60.0)
+
+
 def test_a_spent_budget_names_the_object_the_request_and_the_last_cause() -> None:
     def attempt() -> None:
         raise Transient("503 SlowDown")

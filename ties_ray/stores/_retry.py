@@ -43,7 +43,7 @@ class Transient(Exception):
     ) -> None:
         super().__init__(shown(cause) or type(cause).__name__)
         self.attempts = attempts
-        """The most attempts; None: as many as the time allows."""
+        """The most failures with such a limit; None: as many as the time allows."""
         self.throttled = throttled
         """The store asks for fewer requests."""
         self.remedy = remedy
@@ -114,15 +114,16 @@ def persist(
     answered deserves more patience. throttle: shared by all requests that should slow down together.
     Raises `UnavailableError` when the budget is spent, or `InputError` where the last `Transient` has a remedy.
     """
-    started, throttle, count = runtime.monotonic(), throttle or Throttle(), 0
+    started, throttle, count, limited = runtime.monotonic(), throttle or Throttle(), 0, 0
     while True:
         count += 1
         try:
             return _throttled(attempt, throttle, lambda: started + seconds() - runtime.monotonic())
         except Transient as error:
             passed = runtime.monotonic() - started
+            limited += error.attempts is not None
             pause = runtime.uniform(0, min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE))
-            if passed + pause > seconds() or (error.attempts is not None and count >= error.attempts):
+            if passed + pause > seconds() or (error.attempts is not None and limited >= error.attempts):
                 message = f"{doing} failed {count} times in {passed:.0f} s, last: {error}"
                 if error.remedy is not None:
                     raise InputError(Problem(shown(uri), message, error.remedy)) from None
