@@ -8,6 +8,7 @@ import pytest
 import ties_ray
 from tests.tools.families import Family
 from tests.tools.merging import LOCAL, digests, merge, recipe_of
+from ties_ray.driver import resume
 from ties_ray.errors import InterruptedMerge
 from ties_ray.operations import merging
 from ties_ray.reports.records import Progress
@@ -71,3 +72,21 @@ def test_a_merge_that_another_run_finishes_meanwhile_is_no_other_merge(
     monkeypatch.setattr(merging, "_finished", lambda planned, stores: None)  # it has looked just before
     assert merging.merge(recipe).resumed
     assert digests(tmp_path / "out") == published
+
+
+def test_a_fenced_driver_does_not_refuse_what_the_other_run_has_written(
+    family_of: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, output = recipe_of(family_of(num_models=2), tmp_path / "out", "average", run=LOCAL), tmp_path / "out"
+    find_runs = resume.find_runs
+
+    def overtaken(stores: Stores, uri: str) -> list[tuple[str, int]]:
+        """Look for runs, and be overtaken by another one that publishes."""
+        runs = find_runs(stores, uri)
+        (output / ".ties-ray/lease.json").write_bytes(HOLDER.dump_json(OTHER))
+        (output / "model.safetensors").write_bytes(b"of the other run")
+        return runs
+
+    monkeypatch.setattr(resume, "find_runs", overtaken)
+    with pytest.raises(InterruptedMerge, match="another run took over"):
+        merging.merge(recipe)

@@ -114,14 +114,18 @@ def _carry_out(planned: Plan, started: float, watch: Watch, trace: Trace | None,
         return finished
     taken_over: list[str] = []
     with lease.acquire(stores, planned.output, taken_over.append) as held:
-        finished = None if fresh else _finished(planned, stores)  # the last holder of the lease may have finished it
-        if finished:
-            return finished
-        opened, manifest, resumed = resume.open_run(planned, stores, fresh=fresh)
-        demand_space(opened, stores)
-        opened = replace(opened, notes=(*opened.notes, *taken_over))
-        meters = Meters(_telling(held, watch), trace)
-        return _run(opened, manifest, stores, started, held.check, meters, resumed=resumed)
+        try:
+            finished = None if fresh else _finished(planned, stores)  # the last holder may have finished it
+            if finished:
+                return finished
+            opened, manifest, resumed = resume.open_run(planned, stores, fresh=fresh)
+            demand_space(opened, stores)
+            opened = replace(opened, notes=(*opened.notes, *taken_over))
+            meters = Meters(_telling(held, watch), trace)
+            return _run(opened, manifest, stores, started, held.check, meters, resumed=resumed)
+        except InputError:
+            held.check()  # another run that has taken over may have written what is amiss
+            raise
     raise AssertionError("a lease is held or refused")
 
 
