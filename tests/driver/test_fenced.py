@@ -14,6 +14,7 @@ from ties_ray.operations import merging
 from ties_ray.reports.records import Progress
 from ties_ray.state.lease import HOLDER, Holder
 from ties_ray.stores import Stores
+from ties_ray.stores.local import Local
 
 OTHER = Holder(token="0" * 32, host="elsewhere", machine="", process="")
 
@@ -90,3 +91,19 @@ def test_a_fenced_driver_does_not_refuse_what_the_other_run_has_written(
     monkeypatch.setattr(resume, "find_runs", overtaken)
     with pytest.raises(InterruptedMerge, match="another run took over"):
         merging.merge(recipe)
+
+
+def test_a_driver_that_is_overtaken_while_it_begins_uploads_aborts_its_own(
+    family_of: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, output = recipe_of(family_of(num_models=2), tmp_path / "out", "average", run=LOCAL), tmp_path / "out"
+    begin = Local.begin_upload
+
+    def overtaken(self: Local, uri: str, size: int) -> str:
+        (output / ".ties-ray/lease.json").write_bytes(HOLDER.dump_json(OTHER))
+        return begin(self, uri, size)
+
+    monkeypatch.setattr(Local, "begin_upload", overtaken)
+    with pytest.raises(InterruptedMerge, match="another run took over"):
+        merging.merge(recipe)
+    assert Stores({}).writer(str(output)).list_uploads(str(output)) == ()

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from ties_ray.errors import InterruptedMerge
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Merge, Record
 from ties_ray.rounds.merge import Parts
@@ -29,16 +30,21 @@ class Uploads:
         records: the records of an interrupted run. An upload whose parts are all recorded may be complete already.
         """
         uploads = self._manifest.read_uploads()
-        recorded = _parts_by_upload(records)
-        for index, file in enumerate(merge.result.files):
-            uri, upload_id = join(self._output, file.name), uploads.get(file.name, "")
-            if upload_id and self._store.list_parts(uri, upload_id) is not None:
-                continue
-            whole = len(recorded[index, upload_id]) == merge.layout.num_parts(index)
-            if not (whole and self._is_completed(uri, file.size)):
-                self._check()
-                uploads[file.name] = self._store.begin_upload(uri, file.size)
-        self._check()
+        recorded, begun = _parts_by_upload(records), dict[str, str]()
+        try:
+            for index, file in enumerate(merge.result.files):
+                uri, upload_id = join(self._output, file.name), uploads.get(file.name, "")
+                if upload_id and self._store.list_parts(uri, upload_id) is not None:
+                    continue
+                whole = len(recorded[index, upload_id]) == merge.layout.num_parts(index)
+                if not (whole and self._is_completed(uri, file.size)):
+                    self._check()
+                    begun[uri] = uploads[file.name] = self._store.begin_upload(uri, file.size)
+            self._check()
+        except InterruptedMerge:
+            for uri, upload in begun.items():  # nobody else knows them
+                self._store.abort_upload(uri, upload)
+            raise
         self._manifest.write_uploads(uploads)
         self.ids = uploads
         self.abort_others()

@@ -44,6 +44,8 @@ class Upload:
     """The process that has begun it."""
     asked: float
     """When that process sent its request."""
+    is_known: bool = False
+    """Whether the answer has reached that process."""
     ended: float | None = None
     parts: dict[int, Object] = field(default_factory=dict)
 
@@ -288,7 +290,7 @@ class Network:
     def __init__(self, world: World, server: Server, fate: Callable[[Process, str, str], Fate]) -> None:
         self.world, self.server, self.fate = world, server, fate
         self.num_requests = 0
-        self.listen: Callable[[str, str, str], None] = lambda sender, operation, key: None
+        self.listen: Callable[[str, str, Mapping[str, Any]], None] = lambda sender, operation, asked: None
         """Is called with each request that is sent."""
 
     def ask(self, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -311,7 +313,7 @@ class Network:
             world.sleep(0)
         outcome: list[Any] = []
         sent = world.now
-        self.listen(process.name, operation, key)
+        self.listen(process.name, operation, asked)
         if fate.loses != "request":
             world.at(fate.out, lambda: self._deliver(operation, asked, key, thread, fate, outcome, sent))
         if fate.closes is not None:
@@ -358,6 +360,8 @@ class Network:
             metadata = {"HTTPStatusCode": outcome.status, "HTTPHeaders": {}}
             raise ClientError({"Error": error, "ResponseMetadata": metadata}, operation)
         answer: dict[str, Any] = outcome
+        if "UploadId" in answer:
+            self.server.uploads[answer["UploadId"]].is_known = True
         if "data" in answer:
             answer["Body"] = _Body(answer.pop("data"), answer["ContentLength"])
         return answer

@@ -5,7 +5,7 @@ import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -40,7 +40,8 @@ OUTPUT = "merged/out/"
 INDEX = f"{OUTPUT}model.safetensors.index.json"
 RESULT = f"{OUTPUT}{RESULT_NAME}"
 LEASE = f"{OUTPUT}{FOLDER}/{lease.NAME}"
-OF_UPLOADS = ("create_multipart_upload", "abort_multipart_upload", "complete_multipart_upload")
+ABORT = "abort_multipart_upload"
+OF_UPLOADS = ("create_multipart_upload", ABORT, "complete_multipart_upload")
 METHODS: dict[str, object] = {
     "ties": {"name": "ties"},
     "official": {"name": "ties", "profile": "official"},
@@ -338,13 +339,14 @@ class Seed:
         if missing:
             self.problems.append(f"half-made is visible: {key} without {', '.join(missing)}")
 
-    def _overhear(self, sender: str, operation: str, key: str) -> None:
-        """Demand that a driver has asked for the lease before it begins, aborts or completes an upload."""
+    def _overhear(self, sender: str, operation: str, asked: Mapping[str, Any]) -> None:
+        """Demand that a driver asks for the lease before it begins or completes an upload, or aborts another's."""
+        key, upload = asked.get("Key", ""), self.server.uploads.get(asked.get("UploadId", ""))
         if key == LEASE:
             self._last.pop(sender, None)
+        if operation not in OF_UPLOADS or "." in sender or (operation == ABORT and upload and upload.by == sender):
             return
-        asked = operation, key  # the same once more is a repetition
-        if operation in OF_UPLOADS and "." not in sender and self._last.setdefault(sender, asked) != asked:
+        if self._last.setdefault(sender, (operation, key)) != (operation, key):  # the same once more is a repetition
             self.problems.append(f"{sender}: {operation} of {key} without a look at the lease")
 
     def _check_end(self) -> None:
@@ -364,7 +366,7 @@ class Seed:
         self.problems += [f"wrong bytes in the end: {key}" for key in same if left[key] != self._wanted.get(key)]
         for name, upload in self.server.open_uploads().items():
             looked, seen = self._looked
-            if upload.asked > looked or upload.begun < seen:  # else it came too late for any look
+            if upload.begun < seen or (upload.asked > looked and upload.is_known):  # else nobody can know it
                 self.problems.append(f"upload left: {name} of {upload.key}, begun by {upload.by} at {upload.begun:.3f}")
 
 
