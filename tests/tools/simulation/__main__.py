@@ -2,7 +2,7 @@
 
 python -m tests.tools.simulation --seeds 300
 python -m tests.tools.simulation --seed 17 --trace      seed 17 again, event by event
-python -m tests.tools.simulation --prove                each protection that is switched off must be missed
+python -m tests.tools.simulation --prove
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.prove:
         missed = [name for name in PROTECTIONS if not proof(name)]
-        print(*(f"{name} was not missed within {ENOUGH[name]} seeds" for name in missed), sep="\n")
+        print(*(f"{name} was not missed within {ENOUGH} seeds" for name in missed), sep="\n")
         return 1 if missed else 0
     with ExitStack() as stack:
         if given.without:

@@ -70,16 +70,13 @@ PROTECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     **{switch.__name__: lambda switch=switch: _of_store(switch) for switch in unprotected.PROTECTIONS.values()},  # type: ignore[misc]
     **{switch.__name__: switch for switch in (fencing, leftovers, order, overlaps, unconditional)},
 }
-ENOUGH = {
-    "order": 50, "fencing": 50, "partcheck": 50, "ifmatch": 100, "leftovers": 100, "unconditional": 200,
-    "recordorder": 500, "overlaps": 800,
-}  # fmt: skip
+ENOUGH = 200
 """Seeds within which each is missed."""
 
 
 def proof(name: str) -> int:
     """Return the first seed that misses a protection which is off, 0 where none does; print it."""
-    for seed, outcome in outcomes(range(1, ENOUGH[name] + 1), PROTECTIONS[name]):
+    for seed, outcome in outcomes(range(1, ENOUGH + 1), PROTECTIONS[name]):
         if outcome.problems:
             print(f"{name} off, seed {seed}: {outcome.problems[0].strip().splitlines()[-1]}", flush=True)
             return seed

@@ -83,7 +83,7 @@ class Server:
         self.uploads: dict[str, Upload] = {}
         self.watch: Callable[[str], None] = lambda key: None
         """Is called with a key that has become visible, or was changed."""
-        self.looked = 0.0, 0.0
+        self.looked: tuple[float, float] | None = None
         """When uploads were listed last, and of when that listing tells."""
         self._numbers = itertools.count(1)
 

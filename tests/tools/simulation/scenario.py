@@ -328,7 +328,7 @@ class Seed:
             return
         objects = self.server.objects
         if key == RESULT and not self._looked[0]:
-            self._looked = self.server.looked
+            self._looked = self.server.looked or (self._world.now, self._world.now)
         if key in objects and key.endswith(".safetensors") and objects[key].data != self._wanted[key]:
             self.problems.append(f"wrong bytes: {key}")
         weights = [name for name in self._wanted if name.endswith(".safetensors")]
