@@ -12,7 +12,7 @@ import pytest
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family, make_family
 from tests.tools.merging import LOCAL, digests, merge, recipe_of
-from ties_ray.errors import InputError
+from ties_ray.errors import InputError, InterruptedMerge
 from ties_ray.measures import positions
 from ties_ray.measures.effects import NOTHING, Effects, ParameterSums
 from ties_ray.operations import merging
@@ -193,7 +193,7 @@ def test_the_first_plan_and_the_first_generation_are_meant_where_nothing_else_is
     assert last
     assert (first.revision, last.revision) == (0, 3)
     assert first.run_id == plan.run_id
-    with pytest.raises(InputError, match="another plan lies there than the one that this merge has written"):
+    with pytest.raises(InterruptedMerge, match="another plan lies there than the one that this merge has written"):
         manifest.read_plan(3, digest)
 
 
