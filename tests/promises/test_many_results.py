@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import Bucket
 from tests.operations.test_windows import write_run
 from tests.tools.adapters import make_pool
-from tests.tools.chaos import ray_cluster
+from tests.tools.chaos import Cluster
 from tests.tools.families import Family
 from ties_ray.operations import merging, searching, sweeping
 from ties_ray.operations.pool import open_pool
@@ -79,8 +79,12 @@ def driver() -> Iterator[Driver]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in CREDENTIALS.items():
             environment.setenv(name, value)
-        with ray_cluster(folder) as address:
-            yield Driver(address)
+        cluster = Cluster(folder)
+        try:
+            cluster.start()
+            yield Driver(cluster.address)
+        finally:
+            cluster.stop()
     shutil.rmtree(folder, ignore_errors=True)
 
 
