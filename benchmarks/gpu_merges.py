@@ -1,11 +1,12 @@
-"""What whole merges cost on a GPU, in one call of less than eight minutes; needs a GPU, and says so if none is.
+"""Measures whole merges on a GPU, in one call of less than eight minutes. Without a GPU it says so and ends.
 
     OMP_NUM_THREADS=1 python -m benchmarks.gpu_merges [--folder /dev/shm] [--seconds 460]
 
-Pools of 10, 100 and 1000 adapters of rank 16 on two layers of Llama-3.1-8B, and of 100 adapters with the ranks of the
-public pool, by one worker, all in the output's kind `delta`; then eight checkpoints of 1.1 G parameters by one CPU
-worker, by one on the GPU and by four that share it. Each step is a benchmark of its own, which prints its tables. A
-step ends when the time is up, and those after it are left out.
+One worker merges pools of 10, 100 and 1000 adapters of rank 16 on two layers of Llama-3.1-8B. It merges a pool of 100
+adapters with the ranks of the public pool as well. Their outputs have the kind `delta`. Eight checkpoints of 1.1 G
+parameters are merged three times: by one CPU worker, by one on the GPU, and by four that share it.
+
+Each step is a benchmark of its own, which prints its tables. When the time is up, the step ends, and no other begins.
 """
 
 import os

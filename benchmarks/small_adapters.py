@@ -1,10 +1,10 @@
-"""What many small adapters in a bucket cost: requests and CPU seconds of planning and of each round.
+"""Measures many small adapters in a bucket: the requests and CPU seconds of planning and of each round.
 
     OMP_NUM_THREADS=1 python -m benchmarks.small_adapters [--models 1000] [--executor local]
 
 Adapters of rank 8 for two modules of two layers, 45 KB each. S3 is moto on loopback. One worker merges by TIES, density
 0.2, `kind: delta`. Requests are those for adapters, as the server logs them. CPU seconds are those of the process that
-merges, its server apart; of Ray's workers, whose CPU the driver does not see, the first table alone tells.
+merges, without the server's. The driver does not see the CPU of Ray's workers, so only the first table counts there.
 """
 
 import itertools

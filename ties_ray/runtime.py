@@ -1,4 +1,4 @@
-"""Where a merge takes its clock, its randomness and its threads from. A simulation puts its own in their place.
+"""The clock, the randomness and the threads of a merge. A simulation puts its own in their place.
 
 Locks that no thread holds while it waits are not taken from here.
 """

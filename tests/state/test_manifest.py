@@ -11,14 +11,13 @@ import pytest
 
 from tests.tools.adapters import make_pool
 from tests.tools.families import Family, make_family
-from tests.tools.merging import LOCAL, digests, merge, recipe_of
+from tests.tools.merging import LOCAL, Stop, digests, merge, recipe_of, stop_at
 from ties_ray.errors import InputError, InterruptedMerge
 from ties_ray.measures import positions
 from ties_ray.measures.effects import NOTHING, Effects, ParameterSums
 from ties_ray.operations import merging
 from ties_ray.planning.plan import Plan
 from ties_ray.recipe.parse import validate
-from ties_ray.reports.records import Progress
 from ties_ray.rounds import Folded, Record
 from ties_ray.rounds._kth_largest import Counts, Pick
 from ties_ray.rounds.condense import Matrix
@@ -28,18 +27,6 @@ from ties_ray.stores import Part, Stores, local
 
 MakeFamily = Callable[..., Family]
 TIES = {"name": "ties", "density": 0.3}
-
-
-class Stop(Exception):
-    """Ends a merge at a stage, as a kill would."""
-
-
-def stop_at(stage: str) -> Callable[[Progress], None]:
-    def watch(progress: Progress) -> None:
-        if progress.stage == stage:
-            raise Stop
-
-    return watch
 
 
 def test_scratch_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.tools.adapters import make_pool
 from tests.tools.families import make_family
-from tests.tools.merging import LOCAL, recipe_of
+from tests.tools.merging import LOCAL, Stop, recipe_of, stop_at
 from ties_ray.cli import pools, scores, searches, sweeps
 from ties_ray.driver.resume import clean
 from ties_ray.evaluations.function import ScoredModel
@@ -24,7 +24,6 @@ from ties_ray.recipe.search import search_of
 from ties_ray.recipe.settings import sweep_of
 from ties_ray.reports import sweep as tables
 from ties_ray.reports import sweep_page
-from ties_ray.reports.records import Progress
 from ties_ray.state import lease
 from ties_ray.stores import Stores, memory
 
@@ -88,18 +87,6 @@ class World:
 
     def _is_weight(self, uri: str) -> bool:
         return uri.startswith(self.output + "/") and uri.endswith(".safetensors")
-
-
-class Stop(Exception):
-    """Ends a merge at a chosen stage."""
-
-
-def stop_at(stage: str) -> Callable[[Progress], None]:
-    def watch(progress: Progress) -> None:
-        if progress.stage == stage:
-            raise Stop
-
-    return watch
 
 
 def worlds(name: str) -> Iterator[World]:

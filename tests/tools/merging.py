@@ -24,7 +24,7 @@ from ties_ray.plugins import PLUGIN_FOLDER, search_path
 from ties_ray.recipe.parse import parse, validate
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.recipe.settings import is_sweep, sweep_of
-from ties_ray.reports.records import MergeResult
+from ties_ray.reports.records import MergeResult, Progress
 from ties_ray.state.manifest import Manifest, find_runs
 from ties_ray.stores import Stores
 
@@ -53,6 +53,20 @@ def recipe_of(
     written = output if isinstance(output, Mapping) else {"path": str(output)}
     data = {"base": family.base, "models": entries, "method": method, "output": written, "run": LOCAL}
     return validate(data | more)
+
+
+class Stop(Exception):
+    """Ends a merge at a stage, as a kill would."""
+
+
+def stop_at(stage: str) -> Callable[[Progress], None]:
+    """Return a watch that ends a merge when it reaches a stage."""
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == stage:
+            raise Stop
+
+    return watch
 
 
 def merge(family: Family, output: object, method: object, *, sizes: Sizes = SIZES, **more: Any) -> MergeResult:

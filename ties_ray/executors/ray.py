@@ -523,7 +523,7 @@ class _Head:
 
     @property
     def is_silent(self) -> bool:
-        """Whether the head did not answer when it was last asked."""
+        """Return whether the head left the last question without an answer."""
         return self._silent_since < math.inf
 
     def demand(self) -> None:

@@ -220,7 +220,7 @@ class Kernels(ABC):
         return torch.device("cpu")
 
     asynchronous: ClassVar[bool] = False
-    """Whether calls return before the work is done, so that few large ones are faster than many small ones."""
+    """True: calls return before the work is done. Then few large calls are faster than many small ones."""
 
     def arrival(self) -> Arrival:
         """Return what brings slices to the kernels' device."""

@@ -193,9 +193,9 @@ TABLE = tl.constexpr(5)
 """Address of the table."""
 HIGH = tl.constexpr(6)
 FIRST = tl.constexpr(7)
-"""Of model m, in row m: the row of the first step of its product."""
+"""Row m holds the row of the first step of model m's product."""
 STEPS = tl.constexpr(8)
-"""Likewise: how many steps its product has."""
+"""Row m holds the number of steps of that product."""
 
 STEP = tl.constexpr(16)
 """Values of k that a product takes at a time."""
@@ -841,7 +841,7 @@ class _Arrival(Arrival):
         self._stream = stream
         self._context = torch.cuda.stream(stream) if stream else nullcontext()
         self._sent: list[Tensor] = []
-        """What is copied from: its memory must not be used again before it is there."""
+        """Tensors of the host on their way to the GPU. Nobody may use their memory again until they are there."""
         self._parts: list[Tensor] = []
 
     def __enter__(self) -> Self:

@@ -51,7 +51,7 @@ class Status(Report):
     holder: Holder | None
     """Holder of the output's lease: a merge at work, or one that was killed."""
     is_gone: bool = False
-    """Whether the holder was a process of this machine that has ended."""
+    """True: the holder was a process of this machine, and has ended."""
     last_sign: float | None = None
     """When the holder last gave a sign of life, in seconds since 1970 by the store's clock; None without a holder."""
     result: MergeResult | None
