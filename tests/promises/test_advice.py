@@ -58,7 +58,7 @@ UNFOLLOWED = {
     ),
     "the models of an earlier merge have to be there": (
         "merge all models in one recipe, with", "name the output of one", "name {} as it was", "use its `{}`",
-        "use its type of CPU",
+        "use its type of CPU or GPU",
     ),
     "only its reader knows which settings a sweep should have": (
         "name more models", "give it another output.path", "add the setting's name: ", "add `settings` for a sweep",

@@ -41,7 +41,7 @@ def beside(method: Method, base: dict[str, torch.Tensor], folder: Path) -> Itera
         yield companion.name, f"{folder}/{companion.name}"
 
 
-def merged(name: str, kind: str, folder: Path, executor: str) -> list[bytes]:
+def merged(name: str, kind: str, folder: Path, executor: str, device: str = "cpu") -> list[bytes]:
     """Return the weight files of a merge by a method with few settings."""
     base, models, tensors = inputs(kind, folder / "inputs")
     method = plugins.load("methods", name, Method).model_validate({"name": name, **SETTINGS.get(name, {})})
@@ -50,11 +50,11 @@ def merged(name: str, kind: str, folder: Path, executor: str) -> list[bytes]:
         "base": base,
         "models": [{"path": uri, "with": companions} for uri in models[: MODELS.get(name, 3)]],
         "method": method.model_dump(mode="json", by_alias=True),
-        "output": {"path": str(folder / executor), "kind": OUTPUTS[kind]},
-        "run": {"executor": executor, "workers": 1},
+        "output": {"path": str(folder / executor / device), "kind": OUTPUTS[kind]},
+        "run": {"executor": executor, "workers": 1, "device": device},
     }
     result = merging.merge(validate(recipe))
-    return [(folder / executor / file.name).read_bytes() for file in result.files]
+    return [(folder / executor / device / file.name).read_bytes() for file in result.files]
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)

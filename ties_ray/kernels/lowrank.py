@@ -3,7 +3,7 @@
 The truncated SVD is the best (Eckart and Young 1936). Squared singular values come from Gram matrices in fp64. That is
 exact enough for fp32 input, where all below 1e-8 of the largest singular value is rounding. A matrix with two long
 sides goes through subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4). Its start is fixed, so the
-factors depend only on the matrix, the libraries and the processor.
+factors depend only on the matrix, the libraries and the processor. All is computed where the input lies.
 
 Factors are one fp32 tensor, `data`: the transposed left ones, (rank, rows), then the right ones, (rank, columns). Row i
 of either is component i, in falling order of singular values. Each side has the roots of the singular values. The
@@ -31,13 +31,15 @@ NOISE = 1e-7
 """The share of a squared norm in the search, and of a singular value in the factors, that fp32 leaves uncertain."""
 CHUNK = 2**18
 """Elements that are converted to fp64 at a time (2 MiB)."""
+GPU_CHUNK = 2**24
+"""The same on a GPU (128 MiB), where each chunk is a few launches."""
 
 
 class LowRank(NamedTuple):
     """The factors of the largest rank that is asked for, with zeros where the matrix has a lower rank."""
 
     data: Tensor
-    """Both factors; see the module."""
+    """Both factors, on the device of the input; see the module."""
     norm2: float
     """Squared Frobenius norm of the matrix."""
     errors2: tuple[float, ...]
@@ -56,7 +58,7 @@ def of_matrix(matrix: Tensor, ranks: Sequence[int]) -> LowRank:
     The error of a searched subspace is measured: the factors are subtracted, and the rest is summed. Only `norm2` is
     meaningful for a matrix that is not finite.
     """
-    data = torch.zeros(ranks[-1] * sum(matrix.shape))
+    data = torch.zeros(ranks[-1] * sum(matrix.shape), device=matrix.device)
     norm2 = _norm2(matrix)
     if not math.isfinite(norm2):
         return LowRank(data, norm2, (norm2,) * len(ranks))
@@ -84,12 +86,12 @@ def of_sum(terms: Sequence[tuple[float, Factors]], ranks: Sequence[int]) -> LowR
     costs the square of the summed rank times the sides, and some 10 times its cube.
     """
     rows, columns = terms[0][1].left.shape[0], terms[0][1].right.shape[1]
-    data = torch.zeros(ranks[-1] * (rows + columns))
+    data = torch.zeros(ranks[-1] * (rows + columns), device=terms[0][1].left.device)
     tall = rows > columns
     long, short = halves(data, rows, columns) if tall else reversed(halves(data, rows, columns))
     scales = [torch.full((each.left.shape[1],), factor * each.scale, dtype=torch.float64) for factor, each in terms]
     lefts = [each.right.T if tall else each.left for _, each in terms]
-    basis, upper = torch.linalg.qr(torch.cat(lefts, dim=1).double().mul_(torch.cat(scales)))
+    basis, upper = torch.linalg.qr(torch.cat(lefts, dim=1).double().mul_(torch.cat(scales).to(data.device)))
     rights = torch.cat([each.left.T if tall else each.right for _, each in terms])
     values, left, right = _components(upper @ _gram(rights) @ upper.T, ranks[-1])
     short[: len(left)] = left @ basis.T
@@ -103,7 +105,7 @@ def of_sum(terms: Sequence[tuple[float, Factors]], ranks: Sequence[int]) -> LowR
 def _subspace(wide: Tensor, rank: int, norm2: float) -> tuple[Tensor, Tensor]:
     """Return an orthonormal basis, (rows, rank + OVERSAMPLING), that holds most of the matrix, and basis.T @ matrix."""
     start = torch.randn(len(wide), rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0))
-    basis, captured = torch.linalg.qr(start).Q, 0.0
+    basis, captured = torch.linalg.qr(start.to(wide.device)).Q, 0.0
     for iteration in range(1, MAX_ITERATIONS + 1):
         image = wide.T @ basis
         before, captured = captured, float(torch.linalg.eigvalsh(_gram(image.T))[-rank:].sum())
@@ -128,7 +130,7 @@ def _components(gram: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gram(matrix: Tensor) -> Tensor:
     """Return matrix @ matrix.T in fp64."""
-    total = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
+    total = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
     for start, stop in _chunks(matrix):
         part = matrix[:, start:stop].double()
         total.addmm_(part, part.T)
@@ -137,13 +139,18 @@ def _gram(matrix: Tensor) -> Tensor:
 
 def _norm2(matrix: Tensor) -> float:
     """Return the squared Frobenius norm of a contiguous matrix, in fp64."""
-    return math.fsum(float(part.double().square_().sum()) for part in torch.split(matrix.view(-1), CHUNK))
+    parts = torch.split(matrix.view(-1), _chunk(matrix))
+    return math.fsum(torch.stack([part.double().square_().sum() for part in parts]).tolist())
 
 
 def _chunks(matrix: Tensor) -> Iterator[tuple[int, int]]:
     """Return ranges of columns of about CHUNK elements."""
-    width = max(16, CHUNK // max(1, len(matrix)))
+    width = max(16, _chunk(matrix) // max(1, len(matrix)))
     return ((start, min(start + width, matrix.shape[1])) for start in range(0, matrix.shape[1], width))
+
+
+def _chunk(matrix: Tensor) -> int:
+    return CHUNK if matrix.device.type == "cpu" else GPU_CHUNK
 
 
 def _orient(left: Tensor, right: Tensor) -> None:

@@ -37,18 +37,17 @@ class IsoCts(Method):
         if not context.parameter.is_matrix:
             return Result(merged=total.mul_(self.lambda_ / count))
         import torch
-        from torch.linalg import matrix_norm
 
-        from ties_ray.kernels.linalg import Svd, polar, svd
+        from ties_ray.kernels.linalg import Svd, norm, polar, svd
 
         width = min(shape)
         own = round((width - int(self.common * width)) / count)
         common = svd(total.view(shape), max(0, width - own * count))
-        largest = float(matrix_norm(total.view(shape).double(), 2))
+        largest = norm(total.view(shape).double())
         parts = []
         for model, delta in deltas if own else ():
             tau = delta.view(shape).double().mul_(context.weights[model])
-            scale = max(largest, float(matrix_norm(tau, 2)))
+            scale = max(largest, norm(tau))
             tau -= common.left @ (common.left.T @ tau)
             parts.append(Svd(*(part.clone() for part in svd(tau, own, scale=scale))))  # a view would keep it whole
         parts.append(common)

@@ -68,12 +68,10 @@ class Twin(Method):
         shape = context.parameter.shape
         if not context.parameter.is_matrix:
             return Result(merged=tau.sub_(shared))
-        from torch.linalg import matrix_norm
-
-        from ties_ray.kernels.linalg import svd
+        from ties_ray.kernels.linalg import norm, svd
 
         tau, shared = (each.view(shape).double() for each in (tau, shared))
-        scale = max(float(matrix_norm(tau, 2)), float(matrix_norm(shared, 2)))
+        scale = max(norm(tau), norm(shared))
         rank = max(1, int((1 - self.mask_rate) * min(shape))) if self.rank is None else self.rank
         left, values, right = svd(tau.sub_(shared), rank, scale=scale)
         return Result(merged=((left * values) @ right).float().reshape(-1))

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from pydantic import ByteSize
 
@@ -57,12 +56,13 @@ def believable(claim: Plan) -> Plan:
     """Return the plan that follows from the recipe and the catalog of a stored plan.
 
     Files, rounds and memory are made anew. Its sizes stay where they are `comparable`. Of its `run`, only `arithmetic`
-    and memory up to `MAX_CLAIMED_MEMORY` stay. The inputs and the recipe's rules remain claims. Raises `InputError`
-    where the stored plan contradicts itself.
+    and memory up to `MAX_CLAIMED_MEMORY` stay, and the device that its bytes need. The inputs and the recipe's rules
+    remain claims. Raises `InputError` where the stored plan contradicts itself.
     """
     arithmetic = claim.recipe.run.arithmetic
-    # A CPU makes the exact bytes of a GPU as well.
-    device: Literal["cpu", "cuda"] = "cpu" if arithmetic == "exact" else "cuda"
+    # A CPU makes the exact bytes of a GPU as well, unless LAPACK decides them.
+    anywhere = arithmetic == "exact" and not claim.recipe.uses_lapack
+    device = "cpu" if anywhere else claim.recipe.run.device
     memory = min(claim.recipe.run.memory, MAX_CLAIMED_MEMORY)
     sizes = claim.sizes if comparable(claim.sizes) else SIZES
     run = Run(arithmetic=arithmetic, device=device, memory=memory, executor="local")

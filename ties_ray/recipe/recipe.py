@@ -23,7 +23,7 @@ from pydantic_core import InitErrorDetails
 from ties_ray import plugins
 from ties_ray.executors import address_problem
 from ties_ray.methods import Method
-from ties_ray.outputs import Output
+from ties_ray.outputs import CondensingOutput, Output
 from ties_ray.recipe.coefficients import Coefficient, Share
 from ties_ray.recipe.schedules import Schedule
 from ties_ray.recipe.vocabulary import Vocabulary
@@ -242,7 +242,7 @@ class FoundBy(Strict):
 
 
 class Run(Strict):
-    """The way the work is done. Only `arithmetic` changes the bytes of the result."""
+    """The way the work is done. Only `arithmetic` changes the bytes of the result, and `device` where LAPACK does."""
 
     executor: str = "auto"
     """`ray`: workers are Ray actors. `local`: workers run in this process, without Ray.
@@ -257,7 +257,10 @@ class Run(Strict):
     workers: int | None = Field(default=None, ge=1, le=MAX_WORKERS)
     """Number of workers. Default: one for each CPU core of the cluster; in this process four at most."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """`cuda`: each worker computes on a GPU, and the bytes stay the same."""
+    """`cuda`: each worker computes on a GPU, and the bytes stay the same.
+
+    Methods of matrices and outputs of kind `adapter` round as their type of GPU or CPU does.
+    """
     gpus_per_worker: FiniteFloat | None = Field(default=None, ge=0)
     """GPUs that Ray reserves for a worker; four workers share a GPU at 0.25. Default: 1 with device cuda, else 0."""
     arithmetic: Literal["exact", "fast"] = "exact"
@@ -353,6 +356,11 @@ class Recipe(Strict):
 
     def __repr__(self) -> str:
         return f"Recipe(method={self.method.name!r}, num_models={len(self.models)}, output={self.output.path!r})"
+
+    @property
+    def uses_lapack(self) -> bool:
+        """Whether LAPACK, or what a GPU has in its place, decides bytes of the result."""
+        return self.method.uses_lapack or isinstance(self.output, CondensingOutput)
 
     @property
     def first_is_base(self) -> bool:

@@ -252,8 +252,13 @@ class Bench(Protocol):
         allows it.
         """
 
-    def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
-        """Yield what members store for whole parameters, in the order asked: (member, parameter)."""
+    def factors(
+        self, requests: Iterable[tuple[int, Parameter]], *, on_device: bool = False
+    ) -> Iterator[Factors | None]:
+        """Yield what members store for whole parameters, in the order asked: (member, parameter).
+
+        on_device: whether they come to the kernels' device, and not into the host's memory.
+        """
 
     def barrier(self, index: int, group: int = 0) -> Any:
         """Return what the barrier after an earlier round has stored of a group of models."""

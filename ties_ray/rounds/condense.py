@@ -113,10 +113,10 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
     def _merged(
         self, bench: Bench, index: int, shard: Shard, parameter: Parameter, zeroed: Counter[tuple[int, str]]
     ) -> Any:
-        """Return the merged change of a whole matrix (1-D fp32)."""
+        """Return the merged change of a whole matrix (1-D fp32), on the device of the kernels."""
         import torch
 
-        matrix, assembled = torch.empty(parameter.numel), is_assembly(bench.merge, index)
+        matrix, assembled = torch.empty(parameter.numel, device=bench.kernels.device), is_assembly(bench.merge, index)
         members = () if assembled else range(*shard.models)
         delta = Assembly(bench, index - 1).delta if assembled else partial(merged, bench, index)
         with closing(blocks_of(bench, index, shard.segments, members, zeroed)) as blocks:
@@ -133,14 +133,16 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
         merge = bench.merge
         if not merge.sources.rank_sum(merge.recipe, merge.members, parameter):
             return []
+        import torch
+
         present = [parameter.name in model.sources for model in merge.models]
         numbers, index = merge.by_parameter, merge.layout.by_name[parameter.name]
         coefficients = numbers.method(index).coefficients(numbers.members(index), present) or ()
-        stored = bench.factors((member, parameter) for member in range(len(merge.models)))
+        stored = bench.factors(((member, parameter) for member in range(len(merge.models))), on_device=True)
         pairs = [pair for pair in zip(coefficients, stored, strict=True) if pair[1] is not None]
         factors = [(coefficient, each) for coefficient, each in pairs if each is not None]
-        finite = all(bool(each.left.isfinite().all() and each.right.isfinite().all()) for _, each in factors)
-        return factors if finite else []  # else the blocks are merged, and say what is wrong, and where
+        finite = [part.isfinite().all() for _, each in factors for part in (each.left, each.right)]
+        return factors if torch.stack(finite).all() else []  # else the blocks are merged, and say what is wrong
 
     def fold(self, bench: Bench, index: int, group: int, findings: Iterable[Matrices]) -> Matrices:
         """Return all matrices in the order of their parameters."""

@@ -69,9 +69,11 @@ class WorkerBench:
         """See `rounds.Bench.blocks`."""
         return self._blocks.stream(round_, segments, members, zeroed, resident=resident, with_base=with_base, own=own)
 
-    def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
+    def factors(
+        self, requests: Iterable[tuple[int, Parameter]], *, on_device: bool = False
+    ) -> Iterator[Factors | None]:
         """See `rounds.Bench.factors`."""
-        return self._blocks.factors(requests)
+        return self._blocks.factors(requests, on_device=on_device)
 
     # -- what barriers have stored
 
@@ -146,7 +148,7 @@ class WorkerBench:
 
     def write_scratch(self, parameter: int, data: Tensor) -> str:
         """See `rounds.Bench.write_scratch`."""
-        return self._manifest.write_scratch(parameter, data.view(torch.uint8).numpy().data)
+        return self._manifest.write_scratch(parameter, data.view(torch.uint8).cpu().numpy().data)
 
     def read_scratch(self, parameter: int, crc32c: str) -> bytearray:
         """See `rounds.Bench.read_scratch`. The last scratch is kept: all tensors of a matrix come from it."""

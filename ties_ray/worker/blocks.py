@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ties_ray.errors import FRESH_THEN, InputError, Problem
 from ties_ray.inputs.catalog import Earlier, Model
-from ties_ray.kernels import Encoded, Factors, Kernels, Stored
+from ties_ray.kernels import Arrival, Encoded, Factors, Kernels, Stored
 from ties_ray.kernels.buffers import Buffers
 from ties_ray.layout.footprint import NEEDS, Footprint
 from ties_ray.layout.reads import runs_of
@@ -76,9 +76,13 @@ class Blocks:
                 self._check_finite(slices.not_finite, members, parameters[index], zeroed)
                 self._check_companions(slices.unfit, members, parameters[index])
 
-    def factors(self, requests: Iterable[tuple[int, Parameter]]) -> Iterator[Factors | None]:
+    def factors(
+        self, requests: Iterable[tuple[int, Parameter]], *, on_device: bool = False
+    ) -> Iterator[Factors | None]:
         """Yield the members' factors of whole parameters; see `rounds.Bench.factors`."""
-        with closing(self._reads.stream([self._whole(*request)] for request in requests)) as coming:
+        arrival = self._kernels.arrival if on_device else Arrival
+        stream = self._reads.stream(([self._whole(*request)] for request in requests), arrival=arrival)
+        with closing(stream) as coming:
             for (stored,) in coming:
                 yield stored if isinstance(stored, Factors) else None
 

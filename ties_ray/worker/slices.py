@@ -277,4 +277,4 @@ def _misfit(problem: str) -> InputError:
 
 
 def _is_finite(factors: Factors) -> bool:
-    return bool(factors.left.isfinite().all() and factors.right.isfinite().all())
+    return bool(factors.left.isfinite().all() & factors.right.isfinite().all())

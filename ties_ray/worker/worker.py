@@ -24,7 +24,7 @@ from ties_ray.kernels.buffers import return_large_memory
 from ties_ray.kernels.linalg import code_path
 from ties_ray.layout.shards import Segment, Shard
 from ties_ray.measures.effects import Effects, joined
-from ties_ray.outputs import CondensingOutput, Placed
+from ties_ray.outputs import Placed
 from ties_ray.planning.plan import Plan
 from ties_ray.rounds import Folded, Merge, Record, Tally, Zeroed
 from ties_ray.rounds._effects import Observer
@@ -177,13 +177,13 @@ class Worker:
         agree: gets how it computes here; returns how it computes for the run, None where nobody knows.
         """
         recipe = self._plan.recipe
-        if recipe.method.uses_lapack or isinstance(recipe.output, CondensingOutput):
+        if recipe.uses_lapack:
             return_large_memory()
             here = code_path(self._kernels.device)
             _demand_lapack_of(self._plan.catalog.earlier, here)
             if (agree(here) or here) != here:
                 problem = "computes other bits than it does for the rest of this merge"
-                remedy = "use one type of CPU and one version of torch for all of it, or merge again with --fresh"
+                remedy = "use one type of CPU or GPU and one version of torch for it, or merge again with --fresh"
                 raise InputError(Problem("this worker's LAPACK", problem, remedy))
 
     def _shard(self, order: Order) -> None:
@@ -367,7 +367,7 @@ def _demand_lapack_of(earlier: Earlier | None, here: str) -> None:
     """Raise `InputError` where LAPACK has decided the state of an earlier merge, and computes other bits here."""
     if earlier and earlier.lapack not in ("", here):
         problem = f"computes other bits than it did for {earlier.output}"
-        remedy = "use its type of CPU and version of torch, or merge all models in one recipe"
+        remedy = "use its type of CPU or GPU and its version of torch, or merge all models in one recipe"
         raise InputError(Problem("this worker's LAPACK", problem, remedy))
 
 
