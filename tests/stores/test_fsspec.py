@@ -2,7 +2,7 @@ import json
 import secrets
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,8 +18,10 @@ from ties_ray.inputs.expand import entries_of
 from ties_ray.operations import merging
 from ties_ray.recipe import parse
 from ties_ray.recipe.recipe import ModelEntry
-from ties_ray.stores import REMOTE, Listing, Pin, Stores, _uris, leads_from, store_class
-from ties_ray.stores.fsspec import Fsspec, _pin
+from ties_ray.stores import REMOTE, Listing, Part, Pin, Stores, _uris, crc32c, join, last_part, leads_from, store_class
+from ties_ray.stores._fsspec_uploads import FsspecWriter, parts_folder
+from ties_ray.stores.fsspec import Fsspec, FsspecOptions, _pin
+from ties_ray.testing import StoreContract
 
 
 class _Elsewhere(MemoryFileSystem):
@@ -323,3 +325,87 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         store.head("oci://bucket/x", 1)
     with pytest.raises(InputError, match=r"no package is installed that serves abfss://; install one for fsspec"):
         Stores({}).of("abfss://bucket/x").head("abfss://bucket/x", 1)
+
+
+# Writing in parts.
+
+
+class _Joined(FsspecWriter):
+    """Parts that lie by themselves until they are joined, as on gs://."""
+
+    def _stage(self, uri: str, upload: str, number: int, data: bytes) -> Part:
+        _write(join(parts_folder(uri, upload), f"{number:05}"), data)
+        return Part(number, len(data), crc32c(memoryview(data)))
+
+    def _staged(self, uri: str, upload: str) -> tuple[Part, ...]:
+        files, path = self._at(parts_folder(uri, upload))
+        paths = files.ls(path, detail=False) if files.exists(path) else []
+        numbers = {int(last_part(path)): files.cat_file(path) for path in reversed(paths)}
+        return tuple(Part(number, len(data), crc32c(memoryview(data))) for number, data in numbers.items())
+
+    def _join(self, uri: str, upload: str, parts: Sequence[Part]) -> None:
+        files, folder = self._at(uri)[0], self._at(parts_folder(uri, upload))[1]
+        _write(uri, b"".join(files.cat_file(f"{folder}/{part.number:05}") for part in parts))
+        files.store[self._at(uri)[1]].upload = upload
+
+    def _discard(self, uri: str, upload: str) -> None:
+        self.delete_folder(parts_folder(uri, upload))
+
+    def _maker(self, uri: str) -> str:
+        files, path = self._at(uri)
+        files.info(path)
+        return getattr(files.store[path], "upload", "")
+
+
+@pytest.fixture
+def writer() -> _Joined:
+    return _Joined(FsspecOptions())
+
+
+class TestWriter(StoreContract):
+    part_bytes = 5000
+
+    @pytest.fixture
+    def place(self, writer: _Joined, folder: str) -> tuple[_Joined, str]:
+        return writer, folder
+
+
+def test_uploads_under_way_are_those_of_a_folder_and_go_with_it(writer: _Joined, folder: str) -> None:
+    for name in ("a/x", "a/y", "a/b/z", "c"):
+        upload = writer.begin_upload(f"{folder}/{name}", 4)
+        writer.write_part(f"{folder}/{name}", upload, 1, 0, memoryview(b"0123"))
+    names = [uri.removeprefix(folder) for uri, _ in writer.list_uploads(f"{folder}/a")]
+    assert names == ["/a/x", "/a/y"]
+    assert writer.list(f"{folder}/a") == Listing((), (f"{folder}/a/b",))
+    writer.delete_folder(f"{folder}/a")
+    assert writer.list_uploads(f"{folder}/a") == writer.list_uploads(f"{folder}/a/b") == ()
+    assert [uri for uri, _ in writer.list_uploads(folder)] == [f"{folder}/c"]
+    assert not [path for path in _Elsewhere.store if "/a/" in path]
+
+
+def test_an_upload_that_was_completed_leaves_the_object_alone(writer: _Joined, folder: str) -> None:
+    upload = writer.begin_upload(f"{folder}/x", 4)
+    part = writer.write_part(f"{folder}/x", upload, 1, 0, memoryview(b"0123"))
+    writer.complete_upload(f"{folder}/x", upload, [part])
+    assert [f"elsewhere:/{path}" for path in _Elsewhere.store] == [f"{folder}/x"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "other", "size"])
+def test_parts_that_were_not_written_are_not_joined(kind: str, writer: _Joined, folder: str) -> None:
+    uri = f"{folder}/x"
+    upload = writer.begin_upload(uri, 5 if kind == "size" else 4)
+    part = writer.write_part(uri, upload, 1, 0, memoryview(b"0123"))
+    parts = {"missing": [], "other": [part._replace(etag="other")], "size": [part]}[kind]
+    with pytest.raises(InputError, match=r"/x: the parts are not those that were written; run the merge with --fresh"):
+        writer.complete_upload(uri, upload, parts)
+    assert writer.list(folder).files == ()
+
+
+def test_what_is_written_is_counted(writer: _Joined, folder: str) -> None:
+    writer.put(f"{folder}/small", b"0123")
+    assert (writer.meter.requests, writer.meter.bytes_written) == (1, 4)
+    upload = writer.begin_upload(f"{folder}/x", 6)
+    before, marker = writer.meter.requests, writer.meter.bytes_written - 4
+    writer.write_part(f"{folder}/x", upload, 1, 0, memoryview(b"012345"))
+    assert writer.meter.bytes_written == 4 + marker + 6
+    assert writer.meter.requests == before + 2, "one for the marker, one for the part"

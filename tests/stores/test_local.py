@@ -1,13 +1,15 @@
 import ctypes
 import errno
+import fcntl
 import mmap
 import multiprocessing
 import os
 import re
 import resource
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,9 +93,14 @@ def test_a_file_rewritten_within_one_tick_of_the_clock_is_refused(
             store.read(pin, 0, memoryview(bytearray(3)))
 
 
-def test_two_files_of_one_size_that_a_merge_writes_at_once_differ_in_their_marks(store: Local, tmp_path: Path) -> None:
+def test_two_files_of_one_size_that_a_merge_writes_at_once_differ_in_their_marks(
+    store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marks = [store.put(str(tmp_path / "x"), b"%03d" % number).etag for number in range(50)]
     assert len({mark.partition("-")[0] for mark in marks}) == 50
+    monkeypatch.setattr(local.time, "time_ns", lambda: 123_456_789)
+    marks.append(store.put(str(tmp_path / "x"), b"last").etag)
+    assert marks[-1].startswith("123456789-"), "by a clock that ticks finely, whatever the file system's does"
     assert store.head(str(tmp_path / "x"), 0)[0].etag == marks[-1]
 
 
@@ -193,6 +200,9 @@ def test_names_that_are_no_text_are_refused(store: Local, tmp_path: Path) -> Non
         store.list(str(tmp_path))
     with pytest.raises(InputError, match="no path holds a NUL"):
         store.head(f"{tmp_path}/a\0b", 8)
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/deep/caf\xe9"))).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"holds a file whose name is not UTF-8"):
+        store.folders(str(tmp_path / "deep"))
 
 
 def test_what_it_writes_has_the_permissions_of_any_new_file(store: Local, tmp_path: Path) -> None:
@@ -348,8 +358,11 @@ def test_only_a_file_that_an_upload_has_made_is_written(planted: str, tmp_path: 
     else:
         hidden.mkdir()
     upload = f"{token}-{hidden.lstat().st_ino}"
-    with pytest.raises((InputError, UnavailableError, InterruptedMerge)):
-        store.write_part(uri, upload, 1, 0, memoryview(bytearray(4)))
+    for data in (memoryview(bytearray(4)), memoryview(mmap.mmap(-1, 4096))):  # also what bypasses the page cache
+        with pytest.raises((InputError, UnavailableError, InterruptedMerge)):
+            store.write_part(uri, upload, 1, 0, data)
+    with suppress(InputError, UnavailableError):
+        assert store.list_parts(uri, upload) is None
     with pytest.raises((InputError, UnavailableError, InterruptedMerge)):
         store.complete_upload(uri, upload, [Part(1, 4, "")])
     assert mine.read_bytes() == b"mine"
@@ -379,6 +392,36 @@ def test_no_link_below_the_folder_of_merges_is_followed(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="0123456789abcdef: is a link, and no merge makes one"):
             act()
     assert [path.name for path in victim.rglob("*")] == ["1", "diary"]
+
+
+def test_the_folder_of_merges_may_be_no_link_and_those_above_it_may(store: Local, tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "linked").symlink_to("out")
+    store.put(f"{tmp_path}/linked/.ties-ray/lease", b"x")
+    assert (tmp_path / "out/.ties-ray/lease").read_bytes() == b"x"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.ties-ray").symlink_to("../victim")
+    with pytest.raises(InputError, match=r"\.ties-ray: is a link, and no merge makes one"):
+        store.put(f"{tmp_path}/other/.ties-ray/lease", b"x")
+
+
+def test_another_file_under_the_name_of_an_unfinished_one_is_not_written_through_the_page_cache(
+    store: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / ".x.0123456789abcdef.ties-ray-part").hardlink_to(tmp_path / "mine")
+    opening = os.open
+
+    def opened(path: Path, flags: int, mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opening(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(InterruptedMerge, match="does not know the upload"):
+        store.write_part(f"{tmp_path}/x", "0123456789abcdef-1", 1, 0, memoryview(bytearray(4)))
+    assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
 def test_a_folder_inside_another_is_listed_unless_a_link_leads_out(store: Local, tmp_path: Path) -> None:
@@ -524,3 +567,69 @@ def test_a_link_to_a_pipe_holds_up_no_listing(store: Local, tmp_path: Path) -> N
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "linked").symlink_to(tmp_path / "pipe")
     assert [pin.uri.rpartition("/")[2] for pin in store.list(str(tmp_path)).files] == ["linked", "pipe"]
+
+
+def test_a_pipe_is_no_folder_and_is_not_waited_for(store: Local, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="can't list it: Not a directory"):
+        store.list(str(tmp_path / "pipe"))
+
+
+def test_a_listing_leaves_out_our_unfinished_files_alone(store: Local, tmp_path: Path) -> None:
+    for name in (".gitattributes", "x.ties-ray-part", ".x.0123456789abcdef.ties-ray-part", "\U0001f600", "\uffee"):
+        (tmp_path / name).touch()
+    names = [pin.uri.rpartition("/")[2] for pin in store.list(str(tmp_path)).files]
+    assert names == [".gitattributes", "x.ties-ray-part", "\uffee", "\U0001f600"]  # in the order of their UTF-8 bytes
+
+
+@pytest.mark.parametrize(
+    ("changed", "seconds", "waits"),
+    [
+        (5.001, 5.001, [0.02]),  # a tick of 0.02 s
+        (5.001, 5.016, [0.005]),
+        (5.001, 5.0215, []),
+        (5.0, 5.5, [1.5]),  # a file system that keeps whole seconds
+        (5.0, 7.0, []),
+        (5.001, 4.0, []),  # a clock that is behind can't say
+    ],
+)
+def test_a_file_is_looked_at_again_once_its_next_change_would_show(
+    changed: float, seconds: float, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, waited = [seconds], []
+
+    def sleep(seconds: float) -> None:
+        waited.append(round(seconds, 6))
+        now[0] += seconds + 1e-4  # as any sleep
+
+    monkeypatch.setattr(local.runtime, "time", lambda: now[0])
+    monkeypatch.setattr(local.runtime, "sleep", sleep)
+    status = SimpleNamespace(st_ctime_ns=round(changed * 10**9))
+    assert local._settled(lambda: status) is status  # type: ignore[arg-type,return-value]
+    assert waited == waits
+
+
+def test_a_file_that_changes_again_and_again_is_looked_at_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def look() -> os.stat_result:
+        looks.append(1)
+        return SimpleNamespace(st_ctime_ns=10**15 + 10)  # type: ignore[return-value]
+
+    monkeypatch.setattr(local.runtime, "time", lambda: 10**6 + 0.001)
+    monkeypatch.setattr(local.runtime, "sleep", lambda seconds: None)
+    local._settled(look)
+    assert len(looks) == 3
+
+
+def test_a_swap_waits_for_another_of_the_same_folder(store: Local, tmp_path: Path) -> None:
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    swap = threading.Thread(target=store.swap, args=(str(tmp_path / "lease"), b"x", ""))
+    swap.start()
+    swap.join(0.2)
+    assert swap.is_alive()
+    assert not (tmp_path / "lease").exists()
+    os.close(lock)
+    swap.join()
+    assert (tmp_path / "lease").read_bytes() == b"x"

@@ -258,7 +258,7 @@ def odd(s3_credentials: None) -> Iterator[Misbehaving]:
             state.connections.add(self.client_address[1])
             (state.answers.pop(0) if state.answers else good)(self, DATA)
 
-        do_PUT = do_GET
+        do_PUT = do_CONNECT = do_GET
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -350,6 +350,10 @@ def sip(request: BaseHTTPRequestHandler, data: bytes) -> None:
 def take(request: BaseHTTPRequestHandler, data: bytes) -> None:
     body = request.rfile.read(int(request.headers["Content-Length"]))
     answer(request, 200, b"", ETag=f'"{hashlib.md5(body).hexdigest()}"')
+
+
+def login(request: BaseHTTPRequestHandler, data: bytes) -> None:
+    answer(request, 407, b"")
 
 
 def no_versions(request: BaseHTTPRequestHandler, data: bytes) -> None:
@@ -483,6 +487,15 @@ def test_a_proxy_is_used(odd: Misbehaving) -> None:
     odd.storage = {"s3": {"endpoint_url": "http://storage.example"}}
     assert odd.read(0, 10, odd.store(proxy=proxy, addressing="virtual")) == DATA[:10]
     assert odd.requests[0][0] == "http://bucket.storage.example/x"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_wants_credentials_is_told(scheme: str, odd: Misbehaving) -> None:
+    proxy = odd.storage["s3"]["endpoint_url"]
+    odd.storage, odd.answers = {"s3": {"endpoint_url": f"{scheme}://storage.example"}}, [login]
+    with pytest.raises(InputError, match=r"the proxy wants credentials: check storage\.s3\.proxy or HTTPS_PROXY"):
+        odd.read(0, 10, odd.store(proxy=proxy))
+    assert len(odd.requests) == 1
 
 
 def test_a_role_without_access_to_versions_reads_by_etag(odd: Misbehaving) -> None:

@@ -70,6 +70,10 @@ def test_wrong_options_are_all_named_without_their_values() -> None:
         options_of("s3", {"bucket": "hidden", "addressing": "sideways"})
     assert [problem.where for problem in caught.value.problems] == ["storage.s3.addressing", "storage.s3.bucket"]
     assert "hidden" not in str(caught.value)
+    for scheme in ("local", "memory"):
+        with pytest.raises(RecipeError, match=rf"storage\.{scheme}\.bucket: Extra inputs") as caught:
+            options_of(scheme, {"bucket": "hidden"})
+        assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

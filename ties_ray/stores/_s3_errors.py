@@ -21,6 +21,7 @@ _PASSING = ("RequestTimeout", "OperationAborted", "ConditionalRequestConflict", 
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "Redirect")
 _UNKNOWN_HEADER = ("NotImplemented", "XNotImplemented", "InvalidArgument", "InvalidRequest", "MethodNotAllowed", "400")
 
+_PROXY = "the proxy wants credentials: check storage.s3.proxy or HTTPS_PROXY"
 SET_CLOCK = "set the clock of this machine, and of every node"
 _REMEDIES = {
     "InvalidAccessKeyId": "check the credentials and that they are of this service (storage.s3.endpoint_url, profile)",
@@ -126,6 +127,8 @@ def _refused(error: Exception, uri: str, doing: str, reason: str, *, unsigned: b
         return failure, "the object has a key of its own (SSE-C): say in storage.s3.customer_key where that key lies"
     if status in (401, 403):
         return failure, _permission(doing, unsigned=unsigned)
+    if status == 407:
+        return failure, _PROXY
     if status == 404:
         return failure, "check storage.s3.endpoint_url and the bucket: nothing there answers as S3 does"
     if status in (301, 302, 308):
@@ -204,6 +207,6 @@ def _lasting(error: Exception, boto: Any, *, reached: bool) -> str:
             return "set storage.s3.ca, or AWS_CA_BUNDLE, to the certificates to trust"
         if not reached and ("wrong_version" in text or "record layer" in text or "unknown_protocol" in text):
             return "the service speaks no TLS there: write http:// in storage.s3.endpoint_url, or another port"
-    if isinstance(error, boto.ProxyConnectionError) and "407" in text:
-        return "the proxy wants credentials: check storage.s3.proxy or HTTPS_PROXY"
+    if isinstance(error, boto.ProxyConnectionError) and any("failed: 407" in str(cause) for cause in causes_of(error)):
+        return _PROXY
     return ""

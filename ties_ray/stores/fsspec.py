@@ -81,9 +81,7 @@ class Fsspec(Store):
             inside = {name: entry for entry in entries if (name := _name_in(path, entry["name"]))}
             pins = [_pin(entry_uri(uri, name), entry) for name, entry in inside.items() if entry["type"] == "file"]
             folders = [entry_uri(uri, name) for name, entry in inside.items() if entry["type"] == "directory"]
-            return Listing(
-                tuple(sorted(pins, key=lambda pin: pin.uri.encode())), tuple(sorted(folders, key=str.encode))
-            )
+            return Listing(tuple(sorted(pins)), tuple(sorted(folders)))
 
         try:
             return self._repeat(uri, "listing it", listed)

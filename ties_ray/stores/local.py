@@ -111,9 +111,7 @@ class Local(WritableStore):
                             files.append(_pin(entry_uri(uri, entry.name), _settled(look)))
             finally:
                 os.close(folder)
-        return Listing(
-            tuple(sorted(files, key=lambda pin: os.fsencode(pin.uri))), tuple(sorted(folders, key=os.fsencode))
-        )
+        return Listing(tuple(sorted(files)), tuple(sorted(folders)))
 
     def folders(self, uri: str) -> tuple[str, ...]:
         """Return the folders, and links that lead nowhere: they may have led to folders."""
@@ -122,7 +120,7 @@ class Local(WritableStore):
             for entry in entries:
                 _demand_utf8(uri, entry.name)
             names = [entry.name for entry in entries if entry.is_dir() or not os.path.exists(entry)]
-            return tuple(sorted((entry_uri(uri, name) for name in names), key=os.fsencode))
+            return tuple(sorted(entry_uri(uri, name) for name in names))
         return ()
 
     def _linked(self, uri: str, folder: int, limit: Path) -> Pin:
@@ -429,7 +427,7 @@ def _settled(look: Callable[[], os.stat_result]) -> os.stat_result:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename in the folder durable."""
-    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as file:
+    with _opened(folder, os.O_RDONLY) as file:
         os.fsync(file)
 
 

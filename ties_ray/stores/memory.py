@@ -41,9 +41,9 @@ class Memory(WritableStore):
         prefix = uri.rstrip("/") + "/"
         with _LOCK:
             inside = {key: value for key, value in _OBJECTS.items() if key.startswith(prefix)}
-        files = sorted((key for key in inside if "/" not in key[len(prefix) :]), key=str.encode)
+        files = sorted(key for key in inside if "/" not in key[len(prefix) :])
         folders = {prefix + key[len(prefix) :].partition("/")[0] for key in inside if "/" in key[len(prefix) :]}
-        return Listing(tuple(_pin(key, inside[key]) for key in files), tuple(sorted(folders, key=str.encode)))
+        return Listing(tuple(_pin(key, inside[key]) for key in files), tuple(sorted(folders)))
 
     def head(self, uri: str, nbytes: int) -> tuple[Pin, bytes]:
         """Return the object's pin and its first bytes."""

@@ -30,7 +30,9 @@ class StoreContract:
     def test_a_small_object_comes_back_whole_with_the_pin_that_put_returned(self, place: Place) -> None:
         store, root = place
         uri = within(root, "a/small.json")
+        before = replace(store.meter)
         pin = store.put(uri, b"hello world")
+        assert store.meter.bytes_written - before.bytes_written == 11
         assert store.get(uri, 100) == (pin, b"hello world")
         assert (pin.uri, pin.size) == (uri, 11)
         assert pin.etag
@@ -38,7 +40,9 @@ class StoreContract:
     def test_head_returns_no_more_than_there_is(self, place: Place) -> None:
         store, root = place
         pin = store.put(join(root, "x"), b"0123456789")
+        before = replace(store.meter)
         assert store.head(pin.uri, 4) == (pin, b"0123")
+        assert (store.meter.requests - before.requests, store.meter.bytes_read - before.bytes_read) == (1, 4)
         assert store.head(pin.uri, 10) == (pin, b"0123456789")
         assert store.head(pin.uri, 4096) == (pin, b"0123456789")
         assert store.head(pin.uri, 0) == (pin, b"")
@@ -140,6 +144,18 @@ class StoreContract:
         parts = [self._write(store, uri, upload, number, data) for number in (1, 2, 3)]
         pin = store.complete_upload(uri, upload, parts)
         assert store.complete_upload(uri, upload, parts) == pin
+
+    def test_uploads_under_way_are_those_of_objects_directly_in_a_folder(self, place: Place) -> None:
+        store, root = place
+        uris = [within(root, name) for name in ("out/b", "out/a", "out/deeper/c", "out-side/d")]
+        uploads = {uri: store.begin_upload(uri, self.part_bytes) for uri in uris}
+        before = replace(store.meter)
+        self._write(store, uris[0], uploads[uris[0]], 1, self._data())
+        assert store.meter.bytes_written - before.bytes_written == self.part_bytes
+        assert store.list_uploads(join(root, "out")) == tuple(sorted((uri, uploads[uri]) for uri in uris[:2]))
+        store.abort_upload(uris[0], uploads[uris[0]])
+        assert store.list_uploads(join(root, "out") + "/") == ((uris[1], uploads[uris[1]]),)
+        assert store.list_uploads(join(root, "nowhere")) == ()
 
     def test_an_upload_does_not_take_anothers_object_for_its_own(self, place: Place) -> None:
         store, root = place
