@@ -92,13 +92,17 @@ def test_a_refusal_makes_the_next_requests_wait_ever_longer_up_to_two_seconds(cl
     assert throttle.cause == "503 SlowDown"
 
 
-def test_requests_start_one_by_one_with_a_gap_after_a_refusal(clock: Clock) -> None:
+@pytest.mark.parametrize(("drawn", "gap"), [(min, 0.05), (max, 0.15)])
+def test_requests_start_one_by_one_with_a_random_gap_after_a_refusal(
+    drawn: Callable[[float, float], float], gap: float, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "uniform", drawn)
     throttle, starts = Throttle(), []
     throttle.refused(clock.now, "503")
     for _ in range(3):
         assert throttle.wait(100.0)
-        starts.append(round(clock.now - 1000, 6))
-    assert starts == [0.1, 0.25, 0.4], "the gap, times the random 1.5"
+        starts.append(clock.now - 1000)
+    assert starts == pytest.approx([0.1, 0.1 + gap, 0.1 + 2 * gap])
 
 
 def test_a_success_halves_the_gap_until_there_is_none(clock: Clock) -> None:
@@ -155,6 +159,8 @@ def test_a_turn_that_does_not_come_in_time_ends_the_call_with_the_refusal(clock:
 def test_only_a_refusal_for_too_many_requests_slows_others_down(clock: Clock) -> None:
     throttle = Throttle()
     assert repeated(failing(Transient("500"), 1), 10.0, throttle=throttle) == "done"
+    with pytest.raises(UnavailableError, match="500"):
+        repeated(failing(Transient("500")), 1.0, throttle=throttle)
     started = clock.now
     assert throttle.wait(1.0)
     assert clock.now == started
@@ -163,6 +169,20 @@ def test_only_a_refusal_for_too_many_requests_slows_others_down(clock: Clock) ->
     started = clock.now
     assert throttle.wait(100.0)
     assert clock.now > started
+
+
+def test_a_success_lets_those_start_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Throttle, "smallest", 100.0)
+    monkeypatch.setattr(Throttle, "largest", 100.0)
+    throttle = Throttle()
+    throttle.refused(runtime.monotonic(), "503")
+    waiting = threading.Thread(target=throttle.wait, args=(100.0,), daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    throttle.served()
+    waiting.join(50)
+    assert not waiting.is_alive()
 
 
 def test_a_meter_adds_up_what_it_is_told() -> None:

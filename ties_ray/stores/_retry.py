@@ -135,7 +135,7 @@ def persist(
 def _throttled(attempt: Callable[[], T], throttle: Throttle, seconds_left: Callable[[], float]) -> T:
     """Return `attempt()`, made when the throttle lets it start."""
     if not throttle.wait(seconds_left()):
-        raise Transient(f"{throttle.cause}; after that its turn did not come in time", attempts=0)
+        raise Transient(f"{throttle.cause}; after that its turn did not come in time")
     sent = runtime.monotonic()
     try:
         result = attempt()
