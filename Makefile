@@ -15,6 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ties_ray needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m ties_ray.kernels
 	touch $@
 
 demo: $(VENV)/installed  ## make a small family, merge it on a local Ray cluster, say where the result lies

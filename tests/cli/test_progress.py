@@ -7,6 +7,7 @@ import pytest
 from tests.tools.terminal import Terminal, plain
 from ties_ray.cli import progress
 from ties_ray.cli.progress import Display, Lines, Notebook, shown_in
+from ties_ray.kernels import code_folders
 from ties_ray.reports.records import Progress
 
 LOG = logging.getLogger("tests.progress")
@@ -72,11 +73,12 @@ def test_a_long_start_says_that_kernels_are_compiled_where_none_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "COMPILES_AFTER", 0.0)
-    monkeypatch.setattr(progress, "COMPILED", tmp_path)
+    monkeypatch.setattr(code_folders, "own", lambda: tmp_path)
+    monkeypatch.setattr(code_folders, "BESIDE", tmp_path)
     for title in ("starting (the first start on a machine compiles kernels)", "starting"):
         state = progress._State()
         state.take(Progress("start", 0, 0, 0, 0, activity="starting"))
-        (tmp_path / "cpu.fold-1.nbi").touch()  # the first of many
+        (tmp_path / "cpu._product-1.compiled").touch()  # the first of many
         time.sleep(0.01)
         assert state.title == title
 

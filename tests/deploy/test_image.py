@@ -60,7 +60,7 @@ def test_image_and_pods_write_to_the_same_one_folder() -> None:
 
     pods = _Manifests(record(), OPTIONS, size(record(), recipe(), OPTIONS))._environment()
     assert {name: pods[name] for name in image.keys() & pods.keys()} == {
-        "HOME": "/tmp", "NUMBA_CACHE_DIR": "/tmp/numba", "RAY_USAGE_STATS_ENABLED": "0",
+        "HOME": "/tmp", "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
 
 

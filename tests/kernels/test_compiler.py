@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import ties_ray
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Compile a copy of the kernels where neither package nor home can be written to; return what it says of itself.
+    """Have two processes compile a copy of the kernels at once; return what they say of themselves.
+
+    Neither package nor home can be written to.
 
     A file stands where each folder should be: modes would prove nothing to root, who may write anywhere.
     """
@@ -34,24 +37,33 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "HOME": str(root / "home"),
         "TMPDIR": str(root / "tmp"),
     }
-    done = subprocess.run([sys.executable, "-c", REPORT], env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {"root": str(root), **json.loads(done.stdout)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", REPORT], env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    reports = [json.loads(process.communicate()[0]) for process in processes]
+    assembly = [each for report in reports for each in report.pop("assembly")]
+    return {"root": str(root), **reports[0], "assembly": assembly}
 
 
 REPORT = """
-import json, numba
-from ties_ray.kernels import cpu
+import json
+from ties_ray.kernels import code_folders, cpu
 loops = [value for value in vars(cpu).values() if hasattr(value, "inspect_asm") and value.stats.cache_path]
-assembly = {loop.__name__: "".join(loop.inspect_asm().values()) for loop in loops}
-print(json.dumps({"file": cpu.__file__, "cache": numba.config.CACHE_DIR, "assembly": assembly}))
+assembly = [(loop.__name__, loop.inspect_asm(sig.args)) for loop in loops for sig in loop.stats.cache_misses]
+print(json.dumps({"file": cpu.__file__, "cache": str(code_folders.own()), "assembly": assembly}))
 """
 
 
 def test_kernels_work_where_neither_package_nor_home_is_writable(fresh: dict[str, Any]) -> None:
     assert fresh["file"].startswith(f"{fresh['root']}/site/")
     assert Path(fresh["cache"]).parent == Path(fresh["root"], "tmp")
-    assert list(Path(fresh["cache"]).rglob("*.nbc"))
+    assert list(Path(fresh["cache"]).glob("*.compiled"))
+
+
+def test_two_processes_that_start_at_once_compile_each_function_once(fresh: dict[str, Any]) -> None:
+    files = [file.name.partition("-")[0] for file in Path(fresh["cache"]).glob("*.compiled")]
+    assert sorted(files) == sorted(f"cpu.{name}" for name, _ in fresh["assembly"])
 
 
 def test_no_compiled_loop_but_the_product_holds_a_fused_multiply_add(fresh: dict[str, Any]) -> None:
@@ -60,7 +72,9 @@ def test_no_compiled_loop_but_the_product_holds_a_fused_multiply_add(fresh: dict
     The loops that contain the product hold its own and no more.
     """
     fused = re.compile(r"\bv?fn?m(?:add|sub|la|ls)\w*|\bfmaf?\b")
-    held = {name: len(fused.findall(text)) for name, text in fresh["assembly"].items()}
+    held = Counter[str]()
+    for name, text in fresh["assembly"]:
+        held[name] += len(fused.findall(text))
     assert {name for name, count in held.items() if count} == {"_product", "_walk", "_add_squares"}
     assert held["_walk"] == held["_product"]
     assert held["_add_squares"] == 2 * held["_product"], "with both kinds of base"

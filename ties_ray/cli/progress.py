@@ -8,7 +8,6 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Group, RenderableType
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from ties_ray.cli.screen import Screen, duration, num_bytes
 from ties_ray.errors import printable
+from ties_ray.kernels import code_folders
 from ties_ray.reports.records import Progress
 
 EVERY_SECONDS = 10.0
@@ -30,8 +30,6 @@ RATE_SECONDS = 15.0
 """Seconds over which the rate is averaged."""
 COMPILES_AFTER = 5.0
 """Seconds of the start after which it is said that the first start on a machine compiles."""
-COMPILED = Path(__file__).parents[1] / "kernels" / "__pycache__"
-"""Where numba usually stores compiled kernels."""
 NOTHING = Progress("", 0, 0, 0, 0, activity="starting")
 
 
@@ -65,7 +63,7 @@ class _State:
         self._started = self._reported = self._stage_since = time.monotonic()
         self._samples: deque[tuple[float, int]] = deque()
         """Times and bytes read; the first sample is the one before reading began."""
-        self._compiles = not any(COMPILED.glob("cpu.*.nbi"))
+        self._compiles = code_folders.are_empty()
         """Whether no kernel was compiled when this began; the first files appear long before the last."""
 
     def take(self, progress: Progress) -> bool:

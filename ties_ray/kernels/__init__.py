@@ -8,6 +8,7 @@ rounded to fp32 after each multiplication. Its *magnitude bits* are the 31 bits 
 """
 
 import math
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -309,8 +310,8 @@ class Kernels(ABC):
 def load(name: Literal["definition", "cpu", "cuda"], arithmetic: Literal["exact", "fast"] = "exact") -> Kernels:
     """Return the implementation of that name. It imports torch, and for `cpu` numba, which may compile for 10 s.
 
-    `cuda` works on the first visible GPU, and compiles when it is first used. Raises `LookupError`, saying what is
-    missing, where there is no GPU or no Triton.
+    `cuda` works on the first visible GPU, and compiles when it is first used. Its code is kept beside the CPU's. Raises
+    `LookupError`, saying what is missing, where there is no GPU or no Triton.
     """
     if name == "definition":
         from ties_ray.kernels.definition import Definition
@@ -325,6 +326,9 @@ def load(name: Literal["definition", "cpu", "cuda"], arithmetic: Literal["exact"
 
         if not torch.cuda.is_available():
             raise LookupError("no CUDA GPU is visible to torch")
+        from ties_ray.kernels import code_folders
+
+        os.environ.setdefault("TRITON_CACHE_DIR", str(code_folders.own() / "triton"))
         try:
             from ties_ray.kernels.cuda import Cuda
         except ImportError as error:

@@ -2,22 +2,19 @@
 
 One compiled walk takes a whole group of models through a slice, tile by tile. Tiles stay in the L2 cache. Each model's
 fp32 delta goes into a scratch tile, and the op's loop adds that to the state. So a new encoding is one loop and a new
-op is one loop, not one a pair. Import compiles them in about 10 s, or loads numba's cache in 0.3 s. Fast maths is off,
-so nothing is contracted.
+op is one loop, not one a pair. Import compiles them in about 10 s, or loads in 0.3 s what is compiled already. Fast
+maths is off, so nothing is contracted.
 """
 
-import os
-import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
@@ -41,11 +38,12 @@ from ties_ray.kernels import (
     state_dtypes,
 )
 from ties_ray.kernels.buffers import Buffers
+from ties_ray.kernels.compiling import compiled
 
 TILE = 8192
 """Elements of a tile: 32 KiB each of the state, the base and the deltas. Smaller tiles count slower, since the
 processor reads ahead in longer runs."""
-VECTOR = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+VECTOR = 16 if numba.config.CPU_NAME == "x86-64-v4" else 8
 """fp32 numbers that the product takes at once. It changes no bit."""
 BLOCK_ROWS, BLOCK_VECTORS = 4, VECTOR // 4
 """Accumulators of the product: half of the 32 (or 16) registers. More or fewer are slower."""
@@ -68,66 +66,6 @@ SPARSE = 32
 """The most of 64 elements in a bin that are counted one by one. With more, the loop goes through all."""
 
 Array: TypeAlias = npt.NDArray[Any]
-Result = TypeVar("Result")
-
-
-# The folder of compiled code.
-
-
-def _writable(folder: Path) -> bool:
-    """Return whether compiled code can be stored in `folder`, which is made where it is missing."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def _shared_cache() -> Path:
-    """Return a temporary folder that later processes of this user find again.
-
-    A folder that others may write to is not trusted, since cached code is executed.
-    """
-    folder = Path(tempfile.gettempdir()) / f"ties_ray-{os.getuid()}"
-    if _writable(folder) and folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o022:
-        return folder
-    return Path(tempfile.mkdtemp(prefix="ties_ray-"))
-
-
-def _choose_width() -> None:
-    """Have loops use vectors as wide as the processor's.
-
-    LLVM uses half of that on most Intel processors, so that they don't clock down. The product uses whole vectors
-    anyway. A fold of factors of rank 16 takes 0.66 ns with them instead of 0.81, and `apply` to bf16 0.4 ns instead of
-    2.4.
-    """
-    features = binding.get_host_cpu_features()
-    if numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and features.get("avx512f"):
-        numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
-
-
-def _choose_cache() -> None:
-    """Give numba a folder for compiled code: beside the source, else the user's, else a temporary one.
-
-    numba by itself gives up where neither package nor home is writable, as in many containers.
-    """
-    if numba.config.CACHE_DIR or _writable(Path(__file__).parent / "__pycache__"):
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ties_ray"
-    numba.config.CACHE_DIR = str(home if _writable(home) else _shared_cache())
-
-
-_choose_cache()
-_choose_width()
-
-
-def _compiled(*signatures: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Compile for these signatures at import, so that no shard waits for a compiler."""
-    decorate: Callable[[Callable[..., Result]], Callable[..., Result]] = numba.njit(
-        list(signatures), nogil=True, error_model="numpy", cache=True, boundscheck=False, _nrt=False
-    )
-    return decorate
 
 
 # Numbers as bits: bf16 is held as int16, fp16 as uint16.
@@ -303,7 +241,7 @@ def _at(context: Any, address: Any, kind: Any, shape: Any) -> Any:
 # Deltas.
 
 
-@_compiled(*(i64(stored, F32) for stored in (BF16, FP16, F32)), i64(F64, F64))
+@compiled(*(i64(stored, F32) for stored in (BF16, FP16, F32)), i64(F64, F64))
 def _decode_base(stored: Array, out: Array) -> int:
     count = 0
     for i in range(len(out)):
@@ -419,7 +357,7 @@ def _pack(right: Array, column: int, width: int, panel: Array) -> None:
             target[j] = 0
 
 
-@_compiled(void(MATRIX, F32, f32, i64, F32))
+@compiled(void(MATRIX, F32, f32, i64, F32))
 def _product(left: Array, panel: Array, scale: float, width: int, out: Array) -> None:
     """Write the canonical product of rows of `left` and `width` columns of a panel. `out` has room for whole blocks."""
     rows = len(left)
@@ -442,7 +380,7 @@ def _rescale(base: Array, scales: Array, delta: Array) -> None:
             change[i] = scale * (value + change[i]) - value
 
 
-@_compiled(*(void(MATRIX, MATRIX, f32, base, F32, F32, LANES) for base in (F32, F64)))
+@compiled(*(void(MATRIX, MATRIX, f32, base, F32, F32, LANES) for base in (F32, F64)))
 def _add_squares(
     left: Array, right: Array, scale: float, base: Array, panel: Array, delta: Array, lanes: Array
 ) -> None:
@@ -560,7 +498,7 @@ def _count_low(delta: Array, high: int, tables: Array) -> None:
             tables[(i & np.uint64(TABLES - 1)) * np.uint64(TABLE) + low] += 1
 
 
-@_compiled(void(I64, I32))
+@compiled(void(I64, I32))
 def _empty_into(table: Array, tables: Array) -> None:
     """Add the tables to the lasting one, and clear them. Bins without a count are not written to.
 
@@ -742,7 +680,7 @@ def _elect_mean_weighted(
         out[i] = _times(sign, _mean(positive[i] if sign > 0 else negative[i], agreeing), factor)
 
 
-@_compiled(*(i64(base, F32, out) for base in (F32, F64) for out in (BF16, FP16, F32, F64)))
+@compiled(*(i64(base, F32, out) for base in (F32, F64) for out in (BF16, FP16, F32, F64)))
 def _apply(base: Array, merged: Array, out: Array) -> int:
     count = 0
     for i in range(len(out)):
@@ -920,7 +858,7 @@ def _tile(
             _scatter(state[index], arrays[index], at, stride, rows, width)
 
 
-@_compiled(void(i64, f64, MODELS, I64, SLICES, I64))
+@compiled(void(i64, f64, MODELS, I64, SLICES, I64))
 def _walk(what: int, constant: float, models: Array, counts: Array, slices: Array, arrays: Array) -> None:
     """Go through a slice tile by tile, and in each tile through the models; see `Cpu._walk`.
 

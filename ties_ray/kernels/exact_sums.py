@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ties_ray.kernels import SUM_BITS
+from ties_ray.kernels.compiling import compiled
 
 _LIMBS = 22
 _CHUNK = 2**16
@@ -43,7 +44,7 @@ def _demand(finite: bool) -> None:
         raise ValueError("an exact sum of values that are not finite")
 
 
-@numba.njit(numba.boolean(numba.int64[::1], numba.int64[::1]), nogil=True, cache=True)
+@compiled(numba.boolean(numba.int64[::1], numba.int64[::1]))
 def _add(products: NDArray[np.int64], limbs: NDArray[np.int64]) -> bool:
     """Add fp64 numbers, given as their bits, to the limbs; return whether all are finite."""
     low = np.int64(0xFFFF_FFFF)

@@ -5,6 +5,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ties_ray.kernels.compiling import compiled
+
 COUNTS = ("terms", "changed", "shared", "conflicts", "alone")
 SUMS = ("by_chance", "magnitude", "balance", "merged2")
 """Names of the numbers that `sums` returns of all models; `measures.effects.ParameterSums` says what they are."""
@@ -30,10 +32,9 @@ def sums(
 _F64, _TABLE = numba.float64[::1], numba.float64[:, ::1]
 
 
-@numba.njit(
-    numba.void(numba.float32[:, ::1], numba.float32[::1], numba.int32[::1], _F64, _F64, numba.int64[::1], _F64, _TABLE),
-    nogil=True, cache=True, error_model="numpy",
-)  # fmt: skip
+@compiled(
+    numba.void(numba.float32[:, ::1], numba.float32[::1], numba.int32[::1], _F64, _F64, numba.int64[::1], _F64, _TABLE)
+)
 def _walk(
     deltas: NDArray[np.float32],
     merged: NDArray[np.float32],

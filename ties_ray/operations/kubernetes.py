@@ -300,7 +300,7 @@ class _Manifests:
         }
 
     def _environment(self) -> dict[str, str]:
-        own = {"HOME": "/tmp", "NUMBA_CACHE_DIR": "/tmp/numba", "RAY_USAGE_STATS_ENABLED": "0"}
+        own = {"HOME": "/tmp", "RAY_USAGE_STATS_ENABLED": "0"}
         return own | dict(self._options.env)
 
     def _spread(self) -> Json:
