@@ -43,7 +43,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     reports = [json.loads(process.communicate()[0]) for process in processes]
     assembly = [each for report in reports for each in report.pop("assembly")]
-    return {"root": str(root), **reports[0], "assembly": assembly}
+    return {"root": str(root), "environment": environment, **reports[0], "assembly": assembly}
 
 
 REPORT = """
@@ -64,6 +64,20 @@ def test_kernels_work_where_neither_package_nor_home_is_writable(fresh: dict[str
 def test_two_processes_that_start_at_once_compile_each_function_once(fresh: dict[str, Any]) -> None:
     files = [file.name.partition("-")[0] for file in Path(fresh["cache"]).glob("*.compiled")]
     assert sorted(files) == sorted(f"cpu.{name}" for name, _ in fresh["assembly"])
+
+
+def test_code_beside_the_package_serves_those_who_find_none_of_their_own(fresh: dict[str, Any]) -> None:
+    beside = Path(fresh["root"], "site", "ties_ray", "kernels", "__pycache__")
+    beside.unlink()
+    environment, place = fresh["environment"], Path(fresh["root"], "another")
+    place.mkdir()
+    subprocess.run([sys.executable, "-m", "ties_ray.kernels"], env=environment, cwd=place, check=True)
+    assert {file.name for file in beside.glob("*.compiled")} == {
+        file.name for file in Path(fresh["cache"]).glob("*.compiled")
+    }
+    another = environment | {"TMPDIR": str(place)}
+    done = subprocess.run([sys.executable, "-c", REPORT], env=another, cwd=place, check=True, stdout=subprocess.PIPE)
+    assert json.loads(done.stdout)["assembly"] == []
 
 
 def test_no_compiled_loop_but_the_product_holds_a_fused_multiply_add(fresh: dict[str, Any]) -> None:

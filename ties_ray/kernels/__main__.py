@@ -22,13 +22,12 @@ def main() -> None:
     for name in names:
         subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=os.environ | name)
     place = code_folders.own()
-    files = list(place.glob(f"*{code_folders.SUFFIX}"))
     with suppress(OSError):
         code_folders.BESIDE.mkdir(mode=0o755, exist_ok=True)
-        for file in files:
+        for file in place.glob(f"*{code_folders.SUFFIX}"):
             code_folders.write(code_folders.BESIDE, file.name, file.read_bytes())
         place = code_folders.BESIDE
-    print(f"{len(files)} compiled functions in {place}")
+    print(f"compiled kernels: {place}")
 
 
 if __name__ == "__main__":
