@@ -208,7 +208,8 @@ def tested(
     mutants, counts = mutants_of(module, most, seed), Counter[str]()
     notes = ROOT / "build/mutants" / f"{module.replace('/', '-')}.json"
     notes.parent.mkdir(parents=True, exist_ok=True)
-    outcomes: dict[str, str] = json.loads(notes.read_text()) if again and notes.exists() else {}
+    earlier: dict[str, str] = json.loads(notes.read_text()) if again and notes.exists() else {}
+    outcomes: dict[str, str] = {}
     survivors = []
     with tempfile.TemporaryDirectory(prefix="ties-ray-mutants-") as folder:
         names = subprocess.run(
@@ -224,13 +225,13 @@ def tested(
         copy = Copy(Path(folder).resolve(), module, own["tests"])
         reach = copy.reach()
         for mutant in mutants:
-            key, outcome = key_of(mutant), outcomes.get(key_of(mutant), "survived")
+            key, outcome = key_of(mutant), earlier.get(key_of(mutant), "survived")
             if key in own.get("equivalent", {}) or any(re.search(pattern, mutant["change"]) for pattern in everywhere):
                 outcome = "equivalent"
             elif outcome in ("survived", "equivalent"):
                 outcome = copy.try_out(mutant, reach)
-            outcomes[key] = outcome
-            notes.write_text(json.dumps(outcomes, indent=1))
+            outcomes[key] = "survived" if "survived" in (outcome, outcomes.get(key)) else outcome  # some share a key
+            notes.write_text(json.dumps(earlier | outcomes, indent=1))
             counts[outcome] += 1
             if outcome == "survived":
                 survivors.append(mutant)
