@@ -168,9 +168,11 @@ def test_inputs_that_have_changed_are_named_small_ones_too(family: Family, tmp_p
 
 def test_an_unfinished_merge_is_told_before_its_folders(family: Family, tmp_path: Path) -> None:
     """The names in folders that this merge has, too, are no reason to refuse `--fresh`."""
+    templates = "additional_chat_templates/tools.jinja"
+    plant(Path(family.base), templates)
     manifest = begun(planned(family, tmp_path / "out", OTHER))
     Path(manifest.folder, "plan.json.gz").unlink()
-    plant(tmp_path / "out", "1_Pooling/config.json")
+    plant(tmp_path / "out", templates)
     message = refusal(planned(family, tmp_path / "out"))
     assert "which differs from this one: its plan is not there, or can't be read" in message
 

@@ -26,6 +26,8 @@ from ties_ray.rounds import Conclusion, Merge, PlannedResult, PlannedRound
 
 MAX_CLAIMED_MEMORY = ByteSize(8 * 2**30)
 """The most bytes of memory that a stored plan may claim for a worker."""
+MAX_CLAIMED_ELEMENTS = 2**42
+"""The most elements of a base that a stored plan may claim, four times those of the largest open model."""
 
 
 def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
@@ -57,9 +59,13 @@ def believable(claim: Plan) -> Plan:
 
     Files, rounds and memory are made anew. Its sizes stay where they are `comparable`. Of its `run`, only `arithmetic`
     and memory up to `MAX_CLAIMED_MEMORY` stay, and the device that its bytes need. The inputs and the recipe's rules
-    remain claims. Raises `InputError` where the stored plan contradicts itself.
+    remain claims. Raises `InputError` where the stored plan contradicts itself, or claims more than
+    `MAX_CLAIMED_ELEMENTS`.
     """
     arithmetic = claim.recipe.run.arithmetic
+    if sum(parameter.numel for parameter in claim.catalog.parameters) > MAX_CLAIMED_ELEMENTS:
+        message = "claims more elements than any model has"
+        raise InputError(Problem("the stored plan", message, "merge again with --fresh"))
     # A CPU makes the exact bytes of a GPU as well, unless LAPACK decides them.
     anywhere = arithmetic == "exact" and not claim.recipe.uses_lapack
     device = "cpu" if anywhere else claim.recipe.run.device
