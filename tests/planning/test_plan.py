@@ -1,4 +1,5 @@
 import itertools
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ import pytest
 from tests.tools.families import Family
 from tests.tools.merging import recipe_of
 from ties_ray.errors import RecipeError
+from ties_ray.inputs.agreement import RefusedModel
 from ties_ray.inputs.catalog import Catalog, Model, read_catalog
+from ties_ray.inputs.small_files import SmallFile
 from ties_ray.layout.reads import runs_of
 from ties_ray.layout.shards import Segment, elements_in
 from ties_ray.layout.sizes import SIZES
@@ -174,6 +177,63 @@ def test_a_plan_survives_json(family_of: MakeFamily, tmp_path: Path) -> None:
     assert made.output == str(tmp_path / made.run_id)
     assert [member.id for member in made.merges[0].members] == ["0", "2"]
     assert any("weight 0, left out" in note for note in made.notes)
+
+
+def test_a_plan_tells_what_it_moves_and_is_stored_in_the_words_of_recipes() -> None:
+    catalog = catalog_of([Parameter("a", (30, 3), "BF16", True)])
+    made = make_plan(recipe_for(2, {"name": "ties", "lambda": 0.3}, output={"path": "/out"}), catalog)
+    assert repr(made).startswith(
+        f"Plan(run_id='{made.run_id}', method='ties', num_models=2, output='/out', bytes_read="
+    )
+    assert [(row["model"], row["bytes"]) for row in made.table()] == [("/m/0", 180), ("/m/1", 180)]
+    stored = json.loads(made.to_json())
+    assert stored["recipe"]["method"]["lambda"] == 0.3
+    assert stored["revision"] == made.revision == 0
+    assert made.bytes_written == sum(file.size for file in made.files)
+    assert made.bytes_again <= made.bytes_read == sum(round_.bytes_read for round_ in made.merges[0].rounds)
+    assert made.num_shards == sum(round_.num_shards for round_ in made.merges[0].rounds)
+    assert made.bytes_of_scratch == 0
+    assert make_plan(recipe_for(2, "iso_c"), catalog).bytes_of_scratch > 0
+    assert made.library == catalog.library
+
+
+def test_workers_copy_from_the_page_cache_where_all_inputs_are_local_and_no_gpu_waits() -> None:
+    local = catalog_of([Parameter("a", (30, 3), "BF16", True)])
+    pins = tuple(pin._replace(uri=f"s3://bucket{pin.uri}") for pin in local.base.objects)
+    far = replace(local, models=(local.models[0], replace(local.models[1], objects=pins)))
+    assert make_plan(recipe_for(), local).copies
+    assert not make_plan(recipe_for(), far).copies
+    assert not make_plan(recipe_for(), replace(local, base=replace(local.base, objects=pins))).copies
+    assert not make_plan(recipe_for(run={"device": "cuda"}), local).copies
+    assert not make_plan(recipe_for(run={"device": "cuda"}), far).copies
+
+
+def test_the_digest_of_a_plan_is_of_what_records_rest_on() -> None:
+    catalog = catalog_of([Parameter("a", (30, 3), "BF16", True)])
+    made = make_plan(recipe_for(), catalog)
+    first, second = catalog.models
+    small = SmallFile("tokenizer.json", Pin("/m/base/tokenizer.json", 9, "e"))
+    same = [
+        replace(catalog, base=replace(catalog.base, licence="mit")),
+        replace(catalog, models=(replace(first, licence="mit"), second)),
+        replace(catalog, small_files=(small,)),
+        replace(catalog, notes=("a note",)),
+        replace(catalog, refused=(RefusedModel("7", "/m/7", ()),)),
+        replace(catalog, waiting=("/m/8",)),
+    ]
+    assert {replace(made, catalog=each).digest() for each in same} == {made.digest()}
+    finer = make_plan(recipe_for(run={"workers": 3}), catalog, replace(SIZES, min_range=16))
+    assert finer.digest() == made.digest()
+    moved = {"a": Source((TensorRef(0, 8, "BF16", (30, 3)),))}
+    other = [
+        replace(catalog, base=replace(catalog.base, sources=moved)),
+        replace(catalog, models=(first, replace(second, sources=moved))),
+        replace(catalog, models=(first, replace(second, weight=2.0))),
+        replace(catalog, parameters=(Parameter("a", (3, 30), "BF16", True),)),
+    ]
+    digests = [replace(made, catalog=each).digest() for each in other]
+    digests += [replace(made, run_id="0" * 16).digest(), replace(made, results=made.results * 2).digest()]
+    assert len({made.digest(), *digests}) == 1 + len(digests)
 
 
 def test_planning_touches_no_store(family_of: MakeFamily, monkeypatch: pytest.MonkeyPatch) -> None:

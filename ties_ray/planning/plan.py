@@ -117,7 +117,7 @@ class Plan(Tabular):
 
     def to_json(self) -> bytes:
         """Return the stored form."""
-        return PLAN_FORM.dump_json(self, by_alias=True)
+        return PLAN_FORM.dump_json(self)
 
     def digest(self) -> str:
         """Return the SHA-256 of what a run's records rest on: pinned inputs, the place of each tensor, weight files.
@@ -128,7 +128,7 @@ class Plan(Tabular):
         base = replace(self.catalog.base, licence="")
         catalog = replace(self.catalog, base=base, models=models, small_files=(), notes=(), refused=(), waiting=())
         results = tuple(replace(result, rounds=()) for result in self.results)
-        data = _DECISIVE.dump_json((self.run_id, catalog, results), by_alias=True)
+        data = _DECISIVE.dump_json((self.run_id, catalog, results))
         return hashlib.sha256(data).hexdigest()
 
 
