@@ -223,6 +223,14 @@ def test_an_adapter_on_a_mutated_base_is_refused_until_peft_has_converted_it(tmp
         )
 
 
+def test_an_adapter_is_known_by_its_config_or_by_its_weights() -> None:
+    config, weights = "adapter_config.json", "adapter_model.safetensors"
+    for names in ([config], [weights], ["README.md", weights, config]):
+        assert Lora().recognises(names)
+    assert Lora().wanted([weights, "other.safetensors", config, "README.md"]) == ((weights,), (config,))
+    assert Lora().wanted([".hidden.safetensors", "other.safetensors", "README.md"]) == (("other.safetensors",), ())
+
+
 def test_copies_of_base_layers_beside_their_factors_are_left_aside_with_a_note(tmp_path: Path) -> None:
     adapted, base = trained(llama, r=4, target_modules=["embed_tokens", "lm_head"])
     files = saved(adapted, tmp_path)

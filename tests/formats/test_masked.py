@@ -41,19 +41,51 @@ class TestMasked(FormatContract):
 
 
 @pytest.mark.parametrize(
-    "replaced",
+    ("replaced", "culprit"),
     [
-        {"factor": torch.ones(2, dtype=torch.float64)},
-        {"factor": torch.ones(1)},
-        {"b": torch.zeros(2, dtype=torch.uint8)},
-        {"b": torch.zeros(1)},
+        ({"factor": torch.ones(2, dtype=torch.float64)}, "factor"),
+        ({"factor": torch.ones(1)}, "factor"),
+        ({"b": torch.zeros(2, dtype=torch.uint8)}, "b"),
+        ({"b": torch.zeros(1)}, "b"),
     ],
     ids=["two factors", "a factor in fp32", "too many bits", "no bits"],
 )
-def test_a_mask_that_does_not_fit_its_vector_is_refused(replaced: dict[str, torch.Tensor]) -> None:
+def test_a_mask_that_does_not_fit_its_vector_is_refused(replaced: dict[str, torch.Tensor], culprit: str) -> None:
     contents = Masked().read(folder_of(Masked(), files_of(**replaced)), PARAMETERS, Rules())
     (problem,) = contents.problems
-    assert "vector, mask and base do not fit" in str(problem)
+    assert f"vector, mask and base do not fit: {culprit}; merge again" in str(problem)
+
+
+def test_a_mask_without_a_factor_and_a_vector_of_another_dtype_or_shape_are_refused() -> None:
+    files = files_of()
+    bits = {name: torch.from_numpy(np.packbits(mask.numpy())) for name, mask in MASK.items()}
+    vector = {**VECTOR, "b": VECTOR["b"].double()}
+    shape = {**PARAMETERS, "a.weight": Parameter("a.weight", (19, 17), "BF16", True)}
+    for replaced, parameters, culprit in (
+        ({"mask-00001.safetensors": file_bytes(bits)}, PARAMETERS, "factor"),
+        ({"unified_vector.safetensors": file_bytes(vector)}, PARAMETERS, "b"),
+        ({}, shape, "a.weight"),
+    ):
+        (problem,) = Masked().read(folder_of(Masked(), {**files, **replaced}), parameters, Rules()).problems
+        assert f"do not fit: {culprit}; merge" in str(problem)
+
+
+def test_one_of_several_masks_has_to_be_chosen() -> None:
+    vector, mask = files_of()
+    assert Masked().wanted([vector, mask, "mask-00001.txt"]) == ((vector, mask), ())
+    assert Masked().wanted([vector, mask, "mask-00002.safetensors"]) == ((vector,), ())
+    files = {**files_of(), "mask-00002.safetensors": files_of()[mask]}
+    (problem,) = Masked().read(folder_of(Masked(), files), PARAMETERS, Rules()).problems
+    assert "holds the masks of 2 models" in str(problem)
+    assert mask in problem.remedy
+
+
+def test_without_a_base_names_and_shapes_are_the_vectors_own() -> None:
+    contents = Masked().read(folder_of(Masked(), files_of()), None, Rules())
+    assert contents.sources == Masked().read(folder_of(Masked(), files_of()), PARAMETERS, Rules()).sources
+    bits = 1 + 17 * 19 + 1 + -(-17 * 19 // 8) + 1  # the factor, the vector's elements and the bytes of the mask
+    assert (contents.account.stored, contents.account.merged) == (bits, bits)
+    assert not Masked().whole, "it counts as an adapter does: what it changes, beside the base"
 
 
 def test_a_vector_of_other_parameters_than_the_bases_is_refused() -> None:
@@ -66,3 +98,4 @@ def test_excluded_parameters_are_left_aside() -> None:
     contents = Masked().read(folder_of(Masked(), files_of()), PARAMETERS, Rules(exclude=("b",)))
     assert list(contents.sources) == ["a.weight"]
     assert contents.account.adds_up
+    assert [(aside.reason, aside.elements) for aside in contents.account.aside] == [("excluded by the recipe", 2)]

@@ -25,6 +25,7 @@ import threading
 import time
 import tomllib
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 PYTHON = ROOT / ".venv-mutation/bin/python"
-LIBRARIES = ("torch", "numba", "pydantic", "boto3", "fsspec", "ruamel.yaml", "click", "rich.progress")
-"""What every mutant needs, and no mutant changes; none starts a thread when it is imported."""
+LIBRARIES = (
+    "torch", "numba", "pydantic", "boto3", "fsspec", "ruamel.yaml", "click", "rich.progress", "transformers", "peft",
+)  # fmt: skip
+"""What mutants need, and no mutant changes; none starts a thread when it is imported."""
 SHARE = 0.1
 """Share of a module's mutants that may survive, but for the equivalent ones."""
 SECONDS = 20.0
@@ -254,8 +257,9 @@ def main() -> None:
     asked = parser.parse_args()
     settings = tomllib.loads((HERE / "mutants.toml").read_text())
     everywhere = settings.pop("everywhere")
-    for library in LIBRARIES:
-        importlib.import_module(library)
+    with warnings.catch_warnings(action="ignore"):  # PEFT's own
+        for library in LIBRARIES:
+            importlib.import_module(library)
     shares = [
         tested(module, own, list(everywhere), asked.most, asked.seed, again=asked.again)
         for module, own in settings.items()

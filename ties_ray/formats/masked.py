@@ -51,8 +51,9 @@ class Masked(Format):
         factor = bits.pop(FACTOR, None)
         own = {name: ref for name, ref in stored.items() if base is None or name in base}
         wrong = [name for name, ref in own.items() if not _fits(ref, bits.get(name), base[name] if base else None)]
-        if factor is None or (factor.dtype, factor.shape) != ("F64", (1,)) or wrong or len(own) < len(stored):
-            culprit = ", ".join((wrong or [FACTOR if factor is None else "other parameters than the base's"])[:3])
+        no_factor = factor is None or (factor.dtype, factor.shape) != ("F64", (1,))
+        if no_factor or wrong or len(own) < len(stored):
+            culprit = ", ".join((wrong or [FACTOR if no_factor else "other parameters than the base's"])[:3])
             problems.append(Problem(folder.uri, f"vector, mask and base do not fit: {culprit}", "merge again"))
         if problems or factor is None:
             return Contents(problems=tuple(problems))
