@@ -42,6 +42,8 @@ LIBRARIES = (
     "torch", "numba", "pydantic", "boto3", "fsspec", "ruamel.yaml", "click", "rich.progress", "transformers", "peft",
 )  # fmt: skip
 """What mutants need, and no mutant changes; none starts a thread when it is imported."""
+IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+"""A warning of pytest about plugins that these libraries have imported."""
 SHARE = 0.1
 """Share of a module's mutants that may survive, but for the equivalent ones."""
 SECONDS = 20.0
@@ -147,7 +149,9 @@ class Copy:
         os.dup2(log, 1)
         os.dup2(log, 2)
         try:
-            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *self.files], plugins=[plugin]))
+            code = int(
+                pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", IMPORTED, *self.files], plugins=[plugin])
+            )
             then()
             return code
         except BaseException:
