@@ -1,5 +1,6 @@
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,52 @@ def test_what_workers_keep_of_a_bucket_is_not_read_again() -> None:
     assert [work.bytes_read for work in work_of(half, 1)] == pytest.approx([once, once // 2, once // 2], rel=1e-6)
     assert [work.bytes_read for work in work_of(half, 2)] == pytest.approx([once, 0, 0], abs=16)
     assert [work.requests for work in work_of(half, 2)][1:] == [0, 0]
+
+
+def test_a_shard_reads_blocks_of_all_models_and_writes_parts() -> None:
+    plan = plan_of(num_models=5)
+    last = plan.merges[0].rounds[-1]
+    work = work_of(plan, workers=1)[-1]
+    assert work.slices == 5 * math.ceil(ELEMENTS / last.num_shards / last.block) > 5
+    parts = sum(plan.merges[0].layout.num_parts(file) for file in range(len(plan.files)))
+    assert work.parts == math.ceil(parts / last.num_shards)
+    assert work.requests == last.requests
+
+
+def test_what_is_read_twice_is_merged_twice(tmp_path: Path) -> None:
+    """A pass over factors counts as one over whole models does."""
+    twice = {"name": "consensus", "agree": 1}
+    plan = plan_of(num_models=300, method=twice, run={**LOCAL, "cache": 0, "disk_cache": 0, "memory": "128MiB"},
+                   output={"path": "/out", "part_size": "5MiB"})  # fmt: skip
+    last = plan.merges[0].rounds[-1]
+    assert last.passes == 2
+    assert work_of(plan, workers=1)[-1].dense == 2 * 300 * ELEMENTS
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), num_adapters=3)
+    settings = {"base": pool.base, "models": list(pool.adapters), "method": "average", "run": LOCAL}
+    once = merging.plan(validate({**settings, "output": {"path": str(tmp_path / "out"), "kind": "checkpoint"}}))
+    result = once.results[0]
+    again = replace(result, rounds=(*result.rounds[:-1], result.rounds[-1]._replace(passes=2)))
+    changed = sum(delta.numel() for deltas in pool.deltas for delta in deltas.values())
+    assert [work_of(each, workers=1)[-1].factors for each in (once, replace(once, results=(again,)))] == [
+        changed, 2 * changed,
+    ]  # fmt: skip
+    assert work_of(once, workers=1)[-1].dense == 0
+
+
+def test_a_round_takes_its_slowest_stage_the_first_slices_and_the_last_part() -> None:
+    plan = plan_of()
+    rates = with_ns(QUICK, plan, 2.0).model_copy(update={"read": 1e10, "write": 2e8})
+    work = work_of(plan, workers=1)[-1]
+    read, merged, written = work.bytes_read / 1e10, work.dense * 2e-9, work.bytes_written / 2e8
+    prediction = predict(plan, rates, 1)
+    assert prediction
+    pieces = read * plan.ahead / work.slices, merged / work.slices, written / work.parts
+    assert read < merged < written
+    assert prediction.rounds[-1].seconds == pytest.approx(pieces[0] + pieces[1] + written)
+    assert prediction.bound == "write"
+    assert predict(plan, QUICK.model_copy(update={"read": 1e9}), 1).rounds[-1].seconds == pytest.approx(  # type: ignore[union-attr]
+        work.bytes_read / 1e9, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("bound", ["read", "merge", "write"])
@@ -178,6 +225,35 @@ def test_the_first_shards_tell_of_all_the_rest(workers: int) -> None:
         / workers
     )
     assert forecasts[-1] == pytest.approx(left + work, rel=0.45)  # counting low bits takes 0.6 of it
+
+
+def test_finished_shards_add_up_and_what_is_done_is_not_left() -> None:
+    shard = Progressed(1, 10**9, 10**8, seconds=10.0, waited=4.0)
+    assert Progressed().plus(shard) == shard
+    assert shard.plus(shard) == Progressed(2, 2 * 10**9, 2 * 10**8, seconds=20.0, waited=8.0)
+    plan = plan_of()
+    left = []
+    for index, round_ in enumerate(plan.merges[0].rounds):
+        progress = ProgressForecast(plan, index, 1, round_.num_shards)
+        for _ in range(round_.num_shards):
+            progress.add(Progressed(1, round_.bytes_read // round_.num_shards, 1, seconds=10.0, waited=0.0))
+        seconds = progress.seconds_left()
+        assert seconds is not None
+        left.append(seconds)
+    assert left[0] > left[1] > left[2] == 0
+
+
+def test_the_costs_of_other_kinds_of_rounds_follow_from_those_of_one() -> None:
+    plan = plan_of()
+    high, _, last = plan.merges[0].rounds
+    shown = observed(plan, 0, Progressed(2, 10**9, 0, seconds=12.0, waited=2.0))
+    ns = 10 * 1e9 / (4 * ELEMENTS * 2 / high.num_shards)
+    assert shown.dense == shown.factors
+    assert shown.dense[high.name] == pytest.approx(ns)
+    ratio = shown.dense[last.name] / shown.dense[high.name]
+    other = observed(plan, 2, Progressed(2, 10**9, 0, seconds=12.0, waited=2.0))
+    assert other.dense[last.name] / other.dense[high.name] == pytest.approx(ratio)
+    assert (shown.request, shown.start) == (0, 0)
 
 
 def test_records_that_a_counting_round_writes_say_nothing_of_writing_weights() -> None:
