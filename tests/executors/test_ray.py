@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -20,8 +21,28 @@ from tests.conftest import free_port, tool
 from ties_ray.errors import InputError, UnavailableError
 from ties_ray.executors import Answered, Lost, Needs, Ready, address_problem
 from ties_ray.executors import ray as ray_executor
-from ties_ray.executors.ray import RayExecutor, _digest, _facts, _short_folder
+from ties_ray.executors.ray import RayExecutor, _digest, _facts, _short_folder, sharers_of
 from ties_ray.testing import ExecutorContract
+
+
+@pytest.mark.parametrize(
+    ("most", "num_workers", "nodes", "sharers"),
+    [
+        (4, None, [(16.0, 1.0)], 4),
+        (4, None, [(16.0, 8.0)], 2),  # more would leave GPUs without a core
+        (4, None, [(16.0, 1.0), (8.0, 4.0)], 2),
+        (4, None, [(4.0, 8.0)], 1),
+        (4, 2, [(16.0, 2.0)], 1),  # Ray would put both on one
+        (4, 3, [(16.0, 2.0)], 2),
+        (4, 8, [(16.0, 1.0), (16.0, 1.0)], 4),
+        (2, 8, [(16.0, 1.0)], 2),
+        (4, 8, [], 4),  # the nodes are yet to come
+    ],
+)
+def test_as_many_workers_share_a_gpu_as_leave_none_idle(
+    most: int, num_workers: int | None, nodes: list[tuple[float, float]], sharers: int
+) -> None:
+    assert sharers_of(most, num_workers, nodes) == sharers
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -52,6 +73,19 @@ class TestRayExecutor(ExecutorContract):
         executor = RayExecutor()
         assert executor.start("ties_ray.testing.echo:EchoHost", "s", Needs(None, 2**20, gpus=1)) == 2
         executor.stop()
+
+    @pytest.mark.parametrize(("num_workers", "by_gpu"), [(2, {"0": 1, "1": 1}), (None, {"0": 2, "1": 2})])
+    def test_workers_share_gpus_so_that_none_is_idle(self, num_workers: int | None, by_gpu: dict[str, int]) -> None:
+        executor, expected = RayExecutor(), sum(by_gpu.values())
+        needs = Needs(num_workers, 2**20, gpus=1, sharers=4, deadline=60)
+        try:
+            assert executor.start("ties_ray.testing.echo:EchoHost", "s", needs) == expected
+            for worker in range(expected):
+                executor.submit(worker, worker, "gpu")
+            answers = [event.answer for event in self.events(executor, expected) if isinstance(event, Answered)]
+        finally:
+            executor.stop()
+        assert Counter(answers) == by_gpu
 
     def test_a_worker_that_dies_while_it_starts_is_replaced_and_told(self, tmp_path: Path) -> None:
         with self.started(2, f"mortal {tmp_path / 'died'}") as executor:

@@ -83,6 +83,12 @@ def test_gpus_are_asked_for_by_the_pod() -> None:
     assert "nvidia.com/gpu" in [each["key"] for each in pod["tolerations"]]
 
 
+def test_workers_that_share_a_gpu_by_the_plan_ask_for_fewer() -> None:
+    planned, recipe_ = record().model_copy(update={"sharers": 4}), asked(run={"device": "cuda"})
+    sizes = [size(each, recipe_, replace(OPTIONS, workers=8)) for each in (record(), planned)]
+    assert [(each.workers_per_pod, each.gpus_per_pod) for each in sizes] == [(4, 4), (4, 1)]
+
+
 def test_ray_finds_room_for_all_workers_by_its_own_count() -> None:
     spec = of_kind(kuberay(record(), recipe(), OPTIONS), "RayJob")["spec"]["rayClusterSpec"]
     (group,) = spec["workerGroupSpecs"]

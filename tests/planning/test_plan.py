@@ -22,7 +22,7 @@ from ties_ray.methods import Result, Round, whole_matrices
 from ties_ray.methods.average import Average
 from ties_ray.operations import merging
 from ties_ray.outputs import PART_ALIGNMENT
-from ties_ray.planning.plan import PLAN_FORM
+from ties_ray.planning.plan import PLAN_FORM, Plan
 from ties_ray.planning.planner import make_plan
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
@@ -327,6 +327,40 @@ def test_blocks_of_local_files_are_small_enough_for_a_cache() -> None:
     blocks = [round_.block for round_ in on_gpu.merges[0].rounds]
     assert all(20 * 2**20 < block <= 32 * 2**20 for block in blocks), "a GPU waits for Python once a block"
     assert on_gpu.memory <= on_gpu.recipe.run.memory + on_gpu.recipe.run.cache
+
+
+def test_the_memory_of_a_gpu_is_planned_and_says_how_many_workers_share_it() -> None:
+    catalog = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
+
+    def planned(method: str, **run: object) -> Plan:
+        return make_plan(recipe_for(8, method, run={"device": "cuda", "memory": "1GiB", **run}), catalog)
+
+    ties, iso_c = planned("ties"), planned("iso_c")
+    assert (ties.sharers, ties.sizes.gpu_memory) == (4, 16 * 2**30)
+    block = max(round_.block for round_ in ties.merges[0].rounds)
+    assert 2**30 + (2 * 16 + 28) * block < ties.gpu_memory <= 4 * 2**30, "16 slices, the state, and the context"
+    assert iso_c.gpu_memory > 2**30 + (60 + 28) * 2**25, "a whole matrix with its decomposition"
+    assert iso_c.sharers == 16 * 2**30 // iso_c.gpu_memory < 4
+    assert planned("ties", gpus_per_worker=0.5).sharers == 1, "the recipe says what each gets"
+    with pytest.raises(RecipeError, match=r"run\.memory: .* is too little"):
+        planned("iso_c", device="cpu")  # where a CPU would hold it
+    on_cpu = make_plan(recipe_for(8, "ties"), catalog)
+    assert (on_cpu.gpu_memory, on_cpu.sharers) == (0, 1)
+
+
+def test_blocks_on_a_gpu_are_powers_of_two_as_torch_pins_memory() -> None:
+    catalog = catalog_of([Parameter("p", (8192, 4099), "BF16", True)], 8)
+    for memory in ("300MiB", "700MiB", "2GiB"):
+        plan = make_plan(recipe_for(8, "consensus", run={"device": "cuda", "memory": memory}), catalog)
+        assert all(round_.block.bit_count() == 1 for round_ in plan.merges[0].rounds)
+
+
+def test_blocks_that_stay_on_a_gpu_fit_its_share() -> None:
+    catalog = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 600)
+    plan = make_plan(recipe_for(600, "consensus", run={"device": "cuda"}), catalog)
+    (round_,) = (each for each in plan.merges[0].rounds if each.kind == "merge")
+    assert 600 * 2 * round_.block < 3 * 2**30 <= 2 * 600 * 2 * round_.block
+    assert plan.sharers == 4
 
 
 def test_too_little_memory_for_the_parts_is_refused() -> None:

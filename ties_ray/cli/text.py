@@ -52,6 +52,8 @@ def of_plan(plan: PlanRecord) -> Iterator[RenderableType]:
     if len(plan.files) > FEW:
         table.add_row("", f"and {len(plan.files) - FEW} more")
     table.add_row("memory", f"{num_bytes(plan.memory)} a worker, beyond its imports")
+    if plan.gpu_memory:
+        table.add_row("GPU", f"{num_bytes(plan.gpu_memory)} a worker; at most {plan.sharers} share one")
     table.add_row("run", f"{plan.run_id}, arithmetic {plan.arithmetic}")
     yield table
     yield _rounds(plan)

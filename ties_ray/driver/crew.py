@@ -90,6 +90,7 @@ class Crew:
             num_workers=num_workers,
             memory=plan.memory + beside,
             gpus=run.gpus,
+            sharers=plan.sharers,
             address=run.address,
             deadline=run.deadline,
             versions=tuple((package, importlib.metadata.version(package)) for package in PACKAGES),

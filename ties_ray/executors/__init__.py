@@ -53,6 +53,8 @@ class Needs:
     """Bytes a worker may use beyond its imports."""
     gpus: float = 0
     """GPUs of each worker."""
+    sharers: int = 1
+    """The most workers that share these GPUs. As many do as there is room for, and as leave no GPU idle."""
     address: str | None = None
     """Address of the Ray cluster. None: the cluster that RAY_ADDRESS names, else a new local one."""
     deadline: float = 300.0

@@ -235,6 +235,7 @@ class RayExecutor(Executor):
         self._factory, self._setup, self._needs = factory, setup, needs
         try:
             self._connect(())
+            self._needs = _shared(self._needs)
             answers = self._begin_all()
             shipped = {"ties_ray": _package_folder(), "plugins": _plugin_folder()}
             missing = {name for answer in answers for name in answer["differs"]}
@@ -328,7 +329,7 @@ class RayExecutor(Executor):
             folder = {"_temp_dir": self._folder} if self._folder else {}
             with _loopback():
                 self._init(address, options | {"include_dashboard": False} | folder)
-            _check_room(self._needs)
+            _check_room(_shared(self._needs))
         else:
             self._needs.announce(f"connecting to Ray at {address}")
             if address == "auto":
@@ -631,6 +632,26 @@ def _short_folder() -> str | None:
 def _plugin_folder() -> str:
     folder = os.environ.get(PLUGIN_FOLDER)
     return str(Path(folder).resolve()) if folder else ""
+
+
+def _shared(needs: Needs) -> Needs:
+    """Return needs with the share of a GPU that each worker asks for."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]] if needs.sharers > 1 else []
+    nodes = [(node.get("CPU", 0.0), node["GPU"]) for node in alive if node.get("GPU")]
+    share = needs.gpus / sharers_of(needs.sharers, needs.num_workers, nodes)
+    return replace(needs, gpus=math.floor(10_000 * share) / 10_000, sharers=1)  # Ray has four places
+
+
+def sharers_of(most: int, num_workers: int | None, nodes: Sequence[tuple[float, float]]) -> int:
+    """Return how many workers share a GPU: at most `most`, and so few that no GPU is left idle by them.
+
+    Ray gives a GPU to as many workers as fit it before it gives the next. num_workers: None for as many as have room.
+    nodes: CPU cores and GPUs of each node that has GPUs; where none has, nodes are yet to come.
+    """
+    gpus = sum(gpus for _, gpus in nodes)
+    by_cores = min((int(cores // gpus) for cores, gpus in nodes), default=most)
+    by_workers = math.ceil(num_workers / gpus) if num_workers and gpus else most
+    return max(1, min(most, by_cores, by_workers))
 
 
 def _room(needs: Needs) -> int:

@@ -1,4 +1,4 @@
-"""How a worker's memory is spent, and so how large its blocks may be. Pure."""
+"""How a worker's memory is spent, the host's and that of its GPU, and so how large its blocks may be. Pure."""
 
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -24,16 +24,19 @@ class ReadAhead(NamedTuple):
 
 
 class Budget:
-    """The memory of one worker, `run.memory` bytes beyond its imports."""
+    """The memory of one worker: `run.memory` bytes of the host beyond its imports, or its share of a GPU."""
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, sources: Sources) -> None:
+    def __init__(self, recipe: Recipe, catalog: Catalog, sources: Sources, *, of_gpu: bool = False) -> None:
+        """of_gpu: whether it is the memory of the GPU that the worker computes on."""
         self._recipe = recipe
+        self._of_gpu = of_gpu
+        self._computes = of_gpu or not sources.on_gpu
         self._sources = sources
         self._sizes: Sizes = sources.sizes
         models = [each for model in (catalog.base, *catalog.models) for each in model.inputs]
         layouts = {id(model.sources): len(model.sources) for model in models}
         entries = sum(layouts.values()) + sum(len(model.objects) for model in models)
-        self.overhead = self._sizes.overhead + self._sizes.entry * entries
+        self.overhead = self._sizes.gpu_overhead if of_gpu else self._sizes.overhead + self._sizes.entry * entries
         """Bytes that every round needs for clients, records and the plan."""
         kept = catalog.earlier.state.sources.values() if catalog.earlier else ()
         self._of_state = 4 * max((source.tensors[0].shape[1] for source in kept), default=0)
@@ -46,8 +49,10 @@ class Budget:
         Raises `RecipeError` where memory is too small for the least block.
         """
         beside += self._decoded(resident)
-        room = int(self._recipe.run.memory) - self.overhead - beside
-        elements = room // (self._element(self._slices(resident, 0)) + holds)
+        room = self._sizes.gpu_memory // self._sizes.sharers if self._of_gpu else int(self._recipe.run.memory)
+        elements = (room - self.overhead - beside) // (self._element(self._slices(resident, 0)) + holds)
+        if self._of_gpu:
+            elements = max(elements, self._sizes.least_block)  # fewer workers share the GPU
         if not resident and elements < self._sizes.least_block:
             human = self._recipe.run.memory.human_readable()
             problem = (
@@ -60,7 +65,8 @@ class Budget:
             fitting = self._sizes.local_room // (slices * self._sources.widths[1])
             least = max(self._sizes.least_local_block, fitting - fitting % 4096)
             most = min(most, self._sizes.max_local_block, least)
-        return max(1, min(most, elements - elements % 4096))
+        elements = max(1, min(most, elements - elements % 4096))
+        return 2 ** (elements.bit_length() - 1) if self._sources.on_gpu else elements  # as torch pins memory
 
     def run(self, block: int, num_models: int) -> int:
         """Return how many elements a run of small blocks may have. The blocks of a run are read together."""
@@ -72,8 +78,14 @@ class Budget:
 
     def blocks(self, block: int, *, resident: bool = False, holds: int = 0) -> int:
         """Return the bytes that a block of so many elements takes, with its slices and decoded factors."""
-        element = self._element(self._slices(resident, block)) + holds
-        return self._sources.filled(block) * element + self._decoded(resident)
+        element, filled = self._element(self._slices(resident, block)) + holds, self._sources.filled(block)
+        if not self._computes:  # torch pins powers of two
+            filled = 2 ** (filled - 1).bit_length()
+        return filled * element + self._decoded(resident)
+
+    def worked(self, size: int) -> int:
+        """Return the bytes of this memory that work takes, of so many where kernels and methods work."""
+        return size if self._computes else 0
 
     def companions(self, names: Collection[str], block: int, *, resident: bool = False) -> int:
         """Return the bytes that companions of these names take beside a block: as read, and one of each decoded."""
@@ -84,7 +96,8 @@ class Budget:
 
     def fits(self, block: int, *, resident: bool, beside: int) -> bool:
         """Return whether blocks of so many elements fit in the memory beside other bytes."""
-        return self.overhead + self.blocks(block, resident=resident) + beside <= int(self._recipe.run.memory)
+        room = self._sizes.gpu_memory if self._of_gpu else int(self._recipe.run.memory)
+        return self.overhead + self.blocks(block, resident=resident) + beside <= room
 
     def further_ahead(self, block: int, memory: int) -> ReadAhead:
         """Return how many more slices fit what is left of the memory. Local files are not read further ahead.
@@ -106,30 +119,27 @@ class Budget:
         return local and self._recipe.run.device == "cpu" and self._sources.widths[1] > 0
 
     def _element(self, slices: int) -> int:
-        """Return the bytes of the host that an element of a block takes while so many slices are held."""
+        """Return the bytes that an element of a block takes while so many slices are held."""
         of_base, widest = self._sources.widths[0] or 4, self._sources.widths[1]
-        if self._sources.on_gpu:  # which holds the state
-            return max(4, of_base, widest) + of_base + widest * slices
+        if not self._computes:  # slices pass through
+            return max(of_base, widest) * slices
         return STATE_BYTES + max(4, of_base, widest) + of_base + widest * slices
 
     def _slices(self, resident: bool, block: int) -> int:
-        """Return how many slices are in memory at a time: those read ahead, and those of one pass or of all.
-
-        Those of one pass lie on the GPU if there is one.
-        """
-        of_pass = 0 if self._sources.on_gpu else self._sources.dense_per_pass(block)
-        return self._sizes.ahead + (len(self._sources.models) if resident else of_pass)
+        """Return how many slices are in memory at a time: those read ahead, and those of one pass or of all."""
+        of_pass = len(self._sources.models) if resident else self._sources.dense_per_pass(block)
+        return self._sizes.ahead + self.worked(of_pass)
 
     def _decoded(self, resident: bool) -> int:
-        """Return the most bytes that decoded factors take beside a block."""
+        """Return the most bytes that decoded factors take beside a block. On a GPU they lie twice."""
         needed = 0
         for parameter in self._sources.catalog.parameters:
             footprint = self._sources.footprint(parameter, self._sources.models)
             total, largest = footprint.decoded_bytes
             per_pass = self._sources.models_per_pass(footprint) * largest
-            of_pass = 0 if self._sources.on_gpu else min(total, per_pass, self._sizes.factor_room + largest)
-            merged = total if resident else of_pass
-            needed = max(needed, self._sizes.ahead * largest + merged)
+            of_pass = min(total, per_pass, self._sources.factor_room + largest)
+            merged = self.worked(total if resident else of_pass)
+            needed = max(needed, (self._sizes.ahead * largest + merged) * (2 if self._of_gpu else 1))
         return needed and needed + self._sizes.fragments
 
 

@@ -54,6 +54,12 @@ class Sizes:
     """Bytes of decoded factors that one kernel call may hold; malloc keeps about as much again."""
     gpu_factor_room: Size = 512 * 2**20
     """Bytes of decoded factors that one kernel call of a GPU may hold in the GPU's memory; they lie there twice."""
+    gpu_memory: Size = 16 * 2**30
+    """Bytes of a GPU's memory that all workers who share it plan to take."""
+    gpu_overhead: Size = 2**30
+    """Bytes of a GPU that a worker takes for its context and libraries (guessed)."""
+    sharers: Size = 4
+    """Workers that share a GPU at most: four feed it 53 GB/s, as many as PCIe brings (measured)."""
     gap: Size = 64 * 2**10
     """Unneeded bytes between two reads that one request may bring along: a second request costs more CPU."""
     small_file: Size = 256 * 2**10
@@ -75,6 +81,10 @@ class Sizes:
     def tables(self) -> int:
         """Return the bytes of a shard's tables of counts, and of the tables that they are added to."""
         return 2 * self.model_group * BINS * 8
+
+    def sharers_for(self, gpu_memory: int) -> int:
+        """Return how many workers may share a GPU, of whose memory each takes so many bytes."""
+        return max(1, min(self.sharers, self.gpu_memory // max(1, gpu_memory)))
 
 
 SIZES = Sizes()

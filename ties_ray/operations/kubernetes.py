@@ -136,7 +136,7 @@ def size(record: PlanRecord, recipe: Recipe, options: Options) -> Size:
     return Size(
         pods=pods,
         workers_per_pod=each,
-        gpus_per_pod=math.ceil(each * recipe.run.gpus),
+        gpus_per_pod=math.ceil(each * recipe.run.gpus / record.sharers),
         memory=_round(planned / HEADROOM, 256 * 2**20),
         head_memory=_round(HEAD_MEMORY + 2**20 * len(record.models), 256 * 2**20),
         seconds=seconds,

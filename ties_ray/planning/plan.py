@@ -40,11 +40,19 @@ class Plan(Tabular):
     """Slices that a worker reads ahead."""
     revision: int = 0
     """How often barriers have changed the plan."""
+    gpu_memory: int = 0
+    """The most bytes of a GPU's memory that a worker takes, with its context; 0 without a GPU."""
 
     @cached_property
     def merges(self) -> tuple[Merge, ...]:
         """Return each result as its rounds see it."""
         return tuple(Merge(self.recipe, self.catalog, result, self.sizes, self.arithmetic) for result in self.results)
+
+    @property
+    def sharers(self) -> int:
+        """Return how many workers may share a GPU; 1 where the recipe says how much of a GPU a worker gets."""
+        chosen = self.recipe.run.device == "cpu" or self.recipe.run.gpus_per_worker is not None
+        return 1 if chosen else self.sizes.sharers_for(self.gpu_memory)
 
     @property
     def files(self) -> tuple[OutputFile, ...]:

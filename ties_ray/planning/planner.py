@@ -33,7 +33,7 @@ MAX_CLAIMED_ELEMENTS = 2**42
 def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
     """Return the plan. Raises `RecipeError` where models and method don't fit each other, or memory is too small."""
     merge = _planned_merge(recipe, catalog, sizes)
-    memory = merge.budget.overhead + max(rounds.kind_of(round_).memory(merge, round_) for round_ in merge.rounds)
+    memory, *of_gpu = map(_memory, merge.memories)
     memory += _cache(recipe, merge)
     _demand_memory(recipe, memory)
     further = merge.budget.further_ahead(max(round_.block for round_ in merge.rounds), memory)
@@ -51,6 +51,7 @@ def make_plan(recipe: Recipe, catalog: Catalog, sizes: Sizes = SIZES) -> Plan:
         memory=memory + further.memory,
         notes=(*catalog.notes, *(f"model {model.id} ({model.uri}): weight 0, left out" for model in left_out)),
         ahead=sizes.ahead + further.slices,
+        gpu_memory=sum(of_gpu) and sum(of_gpu) + further.memory,
     )
 
 
@@ -223,6 +224,11 @@ def _cache(recipe: Recipe, merge: Merge) -> int:
     parameters = merge.layout.parameters
     factors = any(merge.sources.footprint(parameter, merge.models).factors[0] for parameter in parameters)
     return int(recipe.run.cache) if factors or any(round_.bytes_again for round_ in merge.rounds) else 0
+
+
+def _memory(merge: Merge) -> int:
+    """Return the most bytes of one memory of a worker that its rounds take."""
+    return merge.budget.overhead + max(rounds.kind_of(round_).memory(merge, round_) for round_ in merge.rounds)
 
 
 def _demand_memory(recipe: Recipe, memory: int) -> None:

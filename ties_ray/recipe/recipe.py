@@ -262,7 +262,10 @@ class Run(Strict):
     Methods of matrices and outputs of kind `adapter` round as their type of GPU or CPU does.
     """
     gpus_per_worker: FiniteFloat | None = Field(default=None, ge=0)
-    """GPUs that Ray reserves for a worker; four workers share a GPU at 0.25. Default: 1 with device cuda, else 0."""
+    """GPUs that Ray reserves for a worker; four workers share a GPU at 0.25.
+
+    Default with device cuda: up to four workers of a merge share a GPU, as its memory allows. Else 0.
+    """
     arithmetic: Literal["exact", "fast"] = "exact"
     """`fast`: tensor cores multiply the factors of adapters. The last bits of the result differ. Needs device cuda."""
     memory: ByteSize = Field(default=ByteSize(512 * 2**20), ge=128 * 2**20)

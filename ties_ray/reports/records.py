@@ -353,6 +353,10 @@ class PlanRecord(Report):
     """Requests of all rounds."""
     memory: int
     """Peak memory of a worker beyond its imports, in bytes."""
+    gpu_memory: int = 0
+    """Peak memory that a worker takes of a GPU, in bytes; 0 without a GPU."""
+    sharers: int = 1
+    """Workers that may share a GPU."""
     notes: list[str]
     forecast: Forecast | None = None
     """The predicted duration; no other field differs from call to call."""
@@ -393,6 +397,8 @@ def plan_record(plan: Plan, forecast: Forecast | None = None) -> PlanRecord:
         bytes_written=plan.bytes_written,
         requests=sum(round_.requests for round_ in rounds),
         memory=plan.memory,
+        gpu_memory=plan.gpu_memory,
+        sharers=plan.sharers,
         notes=list(plan.notes),
         forecast=forecast,
     )

@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -96,6 +96,8 @@ class Merge:
     result: PlannedResult
     sizes: Sizes
     arithmetic: str
+    of_gpu: bool = False
+    """Whether `budget` is that of the GPU that a worker computes on."""
 
     @property
     def rounds(self) -> tuple[PlannedRound, ...]:
@@ -150,7 +152,12 @@ class Merge:
     @cached_property
     def budget(self) -> Budget:
         """Return where a worker's memory goes."""
-        return Budget(self.recipe, self.catalog, self.sources)
+        return Budget(self.recipe, self.catalog, self.sources, of_gpu=self.of_gpu)
+
+    @cached_property
+    def memories(self) -> tuple["Merge", ...]:
+        """Return the merge as each memory of a worker has it: the host's, and that of a GPU where one computes."""
+        return (self, replace(self, of_gpu=True)) if self.sources.on_gpu else (self,)
 
     def kind(self, index: int) -> "RoundKind[Any, Any]":
         """Return the kind of a planned round."""

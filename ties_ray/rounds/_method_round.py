@@ -1,7 +1,7 @@
 """What the rounds that run a method's own code share: how they are planned, and what a method is told of a block."""
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ties_ray.layout.shards import Segment
@@ -27,18 +27,24 @@ class Cut(NamedTuple):
     """How often each model is read."""
 
 
-def cut(merge: Merge, position: int, *, beside: int) -> Cut:
-    """Return the cut of a method's round. beside: bytes of parts or of a matrix that a worker needs."""
-    own, budget = merge.recipe.method.rounds()[position], merge.budget
-    resident, together, passes = own.passes > 1, min(len(merge.models), merge.sizes.models_per_pass), 1
-    slices = len(merge.models) if resident else together
-    beside += files_bytes(merge, own)
-    holds = holds_of(merge, own) + budget.companions(own.companions, 1, resident=resident)
-    block = budget.block(beside=beside, slices=slices, resident=resident, holds=holds)
+def cut(merge: Merge, position: int, *, beside: Callable[[Merge], int]) -> Cut:
+    """Return the cut of a method's round. beside: gives the bytes of parts or of a matrix that a worker needs."""
+    own, passes = merge.recipe.method.rounds()[position], 1
+    resident = own.passes > 1
+    block = min(_block(each, own, beside(each), resident=resident) for each in merge.memories)
     if resident and block < merge.sizes.min_resident_block:
-        block, passes = budget.block(beside=beside, slices=together, holds=holds), own.passes
-    alone = own.passes > 1 or bool(own.companions) or (own.state and merge.catalog.earlier is not None)
-    return Cut(block, 0 if alone else budget.run(block, len(merge.models)), passes)
+        block, passes = min(_block(each, own, beside(each), resident=False) for each in merge.memories), own.passes
+    alone = resident or bool(own.companions) or (own.state and merge.catalog.earlier is not None)
+    return Cut(block, 0 if alone else merge.budget.run(block, len(merge.models)), passes)
+
+
+def _block(merge: Merge, own: Round, beside: int, *, resident: bool) -> int:
+    """Return the elements of a block that fit one memory of a worker. resident: whether it keeps all slices."""
+    num_models = len(merge.models)
+    slices = num_models if resident else min(num_models, merge.sizes.models_per_pass)
+    holds = holds_of(merge, own) + merge.budget.companions(own.companions, 1, resident=own.passes > 1)
+    beside += files_bytes(merge, own)
+    return merge.budget.block(beside=beside, slices=slices, resident=resident, holds=holds)
 
 
 def holds_of(merge: Merge, own: Round) -> int:
@@ -49,7 +55,7 @@ def holds_of(merge: Merge, own: Round) -> int:
 
 def held_by(merge: Merge, own: Round, parameter: Parameter) -> int:
     """Return the bytes that a method's round holds for each element of a parameter, with its state."""
-    return own.holds(stack_of(merge, parameter)) + state_bytes(merge, own, parameter)
+    return merge.budget.worked(own.holds(stack_of(merge, parameter))) + state_bytes(merge, own, parameter)
 
 
 def stack_of(merge: Merge, parameter: Parameter) -> Stack:

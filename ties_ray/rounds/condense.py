@@ -66,7 +66,7 @@ class CondenseRound(RoundKind[Matrices, Matrices]):
             block = max(merge.layout.parameters[index].numel for index in merge.layout.matrices)
             yield PlannedRound("condense", "condense", position, shards, 1, block, 0, 0)
             return
-        block, run, passes = cut(merge, position, beside=_largest_matrix(merge))
+        block, run, passes = cut(merge, position, beside=_largest_matrix)
         if own.unit is not every_element:  # the method needs its matrix whole
             block = max(merge.layout.parameters[index].numel for index in merge.layout.matrices)
             run, passes = 0, own.passes
@@ -209,16 +209,20 @@ def _crc_by_parameter(matrices: Sequence[Matrix]) -> dict[int, str]:
 
 
 def _largest_matrix(merge: Merge) -> int:
-    """Return the bytes of the costliest matrix while it is condensed, beside the blocks it is merged in."""
+    """Return the bytes of the costliest matrix while it is condensed, beside the blocks it is merged in.
+
+    Its factors go into scratch from the host's memory.
+    """
     needed, output = 0, condensing(merge)
     for index in merge.layout.matrices:
         parameter = merge.layout.parameters[index]
         ranks = merge.sources.rank_sum(merge.recipe, merge.members, parameter)
         if ranks:
             decoded = merge.sources.footprint(parameter, merge.models).decoded_bytes[0]
-            needed = max(needed, decoded + output.combine_bytes(parameter, ranks))
+            work = decoded + output.combine_bytes(parameter, ranks)
         else:
-            needed = max(needed, 4 * parameter.numel + output.condense_bytes(parameter))
+            work = 4 * parameter.numel + output.condense_bytes(parameter)
+        needed = max(needed, merge.budget.worked(work) or 4 * output.ranks[-1] * sum(parameter.shape))
     return needed
 
 

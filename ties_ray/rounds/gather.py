@@ -29,7 +29,7 @@ class GatherRound(RoundKind[Gathered, Gathered]):
         if own.unit is not every_element:
             yield PlannedRound(own.name, "gather", position, *whole_units(merge, cost, position))
             return
-        block, run, passes = cut(merge, position, beside=2 * merge.layout.part_size)
+        block, run, passes = cut(merge, position, beside=lambda each: 2 * each.layout.part_size)
         reading = cost.gathering(block, run, passes, own)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         shards = merge.layout.num_ranges

@@ -33,7 +33,7 @@ class MeasureRound(RoundKind[Parts, None]):
         if own.unit is not every_element:
             yield PlannedRound(own.name, "measure", position, *whole_units(merge, cost, position))
             return
-        block, _, passes = cut(merge, position, beside=0)
+        block, _, passes = cut(merge, position, beside=lambda _: 0)
         shards = merge.layout.num_ranges
         segments = [segment for index in range(shards) for segment in _looked_at(merge, index)]
         reading = cost.units(segments, block, passes, own)

@@ -88,7 +88,7 @@ class MergeRound(RoundKind[Parts, None]):
             yield from condensing
             yield PlannedRound("assemble", "merge", position, shards, 1, condensing[-1].block, 0, 0)
             return
-        block, run, passes = cut(merge, position, beside=2 * merge.layout.part_size)
+        block, run, passes = cut(merge, position, beside=lambda each: 2 * each.layout.part_size)
         reading = cost.merging(block, run, passes, own)
         again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
         yield PlannedRound(own.name, "merge", position, shards, passes, block, *reading[:2], again, run)

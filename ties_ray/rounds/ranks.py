@@ -132,7 +132,7 @@ class RanksRound(RoundKind[Ranked, Ranked]):
             if own.unit is not every_element:
                 yield PlannedRound(name, "ranks", position, *whole_units(merge, cost, position))
                 continue
-            block, run, passes = cut(merge, position, beside=_bytes_of_tables(merge))
+            block, run, passes = cut(merge, position, beside=_bytes_of_tables)
             reading = cost.gathering(block, run, passes, own)
             again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
             shards = merge.layout.num_ranges

@@ -132,7 +132,7 @@ class ThresholdRound(RoundKind[AllCounts, Picks]):
             return
         trimmed = merge.by_parameter.trimmed()
         shards = self.num_groups(merge) * merge.layout.num_ranges
-        block = merge.budget.block(beside=merge.sizes.tables, slices=1)
+        block = min(each.budget.block(beside=merge.sizes.tables, slices=1) for each in merge.memories)
         run = merge.budget.run(block, min(merge.sizes.model_group, len(merge.models)))
         reading = cost.counting(lambda _: trimmed, block, run)
         again = cost.again(trimmed, 1, self._times_base(merge, trimmed), reading.gaps)

@@ -53,7 +53,7 @@ class TiedRound(RoundKind[AllTies, AllTies]):
         need = merge.by_parameter.first_need()
         if need is None or not need.exact:
             return
-        block = merge.budget.block(beside=0, slices=1)
+        block = min(each.budget.block(beside=0, slices=1) for each in merge.memories)
         reading = cost.gathering(block, 0, 1)
         trimmed = merge.by_parameter.trimmed()
         for place, name in ((COUNTED, "ties, counted"), (PLACED, "ties, placed")):

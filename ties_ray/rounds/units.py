@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from ties_ray.layout.reads import Cost
 from ties_ray.layout.shards import Segment, Shard
-from ties_ray.methods import Key, Result, Unit
+from ties_ray.methods import Key, Result, Round, Unit
 from ties_ray.outputs import OutputTensor
 from ties_ray.rounds import Bench, Block, Merge, PlannedRound, RoundKind, Sample, Tally
 from ties_ray.rounds._gathered import Gathered, Sums, by_parameter_of, misfit_gathered, sums_for
@@ -74,7 +74,8 @@ class UnitsRound(RoundKind[Pieces, Pieces]):
         """Yield the round, and the one that writes what it leaves."""
         reading = whole_units(merge, cost, position)
         yield PlannedRound(merge.recipe.method.rounds()[position].name, "units", position, *reading)
-        assembled = merge.budget.block(beside=2 * merge.layout.part_size + 8 * reading.block, slices=1)
+        beside = 2 * merge.layout.part_size + 8 * reading.block
+        assembled = min(each.budget.block(beside=beside, slices=1) for each in merge.memories)
         run = merge.budget.run(assembled, 1)
         of_base = cost.merging(assembled, run, 1, None)
         shards = merge.layout.num_merge_shards
@@ -264,13 +265,17 @@ def whole_units(merge: Merge, cost: Cost, position: int) -> UnitReading:
     """Return what a round of units reads, piece by piece."""
     own, segments = merge.recipe.method.rounds()[position], pieces(merge, position)
     block = max(1, max((segment.stop - segment.start for segment in segments), default=1))
-    beside = _held(merge, position) + merge.budget.companions(own.companions, block, resident=True)
-    beside += files_bytes(merge, own)
-    fits = merge.budget.fits(block, resident=True, beside=beside)
+    fits = all(_fits(each, own, position, block) for each in merge.memories)
     passes = 1 if own.passes == 1 or fits else own.passes
     reading = cost.units(segments, block, passes, own)
     again = cost.again(range(len(merge.models)), passes, 1, reading.gaps)
     return UnitReading(len(segments), passes, block, *reading[:2], again)
+
+
+def _fits(merge: Merge, own: Round, position: int, block: int) -> bool:
+    """Return whether one memory of a worker holds all slices of the largest piece."""
+    beside = _held(merge, position) + merge.budget.companions(own.companions, block, resident=True)
+    return merge.budget.fits(block, resident=True, beside=beside + files_bytes(merge, own))
 
 
 def memory_of_units(merge: Merge, round_: PlannedRound) -> int:

@@ -25,11 +25,16 @@ class EchoHost:
         self._count = 0
 
     def run(self, message: str) -> str:
-        """Return `count:setup:message`; `pid`, `sleep S`, `meet FILE OTHER`, `input`, `boom`, `long`, `die`, `kill`."""
+        """Return `count:setup:message`, or do as told.
+
+        `pid`, `gpu`, `sleep S`, `meet FILE OTHER`, `input`, `boom`, `long`, `die`, `kill`.
+        """
         self._count += 1
         command, *words = message.split()
         if command == "pid":
             return str(os.getpid())
+        if command == "gpu":
+            return os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if command == "sleep":
             time.sleep(float(words[0]))
         elif command == "meet":  # another host, which must be at work at the same time
