@@ -171,9 +171,11 @@ def compare(
     table.add("copy", program(COPY, fresh(0) | {"run": run}), planned)
     for number, one in enumerate(runs, 1):
         executor, workers, *device = one.split("/")
-        run = {"executor": executor, "workers": int(workers), "device": device[0] if device else "cpu"}
+        run = {"executor": executor, "workers": int(workers) or None, "device": device[0] if device else "cpu"}
         seen, _ = measure.merge(fresh(number) | {"run": run}, ray=executor == "ray")
-        table.add(f"ties_ray, {executor}, {workers} workers{', a GPU' * len(device)}", seen, idles[executor])
+        table.add(
+            f"ties_ray, {executor}, {int(workers) or 'default'} workers{', a GPU' * len(device)}", seen, idles[executor]
+        )
         written.add(digest(Path(place) / "merged"))
     if not storage and len(runs) > 1:
         click.echo(f"\nAll wrote the same bytes: {len(written) == 1}")
@@ -193,7 +195,7 @@ def compare(
     multiple=True,
     default=["local/1", "local/2", "ray/1", "ray/2"],
     show_default=True,
-    help="executor/workers, or executor/workers/cuda",
+    help="executor/workers, or executor/workers/cuda; 0 for its default",
 )
 @click.option("--mergekit", "other", type=click.Path(path_type=Path), help="Python of an environment with mergekit")
 @click.option("--bucket", is_flag=True, help="read from and write to an S3 server on loopback instead of the disk")

@@ -70,8 +70,20 @@ def test_a_small_adapter_in_a_bucket_takes_three_requests() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_merges_on_a_gpu_are_not_measured_where_there_is_none() -> None:
-    assert run("gpu_merges").startswith("There is no GPU here")
+def test_merges_on_a_gpu_are_not_measured_where_there_is_none_but_counted() -> None:
+    output = run("gpu_merges", "--proxies", "--models 3 --checkpoints 2 --shrink 32 --size 1M")
+    assert output.startswith("There is no GPU here")
+    counted, host = (rows(part) for part in output.split("\n\n") if "|---|" in part)
+    assert {row["round"] for row in counted} == {"threshold, high bits", "threshold, low bits", "merge"}
+    assert all(int(row["launches"]) > 0 < int(row["waits"]) for row in counted)
+    assert all(float(row["CPU s"]) > 0 for row in host)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_decompositions_are_measured_beside_a_product() -> None:
+    told = rows(run("matrices", "--shrink", "64", "--models", "2", "--rank", "4"))
+    assert [row["work"] for row in told][1:] == ["iso_c of a sum", "tsv of 2 models", "condense, rank 4"]
+    assert float(told[0]["times the product"]) == 1
 
 
 def test_planning_for_large_models_is_measured_from_a_catalog_that_is_made_up() -> None:
