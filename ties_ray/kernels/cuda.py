@@ -842,7 +842,8 @@ class _Arrival(Arrival):
         self._context = torch.cuda.stream(stream) if stream else nullcontext()
         self._sent: list[Tensor] = []
         """Tensors of the host on their way to the GPU. Nobody may use their memory again until they are there."""
-        self._parts: list[Tensor] = []
+        self._parts: dict[int, Tensor] = {}
+        """A tensor for each piece of the GPU's memory that was taken, by its address."""
 
     def __enter__(self) -> Self:
         self._context.__enter__()
@@ -853,7 +854,7 @@ class _Arrival(Arrival):
         if self._stream:
             self._stream.synchronize()
             self._sent.clear()
-            for part in self._parts:  # its memory is not used again before the kernels' stream is done with it
+            for part in self._parts.values():  # its memory is not used again before the kernels' stream is done with it
                 part.record_stream(torch.cuda.default_stream(self._kernels.device))
 
     def bytes(self, data: Tensor) -> Tensor:
@@ -867,7 +868,7 @@ class _Arrival(Arrival):
             magnitude = None if source.magnitude is None else self._here(source.magnitude)
             here = source._replace(left=self._here(source.left), right=self._here(source.right), magnitude=magnitude)
             taken = self._kernels.laid(here)
-        self._parts += (part for part in taken if isinstance(part, Tensor))
+        self._parts |= {part.untyped_storage().data_ptr(): part for part in taken if isinstance(part, Tensor)}
         return taken
 
     def _here(self, part: Tensor) -> Tensor:

@@ -241,18 +241,17 @@ class ReadAhead:
             return [None] * len(run)
         of_state = any(request.is_state for request in present)
         memory = _Memory(self._of_states if of_state else self._buffers, self._held)
-        joins = len(run) > 1
-        views = iter(
-            self._joined(present, budget, memory) if joins else (self._alone(request, memory) for request in present)
-        )
-
-        def encoded(request: SliceRequest, arriving: Arrival) -> Stored:
-            form, data = self._formats[request.model.format], next(views)
-            data = list(map(arriving.bytes, data)) if form.on_any_device else data
-            return arriving.slice(form.encoded(request.source, request.start, request.stop, data))
-
+        form = self._formats[present[0].model.format]
         with arrival() as arriving:
-            slices = [request and encoded(request, arriving) for request in run]
+            bring = arriving.bytes if form.on_any_device else _stay
+            if len(run) > 1:
+                views = iter(self._joined(present, budget, memory, bring))
+            else:
+                views = ([bring(data) for data in self._alone(request, memory)] for request in present)
+            slices = [
+                request and arriving.slice(form.encoded(request.source, request.start, request.stop, next(views)))
+                for request in run
+            ]
         if self._held.is_on and memory.stays and all(map(self._held.has_room_for_factors, slices)):
             self._held.keep(_identity(run), slices)
         return slices
@@ -270,8 +269,17 @@ class ReadAhead:
     def _kept(self, run: Sequence[SliceRequest | None]) -> list[Stored | None] | None:
         return self._held.kept(_identity(run)) if self._held.is_on else None
 
-    def _joined(self, run: Sequence[SliceRequest], budget: BufferBudget, memory: "_Memory") -> list[list[Tensor]]:
-        """Return the bytes of each slice of a run of one model, read by as few requests as the plan says."""
+    def _joined(
+        self,
+        run: Sequence[SliceRequest],
+        budget: BufferBudget,
+        memory: "_Memory",
+        bring: Callable[[Tensor], Tensor],
+    ) -> list[list[Tensor]]:
+        """Return the bytes of each slice of a run of one model, read by as few requests as the plan says.
+
+        bring: takes what a request has read to its device.
+        """
         model, slices = run[0].model, [(request.source, request.start, request.stop) for request in run]
         needed, groups = requests_of(self._formats[model.format], slices, budget.run, self._gap)
         views: dict[Read, Tensor] = {}
@@ -279,7 +287,8 @@ class ReadAhead:
             start, size = group[0].start, group[-1].stop - group[0].start
             data = memory.piece(rounded_up(size), budget.buffer)[:size]
             self.read(model.objects[group[0].object], start, data, needed=[read[1:3] for read in group])
-            views |= {read: data[read.start - start : read.stop - start] for read in group}
+            there = bring(data)
+            views |= {read: there[read.start - start : read.stop - start] for read in group}
         return [[views[read] for read in reads] for reads in needed]
 
     def _alone(self, request: SliceRequest, memory: "_Memory") -> list[Tensor]:
@@ -370,6 +379,11 @@ class _Memory:
             self.stays = False
             return lend()
         return held
+
+
+def _stay(data: Tensor) -> Tensor:
+    """Return bytes where they are."""
+    return data
 
 
 def _identity(run: Sequence[SliceRequest | None]) -> Hashable:
