@@ -129,10 +129,10 @@ def host(models: Sequence[str], base: str | None, output: Path, name: str) -> No
     blocks = sum(-(-each.numel // round_.block) for each in plan.merges[0].layout.parameters if each.merged)
     with instead_of_a_gpu(Nothing()):
         started = time.perf_counter(), time.process_time()
-        merging.merge(recipe)
+        result = merging.merge(recipe)
         seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     pairs = blocks * len(models)
-    measure.row((name, blocks, pairs, plan.bytes_read / 1e9, seconds, cpu, cpu / pairs * 1e3))
+    measure.row((name, blocks, pairs, result.bytes_read / 1e9, seconds, cpu, cpu / pairs * 1e3))
 
 
 @click.command()
