@@ -12,6 +12,7 @@ import torch
 from tests.tools.families import CONFIG, file_bytes
 from ties_ray.formats import Aside, Contents, Format, Rules
 from ties_ray.formats.checkpoint import Checkpoint
+from ties_ray.libraries.library import TRANSFORMERS
 from ties_ray.safetensors import MERGEABLE
 from ties_ray.tensors import Parameter, Source, TensorRef
 from ties_ray.testing import FormatContract, folder_of
@@ -531,5 +532,37 @@ def test_an_index_that_is_older_than_the_one_weight_file_is_named_with_a_way_to_
     assert "`file: model.safetensors` beside its `path` chooses it" in problem
 
 
-def test_an_adapter_is_not_taken_for_a_checkpoint() -> None:
-    assert not Checkpoint().recognises(["adapter_config.json", "adapter_model.safetensors"])
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_an_adapter_and_masks_are_not_taken_for_a_checkpoint() -> None:
+    for names in (
+        ["adapter_config.json", "adapter_model.safetensors"],
+        ["adapter_model.safetensors", "model.safetensors"],
+        ["adapter_model-00001-of-00002.safetensors"],
+        ["adapter_config.json", "other.safetensors"],
+        ["unified_vector.safetensors", "mask-00001.safetensors"],
+        ["config.json"],
+    ):
+        assert not Checkpoint().recognises(names), names
+    for names in (SHARDS, ["other.safetensors"], ["adapter_config.json", "model.safetensors"]):
+        assert Checkpoint().recognises(names), names
+
+
+def test_the_usual_model_of_a_folder_is_fetched_and_all_weights_where_there_is_an_index() -> None:
+    index = "model.safetensors.index.json"
+    for names, weights in (
+        (["other.safetensors", "model.safetensors", "README.md"], ("model.safetensors",)),
+        (["a.safetensors", "b.safetensors"], ()),
+        (["other.safetensors", *SHARDS], tuple(SHARDS)),
+        (["other.safetensors", *SHARDS, index], ("other.safetensors", *SHARDS)),
+    ):
+        texts = tuple(name for name in names if name == index)
+        assert Checkpoint().wanted([*names, "config.json", "notes.txt"]) == (weights, (*texts, "config.json"))
+
+
+def test_the_library_that_opens_it_is_known_by_its_files() -> None:
+    assert read(files_of(BASE)).library == TRANSFORMERS
+    weights = files_of(BASE)["model.safetensors"]
+    found = read({"open_clip_model.safetensors": weights, "open_clip_config.json": b"{}"})
+    assert (problems(found), found.library.name) == ([], "open_clip")

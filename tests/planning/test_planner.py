@@ -158,8 +158,11 @@ def test_a_stored_plan_is_believed_in_what_it_claims_of_inputs_alone() -> None:
     assert (believed.recipe.run.device, believed.recipe.run.workers) == ("cpu", recipe_for().run.workers)
     assert believable(replace(made, sizes=replace(SIZES, min_range=1))).sizes == SIZES
     fast = made.recipe.run.model_copy(update={"arithmetic": "fast", "device": "cuda"})
-    on_gpu = replace(made, recipe=made.recipe.model_copy(update={"run": fast}))
-    assert believable(on_gpu).recipe.run.device == "cuda"
+    assert believable(replace(made, recipe=made.recipe.model_copy(update={"run": fast}))).recipe.run.device == "cuda"
+    on_gpu = {"device": "cuda", "arithmetic": "exact"}
+    for method, device in (("ties", "cpu"), ("iso_c", "cuda")):
+        claim = make_plan(recipe_for(2, method, run={**on_gpu, "memory": "4GiB"}), catalog_of(PARAMETERS))
+        assert believable(claim).recipe.run.device == device, "LAPACK of a GPU has its own bytes"
     huge = made.recipe.run.model_copy(update={"memory": 2**60})
     assert believable(replace(made, recipe=made.recipe.model_copy(update={"run": huge}))).recipe.run.memory == 2**33
 
