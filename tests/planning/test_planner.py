@@ -77,6 +77,18 @@ def test_what_a_method_and_an_output_can_do_together_is_planned() -> None:
         )
 
 
+def test_numbers_that_a_method_does_not_know_are_refused() -> None:
+    catalog = catalog_of(PARAMETERS)
+    heavier = replace(catalog, models=(replace(catalog.models[0], weight=2.0), catalog.models[1]))
+    with pytest.raises(RecipeError, match=r"model 0: weight 2\.0: profile official knows no weights"):
+        make_plan(recipe_for(2, {"name": "ties", "profile": "official"}), heavier)
+    scaled = replace(catalog, lambdas=(Rule("a", (0.5,)),))
+    assert make_plan(recipe_for(2, "task_arithmetic"), scaled).files
+    masks = recipe_for(2, {"name": "emr", "masks": True}, output={"path": "/out", "kind": "masks"})
+    with pytest.raises(RecipeError, match=r"method\.lambda: a mask has one factor, and lambda differs by parameter"):
+        make_plan(masks, scaled)
+
+
 def test_all_is_excluded() -> None:
     nothing = catalog_of([Parameter("a", (30, 3), "BF16", False)])
     with pytest.raises(RecipeError, match="base: no parameter is left to merge; narrow `exclude`"):
@@ -197,6 +209,17 @@ def test_a_barrier_leaves_later_rounds_less_to_do() -> None:
     assert revised.merges[0].rounds == (first, less, last)
     assert (revised.revision, revised.run_id, len(revised.results)) == (1, made.run_id, 1)
     assert concluded(revised, 0, Conclusion(rounds={1: less})).revision == 2
+
+
+def test_files_and_shards_follow_from_the_rank_that_a_barrier_settles(tmp_path: Path) -> None:
+    pool = make_pool(Stores({}).of("/"), str(tmp_path), num_adapters=2, layers=1)
+    output = {"path": str(tmp_path / "out"), "kind": "adapter", "rank": 8}
+    data = {"base": pool.base, "models": list(pool.adapters), "method": "average"}
+    made, wanted = (merging.plan(validate({**data, "output": {**output, "rank": rank}})) for rank in (8, 3))
+    settled = concluded(made, 0, Conclusion(output=wanted.recipe.output))
+    assert settled.files == wanted.files != made.files
+    assert settled.merges[0].rounds[-1].num_shards == wanted.merges[0].rounds[-1].num_shards
+    assert (settled.recipe, settled.run_id, settled.revision) == (wanted.recipe, made.run_id, 1)
 
 
 def test_a_barrier_leaves_models_out(family_of: Callable[..., Family]) -> None:
