@@ -150,7 +150,8 @@ def test_a_task_vector_holds_what_an_adapter_changes_or_what_any_does(tmp_path: 
 def test_numbers_by_parameter_are_part_of_the_run_id() -> None:
     catalog = catalog_of(PARAMETERS)
     rule = (Rule("a", (0.5,)),)
-    changes: list[dict[str, Any]] = [{}, {"weights": rule}, {"densities": rule}, {"ranks": rule}]
+    other = (Rule("a", (0.25,)),)
+    changes: list[dict[str, Any]] = [{}, {"weights": rule}, {"densities": rule}, {"ranks": rule}, {"ranks": other}]
     ids = []
     for change in changes:
         models = (replace(catalog.models[0], **change), catalog.models[1])
