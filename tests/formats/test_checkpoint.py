@@ -107,6 +107,7 @@ def test_an_aligned_slice_is_not_copied() -> None:
     source = Source((TensorRef(0, 4096, "BF16", (4,)),))
     buffer = torch.arange(8, dtype=torch.uint8)
     assert Checkpoint().encoded(source, 0, 4, [buffer]).data.data_ptr() == buffer.data_ptr()
+    assert Checkpoint().encoded(source, 0, 0, ()).data.dtype == torch.bfloat16
 
 
 def test_the_base_gives_every_tensor_in_the_order_of_files_and_offsets() -> None:
