@@ -3,14 +3,20 @@
     python -m benchmarks.startup [--runs 5]
 
 The best of some runs, each a process of its own; files are in the page cache. A bare Python is the limit. Of a merge,
-what passes until the first byte of an input's weights is asked for, by its own profile.
+what passes until the first byte of an input's weights is asked for, by its own profile. The first merge compiles the
+kernels, unless the installation holds them (`python -m ties_ray.kernels`).
 """
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -31,15 +37,44 @@ def best(command: list[str], runs: int) -> float:
     return min(times)
 
 
-def first_read(command: list[str], profile: Path, runs: int) -> float:
+def first_read(command: list[str], profile: Path, runs: int, environment: dict[str, str]) -> float:
     """Return the shortest time, in seconds, until a merge that writes its profile begins to read."""
     times: list[float] = []
     for _ in range(runs):
         started = time.time()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment
+        )
         events = json.loads(profile.read_text())
         times.append(min(event["ts"] for event in events if event["name"] == "read") / 1e6 - started)
     return min(times)
+
+
+@contextmanager
+def running_cluster(folder: Path) -> Iterator[str]:
+    """Yield the address of a Ray cluster on this machine. folder: short, for its sockets."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=2",
+    ]
+    command += [f"--temp-dir={folder}", "--include-dashboard=false", "--object-store-memory=100000000"]
+    with (folder / "log").open("wb") as log:
+        ray = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        time.sleep(10)
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(ray.pid, signal.SIGTERM)
+        ray.wait()
 
 
 def loaded(program: str) -> list[str]:
@@ -86,11 +121,19 @@ def main(runs: int) -> None:
         measure.table(("command", "seconds", "loads"))
         for name, command, program in rows:
             measure.row((name, best(command, runs), ", ".join(loaded(program)) or "-"))
-        for executor, what in (("local", "in this process"), ("ray", "on a cluster that starts by itself")):
-            profile = folder / "profile.json"
+        profile = folder / "profile.json"
+
+        def merge(where: str, executor: str, runs: int, environment: dict[str, str]) -> None:
             settings = ["--fresh", "--profile", str(profile), "--set", f"run.executor={executor}"]
-            seconds = first_read([ties_ray, "merge", str(recipe), *settings], profile, min(runs, 2))
-            measure.row((f"merge {what}: first byte read", seconds, "all"))
+            seconds = first_read([ties_ray, "merge", str(recipe), *settings], profile, runs, environment)
+            measure.row((f"merge {where}: first byte read", seconds, "all"))
+
+        cache = {"NUMBA_CACHE_DIR": str(folder / "cache")}
+        merge("in this process, kernels are compiled", "local", 1, cache)
+        merge("in this process", "local", min(runs, 2), cache)
+        merge("on a cluster that starts by itself", "ray", min(runs, 2), cache)
+        with running_cluster(folder) as address:
+            merge("on a running cluster", "ray", min(runs, 2), {"RAY_ADDRESS": address})
 
 
 if __name__ == "__main__":

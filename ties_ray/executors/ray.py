@@ -87,6 +87,10 @@ _GRACE = 30.0
 _STARTS = 3
 """The most actors that may die in one place while a merge starts."""
 
+_REACHES = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+"""Asks a cluster's control store, in a process of its own: Ray ends one whose token is wrong. `ray health-check` does
+no more, and its imports take half a second."""
+
 
 _Plain = tuple[str, list[tuple[str, ...]], str]
 """A `Refusal` in builtins: kind, problems, traceback."""
@@ -141,6 +145,7 @@ class _Worker:
     ) -> tuple[str, _Begun]:
         """Build the host if the versions are as expected; report the node, the differences and the host's refusal."""
         self._dead, self._labels = False, labels
+        os.environ.update(_ONE_THREAD)  # before numpy or torch is imported
         packages = [name for name in expected if name not in ("python", "ties_ray", "plugins")]
         facts = _facts(packages, plugins, expected.get("plugins", ""))
         differs = {name: facts[name] for name, version in expected.items() if not _fits(facts[name], version)}
@@ -375,8 +380,6 @@ class RayExecutor(Executor):
     # ----- workers
 
     def _new_actor(self) -> Any:
-        plugins = _plugin_folder()
-        env = _ONE_THREAD | ({PLUGIN_FOLDER: plugins} if plugins else {})
         return _Actor.options(
             num_cpus=1,
             num_gpus=self._needs.gpus,
@@ -384,8 +387,17 @@ class RayExecutor(Executor):
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",  # packing would put all readers behind the network card of one node
-            runtime_env={"env_vars": env},
+            runtime_env=self._own_process(),
         ).remote()
+
+    def _own_process(self) -> dict[str, object]:
+        """Return an environment that no other process has, where the caller's tasks may have left theirs.
+
+        On a connection of our own there are none, and a new environment takes Ray a second.
+        """
+        plugins = _plugin_folder()
+        env = _ONE_THREAD | ({PLUGIN_FOLDER: plugins} if plugins else {})
+        return {} if self._owns_connection else {"env_vars": env}
 
     def _begin(self, worker: int) -> None:
         order = (self._expected, _plugin_folder(), self._factory, self._setup, dict(self._needs.labels))
@@ -753,15 +765,7 @@ def _reach(address: str, timeout: float) -> None:
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if not (separator and port.isdigit()):
         return  # an address that only Ray can judge
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "health-check",
-        "--skip-version-check",
-        "--address",
-        address,
-    ]
+    command = [sys.executable, "-c", _REACHES, f"{host}:{port}"]
     remedy = "start the cluster, or correct run.address or RAY_ADDRESS"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()

@@ -479,7 +479,8 @@ def _first_one(context: Any, bits: Any) -> Any:
 def _count_low(delta: Array, high: int, tables: Array) -> None:
     """Count the low bits of the elements whose high bits are `high`. They are few or, with ties, many.
 
-    Where they are many, all other elements go to a bin behind the last: a branch would be mispredicted.
+    Where they are many, all other elements go to a bin behind the last: a branch would be mispredicted. Few seldom
+    share a bin, so one table serves them, and three need not be added up.
     """
     wanted, outside, one = np.int32(high), np.uint64(BINS), np.uint64(1)
     for start in range(0, len(delta), 64):
@@ -492,10 +493,9 @@ def _count_low(delta: Array, high: int, tables: Array) -> None:
                 tables[np.uint64((i & (TABLES - 1)) * TABLE) + low] += 1
             continue
         while found:
-            i = _first_one(found)
+            low = np.uint64(_bits(part[_first_one(found)]) & (BINS - 1))
             found &= found - one
-            low = np.uint64(_bits(part[i]) & (BINS - 1))
-            tables[(i & np.uint64(TABLES - 1)) * np.uint64(TABLE) + low] += 1
+            tables[low] += 1
 
 
 @compiled(void(I64, I32))
@@ -505,14 +505,11 @@ def _empty_into(table: Array, tables: Array) -> None:
     Vectors search runs of bins, since a small slice spends most of its time here.
     """
     for start in range(0, len(table), RUN):
-        counted = np.int32(0)
         for lane in range(TABLES):
-            part = tables[lane * TABLE + start : lane * TABLE + start + RUN]
+            part, counted = tables[lane * TABLE + start : lane * TABLE + start + RUN], np.int32(0)
             for i in range(RUN):
                 counted |= part[i]
-        if counted:
-            for lane in range(TABLES):
-                part = tables[lane * TABLE + start : lane * TABLE + start + RUN]
+            if counted:
                 for i in range(RUN):
                     table[start + i] += part[i]
                     part[i] = 0

@@ -27,14 +27,14 @@ class EchoHost:
     def run(self, message: str) -> str:
         """Return `count:setup:message`, or do as told.
 
-        `pid`, `gpu`, `sleep S`, `meet FILE OTHER`, `input`, `boom`, `long`, `die`, `kill`.
+        `pid`, `variable NAME`, `sleep S`, `meet FILE OTHER`, `input`, `boom`, `long`, `die`, `kill`.
         """
         self._count += 1
         command, *words = message.split()
         if command == "pid":
             return str(os.getpid())
-        if command == "gpu":
-            return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if command == "variable":
+            return os.environ.get(words[0], "")
         if command == "sleep":
             time.sleep(float(words[0]))
         elif command == "meet":  # another host, which must be at work at the same time
