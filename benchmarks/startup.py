@@ -51,7 +51,7 @@ def first_read(command: list[str], profile: Path, runs: int, environment: dict[s
 
 
 @contextmanager
-def running_cluster(folder: Path) -> Iterator[str]:
+def running_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """Yield the address of a Ray cluster on this machine. folder: short, for its sockets."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,7 +68,7 @@ def running_cluster(folder: Path) -> Iterator[str]:
     ]
     command += [f"--temp-dir={folder}", "--include-dashboard=false", "--object-store-memory=100000000"]
     with (folder / "log").open("wb") as log:
-        ray = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        ray = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=os.environ | environment)
     try:
         time.sleep(10)
         yield f"127.0.0.1:{port}"
@@ -132,8 +132,8 @@ def main(runs: int) -> None:
         merge("in this process, kernels are compiled", "local", 1, cache)
         merge("in this process", "local", min(runs, 2), cache)
         merge("on a cluster that starts by itself", "ray", min(runs, 2), cache)
-        with running_cluster(folder) as address:
-            merge("on a running cluster", "ray", min(runs, 2), {"RAY_ADDRESS": address})
+        with running_cluster(folder, cache) as address:
+            merge("on a running cluster", "ray", 2, {"RAY_ADDRESS": address})
 
 
 if __name__ == "__main__":
