@@ -387,17 +387,8 @@ class RayExecutor(Executor):
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",  # packing would put all readers behind the network card of one node
-            runtime_env=self._own_process(),
+            runtime_env={} if self._owns_connection else _new_environment(),
         ).remote()
-
-    def _own_process(self) -> dict[str, object]:
-        """Return an environment that no other process has, where the caller's tasks may have left theirs.
-
-        On a connection of our own there are none, and a new environment takes Ray a second.
-        """
-        plugins = _plugin_folder()
-        env = _ONE_THREAD | ({PLUGIN_FOLDER: plugins} if plugins else {})
-        return {} if self._owns_connection else {"env_vars": env}
 
     def _begin(self, worker: int) -> None:
         order = (self._expected, _plugin_folder(), self._factory, self._setup, dict(self._needs.labels))
@@ -644,6 +635,15 @@ def _short_folder() -> str | None:
 def _plugin_folder() -> str:
     folder = os.environ.get(PLUGIN_FOLDER)
     return str(Path(folder).resolve()) if folder else ""
+
+
+def _new_environment() -> dict[str, object]:
+    """Return an environment for a new process, where a process of the caller's tasks may wait for the next one.
+
+    On a connection of our own there are no such tasks, and a new environment takes Ray a second.
+    """
+    plugins = _plugin_folder()
+    return {"env_vars": _ONE_THREAD | ({PLUGIN_FOLDER: plugins} if plugins else {})}
 
 
 def _shared(needs: Needs) -> Needs:
