@@ -105,9 +105,9 @@ mutate: $(VENV)/installed $(MUTATION)/installed  ## modules are changed one plac
 
 LOWEST := .venv-lowest
 
-$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
-	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,hf,parquet,pandas,optuna,report,evaluate]'
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(PYTHON) $(LOWEST)
+	$(UV) pip install --quiet --python $(LOWEST) --constraint constraints-lowest.txt --editable '.[dev,hf,parquet,pandas,optuna,report,evaluate]'
 	touch $@
 
 # PEFT writes some variants of these tests from 0.21 on; clients of huggingface_hub 1 leave their sockets to the collector

@@ -103,6 +103,7 @@ def test_what_may_pass_is_repeated(error: Exception, shown: str, attempts: int |
         (refusal(403, "AccessDenied", headers={"x-amz-bucket-region": "eu-west-3"}), "x", "check the credentials"),
         (refusal(302, "302"), "reading it", "check storage.s3.endpoint_url: it leads elsewhere"),
         (refusal(308, "308"), "reading it", "it leads elsewhere"),
+        (refusal(407, "407"), "reading it", "the proxy wants credentials"),
         (refusal(404, "404"), "listing it", "nothing there answers as S3 does"),
         (refusal(404, "404"), "listing uploads", "nothing there answers as S3 does"),
         (refusal(404, "404"), "starting an upload", "nothing there answers as S3 does"),
