@@ -1,5 +1,6 @@
 import json
 import secrets
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import trustme
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
+from ties_ray import runtime
 from ties_ray.errors import InputError, RecipeError, UnavailableError
 from ties_ray.inputs.expand import entries_of
 from ties_ray.operations import merging
@@ -227,11 +229,125 @@ def test_what_another_try_can_not_mend_is_refused_for_good(
         ({"etag": "0x8DD", "content_settings": {"content_md5": None}, "last_modified": "2026"}, "etag 0x8DD"),
         ({"ETag": '"5f"', "Last-Modified": "Sat"}, 'ETag "5f"'),
         ({"Last-Modified": "Sat"}, "Last-Modified Sat"),
+        ({"lfs": {"sha256": "ab"}, "mtime": "2026"}, "sha256 ab"),
+        ({"lfs": "a pointer", "mtime": "2026"}, "mtime 2026"),
+        ({"lfs": {"size": 4}}, ""),
         ({}, ""),
     ],
 )
 def test_a_pin_holds_the_best_mark_that_a_scheme_shows(shown: dict[str, object], pinned: str) -> None:
     assert _pin("gs://models/x", {"size": 4, "type": "file", **shown}) == Pin("gs://models/x", 4, pinned)
+
+
+def test_a_file_without_bytes_or_without_a_size_counts_as_empty_in_a_listing() -> None:
+    assert [_pin("gs://b/x", {"size": size}).size for size in (0, None, 4)] == [0, 0, 4]
+
+
+class Answered(Exception):
+    """An error of some client library, with the status of an answer or with other marks."""
+
+    def __init__(self, **marks: object) -> None:
+        super().__init__(f"with {marks}")
+        vars(self).update(marks)
+
+
+class NoCredentialsError(Answered):
+    pass
+
+
+def missing(cause: Exception | None = None) -> Exception:
+    error = FileNotFoundError("as fsspec calls every failure of HTTP")
+    error.__cause__ = cause
+    return error
+
+
+REFUSED, FAILED, COPY = (
+    "was refused .*check the credentials",
+    "check the URI and its storage",
+    "copy the files to another",
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message", "tries"),
+    [
+        (PermissionError("no"), InputError, REFUSED, 1),
+        (Answered(status=401), InputError, REFUSED, 1),
+        (Answered(code="403"), InputError, REFUSED, 1),
+        (Answered(status_code=400), InputError, FAILED, 1),
+        (Answered(response=Answered(status_code=404)), InputError, FAILED, 1),
+        (Answered(status=499), InputError, FAILED, 1),
+        (Answered(status=409), InputError, FAILED, 1),
+        (Answered(status=408), UnavailableError, "Answered: with", 3),
+        (Answered(status=429), UnavailableError, "Answered: with", 3),
+        (Answered(status=500), UnavailableError, "Answered: with", 3),
+        (Answered(status=399), UnavailableError, "Answered: with", 3),
+        (Answered(code="odd"), UnavailableError, "Answered: with", 3),
+        (socket.gaierror(socket.EAI_NONAME, "unknown"), InputError, "check the host in the URI", 4),
+        (socket.gaierror(socket.EAI_AGAIN, "later"), UnavailableError, "gaierror", 3),
+        (ssl.SSLCertVerificationError("self-signed"), InputError, "let this machine trust the certificate", 1),
+        (ssl.SSLError("cut"), UnavailableError, "SSLError", 3),
+        (NoCredentialsError(), InputError, "give the credentials that elsewhere:// looks for", 1),
+        (NoCredentialsError(retryable=True), UnavailableError, "NoCredentialsError", 3),
+        (NotImplementedError(), InputError, COPY, 1),
+        (TypeError("odd"), InputError, COPY, 1),
+        (AttributeError("odd"), InputError, COPY, 1),
+        (KeyError("odd"), InputError, COPY, 1),
+        (missing(), FileNotFoundError, "/x", 1),
+        (missing(Answered(status=404)), FileNotFoundError, "/x", 1),
+        (missing(Answered(status=410)), FileNotFoundError, "/x", 1),
+        (missing(Answered(status=403)), InputError, REFUSED, 1),
+        (missing(Answered(status=503)), UnavailableError, "Answered", 3),
+        (missing(TimeoutError("slow")), UnavailableError, "TimeoutError: slow", 3),
+        (missing(ConnectionResetError("cut")), UnavailableError, "ConnectionResetError", 3),
+        (missing(ssl.SSLError("cut")), UnavailableError, "SSLError", 3),
+        (missing(socket.gaierror(socket.EAI_AGAIN, "later")), UnavailableError, "gaierror", 3),
+    ],
+)
+def test_an_error_of_any_client_is_tried_again_only_where_that_can_help(
+    error: Exception, kind: type[Exception], message: str, tries: int, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(f"{folder}/x", b"0123")
+    store, now = Stores({}).of(folder), [0.0]
+
+    def fail(*_: object, **__: object) -> bytes:
+        now[0] += 1 if tries == 3 else 0
+        raise error
+
+    monkeypatch.setattr(_Elsewhere, "cat_file", fail)
+    monkeypatch.setattr(Fsspec, "patience", 2.9)
+    monkeypatch.setattr(runtime, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runtime, "sleep", lambda seconds: None)
+    monkeypatch.setattr(runtime, "uniform", lambda low, high: low)
+    with pytest.raises(kind, match=message):
+        store.head(f"{folder}/x", 4)
+    assert (store.meter.requests, store.meter.retries) == (tries, tries - 1)
+
+
+def test_an_answer_that_is_too_short_is_asked_for_four_times(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(f"{folder}/x", b"0123456789")
+    store = Stores({}).of(folder)
+    monkeypatch.setattr(runtime, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_Elsewhere, "cat_file", lambda *_, **__: b"01")
+    with pytest.raises(UnavailableError, match=r"failed 4 times .*: asked for 4 bytes, 2 came; run the same"):
+        store.head(f"{folder}/x", 4)
+    assert (store.meter.requests, store.meter.bytes_read) == (4, 8)
+
+
+def test_a_look_without_bytes_asks_for_none_and_a_file_is_no_folder(folder: str) -> None:
+    _write(f"{folder}/x", b"0123")
+    store = Stores({}).of(folder)
+    assert store.head(f"{folder}/x", 0)[1] == b""
+    assert store.meter.requests == 0
+    assert store.list(f"{folder}/x") == Listing((), ())
+    with pytest.raises(FileNotFoundError, match=folder):
+        store.head(folder, 4)
+
+
+def test_a_file_whose_size_is_not_told_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Elsewhere, "info", lambda *_: {"type": "file", "size": None})
+    with pytest.raises(InputError, match="/x: the server does not tell its size; copy it to another store"):
+        Stores({}).of(folder).head(f"{folder}/x", 4)
 
 
 def test_no_message_holds_a_presigned_query(web: str) -> None:
@@ -370,6 +486,16 @@ class TestWriter(StoreContract):
         return writer, folder
 
 
+OWN = ["_stage", "_staged", "_join", "_discard", "_maker"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_store_that_lacks_a_way_to_join_parts_can_not_be_made(name: str) -> None:
+    made = type("Incomplete", (FsspecWriter,), {other: getattr(_Joined, other) for other in OWN if other != name})
+    with pytest.raises(TypeError, match=rf"abstract method '?{name}'?$"):
+        made(FsspecOptions())
+
+
 def test_uploads_under_way_are_those_of_a_folder_and_go_with_it(writer: _Joined, folder: str) -> None:
     for name in ("a/x", "a/y", "a/b/z", "c"):
         upload = writer.begin_upload(f"{folder}/{name}", 4)
@@ -388,6 +514,30 @@ def test_an_upload_that_was_completed_leaves_the_object_alone(writer: _Joined, f
     part = writer.write_part(f"{folder}/x", upload, 1, 0, memoryview(b"0123"))
     writer.complete_upload(f"{folder}/x", upload, [part])
     assert [f"elsewhere:/{path}" for path in _Elsewhere.store] == [f"{folder}/x"]
+
+
+def test_what_was_written_after_its_folder_was_listed_is_seen(
+    writer: _Joined, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gcsfs and adlfs do, the file system answers from a listing that it keeps until all is invalidated."""
+    kept: set[str] = set()
+    info = _Elsewhere.info
+
+    def keep(files: _Elsewhere, path: str | None = None) -> None:
+        if path is None:
+            kept.clear()
+
+    def from_listing(files: _Elsewhere, path: str, **how: object) -> object:
+        if kept and files._strip_protocol(path) not in kept:
+            raise FileNotFoundError(path)
+        return info(files, path, **how)
+
+    monkeypatch.setattr(_Elsewhere, "invalidate_cache", keep)
+    monkeypatch.setattr(_Elsewhere, "info", from_listing)
+    kept.add("an earlier listing")
+    pin = writer.put(f"{folder}/x", b"0123")
+    kept.add("an earlier listing")
+    assert writer.head(f"{folder}/x", 4) == (pin, b"0123")
 
 
 @pytest.mark.parametrize("kind", ["missing", "other", "size"])

@@ -10,6 +10,7 @@ import pytest
 from ties_ray.errors import InputError, RecipeError, UnavailableError
 from ties_ray.stores import (
     Meter,
+    NoOptions,
     Stores,
     Transient,
     WritableStore,
@@ -33,6 +34,30 @@ def test_the_scheme_chooses_the_store_and_each_is_opened_once() -> None:
     assert isinstance(stores.of("memory://a"), Memory)
     assert len(stores.opened()) == 2
     assert [scheme_of(uri) for uri in ("s3://a/b", "zip://x::s3://a/b", "a:b")] == ["s3", "zip", "local"]
+
+
+def test_a_uri_with_a_secret_or_a_chain_is_refused_also_where_its_store_is_open() -> None:
+    stores = Stores({})
+    stores.of("https://host/x")
+    for uri in ("https://me:0123abcd@host/x", "https://host/x?X-Amz-Signature=0123abcd"):
+        with pytest.raises(
+            InputError, match="is a URL with a password or a signature in it; give the plain URL"
+        ) as caught:
+            stores.of(uri)
+        assert "0123abcd" not in str(caught.value)
+    with pytest.raises(RecipeError, match="is a chain of URIs"):
+        stores.of("https://host/x::file:///etc/passwd")
+
+
+METHODS = ["list", "head", "read", "put", "delete", "begin_upload", "write_part", "list_parts", "list_uploads",
+           "complete_upload", "abort_upload"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_store_that_lacks_a_method_can_not_be_made(name: str) -> None:
+    made = type("Incomplete", (WritableStore,), {other: getattr(Memory, other) for other in METHODS if other != name})
+    with pytest.raises(TypeError, match=rf"abstract method '?{name}'?$"):
+        made(NoOptions())
 
 
 def test_a_store_that_only_reads_has_no_method_that_writes() -> None:
@@ -168,3 +193,19 @@ def test_a_folder_is_deleted_with_all_that_lies_in_it_and_nothing_beside_it(sche
     store.delete_folder(join(root, "in"))
     store.delete_folder(join(root, "in"))  # nothing happens
     assert [folder.rpartition("/")[2] for folder in store.list(root).folders] == ["in-side"]
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_an_object_is_swapped_where_it_is_still_the_same(scheme: str, tmp_path: Path) -> None:
+    uri = f"{tmp_path}/x" if scheme == "local" else f"memory://{tmp_path.name}/x"
+    store = Stores({}).writer(uri)
+    assert store.swap(uri, b"0", "a mark") is None
+    with pytest.raises(FileNotFoundError, match="x"):
+        store.head(uri, 1)
+    first = store.swap(uri, b"1", "")
+    assert first
+    assert store.swap(uri, b"2", "") is None
+    assert store.get(uri, 1) == (first, b"1")
+    assert store.swap(uri, b"2", first.etag)
+    assert store.swap(uri, b"3", first.etag) is None
+    assert store.get(uri, 1)[1] == b"2"
