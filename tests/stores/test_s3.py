@@ -8,13 +8,11 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +23,9 @@ import pytest
 import trustme
 
 from tests.conftest import Bucket, free_port, served, tool
+from tests.tools.odd_service import DATA, Answer, Misbehaving, answer, asked, good, misbehaving, ranged
 from ties_ray.errors import InputError, UnavailableError
-from ties_ray.stores import Listing, Part, Pin, Store, Stores, _s3_clock, _s3_service, join
+from ties_ray.stores import Listing, Part, Store, Stores, _s3_clock, _s3_service, join
 from ties_ray.stores.s3 import S3
 from ties_ray.testing import StoreContract
 
@@ -216,86 +215,11 @@ def test_bytes_go_from_the_socket_into_the_callers_memory_and_back_without_anoth
 
 # A server that misbehaves as told, where the servers above don't.
 
-Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
-DATA = bytes(range(256)) * 64
-
-
-@dataclass
-class Misbehaving:
-    """Serves DATA at any path under one ETag; the first answers can be replaced."""
-
-    uri: str = ""
-    storage: dict[str, dict[str, object]] = field(default_factory=dict)
-    answers: list[Answer] = field(default_factory=list)
-    """What to do with the next requests; good behaviour follows."""
-    requests: list[tuple[str, Message]] = field(default_factory=list)
-    """Path and headers of what came."""
-    connections: set[int] = field(default_factory=set)
-    """Ports that it came from."""
-
-    @property
-    def pin(self) -> Pin:
-        return Pin(f"{self.uri}/x", len(DATA), "mark")
-
-    def store(self, **options: object) -> S3:
-        return opened(Bucket(self.uri, self.storage), **options)
-
-    def read(self, start: int, stop: int, store: S3 | None = None) -> bytes:
-        buffer = bytearray(stop - start)
-        (store or self.store()).read(self.pin, start, memoryview(buffer))
-        return bytes(buffer)
-
 
 @pytest.fixture
 def odd(s3_credentials: None) -> Iterator[Misbehaving]:
-    state = Misbehaving("s3://bucket")
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            state.requests.append((self.path, self.headers))
-            state.connections.add(self.client_address[1])
-            (state.answers.pop(0) if state.answers else good)(self, DATA)
-
-        do_PUT = do_CONNECT = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        state.storage = {"s3": {"endpoint_url": f"http://127.0.0.1:{server.server_port}"}}
+    with misbehaving() as state:
         yield state
-        server.shutdown()
-        thread.join()
-
-
-def good(request: BaseHTTPRequestHandler, data: bytes) -> None:
-    start, stop = asked(request)
-    ranged(request, data[start:stop], f"bytes {start}-{stop - 1}/{len(data)}")
-
-
-def asked(request: BaseHTTPRequestHandler) -> tuple[int, int]:
-    first, last = request.headers["Range"].removeprefix("bytes=").split("-")
-    return int(first), int(last) + 1
-
-
-def ranged(
-    request: BaseHTTPRequestHandler, body: bytes, content_range: str, etag: str = "mark", announced: int = -1
-) -> None:
-    answer(request, 206, body, announced, ETag=f'"{etag}"', **{"Content-Range": content_range})
-
-
-def answer(request: BaseHTTPRequestHandler, status: int, body: bytes, announced: int = -1, **headers: str) -> None:
-    request.send_response(status)
-    for name, value in headers.items():
-        request.send_header(name, value)
-    request.send_header("Content-Length", str(len(body) if announced < 0 else announced))
-    request.end_headers()
-    request.wfile.write(body)
-    request.close_connection = announced >= 0
 
 
 def slow_down(request: BaseHTTPRequestHandler, data: bytes) -> None:
