@@ -76,8 +76,6 @@ class Fsspec(Store):
             files, path = self._at(uri)
             files.invalidate_cache()
             entries = files.ls(path, detail=True)
-            if [entry["name"] for entry in entries if entry["type"] == "file"] == [path]:
-                return Listing((), ())  # a file, asked for as a folder
             inside = {name: entry for entry in entries if (name := _name_in(path, entry["name"]))}
             pins = [_pin(entry_uri(uri, name), entry) for name, entry in inside.items() if entry["type"] == "file"]
             folders = [entry_uri(uri, name) for name, entry in inside.items() if entry["type"] == "directory"]
