@@ -139,6 +139,11 @@ def test_plan_tells_people_inputs_method_rounds_output_and_memory(recipe: Path) 
     assert not Path(planned.output).exists()
 
 
+def test_plan_says_what_a_worker_takes_of_a_gpu_and_how_many_share_it(recipe: Path) -> None:
+    assert "share one" not in run("plan", recipe, "--no-rates").stdout
+    assert "a worker; at most 4 share one" in run("plan", recipe, "--set", "run.device=cuda").stdout
+
+
 def test_a_merge_is_done_then_recognised_then_verified(recipe: Path, tmp_path: Path) -> None:
     first = run("merge", recipe)
     assert first.exit_code == 0

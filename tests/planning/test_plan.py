@@ -23,7 +23,7 @@ from ties_ray.methods.average import Average
 from ties_ray.operations import merging
 from ties_ray.outputs import PART_ALIGNMENT
 from ties_ray.planning.plan import PLAN_FORM, Plan
-from ties_ray.planning.planner import make_plan
+from ties_ray.planning.planner import believable, make_plan
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.safetensors import DTYPE_BITS
@@ -346,6 +346,16 @@ def test_the_memory_of_a_gpu_is_planned_and_says_how_many_workers_share_it() -> 
         planned("iso_c", device="cpu")  # where a CPU would hold it
     on_cpu = make_plan(recipe_for(8, "ties"), catalog)
     assert (on_cpu.gpu_memory, on_cpu.sharers) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "arithmetic", "device"), [("ties", "exact", "cpu"), ("ties", "fast", "cuda"), ("iso_c", "exact", "cuda")]
+)
+def test_a_stored_plan_keeps_a_gpu_only_where_its_bytes_need_one(method: str, arithmetic: str, device: str) -> None:
+    catalog = catalog_of([Parameter("p", (8192, 4096), "BF16", True)], 8)
+    run = {"device": "cuda", "memory": "1GiB", "arithmetic": arithmetic}
+    plan = make_plan(recipe_for(8, method, run=run), catalog)
+    assert believable(plan).recipe.run.device == device
 
 
 def test_blocks_on_a_gpu_are_powers_of_two_as_torch_pins_memory() -> None:
