@@ -109,6 +109,12 @@ def test_a_node_that_comes_late_takes_part_and_one_that_is_taken_away_leaves_its
     assert digests(trouble.parent / "out") == undisturbed
 
 
+def control_store(raylet: psutil.Process) -> psutil.Process:
+    """Return the control store of the head that a raylet belongs to."""
+    [store] = [each for each in psutil.Process(raylet.ppid()).children() if each.name() == "gcs_server"]
+    return store
+
+
 def free_ports(count: int) -> list[int]:
     """Return ports that differ: held all at once."""
     with ExitStack() as held:
@@ -267,10 +273,10 @@ def test_a_merge_that_loses_all_workers_says_so_ends_in_time_and_the_same_comman
 
 
 @pytest.mark.usefixtures("plugged")
+@pytest.mark.parametrize("loss", ["killed", "frozen"])
 def test_a_merge_that_loses_the_head_says_so_and_the_same_command_continues(
-    family: Family, undisturbed: dict[str, str], trouble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, undisturbed: dict[str, str], trouble: Path, tmp_path: Path, loss: str
 ) -> None:
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     port, head_port, other, again = free_ports(4)
     short, address = Path("/tmp") / f"ray-h{os.getpid()}", f"127.0.0.1:{port}"  # Ray's sockets want a short path
     head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}")
@@ -281,10 +287,11 @@ def test_a_merge_that_loses_the_head_says_so_and_the_same_command_continues(
         command(recipe, trouble.parent) as process,
     ):
         wait_for(trouble / "1", process, trouble.parent / "log")
-        beside = psutil.Process(raylet.ppid()).children()
-        [store] = [each for each in beside if each.name() == "gcs_server"]
-        store.kill()
+        store = control_store(raylet)
+        store.kill() if loss == "killed" else store.suspend()
         assert process.wait(58) == 5, (trouble.parent / "log").read_text()  # after 60 s Ray would end it with 1
+        with suppress(psutil.NoSuchProcess):
+            store.kill()
     record = json.loads((trouble.parent / "result.json").read_bytes())
     assert "the head of the cluster has not answered for 20 s" in json.dumps(record)
     (trouble / "release").touch()
@@ -293,6 +300,25 @@ def test_a_merge_that_loses_the_head_says_so_and_the_same_command_continues(
         assert process.wait(150) == 0, (trouble.parent / "log").read_text()
     shutil.rmtree(short, ignore_errors=True)
     assert digests(trouble.parent / "out") == undisturbed
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_head_that_has_started_anew_is_a_lost_head(family: Family, trouble: Path, tmp_path: Path) -> None:
+    port, head_port, again = free_ports(3)
+    short, address = Path("/tmp") / f"ray-a{os.getpid()}", f"127.0.0.1:{port}"
+    head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}")
+    recipe = troubled(family, trouble, "hang", run=on_ray(address=address, workers=1))
+    with ExitStack() as first:
+        first.enter_context(ray_start(tmp_path, head_port, *head))
+        with command(recipe, trouble.parent) as process:
+            wait_for(trouble / "0", process, trouble.parent / "log")
+            process.send_signal(signal.SIGSTOP)  # so it does not see how long the head is away
+            first.close()
+            with ray_start(tmp_path, again, *head):
+                process.send_signal(signal.SIGCONT)
+                assert process.wait(58) == 5, (trouble.parent / "log").read_text()
+    assert "the head of the cluster has started anew" in (trouble.parent / "result.json").read_text()
+    shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.mark.usefixtures("plugged")

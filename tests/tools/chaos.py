@@ -285,7 +285,10 @@ class Server:
         """End it."""
         if self._process:
             self._process.terminate()
-            self._process.wait(10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+            self._process.kill()
+            self._process.wait()
 
     def is_large(self) -> bool:
         """Return whether it holds more memory than it should."""

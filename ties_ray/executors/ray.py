@@ -78,8 +78,10 @@ _OUT_OF_MEMORY = re.compile(r"low on memory.*?IP: ([^,)]+).*? was ([\d.]+ ?\w+) 
 """Words of Ray's memory monitor: the node, what was in use, and what there is."""
 _MOST_PER_CORE = 4
 """The most workers for each core of this machine, where Ray is started here."""
-_HEAD_SECONDS = 2.0
+_HEAD_SECONDS = 1.0
 """Seconds between two looks at the head of the cluster."""
+_HEAD_DOUBT = 3.0
+"""Seconds without an answer of the head after which nothing is asked of it that would wait."""
 _HEAD_SILENCE = 20.0
 """Seconds without an answer of the head after which a merge ends. Ray ends this process after 60 s, without a word."""
 _GRACE = 30.0
@@ -297,6 +299,7 @@ class RayExecutor(Executor):
 
     def stop(self) -> None:
         """Kill the actors; leave the cluster if we joined it, end it if we started it."""
+        self._head.stop()
         if ray.is_initialized() and not self._head.is_silent:  # Ray would wait for the head
             for actor in self._actors:
                 ray.kill(actor, no_restart=True)
@@ -403,6 +406,7 @@ class RayExecutor(Executor):
 
     def _begin_all(self) -> list[_Begun]:
         """Start workers; return the reports of those that are there soon. The others come when they have a place."""
+        self._head.stop()
         self._head = _Head(_address_of_head())
         room, asked = _room(self._needs), self._needs.num_workers
         count = asked or max(1, room)
@@ -515,36 +519,60 @@ def _address_of_head() -> str:
     return "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
 
 
+def _cluster_at(address: str) -> str:
+    """Return the id of the cluster whose control store answers at a place; empty where Ray does not tell it.
+
+    Not by this process's own connection to Ray: that one aborts the process where another cluster answers.
+    """
+    try:
+        from ray._raylet import GcsClient
+
+        return str(GcsClient(address=address).cluster_id.hex())
+    except (ImportError, TypeError, AttributeError):  # another version of Ray
+        return ""
+
+
 class _Head:
-    """Asks whether the head of the cluster answers."""
+    """Asks the head of the cluster, again and again, whether it answers, and whether it is the same one."""
 
     def __init__(self, address: str) -> None:
         """address: of the cluster's control store; empty where it is not asked."""
         host, _, port = address.rpartition(":")
-        self._place = (host.strip("[]"), int(port)) if port.isdigit() else None
-        self._next = 0.0
-        self._silent_since = math.inf
+        self._address, self._place = address, (host.strip("[]"), int(port) if port.isdigit() else 0)
+        self._unanswered_since = math.inf
+        """When the first question was asked that is without an answer."""
+        self._reason = ""
+        self._stopped = threading.Event()
+        if self._place[1]:
+            self._cluster = _cluster_at(address)
+            threading.Thread(target=self._watch, name="head", daemon=True).start()
 
     @property
     def is_silent(self) -> bool:
-        """Return whether the head left the last question without an answer."""
-        return self._silent_since < math.inf
+        """Return whether the head leaves a question without an answer, or is lost."""
+        return time.monotonic() - self._unanswered_since > _HEAD_DOUBT
 
     def demand(self) -> None:
-        """Raise `UnavailableError` where the head has not answered for a while."""
-        now = time.monotonic()
-        if self._place is None or now < self._next:
-            return
-        self._next = now + _HEAD_SECONDS
-        try:
-            socket.create_connection(self._place, timeout=1).close()
-            self._silent_since = math.inf
-        except OSError as error:
-            self._silent_since = min(self._silent_since, now)
-            if now - self._silent_since >= _HEAD_SILENCE:
-                message = f"the head of the cluster has not answered for {_HEAD_SILENCE:g} s ({error})"
-                remedy = "run the same command once the cluster is back: finished shards are kept"
-                raise UnavailableError(Problem("Ray at {}:{}".format(*self._place), message, remedy)) from error
+        """Raise `UnavailableError` where the head has not answered for a while, or has started anew."""
+        if time.monotonic() - self._unanswered_since >= _HEAD_SILENCE:
+            reason = self._reason or f"the head of the cluster has not answered for {_HEAD_SILENCE:g} s"
+            remedy = "run the same command once the cluster is back: finished shards are kept"
+            raise UnavailableError(Problem(f"Ray at {self._address}", reason, remedy))
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_HEAD_SECONDS):
+            self._unanswered_since = min(self._unanswered_since, time.monotonic())
+            with suppress(OSError, RayError):
+                socket.create_connection(self._place, timeout=1).close()  # Ray tries a closed port for long
+                if _cluster_at(self._address) != self._cluster:
+                    self._reason = "the head of the cluster has started anew, and its workers are lost"
+                    self._unanswered_since = -math.inf
+                    return
+                self._unanswered_since = math.inf
 
 
 def _refusal(plain: _Plain) -> Refusal:

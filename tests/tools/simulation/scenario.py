@@ -19,11 +19,12 @@ from tests.tools.simulation.executor import Simulated
 from tests.tools.simulation.s3 import Client, Dialect, Network, Server
 from tests.tools.simulation.weather import Calm, Rough
 from tests.tools.simulation.world import Endless, World
-from ties_ray import plugins
+from ties_ray import plugins, runtime
 from ties_ray.errors import MergeError
 from ties_ray.layout.sizes import SIZES
 from ties_ray.libraries.loaders import CARD_NAME, RESULT_NAME
 from ties_ray.operations import merging
+from ties_ray.planning.plan import Plan
 from ties_ray.recipe.parse import validate
 from ties_ray.recipe.recipe import Recipe
 from ties_ray.state import lease
@@ -86,6 +87,8 @@ class Case:
     """When the same command is started once more, in seconds."""
     changes: float | None = None
     """When a model changes, in seconds; not before the plan is made."""
+    plans: bool = True
+    """Whether each command reads the inputs and makes its plan. Else it begins with the plan of an undisturbed one."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,13 @@ def recipe_of(case: Case) -> Recipe:
 
 
 @cache
-def reference(case: Case) -> dict[str, bytes]:
-    """Return what an undisturbed merge leaves in the output, without its manifest."""
+def reference(case: Case) -> tuple[dict[str, bytes], Plan]:
+    """Return what an undisturbed merge leaves in the output, without its manifest, and its plan."""
     seed = Seed(0, case, Calm)
     outcome = seed.run()
     assert not outcome.problems, outcome
-    return {key: each.data for key, each in seed.server.objects.items() if _is_visible(key)}
+    assert seed.plan
+    return {key: each.data for key, each in seed.server.objects.items() if _is_visible(key)}, seed.plan
 
 
 def _is_visible(key: str) -> bool:
@@ -164,8 +168,9 @@ def drawn(world: World) -> Case:
             lag=draw.choice((0.0, 0.0, 3.0)),
             conditional=is_aws or draw.random() < 0.8,
         ),
-        second=draw.uniform(0, draw.choice((5.0, 60.0))) if draw.random() < 0.5 else None,
+        second=draw.uniform(0, draw.choice((0.1, 5.0, 60.0))) if draw.random() < 0.5 else None,
         changes=draw.uniform(0, 5.0) if draw.random() < 0.05 else None,
+        plans=draw.random() < 0.25,  # planning takes half of the CPU of a seed
     )
 
 
@@ -194,9 +199,12 @@ class Seed:
         self._network = Network(self._world, self.server, self._weather.fate)
         self._network.listen = self._overhear
         self._world.strike = self._weather.strike
-        self._wanted = (
-            {} if weather is Calm else reference(replace(self._case, dialect=PLAIN, second=None, changes=None))
-        )
+        self._wanted: dict[str, bytes] = {}
+        self.plan: Plan | None = None
+        """What is merged, once it is planned."""
+        if weather is not Calm:
+            undisturbed = replace(self._case, dialect=PLAIN, second=None, changes=None, plans=True)
+            self._wanted, self.plan = reference(undisturbed)
         self._runs = 0
         self._to_come = 0
         self._has_changed = False
@@ -289,7 +297,9 @@ class Seed:
     def _drive(self) -> int:
         """Return the exit code of the command."""
         try:
-            merging.merge(self._recipe, sizes=TINY)
+            if self._case.plans or self._has_changed or not self.plan:
+                self.plan = merging.plan(self._recipe, TINY)
+            merging.carry_out(self.plan, started=runtime.monotonic(), fresh=False, watch=lambda _: None)
         except MergeError as error:
             self._world.note(f"error {error.exit_code}: {error}")
             if error.exit_code not in ALLOWED and not (error.exit_code == CHANGED and self._has_changed):

@@ -32,8 +32,9 @@ class Endless(Exception):
 class Process:
     """A process: threads that are killed and frozen together."""
 
-    def __init__(self, name: str, number: int) -> None:
-        self.name, self.number = name, number
+    def __init__(self, name: str, number: int, ahead: float = 0.0, rate: float = 1.0) -> None:
+        """ahead: seconds by which its clock is ahead of the world's. rate: its seconds in one of the world's."""
+        self.name, self.number, self.ahead, self.rate = name, number, ahead, rate
         self.alive = True
         self.threads: list[Thread] = []
         self.stopped: list[tuple[Thread, bool]] | None = None
@@ -118,7 +119,8 @@ class World:
 
     def start(self, name: str, target: Callable[[], None]) -> Process:
         """Start a process whose main thread is `target`. It ends when that returns."""
-        process = Process(name, len(self._processes))
+        ahead, rate = self.draw.choice((0.0, -3600.0, 3600.0)), self.draw.choice((1.0, 1.0, 0.9, 1.1))
+        process = Process(name, len(self._processes), ahead, rate)
         self._processes.append(process)
         self.strike(process)
 
@@ -185,7 +187,7 @@ class World:
         thread.waits += 1
         thread.is_waiting = True
         if seconds is not None:
-            self.at(seconds, lambda number=thread.waits: self._late(thread, number))  # type: ignore[misc]
+            self.at(seconds / thread.process.rate, lambda number=thread.waits: self._late(thread, number))  # type: ignore[misc]
         outcome: bool = self._hub.switch()
         if not thread.process.alive:
             raise Killed
@@ -207,8 +209,8 @@ class World:
     def installed(self) -> Iterator[None]:
         """Give `ties_ray.runtime` the clock, randomness and threads of this world."""
         mine: dict[str, Any] = {
-            "monotonic": lambda: self.now,
-            "time": lambda: 1.7e9 + self.now,
+            "monotonic": lambda: self.clock,
+            "time": lambda: 1.7e9 + self.clock,
             "sleep": self.sleep,
             "uniform": self.draw.uniform,
             "token_hex": lambda count: f"{self.draw.getrandbits(8 * count):0{2 * count}x}",
@@ -232,6 +234,11 @@ class World:
         """Return the process whose thread runs."""
         assert self.current is not None
         return self.current.process
+
+    @property
+    def clock(self) -> float:
+        """Return the time by the clock of the process whose thread runs."""
+        return self.process.ahead + self.now * self.process.rate
 
     def sleep(self, seconds: float) -> None:
         """Wait for so many seconds."""
