@@ -525,7 +525,7 @@ def _cluster_at(address: str) -> str:
     Not by this process's own connection to Ray: that one aborts the process where another cluster answers.
     """
     try:
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         return str(GcsClient(address=address).cluster_id.hex())
     except (ImportError, TypeError, AttributeError):  # another version of Ray
