@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from tests.tools.families import CONFIG, file_bytes
-from ties_ray.formats import Aside, Contents, Format, Rules
+from ties_ray.formats import Account, Aside, Contents, Format, Rules
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.libraries.library import TRANSFORMERS
 from ties_ray.safetensors import MERGEABLE
@@ -108,6 +108,18 @@ def test_an_aligned_slice_is_not_copied() -> None:
     buffer = torch.arange(8, dtype=torch.uint8)
     assert Checkpoint().encoded(source, 0, 4, [buffer]).data.data_ptr() == buffer.data_ptr()
     assert Checkpoint().encoded(source, 0, 0, ()).data.dtype == torch.bfloat16
+
+
+def test_kernels_get_aligned_numbers() -> None:
+    source = Source((TensorRef(0, 4096, "F32", (2,)),))
+    for offset in range(4):
+        buffer = torch.frombuffer(bytearray(16), dtype=torch.uint8, offset=offset)[:8]
+        assert Checkpoint().encoded(source, 0, 2, [buffer]).data.data_ptr() % 4 == 0
+
+
+def test_the_account_of_a_base_tells_what_is_merged_copied_and_tied() -> None:
+    head = {"lm_head.weight": BASE["model.embed_tokens.weight"]}
+    assert read(files_of({**BASE, **head}, TIED)).account == Account(stored=21, merged=10, equal=3, tied=8)
 
 
 def test_the_base_gives_every_tensor_in_the_order_of_files_and_offsets() -> None:
