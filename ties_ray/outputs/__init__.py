@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from ties_ray import plugins
 from ties_ray.errors import Problem
@@ -29,12 +30,25 @@ PART_ALIGNMENT = 4096
 DEFAULT_PART = 64 * 2**20
 MIN_PART = 5 * 2**20
 """Smallest part that S3 accepts (but the last)."""
+MAX_SIZE_LETTERS = 100
+"""Letters of a size in a recipe at most."""
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that a recipe may ask for, with their names in safetensors."""
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Short names of dtypes, which a recipe may use too."""
 CHAT_TEMPLATE = "chat_template"
 """The fact that holds the chat template which most inputs have."""
+
+
+def _short(value: object) -> object:
+    """Refuse a text that no size needs: pydantic, but the newest, fails on a number that no float holds."""
+    if isinstance(value, str) and len(value) > MAX_SIZE_LETTERS:
+        raise PydanticCustomError("byte_size", "could not parse value and unit from byte string")
+    return value
+
+
+Size = Annotated[ByteSize, BeforeValidator(_short)]
+"""A number of bytes of a recipe, as 512MiB."""
 
 
 def _part_size(value: ByteSize | None) -> ByteSize | None:
@@ -45,7 +59,7 @@ def _part_size(value: ByteSize | None) -> ByteSize | None:
     return value
 
 
-PartSize = Annotated[ByteSize | None, AfterValidator(_part_size)]
+PartSize = Annotated[Size | None, AfterValidator(_part_size)]
 
 
 class OutputTensor(NamedTuple):
@@ -129,7 +143,7 @@ class Output(BaseModel, ABC):
     kind: str
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """The dtype of the merged tensors. None: each tensor has the base's."""
-    file_size: ByteSize = Field(default=ByteSize(5_000_000_000), gt=0)
+    file_size: Size = Field(default=ByteSize(5_000_000_000), gt=0)
     """Largest weight file (a larger tensor gets a file of its own)."""
     part_size: PartSize = None
     """The size of an upload part, which changes no byte of the result. None: 64MiB, less for a small output."""

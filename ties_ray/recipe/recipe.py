@@ -23,7 +23,7 @@ from pydantic_core import InitErrorDetails
 from ties_ray import plugins
 from ties_ray.executors import address_problem
 from ties_ray.methods import Method
-from ties_ray.outputs import CondensingOutput, Output
+from ties_ray.outputs import CondensingOutput, Output, Size
 from ties_ray.recipe.coefficients import Coefficient, Share
 from ties_ray.recipe.schedules import Schedule
 from ties_ray.recipe.vocabulary import Vocabulary
@@ -268,15 +268,15 @@ class Run(Strict):
     """
     arithmetic: Literal["exact", "fast"] = "exact"
     """`fast`: tensor cores multiply the factors of adapters. The last bits of the result differ. Needs device cuda."""
-    memory: ByteSize = Field(default=ByteSize(512 * 2**20), ge=128 * 2**20)
+    memory: Size = Field(default=ByteSize(512 * 2**20), ge=128 * 2**20)
     """Bytes that a worker may use beyond its imports."""
     deadline: FiniteFloat = Field(default=300.0, gt=0)
     """Seconds that a merge waits for a first worker, and later without one. Other workers may come at any time."""
     patience: FiniteFloat = Field(default=1800.0, gt=0)
     """Seconds in which a worker must finish a shard. A slower worker is replaced."""
-    cache: ByteSize = Field(default=ByteSize(64 * 2**20), ge=0)
+    cache: Size = Field(default=ByteSize(64 * 2**20), ge=0)
     """Bytes of memory, beside `memory`, in which a worker keeps inputs that it reads again. Factors come first."""
-    disk_cache: ByteSize = Field(default=ByteSize(16 * 2**30), ge=0)
+    disk_cache: Size = Field(default=ByteSize(16 * 2**30), ge=0)
     """Bytes of disk that a worker may use to cache inputs that exceed `cache`; a tenth of the disk stays free.
 
     The file has no name and disappears with the worker. Inputs in local files are not cached.
