@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from tests.tools.families import CONFIG, file_bytes
 from tests.tools.sharded import Cuts, write_sharded
@@ -87,6 +86,8 @@ def read(files: Mapping[str, bytes], base: dict[str, Parameter] | None = None, s
 
 def test_torchs_own_reader_sees_the_same_shapes(tmp_path: Path) -> None:
     contents = read(files_of(tmp_path))
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
     seen = HuggingFaceStorageReader(str(tmp_path)).read_metadata().state_dict_metadata
     shapes = {name: Dcp().shape(source) for name, source in contents.sources.items()}
     assert {name: tuple(each.size) for name, each in seen.items()} == shapes  # type: ignore[union-attr]

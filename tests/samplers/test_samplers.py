@@ -103,6 +103,7 @@ def test_cma_es_finds_the_best_point_and_begins_again_once_it_has_converged() ->
     assert "space has one" in problem.what
 
 
+@pytest.mark.filterwarnings("ignore:Argument ``constant_liar``")
 def test_optuna_asks_what_its_library_asks() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     library = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5, constant_liar=True))

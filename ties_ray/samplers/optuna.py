@@ -1,5 +1,6 @@
 """Tree-structured Parzen estimators (Bergstra et al. 2011), by the library Optuna."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -34,7 +35,8 @@ class _OptunaDraw(Draw):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=batch > 1)
+        with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=batch > 1)
         self._failed = optuna.trial.TrialState.FAIL
         self._study = optuna.create_study(sampler=sampler)
         self._batch = batch
