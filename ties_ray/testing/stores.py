@@ -34,6 +34,7 @@ class StoreContract:
         pin = store.put(uri, b"hello world")
         assert store.meter.bytes_written - before.bytes_written == 11
         assert store.get(uri, 100) == (pin, b"hello world")
+        assert store.get_pinned(pin) == b"hello world"
         assert (pin.uri, pin.size) == (uri, 11)
         assert pin.etag
 
