@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from pydantic import ValidationError
 
 from tests.planning.test_plan import catalog_of, recipe_for
 from tests.tools.adapters import make_pool
@@ -115,6 +116,9 @@ def test_what_is_read_twice_is_merged_twice(tmp_path: Path) -> None:
         changed, 2 * changed,
     ]  # fmt: skip
     assert work_of(once, workers=1)[-1].dense == 0
+    quick = predict(once, QUICK, 1)
+    assert quick
+    assert quick.seconds < 1e-6  # rates that nobody has measured take no time
 
 
 def test_a_round_takes_its_slowest_stage_the_first_slices_and_the_last_part() -> None:
@@ -133,9 +137,10 @@ def test_a_round_takes_its_slowest_stage_the_first_slices_and_the_last_part() ->
     )
 
 
+@pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("bound", ["read", "merge", "write"])
-def test_the_slowest_of_reading_merging_and_writing_sets_the_pace(bound: str) -> None:
-    plan = plan_of()
+def test_the_slowest_of_reading_merging_and_writing_sets_the_pace(bound: str, local: bool) -> None:
+    plan = plan_of(local=local)
     rates = {
         "read": with_ns(QUICK, plan, 0.001).model_copy(update={"read": 1e9}),
         "merge": with_ns(QUICK, plan, 2.0),
@@ -261,6 +266,18 @@ def test_records_that_a_counting_round_writes_say_nothing_of_writing_weights() -
     few = Progressed(2, 10**9, 1000, seconds=2.0, waited=0.0)
     assert observed(plan, 0, few).write == observed(plan, 0, few).read == 5e8
     assert observed(plan, 2, few._replace(bytes_written=10**7)).write == 5e6
+
+
+def test_shards_that_have_read_nothing_show_a_slow_worker_and_no_defect() -> None:
+    plan = plan_of()
+    rates = observed(plan, 0, Progressed(1, 0, 0, seconds=10.0))
+    assert rates.read == 1 / 10
+    assert predict(plan, rates, 1)
+
+
+def test_a_rate_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ValidationError, match="reads"):
+        Rates.model_validate({**QUICK.model_dump(), "reads": 1.0})
 
 
 def test_time_spent_waiting_is_not_the_kernels() -> None:
