@@ -356,7 +356,8 @@ def test_nothing_in_production_unpickles_or_evaluates() -> None:
     assert len(sources) > 30
     assert set(_used(ast.parse("import numpy as np, pickle\nnp.load(1)"))) & UNSAFE == {"pickle", "np.load"}
     found = {path.name: set(_used(ast.parse(path.read_bytes()))) & UNSAFE for path in sources}
-    assert {name: used for name, used in found.items() if used} == {}
+    own = {"compiling.py": {"pickle"}}  # kernels that this user has compiled; tests/kernels/test_code_folders.py
+    assert {name: used for name, used in found.items() if used} == own
 
 
 # -- recipes and tables
