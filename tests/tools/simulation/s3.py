@@ -212,8 +212,8 @@ class Server:
 
     def _list_multipart_uploads(self, Prefix: str, **_: Any) -> dict[str, Any]:
         seen = self.world.now - self.world.draw.uniform(0, self.dialect.lag)
-        self.looked = self.world.now, seen
         return {
+            "looked": (self.world.now, seen),
             "Uploads": [
                 {"Key": upload.key, "UploadId": name}
                 for name, upload in self.uploads.items()
@@ -362,6 +362,7 @@ class Network:
         answer: dict[str, Any] = outcome
         if "UploadId" in answer:
             self.server.uploads[answer["UploadId"]].is_known = True
+        self.server.looked = answer.pop("looked", self.server.looked)
         if "data" in answer:
             answer["Body"] = _Body(answer.pop("data"), answer["ContentLength"])
         return answer

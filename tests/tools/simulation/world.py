@@ -119,7 +119,7 @@ class World:
 
     def start(self, name: str, target: Callable[[], None]) -> Process:
         """Start a process whose main thread is `target`. It ends when that returns."""
-        ahead, rate = self.draw.choice((0.0, -3600.0, 3600.0)), self.draw.choice((1.0, 1.0, 0.9, 1.1))
+        ahead, rate = self.draw.choice((0.0, 600.0, 3600.0)), self.draw.choice((1.0, 1.0, 0.9, 1.1))
         process = Process(name, len(self._processes), ahead, rate)
         self._processes.append(process)
         self.strike(process)
