@@ -110,8 +110,8 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt | $(UV)
 	$(UV) pip install --quiet --python $(LOWEST) --constraint constraints-lowest.txt --editable '.[dev,hf,parquet,pandas,optuna,report,evaluate]'
 	touch $@
 
-# PEFT writes some variants of these tests from 0.21 on, and warns of a missing config before; a later transformers than 5.1
-# refuses a folder without a tokenizer; clients of huggingface_hub 1 leave their sockets to the collector
+# PEFT writes some variants of these tests from 0.21 on, and 0.18 warns of a missing config; transformers 5.0 and 5.1 accept
+# a folder without a tokenizer; clients of huggingface_hub 1 leave their sockets to the collector
 OLDER := --deselect tests/formats/test_lora.py::test_what_peft_wrote_is_read_as_the_change_that_peft_merges \
 	--deselect tests/operations/test_subjects.py::test_an_adapter_is_scored_on_its_base \
 	--deselect tests/evaluations/test_models.py::test_a_missing_tokenizer_and_an_unknown_device_are_refused \
