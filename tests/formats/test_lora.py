@@ -481,6 +481,14 @@ def test_facts_show_the_range_of_ranks_and_scales() -> None:
     assert (facts["rank"], facts["scale"]) == ("2..3", "0.5..2")
 
 
+def test_a_config_that_names_neither_rank_nor_alpha_has_those_of_peft() -> None:
+    files = adapter_files({"model.a.q_proj": module(6, 4, rank=8)})
+    own = peft.LoraConfig()
+    bare = json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}).encode()
+    facts = good({**files, "adapter_config.json": bare}).facts
+    assert (facts["rank"], facts["scale"]) == (str(own.r), f"{own.lora_alpha / own.r:g}")
+
+
 # -- reading
 
 
@@ -582,6 +590,8 @@ REFUSED: list[tuple[str, Files, str]] = [
     ("config_value", configured(r="8"), "r: '8'"),
     ("config_value", configured(r=0), "r: 0"),
     ("config_value", configured(r=True), "r: True"),
+    ("config_value", configured(r=2**31), "r: 2147483648"),
+    ("config_value", configured(lora_alpha=2**31), "lora_alpha: 2147483648"),
     ("config_value", configured(lora_alpha=None), "lora_alpha: None"),
     ("config_value", configured(lora_alpha=float("nan")), "lora_alpha: nan"),
     ("config_value", configured(lora_alpha=float("inf")), "lora_alpha: inf"),
