@@ -384,6 +384,7 @@ def test_rows_of_a_module_that_the_base_stores_in_parts_go_to_each() -> None:
     found = good(files, base, Rules(kinds=("minimax_m3_vl",)))
     assert found.sources.keys() == base.keys()
     for name, rows in (("h.mlp.gate_proj.weight", b[:3]), ("h.mlp.up_proj.weight", b[3:])):
+        assert found.sources[name].tensors[1].shape == rows.shape
         torch.testing.assert_close(change(files, found, name, torch.zeros(3, 4)), 2 * rows @ a)
 
 
@@ -399,12 +400,31 @@ def test_saved_modules_and_biases_are_dense_and_only_where_the_recipe_allows_the
     assert "allow: {saved_modules: merge}" in problem.remedy
     assert "model.norm" in problem.what
     found = good(files, rules=SAVED)
+    assert found.facts["variants"] == "saved_modules"
     names = {"model.norm.weight", "model.embed_tokens.weight", "model.a.q_proj.bias"}
     assert {name for name, source in found.sources.items() if Lora().needs(source) == "slice"} == names
     assert torch.equal(
         change(files, found, "model.norm.weight", torch.ones(4)),
         extra[f"{PREFIX}model.norm.modules_to_save.default.weight"] - 1,
     )
+
+
+def test_a_head_that_the_base_lacks_is_told_and_what_the_base_has_is_merged() -> None:
+    extra = {f"{PREFIX}score.weight": normal(2, 4), f"{PREFIX}model.norm.weight": normal(4)}
+    found = good(adapter_files(MODULES, extra=extra, config={"modules_to_save": ["score", "norm"]}),
+                 rules=SAVED._replace(heads=True))  # fmt: skip
+    assert found.heads.keys() == {"score.weight"}
+    assert "model.norm.weight" in found.sources
+    assert found.facts["modules_to_save"] == "score, norm"
+
+
+def test_a_tied_parameter_gets_a_change_of_its_own_and_a_note() -> None:
+    ties = (Tie("lm_head.weight", "model.embed_tokens.weight"),)
+    files = only("lm_head", normal(2, 4), normal(9, 2))
+    found = good(files, rules=Rules(tied=ties))
+    assert found.untied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "model.embed_tokens.weight and lm_head.weight, which the base ties" in found.notes[0]
+    assert good(files, None, Rules(tied=ties)).untied == {}
 
 
 def test_the_remedy_for_a_head_names_it_and_leaves_it_out_with_a_note() -> None:
@@ -456,6 +476,17 @@ def test_what_the_recipe_excludes_is_left_out_whatever_it_holds() -> None:
     assert found.sources.keys() == {"model.a.q_proj.weight"}
 
 
+def test_a_module_is_left_out_with_a_note_where_all_of_it_is_excluded() -> None:
+    found = good(PLAIN, rules=Rules(exclude=("model.b.q_proj.weight",)))
+    assert found.facts["modules"] == "1"
+    assert "model.b.q_proj" in found.notes[0]
+    extra = {f"{PREFIX}{Q}.lora_B.bias": normal(6)}
+    of_bias = good(adapter_files(MODULES, extra=extra, config={"lora_bias": True}),
+                   rules=Rules(exclude=(f"{Q}.weight",)))  # fmt: skip
+    assert of_bias.sources.keys() == {f"{Q}.bias", "model.b.q_proj.weight"}
+    assert of_bias.notes == ()
+
+
 def test_without_a_base_names_and_shapes_are_the_adapters_own() -> None:
     modules = {**MODULES, "model.embed_tokens": module(4, 9)}
     found = good(adapter_files(modules), None, Rules(exclude=("model.b.*",)))
@@ -476,9 +507,13 @@ def test_facts_of_a_hostile_config_can_be_printed_and_stored() -> None:
 
 
 def test_facts_show_the_range_of_ranks_and_scales() -> None:
-    modules = {"model.a.q_proj": module(6, 4, 2, 4), "model.b.q_proj": module(3, 4, 3, 1.5)}
+    modules = {
+        "model.a.q_proj": module(6, 4, 2, 4),
+        "model.b.q_proj": module(3, 4, 4, 2),
+        "model.square": module(4, 4, 3),
+    }
     facts = good(adapter_files(modules, config={"use_rslora": False})).facts
-    assert (facts["rank"], facts["scale"]) == ("2..3", "0.5..2")
+    assert (facts["rank"], facts["scale"]) == ("2..4", "0.5..2")
 
 
 def test_a_config_that_names_neither_rank_nor_alpha_has_those_of_peft() -> None:
@@ -561,6 +596,10 @@ def test_factors_of_all_experts_are_the_changes_of_single_ones() -> None:
                     for e in range(experts) for name, shape in shapes_of.items()})  # fmt: skip
     found = good(files, base, Rules(kinds=("Qwen3MoeForCausalLM", "qwen3_moe")))
     assert found.account.all_merged
+    told = {name: found.facts[name] for name in ("rank", "modules", "targets", "variants")}
+    assert told == {"rank": "2", "modules": "2", "targets": "base_layer, experts", "variants": "experts"}
+    lacking = {name: parameter for name, parameter in base.items() if "down_proj" not in name}
+    assert codes(read(files, lacking, Rules(kinds=("Qwen3MoeForCausalLM", "qwen3_moe")))) == ["target_parameters"]
     for e in range(experts):
         whole = {}
         for name, (a, b, alpha) in zip(("gate_up_proj", "down_proj"), factors.values(), strict=True):
