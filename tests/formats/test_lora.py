@@ -3,6 +3,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -459,6 +460,26 @@ def test_the_remedy_for_a_resized_vocabulary_keeps_the_factors(rules: Rules) -> 
 def test_a_whole_tensor_beside_factors_of_the_same_module_is_one_change_too_many() -> None:
     found = read(beside(f"{Q}.weight", normal(6, 4)), rules=SAVED)
     assert codes(found) == ["duplicate"]
+
+
+def test_of_another_kind_of_adapter_nothing_else_is_told() -> None:
+    files = {**PLAIN, "adapter_config.json": json.dumps({"peft_type": "IA3"}).encode()}
+    ia3 = file_bytes({f"{PREFIX}{Q}.ia3_l": normal(6, 1)})
+    assert codes(read({**files, "adapter_model.safetensors": ia3})) == ["peft_type"]
+
+
+def test_adapters_that_lie_in_an_adapter_are_named() -> None:
+    folder = replace(folder_of(Lora(), PLAIN), nested=("checkpoint-1", "checkpoint-2"))
+    (note,) = Lora().read(folder, BASE, Rules()).notes
+    assert note.endswith("each to be named by its own path: checkpoint-1, checkpoint-2")
+
+
+def test_a_slice_without_elements_has_none() -> None:
+    extra = {f"{PREFIX}{Q}.lora_B.bias": normal(6), f"{PREFIX}model.norm.weight": normal(4)}
+    found = good(adapter_files(MODULES, extra=extra, config={"lora_bias": True}), rules=SAVED)
+    for name in ("model.norm.weight", f"{Q}.bias", f"{Q}.weight"):
+        stored = Lora().encoded(found.sources[name], 0, 0, [])
+        assert (stored.left if isinstance(stored, Factors) else stored.data).numel() == 0
 
 
 def test_a_dense_read_is_not_kept_for_other_slices() -> None:
