@@ -3,17 +3,20 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.tools.families import CONFIG, file_bytes
 from tests.tools.sharded import Cuts, write_sharded
 from ties_ray.formats import Aside, Contents, Format, Rules
-from ties_ray.formats.dcp import OF_TRAINING, Dcp
-from ties_ray.safetensors import MERGEABLE
+from ties_ray.formats.dcp import OF_TRAINING, Dcp, Part, _Layout
+from ties_ray.safetensors import MERGEABLE, TensorInfo
 from ties_ray.tensors import Parameter
 from ties_ray.testing import FormatContract, folder_of
 
@@ -126,6 +129,58 @@ def test_parts_that_cannot_be_put_together_are_refused_by_name(
 ) -> None:
     problems = read(files_of(tmp_path, tensors, cuts)).problems
     assert [problem.what for problem in problems] == [f"model.a is {message}"]
+
+
+@st.composite
+def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[Part], list[torch.Tensor]]:
+    """Return a tensor, its parts (bands of rows, in each parts side by side), and what the file of each part holds."""
+    heights = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    widths = [draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)) for _ in heights]
+    columns = max(map(sum, widths))
+    tensor = torch.arange(sum(heights) * columns * 2, dtype=torch.int16).view(sum(heights), columns, 2).half()
+    parts, files = [], []
+    for row, (height, across) in zip(accumulate([0, *heights[:-1]]), zip(heights, widths, strict=True), strict=True):
+        across[-1] += columns - sum(across)
+        for column, width in zip(accumulate([0, *across[:-1]]), across, strict=True):
+            files.append(tensor[row : row + height, column : column + width].reshape(-1))
+            info = TensorInfo("F16", (height, width, 2), 6, 6 + 2 * len(files[-1]))
+            parts.append(Part(len(parts), (row, column, 0), info))
+    return tensor, parts, files
+
+
+@given(cut_tensors(), st.data())
+def test_any_piece_of_any_cut_is_the_tensors_own(
+    cut: tuple[torch.Tensor, list[Part], list[torch.Tensor]], data: st.DataObject
+) -> None:
+    """A piece is made of whole rows where parts lie side by side, else of any elements."""
+    tensor, parts, files = cut
+    layout = _Layout()
+    assert layout.add("another", [Part(9, (0, 0, 0), TensorInfo("F16", (1, 1, 2), 0, 4))]) == ""
+    assert layout.add("cut", list(reversed(parts))) == ""
+    whole = layout.tensors["cut"]
+    unit = tensor[0].numel() if any(part.offsets[1] for part in parts) else 1
+    low = data.draw(st.integers(0, tensor.numel() // unit - 1)) * unit
+    high = data.draw(st.integers(low // unit + 1, tensor.numel() // unit)) * unit
+    shape = (high - low,) if unit == 1 else ((high - low) // unit, *tensor.shape[1:])
+    source = layout.source((whole._replace(start=whole.start + 2 * low, shape=shape),))
+    assert source
+    assert Dcp().shape(source) == shape
+    elements = tensor.reshape(-1)[low:high]
+    start = data.draw(st.integers(0, len(elements) - 1))
+    stop = data.draw(st.integers(start + 1, len(elements)))
+    reads = Dcp().reads(source, start, stop)
+    buffers = [files[read.object].view(torch.uint8)[read.start - 6 : read.stop - 6] for read in reads]
+    assert torch.equal(Dcp().encoded(source, start, stop, buffers).data, elements[start:stop])
+
+
+def test_rows_that_a_cut_divides_have_no_source() -> None:
+    parts = [Part(at, (0, at), TensorInfo("F16", (2, 1), 0, 4)) for at in range(2)]
+    layout = _Layout()
+    assert layout.add("cut", parts) == ""
+    whole = layout.tensors["cut"]
+    assert layout.source((whole._replace(start=whole.start + 2, shape=(2,)),)) is None  # begins inside a row
+    assert layout.source((whole._replace(shape=(1,)),)) is None  # ends inside one
+    assert layout.source((whole._replace(shape=(1, 2)),))
 
 
 @pytest.mark.parametrize("lost", range(1, 6))

@@ -222,7 +222,7 @@ class _Layout:
     def source(self, refs: Sequence[TensorRef]) -> Source | None:
         """Return the source of elements that lie end to end at these places; None where a cut divides rows of parts."""
         made: list[TensorRef] = []
-        widths, sides = set[int](), False
+        widths, sides, flat = set[int](), False, False
         for ref in refs:
             if 0 in ref.shape:
                 continue
@@ -231,10 +231,12 @@ class _Layout:
             width, own = math.prod(whole.shape[1:]), list(_cut(whole, parts, first, math.prod(ref.shape)))
             if not own:
                 return None
-            sides |= any(math.prod(part.shape[1:]) != width for part in own)
+            if any(math.prod(part.shape[1:]) != width for part in own):
+                beside = _has_sides(whole, parts)
+                sides, flat = sides or beside, flat or not beside
             widths.add(width)
             made += own
-        if sides and len(widths) > 1:
+        if sides and (flat or len(widths) > 1):
             return None
         if not made:
             return Source((refs[0]._replace(start=0),))
@@ -248,25 +250,34 @@ class _Layout:
 
 
 def _cut(whole: TensorRef, parts: Sequence[TensorRef], first: int, numel: int) -> Iterator[TensorRef]:
-    """Yield the parts of `numel` elements from `first` on; nothing where they begin or end inside rows of parts."""
+    """Yield the parts of `numel` elements from `first` on, in rows where they are whole rows.
+
+    Nothing where they begin or end inside rows of parts.
+    """
     if numel == math.prod(whole.shape):
         yield from parts
         return
     width, size = math.prod(whole.shape[1:]), DTYPE_BITS[whole.dtype] // 8
-    sides = any(math.prod(part.shape[1:]) != width for part in parts)
+    sides = _has_sides(whole, parts)
     if sides and (first % width or numel % width):
         return
-    filled = 0
+    begin = across = 0  # the first element of the band, and the elements of a row in its parts so far
     for part in parts:
         own = math.prod(part.shape[1:])
-        begin = filled // width * width
-        filled += math.prod(part.shape)
         low, high = max(first, begin) - begin, min(first + numel, begin + part.shape[0] * width) - begin
-        if low < high and sides:
+        if low < high and low % width == high % width == 0:
             top, bottom = low // width, high // width
             yield part._replace(start=part.start + top * own * size, shape=(bottom - top, *part.shape[1:]))
         elif low < high:
             yield part._replace(start=part.start + low * size, shape=(high - low,))
+        across += own
+        if across == width:
+            begin, across = begin + part.shape[0] * width, 0
+
+
+def _has_sides(whole: TensorRef, parts: Sequence[TensorRef]) -> bool:
+    """Return whether parts of a tensor lie side by side."""
+    return any(math.prod(part.shape[1:]) != math.prod(whole.shape[1:]) for part in parts)
 
 
 def _is_tiled(parts: Sequence[Part], sizes: tuple[int, ...]) -> bool:
