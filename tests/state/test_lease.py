@@ -207,6 +207,28 @@ def test_the_heartbeat_goes_on_after_a_lost_answer_and_while_storage_is_away(
         held.check()
 
 
+def test_the_heartbeat_goes_on_where_an_unmet_beat_is_followed_by_a_failed_look(
+    here: tuple[Stores, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[str] = []
+
+    def read(store: Memory, uri: str) -> tuple[lease.Holder, str] | None:
+        if threading.current_thread().name == "lease" and not failed:
+            failed.append(uri)
+            raise UnavailableError(Problem(uri, "is throttled", "wait"))
+        return found(store, uri)
+
+    found = lease._read
+    troubles: list[Swap] = [unmet]
+    with lease.acquire(*here, never) as held:
+        monkeypatch.setattr(lease, "_read", read)
+        monkeypatch.setattr(Memory, "swap", lambda *asked: (troubles.pop() if troubles else SWAP)(*asked))
+        wait_for(lambda: bool(failed))
+        beat = stored(here).beat
+        wait_for(lambda: stored(here).beat > beat)
+        held.check()
+
+
 def test_a_holder_that_was_fenced_writes_no_more(here: tuple[Stores, str]) -> None:
     stores, output = here
     with lease.acquire(*here, never):

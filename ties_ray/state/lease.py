@@ -93,15 +93,15 @@ class Lease:
                 )
                 try:
                     pin = self._store.swap(self._uri, _bytes(self._holder), self._etag)
+                    stored = None if pin else _read(self._store, self._uri)
                 except MergeError:
                     continue  # the storage is away: `check` tells later whether another run has taken over
-                if pin is None:
-                    stored = _read(self._store, self._uri)
-                    if stored is None or stored[0].token != self._holder.token:
-                        return
+                if pin:
+                    self._etag = pin.etag
+                elif stored and stored[0].token == self._holder.token:
                     self._etag = stored[1]
                 else:
-                    self._etag = pin.etag
+                    return
 
     def __enter__(self) -> Self:
         return self
