@@ -1,4 +1,4 @@
-"""What a worker asks of its GPU, and what its host takes for that, without a GPU.
+"""Counts what a worker asks of its GPU, and measures the CPU time of its host. It needs no GPU.
 
     OMP_NUM_THREADS=1 python -m benchmarks.gpu_proxies [--models 40] [--checkpoints 20] [--shrink 8]
 

@@ -1,4 +1,4 @@
-"""What decompositions of whole matrices take: one layer of Llama-3.1-8B's shapes, on a CPU or on a GPU.
+"""Measures decompositions of whole matrices: the shapes of one layer of Llama-3.1-8B, on a CPU or on a GPU.
 
     OMP_NUM_THREADS=1 python -m benchmarks.matrices [--device cuda] [--models 8] [--rank 64] [--shrink 8]
 

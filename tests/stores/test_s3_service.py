@@ -1,6 +1,5 @@
 """Patience with a service of S3, and what it turns out to lack."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
-from ties_ray import runtime
+from tests.stores.conftest import Clock
 from ties_ray.errors import InputError, MergeError, Problem, UnavailableError
 from ties_ray.stores import Meter, Stores, _s3_service
 from ties_ray.stores._s3_client import S3Options
@@ -17,6 +16,8 @@ from ties_ray.stores.s3 import S3
 
 URI = "s3://bucket/x"
 
+pytestmark = pytest.mark.usefixtures("s3_credentials")
+
 
 def refusal(status: int, code: str, message: str = "", **headers: str) -> ClientError:
     answer: Any = {
@@ -24,31 +25,6 @@ def refusal(status: int, code: str, message: str = "", **headers: str) -> Client
         "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": headers},
     }
     return ClientError(answer, "X")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def sleep(self, seconds: float | None) -> None:
-        self.now += seconds or 0.0
-
-
-@pytest.fixture
-def clock(s3_credentials: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Let all waits take no time, and each random number be the largest."""
-    clock = Clock()
-
-    class Turn(threading.Condition):
-        def wait(self, timeout: float | None = None) -> bool:
-            clock.sleep(timeout)
-            return False
-
-    monkeypatch.setattr(runtime, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(runtime, "sleep", clock.sleep)
-    monkeypatch.setattr(runtime, "uniform", lambda low, high: high)
-    monkeypatch.setattr(runtime, "Condition", Turn)
-    return clock
 
 
 def made(**options: Any) -> Service:

@@ -542,9 +542,10 @@ class _Head:
         self._unanswered_since = math.inf
         """When the first question was asked that is without an answer."""
         self._reason = ""
+        self._cluster: str | None = None
+        """The id of the cluster, as its first answer tells it."""
         self._stopped = threading.Event()
         if self._place[1]:
-            self._cluster = _cluster_at(address)
             threading.Thread(target=self._watch, name="head", daemon=True).start()
 
     @property
@@ -564,15 +565,17 @@ class _Head:
         self._stopped.set()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(_HEAD_SECONDS):
+        while not self._stopped.is_set():
             self._unanswered_since = min(self._unanswered_since, time.monotonic())
             with suppress(OSError, RayError):
                 socket.create_connection(self._place, timeout=1).close()  # Ray tries a closed port for long
-                if _cluster_at(self._address) != self._cluster:
+                cluster = _cluster_at(self._address)
+                if cluster != (self._cluster or cluster):
                     self._reason = "the head of the cluster has started anew, and its workers are lost"
                     self._unanswered_since = -math.inf
                     return
-                self._unanswered_since = math.inf
+                self._cluster, self._unanswered_since = cluster, math.inf
+            self._stopped.wait(_HEAD_SECONDS)
 
 
 def _refusal(plain: _Plain) -> Refusal:

@@ -1,4 +1,4 @@
-"""How a worker's memory is spent, the host's and that of its GPU, and so how large its blocks may be. Pure."""
+"""The memory of a worker, on its host and on its GPU. It sets how large the blocks may be. Pure."""
 
 from collections.abc import Collection, Iterable
 from typing import NamedTuple

@@ -362,7 +362,7 @@ class Recipe(Strict):
 
     @property
     def uses_lapack(self) -> bool:
-        """Whether LAPACK, or what a GPU has in its place, decides bytes of the result."""
+        """Whether bytes of the result depend on LAPACK, or on the library that replaces it on a GPU."""
         return self.method.uses_lapack or isinstance(self.output, CondensingOutput)
 
     @property
