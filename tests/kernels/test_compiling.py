@@ -1,4 +1,5 @@
 import importlib.util
+import resource
 from pathlib import Path
 from types import ModuleType
 
@@ -53,6 +54,21 @@ def test_code_that_others_may_have_written_is_compiled_anew(module: Path) -> Non
     for file in module.parent.glob("*.compiled"):
         file.chmod(0o666)
     assert compilations(module) == 2
+
+
+def test_a_full_disk_keeps_no_code_and_harms_nobody(module: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert compilations(module) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in module.parent.iterdir() if path.is_file()) == [
+        "__init__.py",
+        "lock",
+        "loops.py",
+    ]
+    assert [compilations(module) for _ in range(2)] == [2, 0]
 
 
 def test_a_processor_has_all_levels_below_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,14 @@ def read(name: str) -> bytes | None:
 def write(folder: Path, name: str, content: bytes) -> None:
     """Write a file at once, for its owner to change and for all to read."""
     handle, path = tempfile.mkstemp(dir=folder)
-    with open(handle, "wb") as file:
-        file.write(content)
-    os.chmod(path, 0o644)
-    os.replace(path, folder / name)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.chmod(path, 0o644)
+        os.replace(path, folder / name)
+    except OSError:
+        os.unlink(path)
+        raise
 
 
 @contextmanager

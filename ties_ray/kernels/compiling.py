@@ -10,7 +10,7 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +69,8 @@ class _Code:
     def __init__(self, function: Callable[..., Any]) -> None:
         path = Path(inspect.getfile(function))
         self._name = f"{path.stem}.{function.__name__}"
-        source = hashlib.sha256(path.read_bytes() + path.with_name("__init__.py").read_bytes()).hexdigest()
+        files = path, path.with_name("__init__.py"), Path(__file__)
+        source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         self._versions = source, sys.version_info[:2], numba.__version__, llvmlite.__version__
         self._locked = ExitStack()
         self.cache_path = str(code_folders.own())
@@ -88,8 +89,8 @@ class _Code:
         return compiler.CompileResult._rebuild(target, *pickle.loads(content))  # noqa: S301  from a trusted folder
 
     def save_overload(self, signature: Any, result: Any) -> None:
-        """Keep what was compiled."""
-        with self._locked:
+        """Keep what was compiled. Where the disk is full, it serves this process alone."""
+        with self._locked, suppress(OSError):
             name = self._file(signature, result.codegen)
             code_folders.write(code_folders.own(), name, serialize.dumps(result._reduce()))
 
