@@ -47,7 +47,7 @@ package: $(VENV)/installed  ## wheels and sdists: what they hold, and that they 
 	$(BIN)/python -m pytest -q tests/packaging
 
 slow: $(VENV)/installed  ## the code of all pages and notebooks; searches and scores; all architectures; nodes that die; pools of adapters; 200 adapters from a bucket, on Ray; sweeps, windows and pools on Ray, killed; every benchmark, small; the GPU's kernels, interpreted; the executor on Ray
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --durations=5 $(SLOW)
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=5 $(SLOW)
 
 every: $(VENV)/installed  ## each method on Ray, over checkpoints and adapters; on demand
 	$(BIN)/python -m pytest -q $(EVERY)

@@ -87,10 +87,9 @@ def test_a_node_that_comes_late_takes_part_and_one_that_is_taken_away_leaves_its
     from ray.cluster_utils import Cluster
 
     room = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20},
-    )
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    head["dashboard_port"] = None  # else Ray tries one port, and leaves a socket open where the port is taken
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         first = cluster.add_node(**room)
         result = merge_while(

@@ -330,13 +330,11 @@ def test_the_dashboards_address_in_the_environment_is_refused_for_good(tmp_path:
 def test_a_temporary_folder_too_long_for_sockets_is_gone_around(tmp_path: Path) -> None:
     scratch = tmp_path / ("slurm-" + "1" * 40) / ("tmp." + "t" * 40)
     scratch.mkdir(parents=True)
-    before = set(Path("/tmp").glob("ties-ray-*"))
+    before = set(Path("/tmp").glob("ties-ray-session-*"))
     done = driver(start("1, 2**20"), cwd=tmp_path, RAY_ADDRESS="", TMPDIR=str(scratch))
     assert (done.stdout, done.stderr) == ("[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", "")
     assert list(scratch.iterdir()) == []
-    assert {
-        path for path in set(Path("/tmp").glob("ties-ray-*")) - before if path.owner() == Path.home().owner()
-    } == set()
+    assert set(Path("/tmp").glob("ties-ray-session-*")) <= before
 
 
 def test_workers_that_rays_memory_monitor_kills_while_they_start_are_told_with_the_nodes_memory(tmp_path: Path) -> None:
@@ -398,12 +396,31 @@ def test_the_project_of_a_driver_under_uv_run_is_not_uploaded(tmp_path: Path) ->
     assert done.stdout == "{}\n[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", done.stderr
 
 
+STUMBLE = """
+    import os, sys
+    from pathlib import Path
+
+    once = Path(__file__).with_name("once")
+    if "--mode=specific-server" in sys.orig_argv and once.exists():
+        once.unlink()
+        os._exit(1)
+"""
+"""A sitecustomize for a head: the process for a client ends at once, where a file is there that says so."""
+
+
 @pytest.fixture(scope="module")
 def bare_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Return the addresses of a Ray whose Python has every package of this one but ties_ray, and by Ray Client."""
+    """Return the addresses of a Ray whose Python has every package of this one but ties_ray, and by Ray Client.
+
+    stumble: the folder of its sitecustomize.
+    """
     folder, port, client = Path("/tmp") / f"ray-{os.getpid()}", free_port(), free_port()  # sockets want a short path
     python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-    environment = os.environ | {"PYTHONPATH": site.getsitepackages()[0], "RAY_USAGE_STATS_ENABLED": "0"}
+    stumble = tmp_path_factory.mktemp("stumble")
+    (stumble / "sitecustomize.py").write_text(textwrap.dedent(STUMBLE))
+    paths = f"{stumble}:{site.getsitepackages()[0]}"
+    environment = os.environ | {"PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "12"  # seconds that the head waits for its process
     ports = [f"--{name}-port={free_port()}" for name in ("node-manager", "object-manager", "dashboard-agent-listen")]
     command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", *ports]
     command += [
@@ -423,7 +440,7 @@ def bare_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
             assert time.monotonic() < end, log.read_text()
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield {"direct": f"127.0.0.1:{port}", "client": f"ray://127.0.0.1:{client}"}
+        yield {"direct": f"127.0.0.1:{port}", "client": f"ray://127.0.0.1:{client}", "stumble": str(stumble)}
     finally:
         process.terminate()
         process.wait(30)
@@ -441,6 +458,16 @@ def test_ties_ray_is_shipped_to_a_cluster_without_it_and_uses_the_plugins(
     done = driver(code, cwd=tmp_path, TIES_RAY_PLUGINS=str(plugins))
     assert done.stdout == "[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", done.stderr
     assert done.stderr == ""
+
+
+def test_where_the_heads_process_for_a_client_ends_while_it_starts_the_connection_is_tried_again(
+    bare_cluster: dict[str, str], tmp_path: Path
+) -> None:
+    once = Path(bare_cluster["stumble"]) / "once"
+    once.touch()
+    done = driver(start(f"1, 2**20, address={bare_cluster['client']!r}"), cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("[Answered(worker=0, ticket=1, answer='1:s:hello')]\n", "")
+    assert not once.exists(), "the process did not end"
 
 
 def test_on_a_connection_of_the_callers_a_missing_ties_ray_is_refused_with_what_to_do(

@@ -352,7 +352,7 @@ class RayExecutor(Executor):
         terminated = False
         try:
             with _no_upload():
-                ray.init(**options)
+                _open_connection(options)
         except SystemExit:  # Ray raises it on SIGTERM
             terminated = True
         except Exception as error:
@@ -658,7 +658,7 @@ def _short_folder() -> str | None:
         return None
     for place in ("/tmp", "/var/tmp", "/dev/shm"):
         with suppress(OSError):
-            return tempfile.mkdtemp(prefix="ties-ray-", dir=place)
+            return tempfile.mkdtemp(prefix="ties-ray-session-", dir=place)
     message = f"{folder} is too long for Ray's sockets, and no shorter folder can be written"
     raise InputError(Problem("TMPDIR", message, f"set RAY_TMPDIR to a folder of at most {_LONGEST_FOLDER} bytes"))
 
@@ -760,6 +760,21 @@ def _demand_token(address: str) -> None:
     names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     if os.environ.get("RAY_AUTH_MODE") == "token" and not own.exists() and not any(map(os.environ.get, names)):
         _judge_token(address, "RAY_AUTH_TOKEN")
+
+
+_NO_SERVER_FOR_CLIENT = "Starting Ray client server failed|Proxy failed to Connect to backend"
+_TRIES = 3
+
+
+def _open_connection(options: Mapping[str, object]) -> None:
+    """Call `ray.init`; try again where the head's process for this client ended while it started."""
+    for left in reversed(range(_TRIES)):
+        try:
+            ray.init(**options)
+            return
+        except ConnectionError as error:
+            if not left or not re.search(_NO_SERVER_FOR_CLIENT, str(error)):
+                raise
 
 
 def _refusal_of_client(place: str, timeout: float) -> str:
