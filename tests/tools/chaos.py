@@ -394,11 +394,13 @@ class Cluster:
 
 def _end(node: "subprocess.Popen[bytes]") -> None:
     """End all processes of a node."""
+    own = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     node.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         node.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(node.pid, signal.SIGKILL)
+    for process in own:  # a raylet that goes on names a head that is gone, and `ray start` refuses to start another
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     node.wait()
 
 
