@@ -50,10 +50,10 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", log: Path) -> None:
         time.sleep(0.02)
 
 
-def wait_for_a_loss(process: "subprocess.Popen[str]", log: Path) -> None:
-    """Wait until the command says that it has lost a worker."""
+def wait_until_told(words: str, process: "subprocess.Popen[str]", log: Path) -> None:
+    """Wait until the command says some words."""
     end = time.monotonic() + 100
-    while "was lost" not in log.read_text():
+    while words not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.05)
@@ -73,7 +73,7 @@ def merge_while(
         join()
         wait_for(trouble / "1", process, trouble.parent / "log")
         strike()
-        wait_for_a_loss(process, trouble.parent / "log")
+        wait_until_told("was lost", process, trouble.parent / "log")
         (trouble / "release").touch()
         assert process.wait(150) == 0, (trouble.parent / "log").read_text()
     record: dict[str, Any] = json.loads((trouble.parent / "out" / RESULT_NAME).read_bytes())
@@ -299,6 +299,23 @@ def test_a_merge_that_loses_the_head_says_so_and_the_same_command_continues(
         assert process.wait(150) == 0, (trouble.parent / "log").read_text()
     shutil.rmtree(short, ignore_errors=True)
     assert digests(trouble.parent / "out") == undisturbed
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_head_that_is_lost_while_workers_wait_for_a_place_is_a_lost_head(
+    family: Family, trouble: Path, tmp_path: Path
+) -> None:
+    port, head_port = free_ports(2)
+    short, address = Path("/tmp") / f"ray-s{os.getpid()}", f"127.0.0.1:{port}"
+    head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}", "--num-cpus=0")
+    recipe = troubled(family, trouble, "hang", run=on_ray(address=address, workers=1, deadline=8))
+    log = trouble.parent / "log"
+    with ray_start(tmp_path, head_port, *head) as raylet, command(recipe, trouble.parent) as process:
+        wait_until_told("the nodes have room for 0", process, log)
+        control_store(raylet).kill()
+        assert process.wait(58) == 5, log.read_text()  # Ray, asked for its nodes, would end it with 1
+    assert "the head of the cluster has not answered for 20 s" in (trouble.parent / "result.json").read_text()
+    shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.mark.usefixtures("plugged")

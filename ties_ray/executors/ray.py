@@ -26,11 +26,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast
 
 # Ray prints a page of advice for each lost worker, despite its log settings; here a loss is an event.
 # Ray reads this variable when it is imported. With RAY_DEDUP_LOGS=0 it prints the page even so.
@@ -94,6 +95,7 @@ _REACHES = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys
 no more, and its imports take half a second."""
 
 
+_Value = TypeVar("_Value")
 _Plain = tuple[str, list[tuple[str, ...]], str]
 """A `Refusal` in builtins: kind, problems, traceback."""
 
@@ -242,7 +244,7 @@ class RayExecutor(Executor):
         self._factory, self._setup, self._needs = factory, setup, needs
         try:
             self._connect(())
-            self._needs = _shared(self._needs)
+            self._needs = self._head.ask(lambda: _shared(self._needs))
             answers = self._begin_all()
             shipped = {"ties_ray": _package_folder(), "plugins": _plugin_folder()}
             missing = {name for answer in answers for name in answer["differs"]}
@@ -294,7 +296,7 @@ class RayExecutor(Executor):
     def revive(self, worker: int) -> None:
         """Ask Ray for a new actor in place of a lost one."""
         if not self._healthy[worker] and all(message.worker != worker for message in self._open.values()):
-            self._actors[worker] = self._new_actor()
+            self._actors[worker] = self._head.ask(self._new_actor)
             self._begin(worker)
 
     def stop(self) -> None:
@@ -316,8 +318,13 @@ class RayExecutor(Executor):
     # ----- connection
 
     def _connect(self, modules: Sequence[str]) -> None:
-        if ray.is_initialized():
-            return
+        """Connect to a cluster, unless this process is; watch its head."""
+        if not ray.is_initialized():
+            self._join(modules)
+        self._head.stop()
+        self._head = _Head(_address_of_head())
+
+    def _join(self, modules: Sequence[str]) -> None:
         address = self._needs.address or os.environ.get("RAY_ADDRESS") or "local"
         problem = address_problem(address)
         if problem:
@@ -328,7 +335,7 @@ class RayExecutor(Executor):
         self._owns_connection = True
         if address == "local":
             self._needs.announce("starting Ray on this machine")
-            self._limit_workers()
+            self._needs = _limited(self._needs)
             options |= {"num_cpus": self._needs.num_workers, "object_store_memory": _STORE_BYTES}
             self._environment = {name: value for name, value in _OWN_CLUSTER.items() if name not in os.environ}
             os.environ.update(self._environment)  # until the end, for the processes that Ray starts
@@ -372,14 +379,6 @@ class RayExecutor(Executor):
         if terminated:
             signal.raise_signal(signal.SIGTERM)
 
-    def _limit_workers(self) -> None:
-        """Start no more workers than the cores of this machine can serve."""
-        cores, asked = len(os.sched_getaffinity(0)), self._needs.num_workers or 1
-        if asked > _MOST_PER_CORE * cores:
-            self._needs = replace(self._needs, num_workers=_MOST_PER_CORE * cores)
-            line = f"{asked} workers are asked for, and this machine has {cores} cores"
-            self._needs.announce(f"{line}: the merge runs with {self._needs.num_workers}")
-
     # ----- workers
 
     def _new_actor(self) -> Any:
@@ -406,22 +405,21 @@ class RayExecutor(Executor):
 
     def _begin_all(self) -> list[_Begun]:
         """Start workers; return the reports of those that are there soon. The others come when they have a place."""
-        self._head.stop()
-        self._head = _Head(_address_of_head())
-        room, asked = _room(self._needs), self._needs.num_workers
+        room, asked = self._head.ask(lambda: _room(self._needs)), self._needs.num_workers
         count = asked or max(1, room)
         if room < count:
             line = f"{count} workers are asked for, and the nodes have room for {room}"
             self._needs.announce(f"{line}: the others join when nodes come")
         self._expected = self._find_expected()
-        self._actors = [self._new_actor() for _ in range(count)]
+        self._actors = self._head.ask(lambda: [self._new_actor() for _ in range(count)])
         self._healthy, self._deaths = [False] * count, []
         for worker in range(count):
             self._begin(worker)
         began = time.monotonic()
         answers = self._first_answers(min(count, room) or 1, began + self._needs.deadline)
         if not answers:
-            raise _nobody(self._needs, time.monotonic() - began, self._deaths)
+            seconds = time.monotonic() - began
+            raise self._head.ask(lambda: _nobody(self._needs, seconds, self._deaths))
         if len(answers) < count:
             self._needs.announce(f"the merge begins with {len(answers)} of {count} workers")
         return list(answers.values())
@@ -552,6 +550,24 @@ class _Head:
     def is_silent(self) -> bool:
         """Return whether the head leaves a question without an answer, or is lost."""
         return time.monotonic() - self._unanswered_since > _HEAD_DOUBT
+
+    def ask(self, call: Callable[[], _Value]) -> _Value:
+        """Return what a call returns that needs the head. Raises `UnavailableError` where the head is silent for long.
+
+        Ray waits 60 s for a head that is gone, and then ends this process. So the call has a thread of its own.
+        """
+        value: Future[_Value] = Future()
+
+        def carry_out() -> None:
+            try:
+                value.set_result(call())
+            except BaseException as error:
+                value.set_exception(error)
+
+        threading.Thread(target=carry_out, name="ask", daemon=True).start()
+        while not wait([value], _SLICE).done:
+            self.demand()
+        return value.result()
 
     def demand(self) -> None:
         """Raise `UnavailableError` where the head has not answered for a while, or has started anew."""
@@ -695,6 +711,17 @@ def sharers_of(most: int, num_workers: int | None, nodes: Sequence[tuple[float, 
     by_cores = min((int(cores // gpus) for cores, gpus in nodes), default=most)
     by_workers = math.ceil(num_workers / gpus) if num_workers and gpus else most
     return max(1, min(most, by_cores, by_workers))
+
+
+def _limited(needs: Needs) -> Needs:
+    """Return needs with no more workers than the cores of this machine can serve."""
+    cores, asked = len(os.sched_getaffinity(0)), needs.num_workers or 1
+    most = min(asked, _MOST_PER_CORE * cores)
+    if most == asked:
+        return needs
+    line = f"{asked} workers are asked for, and this machine has {cores} cores"
+    needs.announce(f"{line}: the merge runs with {most}")
+    return replace(needs, num_workers=most)
 
 
 def _room(needs: Needs) -> int:
