@@ -151,23 +151,23 @@ def test_uploads_forgotten_during_a_merge_are_begun_again_by_itself(
     assert result.bytes_read == merging.plan(recipe).bytes_read + last.bytes_read
 
 
-def test_workers_of_another_try_do_not_inherit_the_empty_places_of_the_first(
+def test_another_try_tells_what_the_first_has_lost_and_does_not_inherit_its_empty_places(
     large: Family, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody would ever say that they are ready, and with one worker nothing would ever be done."""
+    """Nobody would ever say that such a place is ready, and with one worker nothing would ever be done."""
     run = {**LOCAL, "workers": 1}
     recipe = recipe_of(large, {"path": str(tmp_path / "out"), "file_size": "15MB"}, OFFICIAL, run=run)
     publish = result_record.publish
     tries = itertools.count(1)
 
-    def lost_at_the_end(run: Any, crew: Any, *arguments: Any, **named: Any) -> MergeResult:
+    def lost_at_the_end(run: Any, meters: Any, *arguments: Any, **named: Any) -> MergeResult:
         if next(tries) == 1:
-            crew.places.lost(0, "at the end")
+            meters.places.lost(0, "at the end")
             forget_uploads(recipe)
-        return publish(run, crew, *arguments, **named)
+        return publish(run, meters, *arguments, **named)
 
     monkeypatch.setattr(result_record, "publish", lost_at_the_end)
-    merging.merge(recipe)
+    assert merging.merge(recipe).workers_lost == 1
     assert digests(tmp_path / "out") == undisturbed
 
 

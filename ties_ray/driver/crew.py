@@ -59,8 +59,6 @@ class Crew:
     def __init__(self, executor: Executor, meters: Meters, patience: float) -> None:
         """patience: seconds until a worker without an answer is given up."""
         self.places = Places(0)
-        self.shards_again = 0
-        """Shards that were done again."""
         self._executor = executor
         self._meters = meters
         self._patience = patience
@@ -73,11 +71,6 @@ class Crew:
     def size(self) -> int:
         """The number of workers, of which some may be yet to come."""
         return self.places.size
-
-    @property
-    def losses(self) -> int:
-        """Workers that were lost."""
-        return self.places.losses
 
     def start(self, plan: Plan, setups: Sequence[Setup], num_workers: int | None, *, beside: int = 0) -> None:
         """Start the workers. Raises a `MergeError` where none starts.
@@ -103,7 +96,9 @@ class Crew:
         else:
             factory, setup = "ties_ray.worker.together:make_worker", SETUPS.dump_json(tuple(setups))
         size = self._executor.start(factory, setup.decode(), needs)
-        self.places = self._meters.places = Places(size, self._executor.empty_places(), deadline=run.deadline)
+        losses = self._meters.places.losses  # of another crew, whose work has to be done again
+        self.places = Places(size, self._executor.empty_places(), losses=losses, deadline=run.deadline)
+        self._meters.places = self.places
         self._worked_before = self._meters.seconds["work"]
         self.work(Orders("start", lambda _: self._to_all("hello"), costs=(1,) * self.size, activity="starting"))
 
@@ -148,7 +143,7 @@ class Crew:
                 if schedule.failure:
                     raise _error(schedule.failure, name)
         self._meters.end_stage()
-        self.shards_again += schedule.num_retries
+        self._meters.shards_again += schedule.num_retries
         self._meters.tell(name, schedule, activity=activity)
         return Done(stage.shards_by_record, schedule.owners)
 

@@ -39,6 +39,8 @@ class Meters:
         self.first: Foreseen | None = None
         """The first forecast of the run's end; None while there is none."""
         self.places = Places(0)
+        self.shards_again = 0
+        """Shards that were done again."""
         self.bytes_planned = 0
         """Bytes that the plan reads."""
         self.profiled = trace is not None

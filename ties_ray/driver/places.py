@@ -17,12 +17,16 @@ class Places:
         size: int,
         empty: Collection[int] = (),
         *,
+        losses: int = 0,
         deadline: float = 300.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """empty: the places whose first worker is yet to come. deadline: seconds that a run waits without a worker."""
+        """empty: the places whose first worker is yet to come. losses: workers that were lost before.
+
+        deadline: seconds that a run waits without a worker.
+        """
         self.size = size
-        self.losses = 0
+        self.losses = losses
         """Workers that were lost, also those that died before they were ready."""
         self._empty = set(empty)
         self._deadline = deadline

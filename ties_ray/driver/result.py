@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ties_ray import runtime
-from ties_ray.driver.crew import Crew
 from ties_ray.driver.meters import Foreseen, Meters
 from ties_ray.driver.publish import (
     as_loaded,
@@ -36,7 +35,7 @@ MOST_ERROR = 0.1
 
 
 def publish(
-    run: MergeRun, crew: Crew, meters: Meters, stores: Stores, manifest: Manifest, check: Callable[[], None],
+    run: MergeRun, meters: Meters, stores: Stores, manifest: Manifest, check: Callable[[], None],
     *, started: float,
 ) -> MergeResult:  # fmt: skip
     """Complete the uploads and write everything else; return the result record, which is written last.
@@ -63,7 +62,7 @@ def publish(
         opened_by=opener.replace("{output}", json.dumps(local, ensure_ascii=False)[1:-1]),
         download_command=stores.of(plan.output).download_command(plan.output, local),
         files=files,
-        **_work_done(run, crew, meters),
+        **_work_done(run, meters),
         **_findings(run, records),
         waiting=list(plan.catalog.waiting),
         refused={model.uri: [str(problem) for problem in model.problems] for model in plan.catalog.refused},
@@ -106,13 +105,13 @@ def predicted_seconds(first: Foreseen | None, started: float, seconds: float) ->
     return predicted if seconds / 2 <= predicted <= seconds * 2 else None
 
 
-def _work_done(run: MergeRun, crew: Crew, meters: Meters) -> dict[str, Any]:
+def _work_done(run: MergeRun, meters: Meters) -> dict[str, Any]:
     """Return the record's fields about the cost of the merge."""
     return {
         "shards": run.plan.num_shards,
         "shards_done_before": run.shards_done_before,
-        "shards_again": crew.shards_again,
-        "workers_lost": crew.losses,
+        "shards_again": meters.shards_again,
+        "workers_lost": meters.places.losses,
         "worker_seconds": meters.split_seconds(),
         **meters.traffic._asdict(),
     }

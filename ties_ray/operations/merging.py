@@ -167,7 +167,7 @@ def _run(
                 run.execute(crew)
             finally:
                 crew.stop()
-            return result.publish(run, crew, meters, stores, manifest, check, started=started)
+            return result.publish(run, meters, stores, manifest, check, started=started)
         except InterruptedMerge:
             if not left or run.uploads.are_known(run.plan):
                 raise

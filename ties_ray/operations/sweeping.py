@@ -178,7 +178,7 @@ def _run(left: Sequence[_Opened], meters: Meters, stores: Stores, started: float
             finally:
                 crew.stop()
             return {
-                each.number: result.publish(run, crew, meters, stores, each.manifest, each.check, started=started)
+                each.number: result.publish(run, meters, stores, each.manifest, each.check, started=started)
                 for run, each in zip(runs, left, strict=True)
             }
         except InterruptedMerge:
