@@ -231,7 +231,10 @@ class FaultProxy:
         for one in psutil.net_connections("tcp"):
             if one.pid and one.laddr.port == port and one.raddr and one.raddr.port == ours:
                 self.killed.append(one.pid)  # first: who waits for its end looks here at once
-                os.kill(one.pid, signal.SIGKILL)
+                try:
+                    os.kill(one.pid, signal.SIGKILL)
+                except ProcessLookupError:  # it has ended by itself
+                    self.killed.remove(one.pid)
                 return
         raise ProcessLookupError(f"nobody is connected from port {port}")
 
