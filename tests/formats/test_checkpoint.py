@@ -11,6 +11,7 @@ import torch
 
 from tests.tools.families import CONFIG, file_bytes
 from ties_ray.formats import Account, Aside, Contents, Format, Rules
+from ties_ray.formats._checkpoint_names import tied
 from ties_ray.formats.checkpoint import Checkpoint
 from ties_ray.libraries.library import TRANSFORMERS
 from ties_ray.safetensors import MERGEABLE
@@ -278,6 +279,9 @@ def test_counters_of_a_training_may_differ_and_the_bases_are_kept() -> None:
     counters = "norm.num_batches_tracked, steps"
     assert found.notes == (f"memory://model: counts the steps of its training, and the base's are kept: {counters}",)
     assert Aside("a counter of the training", 2, 2) in found.account.aside
+    for name, value in (("steps", torch.arange(2)), ("vocabulary", torch.tensor(3))):  # a table, and no counter
+        base = {**BASE, name: value}
+        assert name in problems(read(files_of(base), base_of(base), same=False))[0]
 
 
 def test_fewer_embedding_rows_are_refused_unless_the_others_may_stay_as_they_are() -> None:
@@ -424,8 +428,14 @@ def test_the_head_of_a_tied_fine_tune_of_an_untied_base_is_its_embedding() -> No
     assert problems(found) == []
     assert found.sources["lm_head.weight"] == found.sources["model.embed_tokens.weight"]
     assert "lm_head.weight is not stored, and is tied to model.embed_tokens.weight" in found.notes[0]
+    assert read(files_of(BASE, {"model_type": "any"}), base).sources == found.sources, "what is not said may be"
     untied = read(files_of(BASE, {**CONFIG, "tie_word_embeddings": False}), base)
     assert "lacks 1 of the base's 3 merged parameters (among them a head for one task): lm_head" in problems(untied)[0]
+
+
+def test_only_a_config_that_ties_has_parameters_that_are_not_stored() -> None:
+    assert tied(BASE, TIED) == [("lm_head.weight", "model.embed_tokens.weight")]
+    assert tied(BASE, {**TIED, "tie_word_embeddings": False}) == []
 
 
 def test_tensors_under_other_names_are_merged_and_noted() -> None:
@@ -468,12 +478,16 @@ def test_experts_apart_and_fused_are_read_from_each_other() -> None:
     apart, fused = files_of(EXPERTS), files_of({"m.mlp.experts.gate_up_proj": FUSED})
     found = read(fused, base_of(EXPERTS))
     assert problems(found) == []
+    whole = "m.mlp.experts.gate_up_proj"
+    assert "4 parameters are stored fused with others: m.mlp.experts.0.gate_proj.weight is a part of " in found.notes[0]
     for name, tensor in EXPERTS.items():
         assert torch.equal(values(found, name, fused, 1, 6), tensor.flatten()[1:6])
-    found = read(apart, base_of({"m.mlp.experts.gate_up_proj": FUSED}))
+    found = read(apart, base_of({whole: FUSED}))
     assert problems(found) == []
+    joined = f"1 parameters are stored in several tensors: {whole} is m.mlp.experts.0.gate_proj.weight and 3 more"
+    assert joined in found.notes[0]
     for start, stop in ((0, 24), (3, 4), (5, 13), (6, 12), (0, 0), (23, 24)):
-        assert torch.equal(values(found, "m.mlp.experts.gate_up_proj", apart, start, stop), FUSED.flatten()[start:stop])
+        assert torch.equal(values(found, whole, apart, start, stop), FUSED.flatten()[start:stop])
 
 
 def test_parts_of_several_dtypes_are_refused() -> None:
@@ -496,6 +510,7 @@ def test_a_fine_tune_that_stores_only_the_tied_copy_is_read_from_it() -> None:
     found = read(files_of(model, TIED), base_of(config=TIED))
     assert problems(found) == []
     assert found.sources["model.embed_tokens.weight"].tensors[0].dtype == "F32"
+    assert "lm_head.weight is model.embed_tokens.weight, to which it is tied" in found.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -136,14 +136,15 @@ def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[Part], list[torch.T
     """Return a tensor, its parts (bands of rows, in each parts side by side), and what the file of each part holds."""
     heights = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     widths = [draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)) for _ in heights]
-    columns = max(map(sum, widths))
-    tensor = torch.arange(sum(heights) * columns * 2, dtype=torch.int16).view(sum(heights), columns, 2).half()
+    columns, dtype = max(map(sum, widths)), draw(st.sampled_from(["F16", "F64"]))
+    numbers = torch.arange(sum(heights) * columns * 2, dtype=torch.int16).view(sum(heights), columns, 2)
+    tensor = numbers.half() if dtype == "F16" else numbers.double()
     parts, files = [], []
     for row, (height, across) in zip(accumulate([0, *heights[:-1]]), zip(heights, widths, strict=True), strict=True):
         across[-1] += columns - sum(across)
         for column, width in zip(accumulate([0, *across[:-1]]), across, strict=True):
             files.append(tensor[row : row + height, column : column + width].reshape(-1))
-            info = TensorInfo("F16", (height, width, 2), 6, 6 + 2 * len(files[-1]))
+            info = TensorInfo(dtype, (height, width, 2), 6, 6 + tensor.element_size() * len(files[-1]))
             parts.append(Part(len(parts), (row, column, 0), info))
     return tensor, parts, files
 
@@ -152,7 +153,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[Part], list[torch.T
 def test_any_piece_of_any_cut_is_the_tensors_own(
     cut: tuple[torch.Tensor, list[Part], list[torch.Tensor]], data: st.DataObject
 ) -> None:
-    """A piece is made of whole rows where parts lie side by side, else of any elements."""
+    """A piece is made of whole rows where parts lie side by side, else of any elements. Two may lie end to end."""
     tensor, parts, files = cut
     layout = _Layout()
     assert layout.add("another", [Part(9, (0, 0, 0), TensorInfo("F16", (1, 1, 2), 0, 4))]) == ""
@@ -162,10 +163,12 @@ def test_any_piece_of_any_cut_is_the_tensors_own(
     low = data.draw(st.integers(0, tensor.numel() // unit - 1)) * unit
     high = data.draw(st.integers(low // unit + 1, tensor.numel() // unit)) * unit
     shape = (high - low,) if unit == 1 else ((high - low) // unit, *tensor.shape[1:])
-    source = layout.source((whole._replace(start=whole.start + 2 * low, shape=shape),))
+    piece = whole._replace(start=whole.start + tensor.element_size() * low, shape=shape)
+    again = data.draw(st.integers(1, 2))
+    source = layout.source((piece,) * again)
     assert source
-    assert Dcp().shape(source) == shape
-    elements = tensor.reshape(-1)[low:high]
+    assert Dcp().shape(source) == (shape[0] * again, *shape[1:])
+    elements = tensor.reshape(-1)[low:high].repeat(again)
     start = data.draw(st.integers(0, len(elements) - 1))
     stop = data.draw(st.integers(start + 1, len(elements)))
     reads = Dcp().reads(source, start, stop)
@@ -181,6 +184,39 @@ def test_rows_that_a_cut_divides_have_no_source() -> None:
     assert layout.source((whole._replace(start=whole.start + 2, shape=(2,)),)) is None  # begins inside a row
     assert layout.source((whole._replace(shape=(1,)),)) is None  # ends inside one
     assert layout.source((whole._replace(shape=(1, 2)),))
+
+
+def test_tensors_of_several_widths_whose_parts_lie_side_by_side_have_no_common_source() -> None:
+    layout = _Layout()
+    for name, width in (("narrow", 1), ("wide", 2)):
+        parts = [Part(at, (0, at * width), TensorInfo("F16", (2, width), 0, 4 * width)) for at in range(2)]
+        assert layout.add(name, parts) == ""
+    narrow, wide = layout.tensors.values()
+    assert layout.source((narrow, wide)) is None
+    source = layout.source((wide, wide))
+    assert source
+    assert Dcp().shape(source) == (4, 4)
+    assert Dcp().widened(source) == 3 * 2, "bytes of an element: the slice, and its rows twice"
+
+
+def part_file(part: torch.Tensor, info: str) -> bytes:
+    """Return a file with a part of model.a. info: what its header says of offsets."""
+    data = file_bytes({"model.a": part})
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = {"DCP_SHARDING_INFO": info}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def test_parts_of_several_shapes_are_refused() -> None:
+    files = {
+        f"shard-{rank:05}-model-00001-of-00001.safetensors": part_file(
+            torch.zeros(shape), json.dumps({"model.a": {"saved_offsets": [0] * len(shape)}})
+        )
+        for rank, shape in ((1, (2, 3)), (2, (3,)))
+    }
+    assert "model.a has parts of several shapes" in {problem.what for problem in read(files).problems}
 
 
 @pytest.mark.parametrize("lost", range(1, 6))
@@ -200,13 +236,7 @@ def test_a_lost_rank_is_a_gap(lost: int, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_hostile_offsets_are_a_problem_and_no_crash(info: str) -> None:
-    data = file_bytes({"model.a": torch.zeros(2, 2)})
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = {"DCP_SHARDING_INFO": info}
-    text = json.dumps(header).encode()
-    made = len(text).to_bytes(8, "little") + text + data[8 + length :]
-    (problem,) = read({"shard-00001-model-00001-of-00001.safetensors": made}).problems
+    (problem,) = read({"shard-00001-model-00001-of-00001.safetensors": part_file(torch.zeros(2, 2), info)}).problems
     assert "does not say where its part of model.a belongs" in problem.what
 
 
