@@ -1,21 +1,29 @@
 """A checkpoint with an adapter added: the merge is that of a checkpoint into which it was merged before."""
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tools.adapters import Pool, make_pool
-from tests.tools.families import write_checkpoint
+from tests.tools.adapters import Module, Pool, adapter_files, make_pool
+from tests.tools.families import file_bytes, write_checkpoint
 from tests.tools.merging import digests, draw_sizes
 from ties_ray.errors import InputError, RecipeError
+from ties_ray.formats import Account, Contents, Rules
+from ties_ray.formats.adapted import Adapted, combined
+from ties_ray.formats.checkpoint import Checkpoint
+from ties_ray.formats.lora import Lora
 from ties_ray.kernels import Factors
 from ties_ray.kernels.definition import product
 from ties_ray.operations import merging
 from ties_ray.recipe.parse import validate
 from ties_ray.stores import Stores
+from ties_ray.tensors import Parameter
+from ties_ray.testing import folder_of
 
 STORE = Stores({}).of("/")
 CONFIG = {"model_type": "llama", "vocab_size": 48}
@@ -34,8 +42,6 @@ def tuned(pool: Pool, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 def with_adapter(tensors: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
     """Return a model in fp32, to which the first adapter of a pool is added by the canonical product."""
-    import json
-
     from safetensors.torch import load_file
 
     factors, config = (
@@ -56,6 +62,92 @@ def merged(base: str, models: list[Any], out: Path, method: Any, **more: Any) ->
     data = {"base": base, "models": models, "method": method, "output": str(out), "run": {"executor": "local"}}
     merging.merge(validate(data), **more)
     return digests(out)
+
+
+MODEL = {
+    "model.a.q_proj.weight": torch.randn(6, 4, dtype=torch.float64),
+    "model.b.q_proj.weight": torch.randn(3, 4).bfloat16(),
+    "model.norm.weight": torch.randn(4),
+    "model.ids": torch.arange(3),
+}
+BASE = {
+    name: Parameter(name, tuple(tensor.shape), "F32" if floats else "I64", floats)
+    for name, tensor in MODEL.items()
+    for floats in [tensor.is_floating_point()]
+}
+FACTORS = {
+    "model.a.q_proj": (torch.randn(2, 4), torch.randn(6, 2), 4.0),
+    "model.b.q_proj": (torch.randn(2, 4), torch.randn(3, 2), 4.0),
+}
+
+
+def both(modules: dict[str, Module]) -> tuple[list[bytes], Contents, Contents]:
+    """Return the weight files of a model and of an adapter, and what their formats make of them."""
+    model = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": file_bytes(MODEL)}
+    adapter = adapter_files(modules)
+    folder = folder_of(Checkpoint(), model)
+    asked = Checkpoint().questions(folder, BASE, Rules())
+    checkpoint = Checkpoint().read(replace(folder, answers=dict.fromkeys(asked, True)), BASE, Rules())
+    lora = Lora().read(folder_of(Lora(), adapter), BASE, Rules())
+    return [model["model.safetensors"], adapter["adapter_model.safetensors"]], checkpoint, lora
+
+
+def test_each_slice_is_the_models_and_the_adapters_change_added_once() -> None:
+    files, checkpoint, lora = both(FACTORS)
+    form, found = Adapted(), combined(checkpoint, lora, "memory://adapter")
+    assert found.problems == ()
+    assert found.notes[-1] == "memory://adapter: this adapter is added to it"
+    assert found.facts["adapter"] == "memory://adapter"
+    for name, tensor in MODEL.items():
+        source, whole = found.sources.get(name), tensor.flatten()
+        if source is None:
+            continue
+        factors = lora.sources.get(name)
+        if factors:
+            right, left, alpha = FACTORS[name.removesuffix(".weight")]
+            change = product(Factors(left, right, alpha / 2, 0), 0, len(whole))
+            whole = change + whole if whole.dtype == torch.float64 else change + whole.float()
+        assert form.decoded_bytes(source) == (Lora().decoded_bytes(factors) if factors else 0)
+        assert form.widened(source) == (8 if factors else 0)
+        for start, stop in ((0, len(whole)), (3, 4), (1, 3), (2, 2)):
+            reads = form.reads(source, start, stop)
+            buffers = [torch.frombuffer(bytearray(files[each.object]), dtype=torch.uint8) for each in reads]
+            pieces = [data[each.start : each.stop] for data, each in zip(buffers, reads, strict=True)]
+            assert torch.equal(form.encoded(source, start, stop, pieces).data, whole[start:stop]), (name, start)
+
+
+def test_the_account_is_of_both_folders() -> None:
+    _, checkpoint, lora = both(FACTORS)
+    sums = combined(checkpoint, lora, "memory://adapter").account
+    assert sums.stored == checkpoint.account.stored + lora.account.stored == (24 + 12 + 4 + 3) + (20 + 14)
+    assert sums.merged == checkpoint.account.merged + lora.account.merged
+    assert (sums.equal, sums.tied) == (3, 0)
+    assert sums.adds_up
+    tied = Account(5, 1, 1, 3)
+    assert combined(replace(checkpoint, account=tied), replace(lora, account=tied), "").account.tied == 6
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"model.c.q_proj": FACTORS["model.a.q_proj"]}, "model.c.q_proj"),
+        ({"model.a.q_proj": FACTORS["model.b.q_proj"]}, "model.a.q_proj"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_once(modules: dict[str, Module], message: str) -> None:
+    _, checkpoint, lora = both(modules)
+    problems = combined(checkpoint, lora, "memory://adapter").problems
+    assert lora.problems == problems, "no word of the sum beside the adapter's own"
+    assert message in problems[0].what
+
+
+def test_an_adapter_that_fits_the_base_and_not_its_model_is_refused() -> None:
+    _, checkpoint, lora = both(FACTORS)
+    name, shorter = "model.b.q_proj.weight", checkpoint.sources["model.norm.weight"]
+    others = {each: source for each, source in checkpoint.sources.items() if each != name}
+    for sources in (others, {**others, name: shorter}):
+        (problem,) = combined(replace(checkpoint, sources=sources), lora, "memory://adapter").problems
+        assert "changes tensors that its model lacks, or that have other rows there: model.b.q_proj" in problem.what
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
