@@ -90,9 +90,10 @@ _GRACE = 30.0
 _STARTS = 3
 """The most actors that may die in one place while a merge starts."""
 
+_OF_HEAD, _OF_CLIENT = "/ray.rpc.NodeInfoGcsService/GetClusterId", "/ray.rpc.RayletDriver/ClusterInfo"
+"""Calls without arguments that a cluster's control store answers, and a server of Ray Client."""
 _REACHES = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
-"""Asks a cluster's control store, in a process of its own: Ray ends one whose token is wrong. `ray health-check` does
-no more, and its imports take half a second."""
+"""Asks a control store where there is no grpc, in a process of its own: Ray ends one whose token is wrong."""
 
 
 _Value = TypeVar("_Value")
@@ -804,16 +805,15 @@ def _open_connection(options: Mapping[str, object]) -> None:
                 raise
 
 
-def _refusal_of_client(place: str, timeout: float) -> str:
-    """Return why the server of Ray Client refuses a call; empty where it answers or can't be asked."""
-    import grpc  # Ray Client itself needs it
-
+def _refused_call(place: str, method: str, timeout: float) -> str | None:
+    """Return why a server of Ray refuses a call; empty where it answers, None where this process can't ask."""
     try:
+        import grpc
         from ray._private.grpc_utils import init_grpc_channel
-    except ImportError:  # another version of Ray
-        return ""
+    except ImportError:  # Ray without its extra `client`, or another version
+        return None
     with init_grpc_channel(place) as channel:
-        call = channel.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")
+        call = channel.unary_unary(method)
         try:
             call(b"", timeout=timeout, metadata=(("client_id", "ties-ray"),))
         except grpc.RpcError as error:
@@ -838,16 +838,21 @@ def _reach(address: str, timeout: float) -> None:
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if not (separator and port.isdigit()):
         return  # an address that only Ray can judge
-    command = [sys.executable, "-c", _REACHES, f"{host}:{port}"]
     remedy = "start the cluster, or correct run.address or RAY_ADDRESS"
+    is_client, place = address.startswith("ray://"), f"{host}:{port}"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-        if address.startswith("ray://"):  # Ray Client has no such check
-            _judge_token(address, _refusal_of_client(f"{host}:{port}", timeout))
-        else:
+        refusal = _refused_call(place, _OF_CLIENT if is_client else _OF_HEAD, timeout)
+        if refusal:
+            _judge_token(address, refusal)
+        if not is_client and refusal is None:
+            command = [sys.executable, "-c", _REACHES, place]
             subprocess.run(command, check=True, capture_output=True, timeout=timeout, text=True)
+        elif not is_client and refusal:
+            raise subprocess.SubprocessError(refusal)
     except (OSError, subprocess.SubprocessError) as error:
         _judge_token(address, str(getattr(error, "stderr", "") or ""))
-        slow = "in time" if isinstance(error, subprocess.TimeoutExpired) else "as one"
+        is_late = isinstance(error, subprocess.TimeoutExpired) or "DEADLINE_EXCEEDED" in str(error)
+        slow = "in time" if is_late else "as one"
         cause = error if isinstance(error, OSError) else f"what is there does not, {slow}"
         raise UnavailableError(Problem(f"Ray at {address}", f"no Ray cluster answers ({cause})", remedy)) from error
