@@ -12,7 +12,7 @@ import torch
 from tests.tools.adapters import Module, Pool, adapter_files, make_pool
 from tests.tools.families import file_bytes, write_checkpoint
 from tests.tools.merging import digests, draw_sizes
-from ties_ray.errors import InputError, RecipeError
+from ties_ray.errors import InputError, Problem, RecipeError
 from ties_ray.formats import Account, Contents, Rules
 from ties_ray.formats.adapted import Adapted, combined
 from ties_ray.formats.checkpoint import Checkpoint
@@ -111,6 +111,7 @@ def test_each_slice_is_the_models_and_the_adapters_change_added_once() -> None:
         assert form.widened(source) == (8 if factors else 0)
         for start, stop in ((0, len(whole)), (3, 4), (1, 3), (2, 2)):
             reads = form.reads(source, start, stop)
+            assert {each.object for each in reads} <= ({0, 1} if factors else {0})
             buffers = [torch.frombuffer(bytearray(files[each.object]), dtype=torch.uint8) for each in reads]
             pieces = [data[each.start : each.stop] for data, each in zip(buffers, reads, strict=True)]
             assert torch.equal(form.encoded(source, start, stop, pieces).data, whole[start:stop]), (name, start)
@@ -124,7 +125,8 @@ def test_the_account_is_of_both_folders() -> None:
     assert (sums.equal, sums.tied) == (3, 0)
     assert sums.adds_up
     tied = Account(5, 1, 1, 3)
-    assert combined(replace(checkpoint, account=tied), replace(lora, account=tied), "").account.tied == 6
+    twice = combined(replace(checkpoint, account=tied), replace(lora, account=tied), "").account
+    assert twice == Account(10, 2, 2, 6)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,12 @@ def test_an_adapter_of_another_model_is_refused_once(modules: dict[str, Module],
     problems = combined(checkpoint, lora, "memory://adapter").problems
     assert lora.problems == problems, "no word of the sum beside the adapter's own"
     assert message in problems[0].what
+
+
+def test_a_model_that_is_refused_is_not_refused_again_for_its_adapter() -> None:
+    _, _, lora = both(FACTORS)
+    refused = Contents(problems=(Problem("memory://model", "is torn", "fetch it again"),))
+    assert combined(refused, lora, "memory://adapter").problems == refused.problems
 
 
 def test_an_adapter_that_fits_the_base_and_not_its_model_is_refused() -> None:

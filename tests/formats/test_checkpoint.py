@@ -339,6 +339,35 @@ def test_every_stored_value_has_one_fate_whatever_is_stored(seed: int) -> None:
         assert found.account.merged == sum(math.prod(ref.shape) for ref in refs) - beyond
 
 
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [((9, 2, 3), True), ((4, 2, 3), True), ((4, 5, 3), False), ((4, 2, 5), False), ((8, 3), False), ((24,), False)],
+)
+def test_a_parameter_by_token_may_have_other_rows_and_no_other_shape(shape: tuple[int, ...], fits: bool) -> None:
+    base, rules = {**BASE, "by_token": torch.zeros(4, 2, 3)}, Rules(by_token=("by_token", "model.norm.weight"))
+    found = read(files_of({**base, "by_token": torch.zeros(shape)}), base_of(base), rules)
+    assert (problems(found) == []) == fits
+    scalar = {**BASE, "by_token": torch.tensor(1.0)}
+    assert problems(read(files_of({**scalar, "by_token": torch.zeros(1)}), base_of(scalar), rules))
+
+
+@pytest.mark.parametrize("pattern", ["model.extra", "backbone.model.extra"])
+def test_a_pattern_excludes_a_tensor_by_its_stored_name_and_by_the_bases(pattern: str) -> None:
+    model = {f"backbone.{name}": tensor for name, tensor in {**BASE, "model.extra": torch.zeros(2)}.items()}
+    found = read(files_of(model), base_of(), Rules(exclude=(pattern,)))
+    assert (problems(found), found.excluded) == ([], ("backbone.model.extra",))
+    assert problems(read(files_of(model), base_of()))
+
+
+@pytest.mark.parametrize("empty", ["model.a", "model.z"])
+def test_a_tensor_without_elements_at_the_place_of_another_takes_none_of_its_elements(empty: str) -> None:
+    tensors = {empty: torch.zeros(0, 2), **BASE}
+    found = read(files_of(tensors), base_of(tensors))
+    assert problems(found) == []
+    assert found.account.adds_up
+    assert {aside.elements for aside in found.account.aside} <= {0}
+
+
 def test_other_numbers_are_copied_where_they_are_excluded() -> None:
     odd = {"a": torch.zeros(2, dtype=torch.complex64), "b": torch.zeros(2).to(torch.float8_e5m2)}
     (told, _) = problems(read(files_of({**BASE, **odd})))
@@ -428,6 +457,7 @@ def test_the_head_of_a_tied_fine_tune_of_an_untied_base_is_its_embedding() -> No
     assert problems(found) == []
     assert found.sources["lm_head.weight"] == found.sources["model.embed_tokens.weight"]
     assert "lm_head.weight is not stored, and is tied to model.embed_tokens.weight" in found.notes[0]
+    assert found.account.adds_up, "what is used twice counts once"
     assert read(files_of(BASE, {"model_type": "any"}), base).sources == found.sources, "what is not said may be"
     untied = read(files_of(BASE, {**CONFIG, "tie_word_embeddings": False}), base)
     assert "lacks 1 of the base's 3 merged parameters (among them a head for one task): lm_head" in problems(untied)[0]
