@@ -209,12 +209,16 @@ def test_what_this_machine_will_never_have_is_refused_at_once(tmp_path: Path) ->
     assert "there is room for 0; lower run.workers or run.memory" in done.stdout
 
 
+WITHOUT_GRPC = "import sys\nsys.modules['ray._private.grpc_utils'] = None\n"
+
+
+@pytest.mark.parametrize("asks", ["", WITHOUT_GRPC], ids=["with grpc", "without grpc"])
 @pytest.mark.parametrize("listening", [False, True])
-def test_an_address_where_no_cluster_is_gets_an_error_that_names_it(listening: bool, tmp_path: Path) -> None:
+def test_an_address_where_no_cluster_is_gets_an_error_that_names_it(listening: bool, asks: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1] if listening else free_port()}"
         begun = time.monotonic()
-        done = driver(start(f"1, 2**20, address={address!r}, deadline=4"), cwd=tmp_path)
+        done = driver(asks + textwrap.dedent(start(f"1, 2**20, address={address!r}, deadline=4")), cwd=tmp_path)
         assert time.monotonic() - begun < 20
     assert done.stdout.startswith(f"UnavailableError Ray at {address}: no Ray cluster answers (")
     assert done.stderr == ""
@@ -275,6 +279,8 @@ def test_a_missing_or_wrong_token_of_a_cluster_is_called_that(guarded: tuple[int
                 f"InputError Ray at {address}: the cluster's token is missing here, or is another; set RAY_AUTH_MODE"
             )
             assert done.stderr == ""
+    code = WITHOUT_GRPC + textwrap.dedent(start(f"1, 2**20, address='127.0.0.1:{guarded[0]}', deadline=20"))
+    assert "the cluster's token is missing here" in driver(code, cwd=tmp_path, **none).stdout
 
 
 def test_auto_uses_the_token_that_the_head_has_left_on_this_machine(guarded: tuple[int, int], tmp_path: Path) -> None:

@@ -845,10 +845,12 @@ def _reach(address: str, timeout: float) -> None:
         refusal = _refused_call(place, _OF_CLIENT if is_client else _OF_HEAD, timeout)
         if refusal:
             _judge_token(address, refusal)
-        if not is_client and refusal is None:
+        if is_client:
+            return  # Ray tells what else is amiss
+        if refusal is None:
             command = [sys.executable, "-c", _REACHES, place]
             subprocess.run(command, check=True, capture_output=True, timeout=timeout, text=True)
-        elif not is_client and refusal:
+        elif refusal:
             raise subprocess.SubprocessError(refusal)
     except (OSError, subprocess.SubprocessError) as error:
         _judge_token(address, str(getattr(error, "stderr", "") or ""))
