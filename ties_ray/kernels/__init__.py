@@ -8,7 +8,6 @@ rounded to fp32 after each multiplication. Its *magnitude bits* are the 31 bits 
 """
 
 import math
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -326,13 +325,12 @@ def load(name: Literal["definition", "cpu", "cuda"], arithmetic: Literal["exact"
 
         if not torch.cuda.is_available():
             raise LookupError("no CUDA GPU is visible to torch")
-        from ties_ray.kernels import code_folders
-
-        os.environ.setdefault("TRITON_CACHE_DIR", str(code_folders.own() / "triton"))
         try:
+            from ties_ray.kernels import gpu_code
             from ties_ray.kernels.cuda import Cuda
         except ImportError as error:
             raise LookupError(f"Triton is not installed ({error})") from error
+        gpu_code.be_used()
         return Cuda(torch.device("cuda", 0), fast=arithmetic == "fast")
     raise ValueError(f"unknown kernels {name!r}; known: definition, cpu, cuda")
 

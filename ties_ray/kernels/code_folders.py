@@ -61,9 +61,9 @@ def write(folder: Path, name: str, content: bytes) -> None:
 
 
 @contextmanager
-def lock() -> Iterator[None]:
-    """Wait until no other process of this user compiles. A process that ends gives the lock back."""
-    with (own() / "lock").open("wb") as file:
+def lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process compiles for a folder. A process that ends gives the lock back."""
+    with (folder / "lock").open("wb") as file:
         with suppress(OSError):  # some network folders have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

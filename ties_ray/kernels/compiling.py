@@ -81,7 +81,7 @@ class _Code:
         name = self._file(signature, target.codegen())
         content = code_folders.read(name)
         if content is None:
-            self._locked.enter_context(code_folders.lock())
+            self._locked.enter_context(code_folders.lock(code_folders.own()))
             content = code_folders.read(name)  # another process may have compiled it meanwhile
         if content is None:
             return None
