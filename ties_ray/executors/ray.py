@@ -775,11 +775,12 @@ def _judge_token(address: str, message: str) -> None:
 def _use_token_of_this_machine() -> None:
     """Use the token that lies here, unless RAY_AUTH_MODE says otherwise. `ray.init` does so, `ray health-check` not."""
     try:
-        from ray._private.authentication import authentication_token_setup as setup
-    except ImportError:  # an older Ray
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    except ImportError:  # an older Ray takes no token by itself
         return
-    logging.getLogger(setup.__name__).setLevel(logging.ERROR)  # it would warn that the cluster wants a token
-    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    setup = logging.getLogger(maybe_enable_token_auth_if_token_available.__module__)
+    setup.setLevel(logging.ERROR)  # it would warn that the cluster wants a token
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _demand_token(address: str) -> None:
