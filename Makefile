@@ -111,9 +111,11 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt | $(UV)
 	touch $@
 
 # PEFT writes some variants of these tests from 0.21 on, and 0.18 warns of a missing config; transformers 5.0 and 5.1 accept
-# a folder without a tokenizer; clients of huggingface_hub 1 leave their sockets to the collector
+# a folder without a tokenizer; clients of huggingface_hub 1 leave their sockets to the collector; Ray 2.52 loses what a worker
+# has counted in its last seconds
 OLDER := --deselect tests/formats/test_lora.py::test_what_peft_wrote_is_read_as_the_change_that_peft_merges \
 	--deselect tests/operations/test_subjects.py::test_an_adapter_is_scored_on_its_base \
+	--deselect tests/executors/test_metrics.py::test_prometheus_finds_the_counts_of_a_merge_at_rays_nodes \
 	--deselect tests/evaluations/test_models.py::test_a_missing_tokenizer_and_an_unknown_device_are_refused \
 	-W ignore::pytest.PytestUnraisableExceptionWarning
 
