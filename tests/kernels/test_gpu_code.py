@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
+from triton.runtime.cache import FileCacheManager
 
 from ties_ray.kernels import gpu_code
 
-pytest.importorskip("triton", minversion="3.5")  # the extra `gpu` asks for it
+pytestmark = pytest.mark.skipif(not hasattr(triton, "knobs"), reason="the extra `gpu` asks for Triton 3.5")
 
 COMPILE = """
 import os, sys, time
@@ -64,11 +66,19 @@ def test_of_processes_that_begin_at_once_one_compiles_and_the_others_load(tmp_pa
     assert list((tmp_path / "cache" / "ties_ray" / "triton").glob("*/*.cubin"))
 
 
-def test_the_users_own_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_own_cache_stays_and_other_programs_hear_of_no_class_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = triton.knobs.cache
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
-    monkeypatch.setenv("TRITON_CACHE_MANAGER", "my.cache:Mine")
+    monkeypatch.setenv("TRITON_CACHE_MANAGER", "triton.runtime.cache:FileCacheManager")
     gpu_code.be_used()
-    assert (os.environ["TRITON_CACHE_DIR"], os.environ["TRITON_CACHE_MANAGER"]) == ("/mine", "my.cache:Mine")
+    assert (os.environ["TRITON_CACHE_DIR"], cache.manager_class) == ("/mine", FileCacheManager)
+    monkeypatch.delenv("TRITON_CACHE_MANAGER")
+    try:
+        gpu_code.be_used()
+        assert cache.manager_class is gpu_code.OnceCompiled
+        assert "TRITON_CACHE_MANAGER" not in os.environ
+    finally:
+        del cache.manager_class
 
 
 def test_a_compiler_that_fails_lets_the_next_one_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,18 +7,18 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+import triton
 from triton.runtime.cache import FileCacheManager
 
 from ties_ray.kernels import code_folders
-
-MANAGER = f"{__name__}:OnceCompiled"
-"""How TRITON_CACHE_MANAGER names the class."""
 
 
 def be_used() -> None:
     """Have Triton keep code in a folder of this user, compiled once. The user's own settings stay as they are."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(code_folders.own() / "triton"))
-    os.environ.setdefault("TRITON_CACHE_MANAGER", MANAGER)
+    if "TRITON_CACHE_MANAGER" not in os.environ:
+        # No variable: a command that we run may have another Python, which could not import the class.
+        triton.knobs.cache.manager_class = OnceCompiled
 
 
 class OnceCompiled(FileCacheManager):  # type: ignore[misc]  # Triton has no types

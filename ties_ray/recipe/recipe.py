@@ -362,7 +362,7 @@ class Recipe(Strict):
 
     @property
     def uses_lapack(self) -> bool:
-        """Whether bytes of the result depend on LAPACK, or on the library that replaces it on a GPU."""
+        """Tell whether the result's bytes depend on LAPACK. On a GPU another library takes its place."""
         return self.method.uses_lapack or isinstance(self.output, CondensingOutput)
 
     @property
